@@ -1,0 +1,1 @@
+"""Words to calls: parse, resolve, print."""

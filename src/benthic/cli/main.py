@@ -1,0 +1,29 @@
+"""The `benthic` command: every sub-command is a module beside this one, imported only when it is called."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from benthic import __version__
+from benthic.errors import BenthicError
+
+app = typer.Typer(
+    name="benthic",
+    help="Plan, train and serve language models of the DeepSeek-V3 architecture.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; an error that benthic raises on purpose is printed, not traced."""
+    try:
+        app()
+    except BenthicError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)

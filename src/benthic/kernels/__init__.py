@@ -1,0 +1,1 @@
+"""How a formula runs fast: one public op each, its torch reference and its kernels."""

@@ -1,0 +1,1 @@
+"""The network, once: MLA, DeepSeekMoE, MTP, and Hugging Face checkpoints."""

@@ -1,0 +1,89 @@
+"""The three sockets through which everything that varies enters the network.
+
+`attend`    how queries meet keys: packed causal for training, the paged latent cache for serving.
+`exchange`  how tokens reach experts: on this device, through all-to-all, through NVLink kernels.
+`linear`    what precision a matrix product has.
+
+The network knows nothing else about ranks, pages or precision. Shape suffixes: T tokens, D model, H heads,
+n nope dim, r rope dim, v value dim, C kv latent, K top-k, R routed rows (sorted by expert), E experts on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LatentUp(Protocol):
+    """The up-projection of the kv latent (W^UK and W^UV of one layer), in both of its uses."""
+
+    def expand(self, latent_TC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every head: `(k_nope_THn, v_THv)`."""
+        ...
+
+    def absorb_query(self, q_nope_THn: Tensor) -> Tensor:
+        """Queries moved into the latent space, `q_THC`, so that keys need no expansion."""
+        ...
+
+    def absorb_value(self, out_THC: Tensor) -> Tensor:
+        """Attention outputs moved from the latent space to value heads, `out_THv`."""
+        ...
+
+
+class Attend(Protocol):
+    """How queries meet keys. Returns `out_THv`."""
+
+    def __call__(  # noqa: PLR0913 (the six operands of MLA)
+        self,
+        q_nope_THn: Tensor,
+        q_rope_THr: Tensor,
+        latent_TC: Tensor,
+        k_rope_Tr: Tensor,
+        up: LatentUp,
+        *,
+        layer: int,
+        scale: float,
+    ) -> Tensor: ...
+
+
+class Linear(Protocol):
+    """`x_..I @ weight_OI.T` in the precision this socket stands for."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows that arrived at this rank's experts.
+
+    Shapes: rows_RD, sorted by local expert; ends_E int32 [local experts], the running end of each expert's rows.
+    `handle` is whatever the exchange needs to send the results back.
+    """
+
+    rows_RD: Tensor
+    ends_E: Tensor
+    handle: Any
+
+
+class Exchange(Protocol):
+    """How tokens reach their experts and come back."""
+
+    def dispatch(self, x_TD: Tensor, expert_TK: Tensor) -> Dispatched:
+        """Copy every token to each of its experts; no token is dropped."""
+        ...
+
+    def combine(self, rows_RD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
+        """Bring the experts' rows home and sum them with their weights: `out_TD`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """The three choices that a forward pass is given."""
+
+    attend: Attend
+    exchange: Exchange
+    linear: Linear

@@ -1,0 +1,117 @@
+"""What crosses the border between the HTTP process and the engine process, and nothing else does.
+
+Text never crosses: prompts arrive as token ids and answers leave as token ids. Stop strings, chat templates and
+detokenising belong to the HTTP side; stop token ids, lengths and sampling belong to the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are drawn; the names and defaults are those of the OpenAI API and of vLLM.
+
+    `temperature=0` is greedy. `top_k=0` keeps every token. `logprobs=n` returns the n best and the chosen one;
+    `prompt_logprobs=n` does so for every prompt position but the first. `max_tokens=0` generates nothing
+    (used for echo). `seed=None` lets the engine choose one.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Ask for one sequence. `priority`: lower numbers go first."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Stop a request and free its blocks; unknown ids are ignored (it may just have ended)."""
+
+    request_id: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability (natural log, of the raw model distribution) of one token, with its rank from 1."""
+
+    token: int
+    logprob: float
+    rank: int
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """New tokens of one request.
+
+    `logprobs[i]` belongs to `tokens[i]`: the chosen token first, then the best ones.
+    `prompt_logprobs` comes once, with the first delta; its first entry is empty.
+    `cached_tokens` counts the prompt tokens found in the prefix cache (first delta).
+    """
+
+    request_id: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: str | None = None
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
+    cached_tokens: int = 0
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Totals and gauges of the engine at one instant (counters since the start)."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    preemptions: int
+    steps: int
+    step_seconds: float
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine is up: what the HTTP side needs to know about the model it serves."""
+
+    model_name: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_blocks: int
+    block_size: int
+
+
+class Drain(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Take no new requests, finish those in flight, then exit."""
+
+
+class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A request that could never be served (`AdmissionError` text)."""
+
+    request_id: str
+    message: str

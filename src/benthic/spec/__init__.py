@@ -1,0 +1,1 @@
+"""What exists: models, hardware and workloads as frozen values, with their sizes and costs (stdlib only)."""
