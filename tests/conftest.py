@@ -1,0 +1,24 @@
+"""Settings shared by every test: one torch thread a process, GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+
+def _cuda_devices() -> int:
+    if importlib.util.find_spec("torch") is None:
+        return 0
+    import torch  # noqa: PLC0415 (the pure rooms are tested without torch)
+
+    torch.set_num_threads(1)
+    return torch.cuda.device_count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    devices = _cuda_devices()
+    for item in items:
+        for marker, needed in (("gpu", 1), ("multigpu", 2)):
+            if marker in item.keywords and devices < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s), found {devices}"))
