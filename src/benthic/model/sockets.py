@@ -50,9 +50,15 @@ class Attend(Protocol):
 
 
 class Linear(Protocol):
-    """`x_..I @ weight_OI.T` in the precision this socket stands for."""
+    """What precision a matrix product has; an instance is called for one weight, or for one weight per expert."""
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x_..I @ weight_OI.T` in the precision this socket stands for."""
+        ...
+
+    def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        """`rows_RI` sorted by expert, times each expert's own `weight_OI.T`; rows past `ends_E[-1]` are zero."""
+        ...
 
 
 @dataclass(frozen=True)
