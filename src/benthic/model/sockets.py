@@ -4,8 +4,9 @@
 `exchange`  how tokens reach experts: on this device, through all-to-all, through NVLink kernels.
 `linear`    what precision a matrix product has.
 
-The network knows nothing else about ranks, pages or precision. Shape suffixes: T tokens, D model, H heads,
-n nope dim, r rope dim, v value dim, C kv latent, K top-k, R routed rows (sorted by expert), E experts on this rank.
+The network knows nothing else about ranks, pages or precision. Shape suffixes of this package: T tokens,
+D model, H heads, n nope dim, r rope dim, v value dim, C kv latent, Q query latent, E experts, K top-k,
+R routed rows (sorted by expert), F ffn, V vocabulary; I and O are the in and out dims of any matrix.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class LatentUp(Protocol):
 
 
 class Attend(Protocol):
-    """How queries meet keys. Returns `out_THv`."""
+    """How queries meet keys."""
 
-    def __call__(  # noqa: PLR0913 (the six operands of MLA)
+    def __call__(
         self,
         q_nope_THn: Tensor,
         q_rope_THr: Tensor,
@@ -46,18 +47,20 @@ class Attend(Protocol):
         *,
         layer: int,
         scale: float,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return `out_THv`; `latent_TC` is normed and both `rope` operands are already rotated."""
+        ...
 
 
 class Linear(Protocol):
-    """What precision a matrix product has; an instance is called for one weight, or for one weight per expert."""
+    """What precision a matrix product has: called for one weight, `grouped` for one weight per expert."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x_..I @ weight_OI.T` in the precision this socket stands for."""
         ...
 
     def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        """`rows_RI` sorted by expert, times each expert's own `weight_OI.T`; rows past `ends_E[-1]` are zero."""
+        """Each expert's rows times its own `weight_OI.T`; rows past `ends_E[-1]` come out as zero."""
         ...
 
 
@@ -65,7 +68,7 @@ class Linear(Protocol):
 class Dispatched:
     """Rows that arrived at this rank's experts.
 
-    Shapes: rows_RD, sorted by local expert; ends_E int32 [local experts], the running end of each expert's rows.
+    Shapes: rows_RD, sorted by local expert; ends_E int32 [local experts], where each expert's rows end.
     `handle` is whatever the exchange needs to send the results back.
     """
 
