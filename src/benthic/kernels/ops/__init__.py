@@ -1,0 +1,112 @@
+"""Public ops: each checks its operands and runs the implementation that the op table chooses.
+
+`IMPLEMENTATIONS` is that table; `explain(device)` says what it chooses on a device and why.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from benthic.errors import BackendError
+from benthic.kernels.ops.attention import ATTENTION, attention
+from benthic.kernels.ops.decode import MLA_DECODE, STORE_LATENT, mla_decode, store_latent
+from benthic.kernels.ops.fp8 import (
+    DEQUANTISE_FP8,
+    QUANTISE_FP8,
+    dequantise_fp8,
+    quantise_fp8_blocks,
+    quantise_fp8_rows,
+)
+from benthic.kernels.ops.loss import LINEAR_CROSS_ENTROPY, linear_cross_entropy
+from benthic.kernels.ops.moe import (
+    GROUPED_LINEAR,
+    PERMUTE,
+    ROUTE,
+    UNPERMUTE,
+    grouped_linear,
+    permute,
+    route,
+    unpermute,
+)
+from benthic.kernels.ops.norm import (
+    ADD_RMS_NORM,
+    RMS_NORM,
+    ROPE,
+    SWIGLU,
+    add_rms_norm,
+    rms_norm,
+    rope,
+    swiglu,
+)
+from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
+from benthic.kernels.table import Case, Implementation, Op
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "OPS",
+    "Choice",
+    "Permuted",
+    "Routing",
+    "RowMaps",
+    "add_rms_norm",
+    "attention",
+    "dequantise_fp8",
+    "explain",
+    "grouped_linear",
+    "linear_cross_entropy",
+    "mla_decode",
+    "permute",
+    "quantise_fp8_blocks",
+    "quantise_fp8_rows",
+    "rms_norm",
+    "rope",
+    "route",
+    "store_latent",
+    "swiglu",
+    "unpermute",
+]
+
+OPS: tuple[Op, ...] = (
+    RMS_NORM,
+    ADD_RMS_NORM,
+    SWIGLU,
+    ROPE,
+    ATTENTION,
+    MLA_DECODE,
+    STORE_LATENT,
+    ROUTE,
+    PERMUTE,
+    UNPERMUTE,
+    GROUPED_LINEAR,
+    LINEAR_CROSS_ENTROPY,
+    QUANTISE_FP8,
+    DEQUANTISE_FP8,
+)
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {op.name: op.implementations for op in OPS}
+
+
+class Choice(NamedTuple):
+    """What one op will run, and why; `others` are the remaining implementations with their verdicts."""
+
+    op: str
+    implementation: str
+    reason: str
+    others: tuple[tuple[str, str], ...]
+
+
+def explain(device: str, dtype: torch.dtype) -> list[Choice]:
+    """Say for every op which implementation runs on a device type ("cpu", "cuda") in a dtype, and why."""
+    return [_explain(op, Case(device, dtype, op.typical_dims)) for op in OPS]
+
+
+def _explain(op: Op, case: Case) -> Choice:
+    try:
+        chosen, reason = op.select(case)
+    except BackendError as error:
+        return Choice(op.name, "none", str(error), ())
+    others = tuple(
+        (other.name, other.when(case).reason) for other in op.implementations if other is not chosen
+    )
+    return Choice(op.name, chosen.name, reason, others)

@@ -1,0 +1,117 @@
+"""Public op: attention over packed sequences."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from benthic.errors import ShapeError
+from benthic.kernels.table import Case, Op, reference
+
+ATTENTION = Op(
+    "attention",
+    (reference("benthic.kernels.reference.attention:attention"),),
+    typical_dims=(192, 128),
+)
+
+
+@overload
+def attention(
+    q_THd: Tensor,
+    k_THd: Tensor,
+    v_THv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q_THd: Tensor,
+    k_THd: Tensor,
+    v_THv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(  # noqa: PLR0913 (packed attention has five operands and its lengths)
+    q_THd: Tensor,
+    k_THd: Tensor,
+    v_THv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool = True,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`softmax(q k^T * scale) v` within each sequence of a pack.
+
+    Shapes: q [Tq, H, d], k [Tk, G, d], v [Tk, G, v] with G dividing H (query heads share key heads in order);
+    cu_seqlens int32 [S + 1], running starts of the sequences, from 0 to Tq or Tk; max_seqlen the longest of each.
+    The causal mask is aligned to the end, so with fewer queries than keys the last query sees every key.
+    Returns: out [Tq, H, v]; with `return_lse` also the natural log-sum-exp of the scaled scores, float32 [Tq, H]
+    (not differentiable). A query that sees no key gives zeros and -inf.
+    Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
+    Cost: 2 H (d + v) FLOPs a visible query-key pair; backward 2 H (3 d + 2 v).
+    """
+    _check(q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k)
+    case = Case(
+        q_THd.device.type,
+        q_THd.dtype,
+        (q_THd.shape[-1], v_THv.shape[-1]),
+    )
+    out_THv, lse_TH = ATTENTION.choose(case, impl)(
+        q_THd,
+        k_THd,
+        v_THv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        scale=scale,
+        causal=causal,
+    )
+    return (out_THv, lse_TH.detach()) if return_lse else out_THv
+
+
+def _check(q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    if q_THd.dim() != 3 or k_THd.dim() != 3 or v_THv.dim() != 3:
+        msg = f"attention: q, k, v are [tokens, heads, dim], not {q_THd.dim()}, {k_THd.dim()}, {v_THv.dim()} dims"
+        raise ShapeError(msg)
+    if q_THd.shape[2] != k_THd.shape[2]:
+        msg = f"attention: queries have {q_THd.shape[2]} dims a head but keys have {k_THd.shape[2]}"
+        raise ShapeError(msg)
+    if k_THd.shape[:2] != v_THv.shape[:2]:
+        msg = (
+            f"attention: keys are {tuple(k_THd.shape[:2])} tokens x heads but values {tuple(v_THv.shape[:2])}"
+        )
+        raise ShapeError(msg)
+    if q_THd.shape[1] % k_THd.shape[1]:
+        msg = f"attention: {q_THd.shape[1]} query heads are not a multiple of {k_THd.shape[1]} key heads"
+        raise ShapeError(msg)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        msg = (
+            f"attention: cu_seqlens_q has {cu_seqlens_q.numel() - 1} sequences but cu_seqlens_k has "
+            f"{cu_seqlens_k.numel() - 1}"
+        )
+        raise ShapeError(msg)

@@ -1,0 +1,98 @@
+"""Public ops on the paged latent cache: store this step's tokens, attend to all of them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from benthic.errors import ShapeError
+from benthic.kernels.table import Case, Op, reference
+
+MLA_DECODE = Op(
+    "mla_decode",
+    (reference("benthic.kernels.reference.attention:mla_decode"),),
+    typical_dims=(512, 64),
+)
+STORE_LATENT = Op(
+    "store_latent",
+    (reference("benthic.kernels.reference.attention:store_latent"),),
+    typical_dims=(576,),
+)
+
+
+def mla_decode(
+    q_latent_SQHC: Tensor,
+    q_rope_SQHr: Tensor,
+    cache_PBW: Tensor,
+    block_table_SP: Tensor,
+    context_S: Tensor,
+    *,
+    scale: float,
+    impl: str | None = None,
+) -> Tensor:
+    """Absorbed MLA attention of the last `Q` tokens of each sequence against the paged latent cache.
+
+    DeepSeek-V2 report appendix C in the absorbed order: `score = (q_latent . c + q_rope . k_rope) * scale`,
+    `out = softmax(score) c`.
+    Shapes: q_latent [S, Q, H, C] (queries times W^UK), q_rope [S, Q, H, r]; cache [pages, block, C + r], the latent
+    first; block_table int32 [S, P], whose entries past the context are never read; context int32 [S] counts all
+    cached tokens including these Q, so query j sees `context - (Q - 1 - j)` of them. `context = 0` gives zeros.
+    Returns: out [S, Q, H, C] in the queries' dtype; multiply by W^UV for values.
+    Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
+    Cost: reads `sum(context) * (C + r)` elements once; 2 H Q (2 C + r) FLOPs a cached token.
+    """
+    _check_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S)
+    case = Case(
+        cache_PBW.device.type,
+        cache_PBW.dtype,
+        (q_latent_SQHC.shape[3], q_rope_SQHr.shape[3]),
+    )
+    out: Tensor = MLA_DECODE.choose(case, impl)(
+        q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, scale=scale
+    )
+    return out
+
+
+def store_latent(
+    cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: Tensor, *, impl: str | None = None
+) -> None:
+    """Write each token's latent and rotary key into its slot of the cache, in place.
+
+    Shapes: cache [pages, block, C + r] contiguous; latent [T, C]; rope [T, r]; slot integer [T] =
+    `page * block + offset`, and -1 for tokens that are not kept (padding). Slots must differ.
+    Raises: ShapeError when widths or tokens disagree; BackendError when `impl` cannot run.
+    """
+    width, tokens = latent_TC.shape[1] + rope_Tr.shape[1], latent_TC.shape[0]
+    if cache_PBW.shape[-1] != width:
+        msg = (
+            f"store_latent: the cache is {cache_PBW.shape[-1]} wide but a token has {latent_TC.shape[1]} latent + "
+            f"{rope_Tr.shape[1]} rotary elements"
+        )
+        raise ShapeError(msg)
+    if rope_Tr.shape[0] != tokens or slot_T.shape != (tokens,):
+        msg = f"store_latent: {tokens} latents, {rope_Tr.shape[0]} rotary keys, slots {tuple(slot_T.shape)}; one each"
+        raise ShapeError(msg)
+    STORE_LATENT.choose(Case(cache_PBW.device.type, cache_PBW.dtype, (width,)), impl)(
+        cache_PBW, latent_TC, rope_Tr, slot_T
+    )
+
+
+def _check_decode(
+    q_latent_SQHC: Tensor, q_rope_SQHr: Tensor, cache_PBW: Tensor, block_table_SP: Tensor, context_S: Tensor
+) -> None:
+    if q_latent_SQHC.shape[:3] != q_rope_SQHr.shape[:3]:
+        msg = (
+            f"mla_decode: q_latent is {tuple(q_latent_SQHC.shape[:3])} sequences x queries x heads but q_rope is "
+            f"{tuple(q_rope_SQHr.shape[:3])}"
+        )
+        raise ShapeError(msg)
+    width = q_latent_SQHC.shape[3] + q_rope_SQHr.shape[3]
+    if cache_PBW.shape[2] != width:
+        msg = f"mla_decode: the cache is {cache_PBW.shape[2]} wide but queries are {width} (latent + rope)"
+        raise ShapeError(msg)
+    sequences = q_latent_SQHC.shape[0]
+    if block_table_SP.shape[0] != sequences or context_S.shape[0] != sequences:
+        msg = (
+            f"mla_decode: {sequences} sequences of queries, {block_table_SP.shape[0]} rows of block_table, "
+            f"{context_S.shape[0]} contexts; one each"
+        )
+        raise ShapeError(msg)

@@ -1,0 +1,78 @@
+"""Public ops of the FP8 formats: quantise activations by 1 x 128 tiles and weights by 128 x 128, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benthic.errors import ShapeError
+from benthic.kernels.table import Case, Op, reference
+
+QUANTISE_FP8 = Op("quantise_fp8", (reference("benthic.kernels.reference.fp8:quantise"),))
+DEQUANTISE_FP8 = Op("dequantise_fp8", (reference("benthic.kernels.reference.fp8:dequantise"),))
+
+
+def quantise_fp8_blocks(
+    weight_OI: Tensor, *, block: int = 128, power_of_two: bool = False, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantise a weight to E4M3 with one scale per `block x block` tile (DeepSeek-V3 report section 3.3.2).
+
+    Shapes: weight [O, I] float; edge tiles may be smaller.
+    Returns: (values float8_e4m3fn [O, I], scale_inv float32 [ceil(O / block), ceil(I / block)]);
+    `weight = values * scale_inv`, the multiplier that checkpoints call `weight_scale_inv`.
+    Raises: ShapeError when the weight is not a matrix.
+    """
+    return _quantise(weight_OI, block, block, power_of_two=power_of_two, impl=impl)
+
+
+def quantise_fp8_rows(
+    x_TD: Tensor, *, block: int = 128, power_of_two: bool = False, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantise activations to E4M3 with one scale per token and `block` channels (1 x 128 tiles).
+
+    Shapes: x [T, D] float. Returns: (values float8_e4m3fn [T, D], scale float32 [T, ceil(D / block)]).
+    Raises: ShapeError when x is not a matrix.
+    """
+    return _quantise(x_TD, 1, block, power_of_two=power_of_two, impl=impl)
+
+
+def dequantise_fp8(
+    weight_OI: Tensor,
+    scale_inv: Tensor,
+    *,
+    block: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    impl: str | None = None,
+) -> Tensor:
+    """`weight * scale_inv` with every scale spread over its `block x block` tile, in `dtype`.
+
+    Shapes: weight float8_e4m3fn [O, I]; scale_inv float32 [ceil(O / block), ceil(I / block)].
+    Raises: ShapeError when the scales do not cover the weight.
+    """
+    rows, columns = weight_OI.shape
+    tiles = (-(-rows // block), -(-columns // block))
+    if scale_inv.shape != tiles:
+        msg = (
+            f"dequantise_fp8: a weight of {rows} x {columns} in blocks of {block} needs scales of shape {tiles}, "
+            f"not {tuple(scale_inv.shape)}"
+        )
+        raise ShapeError(msg)
+    out: Tensor = DEQUANTISE_FP8.choose(Case(weight_OI.device.type, weight_OI.dtype), impl)(
+        weight_OI, scale_inv, block, block, dtype=dtype
+    )
+    return out
+
+
+def _quantise(
+    x_MN: Tensor, tile_m: int, tile_n: int, *, power_of_two: bool, impl: str | None
+) -> tuple[Tensor, Tensor]:
+    if x_MN.dim() != 2:
+        msg = (
+            f"FP8 tiles are cut from a matrix; got {x_MN.dim()} dims: {tuple(x_MN.shape)}. Flatten it first."
+        )
+        raise ShapeError(msg)
+    case = Case(x_MN.device.type, x_MN.dtype, (tile_m, tile_n))
+    out: tuple[Tensor, Tensor] = QUANTISE_FP8.choose(case, impl)(
+        x_MN, tile_m, tile_n, power_of_two=power_of_two
+    )
+    return out

@@ -1,0 +1,135 @@
+"""Public mixture-of-experts ops: choose experts, sort rows by expert, multiply by each expert, bring rows home."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benthic.errors import ConfigError, ShapeError
+from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
+from benthic.kernels.table import Case, Op, reference
+
+ROUTE = Op("route", (reference("benthic.kernels.reference.moe:route"),))
+PERMUTE = Op("permute", (reference("benthic.kernels.reference.moe:permute"),))
+UNPERMUTE = Op("unpermute", (reference("benthic.kernels.reference.moe:unpermute"),))
+GROUPED_LINEAR = Op(
+    "grouped_linear", (reference("benthic.kernels.reference.moe:grouped_linear"),), typical_dims=(2048, 1408)
+)
+
+SCORING_FUNCS = ("sigmoid", "softmax")
+TOPK_METHODS = ("noaux_tc", "greedy", "group_limited_greedy")
+
+
+def route(  # noqa: PLR0913 (the gate's hyper-parameters, as in the model's config)
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    scoring_func: str,
+    topk_method: str,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    impl: str | None = None,
+) -> Routing:
+    """Choose `top_k` experts per token; the bias steers the choice, not the weights.
+
+    DeepSeek-V3 report eq. (13)-(16); `softmax` with `greedy` or `group_limited_greedy` is DeepSeek-V2's gate.
+    Shapes: logits_TE float32 [tokens, experts]; bias_E float32 [experts] or None (read as 0).
+    Returns: Routing(scores_TE float32, expert_TK int32 best first, weight_TK float32). Rows of weight_TK sum to
+    `routed_scaling_factor` when `norm_topk_prob`. Differentiable in the logits through weights and scores.
+    Raises: ShapeError when dtypes, experts, groups or top_k disagree; ConfigError for an unknown method.
+    """
+    _check_route(logits_TE, bias_E, top_k=top_k, n_group=n_group, topk_group=topk_group)
+    if scoring_func not in SCORING_FUNCS or topk_method not in TOPK_METHODS:
+        msg = f"route: scoring_func={scoring_func!r}, topk_method={topk_method!r}; known: {SCORING_FUNCS}, {TOPK_METHODS}"
+        raise ConfigError(msg)
+    routing: Routing = ROUTE.choose(Case(logits_TE.device.type, logits_TE.dtype), impl)(
+        logits_TE,
+        bias_E,
+        scoring_func=scoring_func,
+        topk_method=topk_method,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+    return routing
+
+
+def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, *, impl: str | None = None) -> Permuted:
+    """Copy every token to each of its experts, rows sorted by expert and by token within an expert.
+
+    Shapes: x [T, D]; expert_TK integer [T, K] in [0, num_experts), distinct within a token.
+    Returns: Permuted(rows_RD with R = T * K, ends_E int32, maps). Differentiable in x; deterministic.
+    Raises: ShapeError when tokens disagree.
+    """
+    if expert_TK.dim() != 2 or expert_TK.shape[0] != x_TD.shape[0]:
+        msg = f"permute: {x_TD.shape[0]} tokens but expert_TK has shape {tuple(expert_TK.shape)}; expected [T, K]"
+        raise ShapeError(msg)
+    permuted: Permuted = PERMUTE.choose(Case(x_TD.device.type, x_TD.dtype), impl)(
+        x_TD, expert_TK, num_experts
+    )
+    return permuted
+
+
+def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, *, impl: str | None = None) -> Tensor:
+    """`out_t = sum_k weight_tk * rows[row_tk]`: bring every token's rows home and sum them.
+
+    Shapes: rows [R, D]; maps from `permute`; weight [T, K]. The K terms are summed in float32 in the order of k by
+    gathers, so the result is deterministic; rounded once to the rows' dtype. Differentiable in rows and weights.
+    Raises: ShapeError when rows, maps and weights disagree.
+    """
+    if weight_TK.shape != maps.row_TK.shape or rows_RD.shape[0] != maps.copy_R.shape[0]:
+        msg = (
+            f"unpermute: {rows_RD.shape[0]} rows and weights {tuple(weight_TK.shape)} disagree with maps of "
+            f"{maps.copy_R.shape[0]} rows and {tuple(maps.row_TK.shape)} copies"
+        )
+        raise ShapeError(msg)
+    out: Tensor = UNPERMUTE.choose(Case(rows_RD.device.type, rows_RD.dtype), impl)(rows_RD, maps, weight_TK)
+    return out
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, *, impl: str | None = None) -> Tensor:
+    """`out_r = W_e x_r` for rows sorted by expert; expert e owns rows `ends[e-1] .. ends[e]`.
+
+    Shapes: x [R, I], weight [E, O, I], one dtype; ends int32 [E], not decreasing, at most R. Rows past `ends[-1]`
+    give zeros and receive zero gradient. An expert without rows has zero gradient. Differentiable in x and weight.
+    Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
+    Cost: 2 R I O FLOPs forward, twice that backward.
+    """
+    if x_RI.shape[1] != weight_EOI.shape[2] or x_RI.dtype != weight_EOI.dtype:
+        msg = (
+            f"grouped_linear: rows are {x_RI.shape[1]} wide in {x_RI.dtype} but weights expect "
+            f"{weight_EOI.shape[2]} in {weight_EOI.dtype}"
+        )
+        raise ShapeError(msg)
+    if ends_E.shape != weight_EOI.shape[:1] or ends_E.dtype != torch.int32:
+        msg = (
+            f"grouped_linear: {weight_EOI.shape[0]} experts but ends has shape {tuple(ends_E.shape)} in "
+            f"{ends_E.dtype}; expected int32, one end per expert"
+        )
+        raise ShapeError(msg)
+    case = Case(x_RI.device.type, x_RI.dtype, (weight_EOI.shape[2], weight_EOI.shape[1]))
+    out: Tensor = GROUPED_LINEAR.choose(case, impl)(x_RI, weight_EOI, ends_E)
+    return out
+
+
+def _check_route(
+    logits_TE: Tensor, bias_E: Tensor | None, *, top_k: int, n_group: int, topk_group: int
+) -> None:
+    experts = logits_TE.shape[-1]
+    if logits_TE.dtype not in (torch.float32, torch.float64):
+        msg = f"route: logits are {logits_TE.dtype}; the gate works in float32, so compute x W^T in float32"
+        raise ShapeError(msg)
+    if bias_E is not None and bias_E.shape != (experts,):
+        msg = f"route: {experts} experts but a bias of shape {tuple(bias_E.shape)}"
+        raise ShapeError(msg)
+    if experts % n_group or topk_group > n_group:
+        msg = f"route: {experts} experts, n_group={n_group}, topk_group={topk_group}; groups must divide experts"
+        raise ShapeError(msg)
+    if top_k > experts // n_group * topk_group:
+        msg = f"route: top_k={top_k} exceeds the {experts // n_group * topk_group} experts of {topk_group} groups"
+        raise ShapeError(msg)

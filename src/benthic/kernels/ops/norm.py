@@ -1,0 +1,88 @@
+"""Public row-wise ops: RMSNorm, RMSNorm of a residual sum, SwiGLU, rotary embedding."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from benthic.errors import ShapeError
+from benthic.kernels.table import Case, Op, reference
+
+RMS_NORM = Op(
+    "rms_norm",
+    (reference("benthic.kernels.reference.norm:rms_norm"),),
+)
+ADD_RMS_NORM = Op(
+    "add_rms_norm",
+    (reference("benthic.kernels.reference.norm:add_rms_norm"),),
+)
+SWIGLU = Op(
+    "swiglu",
+    (reference("benthic.kernels.reference.norm:swiglu"),),
+)
+ROPE = Op(
+    "rope",
+    (reference("benthic.kernels.reference.norm:rope"),),
+)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, impl: str | None = None) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dim, in float32, rounded once to x's dtype.
+
+    Shapes: x [..., D] any float dtype; weight_D [D]. Differentiable in both.
+    Raises: ShapeError when the last dims disagree; BackendError when `impl` cannot run.
+    """
+    if weight_D.shape != x.shape[-1:]:
+        msg = f"rms_norm: x has {x.shape[-1]} columns but the weight has shape {tuple(weight_D.shape)}"
+        raise ShapeError(msg)
+    out: Tensor = RMS_NORM.choose(Case(x.device.type, x.dtype), impl)(x, weight_D, eps)
+    return out
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight_D: Tensor, eps: float, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`sum = x + residual`; returns `(rms_norm(sum), sum)`, both in x's dtype.
+
+    Shapes: x and residual [..., D], one dtype; weight_D [D]. Differentiable in all three.
+    Raises: ShapeError when shapes disagree; BackendError when `impl` cannot run.
+    """
+    if x.shape != residual.shape or weight_D.shape != x.shape[-1:]:
+        msg = (
+            f"add_rms_norm: x {tuple(x.shape)}, residual {tuple(residual.shape)} and weight "
+            f"{tuple(weight_D.shape)} disagree; x and residual must match and the weight must be [D]"
+        )
+        raise ShapeError(msg)
+    out: tuple[Tensor, Tensor] = ADD_RMS_NORM.choose(Case(x.device.type, x.dtype), impl)(
+        x, residual, weight_D, eps
+    )
+    return out
+
+
+def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
+    """`silu(gate) * up`, where gate is the first half of the last dim and up the second.
+
+    Shapes: gate_up [..., 2F] -> [..., F]; computed in float32, rounded once. Differentiable.
+    Raises: ShapeError when the last dim is odd; BackendError when `impl` cannot run.
+    """
+    if gate_up.shape[-1] % 2:
+        msg = f"swiglu: the last dim holds gate and up side by side, so it must be even, not {gate_up.shape[-1]}"
+        raise ShapeError(msg)
+    out: Tensor = SWIGLU.choose(Case(gate_up.device.type, gate_up.dtype), impl)(gate_up)
+    return out
+
+
+def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor, *, impl: str | None = None) -> Tensor:
+    """Rotate each pair `(x_j, x_{j + r/2})` by its token's angle (half-split layout).
+
+    Shapes: x [T, H, r] or [T, r]; cos and sin float32 [T, r/2], already gathered by position. Computed in float32
+    and rounded once; differentiable in x. Released checkpoints interleave the pairs: permute their rows at load.
+    Raises: ShapeError when tokens or halves disagree; BackendError when `impl` cannot run.
+    """
+    if cos_Tr2.shape != (x.shape[0], x.shape[-1] // 2) or sin_Tr2.shape != cos_Tr2.shape or x.shape[-1] % 2:
+        msg = (
+            f"rope: x {tuple(x.shape)} needs cos and sin of shape [{x.shape[0]}, {x.shape[-1] / 2:g}], "
+            f"not {tuple(cos_Tr2.shape)} and {tuple(sin_Tr2.shape)}"
+        )
+        raise ShapeError(msg)
+    out: Tensor = ROPE.choose(Case(x.device.type, x.dtype), impl)(x, cos_Tr2, sin_Tr2)
+    return out

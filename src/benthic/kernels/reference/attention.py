@@ -1,0 +1,98 @@
+"""Definitions of attention over packed sequences and over the paged latent cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benthic.kernels.reference.norm import wide
+
+
+def attention(
+    q_THd: Tensor,
+    k_THd: Tensor,
+    v_THv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """`softmax(q k^T * scale + mask) v`, one sequence after another; returns `(out_THv, lse_TH)`.
+
+    The causal mask is aligned to the end: the last query sees every key. A query that sees no key gives zeros and
+    a log-sum-exp of -inf.
+    """
+    del max_seqlen_q, max_seqlen_k  # the definition loops; only kernels size a grid by them
+    outs, lses = [], []
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for sequence in range(len(starts_q) - 1):
+        rows = slice(starts_q[sequence], starts_q[sequence + 1])
+        columns = slice(starts_k[sequence], starts_k[sequence + 1])
+        out, lse = attend_one(q_THd[rows], k_THd[columns], v_THv[columns], scale=scale, causal=causal)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def attend_one(
+    q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, *, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """One sequence of `attention`, with the whole score matrix in memory."""
+    groups = q_THd.shape[1] // k_THd.shape[1]
+    k_THd = k_THd.repeat_interleave(groups, dim=1)
+    v_THv = v_THv.repeat_interleave(groups, dim=1)
+    acc = wide(q_THd.dtype)
+    score_HTT = torch.einsum("ihd,jhd->hij", q_THd.to(acc), k_THd.to(acc)) * scale
+    if causal:
+        score_HTT = score_HTT.masked_fill(
+            ~bottom_right(*score_HTT.shape[1:], device=q_THd.device), -torch.inf
+        )
+    lse_HT = torch.logsumexp(score_HTT, dim=-1)
+    blind_HT = lse_HT == -torch.inf
+    prob_HTT = torch.exp(score_HTT - lse_HT.masked_fill(blind_HT, 0.0).unsqueeze(-1))
+    out_THv = torch.einsum("hij,jhv->ihv", prob_HTT, v_THv.to(acc))
+    return out_THv.to(q_THd.dtype), lse_HT.transpose(0, 1)
+
+
+def bottom_right(queries: int, keys: int, *, device: torch.device) -> Tensor:
+    """Which keys each query sees under a causal mask whose last query sees every key: bool [queries, keys]."""
+    row = torch.arange(queries, device=device).unsqueeze(1)
+    return torch.arange(keys, device=device) <= row + (keys - queries)
+
+
+def mla_decode(
+    q_latent_SQHC: Tensor,
+    q_rope_SQHr: Tensor,
+    cache_PBW: Tensor,
+    block_table_SP: Tensor,
+    context_S: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Absorbed attention against the paged latent cache, one sequence after another.
+
+    `score_j = (q_latent . c_j + q_rope . k_j) * scale`, `out = sum_j softmax(score)_j c_j`: attention with one key
+    head whose value is the latent part of the key. The last query of a sequence sees all `context` tokens.
+    """
+    latent_dim = q_latent_SQHC.shape[-1]
+    query_SQHW = torch.cat((q_latent_SQHC, q_rope_SQHr), dim=-1)
+    out = torch.zeros_like(q_latent_SQHC)
+    for sequence, context in enumerate(context_S.tolist()):
+        if context == 0:
+            continue
+        pages = block_table_SP[sequence, : -(-context // cache_PBW.shape[1])].long()
+        key_T1W = cache_PBW[pages].flatten(0, 1)[:context].unsqueeze(1).to(query_SQHW.dtype)
+        out[sequence] = attend_one(
+            query_SQHW[sequence], key_T1W, key_T1W[..., :latent_dim], scale=scale, causal=True
+        )[0]
+    return out
+
+
+def store_latent(cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: Tensor) -> None:
+    """Write each token's latent and rotary key into its slot (`page * B + offset`); slot -1 is skipped."""
+    kept_T = slot_T >= 0
+    rows_TW = torch.cat((latent_TC, rope_Tr), dim=-1).to(cache_PBW.dtype)
+    cache_PBW.view(-1, cache_PBW.shape[-1])[slot_T[kept_T].long()] = rows_TW[kept_T]

@@ -1,0 +1,116 @@
+"""Definitions of the mixture-of-experts ops: choosing experts, moving rows, multiplying by each expert."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benthic.kernels.reference.norm import wide
+
+
+class Routing(NamedTuple):
+    """Which experts a token goes to.
+
+    Attributes:
+        scores_TE: float32 affinities of every token to every expert (without bias).
+        expert_TK: int32 chosen experts, best first.
+        weight_TK: float32 weights of the chosen experts, differentiable.
+    """
+
+    scores_TE: Tensor
+    expert_TK: Tensor
+    weight_TK: Tensor
+
+
+class RowMaps(NamedTuple):
+    """Where every copy of a token went.
+
+    Attributes:
+        row_TK: int64, the row that holds copy k of token t.
+        copy_R: int64, the inverse: row r holds copy `copy_R[r] % K` of token `copy_R[r] // K`.
+    """
+
+    row_TK: Tensor
+    copy_R: Tensor
+
+
+class Permuted(NamedTuple):
+    """Rows sorted by expert: `rows_RD`, the running end of each expert's rows `ends_E` (int32), and `maps`."""
+
+    rows_RD: Tensor
+    ends_E: Tensor
+    maps: RowMaps
+
+
+def route(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    scoring_func: str,
+    topk_method: str,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> Routing:
+    """`s = sigmoid(logits)` or softmax; `s' = s + bias` chooses; `s` weighs. DeepSeek-V3 report eq. (13)-(16).
+
+    With groups, only experts of the `topk_group` best groups may be chosen. A group's score is the sum of its two
+    best `s'` (`noaux_tc`) or its best one (`group_limited_greedy`); experts of other groups are masked with -inf,
+    since with 0 a masked expert beats one whose biased score is negative.
+    """
+    scores_TE = torch.sigmoid(logits_TE) if scoring_func == "sigmoid" else torch.softmax(logits_TE, dim=-1)
+    choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
+    if n_group > 1 and topk_method != "greedy":
+        best = 2 if topk_method == "noaux_tc" else 1
+        choice_TE = keep_groups(choice_TE, n_group=n_group, topk_group=topk_group, best=best)
+    expert_TK = torch.topk(choice_TE, top_k, dim=-1, sorted=True).indices
+    weight_TK = scores_TE.gather(1, expert_TK)
+    if norm_topk_prob:
+        weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routing(scores_TE, expert_TK.to(torch.int32), weight_TK * routed_scaling_factor)
+
+
+def keep_groups(choice_TE: Tensor, *, n_group: int, topk_group: int, best: int) -> Tensor:
+    """Mask with -inf the experts outside the `topk_group` groups with the largest sum of `best` scores."""
+    choice_TGe = choice_TE.unflatten(1, (n_group, -1))
+    group_TG = choice_TGe.topk(min(best, choice_TGe.shape[-1]), dim=-1).values.sum(dim=-1)
+    kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
+    kept_TG.scatter_(1, group_TG.topk(topk_group, dim=-1).indices, True)  # noqa: FBT003 (the value to scatter)
+    return choice_TGe.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf).flatten(1)
+
+
+def row_maps(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, RowMaps]:
+    """Sort copies by expert, keeping token order within one: `(ends_E int32, maps)`."""
+    flat = expert_TK.reshape(-1)
+    copy_R = torch.argsort(flat, stable=True)
+    row = torch.empty_like(copy_R)
+    row[copy_R] = torch.arange(copy_R.numel(), device=row.device)
+    ends_E = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
+    return ends_E, RowMaps(row.view_as(expert_TK), copy_R)
+
+
+def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
+    """Copy every token to each of its experts, rows sorted by expert."""
+    ends_E, maps = row_maps(expert_TK, num_experts)
+    return Permuted(x_TD[maps.copy_R // expert_TK.shape[1]], ends_E, maps)
+
+
+def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
+    """`out_t = sum_k weight_tk * rows[row_tk]`, summed in float32 in the order of k."""
+    acc = wide(rows_RD.dtype)
+    rows_TKD = rows_RD[maps.row_TK].to(acc)
+    return (rows_TKD * weight_TK.to(acc).unsqueeze(-1)).sum(dim=1).to(rows_RD.dtype)
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`out_r = W_e x_r` for the rows of each expert; rows past `ends_E[-1]` are zeros."""
+    outs, start = [], 0
+    for expert, end in enumerate(ends_E.tolist()):
+        outs.append(x_RI[start:end] @ weight_EOI[expert].T)
+        start = end
+    outs.append(x_RI.new_zeros(x_RI.shape[0] - start, weight_EOI.shape[1]))
+    return torch.cat(outs)

@@ -1,0 +1,38 @@
+"""Definitions of the elementwise and row-wise ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are taken: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight`, in float32, rounded once."""
+    x_wide = x.to(wide(x.dtype))
+    scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    return (x_wide * scale * weight_D).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`s = x + residual` in the inputs' dtype; returns `(rms_norm(s), s)`."""
+    total = x + residual
+    return rms_norm(total, weight_D, eps), total
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of the two halves of the last dim, in float32, rounded once."""
+    gate, up = gate_up.to(wide(gate_up.dtype)).chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
+    """Rotate pairs `(x_j, x_{j+r/2})` by each token's angles (half-split layout), in float32, rounded once."""
+    x_1, x_2 = x.to(wide(x.dtype)).chunk(2, dim=-1)
+    shape = (x.shape[0],) + (1,) * (x.dim() - 2) + (x.shape[-1] // 2,)
+    cos, sin = cos_Tr2.view(shape), sin_Tr2.view(shape)
+    return torch.cat((x_1 * cos - x_2 * sin, x_2 * cos + x_1 * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,188 @@
+"""The op table: which implementation of an op runs, decided by an explicit list and nothing else.
+
+Every op has a tuple of implementations in order of preference. Each says of a case (device type, dtype, static
+dims) whether it runs there and why. The first that runs is chosen and remembered; a caller may name another with
+`impl=`, and is refused with a `BackendError` when that one cannot run. Nothing is swapped silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from benthic.errors import BackendError, did_you_mean
+
+
+class Case(NamedTuple):
+    """What a choice may depend on.
+
+    Attributes:
+        device: device type, "cpu" or "cuda".
+        dtype: dtype of the op's first tensor.
+        dims: sizes that never change within a model; each op's docstring says which.
+        lengths: True when every sequence of a pack has the same length, for ops to which that matters.
+    """
+
+    device: str
+    dtype: torch.dtype
+    dims: tuple[int, ...] = ()
+    equal: bool = False
+
+
+class Verdict(NamedTuple):
+    """Whether an implementation runs on a case, and why (or why not)."""
+
+    runs: bool
+    reason: str
+
+
+def yes(reason: str) -> Verdict:
+    """The implementation runs."""
+    return Verdict(runs=True, reason=reason)
+
+
+def no(reason: str) -> Verdict:
+    """The implementation does not run."""
+    return Verdict(runs=False, reason=reason)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op.
+
+    Attributes:
+        name: what `impl=` takes.
+        when: verdict on a case.
+        where: "module:function"; the module is imported when the implementation is first chosen.
+    """
+
+    name: str
+    when: Callable[[Case], Verdict]
+    where: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import and return the function."""
+        module, function = self.where.split(":")
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return loaded
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public op's name, its implementations in order of preference, and a representative `dims` for reports."""
+
+    name: str
+    implementations: tuple[Implementation, ...]
+    typical_dims: tuple[int, ...] = ()
+    _chosen: dict[tuple[Case, str | None], Callable[..., Any]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def choose(self, case: Case, impl: str | None = None) -> Callable[..., Any]:
+        """The function to run; a dictionary look-up after the first call of a case.
+
+        Raises:
+            BackendError: `impl` is unknown or cannot run here, or nothing can.
+        """
+        found = self._chosen.get((case, impl))
+        if found is None:
+            found = self.select(case, impl)[0].load()
+            self._chosen[(case, impl)] = found
+        return found
+
+    def select(self, case: Case, impl: str | None = None) -> tuple[Implementation, str]:
+        """The implementation for a case and the reason; see `choose`."""
+        candidates = self.implementations if impl is None else (self._named(impl),)
+        refusals = []
+        for candidate in candidates:
+            verdict = candidate.when(case)
+            if verdict.runs:
+                return candidate, verdict.reason
+            refusals.append(f"{candidate.name}: {verdict.reason}")
+        msg = f"{self.name} cannot run on {case.device} in {case.dtype} with dims {case.dims}. " + "; ".join(
+            refusals
+        )
+        raise BackendError(msg)
+
+    def _named(self, impl: str) -> Implementation:
+        for candidate in self.implementations:
+            if candidate.name == impl:
+                return candidate
+        names = [candidate.name for candidate in self.implementations]
+        msg = f"{self.name} has no implementation {impl!r}. {did_you_mean(impl, names)}"
+        raise BackendError(msg)
+
+
+@functools.cache
+def triton_refusal(device: str) -> str | None:
+    """Why Triton kernels cannot run on a device type, or None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cuda":
+        return None
+    return (
+        None
+        if triton_interprets()
+        else f"Triton kernels run on cuda, not {device} (or in Triton's interpreter)"
+    )
+
+
+@functools.cache
+def triton_interprets() -> bool:
+    """Whether Triton runs its kernels in the CPU interpreter in this process."""
+    knobs = importlib.import_module("triton.knobs")
+    return bool(knobs.runtime.interpret)
+
+
+def triton_runs(*dtypes: torch.dtype, reason: str, dot: bool = False) -> Callable[[Case], Verdict]:
+    """A `when` for a Triton kernel that takes `dtypes`.
+
+    With `dot=True` the kernel multiplies matrices: bfloat16 is then refused under the interpreter, whose bfloat16
+    products are silently wrong (errors of 1e10).
+    """
+
+    def when(case: Case) -> Verdict:
+        refusal = triton_refusal(case.device)
+        if refusal is not None:
+            return no(refusal)
+        if case.dtype not in dtypes:
+            return no(f"takes {', '.join(map(str, dtypes))}, not {case.dtype}")
+        if dot and case.device == "cpu" and case.dtype == torch.bfloat16:
+            return no("Triton's interpreter multiplies bfloat16 matrices wrongly; use float32 there")
+        return yes(reason)
+
+    return when
+
+
+def on(device: str, *dtypes: torch.dtype, reason: str) -> Callable[[Case], Verdict]:
+    """A `when` for one device type, and for `dtypes` if any are named."""
+
+    def when(case: Case) -> Verdict:
+        if case.device != device:
+            return no(f"runs on {device}, not {case.device}")
+        if dtypes and case.dtype not in dtypes:
+            return no(f"takes {', '.join(map(str, dtypes))}, not {case.dtype}")
+        return yes(reason)
+
+    return when
+
+
+def anywhere(reason: str) -> Callable[[Case], Verdict]:
+    """A `when` for every device and dtype."""
+    verdict = yes(reason)
+
+    def when(_case: Case) -> Verdict:
+        return verdict
+
+    return when
+
+
+def reference(where: str) -> Implementation:
+    """The plain-torch definition as the last entry of an op's list."""
+    return Implementation("reference", anywhere("plain torch: the definition of the op"), where)
