@@ -157,6 +157,6 @@ def test_small_models_are_small():
 
 
 def test_an_unknown_model_is_named_with_its_nearest_neighbour():
-    with pytest.raises(UnknownFieldError, match="'deepseek-v33'.*'deepseek-v3'"):
+    with pytest.raises(UnknownFieldError, match=r"'deepseek-v33'.*'deepseek-v3'"):
         presets.get("deepseek-v33")
     assert presets.get("DeepSeek-V3") is V3
