@@ -1,8 +1,9 @@
 """The op table: which implementation of an op runs, decided by an explicit list and nothing else.
 
-Every op has a tuple of implementations in order of preference. Each says of a case (device type, dtype, static
-dims) whether it runs there and why. The first that runs is chosen and remembered; a caller may name another with
-`impl=`, and is refused with a `BackendError` when that one cannot run. Nothing is swapped silently.
+Every op has a tuple of implementations in order of preference. Each says of a case (device type, dtype,
+static dims) whether it runs there and why. The first that runs is chosen and remembered; a caller may name
+another with `impl=`, and is refused with a `BackendError` when that one cannot run. Nothing is swapped
+silently.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from benthic.errors import BackendError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Case(NamedTuple):
@@ -75,7 +78,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Op:
-    """A public op's name, its implementations in order of preference, and a representative `dims` for reports."""
+    """A public op: its implementations in order of preference, and typical `dims` for reports."""
 
     name: str
     implementations: tuple[Implementation, ...]
@@ -143,8 +146,8 @@ def triton_interprets() -> bool:
 def triton_runs(*dtypes: torch.dtype, reason: str, dot: bool = False) -> Callable[[Case], Verdict]:
     """A `when` for a Triton kernel that takes `dtypes`.
 
-    With `dot=True` the kernel multiplies matrices: bfloat16 is then refused under the interpreter, whose bfloat16
-    products are silently wrong (errors of 1e10).
+    With `dot=True` the kernel multiplies matrices: bfloat16 is then refused under the interpreter, whose
+    bfloat16 products are silently wrong (errors of 1e10).
     """
 
     def when(case: Case) -> Verdict:

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.errors import BackendError
 from benthic.kernels.ops.attention import ATTENTION, attention
@@ -42,6 +40,9 @@ from benthic.kernels.ops.norm import (
 )
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
 from benthic.kernels.table import Case, Implementation, Op
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "IMPLEMENTATIONS",

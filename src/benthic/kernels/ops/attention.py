@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, overload
 
 from benthic.errors import ShapeError
 from benthic.kernels.table import Case, Op, reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ATTENTION = Op(
     "attention",
@@ -67,10 +68,11 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
     """`softmax(q k^T * scale) v` within each sequence of a pack.
 
     Shapes: q [Tq, H, d], k [Tk, G, d], v [Tk, G, v] with G dividing H (query heads share key heads in order);
-    cu_seqlens int32 [S + 1], running starts of the sequences, from 0 to Tq or Tk; max_seqlen the longest of each.
-    The causal mask is aligned to the end, so with fewer queries than keys the last query sees every key.
-    Returns: out [Tq, H, v]; with `return_lse` also the natural log-sum-exp of the scaled scores, float32 [Tq, H]
-    (not differentiable). A query that sees no key gives zeros and -inf.
+    cu_seqlens int32 [S + 1], running starts of the sequences, from 0 to Tq or Tk; max_seqlen the longest of
+    each. The causal mask is aligned to the end, so with fewer queries than keys the last query sees every
+    key.
+    Returns: out [Tq, H, v]; with `return_lse` also the natural log-sum-exp of the scaled scores, float32
+    [Tq, H] (not differentiable). A query that sees no key gives zeros and -inf.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
     Cost: 2 H (d + v) FLOPs a visible query-key pair; backward 2 H (3 d + 2 v).
     """
@@ -96,7 +98,8 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
 
 def _check(q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
     if q_THd.dim() != 3 or k_THd.dim() != 3 or v_THv.dim() != 3:
-        msg = f"attention: q, k, v are [tokens, heads, dim], not {q_THd.dim()}, {k_THd.dim()}, {v_THv.dim()} dims"
+        got = tuple(q_THd.shape), tuple(k_THd.shape), tuple(v_THv.shape)
+        msg = f"attention: q, k, v are [tokens, heads, dim], not {got}"
         raise ShapeError(msg)
     if q_THd.shape[2] != k_THd.shape[2]:
         msg = f"attention: queries have {q_THd.shape[2]} dims a head but keys have {k_THd.shape[2]}"

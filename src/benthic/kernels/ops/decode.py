@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from benthic.errors import ShapeError
 from benthic.kernels.table import Case, Op, reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MLA_DECODE = Op(
     "mla_decode",
@@ -33,9 +36,10 @@ def mla_decode(
 
     DeepSeek-V2 report appendix C in the absorbed order: `score = (q_latent . c + q_rope . k_rope) * scale`,
     `out = softmax(score) c`.
-    Shapes: q_latent [S, Q, H, C] (queries times W^UK), q_rope [S, Q, H, r]; cache [pages, block, C + r], the latent
-    first; block_table int32 [S, P], whose entries past the context are never read; context int32 [S] counts all
-    cached tokens including these Q, so query j sees `context - (Q - 1 - j)` of them. `context = 0` gives zeros.
+    Shapes: q_latent [S, Q, H, C] (queries times W^UK), q_rope [S, Q, H, r]; cache [pages, block, C + r],
+    the latent first; block_table int32 [S, P], whose entries past the context are never read; context int32
+    [S] counts all cached tokens including these Q, so query j sees `context - (Q - 1 - j)` of them.
+    `context = 0` gives zeros.
     Returns: out [S, Q, H, C] in the queries' dtype; multiply by W^UV for values.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
     Cost: reads `sum(context) * (C + r)` elements once; 2 H Q (2 C + r) FLOPs a cached token.
@@ -64,12 +68,15 @@ def store_latent(
     width, tokens = latent_TC.shape[1] + rope_Tr.shape[1], latent_TC.shape[0]
     if cache_PBW.shape[-1] != width:
         msg = (
-            f"store_latent: the cache is {cache_PBW.shape[-1]} wide but a token has {latent_TC.shape[1]} latent + "
-            f"{rope_Tr.shape[1]} rotary elements"
+            f"store_latent: the cache is {cache_PBW.shape[-1]} wide but a token has {latent_TC.shape[1]} "
+            f"latent + {rope_Tr.shape[1]} rotary elements"
         )
         raise ShapeError(msg)
     if rope_Tr.shape[0] != tokens or slot_T.shape != (tokens,):
-        msg = f"store_latent: {tokens} latents, {rope_Tr.shape[0]} rotary keys, slots {tuple(slot_T.shape)}; one each"
+        msg = (
+            f"store_latent: {tokens} latents, {rope_Tr.shape[0]} rotary keys, "
+            f"slots {tuple(slot_T.shape)}; one each"
+        )
         raise ShapeError(msg)
     STORE_LATENT.choose(Case(cache_PBW.device.type, cache_PBW.dtype, (width,)), impl)(
         cache_PBW, latent_TC, rope_Tr, slot_T
@@ -81,8 +88,8 @@ def _check_decode(
 ) -> None:
     if q_latent_SQHC.shape[:3] != q_rope_SQHr.shape[:3]:
         msg = (
-            f"mla_decode: q_latent is {tuple(q_latent_SQHC.shape[:3])} sequences x queries x heads but q_rope is "
-            f"{tuple(q_rope_SQHr.shape[:3])}"
+            f"mla_decode: q_latent is {tuple(q_latent_SQHC.shape[:3])} sequences x queries x heads "
+            f"but q_rope is {tuple(q_rope_SQHr.shape[:3])}"
         )
         raise ShapeError(msg)
     width = q_latent_SQHC.shape[3] + q_rope_SQHr.shape[3]

@@ -53,8 +53,8 @@ def dequantise_fp8(
     tiles = (-(-rows // block), -(-columns // block))
     if scale_inv.shape != tiles:
         msg = (
-            f"dequantise_fp8: a weight of {rows} x {columns} in blocks of {block} needs scales of shape {tiles}, "
-            f"not {tuple(scale_inv.shape)}"
+            f"dequantise_fp8: a weight of {rows} x {columns} in blocks of {block} needs scales "
+            f"of shape {tiles}, not {tuple(scale_inv.shape)}"
         )
         raise ShapeError(msg)
     out: Tensor = DEQUANTISE_FP8.choose(Case(weight_OI.device.type, weight_OI.dtype), impl)(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, overload
 
 from benthic.errors import ShapeError
 from benthic.kernels.table import Case, Op, reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LINEAR_CROSS_ENTROPY = Op(
     "linear_cross_entropy", (reference("benthic.kernels.reference.loss:linear_cross_entropy"),)
@@ -52,17 +53,17 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`-log softmax(W h)[target]` of every token.
 
-    Shapes: hidden [T, D], weight [V, D], one dtype; target integer [T] in [0, V) or `ignore_index`. `chunk` is the
-    number of tokens whose logits exist at once (None: 64 MiB of logits on a CPU, 512 MiB on a GPU).
-    Returns: loss float32 [T] (0 where ignored), differentiable in hidden and weight; with `return_argmax` also the
-    most likely token, int64 [T], of every token including ignored ones.
+    Shapes: hidden [T, D], weight [V, D], one dtype; target integer [T] in [0, V) or `ignore_index`. `chunk`
+    is the number of tokens whose logits exist at once (None: 64 MiB of logits on a CPU, 512 MiB on a GPU).
+    Returns: loss float32 [T] (0 where ignored), differentiable in hidden and weight; with `return_argmax`
+    also the most likely token, int64 [T], of every token including ignored ones.
     Raises: ShapeError when operands disagree.
     Cost: logits are computed again in backward, 8 T V D FLOPs in all; memory `chunk * V` instead of `T * V`.
     """
     if hidden_TD.shape[1] != weight_VD.shape[1] or hidden_TD.dtype != weight_VD.dtype:
         msg = (
-            f"linear_cross_entropy: hidden is {hidden_TD.shape[1]} wide in {hidden_TD.dtype} but the head expects "
-            f"{weight_VD.shape[1]} in {weight_VD.dtype}"
+            f"linear_cross_entropy: hidden is {hidden_TD.shape[1]} wide in {hidden_TD.dtype} but the head "
+            f"expects {weight_VD.shape[1]} in {weight_VD.dtype}"
         )
         raise ShapeError(msg)
     if target_T.shape != hidden_TD.shape[:1]:

@@ -1,13 +1,17 @@
-"""Public mixture-of-experts ops: choose experts, sort rows by expert, multiply by each expert, bring rows home."""
+"""Public mixture-of-experts ops: choose experts, sort rows by expert, multiply, bring rows home."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from benthic.errors import ConfigError, ShapeError
-from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
 from benthic.kernels.table import Case, Op, reference
+
+if TYPE_CHECKING:
+    from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
 
 ROUTE = Op("route", (reference("benthic.kernels.reference.moe:route"),))
 PERMUTE = Op("permute", (reference("benthic.kernels.reference.moe:permute"),))
@@ -37,13 +41,17 @@ def route(  # noqa: PLR0913 (the gate's hyper-parameters, as in the model's conf
 
     DeepSeek-V3 report eq. (13)-(16); `softmax` with `greedy` or `group_limited_greedy` is DeepSeek-V2's gate.
     Shapes: logits_TE float32 [tokens, experts]; bias_E float32 [experts] or None (read as 0).
-    Returns: Routing(scores_TE float32, expert_TK int32 best first, weight_TK float32). Rows of weight_TK sum to
-    `routed_scaling_factor` when `norm_topk_prob`. Differentiable in the logits through weights and scores.
+    Returns: Routing(scores_TE float32, expert_TK int32 best first, weight_TK float32). Rows of weight_TK
+    sum to `routed_scaling_factor` when `norm_topk_prob`. Differentiable in the logits through weights and
+    scores.
     Raises: ShapeError when dtypes, experts, groups or top_k disagree; ConfigError for an unknown method.
     """
     _check_route(logits_TE, bias_E, top_k=top_k, n_group=n_group, topk_group=topk_group)
     if scoring_func not in SCORING_FUNCS or topk_method not in TOPK_METHODS:
-        msg = f"route: scoring_func={scoring_func!r}, topk_method={topk_method!r}; known: {SCORING_FUNCS}, {TOPK_METHODS}"
+        msg = (
+            f"route: scoring_func={scoring_func!r}, topk_method={topk_method!r}; "
+            f"known: {SCORING_FUNCS}, {TOPK_METHODS}"
+        )
         raise ConfigError(msg)
     routing: Routing = ROUTE.choose(Case(logits_TE.device.type, logits_TE.dtype), impl)(
         logits_TE,
@@ -67,7 +75,7 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, *, impl: str | No
     Raises: ShapeError when tokens disagree.
     """
     if expert_TK.dim() != 2 or expert_TK.shape[0] != x_TD.shape[0]:
-        msg = f"permute: {x_TD.shape[0]} tokens but expert_TK has shape {tuple(expert_TK.shape)}; expected [T, K]"
+        msg = f"permute: {x_TD.shape[0]} tokens but expert_TK is {tuple(expert_TK.shape)}; expected [T, K]"
         raise ShapeError(msg)
     permuted: Permuted = PERMUTE.choose(Case(x_TD.device.type, x_TD.dtype), impl)(
         x_TD, expert_TK, num_experts
@@ -78,8 +86,9 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, *, impl: str | No
 def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, *, impl: str | None = None) -> Tensor:
     """`out_t = sum_k weight_tk * rows[row_tk]`: bring every token's rows home and sum them.
 
-    Shapes: rows [R, D]; maps from `permute`; weight [T, K]. The K terms are summed in float32 in the order of k by
-    gathers, so the result is deterministic; rounded once to the rows' dtype. Differentiable in rows and weights.
+    Shapes: rows [R, D]; maps from `permute`; weight [T, K]. The K terms are summed in float32 in the order
+    of k by gathers, so the result is deterministic; rounded once to the rows' dtype. Differentiable in rows
+    and weights.
     Raises: ShapeError when rows, maps and weights disagree.
     """
     if weight_TK.shape != maps.row_TK.shape or rows_RD.shape[0] != maps.copy_R.shape[0]:
@@ -95,8 +104,9 @@ def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, *, impl: str | 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, *, impl: str | None = None) -> Tensor:
     """`out_r = W_e x_r` for rows sorted by expert; expert e owns rows `ends[e-1] .. ends[e]`.
 
-    Shapes: x [R, I], weight [E, O, I], one dtype; ends int32 [E], not decreasing, at most R. Rows past `ends[-1]`
-    give zeros and receive zero gradient. An expert without rows has zero gradient. Differentiable in x and weight.
+    Shapes: x [R, I], weight [E, O, I], one dtype; ends int32 [E], not decreasing, at most R. Rows past
+    `ends[-1]` give zeros and receive zero gradient. An expert without rows has zero gradient.
+    Differentiable in x and weight.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
     Cost: 2 R I O FLOPs forward, twice that backward.
     """
@@ -128,8 +138,9 @@ def _check_route(
         msg = f"route: {experts} experts but a bias of shape {tuple(bias_E.shape)}"
         raise ShapeError(msg)
     if experts % n_group or topk_group > n_group:
-        msg = f"route: {experts} experts, n_group={n_group}, topk_group={topk_group}; groups must divide experts"
+        msg = f"route: {experts} experts, n_group={n_group}, topk_group={topk_group} do not fit"
         raise ShapeError(msg)
     if top_k > experts // n_group * topk_group:
-        msg = f"route: top_k={top_k} exceeds the {experts // n_group * topk_group} experts of {topk_group} groups"
+        reachable = experts // n_group * topk_group
+        msg = f"route: top_k={top_k} exceeds the {reachable} experts of {topk_group} groups"
         raise ShapeError(msg)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from benthic.errors import ShapeError
 from benthic.kernels.table import Case, Op, reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RMS_NORM = Op(
     "rms_norm",
@@ -65,7 +68,7 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     Raises: ShapeError when the last dim is odd; BackendError when `impl` cannot run.
     """
     if gate_up.shape[-1] % 2:
-        msg = f"swiglu: the last dim holds gate and up side by side, so it must be even, not {gate_up.shape[-1]}"
+        msg = f"swiglu: the last dim holds gate and up, so it must be even, not {gate_up.shape[-1]}"
         raise ShapeError(msg)
     out: Tensor = SWIGLU.choose(Case(gate_up.device.type, gate_up.dtype), impl)(gate_up)
     return out
@@ -74,8 +77,9 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
 def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor, *, impl: str | None = None) -> Tensor:
     """Rotate each pair `(x_j, x_{j + r/2})` by its token's angle (half-split layout).
 
-    Shapes: x [T, H, r] or [T, r]; cos and sin float32 [T, r/2], already gathered by position. Computed in float32
-    and rounded once; differentiable in x. Released checkpoints interleave the pairs: permute their rows at load.
+    Shapes: x [T, H, r] or [T, r]; cos and sin float32 [T, r/2], already gathered by position. Computed in
+    float32 and rounded once; differentiable in x. Released checkpoints interleave the pairs: permute their
+    rows at load.
     Raises: ShapeError when tokens or halves disagree; BackendError when `impl` cannot run.
     """
     if cos_Tr2.shape != (x.shape[0], x.shape[-1] // 2) or sin_Tr2.shape != cos_Tr2.shape or x.shape[-1] % 2:

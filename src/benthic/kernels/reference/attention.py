@@ -8,7 +8,7 @@ from torch import Tensor
 from benthic.kernels.reference.norm import wide
 
 
-def attention(
+def attention(  # noqa: PLR0913 (packed attention has five operands and its lengths)
     q_THd: Tensor,
     k_THd: Tensor,
     v_THv: Tensor,
@@ -22,8 +22,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """`softmax(q k^T * scale + mask) v`, one sequence after another; returns `(out_THv, lse_TH)`.
 
-    The causal mask is aligned to the end: the last query sees every key. A query that sees no key gives zeros and
-    a log-sum-exp of -inf.
+    The causal mask is aligned to the end: the last query sees every key. A query that sees no key gives
+    zeros and a log-sum-exp of -inf.
     """
     del max_seqlen_q, max_seqlen_k  # the definition loops; only kernels size a grid by them
     outs, lses = [], []
@@ -58,7 +58,7 @@ def attend_one(
 
 
 def bottom_right(queries: int, keys: int, *, device: torch.device) -> Tensor:
-    """Which keys each query sees under a causal mask whose last query sees every key: bool [queries, keys]."""
+    """Which keys each query sees when the last query sees every key: bool [queries, keys]."""
     row = torch.arange(queries, device=device).unsqueeze(1)
     return torch.arange(keys, device=device) <= row + (keys - queries)
 
@@ -74,8 +74,9 @@ def mla_decode(
 ) -> Tensor:
     """Absorbed attention against the paged latent cache, one sequence after another.
 
-    `score_j = (q_latent . c_j + q_rope . k_j) * scale`, `out = sum_j softmax(score)_j c_j`: attention with one key
-    head whose value is the latent part of the key. The last query of a sequence sees all `context` tokens.
+    `score_j = (q_latent . c_j + q_rope . k_j) * scale`, `out = sum_j softmax(score)_j c_j`: attention with
+    one key head whose value is the latent part of the key. The last query of a sequence sees all `context`
+    tokens.
     """
     latent_dim = q_latent_SQHC.shape[-1]
     query_SQHW = torch.cat((q_latent_SQHC, q_rope_SQHr), dim=-1)

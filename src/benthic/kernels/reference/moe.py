@@ -37,14 +37,14 @@ class RowMaps(NamedTuple):
 
 
 class Permuted(NamedTuple):
-    """Rows sorted by expert: `rows_RD`, the running end of each expert's rows `ends_E` (int32), and `maps`."""
+    """Rows sorted by expert: `rows_RD`, where each expert's rows end `ends_E` (int32), and `maps`."""
 
     rows_RD: Tensor
     ends_E: Tensor
     maps: RowMaps
 
 
-def route(
+def route(  # noqa: PLR0913 (the gate's hyper-parameters)
     logits_TE: Tensor,
     bias_E: Tensor | None,
     *,
@@ -56,11 +56,11 @@ def route(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
 ) -> Routing:
-    """`s = sigmoid(logits)` or softmax; `s' = s + bias` chooses; `s` weighs. DeepSeek-V3 report eq. (13)-(16).
+    """`s = sigmoid(logits)` or softmax; `s' = s + bias` chooses; `s` weighs (V3 eq. 13-16).
 
-    With groups, only experts of the `topk_group` best groups may be chosen. A group's score is the sum of its two
-    best `s'` (`noaux_tc`) or its best one (`group_limited_greedy`); experts of other groups are masked with -inf,
-    since with 0 a masked expert beats one whose biased score is negative.
+    With groups, only experts of the `topk_group` best groups may be chosen. A group's score is the sum of
+    its two best `s'` (`noaux_tc`) or its best one (`group_limited_greedy`); experts of other groups are
+    masked with -inf, since with 0 a masked expert beats one whose biased score is negative.
     """
     scores_TE = torch.sigmoid(logits_TE) if scoring_func == "sigmoid" else torch.softmax(logits_TE, dim=-1)
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
@@ -79,7 +79,7 @@ def keep_groups(choice_TE: Tensor, *, n_group: int, topk_group: int, best: int) 
     choice_TGe = choice_TE.unflatten(1, (n_group, -1))
     group_TG = choice_TGe.topk(min(best, choice_TGe.shape[-1]), dim=-1).values.sum(dim=-1)
     kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
-    kept_TG.scatter_(1, group_TG.topk(topk_group, dim=-1).indices, True)  # noqa: FBT003 (the value to scatter)
+    kept_TG.scatter_(1, group_TG.topk(topk_group, dim=-1).indices, value=True)
     return choice_TGe.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf).flatten(1)
 
 

@@ -31,7 +31,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
-    """Rotate pairs `(x_j, x_{j+r/2})` by each token's angles (half-split layout), in float32, rounded once."""
+    """Rotate pairs `(x_j, x_{j+r/2})` by each token's angles, in float32, rounded once."""
     x_1, x_2 = x.to(wide(x.dtype)).chunk(2, dim=-1)
     shape = (x.shape[0],) + (1,) * (x.dim() - 2) + (x.shape[-1] // 2,)
     cos, sin = cos_Tr2.view(shape), sin_Tr2.view(shape)
