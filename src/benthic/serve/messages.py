@@ -1,7 +1,7 @@
 """What crosses the border between the HTTP process and the engine process, and nothing else does.
 
-Text never crosses: prompts arrive as token ids and answers leave as token ids. Stop strings, chat templates and
-detokenising belong to the HTTP side; stop token ids, lengths and sampling belong to the engine.
+Text never crosses: prompts arrive as token ids and answers leave as token ids. Stop strings, chat templates
+and detokenising belong to the HTTP side; stop token ids, lengths and sampling belong to the engine.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tokens are drawn; the names and defaults are those of the OpenAI API and of vLLM.
 
-    `temperature=0` is greedy. `top_k=0` keeps every token. `logprobs=n` returns the n best and the chosen one;
-    `prompt_logprobs=n` does so for every prompt position but the first. `max_tokens=0` generates nothing
+    `temperature=0` is greedy. `top_k=0` keeps every token. `logprobs=n` returns the n best and the chosen
+    one; `prompt_logprobs=n` does so for every prompt position but the first. `max_tokens=0` generates nothing
     (used for echo). `seed=None` lets the engine choose one.
     """
 
@@ -114,4 +114,10 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A request that could never be served (`AdmissionError` text)."""
 
     request_id: str
+    message: str
+
+
+class Fatal(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine cannot go on (or could not start) and is about to exit; `message` says why."""
+
     message: str

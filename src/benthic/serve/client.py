@@ -1,0 +1,300 @@
+"""The HTTP process's end of the engine: submit, stream, abort, and know whether it is alive."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from benthic.errors import AdmissionError, EngineDeadError
+from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
+from benthic.serve.process import EngineFactory, Pipes, Reply, Request, as_pipe, start_engine
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+logger = logging.getLogger("benthic.serve.client")
+
+
+class EngineStream:
+    """Deltas of one request or of several that belong together, in order of arrival.
+
+    Ends when the last of them has finished. Close it (or use `async with`): what has not finished is aborted.
+    """
+
+    def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
+        self._client = client
+        self._open = set(request_ids)
+        self._items: deque[Delta | Exception] = deque()
+        self._arrived = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> EngineStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """The next delta.
+
+        Raises:
+            AdmissionError: the engine could never serve one of the requests.
+            EngineDeadError: the engine process ended.
+        """
+        while not self._items:
+            if not self._open:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        item = self._items.popleft()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def abort(self, request_id: str) -> None:
+        """End one request early: no more of its deltas follow, and its blocks are freed at the next step."""
+        if request_id in self._open:
+            self._open.discard(request_id)
+            self._client.abort(request_id)
+            self._arrived.set()
+
+    def close(self) -> None:
+        """Abort whatever has not finished."""
+        for request_id in tuple(self._open):
+            self.abort(request_id)
+
+    def put(self, delta: Delta) -> None:
+        """Called by the client: one more delta."""
+        if delta.finish_reason is not None:
+            self._open.discard(delta.request_id)
+        self._items.append(delta)
+        self._arrived.set()
+
+    def fail(self, error: Exception) -> None:
+        """Called by the client: nothing more will come."""
+        self._items.append(error)
+        self._arrived.set()
+
+
+class EngineClient:
+    """Starts the engine process and talks to it; belongs to one event loop.
+
+    Args:
+        factory: builds the engine in its process.
+        stall_s: an engine that says nothing for so long is given up: it is killed and its requests fail.
+        silent_s: after this much silence `trouble` names it, so that health checks fail before requests do.
+        clock: seconds, monotonic.
+        log_level: of the engine process.
+    """
+
+    def __init__(
+        self,
+        factory: EngineFactory,
+        *,
+        stall_s: float = 300.0,
+        silent_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+        log_level: int = logging.INFO,
+    ) -> None:
+        self._pipes = Pipes.create()
+        self._context = zmq.asyncio.Context()
+        self._to_engine = as_pipe(zmq.Context.shadow(self._context).socket(zmq.PUSH))
+        self._from_engine = as_pipe(self._context.socket(zmq.PULL))
+        self._to_engine.bind(self._pipes.requests)
+        self._from_engine.bind(self._pipes.replies)
+        self._decode = msgspec.msgpack.Decoder(list[Reply]).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._streams: dict[str, EngineStream] = {}
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._stats: Stats | None = None
+        self._death: str | None = None
+        self._fatal: str | None = None
+        self._closing = False
+        self._clock = clock
+        self._heard_s = clock()
+        self._stall_s = stall_s
+        self._silent_s = silent_s
+        self._process = start_engine(factory, self._pipes, log_level)
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+
+    # --- what callers use
+
+    async def wait_ready(self) -> Ready:
+        """Wait until the model is loaded. Raises: EngineDeadError with the engine's own words."""
+        return await asyncio.shield(self._ready)
+
+    @property
+    def stats(self) -> Stats | None:
+        """The engine's latest report; None before the first."""
+        return self._stats
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted that have neither finished nor been aborted."""
+        return len(self._streams)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine."""
+        return self._process.pid
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the engine cannot be relied on now; None when it is well."""
+        if self._death is not None:
+            return self._death
+        if not self._ready.done():
+            return "the engine is still loading the model"
+        silence_s = self._clock() - self._heard_s
+        if silence_s > self._silent_s:
+            return f"the engine has not been heard of for {silence_s:.0f} s (limit {self._silent_s:.0f} s)"
+        return None
+
+    def open(self, requests: Sequence[Generate]) -> EngineStream:
+        """Submit requests that belong together; their deltas come on one stream.
+
+        Raises:
+            EngineDeadError: there is no engine to take them.
+        """
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        stream = EngineStream(self, [request.request_id for request in requests])
+        for request in requests:
+            if request.request_id in self._streams:
+                msg = f"request id {request.request_id!r} is already in flight"
+                raise ValueError(msg)
+            self._streams[request.request_id] = stream
+            self._send(request)
+        return stream
+
+    async def generate(self, request: Generate) -> AsyncIterator[Delta]:
+        """Stream one request; leaving the loop early aborts it (close the iterator to be prompt)."""
+        async with self.open([request]) as stream:
+            async for delta in stream:
+                yield delta
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request and free its blocks at the next step; an id that is not in flight is ignored."""
+        if self._streams.pop(request_id, None) is not None and self._death is None:
+            self._send(Abort(request_id=request_id))
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Ask the engine to leave, kill it after `timeout_s`, and fail what was still in flight."""
+        self._closing = True
+        if self._death is None:
+            for request_id in tuple(self._streams):
+                self._send(Abort(request_id=request_id))
+            self._send(Drain())
+            if not self._ready.done():
+                self._process.kill()
+        await asyncio.to_thread(self._process.join, timeout_s)
+        if self._process.is_alive():
+            logger.warning("the engine did not leave within %.1f s; killing it", timeout_s)
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+        self._die("the server is shutting down")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._to_engine.close(linger=0)
+        self._from_engine.close(linger=0)
+        self._context.term()
+        self._pipes.remove()
+
+    # --- the two tasks
+
+    async def _listen(self) -> None:
+        while True:
+            self._take(await self._from_engine.recv())
+
+    def _take(self, frame: bytes) -> None:
+        self._heard_s = self._clock()
+        for reply in self._decode(frame):
+            if isinstance(reply, Delta):
+                self._deliver(reply)
+            elif isinstance(reply, Stats):
+                self._stats = reply
+            elif isinstance(reply, Ready):
+                self._ready.set_result(reply)
+            elif isinstance(reply, Fatal):
+                self._fatal = reply.message
+            else:
+                self._reject(reply)
+
+    def _deliver(self, delta: Delta) -> None:
+        stream = self._streams.get(delta.request_id)
+        if stream is None:  # aborted while this delta was on its way
+            return
+        if delta.finish_reason is not None:
+            del self._streams[delta.request_id]
+        stream.put(delta)
+
+    def _reject(self, rejected: Rejected) -> None:
+        stream = self._streams.pop(rejected.request_id, None)
+        if stream is not None:
+            stream.fail(AdmissionError(rejected.message))
+
+    async def _watch(self) -> None:
+        """Notice the end of the process at once, and an engine that says nothing within `stall_s`."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        sentinel = self._process.sentinel
+        loop.add_reader(sentinel, ended.set)
+        try:
+            while not ended.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), min(1.0, self._stall_s / 4))
+                self._kill_if_stalled()
+        finally:
+            loop.remove_reader(sentinel)
+        await self._read_last_words()
+        self._die(self._cause())
+
+    def _kill_if_stalled(self) -> None:
+        silence_s = self._clock() - self._heard_s
+        if self._ready.done() and silence_s > self._stall_s and self._process.is_alive():
+            self._fatal = f"the engine said nothing for {silence_s:.0f} s (limit {self._stall_s:.0f} s)"
+            logger.error("%s; killing it", self._fatal)
+            self._process.kill()
+
+    async def _read_last_words(self) -> None:
+        """Let replies that were already in the pipe arrive before anything is declared lost."""
+        while await self._from_engine.poll(50):
+            await asyncio.sleep(0)  # `_listen` takes them
+
+    def _cause(self) -> str:
+        self._process.join()
+        code = self._process.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
+        why = f": {self._fatal}" if self._fatal else ""
+        return f"the engine process (pid {self._process.pid}) {how}{why}"
+
+    def _die(self, cause: str) -> None:
+        """Fail everything in flight, once."""
+        if self._death is not None:
+            return
+        self._death = cause
+        if not self._closing:
+            logger.error("%s; %d requests in flight are lost", cause, len(self._streams))
+        error = EngineDeadError(cause)
+        if not self._ready.done():
+            self._ready.set_exception(EngineDeadError(self._fatal or cause))
+            self._ready.exception()  # marked as seen: `wait_ready` may never be called
+        for stream in set(self._streams.values()):
+            stream.fail(error)
+        self._streams.clear()
+
+    def _send(self, message: Request) -> None:
+        """Hand a message to the pipe; never blocks. A pipe nobody reads is noticed by `_watch`."""
+        with contextlib.suppress(zmq.Again):
+            self._to_engine.send(self._encode(message), zmq.NOBLOCK)

@@ -1,0 +1,222 @@
+"""The engine's own process: messages in, steps, messages out.
+
+The HTTP side tokenises, renders templates and writes JSON; the engine side computes. They share no memory and
+no interpreter lock, so neither can stall the other. Two ZeroMQ pipes
+join them, one each way, encoded by msgspec.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import msgspec
+import zmq
+
+from benthic.errors import AdmissionError, BenthicError
+from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+logger = logging.getLogger("benthic.serve.engine")
+
+Request = Generate | Abort | Drain
+Reply = Delta | Stats | Ready | Rejected | Fatal
+
+HEARTBEAT_S = 1.0
+"""An idle engine reports this often, so that silence means trouble."""
+
+STATS_S = 0.25
+"""A busy engine reports its totals at most this often."""
+
+
+class EngineLike(Protocol):
+    """What the loop below needs of an engine."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is waiting or running."""
+        ...
+
+    def ready(self) -> Ready:
+        """What the HTTP side needs to know about the model."""
+        ...
+
+    def add(self, request: Generate) -> None:
+        """Queue a request. Raises: AdmissionError when it could never be served."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its blocks; an unknown id is ignored."""
+        ...
+
+    def step(self) -> list[Delta]:
+        """Compute one batch and return the new tokens."""
+        ...
+
+    def stats(self) -> Stats:
+        """Totals since the start and gauges of this instant."""
+        ...
+
+
+EngineFactory = Callable[[], EngineLike]
+"""Builds the engine inside its process; it must pickle, so use `functools.partial` of a module's function."""
+
+
+@dataclass(frozen=True)
+class Pipes:
+    """Where the two processes meet: a private folder with one socket each way."""
+
+    folder: Path
+
+    @classmethod
+    def create(cls) -> Pipes:
+        """Make the folder (mode 700: the pipes carry other people's prompts)."""
+        return cls(Path(tempfile.mkdtemp(prefix="benthic-")))
+
+    @property
+    def requests(self) -> str:
+        """Address of the pipe that leads to the engine."""
+        return f"ipc://{self.folder}/requests"
+
+    @property
+    def replies(self) -> str:
+        """Address of the pipe that leads back."""
+        return f"ipc://{self.folder}/replies"
+
+    def remove(self) -> None:
+        """Delete the folder; a second call does nothing."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+AnySocket = TypeVar("AnySocket", bound=zmq.Socket)
+
+
+def as_pipe(socket: AnySocket) -> AnySocket:
+    """The socket without a high-water mark: what is queued is bounded by the requests in flight."""
+    socket.set_hwm(0)
+    socket.setsockopt(zmq.LINGER, 1000)
+    return socket
+
+
+def start_engine(factory: EngineFactory, pipes: Pipes, log_level: int) -> BaseProcess:
+    """Start the engine process (a fresh interpreter: CUDA and threads do not survive a fork)."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=engine_main, args=(factory, pipes, log_level), name="benthic-engine")
+    process.start()
+    return process
+
+
+def engine_main(factory: EngineFactory, pipes: Pipes, log_level: int) -> None:
+    """Body of the engine process.
+
+    SIGINT and SIGTERM are left to the HTTP process: a terminal or a service manager sends them to both, and
+    draining needs the engine alive. The engine leaves when told to, or when the HTTP process is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=log_level, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
+    context = zmq.Context()
+    inbox, outbox = as_pipe(context.socket(zmq.PULL)), as_pipe(context.socket(zmq.PUSH))
+    inbox.connect(pipes.requests)
+    outbox.connect(pipes.replies)
+    loop = EngineLoop(inbox, outbox)
+    try:
+        orphaned = loop.run(factory)
+    except BenthicError as error:
+        loop.send([Fatal(message=str(error))])
+        sys.exit(1)
+    except Exception as error:
+        loop.send([Fatal(message=f"{type(error).__name__}: {error}")])
+        logger.exception("the engine failed")
+        raise
+    finally:
+        inbox.close()
+        outbox.close()
+        context.term()
+    if orphaned:
+        logger.warning("the HTTP process is gone; the engine exits")
+        pipes.remove()
+
+
+class EngineLoop:
+    """Takes messages without waiting while there is work, and waits for them when there is none."""
+
+    def __init__(self, inbox: zmq.Socket, outbox: zmq.Socket) -> None:
+        self._inbox = inbox
+        self._outbox = outbox
+        self._decode = msgspec.msgpack.Decoder(Request).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._draining = False
+        self._last_stats_s = 0.0
+        self._poller = zmq.Poller()
+        self._poller.register(inbox, zmq.POLLIN)
+        parent = multiprocessing.parent_process()
+        self._parent_fd = None if parent is None else parent.sentinel
+        if self._parent_fd is not None:
+            self._poller.register(self._parent_fd, zmq.POLLIN)
+
+    def run(self, factory: EngineFactory) -> bool:
+        """Build the engine and serve until drained; True when the HTTP process disappeared instead."""
+        engine = factory()
+        self.send([engine.ready(), engine.stats()])
+        was_busy = False
+        while True:
+            replies, orphaned = self._take(engine)
+            if orphaned:
+                return True
+            busy = engine.has_work
+            if busy:
+                replies.extend(engine.step())
+            if self._stats_due(busy=engine.has_work, was_busy=was_busy):
+                replies.append(engine.stats())
+            self.send(replies)
+            was_busy = busy
+            if self._draining and not engine.has_work:
+                return False
+
+    def send(self, replies: Sequence[Reply]) -> None:
+        """Send everything of one step as one message."""
+        if replies:
+            self._outbox.send(self._encode(replies))
+
+    def _take(self, engine: EngineLike) -> tuple[list[Reply], bool]:
+        """Hand every waiting message to the engine; returns refusals and whether the parent is gone."""
+        wait_ms = 0 if engine.has_work else int(HEARTBEAT_S * 1000)
+        events = dict(self._poller.poll(wait_ms))
+        if self._parent_fd is not None and self._parent_fd in events:
+            return [], True
+        replies: list[Reply] = []
+        while self._inbox.poll(0):
+            replies.extend(self._apply(engine, self._decode(self._inbox.recv())))
+        return replies, False
+
+    def _apply(self, engine: EngineLike, message: Request) -> list[Reply]:
+        if isinstance(message, Abort):
+            engine.abort(message.request_id)
+        elif isinstance(message, Drain):
+            self._draining = True
+        else:
+            try:
+                engine.add(message)
+            except AdmissionError as error:
+                return [Rejected(request_id=message.request_id, message=str(error))]
+        return []
+
+    def _stats_due(self, *, busy: bool, was_busy: bool) -> bool:
+        """Report often while busy, at once when work ends, and as a heartbeat while idle."""
+        now = time.monotonic()
+        due = now - self._last_stats_s >= STATS_S or (was_busy and not busy)
+        if due:
+            self._last_stats_s = now
+        return due
