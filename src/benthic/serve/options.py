@@ -1,0 +1,75 @@
+"""The engine's settings, named as on the command line of the servers people already run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benthic.errors import ConfigError
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How one engine runs.
+
+    Attributes:
+        device: torch device, e.g. "cpu" or "cuda:0".
+        dtype: of weights and cache; "auto" keeps the checkpoint's on a GPU and takes float32 on a CPU.
+        max_model_len: longest prompt plus output; None takes the model's `max_position_embeddings`.
+        max_num_seqs: most sequences in one step.
+        max_num_batched_tokens: token budget of one step (prefill chunks are cut to it).
+        block_size: tokens in a cache block.
+        num_blocks: blocks in the cache; None sizes it by `kv_cache_memory` or `gpu_memory_utilization`.
+        kv_cache_memory: bytes of the cache; None means `gpu_memory_utilization` on a GPU and, on a CPU, room
+        for
+            `max_num_seqs` sequences of `max_model_len` but no more than 1 GiB.
+        gpu_memory_utilization: share of the GPU's memory for weights, activations and cache together.
+        enable_prefix_caching: reuse blocks of equal prompt beginnings.
+        seed: from which requests without a seed get theirs, in order of arrival.
+        max_logprobs: the most log-probabilities a request may ask for at one position.
+        num_threads: CPU threads of torch; None leaves torch's choice.
+    """
+
+    device: str = "cpu"
+    dtype: DtypeName = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 64
+    num_blocks: int | None = None
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    max_logprobs: int = 20
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} = {value}, but it must be at least 1"
+            for name, value in (
+                ("max_model_len", self.max_model_len),
+                ("max_num_seqs", self.max_num_seqs),
+                ("max_num_batched_tokens", self.max_num_batched_tokens),
+                ("block_size", self.block_size),
+                ("num_blocks", self.num_blocks),
+                ("kv_cache_memory", self.kv_cache_memory),
+                ("num_threads", self.num_threads),
+            )
+            if value is not None and value < 1
+        ]
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            problems.append(
+                f"gpu_memory_utilization = {self.gpu_memory_utilization}, but it must lie in (0, 1]"
+            )
+        if self.max_logprobs < 0:
+            problems.append(f"max_logprobs = {self.max_logprobs}, but it must be at least 0")
+        if self.num_blocks is not None and self.kv_cache_memory is not None:
+            problems.append(
+                f"num_blocks = {self.num_blocks} and kv_cache_memory = {self.kv_cache_memory} both size the "
+                "cache; give one"
+            )
+        if problems:
+            raise ConfigError("; ".join(problems))

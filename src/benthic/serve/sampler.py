@@ -1,0 +1,307 @@
+"""From logits to tokens: every row of a batch with its own settings, in a handful of tensor operations.
+
+Order of the steps, as in vLLM: raw log-probabilities are taken; logit bias; min_tokens; repetition, frequency
+and presence penalties; then argmax, or temperature, min-p, top-k, top-p and the draw.
+
+Shape suffixes: S rows that sample this step, V vocabulary, N slots of the penalty table, L rows that a step
+singles out (those with penalties, or those that want log-probabilities).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from benthic.serve.sample import NO_TOKEN, Logprobs, draw, keep_probable, logprobs_of, to_int64, uniform
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from benthic.serve.messages import SamplingParams
+
+
+@dataclass(frozen=True)
+class Row:
+    """The sampling side of one request.
+
+    `stop_tokens` are those that end it (used by min_tokens); `slot` is its line in the penalty table, -1
+    without one.
+    """
+
+    params: SamplingParams
+    seed: int
+    stop_tokens: tuple[int, ...]
+    slot: int = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The settings of one step's rows as tensors, built once for each composition of the batch.
+
+    A tensor that no row needs is None: that is what makes greedy and plain-temperature batches fast.
+    """
+
+    all_greedy: bool
+    greedy_S: Tensor | None
+    temperature_S1: Tensor | None
+    seed_S: Tensor | None
+    filters: tuple[Tensor, Tensor, Tensor, int] | None
+    bias: tuple[Tensor, Tensor, Tensor] | None
+    penalties: Penalties | None
+    min_tokens: tuple[tuple[int, int, tuple[int, ...]], ...]
+    logprobs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], vocab_size: int, device: torch.device) -> Batch:
+        """Stack the rows' settings."""
+        params = [row.params for row in rows]
+        greedy = [p.temperature == 0.0 for p in params]
+        all_greedy = all(greedy)
+
+        def floats(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        return cls(
+            all_greedy=all_greedy,
+            greedy_S=torch.tensor(greedy, device=device) if any(greedy) and not all_greedy else None,
+            temperature_S1=None
+            if all(t == 1.0 for t in _temperatures(params))
+            else floats(_temperatures(params)).unsqueeze(-1),
+            seed_S=None
+            if all_greedy
+            else torch.tensor([to_int64(row.seed) for row in rows], dtype=torch.int64, device=device),
+            filters=None if all_greedy else _filters(params, vocab_size, device),
+            bias=_bias(params, device),
+            penalties=Penalties.of(rows, device),
+            min_tokens=tuple(
+                (i, row.params.min_tokens, row.stop_tokens)
+                for i, row in enumerate(rows)
+                if row.params.min_tokens > 0 and row.stop_tokens
+            ),
+            logprobs=tuple((i, p.logprobs) for i, p in enumerate(params) if p.logprobs is not None),
+        )
+
+
+def _temperatures(params: Sequence[SamplingParams]) -> list[float]:
+    return [p.temperature or 1.0 for p in params]
+
+
+def _filters(
+    params: Sequence[SamplingParams], vocab_size: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, int] | None:
+    if all(p.top_k <= 0 and p.top_p >= 1.0 and p.min_p <= 0.0 for p in params):
+        return None
+    top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+    return (
+        torch.tensor(top_k, dtype=torch.int64, device=device),
+        torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+        torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+        max(top_k),
+    )
+
+
+def _bias(params: Sequence[SamplingParams], device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+    entries = [(i, token, value) for i, p in enumerate(params) for token, value in p.logit_bias.items()]
+    if not entries:
+        return None
+    rows, tokens, values = zip(*entries, strict=True)
+    return (
+        torch.tensor(rows, device=device),
+        torch.tensor(tokens, device=device),
+        torch.tensor(values, dtype=torch.float32, device=device),
+    )
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """Rows with penalties: `row_L` in the batch, `slot_L` in the table, and their three strengths."""
+
+    row_L: Tensor
+    slot_L: Tensor
+    repetition_L1: Tensor
+    frequency_L1: Tensor
+    presence_L1: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> Penalties | None:
+        """Stack the rows that have a slot in the penalty table; None when there are none."""
+        chosen = [i for i, row in enumerate(rows) if row.slot >= 0]
+        if not chosen:
+            return None
+        params = [rows[i].params for i in chosen]
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(-1)
+
+        return cls(
+            row_L=torch.tensor(chosen, device=device),
+            slot_L=torch.tensor([rows[i].slot for i in chosen], device=device),
+            repetition_L1=column([p.repetition_penalty for p in params]),
+            frequency_L1=column([p.frequency_penalty for p in params]),
+            presence_L1=column([p.presence_penalty for p in params]),
+        )
+
+
+class PenaltyTable:
+    """Which tokens each penalised request has seen: counts of its output, and what was in its prompt.
+
+    Rows are allocated for requests with penalties alone and doubled in number when they run out.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._counts_NV = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        self._in_prompt_NV = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        self._free: list[int] = []
+
+    def admit(self, prompt: Sequence[int]) -> int:
+        """Take a slot and note the prompt's tokens in it."""
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self._counts_NV[slot] = 0
+        self._in_prompt_NV[slot] = False
+        self._in_prompt_NV[slot, torch.tensor(prompt, device=self._counts_NV.device)] = True
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Give a slot back."""
+        self._free.append(slot)
+
+    def apply(self, logits_SV: Tensor, penalties: Penalties) -> None:
+        """Penalise in place: repetition divides (or multiplies negative) logits, the others subtract."""
+        logits_LV = logits_SV[penalties.row_L]
+        counts_LV = self._counts_NV[penalties.slot_L]
+        in_output_LV = counts_LV > 0
+        seen_LV = in_output_LV | self._in_prompt_NV[penalties.slot_L]
+        factor_LV = torch.where(seen_LV, penalties.repetition_L1, 1.0)
+        logits_LV = torch.where(logits_LV > 0, logits_LV / factor_LV, logits_LV * factor_LV)
+        logits_LV -= penalties.frequency_L1 * counts_LV
+        logits_LV -= penalties.presence_L1 * in_output_LV
+        logits_SV[penalties.row_L] = logits_LV
+
+    def count(self, token_S: Tensor, penalties: Penalties) -> None:
+        """Count the tokens just drawn."""
+        token_L = token_S[penalties.row_L]
+        self._counts_NV[penalties.slot_L, token_L.clamp(min=0)] += (token_L >= 0).to(torch.int32)
+
+    def _grow(self) -> None:
+        old = self._counts_NV.shape[0]
+        extra = max(8, old)
+        self._counts_NV = torch.cat(
+            [self._counts_NV, self._counts_NV.new_zeros((extra, self._counts_NV.shape[1]))]
+        )
+        self._in_prompt_NV = torch.cat(
+            [self._in_prompt_NV, self._in_prompt_NV.new_zeros((extra, self._in_prompt_NV.shape[1]))]
+        )
+        self._free.extend(range(old, old + extra))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One token a row, `NO_TOKEN` where the distribution was not finite; log-probabilities by row."""
+
+    tokens: list[int]
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+
+
+class Sampler:
+    """Draws tokens for the requests that were admitted to it."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._rows: dict[str, Row] = {}
+        self._table = PenaltyTable(vocab_size, device)
+        self._batch_of: tuple[str, ...] = ()
+        self._batch: Batch | None = None
+
+    def admit(
+        self,
+        request_id: str,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        *,
+        seed: int,
+        stop_tokens: tuple[int, ...],
+    ) -> None:
+        """Register a request; `stop_tokens` are the ids that would end it."""
+        slot = self._table.admit(prompt) if _has_penalty(params) else -1
+        self._rows[request_id] = Row(params, seed, stop_tokens, slot)
+
+    def release(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored."""
+        row = self._rows.pop(request_id, None)
+        if row is not None and row.slot >= 0:
+            self._table.release(row.slot)
+        if request_id in self._batch_of:
+            self._batch_of, self._batch = (), None
+
+    def sample(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Sampled:
+        """Draw one token a row.
+
+        Args:
+            logits_SV: raw logits of any float dtype; left unchanged only when float32 is not its dtype.
+            request_ids: whose row each is; all admitted.
+            positions: how many tokens each has put out before this one.
+
+        Cost: one pass of argmax for greedy batches; softmax, cumulative sum and a binary search for plain
+        temperature; filters add a sort of the greatest `top_k`, or of the vocabulary when a row sets none.
+        """
+        batch = self._batch_for(request_ids)
+        logits_SV = logits_SV.to(torch.float32)
+        raw_LV = logits_SV[[i for i, _ in batch.logprobs]] if batch.logprobs else None
+        self._adjust(logits_SV, batch, positions)
+        token_S = _choose(logits_SV, batch, positions)
+        if batch.penalties is not None:
+            self._table.count(token_S, batch.penalties)
+        tokens = token_S.tolist()
+        if raw_LV is None:
+            return Sampled(tokens)
+        chosen = [max(tokens[i], 0) for i, _ in batch.logprobs]
+        found = logprobs_of(raw_LV, chosen, [n for _, n in batch.logprobs])
+        return Sampled(tokens, {i: entry for (i, _), entry in zip(batch.logprobs, found, strict=True)})
+
+    def _batch_for(self, request_ids: tuple[str, ...]) -> Batch:
+        if self._batch is None or self._batch_of != request_ids:
+            rows = [self._rows[request_id] for request_id in request_ids]
+            self._batch = Batch.of(rows, self._vocab_size, self._device)
+            self._batch_of = request_ids
+        return self._batch
+
+    def _adjust(self, logits_SV: Tensor, batch: Batch, positions: Sequence[int]) -> None:
+        if batch.bias is not None:
+            rows, tokens, values = batch.bias
+            logits_SV.index_put_((rows, tokens), values, accumulate=True)
+        early = [(i, t) for i, least, stops in batch.min_tokens if positions[i] < least for t in stops]
+        if early:
+            rows, tokens = (torch.tensor(column, device=self._device) for column in zip(*early, strict=True))
+            logits_SV[rows, tokens] = -torch.inf
+        if batch.penalties is not None:
+            self._table.apply(logits_SV, batch.penalties)
+
+
+def _choose(logits_SV: Tensor, batch: Batch, positions: Sequence[int]) -> Tensor:
+    best_S, greedy_S = logits_SV.max(-1)
+    if batch.all_greedy:
+        return torch.where(best_S.isfinite(), greedy_S, NO_TOKEN)
+    shifted_SV = logits_SV - best_S.unsqueeze(-1)
+    if batch.temperature_S1 is not None:
+        shifted_SV = shifted_SV / batch.temperature_S1
+    probs_SV = shifted_SV.softmax(-1)
+    if batch.filters is not None:
+        top_k_S, top_p_S, min_p_S, most_k = batch.filters
+        probs_SV = keep_probable(probs_SV, top_k_S, top_p_S, min_p_S, most_k=most_k)
+    position_S = torch.tensor(positions, dtype=torch.int64, device=logits_SV.device)
+    assert batch.seed_S is not None  # noqa: S101 (Batch.of sets it unless all rows are greedy)
+    token_S = draw(probs_SV, uniform(batch.seed_S, position_S))
+    if batch.greedy_S is not None:
+        token_S = torch.where(batch.greedy_S, greedy_S, token_S)
+    return torch.where(best_S.isfinite(), token_S, NO_TOKEN)
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)
