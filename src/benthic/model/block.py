@@ -1,0 +1,166 @@
+"""One layer as four named phases: attention, dispatch, experts, combine.
+
+Plain forward calls them in order. A pipeline executor may interleave the phases of two microbatches, a
+server those of two half-batches, and a trainer may replace a phase of one block (`block.experts =
+checkpointed(block.experts)`) without the block knowing. Phases keep no state, so running one twice changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from torch import nn
+
+from benthic.model.mla import attention_for
+from benthic.model.mlp import Mlp
+from benthic.model.moe import Moe
+from benthic.model.norm import Norm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from benthic.model.moe import Routing
+    from benthic.model.rope import Angles
+    from benthic.model.sockets import Dispatched, Sockets
+    from benthic.spec.model import ModelConfig
+
+PHASES = ("attention", "dispatch", "experts", "combine")
+
+
+@dataclass(frozen=True)
+class Attended:
+    """After attention: the residual stream with attention added, and its norm."""
+
+    residual_TD: Tensor
+    normed_TD: Tensor
+
+
+@dataclass(frozen=True)
+class Sent:
+    """After dispatch: rows are at their experts."""
+
+    attended: Attended
+    routing: Routing
+    dispatched: Dispatched
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """After the dense network, which sends nothing anywhere: the finished residual stream."""
+
+    out_TD: Tensor
+
+
+@dataclass(frozen=True)
+class Computed:
+    """After experts: `beside_TD` is residual plus shared experts; `rows_RD` still lie at their experts."""
+
+    beside_TD: Tensor
+    rows_RD: Tensor
+    routing: Routing
+    dispatched: Dispatched
+
+
+SentT = TypeVar("SentT")
+ComputedT = TypeVar("ComputedT")
+
+
+class Block(nn.Module, ABC, Generic[SentT, ComputedT]):
+    """One layer; subclasses differ in what happens after attention."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attn_norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.attn = attention_for(config, layer)
+        self.ffn_norm = Norm(config.hidden_size, config.rms_norm_eps)
+
+    def attention(self, x_TD: Tensor, angles: Angles, sockets: Sockets) -> Attended:
+        """Attend, add to the residual stream, and norm for what follows."""
+        attended_TD = self.attn(self.attn_norm(x_TD), angles, sockets)
+        normed_TD, residual_TD = self.ffn_norm.after_adding(attended_TD, x_TD)
+        return Attended(residual_TD, normed_TD)
+
+    @abstractmethod
+    def dispatch(self, attended: Attended, sockets: Sockets) -> SentT:
+        """Choose experts and send each row to them."""
+
+    @abstractmethod
+    def experts(self, sent: SentT, sockets: Sockets) -> ComputedT:
+        """Compute; no communication."""
+
+    @abstractmethod
+    def combine(self, computed: ComputedT, sockets: Sockets) -> Tensor:
+        """Bring rows home and finish the residual stream: `[tokens, hidden_size]`."""
+
+    @abstractmethod
+    def routing(self, sent: SentT) -> Routing | None:
+        """The routing that dispatch chose; None for a dense layer."""
+
+    def forward(self, x_TD: Tensor, angles: Angles, sockets: Sockets) -> tuple[Tensor, Routing | None]:
+        """The four phases in order: the residual stream after this layer, and how tokens were routed."""
+        attended = self.attention(x_TD, angles, sockets)
+        sent = self.dispatch(attended, sockets)
+        computed = self.experts(sent, sockets)
+        return self.combine(computed, sockets), self.routing(sent)
+
+
+class DenseBlock(Block[Attended, Expanded]):
+    """A layer with one feed-forward network: dispatch and combine have nothing to do."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+
+    def dispatch(self, attended: Attended, sockets: Sockets) -> Attended:  # noqa: ARG002 (the phase's signature)
+        """Send nothing."""
+        return attended
+
+    def experts(self, sent: Attended, sockets: Sockets) -> Expanded:
+        """Add the feed-forward network to the residual stream."""
+        return Expanded(sent.residual_TD + self.mlp(sent.normed_TD, sockets.linear))
+
+    def combine(self, computed: Expanded, sockets: Sockets) -> Tensor:  # noqa: ARG002 (the phase's signature)
+        """Nothing was sent, so nothing comes home."""
+        return computed.out_TD
+
+    def routing(self, sent: Attended) -> None:
+        """A dense layer routes nothing."""
+
+
+class MoeBlock(Block[Sent, Computed]):
+    """A layer with routed and shared experts."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.moe = Moe(config)
+
+    def dispatch(self, attended: Attended, sockets: Sockets) -> Sent:
+        """Gate in float32, then hand rows and choice to the exchange."""
+        routing = self.moe.gate(attended.normed_TD)
+        return Sent(attended, routing, sockets.exchange.dispatch(attended.normed_TD, routing.expert_TK))
+
+    def experts(self, sent: Sent, sockets: Sockets) -> Computed:
+        """Routed experts on the rows that arrived; shared experts on this rank's own tokens."""
+        linear, arrived, own = sockets.linear, sent.dispatched, sent.attended
+        rows_RD = self.moe.experts(arrived.rows_RD, arrived.ends_E, linear)
+        beside_TD = self.moe.beside(own.residual_TD, own.normed_TD, linear)
+        return Computed(beside_TD, rows_RD, sent.routing, arrived)
+
+    def combine(self, computed: Computed, sockets: Sockets) -> Tensor:
+        """Weigh and sum the experts' rows, eq. (12)."""
+        weight_TK = computed.routing.weight_TK
+        routed_TD = sockets.exchange.combine(computed.rows_RD, computed.dispatched, weight_TK)
+        return computed.beside_TD + routed_TD
+
+    def routing(self, sent: Sent) -> Routing:
+        """The gate's choice."""
+        return sent.routing
+
+
+def block_for(config: ModelConfig, layer: int) -> Block:
+    """The block of `layer`; MTP layers count on from `num_hidden_layers`."""
+    return MoeBlock(config, layer) if config.is_moe(layer) else DenseBlock(config, layer)

@@ -1,0 +1,93 @@
+"""The plain sockets: packed causal attention, all experts on this device, products in the tensors' dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch.nn import functional as F
+
+from benthic.kernels import ops
+from benthic.model.sockets import Dispatched, LatentUp, Sockets
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from benthic.model.sockets import Linear
+
+
+class PlainLinear:
+    """Products in whatever dtype rows and weights have."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x_..I @ weight_OI.T`."""
+        return F.linear(x, weight)
+
+    def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        """Each expert's rows times its own `weight_OI.T`."""
+        return ops.grouped_linear(rows_RI, weight_EOI, ends_E)
+
+
+plain_linear: Final = PlainLinear()
+
+
+@dataclass(frozen=True)
+class PackedAttend:
+    """Causal attention inside each of several packed sequences, with expanded keys and values.
+
+    Shapes: cu_seqlens int32 [sequences + 1], where each sequence starts and the last ends; `max_seqlen` is
+    the longest.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def __call__(
+        self,
+        q_nope_THn: Tensor,
+        q_rope_THr: Tensor,
+        latent_TC: Tensor,
+        k_rope_Tr: Tensor,
+        up: LatentUp,
+        *,
+        layer: int,  # noqa: ARG002 (nothing is cached, so the layer does not matter)
+        scale: float,
+    ) -> Tensor:
+        """DeepSeek-V3 report eq. (10), every head with keys and values of its own."""
+        k_nope_THn, v_THv = up.expand(latent_TC)
+        k_rope_THr = k_rope_Tr[:, None].expand(-1, k_nope_THn.shape[1], -1)
+        return ops.attention(
+            torch.cat((q_nope_THn, q_rope_THr), dim=-1),
+            torch.cat((k_nope_THn, k_rope_THr), dim=-1),
+            v_THv,
+            self.cu_seqlens,
+            self.cu_seqlens,
+            max_seqlen_q=self.max_seqlen,
+            max_seqlen_k=self.max_seqlen,
+            scale=scale,
+            causal=True,
+        )
+
+
+@dataclass(frozen=True)
+class LocalExchange:
+    """All experts live here: dispatch sorts rows by expert, combine sorts them back."""
+
+    n_routed_experts: int
+
+    def dispatch(self, x_TD: Tensor, expert_TK: Tensor) -> Dispatched:
+        """Copy every token to each of its experts."""
+        rows_RD, ends_E, maps = ops.permute(x_TD, expert_TK, self.n_routed_experts)
+        return Dispatched(rows_RD, ends_E, maps)
+
+    def combine(self, rows_RD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
+        """Sum each token's rows with their weights, in a fixed order."""
+        return ops.unpermute(rows_RD, dispatched.handle, weight_TK)
+
+
+def packed_sockets(
+    cu_seqlens: Tensor, max_seqlen: int, *, n_routed_experts: int, linear: Linear = plain_linear
+) -> Sockets:
+    """The sockets of one packed forward pass on one device."""
+    return Sockets(PackedAttend(cu_seqlens, max_seqlen), LocalExchange(n_routed_experts), linear)

@@ -1,0 +1,126 @@
+"""Multi-head latent attention (DeepSeek-V3 report eq. (1)-(11)).
+
+What a token leaves behind for later tokens is its normed latent `latent_TC` and one rotated key `k_rope_Tr`
+shared by all heads. How queries meet them, expanded or absorbed, packed or paged, is the `attend` socket's
+business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from benthic.kernels import ops
+from benthic.model.linear import Linear
+from benthic.model.norm import LATENT_NORM_EPS, Norm
+from benthic.model.rope import softmax_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from benthic.model.rope import Angles
+    from benthic.model.sockets import Linear as LinearSocket
+    from benthic.model.sockets import Sockets
+    from benthic.spec.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class LatentUp:
+    """W^UK and W^UV of one layer, either applied to the latent or moved to the other side of the attention.
+
+    `weight` is `kv_b.weight` [heads * (n + v), C]: per head the n rows of W^UK, then the v rows of W^UV.
+    """
+
+    weight: Tensor
+    heads: int
+    nope_dim: int
+    linear: LinearSocket
+
+    def expand(self, latent_TC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every head, eq. (2) and (5): `(k_nope_THn, v_THv)`, views of one product."""
+        kv_THnv = self.linear(latent_TC, self.weight).unflatten(-1, (self.heads, -1))
+        return kv_THnv[..., : self.nope_dim], kv_THnv[..., self.nope_dim :]
+
+    def absorb_query(self, q_nope_THn: Tensor) -> Tensor:
+        """`q . (W^UK c) = (W^UK^T q) . c`: queries moved into the latent space, `q_THC`."""
+        w_uk_HnC = self.weight.unflatten(0, (self.heads, -1))[:, : self.nope_dim]
+        return (q_nope_THn.transpose(0, 1) @ w_uk_HnC).transpose(0, 1)
+
+    def absorb_value(self, out_THC: Tensor) -> Tensor:
+        """`sum p (W^UV c) = W^UV (sum p c)`: outputs moved from the latent space, `out_THv`."""
+        w_uv_HvC = self.weight.unflatten(0, (self.heads, -1))[:, self.nope_dim :]
+        return (out_THC.transpose(0, 1) @ w_uv_HvC.transpose(1, 2)).transpose(0, 1)
+
+
+class Attention(nn.Module, ABC):
+    """One layer of latent attention; subclasses say where queries come from."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.scale = softmax_scale(config)
+        self.heads = config.num_attention_heads
+        self.query_split = (config.qk_nope_head_dim, config.qk_rope_head_dim)
+        self.latent_split = (config.kv_lora_rank, config.qk_rope_head_dim)
+        up_rows = self.heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_a = Linear(config.latent_dim, config.hidden_size)
+        self.kv_a_norm = Norm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b = Linear(up_rows, config.kv_lora_rank)
+        self.o = Linear(config.hidden_size, self.heads * config.v_head_dim)
+
+    @abstractmethod
+    def query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
+        """All heads' queries before rotation: `[tokens, heads * (n + r)]`."""
+
+    def forward(self, x_TD: Tensor, angles: Angles, sockets: Sockets) -> Tensor:
+        """Attend from every row of the normed `x_TD`: `[tokens, hidden_size]`, residual not yet added."""
+        linear = sockets.linear
+        q_THnr = self.query(x_TD, linear).unflatten(-1, (self.heads, -1))
+        q_nope_THn, q_rope_THr = q_THnr.split(self.query_split, -1)
+        latent_TC, k_rope_Tr = self.kv_a(x_TD, linear).split(self.latent_split, -1)
+        out_THv = sockets.attend(
+            q_nope_THn,
+            ops.rope(q_rope_THr, angles.cos_Tr2, angles.sin_Tr2),
+            self.kv_a_norm(latent_TC),
+            ops.rope(k_rope_Tr, angles.cos_Tr2, angles.sin_Tr2),
+            LatentUp(self.kv_b.weight, self.heads, self.query_split[0], linear),
+            layer=self.layer,
+            scale=self.scale,
+        )
+        return self.o(out_THv.flatten(1), linear)
+
+
+class DirectAttention(Attention):
+    """Queries straight from the hidden state (DeepSeek-V2-Lite, Moonlight)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.q = Linear(self.heads * config.qk_head_dim, config.hidden_size)
+
+    def query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
+        """`W^Q h`."""
+        return self.q(x_TD, linear)
+
+
+class LowRankAttention(Attention):
+    """Queries through a latent of their own, eq. (6)-(9) (DeepSeek-V2, V3, Kimi-K2)."""
+
+    def __init__(self, config: ModelConfig, layer: int, rank: int) -> None:
+        super().__init__(config, layer)
+        self.q_a = Linear(rank, config.hidden_size)
+        self.q_a_norm = Norm(rank, LATENT_NORM_EPS)
+        self.q_b = Linear(self.heads * config.qk_head_dim, rank)
+
+    def query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
+        """`W^UQ norm(W^DQ h)`."""
+        return self.q_b(self.q_a_norm(self.q_a(x_TD, linear)), linear)
+
+
+def attention_for(config: ModelConfig, layer: int) -> Attention:
+    """The attention that the config asks for."""
+    if config.q_lora_rank is None:
+        return DirectAttention(config, layer)
+    return LowRankAttention(config, layer, config.q_lora_rank)

@@ -1,0 +1,94 @@
+"""DeepSeekMoE (DeepSeek-V3 report eq. (12)-(16)): gate, routed experts, shared experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benthic.kernels import ops
+from benthic.kernels.ops import Routing
+from benthic.model.mlp import Mlp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from benthic.model.sockets import Linear as LinearSocket
+    from benthic.spec.model import ModelConfig
+
+
+__all__ = ["Experts", "Gate", "Moe", "Routing"]
+
+
+class Gate(nn.Module):
+    """Chooses experts in float32; `bias` (only with `noaux_tc`) steers the choice and not the weights."""
+
+    bias: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        biased = config.topk_method == "noaux_tc"
+        bias = torch.empty(config.n_routed_experts, dtype=torch.float32) if biased else None
+        self.register_buffer("bias", bias)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        """Route every row of the normed `x_TD`; logits, scores and weights are float32."""
+        config = self.config
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        return ops.route(
+            logits_TE,
+            self.bias,
+            scoring_func=config.scoring_func,
+            topk_method=config.topk_method,
+            top_k=config.num_experts_per_tok,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:  # noqa: FBT001, FBT002
+        # The bias moves in steps of 0.001: bfloat16 has no room for them near 1, so a cast leaves it alone.
+        before = self.bias
+        super()._apply(fn, recurse)
+        if before is not None and self.bias is not None and self.bias.dtype != torch.float32:
+            self.bias = before.to(self.bias.device)
+        return self
+
+
+class Experts(nn.Module):
+    """The routed experts of this rank: every matrix of all experts in one tensor."""
+
+    def __init__(self, experts: int, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(experts, 2, width, hidden_size))
+        self.down = nn.Parameter(torch.empty(experts, hidden_size, width))
+
+    def forward(self, rows_RD: Tensor, ends_E: Tensor, linear: LinearSocket) -> Tensor:
+        """Each expert's SwiGLU network on its own rows, as two grouped products."""
+        hidden_RF = ops.swiglu(linear.grouped(rows_RD, self.gate_up.flatten(1, 2), ends_E))
+        return linear.grouped(hidden_RF, self.down, ends_E)
+
+
+class Moe(nn.Module):
+    """The parts of one mixture-of-experts layer; `block.MoeBlock` calls them phase by phase."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.moe_intermediate_size
+        self.gate = Gate(config)
+        self.experts = Experts(config.n_routed_experts, config.hidden_size, width)
+        shared = config.n_shared_experts
+        self.shared = Mlp(config.hidden_size, shared * width) if shared else None
+
+    def beside(self, residual_TD: Tensor, normed_TD: Tensor, linear: LinearSocket) -> Tensor:
+        """What never leaves the token's own rank: the residual stream plus the shared experts."""
+        if self.shared is None:
+            return residual_TD
+        return residual_TD + self.shared(normed_TD, linear)
