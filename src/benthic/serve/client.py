@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections import deque
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 import zmq
@@ -15,7 +16,6 @@ import zmq.asyncio
 from benthic.errors import AdmissionError, EngineDeadError
 from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
 from benthic.serve.process import EngineFactory, Pipes, Reply, Request, as_pipe, start_engine
-from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -108,7 +108,7 @@ class EngineClient:
     ) -> None:
         self._pipes = Pipes.create()
         self._context = zmq.asyncio.Context()
-        self._to_engine = as_pipe(zmq.Context.shadow(self._context).socket(zmq.PUSH))
+        self._to_engine: zmq.Socket[bytes] = as_pipe(zmq.Context.shadow(self._context).socket(zmq.PUSH))
         self._from_engine = as_pipe(self._context.socket(zmq.PULL))
         self._to_engine.bind(self._pipes.requests)
         self._from_engine.bind(self._pipes.replies)
