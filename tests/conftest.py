@@ -10,7 +10,7 @@ import pytest
 def _cuda_devices() -> int:
     if importlib.util.find_spec("torch") is None:
         return 0
-    import torch  # noqa: PLC0415 (the pure rooms are tested without torch)
+    import torch
 
     torch.set_num_threads(1)
     return torch.cuda.device_count()
