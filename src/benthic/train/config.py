@@ -1,0 +1,177 @@
+"""Everything that a training run can be told, as frozen values; `auto` is replaced by `train.resolve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from benthic.train.curve import Curve
+
+if TYPE_CHECKING:
+    from benthic.spec.model import ModelConfig
+
+Auto = Literal["auto"]
+Phase = Literal["attention", "dispatch", "experts", "combine"]
+FloatType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tokens, in which order.
+
+    path: folder written by `benthic data build`.
+    mask_documents: attention and losses stay inside one document. The DeepSeek-V3 report packs without this
+        mask (section 4.1); set it to false to do the same.
+    seed: of the shuffle of documents and rows; every epoch is shuffled anew.
+    verify: compare the checksum of every shard before the first step.
+    """
+
+    path: str = ""
+    mask_documents: bool = True
+    seed: int = 0
+    verify: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long, how much at once, how fast.
+
+    steps: optimizer steps in the whole run.
+    seq_len: tokens of one row.
+    local_batch_size: rows of one microbatch.
+    global_batch_size: rows of one optimizer step, over all microbatches and ranks.
+    lr: the highest learning rate; `schedule` "constant" stays there, "cosine" falls to `final_lr` x lr at
+        the last step, "curve" takes `lr_curve` instead.
+    warmup_steps: the learning rate climbs linearly from 0 over so many steps, whatever the schedule.
+    max_norm: gradients are scaled down to this global norm; 0 leaves them alone.
+    seed: of the initial weights.
+    threads: CPU threads of one process ("auto": torch's choice); part of what makes a run repeatable.
+    """
+
+    steps: int
+    seq_len: int | Auto = "auto"
+    local_batch_size: int | Auto = "auto"
+    global_batch_size: int | Auto = "auto"
+    lr: float = 3e-4
+    schedule: Literal["constant", "cosine", "curve"] = "cosine"
+    final_lr: float = 0.1
+    lr_curve: Curve | None = None
+    warmup_steps: int = 0
+    max_norm: float = 1.0
+    seed: int = 0
+    threads: int | Auto = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with the settings of the DeepSeek-V3 report, section 4.2; decay touches matrices only.
+
+    moment_dtype: bfloat16 halves the optimizer's memory, as the report does (section 3.3.3).
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    moment_dtype: FloatType = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the losses beside the main one, and the loss-free balancing.
+
+    mtp_weight: λ of DeepSeek-V3 report eq. (25), by tokens seen.
+    mtp_normaliser: "tokens" divides each depth's sum by the number of main targets, as eq. (24) does;
+        "targets" by the number of that depth's own targets, as Megatron-Core does.
+    balance_alpha: α of the sequence-wise balance loss, eq. (17).
+    bias_update_speed: γ of the loss-free balancing, section 2.1.2; 0 leaves the bias as it is.
+    recentre_bias: subtract the mean of the update (Moonlight).
+    """
+
+    mtp_weight: Curve = field(default_factory=lambda: Curve.constant(0.3))
+    mtp_normaliser: Literal["tokens", "targets"] = "tokens"
+    balance_alpha: float = 1e-4
+    bias_update_speed: Curve = field(default_factory=lambda: Curve.constant(1e-3))
+    recentre_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """What the numbers are kept in.
+
+    weights: "float32" keeps one copy; "bfloat16" runs on bfloat16 weights beside float32 masters and float32
+        gradients (DeepSeek-V3 report, section 3.3.3, without the FP8 products).
+    matmul: precision of the products of the `linear` socket; float32 weights are cast on the way in.
+    """
+
+    weights: FloatType | Auto = "auto"
+    matmul: FloatType | Auto = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, how many to keep, and whether to export at the end.
+
+    every: optimizer steps between checkpoints; the last step is always saved. 0 saves the last one only.
+    keep_latest_k: older ones are deleted after a new one is safely written; 0 keeps all.
+    export: write the finished model, with its tokenizer, as Hugging Face files to `RUN/hf`.
+    export_dtype: precision of the exported weights.
+    """
+
+    every: int = 100
+    keep_latest_k: int = 2
+    export: bool = True
+    export_dtype: FloatType = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation on the held-out documents.
+
+    every: optimizer steps between evaluations; 0 evaluates after the last step only.
+    max_tokens: whole documents are taken until this many tokens; 0 takes all.
+    """
+
+    every: int = 0
+    max_tokens: int = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training.
+
+    every: optimizer steps between console lines.
+    load_every: optimizer steps between records of how many tokens each expert got.
+    tensorboard: write event files to `RUN/tensorboard`.
+    pictures: draw the loss curve and the expert loads at the end.
+    sample_tokens: tokens of sample text at the end; 0 writes none.
+    sample_prompt: how the sample starts.
+    """
+
+    every: int = 10
+    load_every: int = 10
+    tensorboard: bool = True
+    pictures: bool = True
+    sample_tokens: int = 0
+    sample_prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run, from tokens to checkpoint.
+
+    device: "auto" takes a CUDA GPU where there is one.
+    recompute: phases of each block whose activations are computed again in the backward pass.
+    """
+
+    model: ModelConfig
+    train: LoopConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    recompute: tuple[Phase, ...] = ()

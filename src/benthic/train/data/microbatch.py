@@ -1,0 +1,122 @@
+"""Rows of tokens as the network takes them: packed, with positions, sequence borders and targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from benthic.train.data.packing import Packing, Span
+    from benthic.train.data.shards import TokenShards
+
+IGNORE: Final = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """Some rows, packed into one axis of `T = rows * seq_len` tokens.
+
+    Shapes: tokens_T int64; positions_T int64, from 0 in every sequence; cu_seqlens int32 [sequences + 1];
+    ahead_KT int64 [depths, T], the token k + 1 places on, which MTP depth k reads; target_KT int64
+    [1 + depths, T], the token that the main head (row 0) and depth k (row k + 1) predict, -100 where there is
+    none. `num_targets[k]` counts the targets of row k.
+    """
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    ahead_KT: torch.Tensor
+    target_KT: torch.Tensor
+    num_targets: tuple[int, ...]
+    rows: int
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a row."""
+        return self.tokens_T.numel() // self.rows
+
+    def to(self, device: torch.device) -> Microbatch:
+        """The same on `device`."""
+        if self.tokens_T.device == device:
+            return self
+        return Microbatch(
+            tokens_T=self.tokens_T.to(device, non_blocking=True),
+            positions_T=self.positions_T.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            max_seqlen=self.max_seqlen,
+            ahead_KT=self.ahead_KT.to(device, non_blocking=True),
+            target_KT=self.target_KT.to(device, non_blocking=True),
+            num_targets=self.num_targets,
+            rows=self.rows,
+        )
+
+
+class Batches:
+    """Reads the microbatches of a run; `position` counts rows and is the whole state."""
+
+    def __init__(
+        self, shards: TokenShards, packing: Packing, *, mtp_depth: int, mask_documents: bool
+    ) -> None:
+        self._shards, self._packing = shards, packing
+        self._mtp_depth, self._mask = mtp_depth, mask_documents
+
+    def microbatch(self, position: int, rows: int) -> Microbatch:
+        """The rows at `position … position + rows - 1`."""
+        window = self._packing.seq_len + 1 + self._mtp_depth
+        read = [self._row(position + row, window) for row in range(rows)]
+        tokens_SW = np.stack([tokens for tokens, _ in read])
+        owner_SW = np.stack([owner for _, owner in read])
+        return assemble(tokens_SW, owner_SW, mtp_depth=self._mtp_depth)
+
+    def _row(self, position: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        spans = self._packing.spans(position, window)
+        tokens = np.concatenate([self._shards.read(s.document, s.start, s.count) for s in spans])
+        return tokens, _owners(spans) if self._mask else np.zeros(window, np.int64)
+
+
+def assemble(tokens_SW: NDArray[np.int64], owner_SW: NDArray[np.int64], *, mtp_depth: int) -> Microbatch:
+    """Pack windows of `seq_len + 1 + mtp_depth` tokens; `owner` tells tokens of different documents apart.
+
+    A target that belongs to another document than the token it is predicted from is left out, for the main
+    head and for every depth alike. A negative owner marks padding, which has no target.
+    """
+    rows, window = tokens_SW.shape
+    seq_len = window - 1 - mtp_depth
+    own_SL = owner_SW[:, :seq_len]
+    shifted = [slice(k + 1, k + 1 + seq_len) for k in range(mtp_depth + 1)]
+    valid_KSL = np.stack([(owner_SW[:, s] == own_SL) & (own_SL >= 0) for s in shifted])
+    target_KSL = np.where(valid_KSL, np.stack([tokens_SW[:, s] for s in shifted]), IGNORE)
+    ahead_KSL = np.stack([tokens_SW[:, s] for s in shifted])[:mtp_depth]
+    starts, positions_SL = _sequences(own_SL)
+    cu_seqlens = np.concatenate([starts, [rows * seq_len]])
+    return Microbatch(
+        tokens_T=torch.from_numpy(tokens_SW[:, :seq_len].reshape(-1)),
+        positions_T=torch.from_numpy(positions_SL.reshape(-1)),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        ahead_KT=torch.from_numpy(ahead_KSL.reshape(mtp_depth, rows * seq_len)),
+        target_KT=torch.from_numpy(target_KSL.reshape(mtp_depth + 1, -1)),
+        num_targets=tuple(int(valid.sum()) for valid in valid_KSL),
+        rows=rows,
+    )
+
+
+def _owners(spans: list[Span]) -> NDArray[np.int64]:
+    """A number for each token that differs between neighbouring documents."""
+    return np.repeat(np.arange(len(spans)), [span.count for span in spans])
+
+
+def _sequences(owner_SL: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where sequences start in the packed axis, and each token's position in its sequence."""
+    seq_len = owner_SL.shape[1]
+    begins_SL = np.ones_like(owner_SL, dtype=bool)
+    begins_SL[:, 1:] = owner_SL[:, 1:] != owner_SL[:, :-1]
+    place_L = np.arange(seq_len)
+    last_begin_SL = np.maximum.accumulate(np.where(begins_SL, place_L, 0), axis=1)
+    return np.flatnonzero(begins_SL.reshape(-1)), place_L - last_begin_SL

@@ -1,0 +1,78 @@
+"""Whole configurations by name; each is a function, so that reading one shows everything it sets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from benthic.errors import UnknownFieldError
+from benthic.spec import presets
+from benthic.train.config import (
+    CheckpointConfig,
+    EvaluateConfig,
+    LogConfig,
+    LoopConfig,
+    LossConfig,
+    RunConfig,
+)
+from benthic.train.curve import Curve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def tiny_cpu() -> RunConfig:
+    """The `tiny` model on two CPU cores: Python-looking text after about three minutes."""
+    return RunConfig(
+        model=presets.get("tiny"),
+        train=LoopConfig(
+            steps=300,
+            seq_len=256,
+            local_batch_size=16,
+            global_batch_size=16,
+            lr=3e-3,
+            schedule="cosine",
+            final_lr=0.05,
+            warmup_steps=20,
+        ),
+        loss=LossConfig(mtp_weight=Curve.constant(0.1), bias_update_speed=Curve.constant(3e-3)),
+        checkpoint=CheckpointConfig(every=100),
+        evaluate=EvaluateConfig(every=100, max_tokens=32768),
+        log=LogConfig(sample_tokens=160, sample_prompt="def "),
+        device="cpu",
+    )
+
+
+def nano_test() -> RunConfig:
+    """The `nano` model for tests: 200 steps in seconds on one core."""
+    return RunConfig(
+        model=presets.get("nano"),
+        train=LoopConfig(
+            steps=200,
+            seq_len=64,
+            local_batch_size=2,
+            global_batch_size=4,
+            lr=3e-3,
+            warmup_steps=10,
+            threads=1,
+        ),
+        checkpoint=CheckpointConfig(every=20, export=False),
+        evaluate=EvaluateConfig(every=0, max_tokens=2048),
+        log=LogConfig(every=50, tensorboard=False, pictures=False),
+        device="cpu",
+    )
+
+
+RECIPES: Final[dict[str, Callable[[], RunConfig]]] = {"tiny_cpu": tiny_cpu, "nano_test": nano_test}
+
+
+def get(name: str) -> RunConfig:
+    """The recipe called `name` (`-` and `_` are the same).
+
+    Raises:
+        UnknownFieldError: no such recipe; the message names the nearest one.
+    """
+    key = name.replace("-", "_")
+    if key not in RECIPES:
+        msg = "recipe"
+        raise UnknownFieldError(msg, name, RECIPES)
+    return RECIPES[key]()
