@@ -101,7 +101,7 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """What scores are multiplied by: `qk_head_dim ** -0.5`, times the YaRN temperature if there is one."""
+        """What scores are multiplied by: `qk_head_dim ** -0.5`, times the YaRN temperature if any."""
         factor = self.rope_scaling.softmax_factor if self.rope_scaling else 1.0
         return factor / math.sqrt(self.qk_head_dim)
 
@@ -197,7 +197,7 @@ def _yarn_rules(yarn: Yarn) -> Iterator[str]:
     if yarn.original_max_position_embeddings <= 0:
         yield f"original_max_position_embeddings = {yarn.original_max_position_embeddings} must be positive"
     if yarn.mscale <= 0 or yarn.mscale_all_dim < 0:
-        yield f"mscale = {yarn.mscale} must be positive and mscale_all_dim = {yarn.mscale_all_dim} not negative"
+        yield f"mscale = {yarn.mscale} must be positive, mscale_all_dim = {yarn.mscale_all_dim} not negative"
     if yarn.beta_slow <= 0 or yarn.beta_fast < yarn.beta_slow:
         yield f"beta_fast = {yarn.beta_fast} must be at least beta_slow = {yarn.beta_slow}, and both positive"
 
