@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 def write_result(name: str, rows: Any, *, out: Path | None = None, **settings: Any) -> Path:
-    """Write `rows` to `benchmarks/results/NAME.json` (or `out`) beside hardware, versions, commit and settings."""
+    """Write `rows` to `results/NAME.json` (or `out`) beside hardware, versions, commit and settings."""
     path = out or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"benchmark": name, **provenance(), "settings": settings, "rows": rows}
