@@ -1,0 +1,250 @@
+"""The request bodies of the HTTP API: every field, its bounds and its default.
+
+Fields this server does not know are ignored, as OpenAI's own API does with clients newer than itself; fields that
+it knows but does not offer are refused by name (`UNSUPPORTED`), because ignoring them would change the answer.
+Numbers are not converted from text: `"temperature": "1"` is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+
+def _utf8(text: str) -> str:
+    """JSON can write half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        msg = f"character {error.start} is half of a surrogate pair, which is not valid text"
+        raise ValueError(msg) from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_utf8)]
+ModelName = Annotated[Text, Field(description="One of the names that /v1/models lists.")]
+StopString = Annotated[Text, StringConstraints(min_length=1, max_length=1024)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+
+# Known elsewhere, not offered here; the value that changes nothing is accepted.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (),
+    "chat_template": (),
+    "documents": ([],),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_embeds": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside text."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Body(BaseModel):
+    """Base of every request body."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: ModelName
+
+
+class SamplingBody(Body):
+    """Fields that completions and chat completions share. `None` means: the server's default."""
+
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0 is greedy.")
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="-1 and 0 keep every token.")
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(
+        None, max_length=1024, description="Token id to what is added to its logit."
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int | None = Field(None, ge=1, le=128)
+    min_tokens: int | None = Field(None, ge=0, lt=2**31)
+    ignore_eos: bool | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=1024)
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Write tokens of log-probabilities as `token_id:7`."
+    )
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="Lower goes first.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Text | None = Field(None, description="Accepted for compatibility; not used.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        """Raises: ValueError naming the first field that this server knows of but does not offer."""
+        if isinstance(data, dict):
+            for name in UNSUPPORTED.keys() & data.keys():
+                value = data[name]
+                if value is not None and value not in UNSUPPORTED[name]:
+                    msg = f"{name} is not supported by this server. Leave it out."
+                    raise ValueError(msg)
+        return data
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> SamplingBody:
+        if self.stream_options is not None and not self.stream:
+            msg = "stream_options is set but stream is not true. Set stream=true or leave stream_options out."
+            raise ValueError(msg)
+        if self.stream and self.prompt_logprobs is not None:
+            msg = "prompt_logprobs cannot be streamed. Leave out stream or prompt_logprobs."
+            raise ValueError(msg)
+        return self
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
+    ) = Field(description="Text, token ids, or a list of either.")
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="Default 16.")
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    add_special_tokens: bool | None = Field(None, description="Default true.")
+
+
+class TextPart(BaseModel):
+    """One piece of a message's content."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_tools(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            if data.get("role") in ("tool", "function") or data.get("tool_calls"):
+                msg = "tool messages are not supported by this server"
+                raise ValueError(msg)
+        return data
+
+    def as_template_input(self) -> dict[str, str]:
+        """Role and plain text (and the name, where there is one) as chat templates expect them."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": text, **named}
+
+
+class TemplateBody(BaseModel):
+    """Fields that steer the chat template."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    add_generation_prompt: bool | None = Field(None, description="Default true.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Variables for the chat template, e.g. enable_thinking."
+    )
+
+
+class ChatBody(SamplingBody, TemplateBody):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="Default: what fits.")
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Older name of max_completion_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            msg = f"top_logprobs = {self.top_logprobs} but logprobs is not true. Set logprobs=true."
+            raise ValueError(msg)
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            msg = (
+                f"max_tokens = {self.max_tokens} but max_completion_tokens = {self.max_completion_tokens}. "
+                "Set one of them."
+            )
+            raise ValueError(msg)
+        return self
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: `prompt`, or `messages` to go through the chat template."""
+
+    model: ModelName | None = None  # type: ignore[assignment]
+    prompt: Text | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = Field(None, description="Default true for prompt, false for messages.")
+    add_generation_prompt: bool | None = Field(None, description="Default true.")
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            msg = "give exactly one of prompt and messages"
+            raise ValueError(msg)
+        return self
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: ModelName | None = None  # type: ignore[assignment]
+    tokens: list[TokenId]
