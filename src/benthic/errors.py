@@ -3,6 +3,7 @@
     BenthicError
     ├── ConfigError (ValueError)        a setting is unknown, malformed or contradicts another
     │   └── UnknownFieldError           a name that does not exist, with the nearest one that does
+    ├── ScheduleError (ValueError)      a pipeline table is incomplete, misplaced or deadlocks
     ├── ShapeError (ValueError)         a tensor's dimensions disagree with each other or with the config
     ├── BackendError                    no implementation of an op runs on this device and dtype
     ├── CheckpointError                 a checkpoint cannot be read or written
@@ -44,6 +45,10 @@ class UnknownFieldError(ConfigError):
         self.name = name
         self.known = tuple(sorted(known))
         super().__init__(f"unknown {kind} {name!r}. {did_you_mean(name, self.known)}")
+
+
+class ScheduleError(BenthicError, ValueError):
+    """A pipeline table is incomplete, puts actions on the wrong rank or deadlocks; the actions are named."""
 
 
 class ShapeError(BenthicError, ValueError):

@@ -1,0 +1,1 @@
+"""Pipeline schedules as tables: built once, then checked, simulated, drawn and executed from one value."""
