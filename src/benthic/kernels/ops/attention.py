@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, overload
 
+import torch
+
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Op, reference
+from benthic.kernels.table import Case, Implementation, Op, on, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SDPA = on("cpu", torch.float32, torch.float64, reason="torch's fused CPU attention, one call a length")
+
 ATTENTION = Op(
     "attention",
-    (reference("benthic.kernels.reference.attention:attention"),),
+    (
+        Implementation("sdpa", _SDPA, "benthic.kernels.torch_attention:attention"),
+        reference("benthic.kernels.reference.attention:attention"),
+    ),
     typical_dims=(192, 128),
 )
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Op, reference
+from benthic.kernels.table import Case, Implementation, Op, on, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SDPA = on("cpu", torch.float32, torch.float64, reason="heads as rows over gathered pages")
+
 MLA_DECODE = Op(
     "mla_decode",
-    (reference("benthic.kernels.reference.attention:mla_decode"),),
+    (
+        Implementation("sdpa", _SDPA, "benthic.kernels.torch_attention:mla_decode"),
+        reference("benthic.kernels.reference.attention:mla_decode"),
+    ),
     typical_dims=(512, 64),
 )
 STORE_LATENT = Op(

@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, overload
 
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Op, reference
+from benthic.kernels.table import Case, Implementation, Op, anywhere, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LINEAR_CROSS_ENTROPY = Op(
-    "linear_cross_entropy", (reference("benthic.kernels.reference.loss:linear_cross_entropy"),)
+    "linear_cross_entropy",
+    (
+        Implementation(
+            "chunked",
+            anywhere("library products over chunks of tokens; the logits matrix never exists"),
+            "benthic.kernels.torch_loss:linear_cross_entropy",
+        ),
+        reference("benthic.kernels.reference.loss:linear_cross_entropy"),
+    ),
 )
 
 

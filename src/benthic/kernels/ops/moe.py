@@ -8,16 +8,47 @@ import torch
 from torch import Tensor
 
 from benthic.errors import ConfigError, ShapeError
-from benthic.kernels.table import Case, Op, reference
+from benthic.kernels.table import Case, Implementation, Op, Verdict, no, on, reference, yes
 
 if TYPE_CHECKING:
     from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
 
+_GATHERS = on("cpu", torch.float32, torch.float64, reason="gathers both ways, hand-written gradients")
+_LOOP = on("cpu", reason="one product an expert that has rows: widths that grouped_mm refuses")
+
+
+def _grouped_mm_cpu(case: Case) -> Verdict:
+    """The grouped product of torch wants rows of a multiple of 16 bytes, in float32 or bfloat16 on a CPU."""
+    if case.device != "cpu" or case.dtype not in (torch.float32, torch.bfloat16):
+        return no(f"runs on cpu in float32 and bfloat16, not on {case.device} in {case.dtype}")
+    if any(width * case.dtype.itemsize % 16 for width in case.dims):
+        return no(f"needs rows of a multiple of 16 bytes, not {case.dims} elements of {case.dtype.itemsize}")
+    return yes("torch's grouped product; its gradient needs no loop over experts")
+
+
 ROUTE = Op("route", (reference("benthic.kernels.reference.moe:route"),))
-PERMUTE = Op("permute", (reference("benthic.kernels.reference.moe:permute"),))
-UNPERMUTE = Op("unpermute", (reference("benthic.kernels.reference.moe:unpermute"),))
+PERMUTE = Op(
+    "permute",
+    (
+        Implementation("torch", _GATHERS, "benthic.kernels.torch_moe:permute"),
+        reference("benthic.kernels.reference.moe:permute"),
+    ),
+)
+UNPERMUTE = Op(
+    "unpermute",
+    (
+        Implementation("torch", _GATHERS, "benthic.kernels.torch_moe:unpermute"),
+        reference("benthic.kernels.reference.moe:unpermute"),
+    ),
+)
 GROUPED_LINEAR = Op(
-    "grouped_linear", (reference("benthic.kernels.reference.moe:grouped_linear"),), typical_dims=(2048, 1408)
+    "grouped_linear",
+    (
+        Implementation("grouped_mm", _grouped_mm_cpu, "benthic.kernels.torch_moe:grouped_mm"),
+        Implementation("loop", _LOOP, "benthic.kernels.torch_moe:loop"),
+        reference("benthic.kernels.reference.moe:grouped_linear"),
+    ),
+    typical_dims=(2048, 1408),
 )
 
 SCORING_FUNCS = ("sigmoid", "softmax")

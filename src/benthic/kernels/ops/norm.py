@@ -4,27 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Op, reference
+from benthic.kernels.table import Case, Implementation, Op, on, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_CPU_WIDE = on("cpu", torch.float32, torch.float64, reason="few torch calls with hand-written gradients")
+
 RMS_NORM = Op(
     "rms_norm",
-    (reference("benthic.kernels.reference.norm:rms_norm"),),
+    (
+        Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:rms_norm"),
+        reference("benthic.kernels.reference.norm:rms_norm"),
+    ),
 )
 ADD_RMS_NORM = Op(
     "add_rms_norm",
-    (reference("benthic.kernels.reference.norm:add_rms_norm"),),
+    (
+        Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:add_rms_norm"),
+        reference("benthic.kernels.reference.norm:add_rms_norm"),
+    ),
 )
 SWIGLU = Op(
     "swiglu",
-    (reference("benthic.kernels.reference.norm:swiglu"),),
+    (
+        Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:swiglu"),
+        reference("benthic.kernels.reference.norm:swiglu"),
+    ),
 )
 ROPE = Op(
     "rope",
-    (reference("benthic.kernels.reference.norm:rope"),),
+    (
+        Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:rope"),
+        reference("benthic.kernels.reference.norm:rope"),
+    ),
 )
 
 

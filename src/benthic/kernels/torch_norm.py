@@ -1,0 +1,125 @@
+"""Row-wise ops as few torch calls as possible, with hand-written gradients: the fast path on a CPU.
+
+Autograd of the definitions saves every intermediate and walks the rows ten times; these save the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """See `benthic.kernels.ops.rms_norm`; float32 and float64."""
+    if not _recording(x, weight_D):
+        return F.rms_norm(x, weight_D.shape, weight_D, eps)
+    out: Tensor = _RmsNorm.apply(x, weight_D, eps)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `benthic.kernels.ops.add_rms_norm`; float32 and float64."""
+    total = x + residual
+    return rms_norm(total, weight_D, eps), total
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """See `benthic.kernels.ops.swiglu`; float32 and float64."""
+    if not _recording(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+    out: Tensor = _SwiGlu.apply(gate_up)
+    return out
+
+
+def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
+    """See `benthic.kernels.ops.rope`; float32 and float64."""
+    if x.dim() == 3:
+        cos_Tr2, sin_Tr2 = cos_Tr2.unsqueeze(1), sin_Tr2.unsqueeze(1)
+    if not _recording(x):
+        return _rotate(x, cos_Tr2, sin_Tr2, sign=1.0)
+    out: Tensor = _Rope.apply(x, cos_Tr2, sin_Tr2)
+    return out
+
+
+def _recording(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
+    """Rotate by the angle (sign 1) or back (sign -1)."""
+    half = x.shape[-1] // 2
+    x_1, x_2 = x[..., :half], x[..., half:]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.mul(x_1, cos, out=out[..., :half]).addcmul_(x_2, sin, value=-sign)
+    torch.mul(x_2, cos, out=out[..., half:]).addcmul_(x_1, sin, value=sign)
+    return out
+
+
+class _RmsNorm(torch.autograd.Function):
+    """dx = rstd (g - x_hat mean(g x_hat)) with g = dy weight; dweight = sum over rows of dy x_hat."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Save x and the reciprocal root mean square of each row."""
+        rstd = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        )
+        ctx.save_for_backward(x, weight_D, rstd)
+        return (x * rstd).mul_(weight_D)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of x and weight."""
+        x, weight_D, rstd = ctx.saved_tensors
+        (dy,) = grads
+        x_hat = x * rstd
+        weighted = dy * x_hat
+        dweight_D = weighted.flatten(0, -2).sum(dim=0)
+        mean = torch.mv(weighted.flatten(0, -2), weight_D).view_as(rstd).div_(x.shape[-1])
+        dx = (dy * weight_D).sub_(x_hat.mul_(mean)).mul_(rstd)
+        return dx, dweight_D, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    """d(gate) = dy * up * silu'(gate), d(up) = dy * silu(gate), recomputed from the saved input."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        """Save the input alone."""
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Gradient of both halves, side by side."""
+        (gate_up,) = ctx.saved_tensors
+        (dy,) = grads
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        dgate, dup = out.chunk(2, dim=-1)
+        torch.mul(dy, F.silu(gate), out=dup)
+        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        return out
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation's gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Save the angles alone."""
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, sign=1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of x; the angles are constants."""
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, sin, sign=-1.0), None, None
