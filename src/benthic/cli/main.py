@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from benthic import __version__
+from benthic.cli import draw, plan
 from benthic.errors import BenthicError
 
 app = typer.Typer(
@@ -18,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(plan.app, name="plan")
+app.add_typer(draw.app, name="draw")
 
 
 def main() -> None:

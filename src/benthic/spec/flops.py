@@ -2,7 +2,9 @@
 
 A multiply-add counts as two. Matrices are counted through the activated parameters (norms and router bias
 ride along, below 0.01%), attention through its two products. Softmax, norms and rotations are not counted.
-L layers, H heads, n nope dim, r rope dim, v value dim, C kv latent.
+
+In the rules: L layers, H heads, n nope dim, r rope dim, v value dim, C kv latent, s tokens of context;
+"activated" is `totals.active(config, "head")`, "body" is `totals.active(config, "body")`.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def training(config: ModelConfig, seq_len: int, *, causal: bool = True, mtp: boo
         weights += _mtp_active(config)
     pairs = seq_len / 2 if causal else seq_len
     value = 6 * weights + 3 * layers * pair_flops(config, "expanded") * pairs
-    rule = f"6 x activated (head, no embedding{', MTP' if mtp else ''}) + 3 x 2 L H (n + r + v) x s"
-    return Figure(value, "FLOP/token", f"{rule}/2, causal" if causal else f"{rule}, all pairs", _INSIGHTS)
+    rule = f"6 x activated{' + MTP' if mtp else ''} + 3 x 2LH(n+r+v) s"
+    return Figure(value, "FLOP/token", f"{rule}/2" if causal else rule, _INSIGHTS)
 
 
 def prefill(config: ModelConfig, prompt_len: int) -> Figure:
@@ -46,7 +48,7 @@ def prefill(config: ModelConfig, prompt_len: int) -> Figure:
     pairs = (prompt_len + 1) / 2
     attention = config.num_hidden_layers * pair_flops(config, "expanded") * pairs
     value = 2 * totals.active(config, "body") + attention
-    rule = "2 x activated (no embedding, no head) + 2 L H (n + r + v) x (s + 1)/2"
+    rule = "2 x body + 2LH(n+r+v) (s+1)/2"
     return Figure(value, "FLOP/token", rule, "forward third of the training rule, causal pairs exact")
 
 
@@ -61,10 +63,8 @@ def decode(config: ModelConfig, context: int, form: AttentionForm = "absorbed") 
     _check_length("context", context)
     value = 2 * totals.active(config, "head")
     value += config.num_hidden_layers * pair_flops(config, form) * context
-    pair = "2 L H (2C + r)" if form == "absorbed" else "2 L H (n + r + v)"
-    return Figure(
-        value, "FLOP/token", f"2 x activated (head, no embedding) + {pair} x context", "FlashMLA notes"
-    )
+    pair = "2LH(2C+r)" if form == "absorbed" else "2LH(n+r+v)"
+    return Figure(value, "FLOP/token", f"2 x activated + {pair} s", "FlashMLA notes")
 
 
 def pair_flops(config: ModelConfig, form: AttentionForm) -> int:

@@ -1,4 +1,8 @@
-"""Bytes of KV cache per token, for this architecture and for the attention it replaced."""
+"""Bytes of KV cache per token, for this architecture and for the attention it replaced.
+
+Rules read: MLA `2 B x (C + r) x layers`; expanded `2 B x heads x (n + r + v) x layers`; MHA, GQA and MQA
+`2 B x 2 (key and value) x kv heads x head dim x layers`.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +53,7 @@ def mla(config: ModelConfig, *, mtp: bool = False) -> Figure:
     """BF16 bytes per token of the latent cache: `2 (C + r) L`; drafting with MTP caches its layers too."""
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
     value = BF16_BYTES * config.latent_dim * layers
-    rule = f"2 B x (C + r) x {layers} layers"
-    return Figure(value, "B/token", rule, _V2_REPORT)
+    return Figure(value, "B/token", f"2 B x {config.latent_dim} x {layers}", _V2_REPORT)
 
 
 def mla_fp8(config: ModelConfig) -> Figure:
@@ -61,20 +64,21 @@ def mla_fp8(config: ModelConfig) -> Figure:
     latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
     layer = latent + 4 * -(-latent // _FP8_GROUP) + BF16_BYTES * rope
     value = layer * config.num_hidden_layers
-    return Figure(value, "B/token", f"{layer} B x {config.num_hidden_layers} layers", "FlashMLA FP8 cache")
+    return Figure(value, "B/token", f"{layer} B x {config.num_hidden_layers}", "FlashMLA FP8 cache")
 
 
 def expanded(config: ModelConfig) -> Figure:
     """BF16 bytes per token if every head's key and value were cached: `2 H (n + r + v) L`."""
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    value = BF16_BYTES * heads * (config.qk_head_dim + config.v_head_dim) * layers
-    return Figure(value, "B/token", f"2 B x {heads} heads x (n + r + v) x {layers} layers", _V2_REPORT)
+    width = config.qk_head_dim + config.v_head_dim
+    value = BF16_BYTES * heads * width * layers
+    return Figure(value, "B/token", f"2 B x {heads} x {width} x {layers}", _V2_REPORT)
 
 
 def grouped(layers: int, kv_heads: int, head_dim: int) -> Figure:
     """BF16 bytes per token of MHA (kv_heads = heads), GQA or MQA (kv_heads = 1): `2 * 2 g d_h L`."""
     value = BF16_BYTES * 2 * kv_heads * head_dim * layers
-    return Figure(value, "B/token", f"2 B x 2 x {kv_heads} heads x {head_dim} x {layers} layers", _V2_REPORT)
+    return Figure(value, "B/token", f"2 B x 2 x {kv_heads} x {head_dim} x {layers}", _V2_REPORT)
 
 
 def equivalent_groups(config: ModelConfig) -> float:
@@ -87,7 +91,7 @@ def table(config: ModelConfig) -> tuple[KVRow, ...]:
     layers, heads, dim = config.num_hidden_layers, config.num_attention_heads, config.v_head_dim
     own = [KVRow(config.name, "MLA", mla(config))]
     if config.num_nextn_predict_layers:
-        own.append(KVRow(config.name, "MLA, MTP drafting", mla(config, mtp=True)))
+        own.append(KVRow(config.name, "MLA + MTP", mla(config, mtp=True)))
     own.append(KVRow(config.name, "MLA, FP8", mla_fp8(config)))
     own.append(KVRow(config.name, "MLA, expanded", expanded(config)))
     shapes = [("MHA", heads), ("GQA-8", 8), ("MQA", 1)]

@@ -53,7 +53,7 @@ class Recipe:
 
 
 MIXED_16: Final = Recipe(
-    "BF16 mixed precision",
+    "BF16 mixed",
     (
         Term("running weight", "bf16", 2, sharded=False),
         Term("gradient", "bf16", 2, sharded=False),
@@ -75,7 +75,7 @@ FP8_V3: Final = Recipe(
     "DeepSeek-V3 report section 3.3.3",
 )
 FP8_BF16_GRADIENTS: Final = Recipe(
-    "FP8, 16-bit gradients",
+    "FP8, BF16 grads",
     (
         Term("running weight", "fp8", 1, sharded=False),
         Term("gradient", "bf16", 2, sharded=False),
