@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from benthic.errors import ScheduleError
@@ -98,12 +98,18 @@ def channel_problems(programs: tuple[Program, ...]) -> Iterator[str]:
 
 
 def _disordered(programs: tuple[Program, ...]) -> Iterator[str]:
-    for source, program in enumerate(programs):
-        for target, other in enumerate(programs):
-            sent = [op.payload for op in program if isinstance(op, Send) and op.to == target]
-            received = [op.payload for op in other if isinstance(op, Recv) and op.source == source]
-            if sent != received:
-                yield f"rank {source} sends rank {target} {_list(sent)}, which receives {_list(received)}"
+    sent: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    received: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    for rank, program in enumerate(programs):
+        for op in program:
+            if isinstance(op, Send):
+                sent[rank, op.to].append(op.payload)
+            elif isinstance(op, Recv):
+                received[op.source, rank].append(op.payload)
+    for source, target in sorted(sent.keys() | received.keys()):
+        out, into = sent[source, target], received[source, target]
+        if out != into:
+            yield f"rank {source} sends rank {target} {_list(out)}, which receives {_list(into)}"
 
 
 def _list(actions: list[Action]) -> str:
