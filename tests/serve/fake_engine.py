@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from benthic.errors import AdmissionError, CheckpointError
 from benthic.serve.messages import Delta, Generate, Ready, Stats, TokenLogprob
 
-VOCAB = 512
+VOCAB = 320
 CONTEXT = 256
 BLOCK = 16
 BLOCKS = 64
 
-POISON_CRASH = 500  # as the first prompt token: the step raises
-POISON_REJECT = 501  # the engine refuses it
-POISON_ERROR = 502  # the request alone fails
-POISON_HANG = 503  # the step never returns
-POISON_KILL = 504  # the process kills itself
+POISON_CRASH = 315  # as the first prompt token: the step raises
+POISON_REJECT = 316  # the engine refuses it
+POISON_ERROR = 317  # the request alone fails
+POISON_HANG = 318  # the step never returns
+POISON_KILL = 319  # the process kills itself
 EOS = 1
 
 

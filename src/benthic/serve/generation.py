@@ -9,7 +9,8 @@ from benthic.errors import AdmissionError, EngineDeadError, ServeError
 from benthic.serve.detokenize import Detokenizer, StopMatcher, StopRule
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
     from benthic.serve.client import EngineClient
     from benthic.serve.messages import Delta, FinishReason, Generate, TokenLogprob
     from benthic.serve.metrics import Metrics
@@ -30,7 +31,7 @@ class Asked:
 
     index: int
     request: Generate
-    stop: StopRule = StopRule()
+    stop: StopRule
     skip_special_tokens: bool = True
 
 
@@ -39,9 +40,9 @@ class Piece:
     """What one delta adds to one choice.
 
     `logprobs[i]` belongs to `tokens[i]`. Text may lag behind tokens: incomplete characters and possible
-    beginnings of stop strings are held back. `stop_reason` is the stop string or the stop token id; None for the
-    model's own end. `prompt_logprobs` and `cached_tokens` come with the first piece; `completion_tokens` is the
-    running count.
+    beginnings of stop strings are held back. `stop_reason` is the stop string or the stop token id; None for
+    the model's own end. `prompt_logprobs` and `cached_tokens` come with the first piece; `completion_tokens`
+    is the running count.
     """
 
     index: int
@@ -76,9 +77,9 @@ class SequenceText:
     def take(self, delta: Delta) -> Piece:
         """The piece that `delta` makes; `done` is set with the last one."""
         text, used = self._read(delta)
-        finish, stop_reason = self._ending(delta)
-        if finish is not None and self._stop.matched is None:
+        if delta.finish_reason is not None and self._stop.matched is None:
             text += self._flush()
+        finish, stop_reason = self._ending(delta)
         self.done = finish is not None
         return Piece(
             index=self.asked.index,
@@ -162,7 +163,7 @@ class Generation:
         self._arrival_s = arrival_s
         self._clock = clock
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """Pieces of every choice as they come; closing the iterator early aborts what is unfinished.
 
         Raises:
@@ -189,6 +190,13 @@ class Generation:
             for request_id, text in self._texts.items():
                 if not text.done:
                     self._finished(request_id, outcome)
+
+    def summary(self) -> str:
+        """One line for the log: how it went."""
+        counts = [text.count for text in self._texts.values()]
+        ended = sum(text.done for text in self._texts.values())
+        took_s = self._clock() - self._arrival_s
+        return f"{ended} of {len(counts)} sequences finished, {sum(counts)} tokens in {took_s:.3f} s"
 
     def _take(self, delta: Delta) -> Piece:
         piece = self._texts[delta.request_id].take(delta)

@@ -55,8 +55,8 @@ class TokenNames:
 class CompletionLogprobWriter:
     """Writes the parallel lists of /v1/completions for one choice, keeping count of the text's offset.
 
-    `text_offset` counts characters of the choice's text. A token that ends in the middle of a character starts
-    where that character will appear.
+    `text_offset` counts characters of the choice's text. A token that ends in the middle of a character
+    starts where that character will appear.
     """
 
     def __init__(self, tokenizer: Tokenizer, names: TokenNames, *, best: int, skip_special: bool) -> None:
@@ -117,15 +117,15 @@ def _top_entry(entry: TokenLogprob, names: TokenNames) -> TopLogprob:
     )
 
 
-def prompt_logprobs(rows: Sequence[Row], names: TokenNames) -> PromptLogprobs:
+def prompt_logprobs(rows: Sequence[Row], names: TokenNames, best: int) -> PromptLogprobs:
     """VLLM's shape: one object per prompt position, from token id to its values; null for the first."""
-    return [_prompt_entry(row, names) if row else None for row in rows]
+    return [_prompt_entry(row, names, best) if row else None for row in rows]
 
 
-def _prompt_entry(row: Row, names: TokenNames) -> dict[str, PromptLogprob]:
+def _prompt_entry(row: Row, names: TokenNames, best: int) -> dict[str, PromptLogprob]:
     return {
         str(entry.token): PromptLogprob(
             logprob=finite(entry.logprob), rank=entry.rank, decoded_token=names(entry.token)
         )
-        for entry in row
+        for entry in (row[0], *best_of(row, best))
     }

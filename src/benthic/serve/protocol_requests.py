@@ -1,7 +1,8 @@
 """The request bodies of the HTTP API: every field, its bounds and its default.
 
-Fields this server does not know are ignored, as OpenAI's own API does with clients newer than itself; fields that
-it knows but does not offer are refused by name (`UNSUPPORTED`), because ignoring them would change the answer.
+Fields this server does not know are ignored, as OpenAI's own API does with clients newer than itself; fields
+that it knows but does not offer are refused by name (`UNSUPPORTED`), because ignoring them would change the
+answer.
 Numbers are not converted from text: `"temperature": "1"` is an error.
 """
 
@@ -175,10 +176,9 @@ class ChatMessage(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_tools(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            if data.get("role") in ("tool", "function") or data.get("tool_calls"):
-                msg = "tool messages are not supported by this server"
-                raise ValueError(msg)
+        if isinstance(data, dict) and (data.get("role") in ("tool", "function") or data.get("tool_calls")):
+            msg = "tool messages are not supported by this server"
+            raise ValueError(msg)
         return data
 
     def as_template_input(self) -> dict[str, str]:

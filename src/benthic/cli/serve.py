@@ -1,0 +1,245 @@
+"""`benthic serve`: an OpenAI-compatible server for a checkpoint folder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from enum import StrEnum
+from pathlib import Path  # noqa: TC003 (typer reads the annotations)
+from typing import Annotated
+
+import typer
+
+from benthic.errors import ConfigError
+
+ENGINE = "Engine"
+CACHE = "KV cache"
+REQUESTS = "Requests"
+HTTP = "HTTP"
+
+
+class Dtype(StrEnum):
+    """Precision of weights and cache."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class LogLevel(StrEnum):
+    """How much uvicorn says."""
+
+    critical = "critical"
+    error = "error"
+    warning = "warning"
+    info = "info"
+    debug = "debug"
+    trace = "trace"
+
+
+def serve(  # noqa: PLR0913 (one parameter a flag)
+    model: Annotated[
+        Path | None, typer.Argument(help="Checkpoint folder: config.json, *.safetensors, tokenizer.json.")
+    ] = None,
+    *,
+    model_flag: Annotated[Path | None, typer.Option("--model", help="The same as MODEL.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks one.", rich_help_panel=HTTP)] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name that requests use (default: MODEL as given). Repeat for more.", rich_help_panel=HTTP
+        ),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Require `Authorization: Bearer KEY`. Repeat for more; also BENTHIC_API_KEY.",
+            rich_help_panel=HTTP,
+        ),
+    ] = None,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1024, help="Largest request body; larger ones get 413.", rich_help_panel=HTTP)
+    ] = 16 << 20,
+    uvicorn_log_level: Annotated[
+        LogLevel, typer.Option(help="How much uvicorn says.", rich_help_panel=HTTP)
+    ] = LogLevel.info,
+    disable_uvicorn_access_log: Annotated[
+        bool,
+        typer.Option("--disable-uvicorn-access-log", help="No line per HTTP request.", rich_help_panel=HTTP),
+    ] = False,
+    shutdown_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Seconds that requests may go on after SIGTERM or Ctrl-C.", rich_help_panel=HTTP
+        ),
+    ] = 30.0,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Longest prompt plus output (default: the model's).", rich_help_panel=ENGINE
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="Most sequences in one step.", rich_help_panel=ENGINE)
+    ] = 64,
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Most tokens in one step; longer prefills are chunked.", rich_help_panel=ENGINE
+        ),
+    ] = 2048,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: the checkpoint's on a GPU, float32 on a CPU.", rich_help_panel=ENGINE)
+    ] = Dtype.auto,
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU if there is one.", rich_help_panel=ENGINE),
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed for requests that bring none.", rich_help_panel=ENGINE)] = 0,
+    num_threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the engine.", rich_help_panel=ENGINE)
+    ] = None,
+    engine_stall_timeout: Annotated[
+        float,
+        typer.Option(
+            min=1, help="Seconds of silence after which the engine is given up.", rich_help_panel=ENGINE
+        ),
+    ] = 300.0,
+    block_size: Annotated[
+        int, typer.Option(min=1, help="Tokens in a cache block.", rich_help_panel=CACHE)
+    ] = 64,
+    num_gpu_blocks_override: Annotated[
+        int | None,
+        typer.Option(
+            "--num-gpu-blocks-override",
+            "--num-blocks",
+            min=1,
+            help="Blocks in the cache, on any device.",
+            rich_help_panel=CACHE,
+        ),
+    ] = None,
+    kv_cache_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--kv-cache-memory",
+            "--kv-cache-memory-bytes",
+            min=1,
+            help="Bytes of the cache.",
+            rich_help_panel=CACHE,
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(help="Share of GPU memory for weights and cache, in (0, 1].", rich_help_panel=CACHE),
+    ] = 0.9,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse blocks of equal prompt beginnings.", rich_help_panel=CACHE)
+    ] = True,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Sequences that may wait; more get 503.", rich_help_panel=REQUESTS)
+    ] = 1024,
+    max_logprobs: Annotated[
+        int,
+        typer.Option(min=0, max=20, help="Most logprobs a request may ask for.", rich_help_panel=REQUESTS),
+    ] = 20,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Jinja file (or text) instead of the checkpoint's template.", rich_help_panel=REQUESTS
+        ),
+    ] = None,
+    generation_config: Annotated[
+        str,
+        typer.Option(
+            help="Sampling defaults: auto (the model's generation_config.json), none, or a folder.",
+            rich_help_panel=REQUESTS,
+        ),
+    ] = "auto",
+    disable_log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--disable-log-requests", help="No lines when requests start and end.", rich_help_panel=REQUESTS
+        ),
+    ] = False,
+    disable_log_stats: Annotated[
+        bool,
+        typer.Option(
+            "--disable-log-stats", help="No throughput line every ten seconds.", rich_help_panel=REQUESTS
+        ),
+    ] = False,
+) -> None:
+    """Serve a checkpoint over an OpenAI-compatible API."""
+    # imported here so that `benthic --help` needs neither FastAPI nor tokenizers
+    from benthic.serve import launch, server  # noqa: PLC0415
+    from benthic.serve.options import EngineOptions  # noqa: PLC0415
+    from benthic.serve.service import ServiceSettings  # noqa: PLC0415
+    from benthic.serve.tokenizer import Tokenizer  # noqa: PLC0415
+
+    folder = _one_model(model, model_flag)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
+    options = EngineOptions(
+        device=device,
+        dtype=dtype.value,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        num_blocks=num_gpu_blocks_override,
+        kv_cache_memory=kv_cache_memory,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enable_prefix_caching=enable_prefix_caching,
+        seed=seed,
+        max_logprobs=max_logprobs,
+        num_threads=num_threads,
+    )
+    bound = launch.bind(host, port)
+    launch.check_checkpoint(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    parts = server.Parts(
+        tokenizer=tokenizer,
+        template=launch.read_template(tokenizer, chat_template),
+        settings=ServiceSettings(
+            served_names=tuple(served_model_name or [str(folder)]),
+            root=str(folder),
+            max_num_seqs=max_num_seqs,
+            max_waiting=max_waiting,
+            defaults=launch.read_sampling_defaults(folder, generation_config),
+            log_requests=not disable_log_requests,
+        ),
+        options=server.ServerOptions(
+            api_keys=_api_keys(api_key),
+            max_body_bytes=max_body_bytes,
+            drain_s=shutdown_timeout,
+            report_s=0.0 if disable_log_stats else 10.0,
+            stall_s=engine_stall_timeout,
+            log_level=uvicorn_log_level.value,
+            access_log=not disable_uvicorn_access_log,
+        ),
+        wall=time.time,
+    )
+    raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
+
+
+def _one_model(positional: Path | None, flag: Path | None) -> Path:
+    if positional is not None and flag is not None and positional != flag:
+        msg = f"MODEL = {positional} but --model = {flag}. Give one of them."
+        raise ConfigError(msg)
+    chosen = positional or flag
+    if chosen is None:
+        msg = "no model given. Usage: benthic serve MODEL"
+        raise ConfigError(msg)
+    return chosen
+
+
+def _api_keys(given: list[str] | None) -> tuple[str, ...]:
+    """Keys of the flags, else of BENTHIC_API_KEY. Raises: ConfigError for an empty one."""
+    from_environment = os.environ.get("BENTHIC_API_KEY")
+    keys = tuple(given or ([from_environment] if from_environment else []))
+    if any(not key.strip() for key in keys):
+        msg = "--api-key is empty. Leave it out to serve without keys."
+        raise ConfigError(msg)
+    return keys

@@ -1,0 +1,181 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from benthic.serve import api_errors
+from benthic.serve.detokenize import StopRule
+from benthic.serve.generation import Asked, Piece
+from benthic.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from benthic.serve.messages import Generate
+from benthic.serve.protocol_responses import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+)
+from benthic.serve.sampling_defaults import sampling_params
+from benthic.serve.service import Prompt, Service, Tally, new_id, says_nothing
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping, Sequence
+
+    from benthic.serve.protocol_requests import ChatBody, ChatMessage
+
+
+async def render_prompt(
+    service: Service,
+    messages: Sequence[ChatMessage],
+    *,
+    add_generation_prompt: bool | None,
+    variables: Mapping[str, Any] | None,
+    add_special_tokens: bool = False,
+) -> Prompt:
+    """Messages through the chat template and the tokenizer; the template writes the special tokens itself.
+
+    Raises:
+        ApiError: 400 when there is no template.
+        TemplateRenderError: the template refuses the messages.
+    """
+    template = service.template
+    if template is None:
+        msg = (
+            "the served model has no chat template. Use /v1/completions, or start the server with "
+            "--chat-template FILE."
+        )
+        raise api_errors.invalid(msg, param="messages", code="no_chat_template")
+    plain = [message.as_template_input() for message in messages]
+    text = await service.in_thread(
+        lambda: template.render(
+            plain, add_generation_prompt=add_generation_prompt is not False, variables=variables
+        )
+    )
+    return await service.encode(text, add_special_tokens=add_special_tokens)
+
+
+class ChatJob:
+    """One request: its sequences, and how their pieces become chunks.
+
+    Args:
+        service: the server's state.
+        body: the request.
+        prompt: the rendered conversation.
+    Raises: ApiError 400 for what only the model's sizes can tell.
+    """
+
+    def __init__(self, service: Service, body: ChatBody, prompt: Prompt) -> None:
+        self._service = service
+        self._body = body
+        self._prompt = prompt
+        self._names = TokenNames(service.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+        self._tally = Tally([prompt], body.n or 1)
+        self._id = new_id("chatcmpl")
+        self._created = int(service.wall())
+        self.asked = [self._ask(index) for index in range(body.n or 1)]
+
+    async def collect(self, arrival_s: float) -> ChatCompletion:
+        """The whole answer."""
+        parts: dict[int, list[Piece]] = {asked.index: [] for asked in self.asked}
+        async with aclosing(self._service.generate(self.asked, arrival_s)) as pieces:
+            async for piece in pieces:
+                self._tally.take(piece)
+                parts[piece.index].append(piece)
+        rows, best = parts[0][0].prompt_logprobs, self._body.prompt_logprobs
+        return ChatCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._service.model_name,
+            choices=[self._merge(pieces) for pieces in parts.values()],
+            usage=self._tally.usage(),
+            prompt_logprobs=None
+            if rows is None or best is None
+            else prompt_logprobs(rows, self._names, best),
+        )
+
+    async def events(self, arrival_s: float) -> AsyncGenerator[bytes]:
+        """The answer's chunks as JSON: the role once a choice, then text, then the reason it ended."""
+        options = self._body.stream_options
+        include_usage = options is not None and options.include_usage
+        continuous = options is not None and options.continuous_usage_stats
+        greeted: set[int] = set()
+        async with aclosing(self._service.generate(self.asked, arrival_s)) as pieces:
+            async for piece in pieces:
+                self._tally.take(piece)
+                if piece.index not in greeted:
+                    greeted.add(piece.index)
+                    yield self._chunk([_greeting(piece.index)], usage=continuous)
+                if not says_nothing(piece):
+                    yield self._chunk([self._chunk_choice(piece)], usage=continuous)
+        if include_usage:
+            yield self._chunk([], usage=True)
+
+    def _ask(self, index: int) -> Asked:
+        body = self._body
+        wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        budget = self._service.output_budget(self._prompt, wanted, None, param="messages")
+        params = sampling_params(
+            body,
+            self._service.settings.defaults,
+            self._service.ready,
+            max_tokens=budget,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+            nth=index,
+        )
+        return Asked(
+            index=index,
+            request=Generate(
+                request_id=f"{self._id}-{index}",
+                prompt=self._prompt.ids,
+                params=params,
+                priority=body.priority or 0,
+            ),
+            stop=StopRule(strings=body.stop_strings, include=bool(body.include_stop_str_in_output)),
+            skip_special_tokens=body.skip_special_tokens is not False,
+        )
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        rows = [row for piece in pieces for row in piece.logprobs or ()]
+        return chat_logprobs(rows, self._names, self._body.top_logprobs or 0)
+
+    def _merge(self, pieces: Sequence[Piece]) -> ChatChoice:
+        return ChatChoice(
+            index=pieces[0].index,
+            message=AssistantMessage(content="".join(piece.text for piece in pieces)),
+            logprobs=self._logprobs(pieces),
+            finish_reason=pieces[-1].finish_reason,  # type: ignore[arg-type]
+            stop_reason=pieces[-1].stop_reason,
+        )
+
+    def _chunk_choice(self, piece: Piece) -> ChatChunkChoice:
+        return ChatChunkChoice(
+            index=piece.index,
+            delta=ChatDelta(content=piece.text),
+            logprobs=self._logprobs([piece]),
+            finish_reason=piece.finish_reason,  # type: ignore[arg-type]
+            stop_reason=piece.stop_reason,
+        )
+
+    def _chunk(self, choices: list[ChatChunkChoice], *, usage: bool) -> bytes:
+        """JSON of one chunk; a delta shows only what it adds."""
+        chunk = ChatChunk(
+            id=self._id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._service.model_name,
+            choices=choices,
+            usage=self._tally.usage() if usage else None,
+        )
+        return chunk.model_dump_json(exclude_unset=True).encode()
+
+
+def _greeting(index: int) -> ChatChunkChoice:
+    delta = ChatDelta(role="assistant", content="")
+    return ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)

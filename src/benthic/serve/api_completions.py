@@ -1,0 +1,186 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from benthic.serve.detokenize import StopRule
+from benthic.serve.generation import Asked, Piece
+from benthic.serve.logprobs import CompletionLogprobWriter, TokenNames, join, prompt_logprobs
+from benthic.serve.messages import Generate
+from benthic.serve.protocol_responses import Completion, CompletionChoice, CompletionLogprobs
+from benthic.serve.sampling_defaults import sampling_params
+from benthic.serve.service import Prompt, Service, Tally, new_id, says_nothing
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    from benthic.serve.protocol_requests import CompletionBody
+
+DEFAULT_MAX_TOKENS = 16
+
+
+async def read_prompts(service: Service, body: CompletionBody) -> list[Prompt]:
+    """The prompts of a request, tokenized.
+
+    Raises:
+        ApiError: 400 for token ids outside the vocabulary.
+    """
+    given = body.prompt
+    several: list[str | list[int]] = []
+    if isinstance(given, str) or isinstance(given[0], int):
+        several.append(given)  # type: ignore[arg-type]
+    else:
+        several.extend(given)  # type: ignore[arg-type]
+    special = body.add_special_tokens is not False
+    return list(await asyncio.gather(*(_read(service, each, add_special_tokens=special) for each in several)))
+
+
+async def _read(service: Service, given: str | list[int], *, add_special_tokens: bool) -> Prompt:
+    if isinstance(given, str):
+        return await service.encode(given, add_special_tokens=add_special_tokens)
+    return service.token_prompt(given)
+
+
+class CompletionJob:
+    """One request: its sequences, and how their pieces become choices.
+
+    Args:
+        service: the server's state.
+        body: the request.
+        prompts: its prompts, tokenized.
+    Raises: ApiError 400 for what only the model's sizes can tell.
+    """
+
+    def __init__(self, service: Service, body: CompletionBody, prompts: Sequence[Prompt]) -> None:
+        self._service = service
+        self._body = body
+        self._prompts = prompts
+        self._n = body.n or 1
+        self._names = TokenNames(service.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+        self._writers: dict[int, CompletionLogprobWriter] = {}
+        self._tally = Tally(prompts, self._n)
+        self._id = new_id("cmpl")
+        self._created = int(service.wall())
+        self.asked = [self._ask(index) for index in range(len(prompts) * self._n)]
+
+    async def collect(self, arrival_s: float) -> Completion:
+        """The whole answer."""
+        parts: dict[int, list[CompletionChoice]] = {asked.index: [] for asked in self.asked}
+        async with aclosing(self._service.generate(self.asked, arrival_s)) as pieces:
+            async for piece in pieces:
+                parts[piece.index].append(self._choice(piece))
+        return self._wrap([_merge(choices) for choices in parts.values()])
+
+    async def events(self, arrival_s: float) -> AsyncGenerator[bytes]:
+        """The answer's chunks as JSON."""
+        options = self._body.stream_options
+        include_usage = options is not None and options.include_usage
+        continuous = options is not None and options.continuous_usage_stats
+        async with aclosing(self._service.generate(self.asked, arrival_s)) as pieces:
+            async for piece in pieces:
+                choice = self._choice(piece)
+                if says_nothing(piece) and not choice.text:
+                    continue
+                chunk = self._wrap([choice])
+                if not continuous:
+                    chunk.usage = None
+                yield chunk.model_dump_json().encode()
+        if include_usage:
+            yield self._wrap([]).model_dump_json().encode()
+
+    def _ask(self, index: int) -> Asked:
+        body, number = self._body, index % self._n
+        prompt = self._prompts[index // self._n]
+        budget = self._service.output_budget(prompt, body.max_tokens, DEFAULT_MAX_TOKENS, param="prompt")
+        params = sampling_params(
+            body,
+            self._service.settings.defaults,
+            self._service.ready,
+            max_tokens=budget,
+            logprobs=body.logprobs,
+            prompt_logprobs=self._prompt_logprobs(),
+            nth=number,
+        )
+        return Asked(
+            index=index,
+            request=Generate(
+                request_id=f"{self._id}-{index}",
+                prompt=prompt.ids,
+                params=params,
+                priority=body.priority or 0,
+            ),
+            stop=StopRule(strings=body.stop_strings, include=bool(body.include_stop_str_in_output)),
+            skip_special_tokens=body.skip_special_tokens is not False,
+        )
+
+    def _prompt_logprobs(self) -> int | None:
+        """Echoed tokens carry log-probabilities too."""
+        asked = [self._body.prompt_logprobs, self._body.logprobs if self._body.echo else None]
+        return max((count for count in asked if count is not None), default=None)
+
+    def _choice(self, piece: Piece) -> CompletionChoice:
+        first = piece.index not in self._writers
+        writer = self._writers.setdefault(piece.index, self._writer())
+        self._tally.take(piece)
+        echo = first and bool(self._body.echo)
+        own = self._body.prompt_logprobs
+        return CompletionChoice(
+            index=piece.index,
+            text=self._echo_text(piece.index) + piece.text if echo else piece.text,
+            logprobs=None if self._body.logprobs is None else self._logprobs(writer, piece, echo=echo),
+            finish_reason=piece.finish_reason,  # type: ignore[arg-type]
+            stop_reason=piece.stop_reason,
+            prompt_logprobs=None
+            if own is None or piece.prompt_logprobs is None
+            else prompt_logprobs(piece.prompt_logprobs, self._names, own),
+        )
+
+    def _logprobs(
+        self, writer: CompletionLogprobWriter, piece: Piece, *, echo: bool
+    ) -> CompletionLogprobs | None:
+        prompt = self._prompts[piece.index // self._n]
+        parts = [writer.write(prompt.ids, piece.prompt_logprobs or ())] if echo else []
+        if piece.tokens:
+            parts.append(writer.write(piece.tokens, piece.logprobs or ()))
+        return join(parts)
+
+    def _writer(self) -> CompletionLogprobWriter:
+        body = self._body
+        return CompletionLogprobWriter(
+            self._service.tokenizer,
+            self._names,
+            best=body.logprobs or 0,
+            skip_special=body.skip_special_tokens is not False,
+        )
+
+    def _echo_text(self, index: int) -> str:
+        prompt = self._prompts[index // self._n]
+        if prompt.text is not None:
+            return prompt.text
+        skip = self._body.skip_special_tokens is not False
+        return self._service.tokenizer.decode(prompt.ids, skip_special_tokens=skip)
+
+    def _wrap(self, choices: list[CompletionChoice]) -> Completion:
+        return Completion(
+            id=self._id,
+            created=self._created,
+            model=self._service.model_name,
+            choices=choices,
+            usage=self._tally.usage(),
+        )
+
+
+def _merge(parts: Sequence[CompletionChoice]) -> CompletionChoice:
+    """One choice from its chunks."""
+    rows = [part.logprobs for part in parts if part.logprobs is not None]
+    return CompletionChoice(
+        index=parts[0].index,
+        text="".join(part.text for part in parts),
+        logprobs=join(rows) if rows else None,
+        finish_reason=parts[-1].finish_reason,
+        stop_reason=parts[-1].stop_reason,
+        prompt_logprobs=parts[0].prompt_logprobs,
+    )

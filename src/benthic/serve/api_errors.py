@@ -1,0 +1,127 @@
+"""Errors in OpenAI's shape: `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import Response
+
+from benthic.errors import AdmissionError, BenthicError, EngineDeadError, ServeError
+from benthic.serve.chat_template import TemplateRenderError
+from benthic.serve.protocol_responses import ErrorBody, ErrorDetail
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+RETRY_AFTER_S = 1
+SHOWN_CHARS = 80
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(ServeError):
+    """An answer that is not a success.
+
+    Args:
+        status: HTTP status.
+        message: for a person.
+        param: the request field at fault.
+        code: for a program.
+        retry_after_s: when trying again may help.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        """The JSON body; what is not valid text in it is replaced."""
+        detail = ErrorDetail(
+            message=_clean(str(self)),
+            type=KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error"),
+            param=None if self.param is None else _clean(self.param),
+            code=self.code,
+        )
+        return ErrorBody(error=detail).model_dump_json().encode()
+
+    def response(self) -> Response:
+        """The whole answer."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return Response(self.body(), self.status, headers, media_type="application/json")
+
+
+def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request itself is wrong."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def overloaded(message: str) -> ApiError:
+    """503: right request, wrong moment."""
+    return ApiError(503, message, code="overloaded", retry_after_s=RETRY_AFTER_S)
+
+
+def of(error: BenthicError) -> ApiError:
+    """The answer that an error of ours deserves."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, AdmissionError):
+        return invalid(str(error))
+    if isinstance(error, TemplateRenderError):
+        return invalid(str(error), param="messages")
+    code = "engine_dead" if isinstance(error, EngineDeadError) else None
+    return ApiError(500, str(error), code=code)
+
+
+def of_validation(errors: Sequence[Any]) -> ApiError:
+    """400 for the first of pydantic's errors, naming field, value and bound."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        why = first.get("ctx", {}).get("error", "")
+        return invalid(
+            f"the body is not valid JSON: {why} (at character {first['loc'][-1]})", code="bad_json"
+        )
+    path = [str(part) for part in first["loc"] if part != "body"]
+    if not path:
+        return invalid(_without_prefix(first["msg"]), param=None)
+    field = path[0]
+    alternatives = sum(error["loc"][1:2] == first["loc"][1:2] for error in errors) > 1
+    if field == "prompt" and alternatives:
+        message = "prompt must be text, a non-empty list of token ids, or a non-empty list of either"
+    else:
+        message = f"{field}: {_without_prefix(first['msg'])}"
+    if first["type"] == "missing":
+        return invalid(f"{field} is missing", param=field)
+    return invalid(f"{message} (got {_shown(first.get('input'))})", param=field)
+
+
+def _without_prefix(message: str) -> str:
+    return message.removeprefix("Value error, ")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value[:SHOWN_CHARS] if isinstance(value, str | bytes | list) else value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"
+
+
+def _clean(text: str) -> str:
+    return text.encode(errors="replace").decode()

@@ -1,0 +1,113 @@
+"""What `benthic serve` checks before it starts anything, and what the engine process builds."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benthic.errors import ConfigError, NotACheckpointError, ServeError
+from benthic.serve.chat_template import ChatTemplate
+from benthic.serve.sampling_defaults import SamplingDefaults
+from benthic.spec import hf
+
+if TYPE_CHECKING:
+    from benthic.serve.options import EngineOptions
+    from benthic.serve.process import EngineLike
+    from benthic.serve.tokenizer import Tokenizer
+    from benthic.spec.model import ModelConfig
+
+logger = logging.getLogger("benthic.serve.engine")
+
+
+def load_engine(path: Path, options: EngineOptions) -> EngineLike:
+    """Build the engine; runs in the engine process, the only one that loads torch."""
+    import torch  # noqa: PLC0415 (the HTTP process imports this module and must stay light)
+
+    from benthic.serve.engine import Engine  # noqa: PLC0415
+
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    if options.device == "auto":
+        options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("device: %s (chosen by --device auto)", options.device)
+    return Engine.from_pretrained(path, options)
+
+
+def check_checkpoint(path: Path) -> ModelConfig:
+    """Look before loading: a folder with a `config.json` of this architecture and safetensors.
+
+    Raises:
+        NotACheckpointError: the folder, the config or the weights are not there.
+        ConfigError: the config is not of this architecture or contradicts itself.
+    """
+    if not path.is_dir():
+        msg = f"{path} is not a folder. MODEL is a folder with config.json, *.safetensors and tokenizer.json."
+        raise NotACheckpointError(msg)
+    wanted = {"config.json": path / "config.json", "tokenizer.json": path / "tokenizer.json"}
+    missing = [name for name, file in wanted.items() if not file.is_file()]
+    if not any(path.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        there = sorted(entry.name for entry in path.iterdir())[:8]
+        msg = (
+            f"{path} is not a checkpoint: it has no {' and no '.join(missing)} (there: "
+            f"{', '.join(there) or 'nothing'}). Point to a folder in the Hugging Face format."
+        )
+        raise NotACheckpointError(msg)
+    return hf.read(path / "config.json").config
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the port before the model is loaded; it listens only when the server is ready. Port 0 picks one.
+
+    Raises:
+        ServeError: the port is in use, not permitted, or the host is not an address of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        msg = f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port or --host."
+        raise ServeError(msg) from error
+    bound.setblocking(False)  # noqa: FBT003 (positional-only)
+    return bound
+
+
+def read_template(tokenizer: Tokenizer, given: str | None) -> ChatTemplate | None:
+    """The chat template: of a file or as text where `given`, else the checkpoint's.
+
+    Raises:
+        ConfigError: neither a file nor Jinja text.
+    """
+    source = tokenizer.chat_template
+    if given is not None:
+        file = Path(given)
+        if "{" not in given and not file.is_file():
+            msg = f"--chat-template {given}: no such file, and no Jinja text either"
+            raise ConfigError(msg)
+        source = given if "{" in given else file.read_text(encoding="utf-8")
+    return None if source is None else ChatTemplate(source, tokenizer.special_tokens)
+
+
+def read_sampling_defaults(model: Path, source: str) -> SamplingDefaults:
+    """Defaults from `generation_config.json`: the model's ("auto"), nobody's ("none"), or another folder's.
+
+    Raises:
+        ConfigError: a folder without that file, or a file that cannot be read.
+    """
+    if source == "none":
+        return SamplingDefaults()
+    file = (model if source == "auto" else Path(source)) / "generation_config.json"
+    if file.is_file():
+        return SamplingDefaults.from_file(file)
+    if source != "auto":
+        msg = f"--generation-config {source}: {file} does not exist. Use auto, none or a folder that has it."
+        raise ConfigError(msg)
+    return SamplingDefaults()

@@ -1,0 +1,231 @@
+"""Runs the HTTP server beside the engine: start, report, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from benthic.errors import EngineDeadError, ServeError
+from benthic.serve.app import create_app
+from benthic.serve.client import EngineClient
+from benthic.serve.metrics import Metrics, kv_usage
+from benthic.serve.service import Service, ServiceSettings
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from types import FrameType
+
+    from benthic.serve.chat_template import ChatTemplate
+    from benthic.serve.messages import Stats
+    from benthic.serve.middleware import InFlight
+    from benthic.serve.process import EngineFactory
+    from benthic.serve.tokenizer import Tokenizer
+
+logger = logging.getLogger("benthic.serve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How the HTTP server runs.
+
+    Attributes:
+        api_keys: any of these opens the guarded paths; none means that no path is guarded.
+        max_body_bytes: larger request bodies are answered with 413.
+        drain_s: how long requests in flight may go on after SIGTERM.
+        report_s: seconds between the log lines that report throughput; 0 writes none.
+        stall_s: an engine silent for so long is killed.
+        log_level: of uvicorn.
+        access_log: one line an HTTP request.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 16 << 20
+    drain_s: float = 30.0
+    report_s: float = 10.0
+    stall_s: float = 300.0
+    log_level: str = "info"
+    access_log: bool = True
+
+
+class Stop:
+    """Counts the signals that ask to stop: the first drains, the second ends everything now."""
+
+    def __init__(self) -> None:
+        self.drain = asyncio.Event()
+        self.now = asyncio.Event()
+
+    def install(self) -> None:
+        """Listen for SIGINT and SIGTERM on the running loop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.request)
+
+    def request(self) -> None:
+        """One more signal."""
+        (self.now if self.drain.is_set() else self.drain).set()
+
+
+class QuietServer(uvicorn.Server):
+    """uvicorn, with the signals left to `Stop`."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Nothing: the event loop's own handlers have the signal already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a server is made of besides its engine."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    settings: ServiceSettings
+    options: ServerOptions
+    wall: Callable[[], float]
+
+
+async def serve(factory: EngineFactory, bound: socket.socket, parts: Parts) -> int:
+    """Serve until a signal; returns the exit status: 0 after a clean drain, 1 when the engine was lost.
+
+    Raises:
+        ServeError: the model could not be loaded, or the port was taken meanwhile.
+    """
+    stop = Stop()
+    stop.install()
+    client = EngineClient(factory, stall_s=parts.options.stall_s, log_level=logger.getEffectiveLevel())
+    try:
+        if not await _loaded(client, stop):
+            return 0
+        return await _serve(client, bound, parts, stop)
+    finally:
+        await client.close()
+        bound.close()
+
+
+async def _loaded(client: EngineClient, stop: Stop) -> bool:
+    """Wait for the model; False when a signal came first. Raises: ServeError when it cannot be loaded."""
+    loading = asyncio.ensure_future(client.wait_ready())
+    stopped = asyncio.ensure_future(stop.drain.wait())
+    await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not loading.done():
+        loading.cancel()
+        return False
+    try:
+        loading.result()
+    except EngineDeadError as error:
+        msg = f"the model could not be loaded: {error}"
+        raise ServeError(msg) from error
+    return True
+
+
+async def _serve(client: EngineClient, bound: socket.socket, parts: Parts, stop: Stop) -> int:
+    ready = await client.wait_ready()
+    settings, options = parts.settings, parts.options
+    service = Service(
+        client=client,
+        ready=ready,
+        tokenizer=parts.tokenizer,
+        template=parts.template,
+        metrics=Metrics(settings.served_names[0], ready, lambda: client.stats),
+        settings=settings,
+        clock=time.monotonic,
+        wall=parts.wall,
+    )
+    app = create_app(service, api_keys=options.api_keys, max_body_bytes=options.max_body_bytes)
+    server = QuietServer(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            log_level=options.log_level,
+            access_log=options.access_log,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=65,
+            timeout_graceful_shutdown=5,
+        )
+    )
+    _listen(bound)
+    host, port = bound.getsockname()[:2]
+    logger.info(
+        "serving %s on http://%s:%d (context %d tokens, %d blocks of %d)",
+        ", ".join(settings.served_names), host, port, ready.max_model_len, ready.num_blocks, ready.block_size,
+    )  # fmt: skip
+    tasks = [asyncio.create_task(_drain_when_asked(server, service, app, stop, options.drain_s))]
+    if options.report_s:
+        tasks.append(asyncio.create_task(_report(client, options.report_s)))
+    try:
+        await server.serve(sockets=[bound])
+        return 0 if service.drained else 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        service.close()
+
+
+def _listen(bound: socket.socket) -> None:
+    try:
+        bound.listen(2048)
+    except OSError as error:
+        msg = f"the port was taken while the model loaded: {error.strerror}. Choose another --port."
+        raise ServeError(msg) from error
+
+
+async def _drain_when_asked(
+    server: QuietServer, service: Service, app: InFlight, stop: Stop, drain_s: float
+) -> None:
+    """On the first signal refuse new requests and let the others finish; on the second, or late, fail them."""
+    await stop.drain.wait()
+    service.draining = True
+    logger.info(
+        "draining %d requests in at most %.0f s; a second signal stops now", app.count, drain_s
+    )
+    finished = asyncio.ensure_future(app.wait_idle())
+    hurried = asyncio.ensure_future(stop.now.wait())
+    await asyncio.wait({finished, hurried}, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+    clean = finished.done()
+    for task in (finished, hurried):
+        task.cancel()
+    if not clean:
+        logger.warning("stopping with %d requests in flight; they end with an error", app.count)
+    service.drained = service.client.trouble is None
+    await service.client.close()
+    server.should_exit = True
+
+
+async def _report(client: EngineClient, every_s: float) -> None:
+    """One line every `every_s` seconds while something happens, and one when it has stopped."""
+    before, was_busy = client.stats, False
+    while True:
+        await asyncio.sleep(every_s)
+        now = client.stats
+        if before is not None and now is not None:
+            busy = bool(now.num_running or now.num_waiting or now.steps != before.steps)
+            if busy or was_busy:
+                logger.info(report_line(before, now, every_s))
+            was_busy = busy
+        before = now
+
+
+def report_line(before: Stats, now: Stats, seconds: float) -> str:
+    """Throughput since the last line, and the state now."""
+    queries = now.prefix_cache_queries
+    hit_rate = now.prefix_cache_hits / queries if queries else 0.0
+    return (
+        f"prompt {(now.prompt_tokens - before.prompt_tokens) / seconds:.1f} tokens/s, "
+        f"generation {(now.generation_tokens - before.generation_tokens) / seconds:.1f} tokens/s, "
+        f"running {now.num_running}, waiting {now.num_waiting}, "
+        f"KV cache {kv_usage(now):.1%}, prefix cache hits {hit_rate:.1%}"
+    )
+
+
+def run(factory: EngineFactory, bound: socket.socket, parts: Parts) -> int:
+    """`serve` on a new event loop."""
+    return asyncio.run(serve(factory, bound, parts))
