@@ -1,8 +1,8 @@
 """A value that changes over training: learning rate, MTP weight, bias update speed.
 
 Written as the DeepSeek-V3 report words it (section 4.2), by tokens seen:
-`"2.2e-4@10T,cosine:2.2e-5@4.3T,7.3e-6"` holds 2.2e-4 for 10 T tokens, falls on a half cosine to 2.2e-5 over the
-next 4.3 T, then holds 7.3e-6.
+`"2.2e-4@10T,cosine:2.2e-5@4.3T,7.3e-6"` holds 2.2e-4 for 10 T tokens, falls on a half cosine to 2.2e-5 over
+the next 4.3 T, then holds 7.3e-6.
 """
 
 from __future__ import annotations

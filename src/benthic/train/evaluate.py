@@ -1,0 +1,139 @@
+"""How good a model is on held-out documents: loss, bits per byte, acceptance of its own drafts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from benthic.errors import DataError
+from benthic.kernels import ops
+from benthic.model.local import packed_sockets
+from benthic.train.data.microbatch import IGNORE, Microbatch, assemble
+from benthic.train.losses import ahead
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from benthic.model.network import DeepSeek
+    from benthic.model.sockets import Linear
+    from benthic.train.data.shards import TokenShards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One pass over held-out documents.
+
+    loss: mean nats per target; every token but the first of each document is one, the end token included.
+    bits_per_byte: all nats / ln 2 / bytes of UTF-8 text; comparable between tokenizers.
+    mtp_acceptance: how often depth 1's most likely token is the main head's most likely next token, which is
+        how often a greedy server would accept the draft; None without MTP modules.
+    """
+
+    loss: float
+    bits_per_byte: float
+    mtp_acceptance: float | None
+    tokens: int
+    documents: int
+    bytes: int
+
+
+@dataclass
+class _Sums:
+    nats: float = 0.0
+    targets: int = 0
+    drafts: int = 0
+    accepted: int = 0
+
+
+@torch.no_grad()
+def evaluate(
+    model: DeepSeek,
+    shards: TokenShards,
+    *,
+    seq_len: int,
+    rows: int,
+    max_tokens: int,
+    mask_documents: bool,
+    linear: Linear,
+) -> Evaluation:
+    """Score whole documents, in the order of the split, until `max_tokens` tokens (0: all of them).
+
+    Documents longer than `seq_len` are cut into rows, each of which starts without context; `rows` rows are
+    computed at once.
+
+    Raises:
+        DataError: the split is empty.
+    """
+    documents = _documents(shards, max_tokens)
+    if documents == 0:
+        message = f"{shards.folder} has 0 held-out documents. Build the data with --held-out above 0."
+        raise DataError(message)
+    sums = _Sums()
+    depth = model.config.num_nextn_predict_layers
+    for batch in _batches(shards, documents, seq_len, rows, depth, mask=mask_documents):
+        _add(sums, model, batch.to(model.head_weight().device), linear)
+    text_bytes = int(shards.text_bytes[:documents].sum())
+    return Evaluation(
+        loss=sums.nats / max(1, sums.targets),
+        bits_per_byte=sums.nats / math.log(2.0) / max(1, text_bytes),
+        mtp_acceptance=sums.accepted / sums.drafts if sums.drafts else None,
+        tokens=int(shards.starts[documents]),
+        documents=documents,
+        bytes=text_bytes,
+    )
+
+
+def _documents(shards: TokenShards, max_tokens: int) -> int:
+    """How many leading documents stay within `max_tokens`, at least one where there is one."""
+    total = len(shards.text_bytes)
+    if max_tokens == 0 or total == 0:
+        return total
+    return max(1, int(np.searchsorted(shards.starts[1:], max_tokens, side="right")))
+
+
+def _batches(
+    shards: TokenShards, documents: int, seq_len: int, rows: int, depth: int, *, mask: bool
+) -> Iterator[Microbatch]:
+    tokens = int(shards.starts[documents])
+    lengths = shards.lengths[:documents]
+    stream = np.concatenate([shards.read(d, 0, int(lengths[d])) for d in range(documents)])
+    owner = np.repeat(np.arange(documents), lengths) if mask else np.zeros(tokens, np.int64)
+    count = -(-tokens // seq_len)
+    padding = count * seq_len + 1 + depth - tokens
+    stream = np.concatenate([stream, np.zeros(padding, np.int64)])
+    owner = np.concatenate([owner, np.full(padding, -1, np.int64)])
+    place_CW = np.arange(count)[:, None] * seq_len + np.arange(seq_len + 1 + depth)
+    for start in range(0, count, rows):
+        here = place_CW[start : start + rows]
+        yield assemble(stream[here], owner[here], mtp_depth=depth)
+
+
+def _add(sums: _Sums, model: DeepSeek, batch: Microbatch, linear: Linear) -> None:
+    experts = model.config.n_routed_experts
+    sockets = packed_sockets(batch.cu_seqlens, batch.max_seqlen, n_routed_experts=experts, linear=linear)
+    hidden = model(batch.tokens_T, batch.positions_T, sockets)
+    loss_T, main_T = _score(model, hidden.hidden_TD, batch.target_KT[0])
+    sums.nats += float(loss_T.double().sum())
+    sums.targets += batch.num_targets[0]
+    for further in ahead(model, hidden, batch, sockets):
+        _, draft_T = _score(model, further.hidden_TD, batch.target_KT[1])
+        _count_accepted(sums, batch, main_T, draft_T)
+        break  # acceptance is about the first depth
+
+
+def _score(model: DeepSeek, hidden_TD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.linear_cross_entropy(hidden_TD, model.head_weight(), target_T, return_argmax=True)
+
+
+def _count_accepted(sums: _Sums, batch: Microbatch, main_T: Tensor, draft_T: Tensor) -> None:
+    """Row i drafts token i + 2, which the main head predicts from row i + 1 of the same sequence."""
+    same_sequence = batch.positions_T[1:] == batch.positions_T[:-1] + 1
+    valid = same_sequence & (batch.target_KT[1][:-1] != IGNORE)
+    sums.drafts += int(valid.sum())
+    sums.accepted += int((valid & (draft_T[:-1] == main_T[1:])).sum())

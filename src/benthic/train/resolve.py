@@ -1,0 +1,209 @@
+"""From what was asked and what the machine is to a config without `auto`: pure, complete, with reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from benthic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from benthic.spec.model import ModelConfig
+    from benthic.train.config import FloatType, LoopConfig, RunConfig
+    from benthic.train.data.shards import Meta
+    from benthic.train.hardware import HardwareFacts
+
+_AUTO_SEQ_LEN: Final = 4096
+_WHY_WEIGHTS: Final = {
+    "bfloat16": "tensor cores want bfloat16; masters and gradients stay float32",
+    "float32": "a CPU gains nothing from narrower running weights",
+}
+_AUTO_TOKENS: Final = {"cpu": 4096, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One field that was `auto` or was taken from the data, what it became, and why."""
+
+    field: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config in which nothing is `auto`, and how it came to be."""
+
+    config: RunConfig
+    choices: tuple[Choice, ...]
+
+
+def resolve(config: RunConfig, facts: HardwareFacts, data: Meta) -> Resolved:
+    """Replace every `auto`, take the token ids from the data, and check everything against everything.
+
+    Raises:
+        ConfigError: every contradiction at once, one line each, with its numbers and a remedy.
+    """
+    choices: list[Choice] = []
+    for settle in (_device, _precision, _model, _loop):
+        config = settle(config, facts, data, choices.append)
+    problems = list(_problems(config, facts, data))
+    if problems:
+        heading = f"{len(problems)} settings cannot be used:" if len(problems) > 1 else ""
+        raise ConfigError("\n".join([*([heading] if heading else []), *problems]))
+    return Resolved(config, tuple(choices))
+
+
+def _device(config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[[Choice], None]) -> RunConfig:
+    if config.device != "auto":
+        return config
+    note(Choice("device", facts.device, f"found {facts.name}"))
+    return replace(config, device=facts.device)
+
+
+def _precision(config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[[Choice], None]) -> RunConfig:
+    precision = config.precision
+    if precision.weights == "auto":
+        weights: FloatType = "bfloat16" if facts.device == "cuda" else "float32"
+        reason = _WHY_WEIGHTS[weights]
+        note(Choice("precision.weights", weights, reason))
+        precision = replace(precision, weights=weights)
+    if precision.matmul == "auto":
+        note(Choice("precision.matmul", precision.weights, "the same as precision.weights"))
+        precision = replace(precision, matmul=precision.weights)
+    return replace(config, precision=precision)
+
+
+def _model(config: RunConfig, _: HardwareFacts, data: Meta, note: Callable[[Choice], None]) -> RunConfig:
+    """The ids that begin and end a document are the tokenizer's, whatever the preset says."""
+    model = config.model
+    reason = "the tokenizer of the data says so"
+    if data.bos_token_id is not None and model.bos_token_id != data.bos_token_id:
+        note(Choice("model.bos_token_id", data.bos_token_id, reason))
+        model = replace(model, bos_token_id=data.bos_token_id)
+    if model.eos_token_id != data.eos_token_id:
+        note(Choice("model.eos_token_id", data.eos_token_id, reason))
+        model = replace(model, eos_token_id=data.eos_token_id)
+    return replace(config, model=model)
+
+
+def _loop(config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[[Choice], None]) -> RunConfig:
+    loop, context = config.train, config.model.max_position_embeddings
+    if loop.seq_len == "auto":
+        seq_len = min(context, _AUTO_SEQ_LEN)
+        reason = f"the model's {context} positions, at most {_AUTO_SEQ_LEN}"
+        note(Choice("train.seq_len", seq_len, reason))
+        loop = replace(loop, seq_len=seq_len)
+    if loop.local_batch_size == "auto":
+        loop = _local_batch(loop, facts, note)
+    if loop.global_batch_size == "auto":
+        note(Choice("train.global_batch_size", loop.local_batch_size, "one microbatch a step"))
+        loop = replace(loop, global_batch_size=loop.local_batch_size)
+    if loop.threads == "auto":
+        note(Choice("train.threads", facts.threads, "torch's choice on this machine"))
+        loop = replace(loop, threads=facts.threads)
+    return replace(config, train=loop)
+
+
+def _local_batch(loop: LoopConfig, facts: HardwareFacts, note: Callable[[Choice], None]) -> LoopConfig:
+    """Enough rows to keep the device busy, but no more than the step has."""
+    tokens, seq_len = _AUTO_TOKENS[facts.device], number(loop.seq_len)
+    rows = max(1, tokens // max(1, seq_len))
+    if loop.global_batch_size != "auto":
+        rows = next(r for r in range(min(rows, max(1, loop.global_batch_size)), 0, -1) if _divides(r, loop))
+    reason = f"about {tokens} tokens keep a {facts.device} busy, in rows of {seq_len}"
+    note(Choice("train.local_batch_size", rows, reason))
+    return replace(loop, local_batch_size=rows)
+
+
+def _divides(rows: int, loop: LoopConfig) -> bool:
+    return number(loop.global_batch_size) % rows == 0
+
+
+def number(value: int | str) -> int:
+    """A field that `resolve` has made a number.
+
+    Raises:
+        ConfigError: it is still `auto`.
+    """
+    if isinstance(value, str):
+        message = f"{value!r} is not resolved; call train.resolve first."
+        raise ConfigError(message)
+    return value
+
+
+def _problems(config: RunConfig, facts: HardwareFacts, data: Meta) -> Iterator[str]:
+    yield from _loop_problems(config.train, config.model)
+    yield from _optimizer_problems(config)
+    yield from _model_problems(config.model, data)
+    if config.device != facts.device:
+        yield f"device={config.device}, but the machine was looked at as {facts.device!r}. Set device=auto."
+    if config.precision.weights == "bfloat16" and config.precision.matmul == "float32":
+        yield (
+            "precision.weights=bfloat16 with precision.matmul=float32 would widen every product. "
+            "Set precision.weights=float32 or precision.matmul=bfloat16."
+        )
+    for name, value in _counts(config).items():
+        if value < 0:
+            yield f"{name}={value} is below 0. Set it to 0 or more."
+
+
+def _counts(config: RunConfig) -> dict[str, float]:
+    return {
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_latest_k": config.checkpoint.keep_latest_k,
+        "evaluate.every": config.evaluate.every,
+        "evaluate.max_tokens": config.evaluate.max_tokens,
+        "log.load_every": config.log.load_every,
+        "log.sample_tokens": config.log.sample_tokens,
+        "loss.balance_alpha": config.loss.balance_alpha,
+        "train.max_norm": config.train.max_norm,
+        "train.warmup_steps": config.train.warmup_steps,
+    }
+
+
+def _loop_problems(loop: LoopConfig, model: ModelConfig) -> Iterator[str]:
+    seq_len, local, whole = (number(v) for v in (loop.seq_len, loop.local_batch_size, loop.global_batch_size))
+    for name in ("steps", "seq_len", "local_batch_size", "global_batch_size", "threads"):
+        if number(getattr(loop, name)) < 1:
+            yield f"train.{name}={getattr(loop, name)} is below 1. Set it to 1 or more."
+    if seq_len > model.max_position_embeddings:
+        yield (
+            f"train.seq_len={seq_len} exceeds model.max_position_embeddings={model.max_position_embeddings}. "
+            "Shorten the rows or give the model more positions."
+        )
+    if local > 0 and whole % local:
+        yield (
+            f"train.global_batch_size={whole} is no multiple of train.local_batch_size={local}. "
+            f"Set it to {max(1, whole // local) * local} or {(whole // local + 1) * local}."
+        )
+    if not 0.0 < loop.lr < 1.0:
+        yield f"train.lr={loop.lr} is not between 0 and 1. AdamW wants something like 3e-4."
+    if loop.warmup_steps > loop.steps:
+        yield f"train.warmup_steps={loop.warmup_steps} exceeds train.steps={loop.steps}. Shorten the warm-up."
+    if (loop.schedule == "curve") != (loop.lr_curve is not None):
+        given = "is missing" if loop.lr_curve is None else f"={loop.lr_curve} would be ignored"
+        yield f"train.schedule={loop.schedule}, but train.lr_curve {given}. Set both or neither."
+
+
+def _optimizer_problems(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        if not 0.0 <= value < 1.0:
+            yield f"optimizer.{name}={value} is not in [0, 1)."
+    if optimizer.eps <= 0.0 or optimizer.weight_decay < 0.0:
+        yield (
+            f"optimizer.eps={optimizer.eps} must be above 0 and "
+            f"optimizer.weight_decay={optimizer.weight_decay} at least 0."
+        )
+
+
+def _model_problems(model: ModelConfig, data: Meta) -> Iterator[str]:
+    if data.vocab_size > model.vocab_size:
+        yield (
+            f"the data's tokenizer has {data.vocab_size} tokens, but model.vocab_size={model.vocab_size}. "
+            f"Set model.vocab_size={data.vocab_size} or build the data with a smaller tokenizer."
+        )

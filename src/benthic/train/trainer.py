@@ -1,0 +1,264 @@
+"""One training run's state and its step: batch, losses, gradients, update, bias."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benthic.errors import CheckpointError
+from benthic.model.block import MoeBlock
+from benthic.model.initialise import initialise
+from benthic.model.network import DeepSeek
+from benthic.train.balance import update_bias
+from benthic.train.checkpoint import Saved
+from benthic.train.curve import cosine, warmup
+from benthic.train.data.microbatch import Batches
+from benthic.train.data.packing import Packing
+from benthic.train.executor import LocalExecutor
+from benthic.train.fields import flatten, to_json
+from benthic.train.losses import weights_of
+from benthic.train.numerics import check_gradients, check_losses
+from benthic.train.optimizer import AdamW
+from benthic.train.precision import DTYPES, Gradients, linear_socket
+from benthic.train.recompute import recompute_phases
+from benthic.train.resolve import number
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from benthic.train.config import LoopConfig, RunConfig
+    from benthic.train.data.microbatch import Microbatch
+    from benthic.train.data.shards import TokenShards
+    from benthic.train.executor import Outcome
+
+# What decides the numbers of a run; the rest of the config may change on resuming.
+_FIXED = (
+    "model.",
+    "data.mask_documents",
+    "data.seed",
+    "train.seq_len",
+    "train.global_batch_size",
+    "precision.weights",
+    "optimizer.moment_dtype",
+)
+_FREE = ("model.name",)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. Losses are means in nats: per target, per target, per row and layer.
+
+    `balance` is 1 when perfectly balanced; `counts` are tokens of each expert by layer; `tokens` counts all
+    tokens of the run so far, `step_tokens` those of this step.
+    """
+
+    step: int
+    loss: float
+    mtp: tuple[float, ...]
+    balance: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    step_tokens: int
+    counts: dict[int, Tensor]
+
+
+class Trainer:
+    """Model, optimizer and position in the data; `step` moves all three, `saved` and `restore` carry them.
+
+    Args:
+        config: resolved, so that nothing in it is `auto`.
+        shards: the training split.
+    """
+
+    def __init__(self, config: RunConfig, shards: TokenShards) -> None:
+        loop, model = config.train, config.model
+        torch.set_num_threads(number(loop.threads))
+        self.config, self.device = config, torch.device(config.device)
+        self.rows, self.local_rows = number(loop.global_batch_size), number(loop.local_batch_size)
+        self.model = build_model(config)
+        packing = Packing(shards.lengths, number(loop.seq_len), config.data.seed)
+        self.batches = Batches(
+            shards,
+            packing,
+            mtp_depth=model.num_nextn_predict_layers,
+            mask_documents=config.data.mask_documents,
+        )
+        linear = linear_socket(config.precision)
+        self.executor = LocalExecutor(self.model, self.device, linear)
+        self.gradients = Gradients(self.model)
+        self.optimizer = AdamW(self.model, config.optimizer)
+        self._biases = router_biases(self.model)
+        self._data = fingerprint(shards)
+        self.steps_done, self.tokens, self.position = 0, 0, 0
+
+    def step(self) -> StepResult:
+        """Run one optimizer step.
+
+        Raises:
+            NumericsError: a loss or a gradient is not finite; nothing has been updated then.
+        """
+        step, batch = self.steps_done + 1, self._read()
+        self.gradients.zero()
+        outcome = self._run(step, batch)
+        norm = float(self.gradients.norm())
+        gradients = self.gradients.named()
+        check_gradients(step, norm, gradients)
+        lr = learning_rate(self.config.train, step, self.tokens)
+        self.optimizer.step(gradients, lr=lr, scale=clip_factor(norm, self.config.train.max_norm))
+        self._balance(outcome.counts)
+        return self._advance(step, batch, outcome, norm, lr)
+
+    def saved(self) -> Saved:
+        """Everything that an exact continuation needs."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        state: dict[str, Any] = {
+            "step": self.steps_done,
+            "tokens": self.tokens,
+            "position": self.position,
+            "optimizer_steps": self.optimizer.steps,
+            "data": self._data,
+            "config": to_json(self.config),
+        }
+        groups = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state(),
+            "random": random,
+        }
+        return Saved(self.steps_done, groups, state)
+
+    def restore(self, saved: Saved) -> None:
+        """Continue from `saved`.
+
+        Raises:
+            CheckpointError: it was written with other data or with settings that would change the numbers.
+        """
+        self._check(saved.state)
+        self.model.load_state_dict(saved.tensors["model"], strict=True)
+        self.optimizer.load(saved.tensors["optimizer"], saved.state["optimizer_steps"])
+        torch.set_rng_state(saved.tensors["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in saved.tensors["random"]:
+            torch.cuda.set_rng_state(saved.tensors["random"]["cuda"], self.device)
+        self.steps_done, self.tokens = saved.state["step"], saved.state["tokens"]
+        self.position = saved.state["position"]
+
+    def _read(self) -> list[Microbatch]:
+        starts = range(self.position, self.position + self.rows, self.local_rows)
+        return [self.batches.microbatch(start, self.local_rows) for start in starts]
+
+    def _run(self, step: int, batch: Sequence[Microbatch]) -> Outcome:
+        loss = self.config.loss
+        weights = weights_of(
+            batch,
+            mtp_weight=loss.mtp_weight.at(self.tokens),
+            normaliser=loss.mtp_normaliser,
+            balance_alpha=loss.balance_alpha,
+        )
+        outcome = self.executor.run(batch, weights)
+        check_losses(step, outcome, self.model, batch, self.executor.sockets)
+        return outcome
+
+    def _balance(self, counts: dict[int, Tensor]) -> None:
+        """Once a step, over all its microbatches."""
+        speed = self.config.loss.bias_update_speed.at(self.tokens)
+        for layer, bias_E in self._biases.items():
+            if speed:
+                update_bias(bias_E, counts[layer], speed=speed, recentre=self.config.loss.recentre_bias)
+
+    def _advance(
+        self, step: int, batch: Sequence[Microbatch], outcome: Outcome, norm: float, lr: float
+    ) -> StepResult:
+        tokens = sum(m.tokens_T.numel() for m in batch)
+        self.steps_done, self.tokens = step, self.tokens + tokens
+        self.position += self.rows
+        main, *ahead = (max(1, sum(c)) for c in zip(*(m.num_targets for m in batch), strict=True))
+        return StepResult(
+            step=step,
+            loss=float(outcome.main) / main,
+            mtp=tuple(float(term) / count for term, count in zip(outcome.mtp, ahead, strict=True)),
+            balance=float(outcome.balance) / max(1, self.rows * len(outcome.counts)),
+            grad_norm=norm,
+            lr=lr,
+            tokens=self.tokens,
+            step_tokens=tokens,
+            counts=outcome.counts,
+        )
+
+    def _check(self, state: dict[str, Any]) -> None:
+        if state["data"] != self._data:
+            message = (
+                f"the checkpoint was trained on data {state['data'][:12]}…, --data is {self._data[:12]}…. "
+                "Give the folder it was trained on."
+            )
+            raise CheckpointError(message)
+        now, then = _fixed(to_json_flat(self.config)), _fixed(_flat(state["config"]))
+        changed = [name for name in sorted(now | then) if now.get(name) != then.get(name)]
+        if changed:
+            lines = (f"  {n}: checkpoint {then.get(n)!r}, now {now.get(n)!r}" for n in changed)
+            message = "these settings decide the numbers of a run and have changed:\n" + "\n".join(lines)
+            msg = f"{message}\nSet them back, or start a new run."
+            raise CheckpointError(msg)
+
+
+def build_model(config: RunConfig) -> DeepSeek:
+    """A freshly initialised model on the config's device, in its precision, with its phases recomputed."""
+    with torch.device(config.device):
+        model = DeepSeek(config.model)
+    if config.precision.weights != "auto":
+        model = model.to(DTYPES[config.precision.weights])
+    initialise(model, config.train.seed)
+    recompute_phases(model, config.recompute)
+    return model
+
+
+def learning_rate(loop: LoopConfig, step: int, tokens: int) -> float:
+    """The learning rate of `step` (from 1), before which `tokens` tokens were seen."""
+    factor = warmup(step, loop.warmup_steps)
+    if loop.lr_curve is not None:
+        return factor * loop.lr_curve.at(tokens)
+    if loop.schedule == "constant" or step <= loop.warmup_steps:
+        return factor * loop.lr
+    fraction = (step - loop.warmup_steps) / max(1, loop.steps - loop.warmup_steps)
+    return loop.lr * cosine(fraction, loop.final_lr)
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of this norm are multiplied with; `max_norm=0` leaves them alone."""
+    return max_norm / (norm + 1e-6) if max_norm and norm > max_norm else 1.0
+
+
+def router_biases(model: DeepSeek) -> dict[int, Tensor]:
+    """The correction bias of every layer that has one, MTP layers included, by layer index."""
+    ahead = (model.mtp_module(depth).block for depth in range(len(model.mtp)))
+    gates = {b.layer: b.moe.gate for b in (*model.blocks, *ahead) if isinstance(b, MoeBlock)}
+    return {layer: gate.bias for layer, gate in gates.items() if gate.bias is not None}
+
+
+def fingerprint(shards: TokenShards) -> str:
+    """One digest for a split's tokens and their order."""
+    names = "".join(f"{s.sha256}{s.index_sha256}" for s in shards.info.shards)
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def to_json_flat(config: RunConfig) -> dict[str, Any]:
+    """Every leaf of a config as JSON holds it, by dotted name."""
+    return {name: to_json(value) for name, value in flatten(config).items()}
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in content.items():
+        inner = isinstance(value, dict)
+        leaves.update(_flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value})
+    return leaves
+
+
+def _fixed(leaves: dict[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in leaves.items() if n.startswith(_FIXED) and n not in _FREE}
