@@ -240,6 +240,7 @@ class Sampler:
         if request_id in self._batch_of:
             self._batch_of, self._batch = (), None
 
+    @torch.inference_mode()
     def sample(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Sampled:
         """Draw one token a row.
 

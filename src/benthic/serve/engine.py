@@ -1,0 +1,275 @@
+"""The engine: plan, run, sample, commit. Requests go in as messages and tokens come out as messages.
+
+The scheduler decides everything; this loop only carries its plans to the device and the tokens back. A
+request that the device cannot serve (its distribution is not finite, its step does not fit in memory) ends
+with an error of its own and frees its blocks; the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from benthic.errors import BenthicError
+from benthic.sched.batching import Request, Started
+from benthic.serve.admission import check
+from benthic.serve.build import Parts, assemble, from_checkpoint
+from benthic.serve.messages import Delta, Generate, Ready, Stats
+from benthic.serve.sample import NO_TOKEN, Logprobs, logprobs_of, splitmix64, to_int64
+from benthic.serve.sampler import Sampled, Sampler
+
+if TYPE_CHECKING:
+    from benthic.model.network import DeepSeek
+    from benthic.sched.batching import Finished, StepPlan
+    from benthic.serve.options import EngineOptions
+    from benthic.serve.runner import StepResult
+
+Clock = Callable[[], float]
+
+
+@dataclass
+class InFlight:
+    """What the engine remembers of a request: how much it put out, and what its first delta will carry."""
+
+    request: Generate
+    produced: int = 0
+    announced: bool = False
+    cached_tokens: int = 0
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
+
+
+class Engine:
+    """One model serving requests.
+
+    Args:
+        parts: runner, scheduler and what to tell the HTTP side; see `benthic.serve.build`.
+        options: settings.
+        clock: seconds since some fixed moment; only differences matter.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        options: EngineOptions,
+        *,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._runner = parts.runner
+        self._scheduler = parts.scheduler
+        self._ready = parts.ready
+        self._options = options
+        self._clock = clock
+        self._sampler = Sampler(parts.ready.vocab_size, parts.runner.cache.pages_LPBW.device)
+        self._in_flight: dict[str, InFlight] = {}
+        self._num_added = 0
+        self._step_seconds = 0.0
+
+    @classmethod
+    def from_pretrained(
+        cls, path: Path | str, options: EngineOptions, *, clock: Clock = time.monotonic
+    ) -> Engine:
+        """Load a Hugging Face checkpoint, size the cache and be ready for requests.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+            ConfigError: the options contradict the model or the machine.
+        """
+        return cls(from_checkpoint(Path(path), options), options, clock=clock)
+
+    @classmethod
+    def of(
+        cls, model: DeepSeek, options: EngineOptions, *, eos: tuple[int, ...], clock: Clock = time.monotonic
+    ) -> Engine:
+        """Serve a model that is in memory already; `eos` are the tokens that end a sequence."""
+        parts = assemble(model, options, model_name=model.config.name, eos=eos)
+        return cls(parts, options, clock=clock)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is waiting or running."""
+        return self._scheduler.has_work
+
+    def ready(self) -> Ready:
+        """What the HTTP side needs to know about the model."""
+        return self._ready
+
+    def add(self, request: Generate) -> None:
+        """Queue a request.
+
+        Raises:
+            AdmissionError: it could never be served; names the fields, the values and their bounds.
+        """
+        params = request.params
+        check(request, vocab_size=self._ready.vocab_size, max_logprobs=self._options.max_logprobs)
+        wanted = Request(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            max_tokens=params.max_tokens,
+            min_tokens=params.min_tokens,
+            stop_token_ids=params.stop_token_ids,
+            ignore_eos=params.ignore_eos,
+            priority=request.priority,
+            reuse_prefix=params.prompt_logprobs is None,
+        )
+        self._scheduler.add(wanted, self._clock())
+        eos = () if params.ignore_eos else self._ready.eos_token_ids
+        self._sampler.admit(
+            request.request_id,
+            params,
+            request.prompt,
+            seed=self._next_seed() if params.seed is None else params.seed,
+            stop_tokens=tuple({*params.stop_token_ids, *eos}),
+        )
+        self._in_flight[request.request_id] = InFlight(
+            request,
+            prompt_logprobs=[] if params.prompt_logprobs is None else [None] * len(request.prompt),
+        )
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its blocks; an unknown id is ignored."""
+        self._scheduler.abort(request_id, self._clock())
+        self._forget(request_id)
+
+    def step(self) -> list[Delta]:
+        """Run one step; returns what is new, at most one delta a request.
+
+        Errors that belong to requests become deltas. Others (a bug, a lost device) are raised: the engine's
+        state is then undefined and its process should end.
+        """
+        began = self._clock()
+        plan = self._scheduler.plan(began)
+        if plan.number < 0:
+            return []
+        for event in plan.events:
+            if isinstance(event, Started) and not event.resumed:
+                self._in_flight[event.request_id].cached_tokens = event.cached_tokens
+        try:
+            result = self._runner.run(plan)
+            sampled = self._sample(plan, result)
+        except (BenthicError, torch.OutOfMemoryError) as error:
+            return self._fail(plan, error)
+        self._read_prompts(plan, result)
+        rows = [(max(token, 0),) for token in sampled.tokens]
+        now = self._clock()
+        broken = [i for i, token in enumerate(sampled.tokens) if token == NO_TOKEN]
+        for i in broken:
+            self._scheduler.abort(plan.sampled_ids[i], now)
+        ended = {event.request_id: event for event in self._scheduler.commit(plan, rows, now)}
+        self._remember(plan, sampled)
+        deltas = self._deltas(plan, sampled, ended)
+        self._step_seconds += self._clock() - began
+        return deltas
+
+    def stats(self) -> Stats:
+        """Totals since the start and gauges of this instant."""
+        totals = self._scheduler.totals
+        return Stats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_blocks=self._ready.num_blocks,
+            num_free_blocks=self._scheduler.num_free_blocks,
+            prompt_tokens=totals.prompt_tokens,
+            generation_tokens=totals.generated_tokens,
+            prefix_cache_queries=totals.prefix_queries,
+            prefix_cache_hits=totals.prefix_hits,
+            preemptions=totals.preemptions,
+            steps=totals.steps,
+            step_seconds=self._step_seconds,
+        )
+
+    def _next_seed(self) -> int:
+        """The seed of a request that brings none: a hash of the engine's seed and its place in line."""
+        self._num_added += 1
+        word = torch.tensor([to_int64(self._options.seed + (self._num_added << 32))])
+        return int(splitmix64(word))
+
+    def _sample(self, plan: StepPlan, result: StepResult) -> Sampled:
+        ids = plan.sampled_ids
+        if not ids:
+            return Sampled([])
+        in_flight = self._in_flight
+        return self._sampler.sample(result.logits_SV, ids, [in_flight[each].produced for each in ids])
+
+    def _remember(self, plan: StepPlan, sampled: Sampled) -> None:
+        slots = (*plan.decode_slots, *(chunk.slot for chunk in plan.prefills if chunk.samples))
+        if slots:
+            self._runner.remember(slots, sampled.tokens)
+
+    def _deltas(self, plan: StepPlan, sampled: Sampled, ended: dict[str, Finished]) -> list[Delta]:
+        deltas = []
+        for i, request_id in enumerate(plan.sampled_ids):
+            if sampled.tokens[i] == NO_TOKEN:
+                deltas.append(self._error(request_id, "the model's next-token distribution is not finite"))
+                continue
+            deltas.append(
+                self._delta(
+                    request_id,
+                    sampled.tokens[i : i + 1],
+                    ended.pop(request_id, None),
+                    sampled.logprobs.get(i),
+                )
+            )
+        deltas.extend(self._delta(request_id, [], event, None) for request_id, event in ended.items())
+        return deltas
+
+    def _delta(
+        self, request_id: str, tokens: list[int], end: Finished | None, logprobs: Logprobs | None
+    ) -> Delta:
+        entry = self._in_flight[request_id]
+        entry.produced += len(tokens)
+        first = not entry.announced
+        entry.announced = True
+        if end is not None:
+            self._forget(request_id)
+        return Delta(
+            request_id=request_id,
+            tokens=tuple(tokens),
+            finish_reason=None if end is None else end.reason,
+            stop_token=None if end is None else end.stop_token,
+            logprobs=None if logprobs is None else (logprobs,),
+            prompt_logprobs=_complete(entry.prompt_logprobs) if first and entry.prompt_logprobs else None,
+            cached_tokens=entry.cached_tokens if first else 0,
+        )
+
+    def _error(self, request_id: str, message: str) -> Delta:
+        self._forget(request_id)
+        return Delta(request_id=request_id, tokens=(), finish_reason="error", error=message)
+
+    def _fail(self, plan: StepPlan, error: BenthicError | torch.OutOfMemoryError) -> list[Delta]:
+        """End every request of a step that could not run."""
+        message = f"the step of {plan.num_tokens} tokens failed: {error}"
+        return [self._error(event.request_id, message) for event in self._scheduler.fail(plan, self._clock())]
+
+    def _forget(self, request_id: str) -> None:
+        self._in_flight.pop(request_id, None)
+        self._sampler.release(request_id)
+
+    def _read_prompts(self, plan: StepPlan, result: StepResult) -> None:
+        """Take log-probabilities of the prompt tokens that this step's chunks predict, where asked for."""
+        for chunk, rows in zip(plan.prefills, result.chunk_rows, strict=True):
+            entry = self._in_flight[chunk.request_id]
+            if entry.prompt_logprobs:
+                self._read_prompt(entry, chunk.start, rows, result)
+
+    def _read_prompt(self, entry: InFlight, start: int, rows: range, result: StepResult) -> None:
+        """Row i of a chunk stands at position `start + i` and predicts the prompt token one further on."""
+        prompt, best = entry.request.prompt, entry.request.params.prompt_logprobs or 0
+        length = min(len(rows), len(prompt) - 1 - start)
+        if length <= 0:
+            return
+        found: list[Logprobs] = []
+        for logits_LV in self._runner.row_logits(result, rows[:length]):
+            first = start + 1 + len(found)
+            tokens = prompt[first : first + logits_LV.shape[0]]
+            found += logprobs_of(logits_LV, tokens, [best] * len(tokens))
+        entry.prompt_logprobs[start + 1 : start + 1 + length] = found
+
+
+def _complete(rows: list[Logprobs | None]) -> tuple[Logprobs, ...]:
+    """Prompt log-probabilities as they go out: the first token has none."""
+    return tuple(() if row is None else row for row in rows)

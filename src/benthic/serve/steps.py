@@ -1,0 +1,169 @@
+"""From a plan to tensors: which tokens, at which positions, in which slots, seen by whom.
+
+Everything is computed with numpy on preallocated tables (a handful of array operations a step, no loop over
+decoding sequences) and crosses to the device once.
+
+Shape suffixes: T rows of the step, S sequences, N scheduler slots, P block-table columns, M context tokens of
+all prefill chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from benthic.serve.attend import DecodeRows, PrefillRows, StepLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from benthic.sched.plans import Prefill, StepPlan, TableWrite
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """One step on the device.
+
+    `sampled_S` are the rows from which a token is drawn, in the order of `StepPlan.sampled_ids`; None when
+    they are all rows in order. `chunk_rows` gives the rows of every prefill chunk, in plan order.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    layout: StepLayout
+    sampled_S: Tensor | None
+    chunk_rows: tuple[range, ...]
+
+
+class StepBuilder:
+    """Keeps the block table and every slot's newest token, and turns plans into tensors.
+
+    Args:
+        max_num_seqs: scheduler slots.
+        max_model_len: longest sequence.
+        block_size: tokens in a block.
+        device: where the tensors go.
+    """
+
+    def __init__(
+        self, *, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
+    ) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._table_NP = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._newest_N = np.zeros(max_num_seqs, dtype=np.int64)
+
+    def write(self, tables: Iterable[TableWrite]) -> None:
+        """Apply a plan's block-table writes."""
+        for slot, first, blocks in tables:
+            self._table_NP[slot, first : first + len(blocks)] = blocks
+
+    def remember(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """Note each slot's newest token: what its next decode row feeds."""
+        self._newest_N[list(slots)] = tokens
+
+    def build(self, plan: StepPlan) -> StepTensors:
+        """The tensors of a plan whose table writes were applied.
+
+        Chunks of one token join the decode rows: absorbed attention reads their context without expanding it.
+        """
+        singles = [chunk for chunk in plan.prefills if chunk.length == 1]
+        chunks = [chunk for chunk in plan.prefills if chunk.length > 1]
+        slot_S = np.array([*plan.decode_slots, *(chunk.slot for chunk in singles)], dtype=np.int64)
+        position_S = np.array([*plan.decode_positions, *(chunk.start for chunk in singles)], dtype=np.int64)
+        token_S = self._newest_N[slot_S]
+        if singles:
+            token_S[len(plan.decode_slots) :] = [_tokens(chunk)[0] for chunk in singles]
+        decode_slot_S = self._slots(slot_S, position_S)
+        decode = self._decode(slot_S, position_S) if slot_S.size else None
+        if not chunks:
+            return StepTensors(
+                tokens_T=self._to_device(token_S),
+                positions_T=self._to_device(position_S),
+                layout=StepLayout(self._to_device(decode_slot_S), decode, None),
+                sampled_S=self._sampled(plan, singles, chunks),
+                chunk_rows=_chunk_rows(plan),
+            )
+        positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
+        slots = [self._slots(chunk.slot, row) for chunk, row in zip(chunks, positions, strict=True)]
+        tokens = [np.array(_tokens(chunk), dtype=np.int64) for chunk in chunks]
+        return StepTensors(
+            tokens_T=self._to_device(np.concatenate([token_S, *tokens])),
+            positions_T=self._to_device(np.concatenate([position_S, *positions])),
+            layout=StepLayout(
+                self._to_device(np.concatenate([decode_slot_S, *slots])), decode, self._prefill(chunks)
+            ),
+            sampled_S=self._sampled(plan, singles, chunks),
+            chunk_rows=_chunk_rows(plan),
+        )
+
+    def _slots(self, row: NDArray[np.int64] | int, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Cache slots of positions of the sequences in table rows `row`."""
+        column, offset = np.divmod(position, self._block_size)
+        return self._table_NP[row, column].astype(np.int64) * self._block_size + offset
+
+    def _decode(self, slot_S: NDArray[np.int64], position_S: NDArray[np.int64]) -> DecodeRows:
+        columns = int(position_S.max()) // self._block_size + 1
+        return DecodeRows(
+            queries=1,
+            block_table_SP=self._to_device(self._table_NP[slot_S, :columns]),
+            context_S=self._to_device((position_S + 1).astype(np.int32)),
+        )
+
+    def _prefill(self, chunks: list[Prefill]) -> PrefillRows:
+        lengths = [chunk.length for chunk in chunks]
+        contexts = [chunk.start + chunk.length for chunk in chunks]
+        context_slot_M = None
+        if lengths != contexts:
+            slots = [self._slots(chunk.slot, np.arange(n)) for chunk, n in zip(chunks, contexts, strict=True)]
+            context_slot_M = self._to_device(np.concatenate(slots))
+        return PrefillRows(
+            cu_seqlens_q=self._to_device(_bounds(lengths)),
+            cu_seqlens_k=self._to_device(_bounds(contexts)),
+            max_seqlen_q=max(lengths),
+            max_seqlen_k=max(contexts),
+            context_slot_M=context_slot_M,
+        )
+
+    def _sampled(self, plan: StepPlan, singles: list[Prefill], chunks: list[Prefill]) -> Tensor | None:
+        num_decodes = len(plan.decode_slots)
+        if not chunks and all(chunk.samples for chunk in singles):
+            return None
+        rows = zip(plan.prefills, _chunk_rows(plan), strict=True)
+        last = [row[-1] for chunk, row in rows if chunk.samples]
+        return self._to_device(np.array([*range(num_decodes), *last], dtype=np.int64))
+
+    def _to_device(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _tokens(chunk: Prefill) -> tuple[int, ...]:
+    if chunk.tokens is None:
+        msg = f"the chunk of {chunk.request_id!r} has no token ids; a live engine cannot run counted requests"
+        raise ValueError(msg)
+    return chunk.tokens
+
+
+def _chunk_rows(plan: StepPlan) -> tuple[range, ...]:
+    """Rows of each prefill chunk: chunks of one token follow the decodes, longer ones follow those."""
+    single = len(plan.decode_slots)
+    long = single + sum(chunk.length == 1 for chunk in plan.prefills)
+    rows = []
+    for chunk in plan.prefills:
+        start = single if chunk.length == 1 else long
+        rows.append(range(start, start + chunk.length))
+        if chunk.length == 1:
+            single += 1
+        else:
+            long += chunk.length
+    return tuple(rows)
+
+
+def _bounds(lengths: list[int]) -> NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
