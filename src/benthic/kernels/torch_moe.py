@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from benthic.kernels.reference.moe import Permuted, RowMaps, row_maps
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -32,7 +34,7 @@ def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
 
 def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """See `benthic.kernels.ops.grouped_linear`; needs rows of a multiple of 16 bytes."""
-    out_RO: Tensor = _GroupedMm.apply(x_RI, weight_EOI, ends_E)
+    out_RO: Tensor = GroupedMm.apply(x_RI, weight_EOI, ends_E, zero_tail)
     return out_RO
 
 
@@ -84,38 +86,37 @@ class _WeightedSum(torch.autograd.Function):
         return drows_RD, dweight_TK, None, None
 
 
-def _zero_tail(rows: Tensor, ends_E: Tensor) -> Tensor:
-    """Zero the rows past the last expert's end, which `grouped_mm` leaves unwritten."""
-    if rows.device.type == "cpu":
-        end = int(ends_E[-1])
-        if end < rows.shape[0]:
-            rows[end:] = 0
-        return rows
-    # No host synchronisation on a GPU: a masked write, which reads and writes only what it must.
-    past = torch.arange(rows.shape[0], device=rows.device) >= ends_E[-1]
-    return rows.masked_fill_(past.unsqueeze(1), 0.0)
+def zero_tail(rows: Tensor, ends_E: Tensor) -> Tensor:
+    """Zero in place the rows past the last expert's end, which `grouped_mm` leaves unwritten (CPU)."""
+    end = int(ends_E[-1])
+    if end < rows.shape[0]:
+        rows[end:] = 0
+    return rows
 
 
-class _GroupedMm(torch.autograd.Function):
+class GroupedMm(torch.autograd.Function):
     """Three grouped products: y = x W^T, dx = dy W, dW = dy^T x per expert."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        """Save the operands."""
+    def forward(
+        ctx: Any, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, clear: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Save the operands; `clear` zeroes the rows past the last end."""
         ctx.save_for_backward(x_RI, weight_EOI, ends_E)
-        return _zero_tail(F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E), ends_E)
+        ctx.clear = clear
+        return clear(F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E), ends_E)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Gradients of rows and weights; an expert without rows has a zero gradient."""
         x_RI, weight_EOI, ends_E = ctx.saved_tensors
         dy_RO = grads[0].contiguous()
         dx_RI = dweight_EOI = None
         if ctx.needs_input_grad[0]:
-            dx_RI = _zero_tail(F.grouped_mm(dy_RO, weight_EOI, offs=ends_E), ends_E)
+            dx_RI = ctx.clear(F.grouped_mm(dy_RO, weight_EOI, offs=ends_E), ends_E)
         if ctx.needs_input_grad[1]:
             dweight_EOI = F.grouped_mm(dy_RO.t(), x_RI, offs=ends_E)
-        return dx_RI, dweight_EOI, None
+        return dx_RI, dweight_EOI, None, None
 
 
 def _slices(ends_E: Tensor) -> list[tuple[int, slice]]:

@@ -7,24 +7,39 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Implementation, Op, on, reference
+from benthic.kernels.table import Case, Implementation, Op, on, reference, triton_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SDPA = on("cpu", torch.float32, torch.float64, reason="heads as rows over gathered pages")
 
+_TRITON_DECODE = triton_runs(
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    reason="our paged kernel: pages read once for all heads, contexts split to fill the GPU",
+    dot=True,
+)
+_TRITON_STORE = triton_runs(
+    torch.bfloat16, torch.float16, torch.float32, reason="one kernel, nothing waits for the host"
+)
+
 MLA_DECODE = Op(
     "mla_decode",
     (
         Implementation("sdpa", _SDPA, "benthic.kernels.torch_attention:mla_decode"),
+        Implementation("triton", _TRITON_DECODE, "benthic.kernels.triton_mla:mla_decode"),
         reference("benthic.kernels.reference.attention:mla_decode"),
     ),
     typical_dims=(512, 64),
 )
 STORE_LATENT = Op(
     "store_latent",
-    (reference("benthic.kernels.reference.attention:store_latent"),),
+    (
+        Implementation("triton", _TRITON_STORE, "benthic.kernels.triton_mla:store_latent"),
+        reference("benthic.kernels.reference.attention:store_latent"),
+    ),
     typical_dims=(576,),
 )
 
@@ -48,6 +63,7 @@ def mla_decode(
     [S] counts all cached tokens including these Q, so query j sees `context - (Q - 1 - j)` of them.
     `context = 0` gives zeros.
     Returns: out [S, Q, H, C] in the queries' dtype; multiply by W^UV for values.
+    Inference only: not differentiable.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
     Cost: reads `sum(context) * (C + r)` elements once; 2 H Q (2 C + r) FLOPs a cached token.
     """

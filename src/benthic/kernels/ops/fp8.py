@@ -6,10 +6,30 @@ import torch
 from torch import Tensor
 
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Op, reference
+from benthic.kernels.table import Case, Implementation, Op, reference, triton_runs
 
-QUANTISE_FP8 = Op("quantise_fp8", (reference("benthic.kernels.reference.fp8:quantise"),))
-DEQUANTISE_FP8 = Op("dequantise_fp8", (reference("benthic.kernels.reference.fp8:dequantise"),))
+_TRITON = triton_runs(
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float8_e4m3fn,
+    reason="one kernel that reads every tile once",
+)
+
+QUANTISE_FP8 = Op(
+    "quantise_fp8",
+    (
+        Implementation("triton", _TRITON, "benthic.kernels.triton_fp8:quantise"),
+        reference("benthic.kernels.reference.fp8:quantise"),
+    ),
+)
+DEQUANTISE_FP8 = Op(
+    "dequantise_fp8",
+    (
+        Implementation("triton", _TRITON, "benthic.kernels.triton_fp8:dequantise"),
+        reference("benthic.kernels.reference.fp8:dequantise"),
+    ),
+)
 
 
 def quantise_fp8_blocks(

@@ -7,17 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Implementation, Op, on, reference
+from benthic.kernels.table import Case, Implementation, Op, on, reference, triton_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CPU_WIDE = on("cpu", torch.float32, torch.float64, reason="few torch calls with hand-written gradients")
 
+_TRITON = triton_runs(
+    torch.bfloat16, torch.float16, torch.float32, reason="one kernel that reads and writes every row once"
+)
+
 RMS_NORM = Op(
     "rms_norm",
     (
         Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:rms_norm"),
+        Implementation("triton", _TRITON, "benthic.kernels.triton_norm:rms_norm"),
         reference("benthic.kernels.reference.norm:rms_norm"),
     ),
 )
@@ -25,6 +30,7 @@ ADD_RMS_NORM = Op(
     "add_rms_norm",
     (
         Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:add_rms_norm"),
+        Implementation("triton", _TRITON, "benthic.kernels.triton_norm:add_rms_norm"),
         reference("benthic.kernels.reference.norm:add_rms_norm"),
     ),
 )
@@ -32,6 +38,7 @@ SWIGLU = Op(
     "swiglu",
     (
         Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:swiglu"),
+        Implementation("triton", _TRITON, "benthic.kernels.triton_norm:swiglu"),
         reference("benthic.kernels.reference.norm:swiglu"),
     ),
 )
@@ -39,6 +46,7 @@ ROPE = Op(
     "rope",
     (
         Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:rope"),
+        Implementation("triton", _TRITON, "benthic.kernels.triton_norm:rope"),
         reference("benthic.kernels.reference.norm:rope"),
     ),
 )

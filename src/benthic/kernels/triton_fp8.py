@@ -1,0 +1,106 @@
+"""Triton kernels of the FP8 formats: one pass finds a tile's largest magnitude, scales and stores it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _quantise_rows(
+    x_ptr, values_ptr, scale_ptr, rows, columns, tiles, stride,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """One scale per row and `TILE_N` columns."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    within = tl.arange(0, TILE)
+    column = tl.program_id(1) * TILE_N + within
+    mask = (row < rows)[:, None] & ((column < columns) & (within < TILE_N))[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale = _scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
+    values = _clamp(tl.div_rn(x, scale[:, None] + tl.zeros_like(x)))
+    tl.store(values_ptr + row[:, None] * columns + column[None, :], values.to(tl.float8e4nv), mask=mask)
+    tl.store(scale_ptr + row * tiles + tl.program_id(1), scale, mask=row < rows)
+
+
+@triton.jit
+def _quantise_blocks(
+    x_ptr, values_ptr, scale_ptr, rows, columns, tiles, stride,
+    POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One scale per `BLOCK x BLOCK` block."""
+    within = tl.arange(0, TILE)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + within
+    column = tl.program_id(1) * BLOCK + within
+    mask = ((row < rows) & (within < BLOCK))[:, None] & ((column < columns) & (within < BLOCK))[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale = _scale(tl.max(tl.max(tl.abs(x), axis=1), axis=0), POWER_OF_TWO)
+    values = _clamp(tl.div_rn(x, scale + tl.zeros_like(x)))
+    tl.store(values_ptr + row[:, None] * columns + column[None, :], values.to(tl.float8e4nv), mask=mask)
+    tl.store(scale_ptr + tl.program_id(0) * tiles + tl.program_id(1), scale)
+
+
+@triton.jit
+def _scale(amax, POWER_OF_TWO: tl.constexpr):
+    """Return amax / 448 with amax at least 1e-4, rounded up to a power of two on request."""
+    floor = tl.maximum(amax, 1e-4)
+    scale = tl.div_rn(floor, 448.0 + tl.zeros_like(floor))
+    if POWER_OF_TWO:
+        scale = tl.exp2(tl.ceil(tl.log2(scale)))
+    return scale
+
+
+@triton.jit
+def _clamp(x):
+    return tl.minimum(tl.maximum(x, -448.0), 448.0)
+
+
+@triton.jit
+def _dequantise(
+    values_ptr, scale_ptr, out_ptr, rows, columns, tiles, tile_m, tile_n,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    place = row[:, None] * columns + column[None, :]
+    values = tl.load(values_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(
+        scale_ptr + (row // tile_m)[:, None] * tiles + (column // tile_n)[None, :], mask=mask, other=0.0
+    )
+    tl.store(out_ptr + place, (values * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def quantise(x_MN, tile_m, tile_n, *, power_of_two):
+    """See `benthic.kernels.reference.fp8.quantise`; tiles are one row high or square."""
+    if x_MN.stride(1) != 1:
+        x_MN = x_MN.contiguous()
+    rows, columns = x_MN.shape
+    tiles_m, tiles_n = triton.cdiv(rows, tile_m), triton.cdiv(columns, tile_n)
+    values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x_MN.device)
+    scale = torch.empty(tiles_m, tiles_n, dtype=torch.float32, device=x_MN.device)
+    tile = triton.next_power_of_2(tile_n)
+    operands = (x_MN, values, scale, rows, columns, tiles_n, x_MN.stride(0))
+    if rows and tile_m == 1:
+        grid = (triton.cdiv(rows, 16), tiles_n)
+        _quantise_rows[grid](
+            *operands, POWER_OF_TWO=power_of_two, ROWS=16, TILE=tile, TILE_N=tile_n, num_warps=4
+        )
+    elif rows:
+        _quantise_blocks[(tiles_m, tiles_n)](
+            *operands, POWER_OF_TWO=power_of_two, TILE=tile, BLOCK=tile_n, num_warps=8
+        )
+    return values, scale
+
+
+def dequantise(values_MN, scale, tile_m, tile_n, *, dtype):
+    """See `benthic.kernels.reference.fp8.dequantise`."""
+    values_MN, scale = values_MN.contiguous(), scale.contiguous()
+    rows, columns = values_MN.shape
+    out = torch.empty(rows, columns, dtype=dtype, device=values_MN.device)
+    if out.numel():
+        _dequantise[(triton.cdiv(rows, 16), triton.cdiv(columns, 256))](
+            values_MN, scale, out, rows, columns, scale.shape[1], tile_m, tile_n, ROWS=16, COLUMNS=256
+        )
+    return out

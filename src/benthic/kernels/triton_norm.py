@@ -1,0 +1,272 @@
+"""Triton kernels of the row-wise ops: RMSNorm with an optional residual, SwiGLU, rotary embedding.
+
+All are bound by memory: each reads its inputs once, computes in float32 and writes its outputs once. A
+program takes a tile of whole rows (norms) or of rows and columns (SwiGLU).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Programs of the norm's backward. Each sums its rows' weight gradients, so the count fixes the order of
+# that sum: a constant keeps the result the same on every device.
+_PARTIALS = 264
+
+
+@triton.jit
+def _norm_forward(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, rstd_ptr,
+    rows, width, x_stride, residual_stride, eps,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(
+            residual_ptr + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
+        # The norm is that of the sum as it is stored, so round first.
+        total = (x + residual).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row[:, None] * width + column[None, :], total, mask=mask)
+        x = total.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    out = x * rstd[:, None] * weight[None, :]
+    tl.store(out_ptr + row[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit
+def _norm_backward(
+    x_ptr, weight_ptr, rstd_ptr, dy_ptr, dtotal_ptr, dx_ptr, dweight_ptr,
+    rows, width, x_stride,
+    HAS_DTOTAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column = tl.arange(0, WIDTH)
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    dweight = tl.zeros([WIDTH], tl.float32)
+    for tile in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (row < rows)[:, None] & (column < width)[None, :]
+        place = row[:, None] * width + column[None, :]
+        x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        x_hat = x * rstd[:, None]
+        weighted = dy * weight[None, :]
+        mean = tl.sum(weighted * x_hat, axis=1) / width
+        dx = (weighted - x_hat * mean[:, None]) * rstd[:, None]
+        if HAS_DTOTAL:
+            dx += tl.load(dtotal_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dweight += tl.sum(dy * x_hat, axis=0)
+    tl.store(dweight_ptr + program * width + column, dweight, mask=column < width)
+
+
+@triton.jit
+def _swiglu_forward(
+    gate_up_ptr, out_ptr, rows, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    place = row[:, None] * stride + column[None, :]
+    gate = tl.load(gate_up_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + place + width, mask=mask, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + row[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_backward(
+    gate_up_ptr, dy_ptr, dgate_up_ptr, rows, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    place = row[:, None] * stride + column[None, :]
+    gate = tl.load(gate_up_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + place + width, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    dup = dy * gate * sigmoid
+    place = row[:, None] * (2 * width) + column[None, :]
+    tl.store(dgate_up_ptr + place, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+    tl.store(dgate_up_ptr + place + width, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rotate(
+    x_ptr, cos_ptr, sin_ptr, out_ptr,
+    rows, heads, half, stride_t, stride_h, sign,
+    ROWS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // heads, row % heads
+    column = tl.arange(0, HALF)
+    mask = (row < rows)[:, None] & (column < half)[None, :]
+    angle = token[:, None] * half + column[None, :]
+    cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0) * sign
+    place = (token * stride_t + head * stride_h)[:, None] + column[None, :]
+    x_1 = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    x_2 = tl.load(x_ptr + place + half, mask=mask, other=0.0).to(tl.float32)
+    place = row[:, None] * (2 * half) + column[None, :]
+    tl.store(out_ptr + place, (x_1 * cos - x_2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + place + half, (x_2 * cos + x_1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def rms_norm(x, weight_D, eps):
+    """See `benthic.kernels.ops.rms_norm`."""
+    return _Norm.apply(x, None, weight_D, eps)[0]
+
+
+def add_rms_norm(x, residual, weight_D, eps):
+    """See `benthic.kernels.ops.add_rms_norm`."""
+    return _Norm.apply(x, residual, weight_D, eps)
+
+
+def swiglu(gate_up):
+    """See `benthic.kernels.ops.swiglu`."""
+    return _SwiGlu.apply(gate_up)
+
+
+def rope(x, cos_Tr2, sin_Tr2):
+    """See `benthic.kernels.ops.rope`."""
+    return _Rope.apply(x, cos_Tr2.contiguous(), sin_Tr2.contiguous())
+
+
+def as_rows(x):
+    """View x as `[rows, width]` with unit stride along a row, copying only when no such view exists."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def tile(width, elements):
+    """`(rows, padded width, warps)` of a tile of about `elements` elements that holds whole rows."""
+    padded = triton.next_power_of_2(width)
+    rows = max(1, elements // padded)
+    return rows, padded, min(16, max(4, rows * padded // 1024))
+
+
+class _Norm(torch.autograd.Function):
+    """RMSNorm of x, or of x + residual; the second output is what was normalised."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight_D, eps):
+        """Save the normalised rows' input and reciprocal root mean squares."""
+        rows_RD, width = as_rows(x), x.shape[-1]
+        rows = rows_RD.shape[0]
+        other = rows_RD if residual is None else as_rows(residual)
+        out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+        total = rows_RD if residual is None else torch.empty_like(out)
+        rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+        block, padded, warps = tile(width, 4096)
+        if rows:
+            _norm_forward[(triton.cdiv(rows, block),)](
+                rows_RD, other, weight_D, out, total, rstd,
+                rows, width, rows_RD.stride(0), other.stride(0), eps,
+                HAS_RESIDUAL=residual is not None, ROWS=block, WIDTH=padded, num_warps=warps,
+            )  # fmt: skip
+        ctx.save_for_backward(total, weight_D, rstd)
+        ctx.has_residual = residual is not None
+        ctx.set_materialize_grads(False)
+        return out.view(x.shape), (total.view(x.shape) if residual is not None else x.new_empty(0))
+
+    @staticmethod
+    def backward(ctx, dy, dtotal):
+        """Gradients of x, of the residual (the same) and of the weight."""
+        total, weight_D, rstd = ctx.saved_tensors
+        if dy is None:
+            return dtotal, (dtotal if ctx.has_residual else None), None, None
+        rows, width = total.shape
+        dy = dy.contiguous()
+        has_dtotal = ctx.has_residual and dtotal is not None
+        dtotal = dtotal.contiguous() if has_dtotal else dy
+        dx = torch.empty_like(dy)
+        block, padded, warps = tile(width, 2048)
+        programs = min(_PARTIALS, triton.cdiv(rows, block))
+        partial = torch.zeros(max(programs, 1), width, dtype=torch.float32, device=dy.device)
+        if rows:
+            _norm_backward[(programs,)](
+                total, weight_D, rstd, dy, dtotal, dx, partial,
+                rows, width, total.stride(0),
+                HAS_DTOTAL=has_dtotal, ROWS=block, WIDTH=padded, num_warps=warps,
+            )  # fmt: skip
+        dweight_D = partial.sum(dim=0).to(weight_D.dtype)
+        return dx, (dx if ctx.has_residual else None), dweight_D, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Gated unit of two halves; the input alone is saved."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        """Save the input."""
+        ctx.save_for_backward(gate_up)
+        rows_RF2 = as_rows(gate_up)
+        rows, width = rows_RF2.shape[0], gate_up.shape[-1] // 2
+        out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
+        if out.numel():
+            grid, block, padded = _swiglu_tiles(rows, width)
+            _swiglu_forward[grid](
+                rows_RF2, out, rows, width, rows_RF2.stride(0), ROWS=block, WIDTH=padded, num_warps=4
+            )
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        """Gradient of both halves."""
+        (gate_up,) = ctx.saved_tensors
+        rows_RF2, dy = as_rows(gate_up), dy.contiguous()
+        rows, width = rows_RF2.shape[0], gate_up.shape[-1] // 2
+        out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+        if out.numel():
+            grid, block, padded = _swiglu_tiles(rows, width)
+            _swiglu_backward[grid](
+                rows_RF2, dy, out, rows, width, rows_RF2.stride(0), ROWS=block, WIDTH=padded, num_warps=4
+            )
+        return out
+
+
+def _swiglu_tiles(rows, width):
+    padded = min(1024, triton.next_power_of_2(width))
+    block = max(1, 2048 // padded)
+    return (triton.cdiv(rows, block), triton.cdiv(width, padded)), block, padded
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation; its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x, cos_Tr2, sin_Tr2):
+        """Save the angles."""
+        ctx.save_for_backward(cos_Tr2, sin_Tr2)
+        return _rotated(x, cos_Tr2, sin_Tr2, sign=1.0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        """Gradient of x."""
+        return _rotated(dy, *ctx.saved_tensors, sign=-1.0), None, None
+
+
+def _rotated(x, cos_Tr2, sin_Tr2, *, sign):
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    heads = x.shape[1] if x.dim() == 3 else 1
+    rows, half = x.shape[0] * heads, x.shape[-1] // 2
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block, padded, warps = tile(half, 2048)
+    if rows:
+        _rotate[(triton.cdiv(rows, block),)](
+            x, cos_Tr2, sin_Tr2, out,
+            rows, heads, half, x.stride(0), x.stride(1) if x.dim() == 3 else 0, sign,
+            ROWS=block, HALF=padded, num_warps=warps,
+        )  # fmt: skip
+    return out

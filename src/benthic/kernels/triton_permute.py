@@ -1,0 +1,137 @@
+"""Triton kernels that move rows to experts and back by gathers: no atomics, so results are deterministic.
+
+One program a row (or a token); a row is read and written in one go, so all of them are bound by memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from benthic.kernels.reference.moe import Permuted, row_maps
+
+
+@triton.jit
+def _gather_rows(x_ptr, copy_ptr, out_ptr, width, stride, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+    """rows[r] = x[token of r]."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(copy_ptr + row) // TOP_K
+    column = tl.arange(0, WIDTH)
+    x = tl.load(x_ptr + token * stride + column, mask=column < width)
+    tl.store(out_ptr + row * width + column, x, mask=column < width)
+
+
+@triton.jit
+def _sum_rows(
+    rows_ptr, weight_ptr, row_ptr, out_ptr, width, stride,
+    WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum over k, in order, of weight[t, k] * rows[row[t, k]]."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    acc = tl.zeros([WIDTH], tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_ptr + token * TOP_K + k)
+        value = tl.load(rows_ptr + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weight_ptr + token * TOP_K + k).to(tl.float32)
+        acc += value
+    tl.store(out_ptr + token * width + column, acc.to(out_ptr.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def _sum_rows_backward(
+    rows_ptr, weight_ptr, row_ptr, dout_ptr, drows_ptr, dweight_ptr, width, stride,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """drows[row[t, k]] = weight[t, k] * dout[t]; dweight[t, k] = dout[t] . rows[row[t, k]]. Each row once."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    kept = column < width
+    dout = tl.load(dout_ptr + token * width + column, mask=kept, other=0.0).to(tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_ptr + token * TOP_K + k)
+        weight = tl.load(weight_ptr + token * TOP_K + k).to(tl.float32)
+        value = tl.load(rows_ptr + row * stride + column, mask=kept, other=0.0).to(tl.float32)
+        tl.store(drows_ptr + row * width + column, (weight * dout).to(drows_ptr.dtype.element_ty), mask=kept)
+        tl.store(dweight_ptr + token * TOP_K + k, tl.sum(dout * value, axis=0))
+
+
+def permute(x_TD, expert_TK, num_experts):
+    """See `benthic.kernels.ops.permute`."""
+    ends_E, maps = row_maps(expert_TK, num_experts)
+    return Permuted(_Gather.apply(x_TD, maps.row_TK, maps.copy_R), ends_E, maps)
+
+
+def unpermute(rows_RD, maps, weight_TK):
+    """See `benthic.kernels.ops.unpermute`."""
+    return _WeightedSum.apply(rows_RD, weight_TK, maps.row_TK)
+
+
+def _unit_stride(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _warps(padded):
+    return min(16, max(1, padded // 512))
+
+
+class _Gather(torch.autograd.Function):
+    """rows[r] = x[token of r]; dx[t] = sum over k of drows[row[t, k]]."""
+
+    @staticmethod
+    def forward(ctx, x_TD, row_TK, copy_R):
+        """Save where the copies went."""
+        ctx.save_for_backward(row_TK)
+        x_TD = _unit_stride(x_TD)
+        width, padded = x_TD.shape[1], triton.next_power_of_2(x_TD.shape[1])
+        out = torch.empty(copy_R.shape[0], width, dtype=x_TD.dtype, device=x_TD.device)
+        if out.numel():
+            _gather_rows[(copy_R.shape[0],)](
+                x_TD, copy_R, out, width, x_TD.stride(0),
+                TOP_K=row_TK.shape[1], WIDTH=padded, num_warps=_warps(padded),
+            )  # fmt: skip
+        return out
+
+    @staticmethod
+    def backward(ctx, drows_RD):
+        """Sum the gradients of a token's copies."""
+        (row_TK,) = ctx.saved_tensors
+        return _summed(_unit_stride(drows_RD), None, row_TK), None, None
+
+
+def _summed(rows_RD, weight_TK, row_TK):
+    width, padded = rows_RD.shape[1], triton.next_power_of_2(rows_RD.shape[1])
+    out = torch.empty(row_TK.shape[0], width, dtype=rows_RD.dtype, device=rows_RD.device)
+    if out.numel():
+        _sum_rows[(row_TK.shape[0],)](
+            rows_RD, row_TK if weight_TK is None else weight_TK, row_TK, out, width, rows_RD.stride(0),
+            WEIGHTED=weight_TK is not None, TOP_K=row_TK.shape[1], WIDTH=padded, num_warps=_warps(padded),
+        )  # fmt: skip
+    return out
+
+
+class _WeightedSum(torch.autograd.Function):
+    """out[t] = sum over k of weight[t, k] * rows[row[t, k]]."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, weight_TK, row_TK):
+        """Save rows and weights."""
+        rows_RD, weight_TK, row_TK = _unit_stride(rows_RD), weight_TK.contiguous(), row_TK.contiguous()
+        ctx.save_for_backward(rows_RD, weight_TK, row_TK)
+        return _summed(rows_RD, weight_TK, row_TK)
+
+    @staticmethod
+    def backward(ctx, dout_TD):
+        """Gradients of rows and weights, in one pass."""
+        rows_RD, weight_TK, row_TK = ctx.saved_tensors
+        width, padded = rows_RD.shape[1], triton.next_power_of_2(rows_RD.shape[1])
+        drows = torch.empty(rows_RD.shape, dtype=rows_RD.dtype, device=rows_RD.device)
+        dweight = torch.empty(weight_TK.shape, dtype=weight_TK.dtype, device=rows_RD.device)
+        if drows.numel():
+            _sum_rows_backward[(row_TK.shape[0],)](
+                rows_RD, weight_TK, row_TK, dout_TD.contiguous(), drows, dweight, width, rows_RD.stride(0),
+                TOP_K=row_TK.shape[1], WIDTH=padded, num_warps=_warps(padded),
+            )  # fmt: skip
+        return drows, dweight, None
