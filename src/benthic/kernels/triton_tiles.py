@@ -10,7 +10,7 @@ import triton.language as tl
 def load_rows(base, stride, dim, kept, WIDTH: tl.constexpr, END: tl.constexpr, ROWS: tl.constexpr):
     """Load rows 0 .. ROWS from `base`; rows not `kept` and columns from WIDTH on read as zero.
 
-    """Load rows 0 .. ROWS from `base`; rows not `kept`, and columns from WIDTH on, read as zero.
+    `END` is one past the last column of the tile: up to WIDTH, columns need no mask. Offsets inside
     a tile fit 32 bits; `base` carries the rest, which keeps 64-bit arithmetic out of the inner loops.
     """
     at = base + tl.arange(0, ROWS)[:, None] * stride + dim[None, :]
