@@ -1,0 +1,194 @@
+"""The main job end to end: corpus, tokenizer, training, export, server, concurrent requests, clean stop.
+
+The corpus is the source of the Python standard library on this machine: real text, nothing to download.
+Every step is a `benthic` command that is printed before it runs, so that the demo can be repeated by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from openai import AsyncOpenAI
+from rich.console import Console
+from rich.panel import Panel
+from rich.syntax import Syntax
+from rich.table import Table
+
+BENTHIC = str(Path(sys.executable).parent / "benthic")
+PROMPTS = [
+    "def __init__(self, ",
+    "class ",
+    "import os\nimport sys\n",
+    "    def close(self):\n        ",
+    "for name in ",
+    "    if not isinstance(",
+    'def main():\n    """',
+    "try:\n    ",
+]
+console = Console()
+
+
+@dataclass
+class Answer:
+    """One finished request: text, seconds to the first token, and seconds per token after it."""
+
+    prompt: str
+    text: str
+    ttft: float
+    tpot: float
+    tokens: int
+
+
+def main() -> None:
+    """Run the demo; a command that fails ends it with that command's exit code."""
+    arguments = parse()
+    run = arguments.run
+    start = time.perf_counter()
+    corpus = Path(sysconfig.get_paths()["stdlib"])
+    tokens, tokenizer, trained = run / "tokens", run / "tokenizer", run / "train"
+    step("1. Train a tokenizer on the Python standard library's sources")
+    benthic(
+        "data", "tokenizer", str(corpus), "--out", str(tokenizer), "--vocab-size", "4096", *CORPUS_OPTIONS
+    )
+    step("2. Write the corpus as token shards")
+    benthic(
+        "data", "build", str(corpus), "--tokenizer", str(tokenizer), "--out", str(tokens), *CORPUS_OPTIONS
+    )
+    step("3. Train the tiny model, evaluate it, export it to Hugging Face format")
+    overrides = [word for setting in arguments.set for word in ("--set", setting)]
+    benthic("train", "tiny_cpu", "--data", str(tokens), "--run", str(trained), *overrides)
+    step("4. Serve it and send concurrent requests through the official openai client")
+    serve_and_ask(trained / "hf", arguments.requests)
+    pictures = sorted(path for path in trained.rglob("*.png"))
+    console.print(Panel("\n".join(map(str, pictures)), title="pictures", expand=False))
+    console.print(f"[bold green]done[/] in {time.perf_counter() - start:.0f} s; everything is under {run}")
+
+
+def parse() -> argparse.Namespace:
+    """Command line of the demo."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--set", action="append", default=[], help="override of the training recipe")
+    return parser.parse_args()
+
+
+CORPUS_OPTIONS = ("--include", "*.py")
+
+
+def step(title: str) -> None:
+    """Announce one part of the demo."""
+    console.rule(f"[bold]{title}", align="left")
+
+
+def benthic(*words: str) -> None:
+    """Run one `benthic` command in the foreground."""
+    console.print(f"[dim]$ benthic {shlex.join(words)}[/]", highlight=False)
+    done = subprocess.run([BENTHIC, *words], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def serve_and_ask(checkpoint: Path, requests: int) -> None:
+    """Start the server, ask, print, stop it with SIGTERM and check that it ended well."""
+    port = free_port()
+    words = ["serve", str(checkpoint), "--port", str(port), "--served-model-name", "tiny"]
+    console.print(f"[dim]$ benthic {shlex.join(words)}[/]", highlight=False)
+    log = checkpoint.parent / "serve.log"
+    with log.open("w") as sink:
+        server = subprocess.Popen([BENTHIC, *words], stdout=sink, stderr=subprocess.STDOUT)
+    try:
+        wait_until_healthy(server, port, log)
+        answers, seconds = asyncio.run(ask_all(port, requests))
+        show(answers, seconds)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(timeout=60)
+    console.print(f"server stopped with exit code {code}")
+    if code:
+        sys.exit(f"the server did not stop cleanly; see {log}")
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_healthy(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Poll /health until it answers 200; give up when the server ends or after a minute."""
+    deadline = time.monotonic() + 60
+    with console.status("waiting for the server"):
+        while time.monotonic() < deadline:
+            if server.poll() is not None:
+                sys.exit(f"the server ended with code {server.returncode}:\n{log.read_text()}")
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == httpx.codes.OK:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+    sys.exit(f"the server was not healthy after 60 s; see {log}")
+
+
+async def ask_all(port: int, requests: int) -> tuple[list[Answer], float]:
+    """All requests at once, streamed."""
+    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+        start = time.perf_counter()
+        prompts = [PROMPTS[index % len(PROMPTS)] for index in range(requests)]
+        answers = await asyncio.gather(*(ask(client, prompt, seed) for seed, prompt in enumerate(prompts)))
+        return list(answers), time.perf_counter() - start
+
+
+async def ask(client: AsyncOpenAI, prompt: str, seed: int) -> Answer:
+    """One streamed completion."""
+    start = time.perf_counter()
+    first, text, tokens = 0.0, "", 0
+    stream = await client.completions.create(
+        model="tiny",
+        prompt=prompt,
+        max_tokens=96,
+        temperature=0.7,
+        top_p=0.95,
+        seed=seed,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    async for chunk in stream:
+        first = first or time.perf_counter()
+        text += "".join(choice.text for choice in chunk.choices)
+        tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+    end = time.perf_counter()
+    return Answer(prompt, text, first - start, (end - first) / max(tokens - 1, 1), tokens)
+
+
+def show(answers: list[Answer], seconds: float) -> None:
+    """Print the first completions and the latencies of all."""
+    for answer in answers[: len(PROMPTS) // 2]:
+        code = Syntax(answer.prompt + answer.text, "python", word_wrap=True, background_color="default")
+        console.print(Panel(code, title=repr(answer.prompt), title_align="left"))
+    table = Table(title=f"{len(answers)} concurrent requests", title_justify="left")
+    for column in ("", "median", "worst"):
+        table.add_column(column, justify="right")
+    for name, values in (("TTFT", [a.ttft for a in answers]), ("TPOT", [a.tpot for a in answers])):
+        table.add_row(name, f"{statistics.median(values) * 1e3:.1f} ms", f"{max(values) * 1e3:.1f} ms")
+    tokens = sum(answer.tokens for answer in answers)
+    table.add_row("throughput", f"{tokens / seconds:.0f} tokens/s", "")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
