@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,11 +29,9 @@ FLOAT32 = {
     "delta_ptr",
     "cos_ptr",
     "sin_ptr",
-    "weight_TK_ptr",
     "scale_ptr",
     "part_ptr",
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def argument_type(name, dtype, overrides):
@@ -59,22 +58,166 @@ def compiled(module, kernel, constants, *, dtype="bf16", warps=4, stages=3, over
             signature[name] = "constexpr"
             continue
         signature[name] = argument_type(name, dtype, overrides or {})
-        if name.endswith("_ptr") or "stride" in name or name.endswith("_dim") or name in ("width", "columns"):
+        if name.endswith(("_ptr", "_dim")) or "stride" in name or name in ("width", "columns"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, constexprs, attributes)
-    built = triton.compile(
+    return triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages}
     )
-    return built
 
 
 def resources(built, tmp_path):
-    """Registers, spilled bytes (stack and local) and shared memory of a compiled kernel."""
+    """Registers, bytes spilled to the stack and instructions of a compiled kernel."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    numbers["shared"] = built.metadata.shared
-    return numbers
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return SimpleNamespace(
+        registers=numbers["REG"],
+        spilled=numbers["STACK"] + numbers["LOCAL"],
+        shared=built.metadata.shared,
+        wgmma=built.asm["ptx"].count("wgmma.mma_async"),
+    )
+
+
+def assert_fits(used):
+    assert used.registers <= 255
+    assert used.spilled == 0
+    assert used.shared <= 227 * 1024
+
+
+HEADS = [(192, 128), (128, 128), (64, 64)]
+
+
+def head_constants(d, v, block_m, block_n, *, causal=True):
+    attention = importlib.import_module("benthic.kernels.triton_attention")
+    d_1, d_2 = attention.split_width(d)
+    widths = {"D": d, "D_1": d_1, "D_2": d_2, "V": v, "V_PAD": attention.pad_value(v)}
+    return {
+        **widths,
+        "GROUPS": 1,
+        "CAUSAL": causal,
+        "PRECISION": "ieee",
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("d", "v"), HEADS)
+def test_attention_forward_uses_wgmma_without_spills(d, v, dtype, tmp_path):
+    attention = importlib.import_module("benthic.kernels.triton_attention")
+    block_m, block_n, warps, stages = attention.forward_tiles(torch.bfloat16, d)
+    constants = {**head_constants(d, v, block_m, block_n), "HEADS": 16}
+    built = compiled("triton_attention", "_forward", constants, dtype=dtype, warps=warps, stages=stages)
+    used = resources(built, tmp_path)
+    assert_fits(used)
+    assert used.wgmma > 0
+
+
+@pytest.mark.parametrize(("d", "v"), HEADS)
+@pytest.mark.parametrize("kernel", ["_keys_and_values", "_query_gradient"])
+def test_attention_backward_uses_wgmma_without_spills(kernel, d, v, tmp_path):
+    backward = importlib.import_module("benthic.kernels.triton_attention_backward")
+    of_keys = kernel == "_keys_and_values"
+    tiles = (backward.key_tiles if of_keys else backward.query_tiles)(torch.bfloat16, d)
+    block_m, block_n, warps, stages = tiles
+    constants = head_constants(d, v, block_m, block_n) | {"KEY_HEADS" if of_keys else "HEADS": 16}
+    used = resources(
+        compiled("triton_attention_backward", kernel, constants, warps=warps, stages=stages), tmp_path
+    )
+    assert_fits(used)
+    assert used.wgmma > 0
+
+
+@pytest.mark.parametrize("rows", [16, 32, 128])
+def test_mla_decode_does_not_spill_and_uses_wgmma_from_64_rows(rows, tmp_path):
+    block_h, block_n, warps, stages = importlib.import_module("benthic.kernels.triton_mla").tiles(
+        torch.bfloat16, rows
+    )
+    constants = {
+        "C": 512,
+        "C_PAD": 512,
+        "R": 64,
+        "R_PAD": 64,
+        "PAGE": 64,
+        "BLOCK_H": block_h,
+        "BLOCK_N": block_n,
+        "PRECISION": "ieee",
+    }
+    built = compiled(
+        "triton_mla", "_decode", constants, warps=warps, stages=stages, overrides={"out_ptr": "*fp32"}
+    )
+    used = resources(built, tmp_path)
+    assert_fits(used)
+    assert (used.wgmma > 0) == (block_h >= 64)
+
+
+@pytest.mark.parametrize("direction", ["forward", "input gradient", "weight gradient"])
+def test_the_experts_product_uses_wgmma_without_spills(direction, tmp_path):
+    tiles = importlib.import_module("benthic.kernels.triton_moe").tiles
+    block_m, block_n, block_k, warps, stages = tiles(torch.bfloat16, 512)
+    if direction == "weight gradient":
+        constants = {"BLOCK_O": block_m, "BLOCK_I": block_n, "BLOCK_R": block_k, "PRECISION": "ieee"}
+        kernel = "_expert_gradient"
+    else:
+        constants = {
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "EXPERTS": 128,
+            "PRECISION": "ieee",
+            ("stride_k" if direction == "forward" else "stride_n"): 1,
+        }
+        kernel = "_rows_times_experts"
+    built = compiled(
+        "triton_moe", kernel, constants, warps=warps, stages=stages, overrides={"dweight_ptr": "*bf16"}
+    )
+    used = resources(built, tmp_path)
+    assert_fits(used)
+    assert used.wgmma > 0
+
+
+MEMORY_BOUND = [
+    ("triton_norm", "_norm_forward", {"HAS_RESIDUAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
+    ("triton_norm", "_norm_backward", {"HAS_DTOTAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
+    ("triton_norm", "_swiglu_forward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
+    ("triton_norm", "_swiglu_backward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
+    ("triton_norm", "_rotate", {"ROWS": 64, "HALF": 32}, 4, {}),
+    ("triton_permute", "_gather_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
+    ("triton_permute", "_sum_rows", {"WEIGHTED": True, "TOP_K": 8, "WIDTH": 8192}, 16, {}),
+    ("triton_permute", "_sum_rows_backward", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
+    ("triton_moe", "_zero_rows", {"ROWS": 32, "WIDTH": 128}, 4, {}),
+    ("triton_mla", "_combine", {"C": 512, "C_PAD": 512, "SPLITS": 8}, 4, {"part_ptr": "*fp32"}),
+    ("triton_mla", "_store", {"C": 512, "C_PAD": 512, "R": 64, "R_PAD": 64, "ROWS": 4}, 4, {}),
+    (
+        "triton_attention_backward",
+        "_row_dots",
+        {"HEADS": 16, "V": 128, "V_PAD": 128, "BLOCK_M": 64},
+        4,
+        {},
+    ),
+    (
+        "triton_fp8",
+        "_quantise_rows",
+        {"POWER_OF_TWO": True, "ROWS": 16, "TILE": 128, "TILE_N": 128},
+        4,
+        {"values_ptr": "*fp8e4nv"},
+    ),
+    (
+        "triton_fp8",
+        "_quantise_blocks",
+        {"POWER_OF_TWO": False, "TILE": 128, "BLOCK": 128},
+        8,
+        {"values_ptr": "*fp8e4nv"},
+    ),
+    ("triton_fp8", "_dequantise", {"ROWS": 16, "COLUMNS": 256}, 4, {"values_ptr": "*fp8e4nv"}),
+]
+
+
+@pytest.mark.parametrize(("module", "kernel", "constants", "warps", "overrides"), MEMORY_BOUND)
+def test_memory_bound_kernels_do_not_spill(module, kernel, constants, warps, overrides, tmp_path):
+    built = compiled(module, kernel, constants, warps=warps, overrides=overrides)
+    assert_fits(resources(built, tmp_path))

@@ -1,0 +1,319 @@
+"""Every Triton kernel against the float64 definition: values, gradients, odd sizes, NaN-filled outputs.
+
+Not collected by itself. `test_interpreter.py` runs it in Triton's CPU interpreter (float32, small sizes) and
+`test_gpu.py` on a GPU (bfloat16, float16 and float32, larger sizes).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benthic.kernels import ops
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32] if ON_GPU else [torch.float32]
+# Relative root-mean-square error against float64: a few roundings of the dtype's own precision.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 1e-5}
+
+pytestmark = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(mode=False)
+
+
+def made(*shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+
+
+def close(fast, exact, dtype):
+    assert fast.dtype in (dtype, torch.float32)
+    assert torch.isfinite(fast).all()
+    error, size = (fast.double() - exact).square().mean().sqrt(), exact.square().mean().sqrt()
+    assert error <= TOLERANCE[dtype] * size + 1e-12, f"relative error {error / size:.2e}"
+    worst = (fast.double() - exact).abs().max()
+    assert worst <= 20 * TOLERANCE[dtype] * exact.abs().max() + 1e-12, f"one element is off by {worst:.2e}"
+
+
+def compare(function, inputs, dtype, *, impl="triton"):
+    """Values and gradients of an implementation against the definition in float64 on the same inputs."""
+    results = []
+    for name, precision in ((impl, None), ("reference", torch.float64)):
+        leaves = [x.detach().to(precision or x.dtype).requires_grad_() for x in inputs]
+        outputs = function(*leaves, impl=name)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = [
+            made(*out.shape, dtype=dtype, seed=9 + i).detach().to(out.dtype) for i, out in enumerate(outputs)
+        ]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
+    for fast, exact in zip(*results, strict=True):
+        close(fast, exact, dtype)
+
+
+TOKENS = 1023 if ON_GPU else 63
+WIDTHS = [44, 512, 2048, 7168] if ON_GPU else [44]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm(dtype, width):
+    inputs = [made(TOKENS, width, dtype=dtype), made(width, dtype=dtype, seed=1)]
+    compare(lambda x, w, impl: ops.rms_norm(x, w, 1e-6, impl=impl), inputs, dtype)
+
+
+def test_rms_norm_of_a_strided_slice(dtype):
+    inputs = [made(TOKENS, 57, dtype=dtype), made(40, dtype=dtype, seed=1)]
+    compare(lambda x, w, impl: ops.rms_norm(x[:, :40], w, 1e-6, impl=impl), inputs, dtype)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm_of_a_residual_sum(dtype, width):
+    inputs = [made(TOKENS, width, dtype=dtype, seed=seed) for seed in (0, 1)] + [
+        made(width, dtype=dtype, seed=2)
+    ]
+    compare(lambda x, r, w, impl: ops.add_rms_norm(x, r, w, 1e-6, impl=impl), inputs, dtype)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_swiglu(dtype, width):
+    compare(lambda x, impl: ops.swiglu(x, impl=impl), [made(TOKENS, 2 * width, dtype=dtype)], dtype)
+
+
+@pytest.mark.parametrize("shape", [(TOKENS, 7, 12), (TOKENS, 64)])
+def test_rope_of_a_strided_slice(dtype, shape):
+    angle = made(TOKENS, shape[-1] // 2, dtype=torch.float32, seed=3).detach()
+    wide = made(*shape[:-1], shape[-1] + 9, dtype=dtype)
+    compare(
+        lambda x, impl: ops.rope(x[..., 9:], angle.cos(), angle.sin(), impl=impl),
+        [wide],
+        dtype,
+    )
+
+
+def pack(lengths):
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return torch.tensor([0, *ends], dtype=torch.int32, device=DEVICE)
+
+
+PACKS = {
+    "ragged": ((5, 1, 63, 40), (5, 1, 63, 40)),
+    "longer context": ((5, 1, 40), (9, 30, 70)),
+    "surplus queries": ((9, 6, 40), (4, 6, 10)),
+    "an empty sequence": ((5, 0, 3), (7, 2, 3)),
+}
+HEADS = [(4, 2, 12, 8), (3, 3, 44, 16), (1, 1, 192, 128)]
+if ON_GPU:
+    PACKS |= {
+        "long": ((700, 1, 129, 257), (700, 1, 129, 257)),
+        "equal": ((512, 512), (512, 512)),
+        "long context": ((130, 65), (1100, 300)),
+    }
+    HEADS += [(7, 7, 64, 64), (4, 4, 128, 128), (8, 2, 128, 128), (7, 7, 192, 128)]
+
+
+def run_attention(name, *, causal, return_lse=False):
+    lengths_q, lengths_k = PACKS[name]
+
+    def run(q, k, v, impl):
+        return ops.attention(
+            q,
+            k,
+            v,
+            pack(lengths_q),
+            pack(lengths_k),
+            max_seqlen_q=max(lengths_q),
+            max_seqlen_k=max(lengths_k),
+            scale=q.shape[-1] ** -0.5,
+            causal=causal,
+            return_lse=return_lse,
+            impl=impl,
+        )
+
+    return run
+
+
+def attention_inputs(name, heads, dtype):
+    lengths_q, lengths_k = PACKS[name]
+    query_heads, key_heads, d, v = heads
+    return [
+        made(sum(lengths_q), query_heads, d, dtype=dtype),
+        made(sum(lengths_k), key_heads, d, dtype=dtype, seed=1),
+        made(sum(lengths_k), key_heads, v, dtype=dtype, seed=2),
+    ]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", PACKS)
+def test_attention(dtype, name, heads, causal):
+    inputs = attention_inputs(name, heads, dtype)
+    compare(run_attention(name, causal=causal), inputs, dtype)
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_attention_log_sum_exp(dtype, name):
+    inputs = attention_inputs(name, (3, 3, 44, 16), dtype)
+    run = run_attention(name, causal=True, return_lse=True)
+    fast = run(*inputs, impl="triton")[1].double()
+    exact = run(*(x.double() for x in inputs), impl="reference")[1]
+    torch.testing.assert_close(fast, exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [(7, 7, 64, 64), (4, 4, 128, 128), (7, 7, 192, 128)], ids=str)
+def test_attention_through_cudnn(dtype, heads, causal):
+    if dtype == torch.float32:
+        pytest.skip("cuDNN attention takes bfloat16 and float16")
+    inputs = attention_inputs("equal", heads, dtype)
+    compare(run_attention("equal", causal=causal), inputs, dtype, impl="cudnn")
+    run = run_attention("equal", causal=causal, return_lse=True)
+    lse = run(*inputs, impl="cudnn")[1].double()
+    exact = run(*(x.double() for x in inputs), impl="reference")[1]
+    torch.testing.assert_close(lse, exact, rtol=1e-3, atol=1e-3)
+
+
+def paged(contexts, *, block, latent, rope, dtype):
+    """A cache full of NaN but for the contexts, pages in random order; also the block table."""
+    generator = torch.Generator().manual_seed(0)
+    pages = [-(-context // block) for context in contexts]
+    cache = torch.full((sum(pages) + 2, block, latent + rope), torch.nan, dtype=dtype, device=DEVICE)
+    order = torch.randperm(sum(pages), generator=generator) + 1
+    table = torch.full((len(contexts), max(pages) + 1), 2**30, dtype=torch.int32)
+    for row, (context, chosen) in enumerate(zip(contexts, order.split(pages), strict=True)):
+        table[row, : len(chosen)] = chosen.to(torch.int32)
+        slots = (chosen[:, None] * block + torch.arange(block)).flatten()[:context].to(DEVICE)
+        rows = made(context, latent + rope, dtype=dtype, seed=row).detach()
+        ops.store_latent(cache, rows[:, :latent], rows[:, latent:], slots, impl="triton")
+    return cache, table.to(DEVICE)
+
+
+DECODES = [(7, 1, 96, 4, 16), (3, 5, 20, 4, 7)]
+if ON_GPU:
+    DECODES += [(16, 1, 512, 64, 64), (16, 4, 512, 64, 64), (128, 1, 512, 64, 64), (128, 2, 512, 64, 64)]
+CONTEXTS = [(63, 5, 17), (1, 0, 30)]
+if ON_GPU:
+    CONTEXTS += [(4097, 1, 700, 64, 0, 333), (9000,)]
+
+
+@pytest.mark.parametrize("contexts", CONTEXTS, ids=str)
+@pytest.mark.parametrize("shape", DECODES, ids=str)
+def test_mla_decode_on_ragged_pages_between_nans(dtype, shape, contexts):
+    heads, queries, latent, rope, block = shape
+    cache, table = paged(contexts, block=block, latent=latent, rope=rope, dtype=dtype)
+    q_latent = made(len(contexts), queries, heads, latent, dtype=dtype).detach()
+    q_rope = made(len(contexts), queries, heads, rope, dtype=dtype, seed=1).detach()
+    context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    scale = (latent + rope) ** -0.5
+    fast = ops.mla_decode(q_latent, q_rope, cache, table, context, scale=scale, impl="triton")
+    exact = ops.mla_decode(
+        q_latent.double(), q_rope.double(), cache.double(), table, context, scale=scale, impl="reference"
+    )
+    close(fast, exact, dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_mla_decode_does_not_depend_on_the_number_of_splits(dtype, splits):
+    from benthic.kernels import triton_mla
+
+    cache, table = paged((63, 5, 0), block=8, latent=20, rope=4, dtype=dtype)
+    q_latent, q_rope = made(3, 2, 3, 20, dtype=dtype).detach(), made(3, 2, 3, 4, dtype=dtype, seed=1).detach()
+    context = torch.tensor((63, 5, 0), dtype=torch.int32, device=DEVICE)
+    fast = triton_mla.mla_decode(q_latent, q_rope, cache, table, context, scale=0.2, splits=splits)
+    exact = ops.mla_decode(
+        q_latent.double(), q_rope.double(), cache.double(), table, context, scale=0.2, impl="reference"
+    )
+    close(fast, exact, dtype)
+
+
+def test_store_latent_skips_slot_minus_one(dtype):
+    latent, rope = made(6, 5, dtype=dtype).detach(), made(6, 2, dtype=dtype, seed=1).detach()
+    caches = [torch.zeros(3, 4, 7, dtype=dtype, device=DEVICE) for _ in range(2)]
+    slot = torch.tensor([3, -1, 11, 0, -1, 7], device=DEVICE)
+    for cache, impl in zip(caches, ("triton", "reference"), strict=True):
+        ops.store_latent(cache, latent, rope, slot, impl=impl)
+    assert torch.equal(*caches)
+
+
+GROUPS = {"uneven": (9, 20, 1, 7, 23), "empty experts": (0, 20, 0, 40, 0), "one takes all": (0, 0, 60, 0, 0)}
+
+
+def grouped_inputs(name, spare, dims, dtype):
+    scale = 40 if ON_GPU else 1
+    sizes = [size * scale for size in GROUPS[name]]
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+    width, out = dims
+    return ends, [made(sum(sizes) + spare, width, dtype=dtype), made(5, out, width, dtype=dtype, seed=1)]
+
+
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("dims", [(36, 40), (23, 9)], ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_linear(dtype, name, dims, spare):
+    ends, inputs = grouped_inputs(name, spare, dims, dtype)
+    compare(lambda x, w, impl: ops.grouped_linear(x, w, ends, impl=impl), inputs, dtype)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the library's grouped product on a GPU")
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_linear_through_the_library(dtype, name, spare):
+    if dtype != torch.bfloat16:
+        pytest.skip("the library's grouped product takes bfloat16")
+    ends, inputs = grouped_inputs(name, spare, (256, 128), dtype)
+    compare(
+        lambda x, w, impl: ops.grouped_linear(x, w, ends, impl=impl), inputs, dtype, impl="grouped_mm_cuda"
+    )
+
+
+def routed(tokens, experts, top_k):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(tokens, experts, generator=generator)
+    return scores.topk(top_k, dim=1).indices.to(torch.int32).to(DEVICE)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_permute(dtype, width):
+    expert = routed(TOKENS, 5, 3)
+
+    def run(x, impl):
+        permuted = ops.permute(x, expert, 6, impl=impl)
+        assert permuted.ends_E.tolist()[-1] == TOKENS * 3
+        return permuted.rows_RD
+
+    compare(run, [made(TOKENS, width, dtype=dtype)], dtype)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_unpermute(dtype, width):
+    maps = ops.permute(made(TOKENS, 4, dtype=dtype), routed(TOKENS, 5, 3), 6, impl="reference").maps
+    inputs = [made(TOKENS * 3, width, dtype=dtype), made(TOKENS, 3, dtype=torch.float32, seed=1)]
+    compare(lambda rows, weight, impl: ops.unpermute(rows, maps, weight, impl=impl), inputs, dtype)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("quantise", [ops.quantise_fp8_rows, ops.quantise_fp8_blocks])
+def test_fp8_tiles(dtype, quantise, power_of_two):
+    x = made(150, 300, dtype=dtype).detach() * 3
+    values, scale = quantise(x, power_of_two=power_of_two, impl="triton")
+    exact, exact_scale = quantise(x, power_of_two=power_of_two, impl="reference")
+    assert torch.equal(scale, exact_scale)
+    differ = values.float() != exact.float()
+    if ON_GPU:
+        assert not differ.any()
+    else:  # the interpreter's conversion drops the carry into the exponent and rounds some ties up
+        differ &= exact.float().abs().frexp().mantissa != 0.5
+        assert differ.float().mean() < 1e-3
+
+
+def test_fp8_dequantise(dtype):
+    values, scale = ops.quantise_fp8_blocks(made(150, 300, dtype=torch.float32).detach(), impl="reference")
+    results = [ops.dequantise_fp8(values, scale, dtype=dtype, impl=impl) for impl in ("triton", "reference")]
+    assert torch.equal(*results)
