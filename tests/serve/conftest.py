@@ -3,12 +3,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 # The engine process and the server under test are fresh interpreters that import `fake_engine` by name.
 sys.path.insert(0, str(Path(__file__).parent))
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from running import Running
 
 SPECIAL = ["<bos>", "<eos>", "<|user|>", "<|assistant|>"]
 LINES = [
@@ -52,3 +58,13 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The HTTP server round the fake engine, which counts upwards from the last prompt token."""
+    import running
+
+    log = tmp_path_factory.mktemp("server") / "log"
+    with running.fake_server(tokenizer_folder, log) as started:
+        yield started

@@ -57,9 +57,9 @@ def test_tokens_come_back_in_order_and_concurrent_requests_do_not_mix() -> None:
     async def scenario() -> None:
         async with engine() as client:
             answers = await asyncio.gather(
-                *(tokens_of(client, request(f"r{i}", (10 * i + 4,), 6)) for i in range(40))
+                *(tokens_of(client, request(f"r{i}", (7 * i + 4,), 6)) for i in range(40))
             )
-            assert answers == [[10 * i + 5 + k for k in range(6)] for i in range(40)]
+            assert answers == [[7 * i + 5 + k for k in range(6)] for i in range(40)]
             assert client.in_flight == 0
 
     run(scenario())
@@ -75,7 +75,7 @@ def test_several_requests_share_one_stream_and_one_can_end_early() -> None:
                     if delta.request_id == "a" and len(seen["a"]) == 2:
                         stream.abort("a")
             assert seen["b"] == [51, 52, 53, 54]
-            assert 2 <= len(seen["a"]) < 20
+            assert seen["a"] == [11, 12]
             await wait_until(lambda: client.stats.num_running == 0)
 
     run(scenario())

@@ -13,8 +13,14 @@ from benthic.serve.protocol_responses import ErrorBody, ErrorDetail
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from starlette.exceptions import HTTPException
+
 RETRY_AFTER_S = 1
 SHOWN_CHARS = 80
+SHAPES = {
+    "prompt": "must be text, a non-empty list of token ids, or a non-empty list of either",
+    "stop": "must be a text of 1 to 1024 characters, or at most 64 of them",
+}
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -100,22 +106,37 @@ def of_validation(errors: Sequence[Any]) -> ApiError:
         return invalid(
             f"the body is not valid JSON: {why} (at character {first['loc'][-1]})", code="bad_json"
         )
+    if first["type"] == "contradiction":
+        return invalid(first["ctx"]["why"], param=first["ctx"]["param"])
     path = [str(part) for part in first["loc"] if part != "body"]
     if not path:
-        return invalid(_without_prefix(first["msg"]), param=None)
+        msg = "the body must be a JSON object, sent with Content-Type: application/json"
+        return invalid(msg, code="bad_json")
     field = path[0]
-    alternatives = sum(error["loc"][1:2] == first["loc"][1:2] for error in errors) > 1
-    if field == "prompt" and alternatives:
-        message = "prompt must be text, a non-empty list of token ids, or a non-empty list of either"
-    else:
-        message = f"{field}: {_without_prefix(first['msg'])}"
     if first["type"] == "missing":
-        return invalid(f"{field} is missing", param=field)
-    return invalid(f"{message} (got {_shown(first.get('input'))})", param=field)
+        name = ".".join(path)
+        return invalid(f"{name} is missing", param=field)
+    reason = _reason(field, errors)
+    return invalid(f"{field}: {reason} (got {_shown(first.get('input'))})", param=field)
 
 
-def _without_prefix(message: str) -> str:
-    return message.removeprefix("Value error, ")
+def _reason(field: str, errors: Sequence[Any]) -> str:
+    """What a field should be; one of several shapes fails once for each, so the shapes are named instead."""
+    own = [error for error in errors if field in error["loc"][:2]]
+    own_words = [error["msg"] for error in own if error["type"] == "value_error"]
+    if own_words:
+        return own_words[0].removeprefix("Value error, ")
+    return own[0]["msg"] if len(own) == 1 else SHAPES.get(field, own[0]["msg"])
+
+
+def of_http(error: HTTPException) -> ApiError:
+    """An error of the framework itself: unknown path, wrong method, unreadable body."""
+    cause = error.__cause__
+    if isinstance(cause, UnicodeDecodeError):
+        return invalid(f"the body is not valid UTF-8 (at byte {cause.start})", code="bad_json")
+    if isinstance(cause, RecursionError):
+        return invalid("the body is nested too deeply", code="bad_json")
+    return ApiError(error.status_code, str(error.detail))
 
 
 def _shown(value: Any) -> str:

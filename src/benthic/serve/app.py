@@ -249,13 +249,9 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
         return handler
 
     app.add_exception_handler(RequestValidationError, handle(lambda e: api_errors.of_validation(e.errors())))
-    app.add_exception_handler(HTTPException, handle(_of_http))
+    app.add_exception_handler(HTTPException, handle(api_errors.of_http))
     app.add_exception_handler(BenthicError, handle(api_errors.of))
     app.add_exception_handler(Exception, handle(_of_bug))
-
-
-def _of_http(error: HTTPException) -> api_errors.ApiError:
-    return api_errors.ApiError(error.status_code, str(error.detail))
 
 
 def _of_bug(error: Exception) -> api_errors.ApiError:

@@ -63,6 +63,7 @@ class EngineStream:
 
     def abort(self, request_id: str) -> None:
         """End one request early: no more of its deltas follow, and its blocks are freed at the next step."""
+        self._items = deque(i for i in self._items if isinstance(i, Exception) or i.request_id != request_id)
         if request_id in self._open:
             self._open.discard(request_id)
             self._client.abort(request_id)

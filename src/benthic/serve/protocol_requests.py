@@ -8,9 +8,10 @@ Numbers are not converted from text: `"temperature": "1"` is an error.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 
 def _utf8(text: str) -> str:
@@ -21,6 +22,12 @@ def _utf8(text: str) -> str:
         msg = f"character {error.start} is half of a surrogate pair, which is not valid text"
         raise ValueError(msg) from None
     return text
+
+
+def _refuse(param: str, message: str) -> NoReturn:
+    """Raise an error about the whole body that still names the field at fault."""
+    kind = "contradiction"
+    raise PydanticCustomError(kind, "{why}", {"why": message, "param": param})
 
 
 Text = Annotated[str, AfterValidator(_utf8)]
@@ -113,23 +120,25 @@ class SamplingBody(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
-        """Raises: ValueError naming the first field that this server knows of but does not offer."""
+        """Raises: PydanticCustomError naming the first field that this server knows of but does not offer."""
         if isinstance(data, dict):
             for name in UNSUPPORTED.keys() & data.keys():
                 value = data[name]
                 if value is not None and value not in UNSUPPORTED[name]:
-                    msg = f"{name} is not supported by this server. Leave it out."
-                    raise ValueError(msg)
+                    _refuse(name, f"{name} is not supported by this server. Leave it out.")
         return data
 
     @model_validator(mode="after")
     def _check_pairs(self) -> SamplingBody:
         if self.stream_options is not None and not self.stream:
-            msg = "stream_options is set but stream is not true. Set stream=true or leave stream_options out."
-            raise ValueError(msg)
+            _refuse(
+                "stream_options",
+                "stream_options is set but stream is not true. Set stream=true or leave stream_options out.",
+            )
         if self.stream and self.prompt_logprobs is not None:
-            msg = "prompt_logprobs cannot be streamed. Leave out stream or prompt_logprobs."
-            raise ValueError(msg)
+            _refuse(
+                "prompt_logprobs", "prompt_logprobs cannot be streamed. Leave out stream or prompt_logprobs."
+            )
         return self
 
     @property
@@ -177,8 +186,7 @@ class ChatMessage(BaseModel):
     @classmethod
     def _refuse_tools(cls, data: Any) -> Any:
         if isinstance(data, dict) and (data.get("role") in ("tool", "function") or data.get("tool_calls")):
-            msg = "tool messages are not supported by this server"
-            raise ValueError(msg)
+            _refuse("messages", "tool messages are not supported by this server")
         return data
 
     def as_template_input(self) -> dict[str, str]:
@@ -211,16 +219,18 @@ class ChatBody(SamplingBody, TemplateBody):
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
-            msg = f"top_logprobs = {self.top_logprobs} but logprobs is not true. Set logprobs=true."
-            raise ValueError(msg)
+            _refuse(
+                "top_logprobs",
+                f"top_logprobs = {self.top_logprobs} but logprobs is not true. Set logprobs=true.",
+            )
         if None not in (self.max_tokens, self.max_completion_tokens) and (
             self.max_tokens != self.max_completion_tokens
         ):
-            msg = (
+            _refuse(
+                "max_tokens",
                 f"max_tokens = {self.max_tokens} but max_completion_tokens = {self.max_completion_tokens}. "
-                "Set one of them."
+                "Set one of them.",
             )
-            raise ValueError(msg)
         return self
 
 
@@ -238,8 +248,7 @@ class TokenizeBody(Body):
     @model_validator(mode="after")
     def _one_input(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
-            msg = "give exactly one of prompt and messages"
-            raise ValueError(msg)
+            _refuse("prompt", "give exactly one of prompt and messages")
         return self
 
 

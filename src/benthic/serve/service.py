@@ -167,7 +167,7 @@ class Service:
         self.metrics.asked(n=len(asked), max_tokens=first.params.max_tokens)
         if self.settings.log_requests:
             logger.info(
-                "%s: %d sequences, prompt of %d tokens, max_tokens %d",
+                "%s: sequences: %d, prompt tokens: %d, max_tokens: %d",
                 first.request_id, len(asked), len(first.prompt), first.params.max_tokens,
             )  # fmt: skip
         generation = Generation(

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import openai
+import pytest
+from running import fake_server
+
+from benthic.serve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from running import Running
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> openai.OpenAI:
+    return server.client()
+
+
+def chat(client: openai.OpenAI, messages=USER, **options):
+    return client.chat.completions.create(model="fake", messages=messages, **options)
+
+
+def forced(tokenizer_folder: Path, text: str) -> dict[str, int]:
+    return {str(token): 100 for token in Tokenizer.from_folder(tokenizer_folder).encode(text)}
+
+
+def test_a_chat_answer_has_a_message_usage_and_a_reason(client: openai.OpenAI) -> None:
+    answer = chat(client, max_completion_tokens=4)
+    choice = answer.choices[0]
+    assert (answer.object, choice.message.role, choice.finish_reason) == (
+        "chat.completion",
+        "assistant",
+        "length",
+    )
+    assert choice.message.content
+    assert answer.usage.prompt_tokens == 5  # <bos> <|user|> h i <|assistant|>
+    assert answer.usage.completion_tokens == 4
+    assert chat(client, max_tokens=4).choices[0].message.content == choice.message.content
+
+
+def test_without_a_limit_the_answer_fills_the_context(client: openai.OpenAI) -> None:
+    answer = chat(client, extra_body={"ignore_eos": True})
+    assert answer.usage.total_tokens == 256
+
+
+def test_a_stream_names_the_role_once_then_adds_text_then_says_why_it_ended(client: openai.OpenAI) -> None:
+    whole = chat(client, max_tokens=6, n=2)
+    chunks = list(chat(client, max_tokens=6, n=2, stream=True, stream_options={"include_usage": True}))
+    *parts, last = chunks
+    assert last.usage == whole.usage
+    for index in (0, 1):
+        own = [chunk.choices[0] for chunk in parts if chunk.choices[0].index == index]
+        assert [choice.delta.role for choice in own] == ["assistant"] + [None] * (len(own) - 1)
+        text = "".join(choice.delta.content for choice in own)
+        assert text == whole.choices[index].message.content
+        assert [choice.finish_reason for choice in own] == [None] * (len(own) - 1) + ["length"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_name_tokens_bytes_and_the_best(client: openai.OpenAI, *, stream: bool) -> None:
+    options = {"max_tokens": 3, "logprobs": True, "top_logprobs": 2}
+    if stream:
+        choices = [chunk.choices[0] for chunk in chat(client, stream=True, **options)]
+        entries = [e for choice in choices if choice.logprobs for e in choice.logprobs.content]
+        text = "".join(choice.delta.content for choice in choices)
+    else:
+        choice = chat(client, **options).choices[0]
+        entries, text = choice.logprobs.content, choice.message.content
+    assert "".join(entry.token for entry in entries) == text
+    assert b"".join(bytes(entry.bytes) for entry in entries) == text.encode()
+    assert all(
+        len(entry.top_logprobs) == 2 and entry.top_logprobs[0].token == entry.token for entry in entries
+    )
+    bare = chat(client, max_tokens=1, logprobs=True).choices[0].logprobs.content[0]
+    assert bare.top_logprobs == []
+
+
+def test_prompt_logprobs_come_with_the_answer(client: openai.OpenAI) -> None:
+    answer = chat(client, max_tokens=1, extra_body={"prompt_logprobs": 0})
+    assert answer.prompt_logprobs[0] is None
+    assert len(answer.prompt_logprobs) == 5
+
+
+def test_a_stop_string_ends_the_answer(client: openai.OpenAI, tokenizer_folder: Path) -> None:
+    bias = forced(tokenizer_folder, "xyz")
+    answer = chat(client, max_tokens=40, stop=["yz"], logit_bias=bias)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("x", "stop")
+
+
+def test_messages_may_be_lists_of_text_parts(client: openai.OpenAI) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    assert chat(client, parts, max_tokens=1).usage == chat(client, max_tokens=1).usage
+
+
+def test_the_template_decides_what_the_model_reads(server: Running) -> None:
+    with server.http() as http:
+        ask = lambda **body: http.post("/tokenize", json={"messages": USER, **body}).json()["count"]  # noqa: E731
+        assert ask() == 5
+        assert ask(add_generation_prompt=False) == 4
+        assert ask(chat_template_kwargs={"shout": True}) == 8
+
+
+def test_a_template_that_refuses_the_messages_is_a_400_with_its_words(client: openai.OpenAI) -> None:
+    late = [*USER, {"role": "system", "content": "too late"}]
+    with pytest.raises(openai.BadRequestError, match="system must come first") as caught:
+        chat(client, late)
+    assert caught.value.param == "messages"
+
+
+def test_without_a_template_chat_is_refused_and_completions_work(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    with fake_server(tokenizer_folder, tmp_path / "log", template=False) as bare:
+        with pytest.raises(openai.BadRequestError, match=r"no chat template.*--chat-template"):
+            chat(bare.client())
+        assert bare.client().completions.create(model="fake", prompt="a", max_tokens=1).choices
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"extra_body": {"guided_json": {}}}, "guided_json"),
+        ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+    ],
+)
+def test_what_is_not_offered_is_refused_by_name(client: openai.OpenAI, options: dict, param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, **({"messages": USER} | options))
+    assert caught.value.param == param
+
+
+def test_values_of_unsupported_fields_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:
+    harmless = {"response_format": {"type": "text"}, "tool_choice": "none", "parallel_tool_calls": True}
+    assert chat(client, max_tokens=1, **harmless).choices
