@@ -86,7 +86,7 @@ LENGTHS = (5, 1, 9)
 
 
 def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> DeepSeek:
-    """A model in which nothing is at a special value: norms are not 1, router biases not 0, some negative."""
+    """A model with nothing at a special value: norms are not 1, router biases not 0, some negative."""
     model = DeepSeek(config)
     initialise(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -1,4 +1,4 @@
-"""The network against transformers: same logits, same gradient of every parameter, checkpoints in both directions."""
+"""The network against transformers: logits, the gradient of every parameter, checkpoints both ways."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from benthic.model.norm import LATENT_NORM_EPS
 
 @dataclass
 class AbsorbedAttend:
-    """FACT: `q . (W^UK c) = (W^UK^T q) . c`; every sequence by itself, every query against latents only."""
+    """`q . (W^UK c) = (W^UK^T q) . c`; every sequence by itself, every query against latents only."""
 
     lengths: tuple[int, ...]
 
@@ -36,9 +36,7 @@ def test_absorbed_attention_equals_expanded_attention(name):
     tokens_T, positions_T, _, sockets = packed(model.config)
     with torch.no_grad():
         expanded = model(tokens_T, positions_T, sockets).hidden_TD
-        absorbed = model(
-            tokens_T, positions_T, replace(sockets, attend=AbsorbedAttend(LENGTHS))
-        ).hidden_TD
+        absorbed = model(tokens_T, positions_T, replace(sockets, attend=AbsorbedAttend(LENGTHS))).hidden_TD
     assert furthest(absorbed, expanded) < 1e-6
 
 

@@ -7,6 +7,7 @@ import torch
 from small_models import BASE, VARIANTS, packed, random_model
 from torch.nn import functional as F
 
+from benthic.model.block import Attended
 from benthic.model.local import LocalExchange, PackedAttend, PlainLinear, plain_linear
 from benthic.model.moe import Gate
 from benthic.model.sockets import Sockets
@@ -19,7 +20,7 @@ def swiglu(x, gate, up, down):
 
 
 def literal_routing(config, weight_ED, bias_E, u_D):
-    """DeepSeek-V3 report eq. (13)-(16) and section 2.1.2 for one token; DeepSeek-V2 section 2.2 with softmax."""
+    """DeepSeek-V3 report eq. (13)-(16) and section 2.1.2 for one token; softmax as in DeepSeek-V2."""
     logits = [float(u_D @ e_D) for e_D in weight_ED]
     scores = torch.tensor(logits, dtype=torch.float64)
     s = torch.sigmoid(scores) if config.scoring_func == "sigmoid" else torch.softmax(scores, 0)
@@ -63,8 +64,6 @@ def test_mixture_layer_equals_a_loop_over_experts(name):
     shape = (len(tokens_T), config.hidden_size)
     residual_TD = torch.randn(shape, generator=generator, dtype=torch.float64)
     u_TD = torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    from benthic.model.block import Attended
 
     sent = block.dispatch(Attended(residual_TD, u_TD), sockets)
     actual_TD = block.combine(block.experts(sent, sockets), sockets)

@@ -77,16 +77,23 @@ def check(source: Source, table: Table, *, whole: Table, dropped_prefixes: tuple
         "stored in a type that is not a weight's": [
             f"{t.name} ({found[t.name].dtype})" for t in here if found[t.name].dtype not in DTYPES
         ],
-        "unexpected": [name for name in found if not _known(name, expected, dropped_prefixes)],
+        "unexpected": [name for name in found if not _known(name, expected, dropped_prefixes, found)],
     }
     wrong = {kind: names for kind, names in lists.items() if names}
     if wrong:
         raise TensorMismatchError(_message(source, wrong))
 
 
-def _known(name: str, expected: Mapping[str, HFTensor], dropped_prefixes: tuple[str, ...]) -> bool:
+def _known(
+    name: str,
+    expected: Mapping[str, HFTensor],
+    dropped_prefixes: tuple[str, ...],
+    found: Mapping[str, Stored],
+) -> bool:
     base = name.removesuffix(SCALE_SUFFIX)
-    return base in expected or name.startswith(dropped_prefixes) or _IGNORED.search(name) is not None
+    # transformers stores the shared experts of a model without any as tensors without elements.
+    empty = 0 in found[name].shape
+    return base in expected or empty or name.startswith(dropped_prefixes) or _IGNORED.search(name) is not None
 
 
 def _misshapen(name: str, tensor: HFTensor, found: Mapping[str, Stored]) -> list[str]:

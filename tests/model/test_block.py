@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from small_models import BASE, VARIANTS, packed, random_model
+from torch.utils.checkpoint import checkpoint
+
+from benthic.model.block import PHASES
+
+
+def run(model):
+    tokens_T, positions_T, _, sockets = packed(model.config)
+    hidden = model(tokens_T, positions_T, sockets)
+    model.zero_grad()
+    hidden.hidden_TD.square().sum().backward()
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return hidden, gradients
+
+
+def test_forward_calls_the_four_phases_in_order():
+    model = random_model(BASE)
+    calls = []
+    for block in model.blocks:
+        for phase in PHASES:
+            inner = getattr(block, phase)
+
+            def outer(*operands, inner=inner, at=(block.layer, phase)):
+                calls.append(at)
+                return inner(*operands)
+
+            setattr(block, phase, outer)
+    run(model)
+    assert calls == [(layer, phase) for layer in range(3) for phase in PHASES]
+
+
+@pytest.mark.parametrize("phases", [("attention",), ("dispatch",), ("experts",), ("combine",), PHASES])
+def test_checkpointing_any_phase_from_outside_changes_no_gradient_and_no_count(phases):
+    plain, wrapped = random_model(BASE), random_model(BASE)
+    ran = 0
+
+    def counted(inner, *operands):
+        nonlocal ran
+        ran += 1
+        return inner(*operands)
+
+    for block in wrapped.blocks:
+        for phase in phases:
+            inner = partial(counted, getattr(block, phase))
+            setattr(block, phase, partial(checkpoint, inner, use_reentrant=False))
+    expected, gradients = run(plain)
+    actual, again = run(wrapped)
+    assert ran > 3 * len(phases), "nothing was recomputed"
+    torch.testing.assert_close(actual.hidden_TD, expected.hidden_TD, rtol=0, atol=0)
+    assert gradients.keys() == again.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient, rtol=0, atol=0, msg=name)
+    assert len(actual.routing) == len(expected.routing) == 2
+
+
+@pytest.mark.parametrize("name", ["q-lora, groups, interleaved", "odd sizes"])
+def test_phases_of_two_microbatches_may_be_interleaved(name):
+    model = random_model(VARIANTS[name])
+    batches = [packed(model.config, lengths, seed) for seed, lengths in enumerate([(4, 3), (2, 6, 1)])]
+    with torch.no_grad():
+        expected = [
+            model(tokens, positions, sockets).pre_norm_TD for tokens, positions, _, sockets in batches
+        ]
+        states = [model.embed(tokens) for tokens, *_ in batches]
+        angles = [model.rotary(positions) for _, positions, *_ in batches]
+        sockets = [batch[3] for batch in batches]
+        for block in model.blocks:
+            for phase in PHASES:
+                for i in (0, 1):
+                    more = (angles[i],) if phase == "attention" else ()
+                    states[i] = getattr(block, phase)(states[i], *more, sockets[i])
+    for actual, wanted in zip(states, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
