@@ -29,7 +29,7 @@ pytestmark = [
 
 
 def interpret(*arguments):
-    """Run Python with kernels interpreted; the switch is read when Triton is imported, so in a new process."""
+    """Run Python with kernels interpreted: Triton reads the switch when imported, so in a new process."""
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     settings["PYTHONPATH"] = os.pathsep.join(sys.path)
     return subprocess.run(

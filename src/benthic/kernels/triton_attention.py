@@ -57,7 +57,7 @@ def _walk(
     return acc, m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, tokens, scale,

@@ -19,7 +19,7 @@ from benthic.kernels.triton_tiles import advance, load_rows
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _row_dots(
     out_ptr, dout_ptr, delta_ptr, tokens, stride_dt, stride_dh,
     HEADS: tl.constexpr, V: tl.constexpr, V_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -71,7 +71,7 @@ def _queries(
     return dk_1, dk_2, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _keys_and_values(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_q_ptr, starts_k_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh, tokens, scale,
@@ -163,7 +163,7 @@ def _keys(
     return dq_1, dq_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _query_gradient(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, starts_q_ptr, starts_k_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh, tokens, scale,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _quantise_rows(
     x_ptr, values_ptr, scale_ptr, rows, columns, tiles, stride,
     POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr,

@@ -28,7 +28,7 @@ def _load(base, place, dim, kept, WIDTH: tl.constexpr, END: tl.constexpr):
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _decode(
     q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, context_ptr, out_ptr, lse_ptr,
     stride_qs, stride_qq, stride_qh, stride_rs, stride_rq, stride_rh, stride_page, stride_token, stride_table,
@@ -82,7 +82,7 @@ def _decode(
     tl.store(lse_ptr + place, lse, mask=row_kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(
     part_ptr, lse_ptr, out_ptr, splits, C: tl.constexpr, C_PAD: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
@@ -101,7 +101,7 @@ def _combine(
     tl.store(out_ptr + row * C + latent, out.to(out_ptr.dtype.element_ty), mask=latent < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _store(
     cache_ptr, latent_ptr, rope_ptr, slot_ptr, tokens, stride_slot, stride_latent, stride_rope,
     C: tl.constexpr, C_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, ROWS: tl.constexpr,

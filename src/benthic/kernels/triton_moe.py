@@ -32,7 +32,7 @@ def _find_tile(ends_ptr, tile, rows, experts, BLOCK_M: tl.constexpr, EXPERTS: tl
     return expert, start_row, end_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rows_times_experts(
     x_ptr, weight_ptr, out_ptr, ends_ptr,
     rows, experts, n_dim, k_dim, stride_x, stride_e, stride_n, stride_k,
@@ -94,7 +94,7 @@ def _expert_gradient(
     tl.store(at, acc.to(dweight_ptr.dtype.element_ty), mask=o_kept[:, None] & i_kept[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _zero_rows(out_ptr, ends_ptr, rows, width, experts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Zero the rows past the last end; programs before it read one number and stop."""
     end = tl.load(ends_ptr + experts - 1)

@@ -15,7 +15,7 @@ import triton.language as tl
 _PARTIALS = 264
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_forward(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, rstd_ptr,
     rows, width, x_stride, residual_stride, eps,
@@ -40,7 +40,7 @@ def _norm_forward(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_backward(
     x_ptr, weight_ptr, rstd_ptr, dy_ptr, dtotal_ptr, dx_ptr, dweight_ptr,
     rows, width, x_stride,
@@ -68,7 +68,7 @@ def _norm_backward(
     tl.store(dweight_ptr + program * width + column, dweight, mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu_forward(
     gate_up_ptr, out_ptr, rows, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def _swiglu_forward(
     tl.store(out_ptr + row[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu_backward(
     gate_up_ptr, dy_ptr, dgate_up_ptr, rows, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
@@ -101,7 +101,7 @@ def _swiglu_backward(
     tl.store(dgate_up_ptr + place + width, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rotate(
     x_ptr, cos_ptr, sin_ptr, out_ptr,
     rows, heads, half, stride_t, stride_h, sign,

@@ -1,0 +1,65 @@
+"""The op table says what runs and why, loads what it names, and costs next to nothing."""
+
+from __future__ import annotations
+
+import timeit
+
+import pytest
+import torch
+
+from benthic.errors import BackendError
+from benthic.kernels import ops
+from benthic.kernels.table import Case, Implementation, Op, no, reference, yes
+
+pytest.importorskip("triton", reason="the table names Triton modules")
+
+
+@pytest.mark.parametrize("name", ops.IMPLEMENTATIONS)
+def test_every_implementation_names_a_function_that_exists(name):
+    for implementation in ops.IMPLEMENTATIONS[name]:
+        assert callable(implementation.load())
+    assert ops.IMPLEMENTATIONS[name][-1].name == "reference"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_explain_gives_a_choice_and_a_reason_for_every_op(device, dtype):
+    choices = ops.explain(device, dtype)
+    assert [choice.op for choice in choices] == list(ops.IMPLEMENTATIONS)
+    assert all(choice.implementation != "none" and choice.reason for choice in choices)
+    assert all(reason for choice in choices for _, reason in choice.others)
+
+
+def test_an_op_that_nothing_runs_is_refused_with_every_reason():
+    never = Op("example", (Implementation("one", lambda _: no("too cold"), "a:b"),))
+    with pytest.raises(BackendError, match=r"example cannot run on cpu in torch.float16.*one: too cold"):
+        never.choose(Case("cpu", torch.float16))
+
+
+def test_the_first_that_runs_is_chosen_and_a_name_overrides_it():
+    rms_norm = "benthic.kernels.torch_norm:rms_norm"
+    example = Op(
+        "example",
+        (
+            Implementation("refuses", lambda _: no("never"), rms_norm),
+            Implementation("runs", lambda _: yes("always"), rms_norm),
+            reference("benthic.kernels.reference.norm:rms_norm"),
+        ),
+    )
+    case = Case("cpu", torch.float32)
+    assert example.select(case)[0].name == "runs"
+    assert example.select(case, "reference")[0].name == "reference"
+    with pytest.raises(BackendError, match="never"):
+        example.choose(case, "refuses")
+
+
+def test_choosing_costs_about_a_microsecond():
+    op = next(op for op in ops.OPS if op.name == "rms_norm")
+    x = torch.ones(1, 4)
+
+    def choose():
+        op.choose(Case(x.device.type, x.dtype), None)
+
+    choose()
+    best = min(timeit.repeat(choose, number=2000, repeat=7)) / 2000
+    assert best < 5e-6
