@@ -7,8 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from benthic import __version__
-from benthic.cli import draw, plan
+from benthic.cli import chat, data, draw, evaluate, plan, serve, train
 from benthic.errors import BenthicError
 
 app = typer.Typer(
@@ -21,6 +20,11 @@ app = typer.Typer(
 )
 app.add_typer(plan.app, name="plan")
 app.add_typer(draw.app, name="draw")
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
 
 
 def main() -> None:

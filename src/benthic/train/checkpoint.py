@@ -118,6 +118,12 @@ class FolderStore:
         groups = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
         return Saved(step, groups, json.loads((folder / STATE).read_text(encoding="utf-8")))
 
+    def forget_after(self, step: int) -> None:
+        """Delete the steps after `step`: a run that goes back to it will write them anew."""
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self.path(later))
+
     def _sweep(self) -> None:
         """Remove what a killed process left half written."""
         for path in self.folder.glob("step-*.tmp"):

@@ -1,0 +1,141 @@
+"""`benthic train`: a recipe, a run folder, a dataset; everything else is `--set`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benthic.cli.settings import apply
+from benthic.errors import CheckpointError, ConfigError
+from benthic.train import recipes
+from benthic.train.config import RunConfig
+from benthic.train.fields import from_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    from benthic.train.speed import Speed
+    from benthic.train.trainer import StepResult
+
+
+class Screen:
+    """A progress line at the bottom of a terminal and notes above it; notes only where there is none."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self.progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[line]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self.progress.add_task("", total=steps, line="")
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, result: StepResult, speed: Speed) -> None:
+        """Move the progress line."""
+        mfu = "" if speed.mfu is None else f" mfu {100 * speed.mfu:.1f}%"
+        line = f"loss {result.loss:.4f} {speed.tokens_per_second:,.0f} tok/s{mfu}"
+        self.progress.update(self._task, completed=result.step, line=line)
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help=f"One of: {', '.join(recipes.RECIPES)}. May be left out with --resume."),
+    ] = None,
+    *,
+    run: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics, pictures, export.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Dataset folder from `benthic data build` (default: data.path).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any config field, e.g. --set train.lr=3e-4; repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run.")
+    ] = False,
+    resume_step: Annotated[
+        int | None, typer.Option(help="Go back to this step of --run; later checkpoints are deleted.")
+    ] = None,
+) -> None:
+    """Train a model; every option of a recipe can be set with --set section.field=value."""
+    from benthic.train import run as runs  # noqa: PLC0415 (torch takes seconds, other commands need none)
+    from benthic.train.hardware import detect  # noqa: PLC0415
+
+    wanted = runs.Resume(wanted=resume or resume_step is not None, step=resume_step)
+    config = _with_data(apply(_config(recipe, run, resume=wanted.wanted), settings or ()), data)
+    threads = None if config.train.threads == "auto" else config.train.threads
+    facts = detect(config.device, threads=threads)
+    screen = Screen(Console(), config.train.steps)
+    with _stopping() as should_stop, screen.progress:
+        prepared = runs.prepare(
+            run,
+            config,
+            Path(config.data.path),
+            facts,
+            screen,
+            resume=wanted,
+            should_stop=should_stop,
+        )
+        prepared.go()
+
+
+def _config(recipe: str | None, run: Path, *, resume: bool) -> RunConfig:
+    """The recipe's config, or on resuming without one the config that the run folder was started with."""
+    if recipe is not None:
+        return recipes.get(recipe)
+    if not resume:
+        message = (
+            f"no recipe was named. Known: {', '.join(recipes.RECIPES)}. Or pass --resume to go on with a run."
+        )
+        raise ConfigError(message)
+    file = run / "resolved.json"
+    if not file.is_file():
+        message = f"{run} has no resolved.json, so there is nothing to resume. Name a recipe to start."
+        raise CheckpointError(message)
+    config: RunConfig = from_json(RunConfig, json.loads(file.read_text(encoding="utf-8"))["config"])
+    return config
+
+
+def _with_data(config: RunConfig, data: Path | None) -> RunConfig:
+    if data is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)))
+    if not config.data.path:
+        message = "no data was named. Pass --data DIR, a folder made by `benthic data build`."
+        raise ConfigError(message)
+    return config
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM and the first Ctrl-C into "stop after this step"; a second Ctrl-C ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

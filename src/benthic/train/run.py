@@ -1,0 +1,290 @@
+"""A whole run in its folder: resume, steps, records, checkpoints, evaluations, pictures, export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Final, Protocol
+
+from benthic.errors import CheckpointError, ConfigError
+from benthic.model.checkpoint import save_pretrained
+from benthic.train.checkpoint import FolderStore
+from benthic.train.data import tokenizer as tokenizers
+from benthic.train.data.shards import TokenShards, read_meta, verify
+from benthic.train.evaluate import Evaluation, evaluate
+from benthic.train.fields import to_json
+from benthic.train.precision import DTYPES
+from benthic.train.records import Records
+from benthic.train.resolve import number, resolve
+from benthic.train.sample import sample
+from benthic.train.speed import Meter, console_line
+from benthic.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from benthic.train.board import Board
+    from benthic.train.config import RunConfig
+    from benthic.train.data.shards import Meta
+    from benthic.train.hardware import HardwareFacts
+    from benthic.train.resolve import Resolved
+    from benthic.train.speed import Speed
+    from benthic.train.trainer import StepResult
+
+RESOLVED: Final = "resolved.json"
+_SAMPLE_TEMPERATURE: Final = 0.6
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes."""
+
+    def note(self, text: str) -> None:
+        """One line of information."""
+        ...
+
+    def step(self, result: StepResult, speed: Speed) -> None:
+        """One step is done."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Whether to continue what is in the run folder, and from which step (None: the newest)."""
+
+    wanted: bool = False
+    step: int | None = None
+
+
+@dataclass
+class Run:
+    """One run; `prepare` builds it, `go` runs it to its end or until `should_stop`."""
+
+    folder: Path
+    config: RunConfig
+    trainer: Trainer
+    held_out: TokenShards
+    store: FolderStore
+    records: Records
+    meter: Meter
+    watcher: Watcher
+    should_stop: Callable[[], bool]
+    board: Board | None = None
+    clock: Callable[[], float] = perf_counter
+    _saved: int = field(default=-1)
+
+    def go(self) -> bool:
+        """Train until the last step; return False if stopped before it, with a checkpoint written.
+
+        Raises:
+            NumericsError: a loss or gradient is not finite; the last checkpoint stays.
+            CheckpointError: a checkpoint could not be written; the one before stays.
+        """
+        while self.trainer.steps_done < self.config.train.steps:
+            if self.should_stop():
+                self._save()
+                self.watcher.note(f"stopped after step {self.trainer.steps_done}; pass --resume to go on")
+                return False
+            self._step()
+        self._finish()
+        return True
+
+    def _step(self) -> None:
+        start = self.clock()
+        result = self.trainer.step()
+        speed = self.meter.add(result, self.clock() - start)
+        self._record(result, speed)
+        if due(result.step, self.config.evaluate.every) and result.step < self.config.train.steps:
+            self._evaluate()
+        if due(result.step, self.config.checkpoint.every):
+            self._save()
+
+    def _record(self, result: StepResult, speed: Speed) -> None:
+        self.records.step(result, speed)
+        last = result.step == self.config.train.steps
+        if due(result.step, self.config.log.load_every) or last:
+            self.records.loads(result)
+        self.watcher.step(result, speed)
+        if due(result.step, self.config.log.every) or result.step == 1 or last:
+            recent = self.meter.since_last()
+            self.watcher.note(console_line(result, recent))
+        if self.board is not None:
+            self.board.step(result, speed)
+
+    def _save(self) -> None:
+        if self._saved != self.trainer.steps_done:
+            self.store.save(self.trainer.saved())
+            self._saved = self.trainer.steps_done
+
+    def _evaluate(self) -> Evaluation | None:
+        """Score the held-out documents; None when the data has none."""
+        if self.held_out.tokens == 0:
+            return None
+        found = evaluate(
+            self.trainer.model,
+            self.held_out,
+            seq_len=number(self.config.train.seq_len),
+            rows=number(self.config.train.local_batch_size),
+            max_tokens=self.config.evaluate.max_tokens,
+            mask_documents=self.config.data.mask_documents,
+            linear=self.trainer.executor.linear,
+        )
+        self.records.evaluation(self.trainer.steps_done, found)
+        self.watcher.note(evaluation_line(self.trainer.steps_done, found))
+        if self.board is not None:
+            self.board.evaluation(self.trainer.steps_done, found)
+        return found
+
+    def _finish(self) -> None:
+        self._save()
+        self._evaluate()
+        if self.board is not None:
+            self.board.close()
+        if self.config.log.pictures:
+            from benthic.train.pictures import draw  # noqa: PLC0415 (matplotlib takes a second)
+
+            self.watcher.note(f"pictures: {', '.join(map(str, draw(self.folder)))}")
+        if self.config.log.sample_tokens:
+            self._sample()
+        if self.config.checkpoint.export:
+            self._export()
+
+    def _sample(self) -> None:
+        log, words = self.config.log, tokenizers.load(self.held_out.folder / "tokenizer")
+        ids = sample(
+            self.trainer.model,
+            words.encode(log.sample_prompt),
+            count=log.sample_tokens,
+            temperature=_SAMPLE_TEMPERATURE,
+            seed=self.config.train.seed,
+            eos_token_id=words.eos_token_id,
+            linear=self.trainer.executor.linear,
+        )
+        text = log.sample_prompt + words.decode(ids)
+        (self.folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+        self.watcher.note(f"sample:\n{text}")
+
+    def _export(self) -> None:
+        target = self.folder / "hf"
+        save_pretrained(self.trainer.model, target, dtype=DTYPES[self.config.checkpoint.export_dtype])
+        tokenizers.copy(self.held_out.folder / "tokenizer", target)
+        self.watcher.note(f"exported to {target}: try `benthic serve {target}`")
+
+
+def prepare(
+    folder: Path,
+    config: RunConfig,
+    data: Path,
+    facts: HardwareFacts,
+    watcher: Watcher,
+    *,
+    resume: Resume,
+    should_stop: Callable[[], bool],
+) -> Run:
+    """Check data, config and folder, build the trainer, and continue where a checkpoint says.
+
+    Raises:
+        DataError: the data cannot be used.
+        ConfigError: settings contradict each other, or the folder holds a run and `resume` is not wanted.
+        CheckpointError: the checkpoint cannot be continued from.
+    """
+    meta = read_meta(data)
+    resolved = resolve(config, facts, meta)
+    if resolved.config.data.verify:
+        verify(data, meta)
+    store = FolderStore(folder / "checkpoint", resolved.config.checkpoint.keep_latest_k)
+    _check_folder(store, resume)
+    trainer = Trainer(resolved.config, TokenShards(data, meta, "train"))
+    _describe(resolved, trainer, meta, watcher)
+    start = _restore(trainer, store, resume, watcher)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_resolved(folder, resolved, facts)
+    records = Records(folder)
+    records.resume(start)
+    meter = Meter(resolved.config, facts)
+    watcher.note(meter.describe())
+    return Run(
+        folder=folder,
+        config=resolved.config,
+        trainer=trainer,
+        held_out=TokenShards(data, meta, "held_out"),
+        store=store,
+        records=records,
+        meter=meter,
+        watcher=watcher,
+        should_stop=should_stop,
+        board=_board(folder, resolved.config, start),
+        _saved=start if start else -1,
+    )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether `step` is one of every `every`; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def evaluation_line(step: int, found: Evaluation) -> str:
+    """The result of an evaluation in one line."""
+    accepted = "" if found.mtp_acceptance is None else f"  mtp_acceptance: {found.mtp_acceptance:.3f}"
+    return (
+        f"held out: {step:>3}  loss: {found.loss:8.5f}  bits_per_byte: {found.bits_per_byte:.4f}{accepted}  "
+        f"({found.documents} documents, {found.tokens:,} tokens)"
+    )
+
+
+def _check_folder(store: FolderStore, resume: Resume) -> None:
+    latest = store.latest()
+    if latest is not None and not resume.wanted:
+        message = f"{store.folder} already holds step {latest}. Pass --resume to go on, or another --run."
+        raise ConfigError(message)
+    if resume.step is not None and resume.step not in store.steps():
+        known = ", ".join(map(str, store.steps())) or "none"
+        message = f"{store.folder} has no step {resume.step}; it has {known}."
+        raise CheckpointError(message)
+
+
+def _restore(trainer: Trainer, store: FolderStore, resume: Resume, watcher: Watcher) -> int:
+    """Load a checkpoint where one is wanted and exists; return the step to go on from."""
+    step = store.latest() if resume.step is None else resume.step
+    if not resume.wanted:
+        return 0
+    if step is None:
+        watcher.note(f"no checkpoint in {store.folder}: starting at step 0")
+        return 0
+    trainer.restore(store.load(step))
+    store.forget_after(step)
+    watcher.note(f"resumed from step {step} ({trainer.tokens:,} tokens)")
+    return step
+
+
+def _write_resolved(folder: Path, resolved: Resolved, facts: HardwareFacts) -> None:
+    content = {
+        "config": to_json(resolved.config),
+        "why": [asdict(choice) for choice in resolved.choices],
+        "hardware": asdict(facts),
+    }
+    replacement = folder / f"{RESOLVED}.tmp"
+    replacement.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    replacement.replace(folder / RESOLVED)
+
+
+def _describe(resolved: Resolved, trainer: Trainer, meta: Meta, watcher: Watcher) -> None:
+    for choice in resolved.choices:
+        watcher.note(f"{choice.field} = {choice.value}: {choice.reason}")
+    config, total = resolved.config, sum(p.numel() for p in trainer.model.parameters())
+    tokens = config.train.steps * trainer.rows * number(config.train.seq_len)
+    available = meta.splits["train"].tokens
+    watcher.note(
+        f"{config.model.name}: {total:,} parameters; {config.train.steps} steps of "
+        f"{trainer.rows * number(config.train.seq_len):,} tokens = {tokens:,}, "
+        f"{tokens / available:.2f} epochs of {available:,}"
+    )
+
+
+def _board(folder: Path, config: RunConfig, start: int) -> Board | None:
+    if not config.log.tensorboard:
+        return None
+    from benthic.train.board import Board  # noqa: PLC0415 (tensorboard takes a second)
+
+    return Board(folder / "tensorboard", start)
