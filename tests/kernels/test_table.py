@@ -25,7 +25,7 @@ def test_every_implementation_names_a_function_that_exists(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_explain_gives_a_choice_and_a_reason_for_every_op(device, dtype):
     choices = ops.explain(device, dtype)
-    assert [choice.op for choice in choices] == list(ops.IMPLEMENTATIONS)
+    assert list(dict.fromkeys(choice.op.split()[0] for choice in choices)) == list(ops.IMPLEMENTATIONS)
     assert all(choice.implementation != "none" and choice.reason for choice in choices)
     assert all(reason for choice in choices for _, reason in choice.others)
 

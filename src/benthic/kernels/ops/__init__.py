@@ -98,16 +98,25 @@ class Choice(NamedTuple):
 
 
 def explain(device: str, dtype: torch.dtype) -> list[Choice]:
-    """Say for every op which implementation runs on a device type ("cpu", "cuda") in a dtype, and why."""
-    return [_explain(op, Case(device, dtype, op.typical_dims)) for op in OPS]
+    """Say for every op which implementation runs on a device type ("cpu", "cuda") in a dtype, and why.
+
+    Attention has two lines, because packs whose sequences all have one length may run elsewhere.
+    """
+    choices = []
+    for op in OPS:
+        case = Case(device, dtype, op.typical_dims)
+        choices.append(_explain(op, op.name, case))
+        if op is ATTENTION and device == "cuda":
+            choices.append(_explain(op, f"{op.name} (equal lengths)", case._replace(equal=True)))
+    return choices
 
 
-def _explain(op: Op, case: Case) -> Choice:
+def _explain(op: Op, label: str, case: Case) -> Choice:
     try:
         chosen, reason = op.select(case)
     except BackendError as error:
-        return Choice(op.name, "none", str(error), ())
+        return Choice(label, "none", str(error), ())
     others = tuple(
         (other.name, other.when(case).reason) for other in op.implementations if other is not chosen
     )
-    return Choice(op.name, chosen.name, reason, others)
+    return Choice(label, chosen.name, reason, others)
