@@ -285,7 +285,7 @@ class EngineClient:
         if self._death is not None:
             return
         self._death = cause
-        if not self._closing:
+        if self._ready.done() and not self._closing:
             logger.error("%s; %d requests in flight are lost", cause, len(self._streams))
         error = EngineDeadError(cause)
         if not self._ready.done():
