@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from benthic.cli import chat, data, draw, evaluate, plan, serve, train
+from benthic.cli import chat, data, doctor, draw, evaluate, plan, serve, train
 from benthic.errors import BenthicError
 
 app = typer.Typer(
