@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from benthic.errors import AdmissionError
-from benthic.sched.plans import BatchingConfig
-from benthic.sched.request import Request
+
+if TYPE_CHECKING:
+    from benthic.sched.plans import BatchingConfig
+    from benthic.sched.request import Request
 
 
 def refuse_impossible(request: Request, config: BatchingConfig) -> None:
@@ -14,7 +18,8 @@ def refuse_impossible(request: Request, config: BatchingConfig) -> None:
     `max_model_len`.
 
     Raises:
-        AdmissionError: the prompt exceeds `max_model_len`, the blocks it may need exceed the cache, or it is counted
+        AdmissionError: the prompt exceeds `max_model_len`, the blocks it may need exceed the cache, or it is
+            counted
             where token ids are needed (or the other way round).
     """
     name = f"request {request.request_id!r}"
@@ -22,28 +27,30 @@ def refuse_impossible(request: Request, config: BatchingConfig) -> None:
         has, give = (
             ("has no token ids", "prompt") if request.prompt is None else ("carries token ids", "prompt_len")
         )
-        raise AdmissionError(
-            f"{name} {has}, but this scheduler was made with counted={config.counted}. Give {give}."
-        )
+        msg = f"{name} {has}, but this scheduler was made with counted={config.counted}. Give {give}."
+        raise AdmissionError(msg)
     if len(request.block_keys) * config.block_size > request.prompt_len:
-        raise AdmissionError(
-            f"{name}: {len(request.block_keys)} block keys of {config.block_size} tokens name more than the prompt's "
-            f"{request.prompt_len} tokens. Give one key per full block."
+        msg = (
+            f"{name}: {len(request.block_keys)} block keys of {config.block_size} tokens name more than "
+            f"the prompt's {request.prompt_len} tokens. Give one key per full block."
         )
+        raise AdmissionError(msg)
     need = request.prompt_len + min(request.max_tokens, 1)
     if need > config.max_model_len:
-        raise AdmissionError(
-            f"{name}: a prompt of {request.prompt_len} tokens and {need - request.prompt_len} to generate make {need}, "
-            f"but max_model_len = {config.max_model_len}. Shorten the prompt or raise max_model_len."
+        msg = (
+            f"{name}: a prompt of {request.prompt_len} tokens and {need - request.prompt_len} to generate "
+            f"make {need}, but max_model_len = {config.max_model_len}. Shorten the prompt or raise max_model_len."
         )
+        raise AdmissionError(msg)
     stored = max(total_limit(request, config) - 1, request.prompt_len)
     blocks = -(-stored // config.block_size)
     if blocks > config.num_blocks:
-        raise AdmissionError(
-            f"{name}: a prompt of {request.prompt_len} tokens with max_tokens = {request.max_tokens} may need {blocks} "
-            f"blocks of {config.block_size}, but the cache has num_blocks = {config.num_blocks}. "
+        msg = (
+            f"{name}: a prompt of {request.prompt_len} tokens with max_tokens = {request.max_tokens} may "
+            f"need {blocks} blocks of {config.block_size}, but the cache has num_blocks = {config.num_blocks}. "
             "Lower max_tokens or give the cache more memory."
         )
+        raise AdmissionError(msg)
 
 
 def total_limit(request: Request, config: BatchingConfig) -> int:

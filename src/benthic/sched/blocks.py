@@ -1,8 +1,8 @@
 """Blocks of the paged cache: who uses which, and which free ones still hold something worth finding again.
 
-A block is in exactly one of three states: used (its count of users is above zero), free and blank, or free and
-keyed (it still holds the tokens of its key, and may be acquired again or evicted). Allocation takes blank blocks
-first and then evicts the least recently used keyed one.
+A block is in exactly one of three states: used (its count of users is above zero), free and blank, or free
+and keyed (it still holds the tokens of its key, and may be acquired again or evicted). Allocation takes blank
+blocks first and then evicts the least recently used keyed one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ ROOT = b""
 def block_key(parent: bytes, payload: bytes) -> bytes:
     """Name a full block by everything up to its end: `blake2b(parent || payload)`, 16 bytes.
 
-    `payload` encodes the block's tokens (or a caller's own key). A cryptographic hash, because two prompts that
-    shared a key would read each other's cache.
+    `payload` encodes the block's tokens (or a caller's own key). A cryptographic hash, because two prompts
+    that shared a key would read each other's cache.
     """
     return blake2b(parent + payload, digest_size=16).digest()
 
@@ -79,13 +79,13 @@ class BlockPool:
                     self._evictable[block] = None
 
     def remember(self, block: int, key: bytes) -> None:
-        """Let `find(key)` return this full, used block, unless another block already holds the same tokens."""
+        """Let `find(key)` return this full, used block, unless another block holds the same tokens."""
         if key not in self._block_of and self._key_of[block] is None:
             self._block_of[key] = block
             self._key_of[block] = key
 
     def clear(self) -> int:
-        """Forget every free keyed block (the cache's contents became invalid); returns how many there were."""
+        """Forget every free keyed block (its contents became invalid); returns how many there were."""
         cleared = len(self._evictable)
         for block in self._evictable:
             self._forget(block)
@@ -94,7 +94,6 @@ class BlockPool:
         return cleared
 
     def _forget(self, block: int) -> None:
-        key = self._key_of[block]
-        assert key is not None
-        del self._block_of[key]
-        self._key_of[block] = None
+        key, self._key_of[block] = self._key_of[block], None
+        if key is not None:
+            del self._block_of[key]

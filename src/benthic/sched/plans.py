@@ -1,7 +1,7 @@
 """The values that cross the scheduler's border: its configuration, its plans and its events.
 
-Everything here is immutable and made of ints, strings and tuples, so two plans are equal exactly when they ask for
-the same work; a recorded run is replayed by comparing them.
+Everything here is immutable and made of ints, strings and tuples, so two plans are equal exactly when they
+ask for the same work; a recorded run is replayed by comparing them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ class BatchingConfig:
         block_size: tokens in a block.
         max_model_len: most tokens in a sequence, prompt and output together.
         max_num_seqs: most sequences that hold a slot at once.
-        max_num_batched_tokens: most tokens computed in one step; at least `max_num_seqs`, so that every running
+        max_num_batched_tokens: most tokens computed in one step; at least `max_num_seqs`, so that every
+            running
             sequence can always take its next token.
         num_speculative_tokens: drafts reserved per decoding sequence and step.
         enable_prefix_caching: keep full blocks under the hash of everything before them and reuse them.
         eos_token_ids: tokens that end a sequence unless it ignores them.
-        priority_seconds: one level of priority is worth this much waiting. A request of priority p is served as if
+        priority_seconds: one level of priority is worth this much waiting. A request of priority p is served
+            as if
             it had arrived `p * priority_seconds` later, so a low priority waits longer but never forever.
-        watermark: share of the blocks left free when a request is admitted beside running ones; they grow into it.
-        counted: requests carry lengths instead of token ids (a simulator has none); commit with `commit_counts`.
+        watermark: share of the blocks left free when a request is admitted beside running ones; they grow
+            into it.
+        counted: requests carry lengths instead of token ids (a simulator has none); commit with
+            `commit_counts`.
 
     Raises:
         ConfigError: a number is out of range, or a step cannot hold one token of every sequence.
@@ -52,30 +56,31 @@ class BatchingConfig:
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}, but at least 1 is needed.")
+                msg = f"{name} = {getattr(self, name)}, but at least 1 is needed."
+                raise ConfigError(msg)
         if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
+            msg = (
                 f"max_num_batched_tokens = {self.max_num_batched_tokens} is below max_num_seqs = "
                 f"{self.max_num_seqs}: a step could not hold one token of every running sequence. "
                 "Raise the first or lower the second."
             )
+            raise ConfigError(msg)
         if self.num_speculative_tokens < 0:
-            raise ConfigError(
-                f"num_speculative_tokens = {self.num_speculative_tokens}; use 0 to draft nothing."
-            )
+            msg = f"num_speculative_tokens = {self.num_speculative_tokens}; use 0 to draft nothing."
+            raise ConfigError(msg)
         if not 0.0 <= self.watermark < 1.0:
-            raise ConfigError(f"watermark = {self.watermark} is not a share in [0, 1).")
+            msg = f"watermark = {self.watermark} is not a share in [0, 1)."
+            raise ConfigError(msg)
         if not self.priority_seconds >= 0.0:
-            raise ConfigError(
-                f"priority_seconds = {self.priority_seconds}; a level cannot be worth less than 0 s."
-            )
+            msg = f"priority_seconds = {self.priority_seconds}; a level cannot be worth less than 0 s."
+            raise ConfigError(msg)
 
 
 class Prefill(NamedTuple):
     """Compute `length` tokens of a sequence from position `start`; they attend to all positions before them.
 
-    `tokens` are the ids at those positions (`None` when requests are counted). `samples` marks the chunk that ends
-    the known tokens: a token is drawn from its last position.
+    `tokens` are the ids at those positions (`None` when requests are counted). `samples` marks the chunk that
+    ends the known tokens: a token is drawn from its last position.
     """
 
     request_id: str
@@ -87,7 +92,7 @@ class Prefill(NamedTuple):
 
 
 class TableWrite(NamedTuple):
-    """Write `blocks` into row `slot` of the block table from column `first`; nothing else in the table changed.
+    """Write `blocks` into row `slot` of the block table from column `first`; the rest stays.
 
     A write at column 0 starts a new sequence in that slot: what the row held before is meaningless.
     """
@@ -150,7 +155,8 @@ class StepPlan:
     """One step: every decode and prefill to run in one forward pass.
 
     The four `decode_*` tuples are parallel. Row i feeds the newest token of `decode_ids[i]` at
-    `decode_positions[i]`, followed by up to `decode_drafts[i]` draft tokens whose positions are covered by blocks.
+    `decode_positions[i]`, followed by up to `decode_drafts[i]` draft tokens whose positions are covered by
+    blocks.
 
     Attributes:
         number: plans are numbered from 0 and committed in this order; -1 for an idle plan (nothing to run).
@@ -184,8 +190,8 @@ class StepPlan:
 class Totals:
     """Counters since the scheduler was made (tokens unless named otherwise).
 
-    `prefix_queries` and `prefix_hits` count prompt tokens looked up and found at first starts; `recomputed` counts
-    tokens computed again after preemptions (those not found in the prefix cache).
+    `prefix_queries` and `prefix_hits` count prompt tokens looked up and found at first starts; `recomputed`
+    counts tokens computed again after preemptions (those not found in the prefix cache).
     """
 
     steps: int = 0

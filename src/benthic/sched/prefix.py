@@ -1,15 +1,19 @@
 """Which blocks of a sequence are known already, and which are being computed right now by another.
 
-A block becomes visible when the plan that filled it is committed. A request whose next block is being computed by
-a request ahead of it is parked until that block is committed: sixteen equal prompts arriving together cost one.
+A block becomes visible when the plan that filled it is committed. A request whose next block is being
+computed by a request ahead of it is parked until that block is committed: sixteen equal prompts arriving
+together cost one.
 """
 
 from __future__ import annotations
 
 from array import array
+from typing import TYPE_CHECKING
 
 from benthic.sched.blocks import ROOT, BlockPool, block_key
-from benthic.sched.request import SequenceState
+
+if TYPE_CHECKING:
+    from benthic.sched.request import SequenceState
 
 
 class PrefixIndex:
@@ -101,11 +105,6 @@ class PrefixIndex:
         if not self._enabled or (self._counted and seq.num_registered >= len(seq.keys)):
             return 1 << 62
         return (seq.num_registered + 1) * self._block_size
-
-    @property
-    def num_parked(self) -> int:
-        """Requests parked now (O(keys parked on))."""
-        return sum(map(len, self._parked.values()))
 
     def _reusable(self, seq: SequenceState) -> int:
         return min(len(seq.keys), (seq.num_tokens - 1) // self._block_size)

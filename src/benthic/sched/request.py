@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from benthic.errors import AdmissionError
+from benthic.sched.plans import Finished, FinishReason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,21 +46,24 @@ class Request:
     def __post_init__(self) -> None:
         if self.prompt is not None:
             if self.prompt_len not in (-1, len(self.prompt)):
-                raise AdmissionError(
+                msg = (
                     f"request {self.request_id!r}: prompt_len = {self.prompt_len}, but its prompt has "
                     f"{len(self.prompt)} tokens. Leave prompt_len out."
                 )
+                raise AdmissionError(msg)
             object.__setattr__(self, "prompt_len", len(self.prompt))
         if self.prompt_len < 1:
-            raise AdmissionError(
-                f"request {self.request_id!r}: the prompt has {max(self.prompt_len, 0)} tokens, at least 1 is needed. "
+            msg = (
+                f"request {self.request_id!r}: the prompt has {max(self.prompt_len, 0)} tokens, but needs 1. "
                 "Start an empty prompt with the bos token."
             )
+            raise AdmissionError(msg)
         if self.max_tokens < 0 or not 0 <= self.min_tokens <= self.max_tokens:
-            raise AdmissionError(
-                f"request {self.request_id!r}: min_tokens = {self.min_tokens} and max_tokens = {self.max_tokens}, "
-                "but 0 <= min_tokens <= max_tokens must hold."
+            msg = (
+                f"request {self.request_id!r}: min_tokens = {self.min_tokens}, max_tokens = {self.max_tokens}, but "
+                "0 <= min_tokens <= max_tokens must hold."
             )
+            raise AdmissionError(msg)
 
 
 class Phase(Enum):
@@ -80,10 +84,11 @@ class Phase(Enum):
 class SequenceState:
     """The scheduler's record of one request; nobody else writes to it.
 
-    `num_tokens` counts known tokens (prompt and committed output), `planned` the positions handed out in plans;
-    committed positions are the first `num_tokens - 1` of a decoding sequence. `horizon` is the position at which
-    planning needs a decision (a new block, or the end), `next_check` the token count at which committing needs one
-    (a full block, `min_tokens`, or the end): between them both are a comparison and an addition.
+    `num_tokens` counts known tokens (prompt and committed output), `planned` the positions handed out in
+    plans; committed positions are the first `num_tokens - 1` of a decoding sequence. `horizon` is the
+    position at which planning needs a decision (a new block, or the end), `next_check` the token count at
+    which committing needs one (a full block, `min_tokens`, or the end): between them both are a comparison
+    and an addition.
     """
 
     __slots__ = (
@@ -148,10 +153,22 @@ class SequenceState:
         """Output tokens committed so far."""
         return self.num_tokens - self.request.prompt_len
 
-    @property
-    def resident(self) -> bool:
-        """Whether it holds a slot and may be planned or settled."""
-        return self.phase in (Phase.PREFILLING, Phase.DECODING, Phase.DRAINING)
+    def ended(self, reason: FinishReason, now: float, *, stop_token: int | None, kept: int) -> Finished:
+        """The event that tells of its end."""
+        return Finished(
+            request_id=self.request.request_id,
+            slot=self.slot,
+            reason=reason,
+            stop_token=stop_token,
+            kept=kept,
+            num_generated=self.num_generated,
+            cached_tokens=self.cached_tokens,
+            preemptions=self.preemptions,
+            arrived=self.arrived,
+            started=self.started,
+            first_token=self.first_token,
+            finished=now,
+        )
 
     def vacate(self) -> None:
         """Forget slot, table and progress; the caller gives the blocks back."""

@@ -84,7 +84,7 @@ class Residency:
         return woken
 
     def leave(self, seq: SequenceState, newest_in_flight: int | None) -> list[SequenceState]:
-        """Let an ended sequence go, now or when plan `newest_in_flight` is committed; returns whom this unparks."""
+        """Let an ended sequence go, at once or after plan `newest_in_flight`; returns whom this unparks."""
         self.num_running -= 1
         woken = self.prefix.end(seq)
         if newest_in_flight is None:

@@ -12,8 +12,9 @@ Entry = tuple[tuple[float, int], int, SequenceState]
 class WaitingQueue:
     """Finds the oldest and the shortest waiting sequence in O(log n).
 
-    "Oldest" is the smallest `rank` (arrival shifted by priority); "shortest" the fewest known tokens within the best
-    priority. An entry dies when its sequence stops waiting or waits anew; dead entries are dropped when they surface.
+    "Oldest" is the smallest `rank` (arrival shifted by priority); "shortest" the fewest known tokens within
+    the best priority. An entry dies when its sequence stops waiting or waits anew; dead entries are dropped
+    when they surface.
     """
 
     __slots__ = ("_live", "_next_ticket", "_oldest", "_shortest")
