@@ -86,7 +86,7 @@ LENGTHS = (5, 1, 9)
 
 
 def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> DeepSeek:
-    """A model with nothing at a special value: norms are not 1, router biases not 0, some negative."""
+    """A model with nothing at a special value: norms are not 1, router biases not 0."""
     model = DeepSeek(config)
     initialise(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -100,7 +100,7 @@ def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
 
 
 def packed(config: ModelConfig, lengths: tuple[int, ...] = LENGTHS, seed: int = 0):
-    """Random tokens of several sequences one after another: `(tokens_T, positions_T, cu_seqlens, sockets)`."""
+    """Several random sequences one after another: `(tokens_T, positions_T, cu_seqlens, sockets)`."""
     generator = torch.Generator().manual_seed(seed)
     tokens_T = torch.randint(config.vocab_size, (sum(lengths),), generator=generator)
     positions_T = torch.cat([torch.arange(n) for n in lengths])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -141,25 +140,32 @@ def read_header(path: Path) -> dict[str, Stored]:
         CheckpointError: the file is shorter or longer than its header says (both sizes named), or has none.
     """
     size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= size else None
-    except (struct.error, ValueError) as error:
-        message = f"{path} is not a safetensors file ({size} bytes): {error}. Fetch it again."
-        raise CheckpointError(message) from error
-    if header is None:
-        message = (
-            f"{path} is truncated: its header alone is {length} bytes, the file has {size}. Fetch it again."
-        )
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        text = file.read(min(length, size))
+    if 8 + length > size:
+        needed = f"its header alone needs {8 + length} bytes"
+        message = f"{path} is truncated or not a safetensors file: {needed}, found {size}. Fetch it again."
         raise CheckpointError(message)
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        found, end = _parse_header(path, text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{path} is not a safetensors file ({size} bytes): {error!r}. Fetch it again."
+        raise CheckpointError(message) from error
+    expected = 8 + length + end
     if expected != size:
         word = "truncated" if size < expected else "longer than its header says"
         message = f"{path} is {word}: expected {expected} bytes, found {size}. Fetch it again."
         raise CheckpointError(message)
-    return {name: Stored(path, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return found
+
+
+def _parse_header(path: Path, text: bytes) -> tuple[dict[str, Stored], int]:
+    """The tensors, and where the last one's data ends."""
+    entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    return {name: Stored(path, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}, end
 
 
 def stored_bytes(stored: Stored) -> int:

@@ -67,21 +67,19 @@ def check(source: Source, table: Table, *, whole: Table, dropped_prefixes: tuple
         TensorMismatchError: names every missing, misshapen, oddly stored and unexpected tensor.
     """
     found = source.tensors
-    expected = {**whole.needed, **whole.twins, **table.needed}
-    here = [
-        t for name, t in expected.items() if name in found and (name in table.needed or name in table.twins)
-    ]
+    expected = {**whole.needed, **whole.twins}
+    here = [(n, t) for n, t in {**table.needed, **table.twins}.items() if n in found]
     lists = {
         "missing": [name for name in table.needed if name not in found],
-        "misshapen": [text for t in here for text in _misshapen(t.name, t, found)],
+        "misshapen": [text for name, tensor in here for text in _misshapen(name, tensor, found)],
         "stored in a type that is not a weight's": [
-            f"{t.name} ({found[t.name].dtype})" for t in here if found[t.name].dtype not in DTYPES
+            f"{name} ({found[name].dtype})" for name, _ in here if found[name].dtype not in DTYPES
         ],
         "unexpected": [name for name in found if not _known(name, expected, dropped_prefixes, found)],
     }
     wrong = {kind: names for kind, names in lists.items() if names}
     if wrong:
-        raise TensorMismatchError(_message(source, wrong))
+        raise TensorMismatchError(_message(source, wrong, _remedy(wrong, whole)))
 
 
 def _known(
@@ -113,10 +111,18 @@ def _misshapen(name: str, tensor: HFTensor, found: Mapping[str, Stored]) -> list
     return wrong
 
 
-def _message(source: Source, wrong: Mapping[str, list[str]]) -> str:
+def _message(source: Source, wrong: Mapping[str, list[str]], remedy: str) -> str:
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
     lines = [f"{source.folder}: tensors do not match config.json: {counts}."]
     for kind, names in wrong.items():
         more = f" … and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         lines.append(f"  {kind}: {', '.join(names[:SHOWN])}{more}")
-    return "\n".join(lines)
+    return "\n".join([*lines, remedy])
+
+
+def _remedy(wrong: Mapping[str, list[str]], whole: Table) -> str:
+    """What to do about it; the one common case is a copy without the MTP layers that its config announces."""
+    mtp = {t.name for p in whole.params if p.mtp for t in p.hf}
+    if set(wrong) == {"missing"} and set(wrong["missing"]) <= mtp:
+        return "Only MTP layers are missing: load with mtp=False, or set num_nextn_predict_layers to 0."
+    return "Check that config.json and the weights are of the same model, and that every file was fetched."
