@@ -16,7 +16,8 @@ MIN_AMAX = 1e-4
 
 def tile_scale(amax: Tensor, *, power_of_two: bool) -> Tensor:
     """`amax / 448`, with amax at least 1e-4; rounded up to a power of two on request."""
-    scale = amax.clamp(min=MIN_AMAX) / E4M3_MAX
+    # A tensor, since CUDA turns division by a number into a product with its reciprocal, 1 ulp off.
+    scale = amax.clamp(min=MIN_AMAX) / amax.new_full((), E4M3_MAX)
     return torch.exp2(torch.ceil(torch.log2(scale))) if power_of_two else scale
 
 

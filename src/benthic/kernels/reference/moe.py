@@ -86,10 +86,11 @@ def keep_groups(choice_TE: Tensor, *, n_group: int, topk_group: int, best: int) 
 def row_maps(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, RowMaps]:
     """Sort copies by expert, keeping token order within one: `(ends_E int32, maps)`."""
     flat = expert_TK.reshape(-1)
-    copy_R = torch.argsort(flat, stable=True)
+    expert_R, copy_R = torch.sort(flat, stable=True)
     row = torch.empty_like(copy_R)
     row[copy_R] = torch.arange(copy_R.numel(), device=row.device)
-    ends_E = torch.bincount(flat, minlength=num_experts).cumsum(0).to(torch.int32)
+    experts = torch.arange(num_experts, dtype=flat.dtype, device=flat.device)
+    ends_E = torch.searchsorted(expert_R, experts, right=True, out_int32=True)  # no host synchronisation
     return ends_E, RowMaps(row.view_as(expert_TK), copy_R)
 
 
