@@ -14,7 +14,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,6 @@ def main() -> None:
     arguments = parse()
     run = arguments.run
     start = time.perf_counter()
-    corpus = Path(sysconfig.get_paths()["stdlib"])
     tokens, tokenizer, trained = run / "tokens", run / "tokenizer", run / "train"
     step("1. Train a tokenizer on the Python standard library's sources")
     benthic(
@@ -83,9 +81,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--set", action="append", default=[], help="override of the training recipe")
     return parser.parse_args()
-
-
-CORPUS_OPTIONS = ("--include", "*.py")
 
 
 def step(title: str) -> None:

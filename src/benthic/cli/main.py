@@ -6,8 +6,9 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from benthic.cli import chat, data, doctor, draw, evaluate, plan, serve, train
+from benthic.cli import chat, convert, data, doctor, draw, evaluate, plan, serve, train
 from benthic.errors import BenthicError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.add_typer(draw.app, name="draw")
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
+app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
@@ -33,5 +35,7 @@ def main() -> None:
     try:
         app()
     except BenthicError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error:[/] {escape(str(error))}", highlight=False
+        )
         sys.exit(2)
