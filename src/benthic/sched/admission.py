@@ -39,7 +39,7 @@ def refuse_impossible(request: Request, config: BatchingConfig) -> None:
     if need > config.max_model_len:
         msg = (
             f"{name}: a prompt of {request.prompt_len} tokens and {need - request.prompt_len} to generate "
-            f"make {need}, but max_model_len = {config.max_model_len}. Shorten the prompt or raise max_model_len."
+            f"make {need}, but max_model_len = {config.max_model_len}. Shorten the prompt or raise it."
         )
         raise AdmissionError(msg)
     stored = max(total_limit(request, config) - 1, request.prompt_len)
@@ -47,7 +47,7 @@ def refuse_impossible(request: Request, config: BatchingConfig) -> None:
     if blocks > config.num_blocks:
         msg = (
             f"{name}: a prompt of {request.prompt_len} tokens with max_tokens = {request.max_tokens} may "
-            f"need {blocks} blocks of {config.block_size}, but the cache has num_blocks = {config.num_blocks}. "
+            f"need {blocks} blocks of {config.block_size}, but num_blocks = {config.num_blocks}. "
             "Lower max_tokens or give the cache more memory."
         )
         raise AdmissionError(msg)
