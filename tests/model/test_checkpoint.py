@@ -422,3 +422,32 @@ def test_shards_fill_in_order_and_a_large_tensor_stands_alone():
     ]
     with pytest.raises(CheckpointError, match="max_shard_bytes = 0"):
         split(planned, 0)
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_one_is_not_disturbed(tmp_path):
+    dead = tmp_path / ".partial-1"
+    dead.mkdir()
+    (dead / "model.safetensors").write_bytes(b"half")
+    planned = [Planned("a", torch.float32, (2,))]
+    with ShardWriter(tmp_path, planned, 10**6) as living:
+        assert not dead.exists()
+        partial = living._partial
+        partial.rename(tmp_path / ".partial-elsewhere")
+        with ShardWriter(tmp_path, planned, 10**6) as other:
+            assert (tmp_path / ".partial-elsewhere").exists()
+            other.write("a", torch.ones(2))
+        (tmp_path / ".partial-elsewhere").rename(partial)
+        living.write("a", torch.zeros(2))
+        with pytest.raises(CheckpointError, match="already holds a checkpoint"):
+            living._finish()
+        living._places, living._finish = {}, lambda: None
+    assert load_file(tmp_path / "model.safetensors")["a"].tolist() == [1.0, 1.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file"):
+        save_pretrained(random_model(BASE), tmp_path / "file")
+    with pytest.raises(CheckpointError, match="writing the checkpoint failed"):
+        save_pretrained(random_model(BASE), tmp_path / "file" / "below")

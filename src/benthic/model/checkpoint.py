@@ -155,12 +155,12 @@ def save_pretrained(
         writer.write_json(CONFIG_FILE, {**config, **(config_extra or {})})
 
 
-def read_weight(source: Source, name: str, dtype: torch.dtype) -> Tensor:
-    """One tensor in `dtype`, dequantised if it is stored as FP8."""
-    stored = source.read(name)
+def read_weight(source: Source, name: str, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """One tensor in `dtype` on `device` (None: the CPU), dequantised there if it is stored as FP8."""
+    stored = source.read(name).to(device or torch.device("cpu"))
     if stored.dtype != torch.float8_e4m3fn:
         return stored.to(dtype)
-    scale = source.read(name + SCALE_SUFFIX).float()
+    scale = source.read(name + SCALE_SUFFIX).to(stored.device).float()
     return ops.dequantise_fp8(stored, scale, block=FP8_BLOCK, dtype=dtype)
 
 
@@ -172,7 +172,7 @@ def _assemble(
     kind = _loaded_dtype(source, own[0], dtype)
     value = torch.empty(param.shape, dtype=kind, device=device)
     for tensor in own:
-        piece = read_weight(source, tensor.name, kind)
+        piece = read_weight(source, tensor.name, kind, device)
         if param.rope_rows and config.rope_interleave:
             piece = to_half_split(piece, param)
         value[tensor.index].copy_(piece)

@@ -6,6 +6,7 @@ place keeps one tensor in memory, whatever the model's size.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_PARTIAL: Final = ".partial-"
+_LOCK_FILE: Final = ".lock"
 _CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -97,7 +100,8 @@ class ShardWriter:
     """A checkpoint being written; leaving the `with` block moves it into place, or removes it after an error.
 
     Tensors may come in any order, each exactly once. `config.json` is moved last: without it the folder is
-    not a checkpoint, so a write that was cut off is never mistaken for one.
+    not a checkpoint, so a write that was cut off is never mistaken for one. What a killed writer left behind
+    is removed by the next one.
 
     Raises:
         CheckpointError: `folder` already holds a checkpoint, the disk has too little room (both sizes named),
@@ -110,22 +114,22 @@ class ShardWriter:
         self.total_bytes = sum(t.nbytes for t in tensors)
         _refuse_occupied(folder)
         self._shards = split(tensors, max_shard_bytes)
-        self._partial = folder / f".partial-{os.getpid()}"
+        self._partial = folder / f"{_PARTIAL}{os.getpid()}"
         self._places: dict[str, Place] = {}
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        room = shutil.disk_usage(self.folder).free
-        if room < self.total_bytes:
-            message = (
-                f"{self.folder}: the checkpoint needs {self.total_bytes} bytes, the disk has {room} free. "
-                "Free some space or choose another folder."
-            )
-            raise CheckpointError(message)
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir()
-        for number, shard in enumerate(self._shards):
-            self._begin(number, shard)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(self.folder)
+            self._refuse_lack_of_room()
+            self._partial.mkdir()
+            self._lock = (self._partial / _LOCK_FILE).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            for number, shard in enumerate(self._shards):
+                self._begin(number, shard)
+        except OSError as error:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise CheckpointError(self._failure(error)) from error
         return self
 
     def __exit__(
@@ -137,10 +141,10 @@ class ShardWriter:
         except OSError as failure:
             error = failure
         finally:
+            self._lock.close()
             shutil.rmtree(self._partial, ignore_errors=True)
         if isinstance(error, OSError):
-            message = f"{self.folder}: writing the checkpoint failed: {error}. No part of it was left behind."
-            raise CheckpointError(message) from error
+            raise CheckpointError(self._failure(error)) from error
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor at its planned place.
@@ -168,6 +172,18 @@ class ShardWriter:
         """Add a file as it is."""
         shutil.copyfile(file, self._partial / file.name)
 
+    def _failure(self, error: OSError) -> str:
+        return f"{self.folder}: writing the checkpoint failed: {error}. No part of it was left behind."
+
+    def _refuse_lack_of_room(self) -> None:
+        room = shutil.disk_usage(self.folder).free
+        if room < self.total_bytes:
+            message = (
+                f"{self.folder}: the checkpoint needs {self.total_bytes} bytes, the disk has {room} free. "
+                "Free some space or choose another folder."
+            )
+            raise CheckpointError(message)
+
     def _begin(self, number: int, shard: Sequence[Planned]) -> None:
         header, offsets = _header(shard)
         path = self._partial / self._file_name(number)
@@ -191,6 +207,8 @@ class ShardWriter:
             self.write_json(
                 INDEX_FILE, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             )
+        _refuse_occupied(self.folder)  # again: another process may have been faster
+        (self._partial / _LOCK_FILE).unlink()
         names = sorted((p.name for p in self._partial.iterdir()), key=lambda name: name == CONFIG_FILE)
         for name in names:
             _fsync(self._partial / name)
@@ -209,6 +227,17 @@ def _refuse_occupied(folder: Path) -> None:
             f"{folder} already holds a checkpoint ({', '.join(taken)}). Remove it or choose another folder."
         )
         raise CheckpointError(message)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove unfinished writes whose writer is gone: the system drops a dead process's locks."""
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        try:
+            with (partial / _LOCK_FILE).open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(partial)
+        except BlockingIOError:
+            continue  # another process is writing here; whoever ends last is refused
 
 
 def _fsync(path: Path) -> None:
