@@ -68,3 +68,19 @@ def server(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     log = tmp_path_factory.mktemp("server") / "log"
     with running.fake_server(tokenizer_folder, log) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def nano_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `nano` preset with random weights, in the Hugging Face layout, with tokenizer and chat template."""
+    from benthic.model.checkpoint import save_pretrained
+    from benthic.model.initialise import initialise
+    from benthic.model.network import DeepSeek
+    from benthic.spec import presets
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "nano"
+    model = DeepSeek(presets.get("nano"))
+    initialise(model, seed=0)
+    save_pretrained(model, folder)
+    save_tokenizer(folder)
+    return folder
