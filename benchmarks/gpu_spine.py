@@ -1,7 +1,7 @@
 """Serve one checkpoint on the GPU and on the CPU with the same engine: do they agree, and how fast is it?
 
-Greedy tokens of bfloat16 on the GPU and float32 on the CPU may part where two logits are nearly equal, so both
-dtypes run on the GPU and the share of equal tokens is reported for each.
+Greedy tokens of bfloat16 on the GPU and float32 on the CPU may part where two logits are nearly equal, so
+both dtypes run on the GPU and the share of equal tokens is reported for each.
 """
 
 from __future__ import annotations

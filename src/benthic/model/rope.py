@@ -90,8 +90,10 @@ class Rotary(nn.Module):
         super().__init__()
         self._values = inverse_frequencies(config)
         self._magnitude = magnitude(config)
-        # On the CPU even under `torch.device("meta")`: the values do not come from a checkpoint.
-        self.register_buffer("frequency_r2", self._on(torch.device("cpu")), persistent=False)
+        # Real values even under `torch.device("meta")`, for they do not come from a checkpoint.
+        here = torch.get_default_device()
+        device = torch.device("cpu") if here.type == "meta" else here
+        self.register_buffer("frequency_r2", self._on(device), persistent=False)
 
     def forward(self, positions_T: Tensor) -> Angles:
         """Cosines and sines of `positions_T` (any integer dtype), once for all layers."""
