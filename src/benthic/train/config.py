@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from benthic.spec.model import ModelConfig  # noqa: TC001 (fields.field_types resolves it)
 from benthic.train.curve import Curve
-
-if TYPE_CHECKING:
-    from benthic.spec.model import ModelConfig
 
 Auto = Literal["auto"]
 Phase = Literal["attention", "dispatch", "experts", "combine"]

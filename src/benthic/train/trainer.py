@@ -79,6 +79,7 @@ class Trainer:
     def __init__(self, config: RunConfig, shards: TokenShards) -> None:
         loop, model = config.train, config.model
         torch.set_num_threads(number(loop.threads))
+        torch.manual_seed(loop.seed)
         self.config, self.device = config, torch.device(config.device)
         self.rows, self.local_rows = number(loop.global_batch_size), number(loop.local_batch_size)
         self.model = build_model(config)

@@ -1,0 +1,96 @@
+"""A run killed without warning and resumed is the run that was left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STEPS = 200
+EVERY = 10
+PROGRAM = "from benthic.cli.main import main; main()"
+
+
+def start(run: Path, dataset: Path, steps: int = STEPS) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, "train", "nano_test", "--run", str(run), "--data", str(dataset)]
+    rows = ["train.seq_len=32", "train.global_batch_size=2"]
+    settings = [*rows, f"train.steps={steps}", f"checkpoint.every={EVERY}", "evaluate.max_tokens=200"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    return subprocess.Popen(
+        [*command, *options, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def lines(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_done(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def kill_when(process: subprocess.Popen[str], ready: object) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and not ready():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+@pytest.mark.slow
+def test_run_killed_three_times_has_the_losses_of_the_undisturbed_run(dataset: Path, tmp_path: Path) -> None:
+    """DeepSeek-V3-shaped nano model, 200 steps; killed at a random step, during a save, at a random step."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    finish(start(straight, dataset))
+    rng = random.Random(20)  # noqa: S311 (moments to kill at, not a secret)
+    first, third = rng.randint(5, 60), rng.randint(130, 190)
+    kill_when(start(broken, dataset), lambda: steps_done(broken) >= first)
+    saving = broken / "checkpoint"
+    kill_when(start(broken, dataset), lambda: steps_done(broken) >= 80 and any(saving.glob("*.tmp")))
+    kill_when(start(broken, dataset), lambda: steps_done(broken) >= third)
+    output = finish(start(broken, dataset))
+    assert "resumed from step" in output
+    one, two = lines(straight), lines(broken)
+    assert [line["step"] for line in two] == list(range(1, STEPS + 1))
+    for key in ("loss", "mtp_loss", "balance", "grad_norm", "lr", "tokens", "max_vio"):
+        assert [line[key] for line in one] == [line[key] for line in two], key
+    for name in ("evaluations.jsonl", "loads.jsonl"):
+        assert (straight / name).read_text() == (broken / name).read_text()
+    checksums = [(run / f"checkpoint/step-{STEPS}/manifest.json").read_text() for run in (straight, broken)]
+    assert checksums[0] == checksums[1]
+
+
+def test_sigterm_saves_after_the_step_and_resuming_goes_on_from_it(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    steps = 60
+    process = start(run, dataset, steps)
+    deadline = time.monotonic() + 60
+    while steps_done(run) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process)
+    done = steps_done(run)
+    assert 3 <= done < steps
+    assert f"stopped after step {done}; pass --resume to go on" in output
+    assert (run / f"checkpoint/step-{done}").is_dir()
+    again = finish(start(run, dataset, steps))
+    assert f"resumed from step {done}" in again
+    assert [line["step"] for line in lines(run)] == list(range(1, steps + 1))

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benthic.cli.settings import apply
+from benthic.errors import ConfigError, UnknownFieldError
+from benthic.train import recipes
+from benthic.train.config import RunConfig
+from benthic.train.data.shards import read_meta
+from benthic.train.fields import flatten, from_json, to_json
+from benthic.train.hardware import HardwareFacts, detect
+from benthic.train.resolve import resolve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_recipe_survives_json(name: str) -> None:
+    config = recipes.get(name)
+    assert from_json(RunConfig, json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UnknownFieldError, match="Did you mean 'tiny_cpu'"):
+        recipes.get("tiny-cpus")
+
+
+def test_resolved_config_has_no_auto_left_and_every_choice_has_a_reason(
+    dataset: Path, facts: HardwareFacts
+) -> None:
+    config = apply(
+        recipes.nano_test(), [f"train.{n}=auto" for n in ("seq_len", "local_batch_size", "threads")]
+    )
+    config = apply(config, ["train.global_batch_size=auto", "device=auto"])
+    resolved = resolve(config, facts, read_meta(dataset))
+    assert "auto" not in flatten(resolved.config).values()
+    assert resolved.config.train.seq_len == config.model.max_position_embeddings == 256
+    assert resolved.config.train.local_batch_size == 4096 // 256
+    assert {c.field for c in resolved.choices} == {
+        "device",
+        "precision.weights",
+        "precision.matmul",
+        "train.seq_len",
+        "train.local_batch_size",
+        "train.global_batch_size",
+        "train.threads",
+    }
+    assert all(choice.reason for choice in resolved.choices)
+
+
+def test_gpu_runs_on_bfloat16_weights_unless_told_otherwise(dataset: Path, facts: HardwareFacts) -> None:
+    gpu = dataclasses.replace(facts, device="cuda")
+    config = apply(recipes.nano_test(), ["device=auto"])
+    assert resolve(config, gpu, read_meta(dataset)).config.precision.weights == "bfloat16"
+    kept = resolve(apply(config, ["precision.weights=float32"]), gpu, read_meta(dataset)).config.precision
+    assert (kept.weights, kept.matmul) == ("float32", "float32")
+
+
+def test_automatic_microbatch_divides_the_global_batch(dataset: Path, facts: HardwareFacts) -> None:
+    config = apply(
+        recipes.nano_test(),
+        ["train.local_batch_size=auto", "train.global_batch_size=14", "train.seq_len=256"],
+    )
+    assert resolve(config, facts, read_meta(dataset)).config.train.local_batch_size == 14
+    config = apply(config, ["train.global_batch_size=34"])
+    assert resolve(config, facts, read_meta(dataset)).config.train.local_batch_size == 2
+
+
+def test_every_contradiction_is_reported_at_once_with_its_numbers(
+    dataset: Path, facts: HardwareFacts
+) -> None:
+    config = apply(
+        recipes.nano_test(),
+        [
+            "train.seq_len=512",
+            "train.local_batch_size=3",
+            "train.global_batch_size=8",
+            "train.lr=-1",
+            "train.warmup_steps=900",
+            "train.schedule=curve",
+            "optimizer.beta2=1.5",
+            "model.vocab_size=300",
+            "precision.weights=bfloat16",
+            "precision.matmul=float32",
+            "checkpoint.every=-1",
+        ],
+    )
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, facts, read_meta(dataset))
+    message = str(caught.value)
+    for words in (
+        "9 settings cannot be used",
+        "train.seq_len=512 exceeds model.max_position_embeddings=256",
+        "train.global_batch_size=8 is no multiple of train.local_batch_size=3. Set it to 6 or 9",
+        "train.lr=-1.0",
+        "train.warmup_steps=900 exceeds train.steps=200",
+        "train.lr_curve is missing",
+        "optimizer.beta2=1.5",
+        "has 320 tokens, but model.vocab_size=300",
+        "precision.weights=bfloat16 with precision.matmul=float32",
+        "checkpoint.every=-1",
+    ):
+        assert words in message
+
+
+def test_token_ids_of_the_tokenizer_replace_those_of_the_preset(dataset: Path, facts: HardwareFacts) -> None:
+    config = apply(recipes.nano_test(), ["model.bos_token_id=7", "model.eos_token_id=9"])
+    resolved = resolve(config, facts, read_meta(dataset))
+    assert (resolved.config.model.bos_token_id, resolved.config.model.eos_token_id) == (0, 1)
+    assert any(c.field == "model.eos_token_id" and "tokenizer" in c.reason for c in resolved.choices)
+
+
+def test_detected_cpu_says_how_its_peak_was_found() -> None:
+    found = detect("cpu", threads=1)
+    assert found.device == "cpu"
+    assert found.peak_flops["float32"] > 1e8
+    assert "measured here on 1 threads" in found.peak_source

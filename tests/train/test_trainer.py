@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from benthic.cli.settings import apply
+from benthic.errors import CheckpointError, NumericsError
+from benthic.model.local import plain_linear
+from benthic.train.balance import update_bias
+from benthic.train.checkpoint import FolderStore
+from benthic.train.config import LoopConfig, PrecisionConfig, RunConfig
+from benthic.train.curve import Curve
+from benthic.train.precision import CastLinear, linear_socket
+from benthic.train.trainer import Trainer, clip_factor, learning_rate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Make = Callable[[RunConfig], Trainer]
+
+
+def losses(trainer: Trainer, steps: int) -> list[float]:
+    return [trainer.step().loss for _ in range(steps)]
+
+
+def test_loss_falls_on_real_rows(trainer: Make, nano: RunConfig) -> None:
+    found = losses(trainer(apply(nano, ["train.steps=60", "train.lr=1e-2"])), 60)
+    assert sum(found[-5:]) / 5 < 0.7 * found[0]
+
+
+def test_same_config_gives_the_same_losses_and_another_seed_does_not(trainer: Make, nano: RunConfig) -> None:
+    assert losses(trainer(nano), 4) == losses(trainer(nano), 4)
+    assert losses(trainer(nano), 2) != losses(trainer(apply(nano, ["train.seed=1"])), 2)
+    assert losses(trainer(nano), 2) != losses(trainer(apply(nano, ["data.seed=1"])), 2)
+
+
+@pytest.mark.parametrize("extra", [[], ["optimizer.moment_dtype=bfloat16"], ["precision.weights=bfloat16"]])
+def test_resumed_run_is_the_undisturbed_run_bit_for_bit(
+    trainer: Make, nano: RunConfig, tmp_path: Path, extra: list[str]
+) -> None:
+    config = apply(nano, extra)
+    straight = trainer(config)
+    expected = losses(straight, 9)
+    broken, store = trainer(config), FolderStore(tmp_path)
+    assert losses(broken, 4) == expected[:4]
+    store.save(broken.saved())
+    again = trainer(config)
+    again.restore(store.load(4))
+    assert losses(again, 5) == expected[4:]
+    for name, tensor in straight.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_microbatches_add_up_to_the_whole_batch(trainer: Make, nano: RunConfig) -> None:
+    whole = trainer(apply(nano, ["train.local_batch_size=4", "loss.balance_alpha=0.01"]))
+    parts = trainer(apply(nano, ["train.local_batch_size=1", "loss.balance_alpha=0.01"]))
+    one, four = whole.step(), parts.step()
+    assert four.loss == pytest.approx(one.loss, rel=1e-5)
+    assert four.mtp == pytest.approx(one.mtp, rel=1e-5)
+    assert four.balance == pytest.approx(one.balance, rel=1e-5)
+    assert four.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+    assert {k: v.tolist() for k, v in one.counts.items()} == {k: v.tolist() for k, v in four.counts.items()}
+    for name, gradient in whole.gradients.named().items():
+        assert torch.allclose(gradient, parts.gradients.named()[name], atol=1e-6), name
+
+
+def test_bias_moves_once_a_step_by_all_its_microbatches(trainer: Make, nano: RunConfig) -> None:
+    config = apply(nano, ["train.local_batch_size=1", "loss.bias_update_speed=0.25"])
+    run = trainer(config)
+    names = [n for n in run.model.state_dict() if n.endswith("gate.bias")]
+    assert names == ["layers.1.moe.gate.bias", "layers.2.moe.gate.bias", "mtp.0.block.moe.gate.bias"]
+    result = run.step()
+    for name, layer in zip(names, (1, 2, 3), strict=True):
+        expected = torch.zeros(8)
+        update_bias(expected, result.counts[layer], speed=0.25, recentre=False)
+        assert int(result.counts[layer].sum()) == 4 * 32 * 2
+        assert torch.equal(run.model.state_dict()[name], expected)
+        assert expected.abs().max() == 0.25
+
+
+def test_bias_stands_still_when_its_speed_is_zero(trainer: Make, nano: RunConfig) -> None:
+    run = trainer(apply(nano, ["loss.bias_update_speed=0.5@128,0"]))
+    run.step()
+    after_one = run.model.state_dict()["layers.1.moe.gate.bias"].clone()
+    run.step()
+    assert after_one.abs().max() == 0.5
+    assert torch.equal(run.model.state_dict()["layers.1.moe.gate.bias"], after_one)
+
+
+@pytest.mark.parametrize("phases", ["attention", "dispatch,experts", "attention,dispatch,experts,combine"])
+def test_recomputed_phases_change_no_number(trainer: Make, nano: RunConfig, phases: str) -> None:
+    plain, wrapped = trainer(nano), trainer(apply(nano, [f"recompute={phases}"]))
+    for _ in range(3):
+        one, two = plain.step(), wrapped.step()
+        assert (one.loss, one.grad_norm) == (two.loss, two.grad_norm)
+        assert all(torch.equal(count, two.counts[layer]) for layer, count in one.counts.items())
+
+
+def test_recomputing_keeps_fewer_activations(trainer: Make, nano: RunConfig) -> None:
+    def kept_bytes(run: Trainer) -> int:
+        total = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            batch = run.batches.microbatch(0, 2)
+            run.model(batch.tokens_T, batch.positions_T, run.executor.sockets(batch))
+        return total
+
+    everything = apply(nano, ["recompute=attention,dispatch,experts,combine"])
+    assert kept_bytes(trainer(everything)) < 0.5 * kept_bytes(trainer(nano))
+
+
+def test_bfloat16_products_stay_near_float32(trainer: Make, nano: RunConfig) -> None:
+    exact = losses(trainer(nano), 5)
+    cast = losses(trainer(apply(nano, ["precision.matmul=bfloat16"])), 5)
+    narrow = losses(trainer(apply(nano, ["precision.weights=bfloat16"])), 5)
+    assert cast != exact
+    assert cast == pytest.approx(exact, rel=5e-3)
+    assert narrow == pytest.approx(exact, rel=5e-3)
+
+
+def test_linear_socket_casts_only_when_precisions_differ() -> None:
+    assert linear_socket(PrecisionConfig(weights="float32", matmul="float32")) is plain_linear
+    socket = linear_socket(PrecisionConfig(weights="float32", matmul="bfloat16"))
+    assert socket == CastLinear(torch.bfloat16)
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    assert socket(x, weight).dtype == torch.float32
+    assert torch.equal(socket(x, weight), (x.bfloat16() @ weight.bfloat16().T).float())
+
+
+def test_parameter_that_is_not_finite_stops_the_step_by_name_and_updates_nothing(
+    trainer: Make, nano: RunConfig
+) -> None:
+    run = trainer(nano)
+    run.step()
+    with torch.no_grad():
+        run.model.state_dict()["layers.1.attn.o.weight"][0, 0] = float("nan")
+    before = run.model.state_dict()["head.weight"].clone()
+    with pytest.raises(NumericsError, match=r"step 2: loss is nan; .* parameter layers.1.attn.o.weight"):
+        run.step()
+    assert torch.equal(run.model.state_dict()["head.weight"], before)
+    assert run.steps_done == 1
+
+
+def test_overflow_names_the_first_module_whose_output_is_not_finite(trainer: Make, nano: RunConfig) -> None:
+    run = trainer(nano)
+    with torch.no_grad():
+        run.model.state_dict()["layers.0.mlp.gate_up.weight"].fill_(1e30)
+    with pytest.raises(NumericsError, match=r"step 1: loss is (nan|inf); .* the output of layers.0.mlp"):
+        run.step()
+
+
+def test_gradient_that_is_not_finite_stops_the_step_by_name(trainer: Make, nano: RunConfig) -> None:
+    run = trainer(nano)
+    param = dict(run.model.named_parameters())["layers.2.moe.gate.weight"]
+    param.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(
+        NumericsError, match=r"step 1: the gradient norm is (nan|inf); .*layers.2.moe.gate.weight"
+    ):
+        run.step()
+    assert (run.steps_done, run.optimizer.steps) == (0, 0)
+
+
+def test_changed_settings_that_decide_the_numbers_are_refused_by_name(trainer: Make, nano: RunConfig) -> None:
+    saved = trainer(nano).saved()
+    trainer(apply(nano, ["train.lr=1e-4", "train.local_batch_size=1", "model.name=other"])).restore(saved)
+    with pytest.raises(CheckpointError) as caught:
+        trainer(apply(nano, ["train.seq_len=16", "data.seed=4"])).restore(saved)
+    assert "data.seed: checkpoint 0, now 4" in str(caught.value)
+    assert "train.seq_len: checkpoint 32, now 16" in str(caught.value)
+    other = dataclasses.replace(saved, state=saved.state | {"data": "0" * 64})
+    with pytest.raises(CheckpointError, match="trained on data 000000000000"):
+        trainer(nano).restore(other)
+
+
+def test_learning_rate_warms_up_then_follows_its_schedule() -> None:
+    loop = LoopConfig(steps=110, lr=1.0, warmup_steps=10, schedule="cosine", final_lr=0.1)
+    rates = [learning_rate(loop, step, 0) for step in range(1, 111)]
+    assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
+    assert rates[59] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1)
+    constant = dataclasses.replace(loop, schedule="constant")
+    assert {learning_rate(constant, step, 0) for step in range(10, 111)} == {1.0}
+    curve = dataclasses.replace(loop, schedule="curve", lr_curve=Curve.parse("2@100,1"))
+    assert [learning_rate(curve, s, t) for s, t in ((5, 0), (50, 99), (50, 100))] == [1.0, 2.0, 1.0]
+
+
+def test_clipping_scales_to_the_norm_and_zero_turns_it_off() -> None:
+    assert clip_factor(4.0, 1.0) == pytest.approx(0.25, rel=1e-5)
+    assert clip_factor(0.5, 1.0) == 1.0
+    assert clip_factor(4.0, 0.0) == 1.0
