@@ -131,6 +131,7 @@ def test_without_a_template_chat_is_refused_and_completions_work(
         ({"modalities": ["audio"]}, "modalities"),
         ({"extra_body": {"guided_json": {}}}, "guided_json"),
         ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template"),
+        ({"extra_body": {"echo": True}}, "echo"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"messages": []}, "messages"),

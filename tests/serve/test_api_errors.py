@@ -47,7 +47,7 @@ def error_of(response: httpx.Response, status: int) -> dict:
         ("min_p", 2, "less than or equal to 1"),
         ("presence_penalty", 3, "less than or equal to 2"),
         ("frequency_penalty", -3, "greater than or equal to -2"),
-        ("repetition_penalty", 0, "greater than 0"),
+        ("repetition_penalty", 0, "greater than or equal to 0.01"),
         ("max_tokens", -1, "greater than or equal to 0"),
         ("max_tokens", 1.5, "integer"),
         ("n", 0, "greater than or equal to 1"),

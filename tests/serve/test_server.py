@@ -109,6 +109,26 @@ def test_every_documented_field_of_chat_gives_the_same_answer_streamed(
         assert own[-1].finish_reason == choice.finish_reason
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1e-5},
+        {"top_p": 5e-324},
+        {"extra_body": {"min_p": 1.0}},
+        {"extra_body": {"repetition_penalty": 0.01}, "presence_penalty": -2, "temperature": 1e-5},
+        {"extra_body": {"top_k": 2**31 - 1}, "seed": 2**63 - 1, "n": 3},
+        {"logit_bias": {str(token): -100 for token in range(320)}},
+        {"logprobs": 20, "echo": True, "extra_body": {"prompt_logprobs": 20}},
+        {"max_tokens": 0},
+    ],
+    ids=str,
+)
+def test_extreme_values_within_the_bounds_are_answered(client: openai.OpenAI, options: dict) -> None:
+    answer = client.completions.create(**({"model": NAME, "prompt": "ab", "max_tokens": 8} | options))
+    assert all(choice.finish_reason in ("length", "stop") for choice in answer.choices)
+
+
 def test_n_sequences_draw_from_different_seeds_and_one_seed_repeats(client: openai.OpenAI) -> None:
     ask = lambda **more: client.completions.create(model=NAME, prompt="the", max_tokens=16, seed=5, **more)  # noqa: E731
     several = [choice.text for choice in ask(n=4).choices]

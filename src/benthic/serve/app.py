@@ -17,7 +17,7 @@ from benthic.serve import api_errors
 from benthic.serve.api_chat import ChatJob, render_prompt
 from benthic.serve.api_completions import CompletionJob, read_prompts
 from benthic.serve.middleware import ApiKeys, BodyLimit, InFlight, RequestIds
-from benthic.serve.protocol_requests import (  # noqa: TC001 (as above)
+from benthic.serve.protocol_requests import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -60,7 +60,7 @@ def create_app(service: Service, *, api_keys: Sequence[str], max_body_bytes: int
     app.include_router(generation_routes(service))
     app.include_router(token_routes(service))
     app.include_router(status_routes(service))
-    _add_openapi(app)
+    _add_openapi(app, service.settings.served_names)
     _add_error_handlers(app, service)
     layers: Any = BodyLimit(app, max_body_bytes)
     if api_keys:
@@ -218,8 +218,8 @@ def _streams(model: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
     return declared
 
 
-def _add_openapi(app: FastAPI) -> None:
-    """Serve the OpenAPI document without FastAPI's own 422, which this server never sends."""
+def _add_openapi(app: FastAPI, served_names: Sequence[str]) -> None:
+    """Serve the OpenAPI document with the model names of this server, and without FastAPI's own 422."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -227,8 +227,11 @@ def _add_openapi(app: FastAPI) -> None:
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        schemas = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(unused, None)
+            schemas.pop(unused, None)
+        for name in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody):
+            schemas[name.__name__]["properties"]["model"] = {"type": "string", "enum": list(served_names)}
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

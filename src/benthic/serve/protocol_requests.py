@@ -96,7 +96,7 @@ class SamplingBody(Body):
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, allow_inf_nan=False)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = Field(
         None, max_length=1024, description="Token id to what is added to its logit."
     )
@@ -214,10 +214,12 @@ class ChatBody(SamplingBody, TemplateBody):
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Older name of max_completion_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Literal[False] | None = None
+    echo: bool | None = Field(None, description="Only false: a conversation is not echoed.")
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
+        if self.echo:
+            _refuse("echo", "echo is not supported in chat. Leave it out.")
         if self.top_logprobs and not self.logprobs:
             _refuse(
                 "top_logprobs",
