@@ -1,0 +1,228 @@
+"""`benthic data`, `train` and `evaluate` from the outside."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from benthic.cli.main import app, main
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NANO = (
+    "train.steps=4",
+    "train.warmup_steps=2",
+    "train.seq_len=32",
+    "checkpoint.every=2",
+    "log.every=2",
+    "evaluate.max_tokens=300",
+)
+
+
+def call(*words: str | Path) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in words])
+
+
+def succeed(*words: str | Path) -> str:
+    result = call(*words)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def refusal(*words: str | Path) -> str:
+    """What a wrong command is answered with: an error meant for people, or a usage error."""
+    result = call(*words)
+    assert result.exit_code != 0
+    return f"{result.output}{result.exception}"
+
+
+def settings(*words: str) -> list[str]:
+    return [word for setting in (*NANO, *words) for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(30):
+        lines = (f"line {n} of text {number}: sand, silt and snow {n * number}\n" for n in range(2 + number))
+        (folder / f"{number}.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    learnt = succeed("data", "tokenizer", text, "--out", folder / "tok", "--vocab-size", "270")
+    assert "270 tokens from 30 documents" in learnt
+    built = succeed(
+        "data", "build", text, "--tokenizer", folder / "tok", "--out", folder / "data", "--held-out", "0.2"
+    )
+    assert "held_out" in built
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    extra = ("checkpoint.export=true", "log.pictures=true", "log.tensorboard=true", "log.sample_tokens=4")
+    output = succeed("train", "nano_test", "--run", folder, "--data", data, *settings(*extra))
+    assert "mfu of" in output
+    assert "step:     4  loss:" in output
+    assert "held out:   4  loss:" in output
+    return folder
+
+
+def test_run_folder_holds_everything_a_run_promises(run: Path) -> None:
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    assert {
+        "resolved.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "loads.jsonl",
+        "loss.svg",
+        "loss.png",
+        "experts.svg",
+        "experts.png",
+        "sample.txt",
+        "checkpoint/step-2/manifest.json",
+        "checkpoint/step-4/model.safetensors",
+        "hf/config.json",
+        "hf/tokenizer.json",
+        "hf/tokenizer_config.json",
+    } <= names
+    assert any(name.startswith("tensorboard/events") for name in names)
+    resolved = json.loads((run / "resolved.json").read_text())
+    assert resolved["config"]["precision"]["weights"] == "float32"
+    assert {"field", "value", "reason"} == set(resolved["why"][0])
+
+
+def test_every_step_is_a_line_of_metrics(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["tokens"] for line in lines] == [128, 256, 384, 512]
+    assert all(line["tps"] > 0 and line["mfu"] > 0 and len(line["mtp_loss"]) == 1 for line in lines)
+
+
+def test_tensorboard_reads_the_losses_back(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert [step for step, _ in found] == [1, 2, 3, 4]
+    assert [value for _, value in found] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+    assert "held_out/bits_per_byte" in events.Tags()["scalars"]
+
+
+def test_exported_model_evaluates_like_the_run(run: Path, data: Path) -> None:
+    recorded = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
+    words = ("evaluate", run / "hf", "--data", data, "--seq-len", "32", "--max-tokens", "300", "--json")
+    found = json.loads(succeed(*words))
+    assert found["loss"] == pytest.approx(recorded["loss"], rel=2e-3)  # the export is bfloat16
+    assert (found["tokens"], found["bytes"]) == (recorded["tokens"], recorded["bytes"])
+    assert "bits_per_byte" in succeed(*words[:-1])
+
+
+def test_finished_run_goes_on_with_more_steps_and_without_naming_a_recipe(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    more = ("--set", "train.steps=6", "--set", "checkpoint.export=false", "--set", "log.tensorboard=false")
+    output = succeed("train", "--run", copy, "--resume", *more)
+    assert "resumed from step 4 (512 tokens)" in output
+    steps = [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    back = succeed("train", "--run", copy, "--resume-step", "4", *more)
+    assert "resumed from step 4" in back
+
+
+def test_run_folder_in_use_is_not_overwritten(run: Path, data: Path) -> None:
+    message = refusal("train", "nano_test", "--run", run, "--data", data, *settings())
+    assert "already holds step 4. Pass --resume to go on" in message
+
+
+def test_python_stdlib_is_a_corpus(tmp_path: Path) -> None:
+    words = ("data", "tokenizer", "--python-stdlib", "--include", "json", "--vocab-size", "400")
+    assert re.match(r"400 tokens from \d documents", succeed(*words, "--out", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("train", "nano-tests", "--run", "x", "--data", "x"), "Did you mean 'nano_test'?"),
+        (("train", "--run", "nowhere", "--data", "x"), "no recipe was named. Known: tiny_cpu"),
+        (("train", "--run", "nowhere", "--resume"), "nowhere has no resolved.json"),
+        (("train", "nano_test", "--run", "x"), "no data was named. Pass --data DIR"),
+        (("train", "nano_test", "--run", "x", "--data", "nowhere"), "nowhere is no dataset"),
+        (("train", "nano_test", "--runs", "x"), "--run"),
+        (
+            ("train", "nano_test", "--run", "x", "--data", "x", "--set", "train.lrr=1"),
+            "Did you mean 'train.lr'?",
+        ),
+        (
+            ("train", "nano_test", "--run", "x", "--data", "x", "--set", "train.lr=fast"),
+            "'fast' is not a number",
+        ),
+        (("data", "build", "nowhere", "--tokenizer", "x", "--out", "y"), "has no tokenizer.json"),
+        (("data", "tokenizer", "nowhere", "--out", "y"), "nowhere does not exist"),
+        (("data", "tokenizer", "--out", "y"), "0 sources were named"),
+        (("data", "check", "nowhere"), "nowhere is no dataset"),
+        (("evaluate", "nowhere", "--data", "nowhere"), "nowhere is no dataset"),
+    ],
+)
+def test_wrong_words_are_answered_with_a_remedy(
+    words: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in refusal(*words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_error_ends_the_command_with_a_message_and_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benthic", "train", "nano_test", "--run", "x"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no data was named.")
+
+
+def test_data_of_a_larger_tokenizer_is_refused_with_both_numbers(data: Path, tmp_path: Path) -> None:
+    words = ("train", "nano_test", "--run", tmp_path / "run", "--data", data)
+    message = refusal(*words, *settings("model.vocab_size=268", "train.global_batch_size=3"))
+    assert "2 settings cannot be used" in message
+    assert "has 270 tokens, but model.vocab_size=268" in message
+    assert "train.global_batch_size=3 is no multiple of train.local_batch_size=2" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_shard_is_refused_before_the_first_step(data: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    shard = copy / "train-00000.bin"
+    shard.write_bytes(b"\x07" + shard.read_bytes()[1:])
+    message = refusal("train", "nano_test", "--run", tmp_path / "run", "--data", copy, *settings())
+    assert "train-00000.bin has SHA-256" in message
+
+
+def test_document_longer_than_the_context_is_split_and_trains(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("deep water " * 3000, encoding="utf-8")
+    tok, out = tmp_path / "tok", tmp_path / "data"
+    succeed("data", "tokenizer", tmp_path / "long.txt", "--out", tok, "--vocab-size", "265")
+    succeed("data", "build", tmp_path / "long.txt", "--tokenizer", tok, "--out", out, "--held-out", "0")
+    output = succeed(
+        "train", "nano_test", "--run", tmp_path / "run", "--data", out, *settings("train.steps=2")
+    )
+    assert "step:     2" in output
+    assert "held out" not in output
