@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SIZE: Final = 1024
-_REPEATS: Final = 3
+_REPEATS: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def detect(
     """Look at the machine; "auto" takes a CUDA GPU where there is one.
 
     The peak of a GPU is the published one, where its name is known; that of a CPU is measured with a product
-    of two 1024 x 1024 float32 matrices on `threads` threads (None: torch's choice), about 0.1 s.
+    of two 1024 x 1024 float32 matrices on `threads` threads (None: torch's choice), about 0.3 s.
     """
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return _gpu()

@@ -28,8 +28,8 @@ class Document:
 class Corpus:
     """Which files hold the documents, and how to read them.
 
-    sources: files, or folders, walked in sorted order but for hidden names. `.jsonl` and `.parquet` files hold
-        one document a row, a folder saved by `datasets.save_to_disk` too; any other file is one text.
+    sources: files, or folders, walked in sorted order but for hidden names. `.jsonl` and `.parquet` files
+        hold one document a row, a folder saved by `datasets.save_to_disk` too; any other file is one text.
     include, exclude: shell patterns on the path below a source folder, or on a single name in it.
     text_field: column or key of the text in JSONL, Parquet and datasets.
     invalid_utf8: "error" refuses the file, "skip" leaves it out and counts it, "replace" puts U+FFFD.
