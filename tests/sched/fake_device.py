@@ -126,6 +126,7 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     ):
         seq = by_name[name]
         assert seq.slot == slot
+        assert position + drafts <= seq.limit - 2, "a token past the limit would be computed"
         assert scheduler._residency.covered(seq) > position + drafts
         writing = seq.table[position // config.block_size :]
         assert all(pool.users(block) == 1 for block in writing), "a decode writes to a shared block"

@@ -65,7 +65,7 @@ def workloads(draw: st.DrawFn, *, trouble: bool = True) -> Workload:
         arrivals=draw(st.lists(moments, min_size=count, max_size=count)),
         aborts=aborts,
         failing=draw(st.sets(moments, max_size=1)) if trouble else set(),
-        depth=draw(st.integers(1, 3)),
+        depth=draw(st.sampled_from([1, 1, 2, 3, 5])),
         seed=draw(st.integers(0, 1 << 30)),
     )
 

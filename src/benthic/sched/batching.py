@@ -317,6 +317,7 @@ class Scheduler:
             return
         if seq.first_token is None:
             seq.first_token = now
+        self.totals.accepted_drafts += len(row) - 1
         counted = self.config.counted
         for kept, token in enumerate(row, start=1):
             seq.num_tokens += 1
@@ -329,7 +330,6 @@ class Scheduler:
             if seq.num_tokens >= seq.limit:
                 self._finish(seq, "length", now, kept=kept)
                 return
-        self.totals.accepted_drafts += len(row) - 1
         if seq.phase is Phase.DECODING or seq.phase is Phase.DRAINING:
             self._prefills.wait(self._residency.settle(seq, seq.num_tokens - 1))
             if self.config.num_speculative_tokens:
