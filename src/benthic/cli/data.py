@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Make tokenizers and token shards from text.", no_args_is_help=True)
 
 # Generated tables, tests and old grammars would teach a small model little of how people write Python.
-_STDLIB_LEFT_OUT: Final = (
+STDLIB_LEFT_OUT: Final = (
     "site-packages",
+    "dist-packages",
     "test",
     "tests",
     "idle_test",
@@ -146,7 +147,7 @@ def _corpus(
     found, patterns, left_out = tuple(sources or ()), tuple(include or ()), tuple(exclude or ())
     if python_stdlib:
         found, patterns = (*found, Path(sysconfig.get_path("stdlib"))), patterns or ("*.py",)
-        left_out = (*left_out, *_STDLIB_LEFT_OUT)
+        left_out = (*left_out, *STDLIB_LEFT_OUT)
     if not found:
         message = "0 sources were named. Give files or folders, or pass --python-stdlib."
         raise DataError(message)
