@@ -196,6 +196,15 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         max_logprobs=max_logprobs,
         num_threads=num_threads,
     )
+    http = server.ServerOptions(
+        api_keys=_api_keys(api_key),
+        max_body_bytes=max_body_bytes,
+        drain_s=shutdown_timeout,
+        report_s=0.0 if disable_log_stats else 10.0,
+        stall_s=engine_stall_timeout,
+        log_level=uvicorn_log_level.value,
+        access_log=not disable_uvicorn_access_log,
+    )
     bound = launch.bind(host, port)
     launch.check_checkpoint(folder)
     tokenizer = Tokenizer.from_folder(folder)
@@ -210,15 +219,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             defaults=launch.read_sampling_defaults(folder, generation_config),
             log_requests=not disable_log_requests,
         ),
-        options=server.ServerOptions(
-            api_keys=_api_keys(api_key),
-            max_body_bytes=max_body_bytes,
-            drain_s=shutdown_timeout,
-            report_s=0.0 if disable_log_stats else 10.0,
-            stall_s=engine_stall_timeout,
-            log_level=uvicorn_log_level.value,
-            access_log=not disable_uvicorn_access_log,
-        ),
+        options=http,
         wall=time.time,
     )
     raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))

@@ -190,7 +190,9 @@ class EngineClient:
             self._send(Abort(request_id=request_id))
 
     async def close(self, timeout_s: float = 5.0) -> None:
-        """Ask the engine to leave, kill it after `timeout_s`, and fail what was still in flight."""
+        """Ask the engine to leave, kill it after `timeout_s`, and fail what was still in flight; once."""
+        if self._closing:
+            return
         self._closing = True
         if self._death is None:
             for request_id in tuple(self._streams):

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from benthic.cli.main import app
+from benthic.serve.protocol_requests import UNSUPPORTED, ChatBody, CompletionBody
+
+PAGE = (Path(__file__).parents[2] / "docs" / "guide" / "serving.md").read_text()
+
+
+def benthic(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from benthic.cli.main import main; main()", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def fails(*words: str) -> str:
+    """The error on one line: terminals wrap it."""
+    done = benthic(*words)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Looks like a checkpoint; the weights are never read."""
+    from benthic.spec import hf, presets
+
+    (tmp_path / "config.json").write_text(hf.dumps(presets.get("nano")))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def test_a_wrong_flag_is_answered_with_the_nearest_one() -> None:
+    assert "--max-model-len" in fails("serve", "model", "--max-model-length", "5")
+    assert "--url" in fails("chat", "--ulr", "x")
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_starts(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert "is not a folder" in fails("serve", str(tmp_path / "nowhere"), "--port", "0")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no config.json and no tokenizer.json and no *.safetensors (there: nothing)" in fails(
+        "serve", str(empty), "--port", "0"
+    )
+    (folder / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in fails("serve", str(folder), "--port", "0")
+
+
+def test_a_config_that_contradicts_itself_or_a_broken_tokenizer_names_the_fault(folder: Path) -> None:
+    assert "tokenizer.json cannot be read as a tokenizer" in fails("serve", str(folder), "--port", "0")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_group": 3}))
+    assert "n_group" in fails("serve", str(folder), "--port", "0")
+
+
+def test_a_port_in_use_is_an_error_before_the_model_is_looked_at() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = fails("serve", "/no/such/model", "--port", str(port))
+    assert f"cannot listen on 127.0.0.1:{port}" in error
+    assert "Choose another --port" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "no model given"),
+        (("a", "--model", "b"), "MODEL = a but --model = b"),
+        (("a", "--gpu-memory-utilization", "1.5"), "gpu_memory_utilization = 1.5"),
+        (("a", "--num-blocks", "4", "--kv-cache-memory", "100"), "both size the cache"),
+        (("a", "--api-key", " "), "--api-key is empty"),
+        (("a", "--block-size", "0"), "--block-size"),
+        (("a", "--dtype", "int3"), "int3"),
+        (("a", "--port", "70000"), "--port"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused(flags: tuple[str, ...], words: str) -> None:
+    assert words in fails("serve", *flags)
+
+
+def test_templates_and_generation_configs_that_do_not_exist_are_refused(folder: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    serve = ("serve", str(folder), "--port", "0")
+    assert "no such file" in fails(*serve, "--chat-template", "missing.jinja")
+    assert "not valid Jinja (line 1)" in fails(*serve, "--chat-template", "{% if %}")
+    assert "does not exist" in fails(*serve, "--generation-config", str(tmp_path / "other"))
+    (folder / "generation_config.json").write_text('{"temperature": "hot"}')
+    assert "must be numbers" in fails(*serve)
+
+
+def test_chat_without_a_server_says_how_to_start_one() -> None:
+    assert "benthic serve MODEL" in fails("chat", "--url", "http://127.0.0.1:1")
+    assert "Give one of them" in fails("chat", "model", "--url", "http://127.0.0.1:1")
+
+
+def test_help_needs_no_server_libraries() -> None:
+    code = (
+        "import sys; from benthic.cli.main import app\n"
+        "print([m for m in ('torch', 'fastapi', 'zmq', 'tokenizers', 'httpx') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_http_process_never_loads_torch() -> None:
+    code = (
+        "import sys, benthic.serve.server, benthic.serve.launch, benthic.serve.client\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_guide_names_every_flag_and_every_request_field() -> None:
+    command = typer.main.get_command(app).commands["serve"]
+    flags = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    listed = set(re.findall(r"`(--[\w-]+)`", PAGE[PAGE.index("## Flags") : PAGE.index("## Metrics")]))
+    assert listed == {flag for flag in flags if flag.startswith("--")}
+    words = set(re.findall(r"`(\w+)`", PAGE[PAGE.index("### Request fields") : PAGE.index("### Errors")]))
+    fields = set(CompletionBody.model_fields) | set(ChatBody.model_fields)
+    assert fields <= words
+    assert not fields & set(UNSUPPORTED)
