@@ -4,7 +4,7 @@
 
 Both runs have the same weights, rows and settings and no balance loss (alpha = 0); only gamma differs. MaxVio
 is max(load) / mean(load) - 1 of a layer (Wang et al., 2024): "global" from the loads summed over the last
-quarter of the run, "batch" the mean over that quarter's steps of each step's own; both averaged over the layers.
+quarter of the run, "batch" the mean over that quarter's steps of each step's own; both averaged over layers.
 Writes benchmarks/results/balance.json and docs/pictures/balance.svg|png.
 """
 
