@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _BLUE: Final = "#1f6fb2"
 _ORANGE: Final = "#d9822b"
 _GREY: Final = "#8a8f98"
-_SMOOTHING: Final = 0.05
+_SMOOTHING: Final = 0.12
 _FORMATS: Final = ("svg", "png")
 
 
