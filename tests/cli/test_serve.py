@@ -5,28 +5,33 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
 
-from benthic.cli.main import app
+from benthic.cli.main import app, main
 from benthic.serve.protocol_requests import UNSUPPORTED, ChatBody, CompletionBody
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guide" / "serving.md").read_text()
 
 
-def benthic(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from benthic.cli.main import main; main()", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+Fails = Callable[..., str]
 
 
-def fails(*words: str) -> str:
-    """The error on one line: terminals wrap it."""
-    done = benthic(*words)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    return " ".join(done.stderr.replace("│", " ").split())
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs a command that must be refused; gives the error on one line, as terminals wrap it."""
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["benthic", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+    return run
 
 
 @pytest.fixture
@@ -40,13 +45,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_wrong_flag_is_answered_with_the_nearest_one() -> None:
+def test_a_wrong_flag_is_answered_with_the_nearest_one(fails: Fails) -> None:
     assert "--max-model-len" in fails("serve", "model", "--max-model-length", "5")
     assert "--url" in fails("chat", "--ulr", "x")
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_starts(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, fails: Fails
 ) -> None:
     assert "is not a folder" in fails("serve", str(tmp_path / "nowhere"), "--port", "0")
     empty = tmp_path / "empty"
@@ -58,14 +63,16 @@ def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_starts(
     assert "has no tokenizer.json" in fails("serve", str(folder), "--port", "0")
 
 
-def test_a_config_that_contradicts_itself_or_a_broken_tokenizer_names_the_fault(folder: Path) -> None:
+def test_a_config_that_contradicts_itself_or_a_broken_tokenizer_names_the_fault(
+    folder: Path, fails: Fails
+) -> None:
     assert "tokenizer.json cannot be read as a tokenizer" in fails("serve", str(folder), "--port", "0")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"n_group": 3}))
     assert "n_group" in fails("serve", str(folder), "--port", "0")
 
 
-def test_a_port_in_use_is_an_error_before_the_model_is_looked_at() -> None:
+def test_a_port_in_use_is_an_error_before_the_model_is_looked_at(fails: Fails) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         error = fails("serve", "/no/such/model", "--port", str(port))
@@ -86,11 +93,13 @@ def test_a_port_in_use_is_an_error_before_the_model_is_looked_at() -> None:
         (("a", "--port", "70000"), "--port"),
     ],
 )
-def test_flags_that_cannot_be_meant_are_refused(flags: tuple[str, ...], words: str) -> None:
+def test_flags_that_cannot_be_meant_are_refused(flags: tuple[str, ...], words: str, fails: Fails) -> None:
     assert words in fails("serve", *flags)
 
 
-def test_templates_and_generation_configs_that_do_not_exist_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_templates_and_generation_configs_that_do_not_exist_are_refused(
+    folder: Path, tmp_path: Path, fails: Fails
+) -> None:
     from tokenizers import Tokenizer, decoders, models
 
     tokenizer = Tokenizer(models.BPE())
@@ -104,9 +113,17 @@ def test_templates_and_generation_configs_that_do_not_exist_are_refused(folder: 
     assert "must be numbers" in fails(*serve)
 
 
-def test_chat_without_a_server_says_how_to_start_one() -> None:
+def test_chat_without_a_server_says_how_to_start_one(fails: Fails) -> None:
     assert "benthic serve MODEL" in fails("chat", "--url", "http://127.0.0.1:1")
     assert "Give one of them" in fails("chat", "model", "--url", "http://127.0.0.1:1")
+
+
+def test_the_exit_status_and_the_message_reach_the_shell() -> None:
+    command = [sys.executable, "-c", "from benthic.cli.main import main; main()", "serve", "/no/such/model"]
+    done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "/no/such/model is not a folder" in done.stderr
 
 
 def test_help_needs_no_server_libraries() -> None:
