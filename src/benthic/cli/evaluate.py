@@ -32,7 +32,10 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
     from benthic.model.local import plain_linear  # noqa: PLC0415
     from benthic.train import evaluate as evaluations  # noqa: PLC0415
     from benthic.train.data import shards  # noqa: PLC0415
+    from benthic.train.hardware import detect  # noqa: PLC0415
 
+    if device == "cuda":
+        detect(device)
     meta = shards.read_meta(data)
     if split not in meta.splits:
         message = f"{data} has no split {split!r}; it has {', '.join(meta.splits)}."

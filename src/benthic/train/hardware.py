@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
+from benthic.errors import BackendError
 from benthic.spec import hardware
 
 if TYPE_CHECKING:
@@ -42,7 +43,13 @@ def detect(
 
     The peak of a GPU is the published one, where its name is known; that of a CPU is measured with a product
     of two 1024 x 1024 float32 matrices on `threads` threads (None: torch's choice), about 0.3 s.
+
+    Raises:
+        BackendError: "cuda" was asked for and there is none.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        message = "device=cuda, but torch sees 0 CUDA GPUs. Set device=cpu, or install torch with CUDA."
+        raise BackendError(message)
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return _gpu()
     threads = torch.get_num_threads() if threads is None else threads

@@ -15,7 +15,7 @@ from benthic.train.data.shards import TokenShards, read_meta, verify
 from benthic.train.evaluate import Evaluation, evaluate
 from benthic.train.fields import to_json
 from benthic.train.precision import DTYPES
-from benthic.train.records import Records
+from benthic.train.records import EVALUATIONS, Records
 from benthic.train.resolve import number, resolve
 from benthic.train.sample import sample
 from benthic.train.speed import Meter, console_line
@@ -137,8 +137,10 @@ class Run:
         return found
 
     def _finish(self) -> None:
+        """What comes after the last step; a finished run that is resumed is not evaluated twice."""
         self._save()
-        self._evaluate()
+        if all(line["step"] != self.trainer.steps_done for line in self.records.read(EVALUATIONS)):
+            self._evaluate()
         if self.board is not None:
             self.board.close()
         if self.config.log.pictures:

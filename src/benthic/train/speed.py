@@ -49,7 +49,7 @@ class Meter:
 
     def describe(self) -> str:
         """Which FLOPs are counted and which peak they are divided by."""
-        counted = f"{units.flops(self._flops)} a token ({self._rule})"
+        counted = f"{units.flops(self._flops)} a token, causal ({self._rule})"
         if self._peak is None:
             return f"FLOPs: {counted}; mfu unknown: no {self._dtype} peak ({self._facts.peak_source})"
         return f"FLOPs: {counted}; mfu of {units.rate(self._peak, 'FLOP')} ({self._facts.peak_source})"

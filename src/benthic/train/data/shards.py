@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 import numpy as np
 
@@ -76,23 +76,24 @@ class ShardWriter:
     shard_tokens: int
     shards: list[Shard] = field(default_factory=list)
     bytes: int = 0
-    _pending: list[NDArray[Any]] = field(default_factory=list)
+    _file: BinaryIO | None = None
     _borders: list[tuple[int, int]] = field(default_factory=list)
     _tokens: int = 0
 
     def add(self, ids: list[int], text_bytes: int) -> None:
         """Append one document."""
-        self._pending.append(np.asarray(ids, dtype=self.dtype))
+        if self._file is None:
+            self._file = self._path("bin").open("wb")
+        self._file.write(np.asarray(ids, dtype=self.dtype).tobytes())
         self._tokens += len(ids)
         self._borders.append((self._tokens, text_bytes))
         self.bytes += text_bytes
         if self._tokens >= self.shard_tokens:
-            self._flush()
+            self._seal()
 
     def close(self) -> SplitInfo:
-        """Write what is left and return the totals."""
-        if self._borders:
-            self._flush()
+        """Finish the last shard and return the totals."""
+        self._seal()
         return SplitInfo(
             tokens=sum(s.tokens for s in self.shards),
             documents=sum(s.documents for s in self.shards),
@@ -100,23 +101,26 @@ class ShardWriter:
             shards=tuple(self.shards),
         )
 
-    def _flush(self) -> None:
-        name = f"{self.split}-{len(self.shards):05d}"
-        tokens, borders = self.folder / f"{name}.bin", self.folder / f"{name}.idx"
-        with tokens.open("wb") as file:
-            for ids in self._pending:
-                file.write(ids.tobytes())
+    def _path(self, suffix: str) -> Path:
+        return self.folder / f"{self.split}-{len(self.shards):05d}.{suffix}"
+
+    def _seal(self) -> None:
+        """End the shard that is open, if any, with its borders and checksums."""
+        if self._file is None:
+            return
+        self._file.close()
+        tokens, borders = self._path("bin"), self._path("idx")
         borders.write_bytes(np.array(self._borders, dtype=_BORDER).tobytes())
         self.shards.append(
             Shard(
-                name=name,
+                name=tokens.stem,
                 tokens=self._tokens,
                 documents=len(self._borders),
                 sha256=_sha256(tokens),
                 index_sha256=_sha256(borders),
             )
         )
-        self._pending, self._borders, self._tokens = [], [], 0
+        self._file, self._borders, self._tokens = None, [], 0
 
 
 class TokenShards:
