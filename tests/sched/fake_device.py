@@ -1,18 +1,20 @@
 """A device for the scheduler's tests: its cache holds tokens, its model hashes what it reads there.
 
-Whatever a plan gets wrong (a table that misses a block, a block shared with a writer, a stale prefix, a lost token)
-changes the context that some row reads, so its tokens stop being those of the request alone in the world.
+Whatever a plan gets wrong (a table that misses a block, a block shared with a writer, a stale prefix, a lost
+token) changes the context that some row reads, so its tokens stop being those of the request alone in the
+world.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benthic.sched.batching import BatchingConfig, Request, Scheduler, StepPlan
 from benthic.sched.request import Phase
 
 if TYPE_CHECKING:
     import random
+
+    from benthic.sched.batching import BatchingConfig, Request, Scheduler, StepPlan
 
 VOCAB = 50
 EOS = 0
@@ -103,6 +105,9 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     assert plan.num_tokens <= config.max_num_batched_tokens
     assert len(set(slots)) == len(slots) <= config.max_num_seqs
     assert len(set(names)) == len(names)
+    assert {write.slot for write in plan.tables} <= set(slots), "a table is written for nobody"
+    kinds = {type(event) for event in plan.events}
+    assert len(kinds) <= 1, "a plan that preempts starts nobody"
     assert all(0 <= slot < config.max_num_seqs for slot in slots)
     assert all(chunk.length > 0 for chunk in plan.prefills)
     assert all(0 <= d <= config.num_speculative_tokens for d in plan.decode_drafts)

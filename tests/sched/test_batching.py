@@ -62,7 +62,8 @@ def test_a_prompt_is_prefilled_then_decoded_one_token_a_step() -> None:
     assert first.tables == ((0, 0, (0, 1)),)
     second, ends = step(sched, 3.0)
     assert (second.decode_ids, second.decode_slots, second.decode_positions) == (("a",), (0,), (5,))
-    assert second.tables == () and ends == ()
+    assert second.tables == ()
+    assert ends == ()
     _, (end,) = step(sched, 4.0)
     assert (end.reason, end.num_generated, end.kept, end.stop_token) == ("length", 3, 1, None)
     assert (end.arrived, end.started, end.first_token, end.finished) == (1.0, 2.0, 2.0, 4.0)
@@ -161,7 +162,7 @@ def test_a_request_that_makes_no_sense_is_refused(changes: dict[str, Any], messa
 def test_an_id_in_flight_is_refused_and_free_again_afterwards() -> None:
     sched = scheduler()
     sched.add(ask("a", max_tokens=1), 0.0)
-    with pytest.raises(AdmissionError, match="in flight since 0.0"):
+    with pytest.raises(AdmissionError, match=r"in flight since 0\.0"):
         sched.add(ask("a"), 1.0)
     finish(sched)
     sched.add(ask("a"), 2.0)
@@ -339,7 +340,8 @@ def test_the_latest_request_gives_way_and_resumes_with_the_same_tokens() -> None
     before = sched.tokens("young")
     assert (sched.num_running, sched.num_waiting) == (1, 1)
     ends = {end.request_id: end for end in finish(sched)}
-    assert ends["young"].preemptions == 1 and ends["old"].preemptions == 0
+    assert ends["young"].preemptions == 1
+    assert ends["old"].preemptions == 0
     assert ends["young"].num_generated == 9
     assert len(before) > 12
     assert sched.totals.preemptions == 1
@@ -395,7 +397,7 @@ def test_a_preempted_request_does_not_resume_before_its_tokens_in_flight_are_kno
     config = BatchingConfig(
         num_blocks=5, block_size=2, max_model_len=10, max_num_seqs=2, max_num_batched_tokens=16, watermark=0.0
     )
-    sched, device = Scheduler(config), FakeDevice(config, random.Random(0))
+    sched, device = Scheduler(config), FakeDevice(config, random.Random(0))  # noqa: S311 (not a secret)
     requests = [ask("old", 3, max_tokens=6), ask("young", 3, max_tokens=6)]
     for request in requests:
         sched.add(request, 0.0)
@@ -552,6 +554,18 @@ def test_a_parked_request_goes_on_when_its_leader_is_preempted() -> None:
     sched.abort("leader", 1.0)
     ends = finish(sched)
     assert [end.request_id for end in ends] == ["old", "follower"]
+
+
+def test_an_urgent_request_does_not_park_behind_a_less_urgent_one() -> None:
+    sched = scheduler(max_num_batched_tokens=8)
+    sched.add(Request(request_id="slow", prompt=tuple(range(60)), max_tokens=1, priority=1), 0.0)
+    plan = sched.plan(0.0)
+    sched.add(Request(request_id="urgent", prompt=tuple(range(20)), max_tokens=1), 1.0)
+    ahead = sched.plan(1.0)
+    assert lengths(ahead)["urgent"] == 8
+    for each in (plan, ahead):
+        sched.commit(each, [], 1.0)
+    finish(sched)
 
 
 def test_a_parked_request_can_be_aborted() -> None:

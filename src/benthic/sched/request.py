@@ -60,8 +60,8 @@ class Request:
             raise AdmissionError(msg)
         if self.max_tokens < 0 or not 0 <= self.min_tokens <= self.max_tokens:
             msg = (
-                f"request {self.request_id!r}: min_tokens = {self.min_tokens}, max_tokens = {self.max_tokens}, "
-                "but 0 <= min_tokens <= max_tokens must hold."
+                f"request {self.request_id!r}: min_tokens = {self.min_tokens}, max_tokens = "
+                f"{self.max_tokens}, but 0 <= min_tokens <= max_tokens must hold."
             )
             raise AdmissionError(msg)
 
