@@ -10,6 +10,9 @@ from benthic.errors import AdmissionError
 if TYPE_CHECKING:
     from benthic.serve.messages import Generate, SamplingParams
 
+MOST_BIAS = 3.4e38
+"""What float32 holds. Minus infinity is allowed: it forbids a token."""
+
 
 def check(request: Generate, *, vocab_size: int, max_logprobs: int) -> None:
     """Refuse a request with token ids outside the vocabulary or sampling values outside their ranges.
@@ -57,8 +60,11 @@ def _ranges(params: SamplingParams) -> list[str]:
         for name, value in (("top_p", params.top_p), ("repetition_penalty", params.repetition_penalty))
         if value == 0.0
     ]
-    if any(math.isnan(value) for value in params.logit_bias.values()):
-        problems.append("logit_bias holds a value that is not a number")
+    problems += [
+        f"logit_bias of token {token} = {value}, but it must be a number up to {MOST_BIAS:g}"
+        for token, value in params.logit_bias.items()
+        if not value <= MOST_BIAS
+    ]
     return problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +13,12 @@ import torch
 from benthic.errors import CheckpointError, ConfigError
 from benthic.model.checkpoint import load_pretrained
 from benthic.sched.batching import BatchingConfig, Scheduler
+from benthic.sched.replay import RecordingScheduler
 from benthic.serve.cache import CacheLayout, CacheSize, LatentCache, size_by_bytes, size_by_utilization
 from benthic.serve.messages import Ready
 from benthic.serve.runner import Runner
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from benthic.model.network import DeepSeek
     from benthic.serve.options import EngineOptions
     from benthic.spec.model import ModelConfig
@@ -51,6 +51,8 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
         CheckpointError: the folder cannot be read.
         ConfigError: the options contradict the model or the machine.
     """
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
     device = torch.device(options.device)
     dtype = DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else None)
     model = load_pretrained(path, device=device, dtype=dtype, mtp=False)
@@ -71,17 +73,16 @@ def assemble(model: DeepSeek, options: EngineOptions, *, model_name: str, eos: t
     size = cache_size(layout, options, max_model_len, weight.device)
     cache = LatentCache(layout, size.num_blocks, weight.device)
     logger.info("latent cache: %s", size.reason)
-    scheduler = Scheduler(
-        BatchingConfig(
-            num_blocks=size.num_blocks,
-            block_size=options.block_size,
-            max_model_len=max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            enable_prefix_caching=options.enable_prefix_caching,
-            eos_token_ids=eos,
-        )
+    batching = BatchingConfig(
+        num_blocks=size.num_blocks,
+        block_size=options.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        enable_prefix_caching=options.enable_prefix_caching,
+        eos_token_ids=eos,
     )
+    scheduler = make_scheduler(batching, options.record)
     ready = Ready(
         model_name=model_name,
         max_model_len=max_model_len,
@@ -92,6 +93,14 @@ def assemble(model: DeepSeek, options: EngineOptions, *, model_name: str, eos: t
     )
     runner = Runner(model, cache, max_num_seqs=options.max_num_seqs, max_model_len=max_model_len)
     return Parts(runner, scheduler, ready, size)
+
+
+def make_scheduler(config: BatchingConfig, record: str | None) -> Scheduler:
+    """The scheduler, recording its calls to a file when one is named (each line is flushed as it ends)."""
+    if record is None:
+        return Scheduler(config)
+    file = Path(record).open("w", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the engine)
+    return RecordingScheduler(config, lambda line: file.write(line + "\n"))
 
 
 def longest(config: ModelConfig, options: EngineOptions) -> int:
@@ -138,7 +147,7 @@ def eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:
     Chat checkpoints name several (end of text, end of turn) in the former and one in the latter.
 
     Raises:
-        CheckpointError: the file is not JSON, or its `eos_token_id` is neither a number nor a list of numbers.
+        CheckpointError: the file is not JSON, or its `eos_token_id` is neither a number nor a list of them.
     """
     file = path / "generation_config.json"
     if not file.exists():
