@@ -149,8 +149,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_THv, _dlse):
         """Gradients of queries, keys and values."""
-        widths = (*split_width(ctx.saved_tensors[0].shape[-1]), pad_value(ctx.saved_tensors[2].shape[-1]))
-        grads = backward(dout_THv, *ctx.saved_tensors, *ctx.settings, widths)
+        saved = ctx.saved_tensors  # read once: a second look is an error under activation checkpointing
+        widths = (*split_width(saved[0].shape[-1]), pad_value(saved[2].shape[-1]))
+        grads = backward(dout_THv, *saved, *ctx.settings, widths)
         return *grads, None, None, None, None, None, None
 
 
