@@ -18,7 +18,7 @@ from benthic.train.curve import cosine, warmup
 from benthic.train.data.microbatch import Batches
 from benthic.train.data.packing import Packing
 from benthic.train.executor import LocalExecutor
-from benthic.train.fields import flatten, to_json
+from benthic.train.fields import to_json
 from benthic.train.losses import weights_of
 from benthic.train.numerics import check_gradients, check_losses
 from benthic.train.optimizer import AdamW
@@ -199,7 +199,7 @@ class Trainer:
                 "Give the folder it was trained on."
             )
             raise CheckpointError(message)
-        now, then = _fixed(to_json_flat(self.config)), _fixed(_flat(state["config"]))
+        now, then = _fixed(_flat(to_json(self.config))), _fixed(_flat(state["config"]))
         changed = [name for name in sorted(now | then) if now.get(name) != then.get(name)]
         if changed:
             lines = (f"  {n}: checkpoint {then.get(n)!r}, now {now.get(n)!r}" for n in changed)
@@ -248,12 +248,8 @@ def fingerprint(shards: TokenShards) -> str:
     return hashlib.sha256(names.encode()).hexdigest()
 
 
-def to_json_flat(config: RunConfig) -> dict[str, Any]:
-    """Every leaf of a config as JSON holds it, by dotted name."""
-    return {name: to_json(value) for name, value in flatten(config).items()}
-
-
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a config in JSON by its dotted name."""
     leaves: dict[str, Any] = {}
     for name, value in content.items():
         inner = isinstance(value, dict)
