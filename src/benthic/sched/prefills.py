@@ -32,6 +32,7 @@ class Prefills:
         self._queue = WaitingQueue()
         self._running: list[SequenceState] = []
         self._open = True
+        self._blocked = (-1, 0)
         self.started: list[Started] = []
 
     @property
@@ -126,7 +127,7 @@ class Prefills:
     def _start(self, seq: SequenceState, landed: int, now: float) -> bool:
         """Give a waiting request a slot and blocks; otherwise park it or close the door for this plan."""
         home = self._residency
-        if not home.has_slot or seq.ready_after > landed:
+        if not home.has_slot or seq.ready_after > landed or self._still_blocked(seq):
             self._open = False
             return False
         cached = home.prefix.match(seq)
@@ -137,6 +138,7 @@ class Prefills:
             return False
         if not home.enter(seq, cached):
             self._open = False
+            self._blocked = (seq.ticket, home.pool.num_free)
             return False
         self._queue.remove(seq)
         self._running.append(seq)
@@ -144,6 +146,11 @@ class Prefills:
         self.started.append(Started(seq.request.request_id, seq.slot, seq.planned, seq.started is not None))
         self._count_start(seq, now)
         return True
+
+    def _still_blocked(self, seq: SequenceState) -> bool:
+        """Whether `seq` did not fit before and no block came free since (spares matching its prefix anew)."""
+        ticket, num_free = self._blocked
+        return seq.ticket == ticket and self._residency.pool.num_free <= num_free
 
     def _count_start(self, seq: SequenceState, now: float) -> None:
         totals = self._totals
