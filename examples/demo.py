@@ -57,13 +57,9 @@ def main() -> None:
     start = time.perf_counter()
     tokens, tokenizer, trained = run / "tokens", run / "tokenizer", run / "train"
     step("1. Train a tokenizer on the Python standard library's sources")
-    benthic(
-        "data", "tokenizer", str(corpus), "--out", str(tokenizer), "--vocab-size", "4096", *CORPUS_OPTIONS
-    )
+    benthic("data", "tokenizer", "--python-stdlib", "--out", str(tokenizer), "--vocab-size", "4096")
     step("2. Write the corpus as token shards")
-    benthic(
-        "data", "build", str(corpus), "--tokenizer", str(tokenizer), "--out", str(tokens), *CORPUS_OPTIONS
-    )
+    benthic("data", "build", "--python-stdlib", "--tokenizer", str(tokenizer), "--out", str(tokens))
     step("3. Train the tiny model, evaluate it, export it to Hugging Face format")
     overrides = [word for setting in arguments.set for word in ("--set", setting)]
     benthic("train", "tiny_cpu", "--data", str(tokens), "--run", str(trained), *overrides)
