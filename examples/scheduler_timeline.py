@@ -1,8 +1,8 @@
 """Four requests through the scheduler, step by step: `python examples/scheduler_timeline.py`.
 
 No model is needed: every token is a 7 and every step takes one second. The cache has 14 blocks of 4 tokens
-and a step computes at most 16 tokens, so much happens within a few lines: a long prompt in chunks beside a short
-one, two equal prompts of which one is computed, a preemption, and a resumption from the cache.
+and a step computes at most 16 tokens, so much happens within a few lines: a long prompt in chunks beside a
+short one, two equal prompts of which one is computed, a preemption, and a resumption from the cache.
 """
 
 from __future__ import annotations
