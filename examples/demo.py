@@ -57,7 +57,7 @@ def main() -> None:
     start = time.perf_counter()
     tokens, tokenizer, trained = run / "tokens", run / "tokenizer", run / "train"
     step("1. Train a tokenizer on the Python standard library's sources")
-    benthic("data", "tokenizer", "--python-stdlib", "--out", str(tokenizer), "--vocab-size", "4096")
+    benthic("data", "tokenizer", "--python-stdlib", "--out", str(tokenizer), "--vocab-size", "2048")
     step("2. Write the corpus as token shards")
     benthic("data", "build", "--python-stdlib", "--tokenizer", str(tokenizer), "--out", str(tokens))
     step("3. Train the tiny model, evaluate it, export it to Hugging Face format")

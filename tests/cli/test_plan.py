@@ -87,7 +87,7 @@ def test_it_works_where_torch_is_not_installed():
         "sys.argv = ['benthic', 'plan', 'model', 'tiny']\nfrom benthic.cli.main import main\nmain()\n"
     )
     assert result.returncode == 0, result.stderr
-    assert "5,004,192" in result.stdout
+    assert "3,464,560" in result.stdout
 
 
 def test_importing_the_planner_takes_under_200_ms():

@@ -149,11 +149,11 @@ KIMI_K2: Final = ModelConfig(
 
 TINY: Final = ModelConfig(
     name="tiny",
-    vocab_size=4096,
+    vocab_size=2048,
     hidden_size=192,
     intermediate_size=512,
     moe_intermediate_size=64,
-    num_hidden_layers=5,
+    num_hidden_layers=4,
     num_attention_heads=6,
     n_routed_experts=16,
     n_shared_experts=1,

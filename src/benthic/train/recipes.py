@@ -25,10 +25,10 @@ def tiny_cpu() -> RunConfig:
     return RunConfig(
         model=presets.get("tiny"),
         train=LoopConfig(
-            steps=300,
+            steps=400,
             seq_len=256,
-            local_batch_size=16,
-            global_batch_size=16,
+            local_batch_size=8,
+            global_batch_size=8,
             lr=3e-3,
             schedule="cosine",
             final_lr=0.05,
@@ -36,7 +36,7 @@ def tiny_cpu() -> RunConfig:
         ),
         loss=LossConfig(mtp_weight=Curve.constant(0.1), bias_update_speed=Curve.constant(3e-3)),
         checkpoint=CheckpointConfig(every=100),
-        evaluate=EvaluateConfig(every=100, max_tokens=32768),
+        evaluate=EvaluateConfig(every=200, max_tokens=32768),
         log=LogConfig(sample_tokens=160, sample_prompt="def "),
         device="cpu",
     )
