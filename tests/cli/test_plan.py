@@ -59,7 +59,7 @@ def test_a_model_can_be_a_folder_or_a_file(tmp_path, as_folder):
     (tmp_path / "config.json").write_text(dumps(presets.get("tiny")))
     path = tmp_path if as_folder else tmp_path / "config.json"
     result = RUN.invoke(main.app, ["plan", "model", str(path), "--json"])
-    assert json.loads(result.output)["totals"][0]["value"] == 5_004_192
+    assert json.loads(result.output)["totals"][0]["value"] == 3_464_560
 
 
 def test_an_unknown_model_and_a_missing_file_are_refused():
