@@ -514,6 +514,7 @@ def test_a_salt_a_wish_or_another_beginning_keeps_requests_apart(changes: dict[s
         sched.add(request, 0.0)
         finish(sched)
     assert sched.totals.prefix_hits == 0
+    assert sched.totals.prefix_queries == (12 if "reuse_prefix" in changes else 24)
 
 
 def test_equal_prompts_arriving_together_are_computed_once() -> None:

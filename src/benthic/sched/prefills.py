@@ -27,6 +27,7 @@ class Prefills:
 
     def __init__(self, config: BatchingConfig, residency: Residency, totals: Totals) -> None:
         self._counted = config.counted
+        self._caching = config.enable_prefix_caching
         self._residency = residency
         self._totals = totals
         self._queue = WaitingQueue()
@@ -160,7 +161,8 @@ class Prefills:
         seq.started = now
         seq.cached_tokens = seq.planned
         totals.prompt_tokens += seq.request.prompt_len
-        totals.prefix_queries += seq.request.prompt_len
+        if self._caching and seq.request.reuse_prefix:
+            totals.prefix_queries += seq.request.prompt_len
         totals.prefix_hits += seq.planned
 
 
