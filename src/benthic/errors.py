@@ -21,7 +21,10 @@ A message says what is wrong, the two numbers that disagree and where they came 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class BenthicError(Exception):

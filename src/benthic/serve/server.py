@@ -181,12 +181,10 @@ def _listen(bound: socket.socket) -> None:
 async def _drain_when_asked(
     server: QuietServer, service: Service, app: InFlight, stop: Stop, drain_s: float
 ) -> None:
-    """On the first signal refuse new requests and let the others finish; on the second, or late, fail them."""
+    """On the first signal refuse new requests and let the others finish; on the second, or late, fail all."""
     await stop.drain.wait()
     service.draining = True
-    logger.info(
-        "draining %d requests in at most %.0f s; a second signal stops now", app.count, drain_s
-    )
+    logger.info("draining %d requests in at most %.0f s; a second signal stops now", app.count, drain_s)
     finished = asyncio.ensure_future(app.wait_idle())
     hurried = asyncio.ensure_future(stop.now.wait())
     await asyncio.wait({finished, hurried}, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
