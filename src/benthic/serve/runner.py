@@ -39,6 +39,21 @@ class StepResult:
     chunk_rows: tuple[range, ...]
 
 
+def lay_out(model: DeepSeek) -> DeepSeek:
+    """Store expert weights column by column on a CPU, in place: shapes and values stay as they are.
+
+    The native grouped product reads the columns of `[experts, in, out]` side by side.
+    """
+    if model.head_weight().device.type != "cpu":
+        return model
+    for name, weight in model.named_parameters():
+        if name.endswith(("experts.gate_up", "experts.down")):
+            rows_EOI = weight.data.flatten(1, -2)
+            columns_EIO = rows_EOI.transpose(1, 2).contiguous()
+            weight.data = columns_EIO.transpose(1, 2).view(weight.shape)
+    return model
+
+
 class Runner:
     """One model on one device with its cache.
 
@@ -60,7 +75,7 @@ class Runner:
         linear: Linear = plain_linear,
     ) -> None:
         self.cache = cache
-        self._model = model.eval()
+        self._model = lay_out(model.eval())
         self._linear = linear
         self._exchange = LocalExchange(model.config.n_routed_experts)
         self._steps = StepBuilder(

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.errors import ShapeError
+from benthic.kernels.native import native_runs
 from benthic.kernels.table import Case, Implementation, Op, on, reference, triton_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NATIVE = native_runs("one sequence a thread, pages read in place")
+_NATIVE_STORE = native_runs("one call into C")
 _SDPA = on("cpu", torch.float32, torch.float64, reason="heads as rows over gathered pages")
 
 _TRITON_DECODE = triton_runs(
@@ -28,6 +31,7 @@ _TRITON_STORE = triton_runs(
 MLA_DECODE = Op(
     "mla_decode",
     (
+        Implementation("native", _NATIVE, "benthic.kernels.native_ops:mla_decode"),
         Implementation("sdpa", _SDPA, "benthic.kernels.torch_attention:mla_decode"),
         Implementation("triton", _TRITON_DECODE, "benthic.kernels.triton_mla:mla_decode"),
         reference("benthic.kernels.reference.attention:mla_decode"),
@@ -37,6 +41,7 @@ MLA_DECODE = Op(
 STORE_LATENT = Op(
     "store_latent",
     (
+        Implementation("native", _NATIVE_STORE, "benthic.kernels.native_ops:store_latent"),
         Implementation("triton", _TRITON_STORE, "benthic.kernels.triton_mla:store_latent"),
         reference("benthic.kernels.reference.attention:store_latent"),
     ),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benthic.errors import ConfigError, ShapeError
+from benthic.kernels.native import native_runs
 from benthic.kernels.table import (
     Case,
     Implementation,
@@ -63,10 +64,20 @@ def _aligned(case: Case, reason: str) -> Verdict:
     return yes(reason)
 
 
-ROUTE = Op("route", (reference("benthic.kernels.reference.moe:route"),))
+_NATIVE = native_runs("one call into C; gradients by torch")
+_NATIVE_GROUPED = native_runs("weights laid out column by column; the usual layout and gradients by torch")
+
+ROUTE = Op(
+    "route",
+    (
+        Implementation("native", _NATIVE, "benthic.kernels.native_ops:route"),
+        reference("benthic.kernels.reference.moe:route"),
+    ),
+)
 PERMUTE = Op(
     "permute",
     (
+        Implementation("native", _NATIVE, "benthic.kernels.native_ops:permute"),
         Implementation("torch", _GATHERS, "benthic.kernels.torch_moe:permute"),
         Implementation("triton", _TRITON_ROWS, "benthic.kernels.triton_permute:permute"),
         reference("benthic.kernels.reference.moe:permute"),
@@ -75,6 +86,7 @@ PERMUTE = Op(
 UNPERMUTE = Op(
     "unpermute",
     (
+        Implementation("native", _NATIVE, "benthic.kernels.native_ops:unpermute"),
         Implementation("torch", _GATHERS, "benthic.kernels.torch_moe:unpermute"),
         Implementation("triton", _TRITON_ROWS, "benthic.kernels.triton_permute:unpermute"),
         reference("benthic.kernels.reference.moe:unpermute"),
@@ -84,6 +96,7 @@ GROUPED_LINEAR = Op(
     "grouped_linear",
     (
         Implementation("grouped_mm_cuda", _grouped_mm_cuda, "benthic.kernels.triton_moe:grouped_mm"),
+        Implementation("native", _NATIVE_GROUPED, "benthic.kernels.native_ops:grouped_linear"),
         Implementation("grouped_mm", _grouped_mm_cpu, "benthic.kernels.torch_moe:grouped_mm"),
         Implementation("loop", _LOOP, "benthic.kernels.torch_moe:loop"),
         Implementation("triton", _TRITON_GROUPED, "benthic.kernels.triton_moe:grouped_linear"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.errors import ShapeError
+from benthic.kernels.native import native_runs
 from benthic.kernels.table import Case, Implementation, Op, on, reference, triton_runs
 
 if TYPE_CHECKING:
@@ -18,9 +19,12 @@ _TRITON = triton_runs(
     torch.bfloat16, torch.float16, torch.float32, reason="one kernel that reads and writes every row once"
 )
 
+_NATIVE = native_runs("one call into C; gradients by torch")
+
 RMS_NORM = Op(
     "rms_norm",
     (
+        Implementation("native", _NATIVE, "benthic.kernels.native_ops:rms_norm"),
         Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:rms_norm"),
         Implementation("triton", _TRITON, "benthic.kernels.triton_norm:rms_norm"),
         reference("benthic.kernels.reference.norm:rms_norm"),
@@ -29,6 +33,7 @@ RMS_NORM = Op(
 ADD_RMS_NORM = Op(
     "add_rms_norm",
     (
+        Implementation("native", _NATIVE, "benthic.kernels.native_ops:add_rms_norm"),
         Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:add_rms_norm"),
         Implementation("triton", _TRITON, "benthic.kernels.triton_norm:add_rms_norm"),
         reference("benthic.kernels.reference.norm:add_rms_norm"),
@@ -37,6 +42,7 @@ ADD_RMS_NORM = Op(
 SWIGLU = Op(
     "swiglu",
     (
+        Implementation("native", _NATIVE, "benthic.kernels.native_ops:swiglu"),
         Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:swiglu"),
         Implementation("triton", _TRITON, "benthic.kernels.triton_norm:swiglu"),
         reference("benthic.kernels.reference.norm:swiglu"),
@@ -45,6 +51,7 @@ SWIGLU = Op(
 ROPE = Op(
     "rope",
     (
+        Implementation("native", _NATIVE, "benthic.kernels.native_ops:rope"),
         Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:rope"),
         Implementation("triton", _TRITON, "benthic.kernels.triton_norm:rope"),
         reference("benthic.kernels.reference.norm:rope"),

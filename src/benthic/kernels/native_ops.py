@@ -1,0 +1,287 @@
+"""Ops through the library of `native.c`: float32 on a CPU, for inference.
+
+When autograd records, they hand over to the torch implementations, whose gradients are written by hand.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from benthic.errors import BackendError
+from benthic.kernels import torch_attention, torch_moe, torch_norm
+from benthic.kernels.native import library
+from benthic.kernels.reference import moe as reference_moe
+from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _recording(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` itself if its last dim is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """See `benthic.kernels.ops.rms_norm`."""
+    if _recording(x, weight_D):
+        return torch_norm.rms_norm(x, weight_D, eps)
+    x = _rows(x) if x.dim() == 2 else x.contiguous()
+    width = x.shape[-1]
+    out = torch.empty(x.shape)
+    stride = x.stride(0) if x.dim() == 2 else width
+    library().add_rms_norm(
+        x.data_ptr(),
+        stride,
+        None,
+        0,
+        _weight(weight_D),
+        None,
+        out.data_ptr(),
+        out.numel() // width,
+        width,
+        eps,
+    )
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `benthic.kernels.ops.add_rms_norm`."""
+    if _recording(x, residual, weight_D):
+        return torch_norm.add_rms_norm(x, residual, weight_D, eps)
+    x, residual, width = x.contiguous(), residual.contiguous(), x.shape[-1]
+    out, total = torch.empty(x.shape), torch.empty(x.shape)
+    library().add_rms_norm(
+        x.data_ptr(),
+        width,
+        residual.data_ptr(),
+        width,
+        _weight(weight_D),
+        total.data_ptr(),
+        out.data_ptr(),
+        out.numel() // width,
+        width,
+        eps,
+    )
+    return out, total
+
+
+def _weight(weight_D: Tensor) -> int:
+    if weight_D.dtype != torch.float32 or not weight_D.is_contiguous():
+        msg = f"rms_norm: the native kernel takes a contiguous float32 weight, not {weight_D.dtype}"
+        raise BackendError(msg)
+    return weight_D.data_ptr()
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """See `benthic.kernels.ops.swiglu`."""
+    if _recording(gate_up):
+        return torch_norm.swiglu(gate_up)
+    gate_up = gate_up.contiguous()
+    width = gate_up.shape[-1] // 2
+    out = torch.empty((*gate_up.shape[:-1], width))
+    library().swiglu(gate_up.data_ptr(), 2 * width, out.data_ptr(), out.numel() // max(width, 1), width)
+    return out
+
+
+def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
+    """See `benthic.kernels.ops.rope`."""
+    if _recording(x):
+        return torch_norm.rope(x, cos_Tr2, sin_Tr2)
+    x, cos_Tr2, sin_Tr2 = _rows(x), cos_Tr2.contiguous(), sin_Tr2.contiguous()
+    heads, head_stride = (1, 0) if x.dim() == 2 else (x.shape[1], x.stride(1))
+    out = torch.empty(x.shape)
+    library().rope(
+        x.data_ptr(),
+        x.stride(0),
+        head_stride,
+        cos_Tr2.data_ptr(),
+        sin_Tr2.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        heads,
+        x.shape[-1] // 2,
+    )
+    return out
+
+
+def store_latent(cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: Tensor) -> None:
+    """See `benthic.kernels.ops.store_latent`."""
+    latent_TC, rope_Tr, slot_T = _rows(latent_TC), _rows(rope_Tr), slot_T.to(torch.int64).contiguous()
+    library().store_latent(
+        cache_PBW.data_ptr(),
+        latent_TC.data_ptr(),
+        latent_TC.stride(0),
+        rope_Tr.data_ptr(),
+        rope_Tr.stride(0),
+        slot_T.data_ptr(),
+        latent_TC.shape[0],
+        latent_TC.shape[1],
+        rope_Tr.shape[1],
+    )
+
+
+def mla_decode(
+    q_latent_SQHC: Tensor,
+    q_rope_SQHr: Tensor,
+    cache_PBW: Tensor,
+    block_table_SP: Tensor,
+    context_S: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """See `benthic.kernels.ops.mla_decode`; one sequence a thread, nothing is gathered."""
+    if q_latent_SQHC.dtype != torch.float32 or not cache_PBW.is_contiguous():
+        return torch_attention.mla_decode(
+            q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, scale=scale
+        )
+    query_SQHW = torch.cat((q_latent_SQHC, q_rope_SQHr), dim=-1)
+    table_SP = _rows(block_table_SP.to(torch.int32))
+    context_S = context_S.to(torch.int32).contiguous()
+    sequences, queries, heads, width = query_SQHW.shape
+    latent = q_latent_SQHC.shape[-1]
+    out = torch.empty((sequences, queries, heads, latent))
+    failed = library().mla_decode(
+        query_SQHW.data_ptr(),
+        cache_PBW.data_ptr(),
+        table_SP.data_ptr(),
+        table_SP.stride(0),
+        context_S.data_ptr(),
+        out.data_ptr(),
+        sequences,
+        queries,
+        heads,
+        width,
+        latent,
+        cache_PBW.shape[1],
+        scale,
+    )
+    if failed:
+        longest = int(context_S.max())
+        msg = f"mla_decode: no memory for the scores of {sequences} contexts up to {longest} tokens"
+        raise MemoryError(msg)
+    return out
+
+
+def route(  # noqa: PLR0913 (the gate's hyper-parameters)
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    *,
+    scoring_func: str,
+    topk_method: str,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> Routing:
+    """See `benthic.kernels.ops.route`; among equal scores the lower expert comes first."""
+    if _recording(logits_TE):
+        return reference_moe.route(
+            logits_TE,
+            bias_E,
+            scoring_func=scoring_func,
+            topk_method=topk_method,
+            top_k=top_k,
+            n_group=n_group,
+            topk_group=topk_group,
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=routed_scaling_factor,
+        )
+    logits_TE = logits_TE.contiguous()
+    bias_E = None if bias_E is None else bias_E.contiguous()
+    tokens, experts = logits_TE.shape
+    scores_TE = torch.empty((tokens, experts))
+    expert_TK = torch.empty((tokens, top_k), dtype=torch.int32)
+    weight_TK = torch.empty((tokens, top_k))
+    grouped = n_group > 1 and topk_method != "greedy"
+    library().route(
+        logits_TE.data_ptr(),
+        None if bias_E is None else bias_E.data_ptr(),
+        scores_TE.data_ptr(),
+        expert_TK.data_ptr(),
+        weight_TK.data_ptr(),
+        tokens,
+        experts,
+        top_k,
+        n_group,
+        topk_group,
+        (2 if topk_method == "noaux_tc" else 1) if grouped else 0,
+        scoring_func == "softmax",
+        norm_topk_prob,
+        routed_scaling_factor,
+    )
+    return Routing(scores_TE, expert_TK, weight_TK)
+
+
+def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
+    """See `benthic.kernels.ops.permute`; a counting sort."""
+    if _recording(x_TD):
+        return torch_moe.permute(x_TD, expert_TK, num_experts)
+    x_TD, expert_TK = x_TD.contiguous(), expert_TK.to(torch.int32).contiguous()
+    (tokens, width), top_k = x_TD.shape, expert_TK.shape[1]
+    rows_RD = torch.empty((tokens * top_k, width))
+    ends_E = torch.empty(num_experts, dtype=torch.int32)
+    row_TK = torch.empty((tokens, top_k), dtype=torch.int64)
+    copy_R = torch.empty(tokens * top_k, dtype=torch.int64)
+    library().permute(
+        x_TD.data_ptr(),
+        expert_TK.data_ptr(),
+        rows_RD.data_ptr(),
+        ends_E.data_ptr(),
+        row_TK.data_ptr(),
+        copy_R.data_ptr(),
+        tokens,
+        top_k,
+        num_experts,
+        width,
+    )
+    return Permuted(rows_RD, ends_E, RowMaps(row_TK, copy_R))
+
+
+def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
+    """See `benthic.kernels.ops.unpermute`."""
+    if _recording(rows_RD, weight_TK):
+        return torch_moe.unpermute(rows_RD, maps, weight_TK)
+    rows_RD, weight_TK = rows_RD.contiguous(), weight_TK.to(torch.float32).contiguous()
+    row_TK = maps.row_TK.contiguous()
+    (tokens, top_k), width = row_TK.shape, rows_RD.shape[1]
+    out_TD = torch.empty((tokens, width))
+    library().unpermute(
+        rows_RD.data_ptr(), row_TK.data_ptr(), weight_TK.data_ptr(), out_TD.data_ptr(), tokens, top_k, width
+    )
+    return out_TD
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """See `benthic.kernels.ops.grouped_linear`; for weights whose outputs lie side by side in memory.
+
+    Such weights are transposed views of [E, I, O]; a server lays them out so once, when it loads them. For
+    the usual layout, and for gradients, torch's implementations are called.
+    """
+    if weight_EOI.stride(1) != 1 or _recording(x_RI, weight_EOI):
+        aligned = weight_EOI.shape[1] % 4 == 0 and weight_EOI.shape[2] % 4 == 0
+        by_torch = torch_moe.grouped_mm if aligned else torch_moe.loop
+        return by_torch(x_RI, weight_EOI, ends_E)
+    x_RI, ends_E = x_RI.contiguous(), ends_E.to(torch.int32).contiguous()
+    experts, outer, inner = weight_EOI.shape
+    out_RO = torch.empty((x_RI.shape[0], outer))
+    library().grouped_linear(
+        x_RI.data_ptr(),
+        weight_EOI.data_ptr(),
+        weight_EOI.stride(0),
+        weight_EOI.stride(2),
+        ends_E.data_ptr(),
+        out_RO.data_ptr(),
+        x_RI.shape[0],
+        experts,
+        inner,
+        outer,
+    )
+    return out_RO

@@ -1,0 +1,245 @@
+"""The C kernels against their definitions: odd sizes, strided operands, NaN where nothing may be read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from benthic.errors import BackendError
+from benthic.kernels import native, ops
+from benthic.kernels.ops.moe import GROUPED_LINEAR
+from benthic.kernels.table import Case
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+needs_compiler = pytest.mark.skipif(native.build_refusal() is not None, reason=str(native.build_refusal()))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 5), (7, 63), (2, 192), (600, 130)])
+def test_row_ops_equal_their_definitions(rows: int, width: int) -> None:
+    x, other, weight = random(rows, width), random(rows, width, seed=1), random(width, seed=2)
+    wide = random(rows, 2 * width, seed=3)
+    for name in ("native", "reference"):
+        assert ops.rms_norm(x, weight, 1e-6, impl=name).shape == x.shape
+    close(ops.rms_norm(x, weight, 1e-6, impl="native"), ops.rms_norm(x, weight, 1e-6, impl="reference"))
+    found, total = ops.add_rms_norm(x, other, weight, 1e-6, impl="native")
+    close(total, x + other)
+    close(found, ops.add_rms_norm(x, other, weight, 1e-6, impl="reference")[0])
+    close(ops.swiglu(wide, impl="native"), ops.swiglu(wide, impl="reference"))
+    part = wide[:, :width]  # rows that lie apart, as in a split projection
+    close(ops.rms_norm(part, weight, 1e-6, impl="native"), ops.rms_norm(part, weight, 1e-6, impl="reference"))
+
+
+@needs_compiler
+def test_swiglu_keeps_its_limits_far_from_zero() -> None:
+    gate = torch.tensor([-1000.0, -90.0, -1.0, 0.0, 1.0, 90.0, 1000.0])
+    found = ops.swiglu(torch.cat((gate, torch.ones(7))).unsqueeze(0), impl="native")
+    close(found, torch.nn.functional.silu(gate).unsqueeze(0))
+    assert ops.swiglu(torch.full((1, 40), torch.nan), impl="native").isnan().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads", [None, 1, 7])
+def test_rope_equals_its_definition_on_a_view(heads: int | None) -> None:
+    x = random(5, 24) if heads is None else random(5, heads, 24)
+    angle = random(5, 4)
+    view = x[..., 10:18]
+    found = ops.rope(view, angle.cos(), angle.sin(), impl="native")
+    close(found, ops.rope(view, angle.cos(), angle.sin(), impl="reference"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("queries", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("heads", "latent", "rotary"), [(1, 4, 2), (6, 64, 16), (7, 37, 6), (16, 128, 64), (35, 80, 4)]
+)
+def test_decode_equals_its_definition_and_reads_no_unwritten_slot(
+    queries: int, heads: int, latent: int, rotary: int
+) -> None:
+    contexts = torch.tensor([queries, 13, 64, 1 + queries, 40], dtype=torch.int32)
+    cache = torch.full((30, 13, latent + rotary), torch.nan)
+    table = torch.full((5, 5), 29, dtype=torch.int32)
+    for sequence, context in enumerate(contexts.tolist()):
+        for position in range(context):
+            page = sequence * 5 + position // 13
+            table[sequence, position // 13] = page
+            cache[page, position % 13] = random(latent + rotary, seed=1000 * sequence + position)
+    q_latent, q_rope = random(5, queries, heads, latent), random(5, queries, heads, rotary, seed=1)
+    operands = (q_latent, q_rope, cache, table, contexts)
+    found = ops.mla_decode(*operands, scale=0.3, impl="native")
+    assert found.isfinite().all()
+    close(found, ops.mla_decode(*operands, scale=0.3, impl="reference"), 5e-6)
+
+
+@needs_compiler
+def test_decode_of_an_empty_context_is_zero_and_a_nan_stays_with_its_sequence() -> None:
+    cache = random(4, 8, 20)
+    cache[1] = torch.nan
+    table = torch.tensor([[0], [1], [2]], dtype=torch.int32)
+    contexts = torch.tensor([0, 3, 5], dtype=torch.int32)
+    found = ops.mla_decode(
+        random(3, 1, 2, 16), random(3, 1, 2, 4), cache, table, contexts, scale=1.0, impl="native"
+    )
+    assert (found[0] == 0).all()
+    assert found[1].isnan().all()
+    assert found[2].isfinite().all()
+
+
+@needs_compiler
+def test_latents_go_to_their_slots_and_nowhere_else() -> None:
+    both = random(4, 30)
+    caches = [torch.full((3, 5, 20), 7.0) for _ in range(2)]
+    slots = torch.tensor([14, -1, 0, 6])
+    for cache, name in zip(caches, ("native", "reference"), strict=True):
+        ops.store_latent(cache, both[:, :16], both[:, 20:24], slots, impl=name)
+    assert torch.equal(*caches)
+    assert (caches[0] == 7.0).sum() == (15 - 3) * 20
+
+
+@needs_compiler
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize(
+    ("scoring", "method", "groups", "kept"),
+    [
+        ("sigmoid", "noaux_tc", 1, 1),
+        ("sigmoid", "noaux_tc", 5, 2),
+        ("sigmoid", "noaux_tc", 15, 4),
+        ("softmax", "greedy", 1, 1),
+        ("softmax", "group_limited_greedy", 3, 2),
+    ],
+)
+def test_the_gate_equals_its_definition(
+    scoring: str, method: str, groups: int, kept: int, top_k: int
+) -> None:
+    logits, bias = random(41, 15), random(15, seed=9) if method == "noaux_tc" else None
+    settings = {
+        "scoring_func": scoring,
+        "topk_method": method,
+        "top_k": top_k,
+        "n_group": groups,
+        "topk_group": kept,
+        "norm_topk_prob": top_k > 1,
+        "routed_scaling_factor": 2.5,
+    }
+    found = ops.route(logits, bias, impl="native", **settings)
+    expected = ops.route(logits, bias, impl="reference", **settings)
+    close(found.scores_TE, expected.scores_TE)
+    assert torch.equal(found.expert_TK, expected.expert_TK)
+    close(found.weight_TK, expected.weight_TK)
+
+
+@needs_compiler
+def test_a_gate_of_nans_chooses_real_experts_with_nan_weights() -> None:
+    found = ops.route(
+        torch.full((3, 8), torch.nan),
+        torch.zeros(8),
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        top_k=2,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+        impl="native",
+    )
+    assert found.weight_TK.isnan().all()
+    assert ((found.expert_TK >= 0) & (found.expert_TK < 8)).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "width"), [(1, 1, 1, 1), (63, 3, 5, 7), (16, 4, 16, 192)]
+)
+def test_rows_go_to_their_experts_and_come_home(tokens: int, top_k: int, experts: int, width: int) -> None:
+    x, weight = random(tokens, width), random(tokens, top_k)
+    expert = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1)).topk(top_k).indices.int()
+    found = ops.permute(x, expert, experts, impl="native")
+    expected = ops.permute(x, expert, experts, impl="reference")
+    assert torch.equal(found.rows_RD, expected.rows_RD)
+    assert torch.equal(found.ends_E, expected.ends_E)
+    assert torch.equal(found.maps.row_TK, expected.maps.row_TK)
+    assert torch.equal(found.maps.copy_R, expected.maps.copy_R)
+    home = ops.unpermute(found.rows_RD, found.maps, weight, impl="native")
+    close(home, ops.unpermute(found.rows_RD, found.maps, weight, impl="reference"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("inner", "outer"), [(1, 1), (5, 17), (192, 128), (64, 195), (130, 64)])
+@pytest.mark.parametrize("counts", [(0, 0, 7, 0), (1, 2, 3, 4), (6, 12, 5, 63), (0, 0, 0, 0)])
+def test_the_grouped_product_equals_its_definition_in_both_layouts(
+    inner: int, outer: int, counts: tuple[int, ...], threads: int
+) -> None:
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    rows = random(sum(counts) + 2, inner)  # two rows belong to nobody and come out as zeros
+    columns = random(4, inner, outer).transpose(1, 2)
+    expected = ops.grouped_linear(rows, columns, ends, impl="reference")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        close(ops.grouped_linear(rows, columns, ends, impl="native"), expected, 1e-5)
+        close(ops.grouped_linear(rows, columns.contiguous(), ends, impl="native"), expected, 1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_gradients_come_from_the_implementations_that_have_them() -> None:
+    x = random(4, 8).requires_grad_()
+    weight = random(8, seed=1)
+    (found,) = torch.autograd.grad(ops.rms_norm(x, weight, 1e-6, impl="native").square().sum(), x)
+    (expected,) = torch.autograd.grad(ops.rms_norm(x, weight, 1e-6, impl="reference").square().sum(), x)
+    close(found, expected, 1e-5)
+
+
+def test_without_a_compiler_the_table_says_so_and_takes_the_next_entry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    native.build_refusal.cache_clear()
+    native.library.cache_clear()
+    monkeypatch.setattr(native.shutil, "which", lambda _name: None)
+    try:
+        case = Case("cpu", torch.float32, (64, 64))
+        chosen, _ = GROUPED_LINEAR.select(case)
+        assert chosen.name == "grouped_mm"
+        with pytest.raises(BackendError, match="no C compiler found"):
+            GROUPED_LINEAR.select(case, "native")
+    finally:
+        monkeypatch.undo()
+        native.build_refusal.cache_clear()
+        native.library.cache_clear()
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_is_refused_with_the_compilers_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "native.c"
+    source.write_text("int broken(")
+    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
+    native.library.cache_clear()
+    try:
+        with pytest.raises(BackendError, match="exit code 1"):
+            native.library()
+        assert [path.name for path in tmp_path.iterdir()] == ["native.c"]
+    finally:
+        native.library.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
+    with pytest.raises(BackendError, match="float32"):
+        GROUPED_LINEAR.select(Case("cpu", dtype, (64, 64)), "native")
