@@ -64,7 +64,7 @@ class Running:
     def engine_pid(self) -> int:
         """The child that computes (the other one tracks shared resources)."""
         listing = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)],
+            ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(self.process.pid)],
             capture_output=True,
             text=True,
             check=True,
