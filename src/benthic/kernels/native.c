@@ -47,6 +47,9 @@ INLINE vec vexp(vec x) {
 
 INLINE float exp1(float x) { return vexp(splat(x))[0]; }
 
+/* Rows of weights that are fetched ahead of use. */
+#define AHEAD 12
+
 /* y[r][c] (+)= sum_i x(r, i) w[i][c] for ROWS rows and VECTORS vectors of columns, all sums in registers; x(r, i) is
    x[r * x_row + i * x_step]. */
 #define TILE(ROWS, VECTORS)                                                                                            \
@@ -58,6 +61,7 @@ INLINE float exp1(float x) { return vexp(splat(x))[0]; }
                 for (int v = 0; v < VECTORS; v++) sum[r][v] = LOAD(y + r * y_stride + v * LANES);                      \
         for (i64 i = 0; i < inner; i++) {                                                                              \
             vec column[VECTORS];                                                                                       \
+            for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + (i + AHEAD) * w_stride + v * LANES);              \
             for (int v = 0; v < VECTORS; v++) column[v] = LOAD(w + i * w_stride + v * LANES);                          \
             for (int r = 0; r < ROWS; r++)                                                                             \
                 for (int v = 0; v < VECTORS; v++) sum[r][v] += x[r * x_row + i * x_step] * column[v];                  \
@@ -118,6 +122,14 @@ void grouped_linear(const float *x, const float *w, i64 w_expert, i64 w_stride, 
         }
     i64 last = experts ? ends[experts - 1] : 0;
     if (last < rows) memset(out + last * outer, 0, sizeof(float) * (rows - last) * outer);
+}
+
+/* out = x w; x [rows, inner] with a row stride, w [inner, outer] with its columns side by side. */
+void linear(const float *x, i64 x_stride, const float *w, i64 w_stride, float *out, i64 rows, i64 inner, i64 outer) {
+#pragma omp parallel for schedule(dynamic) if (rows * outer * inner > 16 * PARALLEL_ELEMENTS)
+    for (i64 c = 0; c < outer; c += WIDE_COLUMNS)
+        product(x, x_stride, 1, w + c, w_stride, inner, out + c, outer, 0, rows,
+                outer - c < WIDE_COLUMNS ? outer - c : WIDE_COLUMNS);
 }
 
 /* Absorbed attention of one sequence; `scratch` holds context * lanes floats. A row is one head of one query. */

@@ -37,6 +37,7 @@ _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float,
 _LETTERS = {"p": _POINTER, "n": _SIZE, "f": _FLOAT, "i": _INT}
 SIGNATURES = {
     "grouped_linear": "ppnnppnnnn",
+    "linear": "pnpnpnnn",
     "mla_decode": "pppnppnnnnnnf",
     "store_latent": "ppnpnpnnn",
     "add_rms_norm": "pnpnpppnnf",

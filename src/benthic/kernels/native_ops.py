@@ -259,6 +259,24 @@ def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
     return out_TD
 
 
+def linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
+    """`x @ weight.T` for a float32 weight of stride 1 in its first dim; x [rows, in]."""
+    x_RI = _rows(x_RI)
+    outer, inner = weight_OI.shape
+    out_RO = torch.empty((x_RI.shape[0], outer))
+    library().linear(
+        x_RI.data_ptr(),
+        x_RI.stride(0),
+        weight_OI.data_ptr(),
+        weight_OI.stride(1),
+        out_RO.data_ptr(),
+        x_RI.shape[0],
+        inner,
+        outer,
+    )
+    return out_RO
+
+
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """See `benthic.kernels.ops.grouped_linear`; for weights whose outputs lie side by side in memory.
 

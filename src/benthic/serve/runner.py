@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benthic.model.local import LocalExchange, plain_linear
+from benthic.model.local import LocalExchange
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend
+from benthic.serve.columns import fastest_linear
 from benthic.serve.steps import StepBuilder
 
 if TYPE_CHECKING:
@@ -39,21 +40,6 @@ class StepResult:
     chunk_rows: tuple[range, ...]
 
 
-def lay_out(model: DeepSeek) -> DeepSeek:
-    """Store expert weights column by column on a CPU, in place: shapes and values stay as they are.
-
-    The native grouped product reads the columns of `[experts, in, out]` side by side.
-    """
-    if model.head_weight().device.type != "cpu":
-        return model
-    for name, weight in model.named_parameters():
-        if name.endswith(("experts.gate_up", "experts.down")):
-            rows_EOI = weight.data.flatten(1, -2)
-            columns_EIO = rows_EOI.transpose(1, 2).contiguous()
-            weight.data = columns_EIO.transpose(1, 2).view(weight.shape)
-    return model
-
-
 class Runner:
     """One model on one device with its cache.
 
@@ -62,7 +48,8 @@ class Runner:
         cache: pages for at least the model's layers.
         max_num_seqs: scheduler slots.
         max_model_len: longest sequence.
-        linear: the precision of matrix products.
+        linear: how matrices are multiplied; None takes the fastest exact way here, see
+        `benthic.serve.columns`.
     """
 
     def __init__(
@@ -72,11 +59,11 @@ class Runner:
         *,
         max_num_seqs: int,
         max_model_len: int,
-        linear: Linear = plain_linear,
+        linear: Linear | None = None,
     ) -> None:
         self.cache = cache
-        self._model = lay_out(model.eval())
-        self._linear = linear
+        self._model = model.eval()
+        self._linear = fastest_linear(model) if linear is None else linear
         self._exchange = LocalExchange(model.config.n_routed_experts)
         self._steps = StepBuilder(
             max_num_seqs=max_num_seqs,
