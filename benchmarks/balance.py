@@ -1,6 +1,6 @@
 """Loss-free balancing on and off: two runs from one seed on the Python standard library's sources.
 
-    python benchmarks/balance.py [--data DIR] [--steps 400] [--speed 0.001] [--set train.lr=1e-3 ...]
+    python benchmarks/balance.py [--data DIR] [--steps 400] [--speed 0.003] [--set train.lr=1e-3 ...]
 
 Both runs have the same weights, rows and settings and no balance loss (alpha = 0); only gamma differs. MaxVio
 is max(load) / mean(load) - 1 of a layer (Wang et al., 2024): "global" from the loads summed over the last
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="dataset folder (default: made from the standard library)")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--speed", type=float, default=0.001, help="gamma of the run with the bias on")
+    parser.add_argument("--speed", type=float, default=0.003, help="gamma of the run with the bias on")
     parser.add_argument("--set", action="append", default=[], help="override of the tiny_cpu recipe")
     return parser.parse_args()
 

@@ -35,6 +35,9 @@ STDLIB_LEFT_OUT: Final = (
     "encodings",
     "pydoc_data",
     "turtledemo",
+    "entities.py",
+    "stringprep.py",
+    "locale.py",
     "_sysconfigdata*",
     "config-*",
 )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SIZE: Final = 1024
-_REPEATS: Final = 8
+_REPEATS: Final = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def detect(
     """Look at the machine; "auto" takes a CUDA GPU where there is one.
 
     The peak of a GPU is the published one, where its name is known; that of a CPU is measured with a product
-    of two 1024 x 1024 float32 matrices on `threads` threads (None: torch's choice), about 0.3 s.
+    of two 1024 x 1024 float32 matrices on `threads` threads (None: torch's choice), about half a second.
 
     Raises:
         BackendError: "cuda" was asked for and there is none.

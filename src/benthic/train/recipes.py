@@ -25,19 +25,19 @@ def tiny_cpu() -> RunConfig:
     return RunConfig(
         model=presets.get("tiny"),
         train=LoopConfig(
-            steps=400,
+            steps=800,
             seq_len=256,
-            local_batch_size=8,
-            global_batch_size=8,
+            local_batch_size=4,
+            global_batch_size=4,
             lr=3e-3,
             schedule="cosine",
             final_lr=0.05,
-            warmup_steps=20,
+            warmup_steps=40,
         ),
         loss=LossConfig(mtp_weight=Curve.constant(0.1), bias_update_speed=Curve.constant(3e-3)),
-        checkpoint=CheckpointConfig(every=100),
+        checkpoint=CheckpointConfig(every=200),
         evaluate=EvaluateConfig(every=200, max_tokens=32768),
-        log=LogConfig(sample_tokens=160, sample_prompt="def "),
+        log=LogConfig(every=20, sample_tokens=160, sample_prompt="def __init__(self"),
         device="cpu",
     )
 
