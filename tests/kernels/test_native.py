@@ -208,7 +208,7 @@ def test_without_a_compiler_the_table_says_so_and_takes_the_next_entry(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     native.build_refusal.cache_clear()
-    native.library.cache_clear()
+    native.built.cache_clear()
     monkeypatch.setattr(native.shutil, "which", lambda _name: None)
     try:
         case = Case("cpu", torch.float32, (64, 64))
@@ -219,7 +219,7 @@ def test_without_a_compiler_the_table_says_so_and_takes_the_next_entry(
     finally:
         monkeypatch.undo()
         native.build_refusal.cache_clear()
-        native.library.cache_clear()
+        native.built.cache_clear()
 
 
 @needs_compiler
@@ -230,13 +230,13 @@ def test_a_source_that_does_not_compile_is_refused_with_the_compilers_words(
     source.write_text("int broken(")
     monkeypatch.setattr(native, "SOURCE", source)
     monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
-    native.library.cache_clear()
+    native.built.cache_clear()
     try:
         with pytest.raises(BackendError, match="exit code 1"):
-            native.library()
+            native.built()
         assert [path.name for path in tmp_path.iterdir()] == ["native.c"]
     finally:
-        native.library.cache_clear()
+        native.built.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

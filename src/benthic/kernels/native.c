@@ -5,6 +5,7 @@
 
    Vectors are GCC/Clang vector extensions, so the same source serves AVX2, AVX-512 and NEON. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,36 +14,38 @@ typedef int64_t i64;
 typedef int32_t i32;
 
 #define LANES 16
+#define HALF 8
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float half __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
+typedef int32_t ihalf __attribute__((vector_size(4 * HALF), aligned(4), may_alias));
 
-#define LOAD(p) (*(const vec *)(p))
-#define STORE(p, v) (*(vec *)(p) = (v))
+#define LOAD(TYPE, p) (*(const TYPE *)(p))
+#define STORE(TYPE, p, v) (*(TYPE *)(p) = (v))
 #define INLINE static inline __attribute__((always_inline))
 
 /* Fewer elements than this are not worth waking a second thread for. */
 #define PARALLEL_ELEMENTS 65536
 
-INLINE vec splat(float x) { return x - (vec){}; }
-INLINE vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
+INLINE half splat(float x) { return x - (half){}; }
+INLINE half choose(ihalf where, half yes, half no) { return (half)((where & (ihalf)yes) | (~where & (ihalf)no)); }
 
 /* e^x for x <= 88 with a relative error below 2e-7: 2^round(x log2 e) times a polynomial on [-ln2/2, ln2/2] (that of
    Cephes' expf). NaN stays NaN: a sick request must be noticed, not healed. */
-INLINE vec vexp(vec x) {
-    const vec low = splat(-87.3f), high = splat(88.0f);
+INLINE half vexp(half x) {
+    const half low = splat(-87.3f), high = splat(88.0f);
     x = choose(x < low, low, choose(x > high, high, x));
-    vec t = x * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: rounds to nearest */
-    ivec n = (ivec)t - 0x4b400000;
-    vec k = t - 12582912.0f;
-    vec r = x - k * 0.693359375f + k * 2.12194440e-4f;
-    vec p = splat(1.9875691500e-4f);
+    half t = x * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: rounds to nearest */
+    ihalf n = (ihalf)t - 0x4b400000;
+    half k = t - 12582912.0f;
+    half r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    half p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * (vec)((n + 127) << 23);
+    return p * (half)((n + 127) << 23);
 }
 
 INLINE float exp1(float x) { return vexp(splat(x))[0]; }
@@ -52,32 +55,36 @@ INLINE float exp1(float x) { return vexp(splat(x))[0]; }
 
 /* y[r][c] (+)= sum_i x(r, i) w[i][c] for ROWS rows and VECTORS vectors of columns, all sums in registers; x(r, i) is
    x[r * x_row + i * x_step]. */
-#define TILE(ROWS, VECTORS)                                                                                            \
-    static void tile_##ROWS##_##VECTORS(const float *x, i64 x_row, i64 x_step, const float *w, i64 w_stride,          \
-                                        i64 inner, float *y, i64 y_stride, int add) {                                 \
-        vec sum[ROWS][VECTORS] = {};                                                                                   \
+#define TILE(ROWS, VECTORS, TYPE)                                                                                      \
+    static void tile_##ROWS##_##VECTORS##_##TYPE(const float *x, i64 x_row, i64 x_step, const float *w, i64 w_stride,  \
+                                                 i64 inner, float *y, i64 y_stride, int add) {                         \
+        const int lanes = sizeof(TYPE) / sizeof(float);                                                                \
+        TYPE sum[ROWS][VECTORS] = {};                                                                                  \
         if (add)                                                                                                       \
             for (int r = 0; r < ROWS; r++)                                                                             \
-                for (int v = 0; v < VECTORS; v++) sum[r][v] = LOAD(y + r * y_stride + v * LANES);                      \
+                for (int v = 0; v < VECTORS; v++) sum[r][v] = LOAD(TYPE, y + r * y_stride + v * lanes);                \
         for (i64 i = 0; i < inner; i++) {                                                                              \
-            vec column[VECTORS];                                                                                       \
-            for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + (i + AHEAD) * w_stride + v * LANES);              \
-            for (int v = 0; v < VECTORS; v++) column[v] = LOAD(w + i * w_stride + v * LANES);                          \
+            TYPE column[VECTORS];                                                                                      \
+            for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + (i + AHEAD) * w_stride + v * lanes);              \
+            for (int v = 0; v < VECTORS; v++) column[v] = LOAD(TYPE, w + i * w_stride + v * lanes);                    \
             for (int r = 0; r < ROWS; r++)                                                                             \
                 for (int v = 0; v < VECTORS; v++) sum[r][v] += x[r * x_row + i * x_step] * column[v];                  \
         }                                                                                                              \
         for (int r = 0; r < ROWS; r++)                                                                                 \
-            for (int v = 0; v < VECTORS; v++) STORE(y + r * y_stride + v * LANES, sum[r][v]);                          \
+            for (int v = 0; v < VECTORS; v++) STORE(TYPE, y + r * y_stride + v * lanes, sum[r][v]);                    \
     }
 
-TILE(1, 4) TILE(2, 4) TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4)
-TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1)
+#define ALL_ROWS(VECTORS, TYPE)                                                                                        \
+    TILE(1, VECTORS, TYPE) TILE(2, VECTORS, TYPE) TILE(3, VECTORS, TYPE) TILE(4, VECTORS, TYPE)                        \
+    TILE(5, VECTORS, TYPE) TILE(6, VECTORS, TYPE)
+ALL_ROWS(4, vec) ALL_ROWS(1, vec) ALL_ROWS(1, half)
 
 typedef void tile_fn(const float *, i64, i64, const float *, i64, i64, float *, i64, int);
-static tile_fn *const WIDE[] = {0, tile_1_4, tile_2_4, tile_3_4, tile_4_4, tile_5_4, tile_6_4};
-static tile_fn *const NARROW[] = {0, tile_1_1, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1};
-
 #define TILE_ROWS 6
+#define TILE_LIST(V, T)                                                                                                \
+    { 0, tile_1_##V##_##T, tile_2_##V##_##T, tile_3_##V##_##T, tile_4_##V##_##T, tile_5_##V##_##T, tile_6_##V##_##T }
+static tile_fn *const WIDE[] = TILE_LIST(4, vec), *const NARROW[] = TILE_LIST(1, vec), *const HALVES[] = TILE_LIST(1, half);
+
 #define WIDE_COLUMNS (4 * LANES)
 
 static void tail_columns(const float *x, i64 x_row, i64 x_step, const float *w, i64 w_stride, i64 inner, float *y,
@@ -95,14 +102,13 @@ static void tail_columns(const float *x, i64 x_row, i64 x_step, const float *w, 
 static void product(const float *x, i64 x_row, i64 x_step, const float *w, i64 w_stride, i64 inner, float *y,
                     i64 y_stride, int add, i64 rows, i64 columns) {
     i64 c = 0;
-    for (; c + LANES <= columns;) {
-        int wide = c + WIDE_COLUMNS <= columns;
-        for (i64 r = 0; r < rows; r += TILE_ROWS) {
-            i64 some = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
-            (wide ? WIDE : NARROW)[some](x + r * x_row, x_row, x_step, w + c, w_stride, inner, y + r * y_stride + c,
-                                         y_stride, add);
-        }
-        c += wide ? WIDE_COLUMNS : LANES;
+    while (c + HALF <= columns) {
+        i64 left = columns - c, take = left >= WIDE_COLUMNS ? WIDE_COLUMNS : left >= LANES ? LANES : HALF;
+        tile_fn *const *tiles = take == WIDE_COLUMNS ? WIDE : take == LANES ? NARROW : HALVES;
+        for (i64 r = 0; r < rows; r += TILE_ROWS)
+            tiles[rows - r < TILE_ROWS ? rows - r : TILE_ROWS](x + r * x_row, x_row, x_step, w + c, w_stride, inner,
+                                                               y + r * y_stride + c, y_stride, add);
+        c += take;
     }
     if (c < columns) tail_columns(x, x_row, x_step, w + c, w_stride, inner, y + c, y_stride, add, rows, columns - c);
 }
@@ -132,38 +138,59 @@ void linear(const float *x, i64 x_stride, const float *w, i64 w_stride, float *o
                 outer - c < WIDE_COLUMNS ? outer - c : WIDE_COLUMNS);
 }
 
+/* out_b = x_b w_b; x [batch, rows, inner] with any strides, w [batch, inner, outer] with its columns side by side,
+   out with strides for batch and row. */
+void bmm(const float *x, i64 x_batch, i64 x_row, i64 x_step, const float *w, i64 w_batch, i64 w_stride, float *out,
+         i64 out_batch, i64 out_row, i64 batch, i64 rows, i64 inner, i64 outer) {
+#pragma omp parallel for if (batch * rows * outer * inner > 16 * PARALLEL_ELEMENTS)
+    for (i64 b = 0; b < batch; b++)
+        product(x + b * x_batch, x_row, x_step, w + b * w_batch, w_stride, inner, out + b * out_batch, out_row, 0, rows,
+                outer);
+}
+
+/* Where the rows of decode queries lie: each is a latent part and a rotary part, with strides of a query and a head. */
+typedef struct {
+    const float *latent, *rope;
+    i64 latent_query, latent_head, rope_query, rope_head;
+} Queries;
+
 /* Absorbed attention of one sequence; `scratch` holds context * lanes floats. A row is one head of one query. */
-static void decode_sequence(const float *q, const float *cache, i64 block, i64 width, i64 latent, const i32 *table,
+static void decode_sequence(Queries q, const float *cache, i64 block, i64 width, i64 latent, const i32 *table,
                             i64 context, i64 queries, i64 heads, float scale, float *out, float *transposed,
                             float *scratch) {
-    i64 rows = queries * heads, lanes = (rows + LANES - 1) / LANES * LANES;
+    i64 rows = queries * heads, lanes = (rows + HALF - 1) / HALF * HALF;
     memset(transposed, 0, sizeof(float) * width * lanes);
-    for (i64 r = 0; r < rows; r++)
-        for (i64 i = 0; i < width; i++) transposed[i * lanes + r] = q[r * width + i] * scale;
+    for (i64 r = 0; r < rows; r++) {
+        const float *from = q.latent + r / heads * q.latent_query + r % heads * q.latent_head;
+        const float *turned = q.rope + r / heads * q.rope_query + r % heads * q.rope_head;
+        for (i64 i = 0; i < latent; i++) transposed[i * lanes + r] = from[i] * scale;
+        for (i64 i = latent; i < width; i++) transposed[i * lanes + r] = turned[i - latent] * scale;
+    }
     for (i64 start = 0; start < context; start += block) {
         i64 tokens = context - start < block ? context - start : block;
         product(cache + table[start / block] * block * width, width, 1, transposed, lanes, width,
                 scratch + start * lanes, lanes, 0, tokens, lanes);
     }
-    for (i64 c = 0; c < lanes; c += LANES) {
-        ivec sees = {};
-        for (int l = 0; l < LANES; l++) {
+    for (i64 c = 0; c < lanes; c += HALF) {
+        ihalf sees = {};
+        for (int l = 0; l < HALF; l++) {
             i64 query = (c + l) / heads;
             sees[l] = query < queries ? (i32)(context - (queries - 1 - query)) : (i32)context;
         }
-        vec most = splat(-3.4e38f), total = {};
+        half most = splat(-3.4e38f), total = {};
         for (i64 j = 0; j < context; j++) {
-            vec score = LOAD(scratch + j * lanes + c);
+            half score = LOAD(half, scratch + j * lanes + c);
             most = choose((score > most) & ((i32)j < sees), score, most);
         }
         for (i64 j = 0; j < context; j++) {
-            vec weight = vexp(LOAD(scratch + j * lanes + c) - most);
-            weight = choose((i32)j < sees, weight, (vec){});
+            half weight = vexp(LOAD(half, scratch + j * lanes + c) - most);
+            weight = choose((i32)j < sees, weight, (half){});
             total += weight;
-            STORE(scratch + j * lanes + c, weight);
+            STORE(half, scratch + j * lanes + c, weight);
         }
-        total = choose(total == 0.0f, (vec){}, 1.0f / total);
-        for (i64 j = 0; j < context; j++) STORE(scratch + j * lanes + c, LOAD(scratch + j * lanes + c) * total);
+        total = choose(total == 0.0f, (half){}, 1.0f / total);
+        for (i64 j = 0; j < context; j++)
+            STORE(half, scratch + j * lanes + c, LOAD(half, scratch + j * lanes + c) * total);
     }
     if (context == 0) memset(out, 0, sizeof(float) * rows * latent);
     for (i64 start = 0; start < context; start += block) {
@@ -173,11 +200,12 @@ static void decode_sequence(const float *q, const float *cache, i64 block, i64 w
     }
 }
 
-/* q [sequences, queries, heads, width] (latent part, then rotary part), cache [pages, block, width],
+/* q [sequences * queries, heads, latent | rope] with strides, cache [pages, block, width],
    out [sequences, queries, heads, latent]. Returns 0, or -1 when scratch memory could not be had. */
-int mla_decode(const float *q, const float *cache, const i32 *table, i64 table_stride, const i32 *contexts, float *out,
+int mla_decode(const float *q_latent, i64 latent_query, i64 latent_head, const float *q_rope, i64 rope_query,
+               i64 rope_head, const float *cache, const i32 *table, i64 table_stride, const i32 *contexts, float *out,
                i64 sequences, i64 queries, i64 heads, i64 width, i64 latent, i64 block, float scale) {
-    i64 rows = queries * heads, lanes = (rows + LANES - 1) / LANES * LANES, longest = 0, all = 0;
+    i64 rows = queries * heads, lanes = (rows + HALF - 1) / HALF * HALF, longest = 0, all = 0;
     for (i64 s = 0; s < sequences; s++) {
         longest = contexts[s] > longest ? contexts[s] : longest;
         all += contexts[s];
@@ -190,8 +218,12 @@ int mla_decode(const float *q, const float *cache, const i32 *table, i64 table_s
 #pragma omp for schedule(dynamic)
         for (i64 s = 0; s < sequences; s++)
             if (scratch)
-                decode_sequence(q + s * rows * width, cache, block, width, latent, table + s * table_stride, contexts[s],
-                                queries, heads, scale, out + s * rows * latent, scratch, scratch + width * lanes);
+            {
+                Queries q = {q_latent + s * queries * latent_query, q_rope + s * queries * rope_query,
+                             latent_query, latent_head, rope_query, rope_head};
+                decode_sequence(q, cache, block, width, latent, table + s * table_stride, contexts[s], queries, heads,
+                                scale, out + s * rows * latent, scratch, scratch + width * lanes);
+            }
         free(scratch);
     }
     return failed ? -1 : 0;
@@ -235,9 +267,9 @@ void swiglu(const float *gate_up, i64 stride, float *out, i64 rows, i64 width) {
     for (i64 r = 0; r < rows; r++) {
         const float *gate = gate_up + r * stride, *up = gate + width;
         i64 i = 0;
-        for (; i + LANES <= width; i += LANES) {
-            vec g = LOAD(gate + i);
-            STORE(out + r * width + i, g / (1.0f + vexp(-g)) * LOAD(up + i));
+        for (; i + HALF <= width; i += HALF) {
+            half g = LOAD(half, gate + i);
+            STORE(half, out + r * width + i, g / (1.0f + vexp(-g)) * LOAD(half, up + i));
         }
         for (; i < width; i++) out[r * width + i] = gate[i] / (1.0f + exp1(-gate[i])) * up[i];
     }
@@ -344,4 +376,32 @@ void unpermute(const float *rows, const i64 *row_of, const float *weight, float 
             for (i64 i = 0; i < width; i++) to[i] += w * row[i];
         }
     }
+}
+
+/* What a taped step needs besides: sums, rows of the embedding, angles. */
+
+void add(const float *a, const float *b, float *out, i64 count) {
+    for (i64 i = 0; i < count; i++) out[i] = a[i] + b[i];
+}
+
+void scale(const float *a, float by, float *out, i64 count) {
+    for (i64 i = 0; i < count; i++) out[i] = a[i] * by;
+}
+
+void embedding(const float *weight, i64 row_stride, i64 step, const i64 *tokens, float *out, i64 count, i64 width) {
+    for (i64 t = 0; t < count; t++)
+        for (i64 i = 0; i < width; i++) out[t * width + i] = weight[tokens[t] * row_stride + i * step];
+}
+
+void outer(const i64 *positions, const float *frequency, float *out, i64 count, i64 width) {
+    for (i64 t = 0; t < count; t++)
+        for (i64 i = 0; i < width; i++) out[t * width + i] = (float)positions[t] * frequency[i];
+}
+
+void cosine(const float *a, float *out, i64 count) {
+    for (i64 i = 0; i < count; i++) out[i] = cosf(a[i]);
+}
+
+void sine(const float *a, float *out, i64 count) {
+    for (i64 i = 0; i < count; i++) out[i] = sinf(a[i]);
 }

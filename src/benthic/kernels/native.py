@@ -15,7 +15,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +40,7 @@ _LETTERS = {"p": _POINTER, "n": _SIZE, "f": _FLOAT, "i": _INT}
 SIGNATURES = {
     "grouped_linear": "ppnnppnnnn",
     "linear": "pnpnpnnn",
-    "mla_decode": "pppnppnnnnnnf",
+    "mla_decode": "pnnpnnppnppnnnnnnf",
     "store_latent": "ppnpnpnnn",
     "add_rms_norm": "pnpnpppnnf",
     "swiglu": "pnpnn",
@@ -46,6 +48,13 @@ SIGNATURES = {
     "route": "pppppnnnnnniif",
     "permute": "ppppppnnnn",
     "unpermute": "ppppnnn",
+    "bmm": "pnnnpnnpnnnnnn",
+    "add": "pppn",
+    "scale": "pfpn",
+    "embedding": "pnnppnn",
+    "outer": "pppnn",
+    "cosine": "ppn",
+    "sine": "ppn",
 }
 """Arguments of every function: p pointer, n int64, f float, i int."""
 
@@ -66,14 +75,23 @@ def _verdict(reason: str, case: Case) -> Verdict:
 def build_refusal() -> str | None:
     """Why the library cannot be built or loaded here; None when it is ready."""
     try:
-        library()
+        built()
     except BackendError as error:
         return str(error)
     return None
 
 
+RECORDER: ContextVar[Any] = ContextVar("RECORDER", default=None)
+"""Stands in for the library while a tape is recorded (`benthic.kernels.tape`)."""
+
+
+def library() -> Any:
+    """The loaded library, or the recorder that wraps it."""
+    return RECORDER.get() or built()
+
+
 @functools.cache
-def library() -> ctypes.CDLL:
+def built() -> ctypes.CDLL:
     """The loaded library, built if the cache does not hold it.
 
     Raises:
@@ -137,7 +155,7 @@ def _build(compiler: str, path: Path) -> None:
         compiled, linked = Path(folder) / "native.o", Path(folder) / "native.so"
         _call([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
         # No -fopenmp here: a second OpenMP runtime would bring threads of its own.
-        _call([compiler, "-shared", str(compiled), "-o", str(linked)])
+        _call([compiler, "-shared", str(compiled), "-o", str(linked), "-lm"])
         linked.replace(path)
 
 

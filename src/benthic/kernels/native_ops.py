@@ -141,14 +141,18 @@ def mla_decode(
         return torch_attention.mla_decode(
             q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, scale=scale
         )
-    query_SQHW = torch.cat((q_latent_SQHC, q_rope_SQHr), dim=-1)
+    q_latent_THC, q_rope_THr = _rows(q_latent_SQHC.flatten(0, 1)), _rows(q_rope_SQHr.flatten(0, 1))
     table_SP = _rows(block_table_SP.to(torch.int32))
     context_S = context_S.to(torch.int32).contiguous()
-    sequences, queries, heads, width = query_SQHW.shape
-    latent = q_latent_SQHC.shape[-1]
+    sequences, queries, heads, latent = q_latent_SQHC.shape
     out = torch.empty((sequences, queries, heads, latent))
     failed = library().mla_decode(
-        query_SQHW.data_ptr(),
+        q_latent_THC.data_ptr(),
+        q_latent_THC.stride(0),
+        q_latent_THC.stride(1),
+        q_rope_THr.data_ptr(),
+        q_rope_THr.stride(0),
+        q_rope_THr.stride(1),
         cache_PBW.data_ptr(),
         table_SP.data_ptr(),
         table_SP.stride(0),
@@ -157,7 +161,7 @@ def mla_decode(
         sequences,
         queries,
         heads,
-        width,
+        cache_PBW.shape[2],
         latent,
         cache_PBW.shape[1],
         scale,

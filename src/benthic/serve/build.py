@@ -91,7 +91,13 @@ def assemble(model: DeepSeek, options: EngineOptions, *, model_name: str, eos: t
         num_blocks=size.num_blocks,
         block_size=options.block_size,
     )
-    runner = Runner(model, cache, max_num_seqs=options.max_num_seqs, max_model_len=max_model_len)
+    runner = Runner(
+        model,
+        cache,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=max_model_len,
+        enforce_eager=options.enforce_eager,
+    )
     return Parts(runner, scheduler, ready, size)
 
 

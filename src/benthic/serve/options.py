@@ -30,6 +30,7 @@ class EngineOptions:
         seed: from which requests without a seed get theirs, in order of arrival.
         max_logprobs: the most log-probabilities a request may ask for at one position.
         num_threads: CPU threads of torch; None leaves torch's choice.
+        enforce_eager: run every step as it is written, without tapes (CPU) or graphs.
         record: file that gets every call to the scheduler as a JSON line, for `benthic.sched.replay`.
     """
 
@@ -46,6 +47,7 @@ class EngineOptions:
     seed: int = 0
     max_logprobs: int = 20
     num_threads: int | None = None
+    enforce_eager: bool = False
     record: str | None = None
 
     def __post_init__(self) -> None:

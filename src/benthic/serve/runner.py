@@ -10,8 +10,9 @@ import torch
 from benthic.model.local import LocalExchange
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend
-from benthic.serve.columns import fastest_linear
+from benthic.serve.columns import ColumnLinear, fastest_linear
 from benthic.serve.steps import StepBuilder
+from benthic.serve.tapes import DecodeTapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,6 +51,7 @@ class Runner:
         max_model_len: longest sequence.
         linear: how matrices are multiplied; None takes the fastest exact way here, see
         `benthic.serve.columns`.
+        enforce_eager: run every step as it is written, without tapes.
     """
 
     def __init__(
@@ -60,11 +62,22 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         linear: Linear | None = None,
+        enforce_eager: bool = False,
     ) -> None:
         self.cache = cache
         self._model = model.eval()
         self._linear = fastest_linear(model) if linear is None else linear
         self._exchange = LocalExchange(model.config.n_routed_experts)
+        self.tapes: DecodeTapes | None = None
+        if isinstance(self._linear, ColumnLinear) and not enforce_eager:
+            self.tapes = DecodeTapes(
+                model,
+                cache,
+                linear=self._linear,
+                exchange=self._exchange,
+                columns=-(-max_model_len // cache.layout.block_size),
+            )
+            self.tapes.warm_up()
         self._steps = StepBuilder(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -77,6 +90,9 @@ class Runner:
         """Compute one step. Cost: one forward pass of `plan.num_tokens` rows."""
         self._steps.write(plan.tables)
         step = self._steps.build(plan)
+        taped = None if self.tapes is None else self.tapes.run(step)
+        if taped is not None:
+            return StepResult(taped[1], taped[0], step.chunk_rows)
         sockets = Sockets(PagedAttend(self.cache, step.layout), self._exchange, self._linear)
         hidden_TD = self._model(step.tokens_T, step.positions_T, sockets).hidden_TD
         sampled_SD = hidden_TD if step.sampled_S is None else hidden_TD.index_select(0, step.sampled_S)
