@@ -10,6 +10,7 @@ caller overwrites in place before each replay.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +80,16 @@ class Tape:
                 msg = f"{function.__name__} could not get its scratch memory on replay of a tape"
                 raise MemoryError(msg)
         return self.outputs
+
+    def profile(self, clock: Callable[[], float], repeats: int = 100) -> dict[str, float]:
+        """Mean seconds of one replay by function, greatest first, on the inputs as they are."""
+        spent: Counter[str] = Counter()
+        for _ in range(repeats):
+            for function, arguments in self._calls:
+                began = clock()
+                function(*arguments)
+                spent[function.__name__] += clock() - began
+        return {name: seconds / repeats for name, seconds in spent.most_common()}
 
 
 class Constants:

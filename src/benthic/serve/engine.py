@@ -182,6 +182,11 @@ class Engine:
             step_seconds=self._step_seconds,
         )
 
+    def profile_tapes(self, clock: Clock) -> dict[int, dict[str, float]]:
+        """Seconds of one taped decode step by batch size and native function; empty without tapes."""
+        tapes = self._runner.tapes
+        return {} if tapes is None else tapes.profile(clock)
+
     def _next_seed(self) -> int:
         """The seed of a request that brings none: a hash of the engine's seed and its place in line."""
         self._num_added += 1

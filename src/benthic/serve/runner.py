@@ -68,7 +68,7 @@ class Runner:
         self._model = model.eval()
         self._linear = fastest_linear(model) if linear is None else linear
         self._exchange = LocalExchange(model.config.n_routed_experts)
-        self.tapes: DecodeTapes | None = None
+        self.tapes: DecodeTapes | None = None  # None: every step runs as it is written
         if isinstance(self._linear, ColumnLinear) and not enforce_eager:
             self.tapes = DecodeTapes(
                 model,

@@ -19,6 +19,8 @@ from benthic.model.sockets import Sockets
 from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from benthic.model.network import DeepSeek
@@ -105,6 +107,10 @@ class DecodeTapes:
     def __len__(self) -> int:
         """How many batch sizes are recorded."""
         return len(self._tapes)
+
+    def profile(self, clock: Callable[[], float]) -> dict[int, dict[str, float]]:
+        """Seconds of one replay by batch size and function, on the inputs of its latest step."""
+        return {sequences: tape.profile(clock) for sequences, (_, tape) in self._tapes.items()}
 
     def warm_up(self) -> None:
         """Record the tape of one sequence, which tells whether this model can be taped at all."""
