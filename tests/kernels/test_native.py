@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benthic.errors import BackendError
-from benthic.kernels import native, ops
+from benthic.kernels import native, native_ops, ops
 from benthic.kernels.ops.moe import GROUPED_LINEAR
 from benthic.kernels.table import Case
 
@@ -243,3 +243,39 @@ def test_a_source_that_does_not_compile_is_refused_with_the_compilers_words(
 def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
     with pytest.raises(BackendError, match="float32"):
         GROUPED_LINEAR.select(Case("cpu", dtype, (64, 64)), "native")
+
+
+@needs_compiler
+def test_two_threads_give_what_one_gives_on_work_that_is_worth_sharing() -> None:
+    rows, weight = random(700, 192), random(3, 192, 160).transpose(1, 2)
+    ends = torch.tensor([100, 450, 690], dtype=torch.int32)
+    wide, norm = random(700, 3200), random(3200, seed=1)
+    expert = torch.randint(0, 5, (700, 1), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    cache, table = random(64, 64, 160), torch.arange(64, dtype=torch.int32).view(4, 16)
+    contexts = torch.tensor([1000, 3, 1024, 700], dtype=torch.int32)
+    q_latent, q_rope = random(4, 1, 40, 128), random(4, 1, 40, 32)
+    angle = random(700, 800)
+
+    def work() -> list[torch.Tensor]:
+        permuted = ops.permute(wide, expert, 5, impl="native")
+        return [
+            ops.grouped_linear(rows, weight, ends, impl="native"),
+            native_ops.linear(rows, weight[0]),
+            ops.rms_norm(wide, norm, 1e-6, impl="native"),
+            ops.swiglu(wide, impl="native"),
+            ops.rope(wide[:, :1600], angle.cos(), angle.sin(), impl="native"),
+            ops.mla_decode(q_latent, q_rope, cache, table, contexts, scale=0.1, impl="native"),
+            permuted.rows_RD,
+            ops.unpermute(permuted.rows_RD, permuted.maps, expert.float(), impl="native"),
+        ]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = work()
+        torch.set_num_threads(2)
+        shared = work()
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(alone, shared, strict=True):
+        assert torch.equal(one, two)

@@ -23,8 +23,11 @@ typedef int32_t ihalf __attribute__((vector_size(4 * HALF), aligned(4), may_alia
 #define STORE(TYPE, p, v) (*(TYPE *)(p) = (v))
 #define INLINE static inline __attribute__((always_inline))
 
-/* Fewer elements than this are not worth waking a second thread for. */
-#define PARALLEL_ELEMENTS 65536
+/* Work below which one thread does it: a quarter of a millisecond of arithmetic, or of memory traffic. Waking threads
+   costs microseconds on an idle machine, but milliseconds where another process holds the second core (a server's
+   clients, say), and a step of a small model passes here a hundred times. */
+#define PARALLEL_PRODUCTS (16 << 20)
+#define PARALLEL_ELEMENTS (1 << 20)
 
 INLINE half splat(float x) { return x - (half){}; }
 INLINE half choose(ihalf where, half yes, half no) { return (half)((where & (ihalf)yes) | (~where & (ihalf)no)); }
@@ -118,7 +121,7 @@ static void product(const float *x, i64 x_row, i64 x_step, const float *w, i64 w
 void grouped_linear(const float *x, const float *w, i64 w_expert, i64 w_stride, const i32 *ends, float *out, i64 rows,
                     i64 experts, i64 inner, i64 outer) {
     i64 panels = (outer + WIDE_COLUMNS - 1) / WIDE_COLUMNS;
-#pragma omp parallel for collapse(2) schedule(dynamic) if (rows * outer * inner > 16 * PARALLEL_ELEMENTS)
+#pragma omp parallel for collapse(2) schedule(dynamic) if (rows * outer * inner > PARALLEL_PRODUCTS)
     for (i64 e = 0; e < experts; e++)
         for (i64 panel = 0; panel < panels; panel++) {
             i64 start = e ? ends[e - 1] : 0, c = panel * WIDE_COLUMNS;
@@ -132,7 +135,7 @@ void grouped_linear(const float *x, const float *w, i64 w_expert, i64 w_stride, 
 
 /* out = x w; x [rows, inner] with a row stride, w [inner, outer] with its columns side by side. */
 void linear(const float *x, i64 x_stride, const float *w, i64 w_stride, float *out, i64 rows, i64 inner, i64 outer) {
-#pragma omp parallel for schedule(dynamic) if (rows * outer * inner > 16 * PARALLEL_ELEMENTS)
+#pragma omp parallel for schedule(dynamic) if (rows * outer * inner > PARALLEL_PRODUCTS)
     for (i64 c = 0; c < outer; c += WIDE_COLUMNS)
         product(x, x_stride, 1, w + c, w_stride, inner, out + c, outer, 0, rows,
                 outer - c < WIDE_COLUMNS ? outer - c : WIDE_COLUMNS);
@@ -142,7 +145,7 @@ void linear(const float *x, i64 x_stride, const float *w, i64 w_stride, float *o
    out with strides for batch and row. */
 void bmm(const float *x, i64 x_batch, i64 x_row, i64 x_step, const float *w, i64 w_batch, i64 w_stride, float *out,
          i64 out_batch, i64 out_row, i64 batch, i64 rows, i64 inner, i64 outer) {
-#pragma omp parallel for if (batch * rows * outer * inner > 16 * PARALLEL_ELEMENTS)
+#pragma omp parallel for if (batch * rows * outer * inner > PARALLEL_PRODUCTS)
     for (i64 b = 0; b < batch; b++)
         product(x + b * x_batch, x_row, x_step, w + b * w_batch, w_stride, inner, out + b * out_batch, out_row, 0, rows,
                 outer);
@@ -211,7 +214,7 @@ int mla_decode(const float *q_latent, i64 latent_query, i64 latent_head, const f
         all += contexts[s];
     }
     int failed = 0;
-#pragma omp parallel reduction(| : failed) if (all * rows * width > 4 * PARALLEL_ELEMENTS)
+#pragma omp parallel reduction(| : failed) if (all * rows * width > PARALLEL_PRODUCTS)
     {
         float *scratch = malloc(sizeof(float) * (longest + width) * lanes);
         failed = scratch == 0;
@@ -263,7 +266,7 @@ void add_rms_norm(const float *x, i64 x_stride, const float *residual, i64 resid
 
 /* silu(gate) * up; gate_up [rows, 2 width]. */
 void swiglu(const float *gate_up, i64 stride, float *out, i64 rows, i64 width) {
-#pragma omp parallel for if (rows * width > PARALLEL_ELEMENTS / 4)
+#pragma omp parallel for if (rows * width > PARALLEL_ELEMENTS)
     for (i64 r = 0; r < rows; r++) {
         const float *gate = gate_up + r * stride, *up = gate + width;
         i64 i = 0;
@@ -278,7 +281,7 @@ void swiglu(const float *gate_up, i64 stride, float *out, i64 rows, i64 width) {
 /* Rotate pairs (x_j, x_{j + half}); x [tokens, heads, 2 half] with strides, out contiguous. */
 void rope(const float *x, i64 token_stride, i64 head_stride, const float *cosine, const float *sine, float *out,
           i64 tokens, i64 heads, i64 half) {
-#pragma omp parallel for if (tokens * heads * half > PARALLEL_ELEMENTS / 2)
+#pragma omp parallel for if (tokens * heads * half > PARALLEL_ELEMENTS)
     for (i64 t = 0; t < tokens; t++)
         for (i64 h = 0; h < heads; h++) {
             const float *in = x + t * token_stride + h * head_stride, *c = cosine + t * half, *s = sine + t * half;

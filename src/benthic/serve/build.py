@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,9 +52,11 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
         CheckpointError: the folder cannot be read.
         ConfigError: the options contradict the model or the machine.
     """
+    device = torch.device(options.device)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    device = torch.device(options.device)
+    elif device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     dtype = DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else None)
     model = load_pretrained(path, device=device, dtype=dtype, mtp=False)
     eos = eos_token_ids(path, model.config)

@@ -29,7 +29,8 @@ class EngineOptions:
         enable_prefix_caching: reuse blocks of equal prompt beginnings.
         seed: from which requests without a seed get theirs, in order of arrival.
         max_logprobs: the most log-probabilities a request may ask for at one position.
-        num_threads: CPU threads of torch; None leaves torch's choice.
+        num_threads: CPU threads of torch; None takes all cores but one, which HTTP and clients need, when the
+            engine runs on a CPU, and torch's choice on a GPU.
         enforce_eager: run every step as it is written, without tapes (CPU) or graphs.
         record: file that gets every call to the scheduler as a JSON line, for `benthic.sched.replay`.
     """
