@@ -65,6 +65,17 @@ def test_tokens_come_back_in_order_and_concurrent_requests_do_not_mix() -> None:
     run(scenario())
 
 
+def test_a_request_sent_before_the_engine_has_started_is_served() -> None:
+    async def scenario() -> None:
+        client = EngineClient(fake_engine.fake)
+        try:
+            assert await tokens_of(client, request("early", (20,), 3)) == [21, 22, 23]
+        finally:
+            await client.close()
+
+    run(scenario())
+
+
 def test_several_requests_share_one_stream_and_one_can_end_early() -> None:
     async def scenario() -> None:
         async with engine(functools.partial(fake_engine.fake, 0.005)) as client:

@@ -111,7 +111,9 @@ class EngineClient:
         self._context = zmq.asyncio.Context()
         self._to_engine: zmq.Socket[bytes] = as_pipe(zmq.Context.shadow(self._context).socket(zmq.PUSH))
         self._from_engine = as_pipe(self._context.socket(zmq.PULL))
-        self._to_engine.bind(self._pipes.requests)
+        # Connected, not bound: a bound PUSH socket refuses messages until its peer is there, a connected one
+        # queues them, so that a request sent while the engine still starts is not lost.
+        self._to_engine.connect(self._pipes.requests)
         self._from_engine.bind(self._pipes.replies)
         self._decode = msgspec.msgpack.Decoder(list[Reply]).decode
         self._encode = msgspec.msgpack.Encoder().encode
@@ -298,6 +300,5 @@ class EngineClient:
         self._streams.clear()
 
     def _send(self, message: Request) -> None:
-        """Hand a message to the pipe; never blocks. A pipe nobody reads is noticed by `_watch`."""
-        with contextlib.suppress(zmq.Again):
-            self._to_engine.send(self._encode(message), zmq.NOBLOCK)
+        """Hand a message to the pipe, whose queue has no limit. A pipe nobody reads is noticed by `_watch`."""
+        self._to_engine.send(self._encode(message), zmq.NOBLOCK)

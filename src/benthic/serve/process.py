@@ -128,7 +128,7 @@ def engine_main(factory: EngineFactory, pipes: Pipes, log_level: int) -> None:
     logging.basicConfig(level=log_level, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
     context = zmq.Context()
     inbox, outbox = as_pipe(context.socket(zmq.PULL)), as_pipe(context.socket(zmq.PUSH))
-    inbox.connect(pipes.requests)
+    inbox.bind(pipes.requests)
     outbox.connect(pipes.replies)
     loop = EngineLoop(inbox, outbox)
     try:
