@@ -54,12 +54,23 @@ def main() -> None:
     """Run the demo; a command that fails ends it with that command's exit code."""
     arguments = parse()
     run = arguments.run
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # unwinds, so that no child outlives it
     start = time.perf_counter()
     tokens, tokenizer, trained = run / "tokens", run / "tokenizer", run / "train"
     step("1. Train a tokenizer on the Python standard library's sources")
     benthic("data", "tokenizer", "--python-stdlib", "--out", str(tokenizer), "--vocab-size", "2048")
     step("2. Write the corpus as token shards")
-    benthic("data", "build", "--python-stdlib", "--tokenizer", str(tokenizer), "--out", str(tokens))
+    benthic(
+        "data",
+        "build",
+        "--python-stdlib",
+        "--tokenizer",
+        str(tokenizer),
+        "--out",
+        str(tokens),
+        "--held-out",
+        "0.05",
+    )
     step("3. Train the tiny model, evaluate it, export it to Hugging Face format")
     overrides = [word for setting in arguments.set for word in ("--set", setting)]
     benthic("train", "tiny_cpu", "--data", str(tokens), "--run", str(trained), *overrides)
