@@ -35,11 +35,10 @@ class Row:
 
     def backward(self, phase: int, *, split: bool = False) -> None:
         """Write the next B of `phase`, or an I whose W is put off."""
-        kind = "I" if split else "B"
-        action = Action(kind, self._stages[phase], next(self._backward[phase]))
-        self.slots.append(Slot(action))
+        stage, microbatch = self._stages[phase], next(self._backward[phase])
+        self.slots.append(Slot(Action("I" if split else "B", stage, microbatch)))
         if split:
-            self._put_off.append(Action("W", action.stage, action.microbatch))
+            self._put_off.append(Action("W", stage, microbatch))
 
     def weight(self) -> None:
         """Write the oldest W that was put off."""
