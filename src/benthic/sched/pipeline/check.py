@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from benthic.errors import ScheduleError
 from benthic.sched.pipeline.dependencies import needs
-from benthic.sched.pipeline.lower import Compute, Program, Recv, Send, lower
-from benthic.sched.pipeline.order import run_in_order
+from benthic.sched.pipeline.lower import Compute, Program, Recv, Send, lower_rounds
+from benthic.sched.pipeline.order import rounds
 from benthic.sched.pipeline.table import KINDS, Action
 
 if TYPE_CHECKING:
@@ -28,9 +28,8 @@ def check(table: Table) -> None:
     """
     problems = [*_misplaced(table), *_malformed_slots(table), *_miscounted(table)]
     if not problems:
-        problems = list(_stuck(table))
-    if not problems:
-        problems = list(channel_problems(lower(table)))
+        ran = list(rounds(table))
+        problems = [*_stuck(table, ran)] or [*channel_problems(lower_rounds(table, ran))]
     if problems:
         shown = "".join(f"\n  - {line}" for line in problems[:10])
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -73,12 +72,12 @@ def _miscounted(table: Table) -> Iterator[str]:
                 yield f"stage {stage}, microbatch {microbatch}: {found}; not one B or one I and one W"
 
 
-def _stuck(table: Table) -> Iterator[str]:
+def _stuck(table: Table, ran: list[list[tuple[int, Slot]]]) -> Iterator[str]:
     """Ranks that never end: the slot they wait at and what it waits for."""
+    done = {action for together in ran for _, slot in together for action in slot.actions}
     present = {action for _, action in table.actions()}
-    done: set[Action] = set()
-    for _, slot in run_in_order(table):
-        done.update(slot.actions)
+    if len(done) == len(present):
+        return
     for rank, slots in enumerate(table.slots):
         waiting = next((slot for slot in slots if slot.first not in done), None)
         if waiting is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benthic.sched.pipeline.table import Action, Table, check_sizes, linear
+from benthic.sched.pipeline.sizes import check_sizes
+from benthic.sched.pipeline.table import Action, Table, linear
 
 
 def gpipe(ranks: int, microbatches: int) -> Table:

@@ -15,6 +15,8 @@ from benthic.sched.pipeline.dependencies import feeds
 from benthic.sched.pipeline.order import rounds
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from benthic.sched.pipeline.table import Action, Slot, Table
 
 
@@ -55,8 +57,13 @@ Program = tuple[Compute | Send | Recv, ...]
 
 def lower(table: Table) -> tuple[Program, ...]:
     """One program per rank. A table that deadlocks gives programs that end where it gets stuck."""
+    return lower_rounds(table, rounds(table))
+
+
+def lower_rounds(table: Table, ran: Iterable[list[tuple[int, Slot]]]) -> tuple[Program, ...]:
+    """One program per rank, from what `rounds(table)` gave."""
     programs: list[list[Compute | Send | Recv]] = [[] for _ in range(table.ranks)]
-    for together in rounds(table):
+    for together in ran:
         for rank, slot in together:
             programs[rank].append(Compute(slot))
         for rank, slot in together:

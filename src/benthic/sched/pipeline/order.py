@@ -26,16 +26,20 @@ def rounds(table: Table) -> Iterator[list[tuple[int, Slot]]]:
     """
     present = {action for _, action in table.actions()}
     done: set[Action] = set()
-    at = [0] * table.ranks
-    while ready := [r for r in range(table.ranks) if _ready(table, r, at[r], present, done)]:
-        yield [(rank, table.slots[rank][at[rank]]) for rank in ready]
+    rows = [iter(slots) for slots in table.slots]
+    waiting: dict[int, tuple[Slot, list[Action]]] = {}
+
+    def advance(rank: int) -> None:
+        slot = next(rows[rank], None)
+        if slot is None:
+            waiting.pop(rank, None)
+        else:
+            waiting[rank] = (slot, [n for a in slot.actions for n in needs(a, table.stages, present)])
+
+    for rank in range(table.ranks):
+        advance(rank)
+    while ready := [rank for rank, (_, wanted) in sorted(waiting.items()) if done.issuperset(wanted)]:
+        yield [(rank, waiting[rank][0]) for rank in ready]
         for rank in ready:
-            done.update(table.slots[rank][at[rank]].actions)
-            at[rank] += 1
-
-
-def _ready(table: Table, rank: int, at: int, present: set[Action], done: set[Action]) -> bool:
-    if at >= len(table.slots[rank]):
-        return False
-    actions = table.slots[rank][at].actions
-    return all(need in done for action in actions for need in needs(action, table.stages, present))
+            done.update(waiting[rank][0].actions)
+            advance(rank)

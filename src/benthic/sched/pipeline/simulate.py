@@ -96,6 +96,11 @@ class Timeline:
         """How long `rank` idles between time 0 and the end of the last rank."""
         return self.makespan - self.busy(rank)
 
+    def stall(self, rank: int) -> float:
+        """How long `rank` idles between its own first and last slot; 0 everywhere is "zero bubble"."""
+        timed = self.slots[rank]
+        return timed[-1].end - timed[0].start - self.busy(rank) if timed else 0.0
+
     @property
     def bubble_fraction(self) -> float:
         """Idle share of all ranks' time, in [0, 1); for equal stages under 1F1B (p - 1)/(m + p - 1)."""
@@ -147,6 +152,11 @@ def peak_activations(table: Table) -> tuple[int, ...]:
     takes its own before the backward gives one back.
     """
     return tuple(_peak(slots) for slots in table.slots)
+
+
+def stages_held(table: Table) -> tuple[int, ...]:
+    """How many stages each rank holds the parameters of."""
+    return tuple(len({a.stage for slot in slots for a in slot.actions}) for slots in table.slots)
 
 
 def _peak(slots: tuple[Slot, ...]) -> int:

@@ -99,11 +99,31 @@ class Table:
 def linear(name: str, slots: list[list[Action]], *, stages: int, microbatches: int) -> Table:
     """A table without overlap: stage s lives on rank `s % ranks`, every microbatch goes one way."""
     ranks = len(slots)
+    way = tuple(stage % ranks for stage in range(stages))
+    return one_way(name, [list(map(Slot, actions)) for actions in slots], way, microbatches)
+
+
+def one_way(name: str, slots: list[list[Slot]], way: tuple[int, ...], microbatches: int) -> Table:
+    """A table in which every microbatch meets stage s on rank `way[s]`."""
+    return Table(name=name, slots=tuple(map(tuple, slots)), routes=(way,), route_of=(0,) * microbatches)
+
+
+def v_shaped(ranks: int) -> tuple[int, ...]:
+    """The way up the ranks and back: stages r and 2 ranks - 1 - r on rank r."""
+    return (*range(ranks), *reversed(range(ranks)))
+
+
+def two_ways(name: str, slots: list[list[Slot]], microbatches: int) -> Table:
+    """A table with one stage a rank and way, half of the microbatches on each.
+
+    The first half enters at rank 0 and goes up, the second enters at the last rank and goes down.
+    """
+    up, half = tuple(range(len(slots))), microbatches // 2
     return Table(
         name=name,
-        slots=tuple(tuple(map(Slot, actions)) for actions in slots),
-        routes=(tuple(stage % ranks for stage in range(stages)),),
-        route_of=(0,) * microbatches,
+        slots=tuple(map(tuple, slots)),
+        routes=(up, up[::-1]),
+        route_of=(0,) * half + (1,) * (microbatches - half),
     )
 
 
@@ -131,15 +151,3 @@ def parse_slot(text: str) -> Slot:
 
 def _kind(letter: str) -> Kind:
     return next(kind for kind in KINDS if kind == letter)
-
-
-def check_sizes(name: str, ranks: int, microbatches: int) -> None:
-    """Refuse a schedule without ranks or microbatches.
-
-    Raises:
-        ConfigError: names the number.
-    """
-    for field, value in (("ranks", ranks), ("microbatches", microbatches)):
-        if value < 1:
-            message = f"{field} = {value}, but schedule {name!r} needs at least 1"
-            raise ConfigError(message)
