@@ -4,6 +4,7 @@
     ├── ConfigError (ValueError)        a setting is unknown, malformed or contradicts another
     │   └── UnknownFieldError           a name that does not exist, with the nearest one that does
     ├── ScheduleError (ValueError)      a pipeline table is incomplete, misplaced or deadlocks
+    ├── PipelineError                   a slot of a pipeline table failed; rank, slot and table are named
     ├── ShapeError (ValueError)         a tensor's dimensions disagree with each other or with the config
     ├── BackendError                    no implementation of an op runs on this device and dtype
     ├── CheckpointError                 a checkpoint cannot be read or written
@@ -52,6 +53,10 @@ class UnknownFieldError(ConfigError):
 
 class ScheduleError(BenthicError, ValueError):
     """A pipeline table is incomplete, puts actions on the wrong rank or deadlocks; the actions are named."""
+
+
+class PipelineError(BenthicError):
+    """A slot of a pipeline table failed while it was executed; rank, slot and table are named."""
 
 
 class ShapeError(BenthicError, ValueError):

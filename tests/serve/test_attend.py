@@ -20,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     )
 
 
-UP = LatentUp(random(HEADS * (NOPE + VALUE), LATENT), HEADS, NOPE, plain_linear)
+UP = LatentUp(random(HEADS * (NOPE + VALUE), LATENT), NOPE, VALUE, plain_linear)
 
 
 class Text:

@@ -56,7 +56,7 @@ def test_bfloat16_weights_follow_float32_with_float32_masters_and_gradients(
     exact = losses(on_gpu("precision.weights=float32", "precision.matmul=float32"), 20)
     assert losses(narrow, 20) == pytest.approx(exact, rel=2e-2)
     assert {p.dtype for p in narrow.model.parameters()} == {torch.bfloat16}
-    assert {g.dtype for g in narrow.gradients.named().values()} == {torch.float32}
+    assert {g.dtype for g in narrow.gradients().values()} == {torch.float32}
     assert {t.dtype for n, t in narrow.optimizer.state().items() if n.startswith("master")} == {torch.float32}
     assert narrow.model.state_dict()["layers.1.moe.gate.bias"].dtype == torch.float32
 

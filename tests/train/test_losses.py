@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from benthic.model.network import DeepSeek
 from benthic.spec import presets
 from benthic.train.balance import sequence_balance_loss
 from benthic.train.data.microbatch import Microbatch, assemble
-from benthic.train.losses import terms, weights_of
+from benthic.parallel.pipeline import Flow
+from benthic.train.losses import Objective, Tally, Weights, targets_of, weights_of
+from benthic.train.stage import ModelStage, Task
 
 
 def model_of(depths: int) -> DeepSeek:
@@ -29,6 +32,19 @@ def sockets_of(model: DeepSeek, batch: Microbatch):
         n_routed_experts=model.config.n_routed_experts,
         linear=plain_linear,
     )
+
+
+def loss_of(model: DeepSeek, batch: Microbatch, weights: Weights) -> tuple[torch.Tensor, Tally]:
+    """The phases of the whole network in order, not cut."""
+    tally, flow = Tally(), Flow(None)
+    task = Task(batch, batch.positions_T, sockets_of(model, batch), Objective(weights, tally, batch.rows))
+    for phase in ModelStage(model, True, defaultdict(tuple), [task]).phases(0):  # noqa: FBT003
+        flow = phase.run(flow)
+    return flow.loss, tally
+
+
+def weights_for(batch: list[Microbatch], **options) -> Weights:
+    return weights_of(targets_of(batch), rows=sum(m.rows for m in batch), **options)
 
 
 def one_document(tokens: int, depths: int) -> Microbatch:
@@ -60,13 +76,13 @@ def test_main_and_mtp_losses_are_those_of_the_report(depths: int) -> None:
         ahead += -sum(log_p[i - 2 - k, t[i]] for i in range(2 + k, size + 2)) / size
     literal = main + (weight / depths * ahead if depths else 0.0)
 
-    weights = weights_of([batch], mtp_weight=weight, normaliser="tokens", balance_alpha=0.0)
-    assert torch.allclose(terms(model, batch, sockets).total(weights), literal, rtol=1e-5)
+    weights = weights_for([batch], mtp_weight=weight, normaliser="tokens", balance_alpha=0.0)
+    assert torch.allclose(loss_of(model, batch, weights)[0], literal, rtol=1e-5)
 
 
 def test_depths_can_be_divided_by_their_own_targets() -> None:
     batch = one_document(13, 2)
-    weights = weights_of([batch, batch], mtp_weight=0.4, normaliser="targets", balance_alpha=0.5)
+    weights = weights_for([batch, batch], mtp_weight=0.4, normaliser="targets", balance_alpha=0.5)
     assert batch.num_targets == (13, 12, 11)
     assert weights.main == pytest.approx(1 / 26)
     assert weights.mtp == pytest.approx((0.2 / 24, 0.2 / 22))
@@ -76,7 +92,8 @@ def test_depths_can_be_divided_by_their_own_targets() -> None:
 def test_balance_loss_sums_over_every_mixture_layer_the_mtp_ones_included() -> None:
     model = model_of(1)
     batch = one_document(12, 1)
-    found = terms(model, batch, sockets_of(model, batch))
+    weights = weights_for([batch], mtp_weight=0.3, normaliser="tokens", balance_alpha=0.0)
+    _, found = loss_of(model, batch, weights)
     assert sorted(found.counts) == [1, 2, 3]
     assert all(int(count.sum()) == 12 * model.config.num_experts_per_tok for count in found.counts.values())
     sockets = sockets_of(model, batch)
@@ -84,7 +101,7 @@ def test_balance_loss_sums_over_every_mixture_layer_the_mtp_ones_included() -> N
     ahead = model.predict_ahead(0, model.mtp_input(hidden), batch.ahead_KT[0], batch.positions_T, sockets)
     routings = [routing for _, routing in (*hidden.routing, *ahead.routing)]
     expected = sum(sequence_balance_loss(r.scores_TE, top_k=2, rows=1) for r in routings)
-    assert torch.allclose(found.balance, expected, rtol=1e-6)
+    assert torch.allclose(torch.stack(found.balance).sum(), expected, rtol=1e-6)
 
 
 def test_loss_of_a_batch_does_not_depend_on_how_it_is_cut_into_microbatches() -> None:
@@ -96,8 +113,8 @@ def test_loss_of_a_batch_does_not_depend_on_how_it_is_cut_into_microbatches() ->
     parts = [assemble(tokens[i : i + 1], owner[i : i + 1], mtp_depth=1) for i in range(4)]
     totals = []
     for batch in (whole, parts):
-        weights = weights_of(batch, mtp_weight=0.3, normaliser="tokens", balance_alpha=0.01)
-        totals.append(sum(terms(model, m, sockets_of(model, m)).total(weights) for m in batch))
+        weights = weights_for(batch, mtp_weight=0.3, normaliser="tokens", balance_alpha=0.01)
+        totals.append(sum(loss_of(model, m, weights)[0] for m in batch))
     assert torch.allclose(totals[0], totals[1], rtol=1e-5)
 
 

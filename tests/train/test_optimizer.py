@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from benthic.errors import TensorMismatchError
+from benthic.parallel.buckets import Bucket, global_norm
+from benthic.parallel.mesh import Group
 from benthic.train.config import OptimizerConfig
 from benthic.train.optimizer import AdamW
-from benthic.train.precision import Gradients
 
 
 class Toy(nn.Module):
@@ -23,14 +24,29 @@ class Toy(nn.Module):
         return ((x * self.norm) @ self.matrix.T).square().mean()
 
 
+ALONE = Group((0,), 0, None)
+
+
+def bucket_of(model: Toy) -> Bucket:
+    return Bucket(dict(model.named_parameters()), ALONE, ALONE, zero_stage=1)
+
+
+def fill(bucket: Bucket, value: float) -> None:
+    for piece in bucket.pieces():
+        piece.gradient.fill_(value)
+
+
 def run(model: Toy, steps: int, config: OptimizerConfig) -> AdamW:
-    optimizer, gradients = AdamW(model, config), Gradients(model)
+    bucket = bucket_of(model)
+    optimizer = AdamW(bucket.pieces(), config)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        gradients.zero()
+        bucket.zero()
         x = torch.randn(3, 5, generator=generator).to(model.matrix.dtype)
         model(x).backward()
-        optimizer.step(gradients.named(), lr=1e-2)
+        bucket.settle()
+        optimizer.step(lr=1e-2)
+        bucket.publish()
     return optimizer
 
 
@@ -63,51 +79,59 @@ def test_bfloat16_moments_take_half_the_bytes_and_stay_close() -> None:
 def test_bfloat16_weights_follow_float32_masters() -> None:
     model = Toy().to(torch.bfloat16)
     before = model.matrix.detach().clone()
-    optimizer, gradients = AdamW(model, OptimizerConfig(weight_decay=0.0)), Gradients(model)
-    tiny = {name: torch.full_like(p, 1.0, dtype=torch.float32) for name, p in model.named_parameters()}
+    bucket = bucket_of(model)
+    optimizer = AdamW(bucket.pieces(), OptimizerConfig(weight_decay=0.0))
+    fill(bucket, 1.0)
     for _ in range(3):
-        optimizer.step(tiny, lr=1e-5)
-    master = optimizer.state()["master.matrix"]
+        optimizer.step(lr=1e-5)
+        bucket.publish()
+    master = optimizer.state()["master.matrix"].view(7, 5)
     assert torch.allclose(master, before.float() - 3e-5, atol=1e-6)
     assert torch.equal(model.matrix, master.to(torch.bfloat16))
-    assert gradients.named().keys() == {"matrix", "norm"}
+    assert {piece.name for piece in bucket.pieces()} == {"matrix", "norm"}
 
 
 def test_gradients_of_bfloat16_weights_add_up_in_float32() -> None:
     model = Toy().to(torch.bfloat16)
-    gradients = Gradients(model)
+    bucket = bucket_of(model)
     torch.manual_seed(4)
     inputs = [torch.randn(3, 5, dtype=torch.bfloat16) for _ in range(9)]
     expected = torch.zeros(7, 5)
     for x in inputs:
-        alone = copy.deepcopy(model)
+        alone = Toy().to(torch.bfloat16)
         alone(x).backward()
         expected += alone.matrix.grad.float()
         model(x).backward()
     assert model.matrix.grad is None
-    assert gradients.named()["matrix"].dtype == torch.float32
-    assert torch.allclose(gradients.named()["matrix"], expected, rtol=1e-6)
-    gradients.zero()
-    assert float(gradients.norm()) == 0.0
+    bucket.settle()
+    gradient = next(piece.gradient for piece in bucket.pieces() if piece.name == "matrix")
+    assert gradient.dtype == torch.float32
+    assert torch.allclose(gradient.view(7, 5), expected, rtol=1e-6)
+    bucket.zero()
+    assert float(global_norm([bucket], ALONE)) == 0.0
 
 
 def test_state_goes_back_into_another_optimizer_and_continues_alike() -> None:
     config = OptimizerConfig(moment_dtype="bfloat16")
     model = Toy().to(torch.bfloat16)
     optimizer = run(model, 5, config)
-    twin = copy.deepcopy(model)
-    other = AdamW(twin, config)
-    other.load({name: tensor.clone() for name, tensor in optimizer.state().items()}, optimizer.steps)
-    gradient = {name: torch.ones_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
-    optimizer.step(gradient, lr=1e-2)
-    other.step(gradient, lr=1e-2)
+    twin = Toy().to(torch.bfloat16)
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    one, two = bucket_of(model), bucket_of(twin)
+    first, second = AdamW(one.pieces(), config), AdamW(two.pieces(), config)
+    for other in (first, second):
+        other.load({name: tensor.clone() for name, tensor in optimizer.state().items()}, optimizer.steps)
+    for bucket, each in ((one, first), (two, second)):
+        fill(bucket, 1.0)
+        each.step(lr=1e-2)
+        bucket.publish()
     assert torch.equal(model.matrix, twin.matrix)
 
 
 def test_state_of_another_precision_is_refused_with_names() -> None:
-    state = AdamW(Toy(), OptimizerConfig()).state()
+    state = AdamW(bucket_of(Toy()).pieces(), OptimizerConfig()).state()
     with pytest.raises(TensorMismatchError, match=r"first.matrix.*Keep optimizer.moment_dtype"):
-        AdamW(Toy(), OptimizerConfig(moment_dtype="bfloat16")).load(state, 1)
+        AdamW(bucket_of(Toy()).pieces(), OptimizerConfig(moment_dtype="bfloat16")).load(state, 1)
     del state["second.norm"]
     with pytest.raises(TensorMismatchError, match=r"second\.norm"):
-        AdamW(Toy(), OptimizerConfig()).load(state, 1)
+        AdamW(bucket_of(Toy()).pieces(), OptimizerConfig()).load(state, 1)

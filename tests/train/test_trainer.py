@@ -64,8 +64,8 @@ def test_microbatches_add_up_to_the_whole_batch(trainer: Make, nano: RunConfig) 
     assert four.balance == pytest.approx(one.balance, rel=1e-5)
     assert four.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
     assert {k: v.tolist() for k, v in one.counts.items()} == {k: v.tolist() for k, v in four.counts.items()}
-    for name, gradient in whole.gradients.named().items():
-        assert torch.allclose(gradient, parts.gradients.named()[name], atol=1e-6), name
+    for name, gradient in whole.gradients().items():
+        assert torch.allclose(gradient, parts.gradients()[name], atol=1e-6), name
 
 
 def test_bias_moves_once_a_step_by_all_its_microbatches(trainer: Make, nano: RunConfig) -> None:

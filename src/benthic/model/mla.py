@@ -32,26 +32,27 @@ class LatentUp:
     """W^UK and W^UV of one layer, either applied to the latent or moved to the other side of the attention.
 
     `weight` is `kv_b.weight` [heads * (n + v), C]: per head the n rows of W^UK, then the v rows of W^UV.
+    How many heads there are follows from its shape, so that a rank may hold some of them.
     """
 
     weight: Tensor
-    heads: int
     nope_dim: int
+    v_dim: int
     linear: LinearSocket
 
     def expand(self, latent_TC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every head, eq. (2) and (5): `(k_nope_THn, v_THv)`, views of one product."""
-        kv_THnv = self.linear(latent_TC, self.weight).unflatten(-1, (self.heads, -1))
+        kv_THnv = self.linear(latent_TC, self.weight).unflatten(-1, (-1, self.nope_dim + self.v_dim))
         return kv_THnv[..., : self.nope_dim], kv_THnv[..., self.nope_dim :]
 
     def absorb_query(self, q_nope_THn: Tensor) -> Tensor:
         """`q . (W^UK c) = (W^UK^T q) . c`: queries moved into the latent space, `q_THC`."""
-        w_uk_HnC = self.weight.unflatten(0, (self.heads, -1))[:, : self.nope_dim]
+        w_uk_HnC = self.weight.unflatten(0, (-1, self.nope_dim + self.v_dim))[:, : self.nope_dim]
         return (q_nope_THn.transpose(0, 1) @ w_uk_HnC).transpose(0, 1)
 
     def absorb_value(self, out_THC: Tensor) -> Tensor:
         """`sum p (W^UV c) = W^UV (sum p c)`: outputs moved from the latent space, `out_THv`."""
-        w_uv_HvC = self.weight.unflatten(0, (self.heads, -1))[:, self.nope_dim :]
+        w_uv_HvC = self.weight.unflatten(0, (-1, self.nope_dim + self.v_dim))[:, self.nope_dim :]
         return (out_THC.transpose(0, 1) @ w_uv_HvC.transpose(1, 2)).transpose(0, 1)
 
 
@@ -62,14 +63,14 @@ class Attention(nn.Module, ABC):
         super().__init__()
         self.layer = layer
         self.scale = softmax_scale(config)
-        self.heads = config.num_attention_heads
         self.query_split = (config.qk_nope_head_dim, config.qk_rope_head_dim)
         self.latent_split = (config.kv_lora_rank, config.qk_rope_head_dim)
-        up_rows = self.heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.v_dim = config.v_head_dim
+        heads = config.num_attention_heads
         self.kv_a = Linear(config.latent_dim, config.hidden_size)
         self.kv_a_norm = Norm(config.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_b = Linear(up_rows, config.kv_lora_rank)
-        self.o = Linear(config.hidden_size, self.heads * config.v_head_dim)
+        self.kv_b = Linear(heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
+        self.o = Linear(config.hidden_size, heads * config.v_head_dim)
 
     @abstractmethod
     def query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
@@ -78,7 +79,7 @@ class Attention(nn.Module, ABC):
     def forward(self, x_TD: Tensor, angles: Angles, sockets: Sockets) -> Tensor:
         """Attend from every row of the normed `x_TD`: `[tokens, hidden_size]`, residual not yet added."""
         linear = sockets.linear
-        q_THnr = self.query(x_TD, linear).unflatten(-1, (self.heads, -1))
+        q_THnr = self.query(x_TD, linear).unflatten(-1, (-1, sum(self.query_split)))
         q_nope_THn, q_rope_THr = q_THnr.split(self.query_split, -1)
         latent_TC, k_rope_Tr = self.kv_a(x_TD, linear).split(self.latent_split, -1)
         out_THv = sockets.attend(
@@ -86,7 +87,7 @@ class Attention(nn.Module, ABC):
             ops.rope(q_rope_THr, angles.cos_Tr2, angles.sin_Tr2),
             self.kv_a_norm(latent_TC),
             ops.rope(k_rope_Tr, angles.cos_Tr2, angles.sin_Tr2),
-            LatentUp(self.kv_b.weight, self.heads, self.query_split[0], linear),
+            LatentUp(self.kv_b.weight, self.query_split[0], self.v_dim, linear),
             layer=self.layer,
             scale=self.scale,
         )
@@ -98,7 +99,7 @@ class DirectAttention(Attention):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.q = Linear(self.heads * config.qk_head_dim, config.hidden_size)
+        self.q = Linear(config.num_attention_heads * config.qk_head_dim, config.hidden_size)
 
     def query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
         """`W^Q h`."""
@@ -112,7 +113,7 @@ class LowRankAttention(Attention):
         super().__init__(config, layer)
         self.q_a = Linear(rank, config.hidden_size)
         self.q_a_norm = Norm(rank, LATENT_NORM_EPS)
-        self.q_b = Linear(self.heads * config.qk_head_dim, rank)
+        self.q_b = Linear(config.num_attention_heads * config.qk_head_dim, rank)
 
     def query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
         """`W^UQ norm(W^DQ h)`."""

@@ -36,10 +36,14 @@ class Mtp(nn.Module):
         self.block = block_for(config, config.num_hidden_layers + depth)
         self.norm = Norm(size, eps)
 
+    def project(self, embedded_TD: Tensor, previous_TD: Tensor, sockets: Sockets) -> Tensor:
+        """What enters the block: eq. (21)."""
+        pair_TD2 = torch.cat((self.embed_norm(embedded_TD), self.hidden_norm(previous_TD)), dim=-1)
+        return self.proj(pair_TD2, sockets.linear)
+
     def forward(
         self, embedded_TD: Tensor, previous_TD: Tensor, angles: Angles, sockets: Sockets
     ) -> tuple[Tensor, Routing | None]:
         """The block's output before `norm`, and its routing."""
-        pair_TD2 = torch.cat((self.embed_norm(embedded_TD), self.hidden_norm(previous_TD)), dim=-1)
-        x_TD, routing = self.block(self.proj(pair_TD2, sockets.linear), angles, sockets)
+        x_TD, routing = self.block(self.project(embedded_TD, previous_TD, sockets), angles, sockets)
         return x_TD, routing

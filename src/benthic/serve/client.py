@@ -300,5 +300,5 @@ class EngineClient:
         self._streams.clear()
 
     def _send(self, message: Request) -> None:
-        """Hand a message to the pipe, whose queue has no limit. A pipe nobody reads is noticed by `_watch`."""
+        """Hand a message to the pipe, whose queue has no limit; `_watch` notices when nobody reads it."""
         self._to_engine.send(self._encode(message), zmq.NOBLOCK)

@@ -10,15 +10,22 @@ from torch.nn import functional as F
 from benthic.errors import ShapeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
+    Mean = Callable[[Tensor], Tensor]
+    """Averages a tensor, without gradient, over the ranks that share the tokens of the same sequences."""
 
-def sequence_balance_loss(scores_TE: Tensor, *, top_k: int, rows: int) -> Tensor:
+
+def sequence_balance_loss(scores_TE: Tensor, *, top_k: int, rows: int, mean: Mean | None = None) -> Tensor:
     """Sum over sequences of `sum_i f_i P_i`, DeepSeek-V3 report eq. (17)-(20) without its factor α.
 
     f_i counts how often expert i is among the `top_k` highest scores (without bias and without groups), times
     experts / (top_k * tokens); P_i is the mean share of expert i in a token's scores. The gradient flows
     through P alone. Each sequence contributes 1 when perfectly balanced.
+    Where several ranks share the tokens of a sequence in equal parts, `mean` averages f over them, and the
+    results of these ranks add up to the loss times their number, as P is linear in the tokens.
     Shapes: scores_TE float32 [rows * tokens, experts], the sequences one after another, all of one length.
     Raises: ShapeError when the tokens do not divide into `rows`.
     """
@@ -29,6 +36,8 @@ def sequence_balance_loss(scores_TE: Tensor, *, top_k: int, rows: int) -> Tensor
     scores_STE = scores_TE.view(rows, -1, experts)
     chosen_SK = scores_STE.detach().topk(top_k, dim=-1).indices.flatten(1)
     f_SE = _counts_by_row(chosen_SK, experts) * (experts / chosen_SK.shape[1])
+    if mean is not None:
+        f_SE = mean(f_SE)
     share_STE = scores_STE / scores_STE.sum(-1, keepdim=True)
     return (f_SE * share_STE.mean(1)).sum()
 

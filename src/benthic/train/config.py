@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from benthic.spec.layout import Layout
 from benthic.spec.model import ModelConfig  # noqa: TC001 (fields.field_types resolves it)
 from benthic.train.curve import Curve
 
@@ -159,6 +160,7 @@ class RunConfig:
     """One training run, from tokens to checkpoint.
 
     device: "auto" takes a CUDA GPU where there is one.
+    layout: how the ranks divide the work; one rank by default.
     recompute: phases of each block whose activations are computed again in the backward pass.
     """
 
@@ -171,5 +173,6 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    layout: Layout = field(default_factory=Layout)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     recompute: tuple[Phase, ...] = ()

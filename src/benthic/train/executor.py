@@ -1,17 +1,22 @@
-"""How one optimizer step's microbatches are computed. This one runs them in turn on one device.
+"""How one optimizer step's microbatches are computed: the stages of this rank, driven by the pipeline table.
 
-A pipeline executor takes the same arguments and gives the same outcome; the trainer knows neither.
+One process is the table of one rank and one stage; the trainer sees no difference.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist  # noqa: TID251 (sums over ranks are what a multi-rank step is made of)
 
 from benthic.model.local import packed_sockets
-from benthic.train.losses import Terms, Weights, terms
+from benthic.parallel.lanes import Lanes
+from benthic.parallel.links import GroupLinks
+from benthic.parallel.pipeline import Executor as TableExecutor
+from benthic.train.losses import Objective, Tally, total
+from benthic.train.stage import ModelStage, Task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,12 +25,17 @@ if TYPE_CHECKING:
 
     from benthic.model.network import DeepSeek
     from benthic.model.sockets import Linear, Sockets
+    from benthic.parallel.mesh import Group, Mesh
+    from benthic.parallel.stages import Stages
+    from benthic.sched.pipeline.table import Table
+    from benthic.spec.model import ModelConfig
     from benthic.train.data.microbatch import Microbatch
+    from benthic.train.losses import Weights
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Sums over all microbatches of a step, as `losses.Terms`; gradients are in the model."""
+    """Sums over all microbatches of a step and all ranks, as `losses.Tally`; gradients are in the buckets."""
 
     main: Tensor
     mtp: tuple[Tensor, ...]
@@ -33,49 +43,93 @@ class Outcome:
     counts: dict[int, Tensor]
 
 
-class Executor(Protocol):
-    """Forward and backward of one step."""
+class Executor:
+    """Forward and backward of one step on this rank.
 
-    def run(self, batch: Sequence[Microbatch], weights: Weights) -> Outcome:
-        """Add the gradient of the weighted loss of every microbatch to the model."""
-        ...
+    Args:
+        config: the whole model.
+        table: the pipeline schedule.
+        stages: what this rank holds.
+        mesh: the ranks.
+        device: of this rank.
+        linear: the socket.
+    """
 
+    def __init__(
+        self,
+        config: ModelConfig,
+        table: Table,
+        stages: Stages,
+        mesh: Mesh,
+        device: torch.device,
+        linear: Linear,
+    ) -> None:
+        self.config, self.mesh, self.device, self.linear = config, mesh, device, linear
+        self.tally = Tally()
+        self._stages = {s: ModelStage(m, s == 0, stages.buckets) for s, m in stages.models.items()}
+        links = None if mesh.pipeline.handle is None else GroupLinks(mesh.pipeline.handle, device)
+        lanes = Lanes.on(device) if mesh.expert.size > 1 else Lanes()
+        self.pipeline = TableExecutor(table, mesh.place.pp, self._stages, links, lanes=lanes)
 
-@dataclass(frozen=True)
-class LocalExecutor:
-    """One microbatch after another on `device`."""
+    @property
+    def models(self) -> tuple[DeepSeek, ...]:
+        """The parts of the network on this rank, in order."""
+        return tuple(stage.model for stage in self._stages.values())
 
-    model: DeepSeek
-    device: torch.device
-    linear: Linear
+    def first(self, found: str | None) -> str | None:
+        """Of what every rank found, that of the lowest pipeline rank; every rank must call it."""
+        world = self.mesh.world
+        if world.handle is None:
+            return found
+        everything: list[str | None] = [None] * world.size
+        dist.all_gather_object(everything, found, group=world.handle)
+        return next((f"{text} (rank {rank})" for rank, text in enumerate(everything) if text), None)
 
     def sockets(self, batch: Microbatch) -> Sockets:
         """Packed attention, all experts here."""
-        experts = self.model.config.n_routed_experts
+        experts = self.config.n_routed_experts
         return packed_sockets(
             batch.cu_seqlens, batch.max_seqlen, n_routed_experts=experts, linear=self.linear
         )
 
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Outcome:
-        """Add the gradient of the weighted loss of every microbatch to the model."""
-        done: list[Terms] = []
-        for microbatch in batch:
-            here = microbatch.to(self.device)
-            found = terms(self.model, here, self.sockets(here))
-            found.total(weights).backward()  # type: ignore[no-untyped-call]
-            done.append(_detached(found))
-        return _summed(done)
+        """Add the gradient of the weighted loss of every microbatch to this rank's parameters."""
+        self.tally.clear()
+        tasks = [self._task(microbatch.to(self.device), weights) for microbatch in batch]
+        for stage in self._stages.values():
+            stage.tasks = tasks
+        self.pipeline.run()
+        return self._outcome()
+
+    def _task(self, batch: Microbatch, weights: Weights) -> Task:
+        objective = Objective(weights, self.tally, batch.rows)
+        return Task(batch, batch.positions_T, self.sockets(batch), objective)
+
+    def _outcome(self) -> Outcome:
+        """What every rank found, together: one sum over the world for losses, one for counts."""
+        config, tally = self.config, self.tally
+        depths = range(config.num_nextn_predict_layers)
+        like = torch.zeros((), device=self.device)
+        found = [tally.main, *(tally.mtp.get(depth, []) for depth in depths), tally.balance]
+        sums = torch.stack([total(terms, like) for terms in found]).double()
+        layers = [i for i in range(config.num_hidden_layers + len(depths)) if config.is_moe(i)]
+        empty = torch.zeros(config.n_routed_experts, dtype=torch.int64, device=self.device)
+        counts = torch.stack([tally.counts.get(i, empty) for i in layers]) if layers else empty[None]
+        if self.mesh.world.handle is not None:
+            dist.all_reduce(sums, group=self.mesh.world.handle)
+            dist.all_reduce(counts, group=self.mesh.world.handle)
+        return Outcome(
+            main=sums[0],
+            mtp=tuple(sums[1:-1]),
+            balance=sums[-1],
+            counts=dict(zip(layers, counts, strict=True)) if layers else {},
+        )
 
 
-def _detached(found: Terms) -> Terms:
-    mtp = tuple(term.detach() for term in found.mtp)
-    return Terms(found.main.detach(), mtp, found.balance.detach(), found.counts)
-
-
-def _summed(done: Sequence[Terms]) -> Outcome:
-    return Outcome(
-        main=torch.stack([t.main for t in done]).sum(),
-        mtp=tuple(torch.stack(depth).sum() for depth in zip(*(t.mtp for t in done), strict=True)),
-        balance=torch.stack([t.balance for t in done]).sum(),
-        counts={layer: torch.stack([t.counts[layer] for t in done]).sum(0) for layer in done[0].counts},
-    )
+def total_of(counts: tuple[int, ...], group: Group, device: torch.device) -> tuple[int, ...]:
+    """The sums of some integers over a group of ranks."""
+    if group.handle is None:
+        return counts
+    found = torch.tensor(counts, dtype=torch.int64, device=device)
+    dist.all_reduce(found, group=group.handle)
+    return tuple(found.tolist())

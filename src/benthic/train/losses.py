@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from benthic.model.moe import Routing
     from benthic.model.network import DeepSeek, Hidden
     from benthic.model.sockets import Sockets
+    from benthic.train.balance import Mean
     from benthic.train.data.microbatch import Microbatch
 
 
@@ -34,54 +35,82 @@ class Weights:
     balance: float
 
 
-@dataclass(frozen=True)
-class Terms:
-    """The sums of one microbatch, scalars: over targets, over targets of each depth, over rows and layers.
+@dataclass
+class Tally:
+    """The sums of a step's microbatches as they are found, without gradients.
 
-    `counts` holds the tokens of each expert by layer index, int64 [experts].
+    Scalars: `main` over targets, `mtp[k]` over targets of depth k, `balance` over rows and layers. `counts`
+    holds the tokens of each expert by layer index, int64 [experts].
     """
 
-    main: Tensor
-    mtp: tuple[Tensor, ...]
-    balance: Tensor
-    counts: dict[int, Tensor]
+    main: list[Tensor] = field(default_factory=list)
+    mtp: dict[int, list[Tensor]] = field(default_factory=dict)
+    balance: list[Tensor] = field(default_factory=list)
+    counts: dict[int, Tensor] = field(default_factory=dict)
 
-    def total(self, weights: Weights) -> Tensor:
-        """The scalar to differentiate: DeepSeek-V3 report eq. (25) and (17), this microbatch's share."""
-        loss = self.main * weights.main + self.balance * weights.balance
-        for term, weight in zip(self.mtp, weights.mtp, strict=True):
-            loss = loss + term * weight
-        return loss
+    def clear(self) -> None:
+        """Forget the step before."""
+        for found in (self.main, self.mtp, self.balance, self.counts):
+            found.clear()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The weighted losses of one microbatch, each noted in `tally` as it is computed.
+
+    rows: sequences of the microbatch. shards: ranks that share their tokens; `mean` averages over these.
+    """
+
+    weights: Weights
+    tally: Tally
+    rows: int
+    shards: int = 1
+    mean: Mean | None = None
+
+    def main(self, model: DeepSeek, hidden: Hidden, target_T: Tensor) -> Tensor:
+        """DeepSeek-V3 report eq. (25), the part of the main head."""
+        loss = cross_entropy(model, hidden, target_T)
+        self.tally.main.append(loss.detach())
+        return loss * self.weights.main
+
+    def ahead(self, model: DeepSeek, hidden: Hidden, target_T: Tensor, depth: int) -> Tensor:
+        """Eq. (24), one depth."""
+        loss = cross_entropy(model, hidden, target_T)
+        self.tally.mtp.setdefault(depth, []).append(loss.detach())
+        return loss * self.weights.mtp[depth]
+
+    def routed(self, layer: int, routing: Routing, *, top_k: int, experts: int) -> Tensor:
+        """Eq. (17), one layer; also counts the tokens of each expert."""
+        count_E = expert_counts(routing.expert_TK, experts)
+        before = self.tally.counts.get(layer)
+        self.tally.counts[layer] = count_E if before is None else before + count_E
+        loss = sequence_balance_loss(routing.scores_TE, top_k=top_k, rows=self.rows, mean=self.mean)
+        loss = loss / self.shards
+        self.tally.balance.append(loss.detach())
+        return loss * self.weights.balance
 
 
 def weights_of(
-    batch: Sequence[Microbatch], *, mtp_weight: float, normaliser: str, balance_alpha: float
+    num_targets: Sequence[int], *, rows: int, mtp_weight: float, normaliser: str, balance_alpha: float
 ) -> Weights:
     """The factors that turn sums over microbatches into means over the global batch.
 
+    `num_targets` are those of the main head and of every MTP depth over the global batch of `rows` rows.
     Depth k of the MTP loss is divided by the number of main targets, as eq. (24) divides T - k terms by T
     (normaliser "tokens"), or by the number of its own targets ("targets").
     """
-    per_depth = [sum(counts) for counts in zip(*(m.num_targets for m in batch), strict=True)]
-    main, *ahead = (max(1, count) for count in per_depth)
+    main, *ahead = (max(1, count) for count in num_targets)
     divisors = ahead if normaliser == "targets" else [main] * len(ahead)
     return Weights(
         main=1.0 / main,
         mtp=tuple(mtp_weight / len(ahead) / divisor for divisor in divisors),
-        balance=balance_alpha / sum(m.rows for m in batch),
+        balance=balance_alpha / rows,
     )
 
 
-def terms(model: DeepSeek, batch: Microbatch, sockets: Sockets) -> Terms:
-    """Run the network over one microbatch and take every loss."""
-    hidden = model(batch.tokens_T, batch.positions_T, sockets)
-    main = cross_entropy(model, hidden, batch.target_KT[0])
-    routings = list(hidden.routing)
-    mtp: list[Tensor] = []
-    for depth, further in enumerate(ahead(model, hidden, batch, sockets)):
-        mtp.append(cross_entropy(model, further, batch.target_KT[depth + 1]))
-        routings += further.routing
-    return Terms(main, tuple(mtp), _balance(model, routings, batch.rows), _counts(model, routings))
+def targets_of(batch: Iterable[Microbatch]) -> tuple[int, ...]:
+    """Targets of the main head and of every MTP depth over some microbatches."""
+    return tuple(sum(counts) for counts in zip(*(m.num_targets for m in batch), strict=True))
 
 
 def ahead(model: DeepSeek, hidden: Hidden, batch: Microbatch, sockets: Sockets) -> Iterable[Hidden]:
@@ -97,12 +126,6 @@ def cross_entropy(model: DeepSeek, hidden: Hidden, target_T: Tensor) -> Tensor:
     return ops.linear_cross_entropy(hidden.hidden_TD, model.head_weight(), target_T).sum()
 
 
-def _balance(model: DeepSeek, routings: Sequence[tuple[int, Routing]], rows: int) -> Tensor:
-    top_k = model.config.num_experts_per_tok
-    losses = [sequence_balance_loss(r.scores_TE, top_k=top_k, rows=rows) for _, r in routings]
-    return torch.stack(losses).sum() if losses else model.head_weight().new_zeros((), dtype=torch.float32)
-
-
-def _counts(model: DeepSeek, routings: Sequence[tuple[int, Routing]]) -> dict[int, Tensor]:
-    experts = model.config.n_routed_experts
-    return {layer: expert_counts(routing.expert_TK, experts) for layer, routing in routings}
+def total(terms: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The sum of some scalars, zero when there are none."""
+    return torch.stack(list(terms)).sum() if terms else like.new_zeros((), dtype=torch.float32)

@@ -8,25 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benthic.errors import NumericsError
-from benthic.train.losses import terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from benthic.model.network import DeepSeek
-    from benthic.model.sockets import Sockets
     from benthic.train.data.microbatch import Microbatch
-    from benthic.train.executor import Outcome
+    from benthic.train.executor import Executor, Outcome
+    from benthic.train.losses import Weights
 
 
 def check_losses(
-    step: int,
-    outcome: Outcome,
-    model: DeepSeek,
-    batch: Sequence[Microbatch],
-    sockets: Callable[[Microbatch], Sockets],
+    step: int, outcome: Outcome, executor: Executor, batch: Sequence[Microbatch], weights: Weights
 ) -> None:
     """Stop when a loss is not finite, naming the first module whose output is not.
 
@@ -38,7 +32,7 @@ def check_losses(
     values = {name: float(loss) for name, loss in named.items()}
     for name, value in values.items():
         if not math.isfinite(value):
-            culprit = _bad_parameter(model) or _bad_output(model, batch, sockets) or "the loss itself"
+            culprit = _culprit(executor, batch, weights)
             message = (
                 f"step {step}: {name} is {value}; the first tensor that is not finite is {culprit}. "
                 "The parameters were not updated. Resume from the last checkpoint with a lower train.lr, or "
@@ -64,18 +58,22 @@ def check_gradients(step: int, norm: float, gradients: Mapping[str, Tensor]) -> 
     raise NumericsError(message)
 
 
-def _bad_parameter(model: nn.Module) -> str | None:
-    for name, tensor in model.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            return f"parameter {name}"
+def _culprit(executor: Executor, batch: Sequence[Microbatch], weights: Weights) -> str:
+    """The first tensor that is not finite, in the order of the network; every rank looks at its own part."""
+    found = _bad_parameter(executor.models) or _bad_output(executor, batch, weights)
+    return executor.first(found) or "the loss itself"
+
+
+def _bad_parameter(models: Sequence[nn.Module]) -> str | None:
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            if not bool(torch.isfinite(tensor).all()):
+                return f"parameter {name}"
     return None
 
 
-@torch.no_grad()
-def _bad_output(
-    model: DeepSeek, batch: Sequence[Microbatch], sockets: Callable[[Microbatch], Sockets]
-) -> str | None:
-    """Run the step forward again, watching every module."""
+def _bad_output(executor: Executor, batch: Sequence[Microbatch], weights: Weights) -> str | None:
+    """Run the step again, watching every module."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -85,12 +83,10 @@ def _bad_output(
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    device = model.head_weight().device
+    named = [pair for model in executor.models for pair in model.named_modules()]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in named if name]
     try:
-        for microbatch in batch:
-            here = microbatch.to(device)
-            terms(model, here, sockets(here))
+        executor.run(batch, weights)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""What numbers are kept in: products of the `linear` socket, running weights, float32 gradients."""
+"""What numbers are kept in: products of the `linear` socket, and running weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benthic.kernels import ops
 from benthic.model.local import plain_linear
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from benthic.model.sockets import Linear
     from benthic.train.config import PrecisionConfig
@@ -40,46 +40,3 @@ def linear_socket(config: PrecisionConfig) -> Linear:
     """The socket for products in `matmul` of weights kept in `weights`."""
     same = config.weights == config.matmul
     return plain_linear if same else CastLinear(DTYPES[config.matmul])
-
-
-class Gradients:
-    """The gradients of a model in float32, summed over microbatches.
-
-    Float32 parameters keep them in `.grad`. For narrower parameters each microbatch's gradient is added to a
-    float32 buffer as soon as it is complete, and freed (DeepSeek-V3 report section 3.3.3).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        narrow = {n: p for n, p in self._params.items() if p.dtype != torch.float32}
-        self._sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in narrow.items()}
-        self._hooks = [p.register_post_accumulate_grad_hook(_adder(self._sums[n])) for n, p in narrow.items()]
-
-    def zero(self) -> None:
-        """Forget the gradients of the step before."""
-        for name, param in self._params.items():
-            param.grad = None
-            if name in self._sums:
-                self._sums[name].zero_()
-
-    def named(self) -> dict[str, Tensor]:
-        """Every gradient by the name of its parameter; parameters that took no part are left out."""
-        found = {name: self._sums.get(name, param.grad) for name, param in self._params.items()}
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
-
-    def norm(self) -> Tensor:
-        """The global 2-norm, a float32 scalar."""
-        norms = [torch.linalg.vector_norm(gradient) for gradient in self.named().values()]
-        return torch.linalg.vector_norm(torch.stack(norms))
-
-
-class _adder:  # noqa: N801 (used as a function)
-    """Adds a parameter's gradient to `target` and frees it."""
-
-    def __init__(self, target: Tensor) -> None:
-        self._target = target
-
-    def __call__(self, param: Tensor) -> None:
-        if param.grad is not None:
-            self._target.add_(param.grad)
-            param.grad = None

@@ -8,29 +8,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benthic.errors import CheckpointError
+from benthic.errors import CheckpointError, ConfigError
 from benthic.model.block import MoeBlock
-from benthic.model.initialise import initialise
-from benthic.model.network import DeepSeek
+from benthic.parallel.buckets import global_norm
+from benthic.parallel.mesh import Mesh
+from benthic.parallel.stages import build
+from benthic.sched.pipeline import schedules
+from benthic.sched.pipeline.check import check
 from benthic.train.balance import update_bias
 from benthic.train.checkpoint import Saved
 from benthic.train.curve import cosine, warmup
 from benthic.train.data.microbatch import Batches
 from benthic.train.data.packing import Packing
-from benthic.train.executor import LocalExecutor
+from benthic.train.executor import Executor, total_of
 from benthic.train.fields import to_json
-from benthic.train.losses import weights_of
+from benthic.train.losses import targets_of, weights_of
 from benthic.train.numerics import check_gradients, check_losses
 from benthic.train.optimizer import AdamW
-from benthic.train.precision import DTYPES, Gradients, linear_socket
+from benthic.train.precision import DTYPES, linear_socket
 from benthic.train.recompute import recompute_phases
 from benthic.train.resolve import number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
+    from benthic.model.network import DeepSeek
+    from benthic.parallel.stages import Stages
+    from benthic.sched.pipeline.table import Table
     from benthic.train.config import LoopConfig, RunConfig
     from benthic.train.data.microbatch import Microbatch
     from benthic.train.data.shards import TokenShards
@@ -74,15 +80,18 @@ class Trainer:
     Args:
         config: resolved, so that nothing in it is `auto`.
         shards: the training split.
+        mesh: the ranks of the run; None: this process alone.
     """
 
-    def __init__(self, config: RunConfig, shards: TokenShards) -> None:
+    def __init__(self, config: RunConfig, shards: TokenShards, mesh: Mesh | None = None) -> None:
         loop, model = config.train, config.model
         torch.set_num_threads(number(loop.threads))
         torch.manual_seed(loop.seed)
         self.config, self.device = config, torch.device(config.device)
+        self.mesh = Mesh.of(config.layout, 0) if mesh is None else mesh
         self.rows, self.local_rows = number(loop.global_batch_size), number(loop.local_batch_size)
-        self.model = build_model(config)
+        self.table = table_of(config)
+        self.stages = build_stages(config, self.table, self.mesh)
         packing = Packing(shards.lengths, number(loop.seq_len), config.data.seed)
         self.batches = Batches(
             shards,
@@ -91,12 +100,29 @@ class Trainer:
             mask_documents=config.data.mask_documents,
         )
         linear = linear_socket(config.precision)
-        self.executor = LocalExecutor(self.model, self.device, linear)
-        self.gradients = Gradients(self.model)
-        self.optimizer = AdamW(self.model, config.optimizer)
-        self._biases = router_biases(self.model)
+        self.executor = Executor(model, self.table, self.stages, self.mesh, self.device, linear)
+        self.buckets = tuple(self.stages.all_buckets)
+        pieces = [piece for bucket in self.buckets for piece in bucket.pieces()]
+        self.optimizer = AdamW(pieces, config.optimizer)
+        self._biases = router_biases(self.stages.models.values())
         self._data = fingerprint(shards)
         self.steps_done, self.tokens, self.position = 0, 0, 0
+        self._targets: tuple[int, ...] = ()
+
+    @property
+    def model(self) -> DeepSeek:
+        """The whole network, where one rank holds it.
+
+        Raises:
+            ConfigError: it is spread over pipeline ranks.
+        """
+        if len(self.stages.models) > 1 or self.mesh.layout.ranks > 1:
+            message = (
+                f"the model is spread over {self.mesh.layout.ranks} ranks; this needs it whole. "
+                "Export a checkpoint and load that."
+            )
+            raise ConfigError(message)
+        return self.stages.models[0]
 
     def step(self) -> StepResult:
         """Run one optimizer step.
@@ -105,15 +131,23 @@ class Trainer:
             NumericsError: a loss or a gradient is not finite; nothing has been updated then.
         """
         step, batch = self.steps_done + 1, self._read()
-        self.gradients.zero()
+        for bucket in self.buckets:
+            bucket.zero()
         outcome = self._run(step, batch)
-        norm = float(self.gradients.norm())
-        gradients = self.gradients.named()
-        check_gradients(step, norm, gradients)
+        for bucket in self.buckets:
+            bucket.settle()
+        norm = float(global_norm(self.buckets, self.mesh.world))
+        check_gradients(step, norm, self.gradients())
         lr = learning_rate(self.config.train, step, self.tokens)
-        self.optimizer.step(gradients, lr=lr, scale=clip_factor(norm, self.config.train.max_norm))
+        self.optimizer.step(lr=lr, scale=clip_factor(norm, self.config.train.max_norm))
+        for bucket in self.buckets:
+            bucket.publish()
         self._balance(outcome.counts)
-        return self._advance(step, batch, outcome, norm, lr)
+        return self._advance(step, outcome, norm, lr)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What this rank updates with, by parameter: its pieces of the summed gradients, float32 and flat."""
+        return {piece.name: piece.gradient for bucket in self.buckets for piece in bucket.pieces()}
 
     def saved(self) -> Saved:
         """Everything that an exact continuation needs."""
@@ -143,6 +177,8 @@ class Trainer:
         """
         self._check(saved.state)
         self.model.load_state_dict(saved.tensors["model"], strict=True)
+        for bucket in self.buckets:
+            bucket.adopt_weights()
         self.optimizer.load(saved.tensors["optimizer"], saved.state["optimizer_steps"])
         torch.set_rng_state(saved.tensors["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in saved.tensors["random"]:
@@ -151,19 +187,24 @@ class Trainer:
         self.position = saved.state["position"]
 
     def _read(self) -> list[Microbatch]:
-        starts = range(self.position, self.position + self.rows, self.local_rows)
+        """This rank's microbatches: those of all data ranks alternate, so that a step's rows are its own."""
+        data = self.config.layout.dp_degree
+        first = self.position + self.mesh.place.dp * self.local_rows
+        starts = range(first, self.position + self.rows, data * self.local_rows)
         return [self.batches.microbatch(start, self.local_rows) for start in starts]
 
     def _run(self, step: int, batch: Sequence[Microbatch]) -> Outcome:
         loss = self.config.loss
+        self._targets = total_of(targets_of(batch), self.mesh.data, self.device)
         weights = weights_of(
-            batch,
+            self._targets,
+            rows=self.rows,
             mtp_weight=loss.mtp_weight.at(self.tokens),
             normaliser=loss.mtp_normaliser,
             balance_alpha=loss.balance_alpha,
         )
         outcome = self.executor.run(batch, weights)
-        check_losses(step, outcome, self.model, batch, self.executor.sockets)
+        check_losses(step, outcome, self.executor, batch, weights)
         return outcome
 
     def _balance(self, counts: dict[int, Tensor]) -> None:
@@ -173,13 +214,11 @@ class Trainer:
             if speed:
                 update_bias(bias_E, counts[layer], speed=speed, recentre=self.config.loss.recentre_bias)
 
-    def _advance(
-        self, step: int, batch: Sequence[Microbatch], outcome: Outcome, norm: float, lr: float
-    ) -> StepResult:
-        tokens = sum(m.tokens_T.numel() for m in batch)
+    def _advance(self, step: int, outcome: Outcome, norm: float, lr: float) -> StepResult:
+        tokens = self.rows * number(self.config.train.seq_len)
         self.steps_done, self.tokens = step, self.tokens + tokens
         self.position += self.rows
-        main, *ahead = (max(1, sum(c)) for c in zip(*(m.num_targets for m in batch), strict=True))
+        main, *ahead = (max(1, count) for count in self._targets)
         return StepResult(
             step=step,
             loss=float(outcome.main) / main,
@@ -208,15 +247,31 @@ class Trainer:
             raise CheckpointError(msg)
 
 
-def build_model(config: RunConfig) -> DeepSeek:
-    """A freshly initialised model on the config's device, in its precision, with its phases recomputed."""
-    with torch.device(config.device):
-        model = DeepSeek(config.model)
-    if config.precision.weights != "auto":
-        model = model.to(DTYPES[config.precision.weights])
-    initialise(model, config.train.seed)
-    recompute_phases(model, config.recompute)
-    return model
+def table_of(config: RunConfig) -> Table:
+    """The pipeline schedule of a run.
+
+    Raises:
+        ConfigError: the schedule does not exist for these numbers.
+    """
+    layout, loop = config.layout, config.train
+    microbatches = number(loop.global_batch_size) // (layout.dp_degree * number(loop.local_batch_size))
+    table = schedules.build(
+        layout.schedule, layout.pp_degree, microbatches, virtual_stages=layout.virtual_stages
+    )
+    check(table)
+    return table
+
+
+def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
+    """What this rank holds, freshly initialised, in its precision, with its phases recomputed."""
+    weights = config.precision.weights
+    dtype = torch.float32 if weights == "auto" else DTYPES[weights]
+    stages = build(
+        config.model, table, mesh, device=torch.device(config.device), dtype=dtype, seed=config.train.seed
+    )
+    for model in stages.models.values():
+        recompute_phases(model, config.recompute)
+    return stages
 
 
 def learning_rate(loop: LoopConfig, step: int, tokens: int) -> float:
@@ -235,11 +290,14 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return max_norm / (norm + 1e-6) if max_norm and norm > max_norm else 1.0
 
 
-def router_biases(model: DeepSeek) -> dict[int, Tensor]:
+def router_biases(models: Iterable[DeepSeek]) -> dict[int, Tensor]:
     """The correction bias of every layer that has one, MTP layers included, by layer index."""
-    ahead = (model.mtp_module(depth).block for depth in range(len(model.mtp)))
-    gates = {b.layer: b.moe.gate for b in (*model.blocks, *ahead) if isinstance(b, MoeBlock)}
-    return {layer: gate.bias for layer, gate in gates.items() if gate.bias is not None}
+    found: dict[int, Tensor] = {}
+    for model in models:
+        ahead = (model.mtp_module(depth).block for depth in model.part.mtp)
+        gates = {b.layer: b.moe.gate for b in (*model.blocks, *ahead) if isinstance(b, MoeBlock)}
+        found |= {layer: gate.bias for layer, gate in gates.items() if gate.bias is not None}
+    return found
 
 
 def fingerprint(shards: TokenShards) -> str:

@@ -1,0 +1,225 @@
+"""ZeRO: parameters that the same ranks hold, as flat arrays of which every rank keeps one shard.
+
+Stage 1 shards the optimizer's state (Rajbhandari et al. 2020, section 5.1): gradients are summed over the
+group at the end of a step, every rank updates its shard, and weights are gathered. Stage 2 sums and shards
+gradients after every backward of a stage; stage 3 also keeps weights in shards and gathers a block's before
+its phases run. Written here rather than taken from FSDP2, whose hooks sit on module calls: a block is run
+phase by phase, weight gradients may come long after the backward, and a stage may live on two pipeline ranks
+(docs/adr/0006-own-zero.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+    from benthic.parallel.mesh import Group
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank updates of one parameter: `[start, stop)` of its flattened local part.
+
+    Float32 views into the shard: `master` is the weight, `gradient` the sum over all ranks and microbatches.
+    `narrow`: the parameter itself is narrower than its master.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    master: Tensor
+    gradient: Tensor
+    narrow: bool
+
+
+class Bucket:
+    """Some parameters of one stage.
+
+    Args:
+        named: parameters by name, all of one dtype and device, with equal replicas on all ranks of `group`.
+        group: ranks that hold the same parameters and run the same slots: shards are spread over them.
+        partners: ranks that hold copies too but run other slots (the other pipeline rank of a stage, or of a
+            shared embedding); their shards' gradients are summed at the end of a step.
+        zero_stage: 1, 2 or 3.
+    """
+
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], group: Group, partners: Group, *, zero_stage: int
+    ) -> None:
+        self.group, self.partners, self.zero_stage = group, partners, zero_stage
+        self.params = dict(named)
+        first = next(iter(self.params.values()))
+        count = sum(p.numel() for p in self.params.values())
+        self.length = -(-count // group.size)
+        here = slice(group.index * self.length, (group.index + 1) * self.length)
+        self._here = here
+        self._flat = torch.zeros(self.length * group.size, dtype=first.dtype, device=first.device)
+        self._starts = self._adopt()
+        self._shard = self._flat[here].clone() if zero_stage == 3 else self._flat[here]
+        self.master = self._shard if first.dtype == torch.float32 else self._shard.float()
+        self._gradients: Tensor | None = None
+        self._views: dict[str, Tensor] = {}
+        self._sum = self._room_for_sums()
+        self._users = 0
+        self._bytes = self._flat.untyped_storage().nbytes()
+        narrow = [(n, p) for n, p in self.params.items() if p.dtype != torch.float32]
+        self._hooks = [p.register_post_accumulate_grad_hook(_Adder(self, n)) for n, p in narrow]
+        if zero_stage == 3:
+            self._free()
+
+    def _adopt(self) -> dict[str, int]:
+        """Move the parameters into the flat array, of which they become views."""
+        starts, at = {}, 0
+        for name, param in self.params.items():
+            view = self._flat[at : at + param.numel()].view_as(param)
+            view.copy_(param.detach())
+            param.data = view
+            starts[name], at = at, at + param.numel()
+        return starts
+
+    # --- weights (stage 3)
+
+    def acquire(self) -> None:
+        """Gather the weights from all shards, unless they are here already."""
+        self._users += 1
+        if self.zero_stage == 3 and self._users == 1:
+            self._flat.untyped_storage().resize_(self._bytes)
+            self._gather()
+
+    def release(self) -> None:
+        """Free the gathered weights when nobody uses them any more."""
+        self._users -= 1
+        if self.zero_stage == 3 and self._users == 0:
+            self._free()
+
+    def _free(self) -> None:
+        self._flat.untyped_storage().resize_(0)
+
+    def _gather(self) -> None:
+        with torch.no_grad():
+            if self.group.size == 1:
+                self._flat.copy_(self._shard)
+            else:
+                dist.all_gather_into_tensor(self._flat, self._shard, group=self.group.handle)
+
+    # --- gradients
+
+    def _room_for_sums(self) -> Tensor:
+        """This rank's shard of the summed gradients: under ZeRO-1 a part of the whole ones."""
+        if self.zero_stage == 1:
+            return self.prepare()[self._here]
+        return torch.zeros(self.length, dtype=torch.float32, device=self._flat.device)
+
+    def accumulator(self, name: str) -> Tensor:
+        """The float32 array to which gradients of a parameter are added, in the parameter's shape."""
+        self.prepare()
+        return self._views[name]
+
+    def prepare(self) -> Tensor:
+        """Have room for whole gradients, float32 and flat; what autograd has already left goes there."""
+        if self._gradients is not None:
+            return self._gradients
+        self._gradients = torch.zeros(self._flat.numel(), dtype=torch.float32, device=self._flat.device)
+        for name, param in self.params.items():
+            start = self._starts[name]
+            view = self._gradients[start : start + param.numel()].view(param.shape)
+            self._views[name] = view
+            if param.dtype == torch.float32:
+                if param.grad is not None:
+                    view.copy_(param.grad)
+                param.grad = view
+        return self._gradients
+
+    def zero(self) -> None:
+        """Forget the gradients of the step before."""
+        self._sum.zero_()
+        if self._gradients is not None:
+            self._gradients.zero_()
+
+    def reduce(self) -> None:
+        """Add the whole gradients to this rank's shard, summed over the group.
+
+        Under ZeRO-1 once a step; under ZeRO-2 and 3 whenever a microbatch's are in, which frees the whole.
+        """
+        whole = self.prepare()
+        mine = whole[self._here]
+        if self.group.size > 1:
+            mine = torch.empty_like(self._sum)
+            dist.reduce_scatter_tensor(mine, whole, group=self.group.handle)
+        if self.zero_stage == 1:
+            if self.group.size > 1:
+                self._sum.copy_(mine)
+            return
+        self._sum += mine
+        self._gradients = None
+        self._views.clear()
+        for param in self.params.values():
+            param.grad = None
+
+    def settle(self) -> None:
+        """At the end of a step: the shard's gradients of all copies together."""
+        if self.zero_stage == 1:
+            self.reduce()
+        if self.partners.size > 1:
+            dist.all_reduce(self._sum, group=self.partners.handle)
+
+    def square_sum(self) -> Tensor:
+        """This rank's share of the squared gradient norm: copies of one shard share it."""
+        return torch.linalg.vector_norm(self._sum).square() / self.partners.size
+
+    # --- the update
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank updates, parameter by parameter."""
+        for name, param in self.params.items():
+            begin, end = self._starts[name], self._starts[name] + param.numel()
+            a, b = max(begin, self._here.start), min(end, self._here.stop)
+            if a < b:
+                inside = slice(a - self._here.start, b - self._here.start)
+                shape = tuple(param.shape)
+                narrow = param.dtype != torch.float32
+                yield Piece(name, shape, a - begin, b - begin, self.master[inside], self._sum[inside], narrow)
+
+    def publish(self) -> None:
+        """Round the updated masters into the weights and give every rank all of them."""
+        if self.master is not self._shard:
+            self._shard.copy_(self.master)
+        if self.zero_stage != 3 and self.group.size > 1:
+            dist.all_gather_into_tensor(self._flat, self._shard.clone(), group=self.group.handle)
+
+    def adopt_weights(self) -> None:
+        """Take the parameters' present values as the masters (after a load). Weights must be held."""
+        mine = self._flat[self._here]
+        if self._shard.data_ptr() != mine.data_ptr():
+            self._shard.copy_(mine)
+        if self.master is not self._shard:
+            self.master.copy_(self._shard)
+
+
+class _Adder:
+    """Adds the gradient of a parameter narrower than float32 to its accumulator, and frees it."""
+
+    def __init__(self, bucket: Bucket, name: str) -> None:
+        self._bucket, self._name = bucket, name
+
+    def __call__(self, param: Tensor) -> None:
+        if param.grad is not None:
+            self._bucket.accumulator(self._name).add_(param.grad)
+            param.grad = None
+
+
+def global_norm(buckets: Iterable[Bucket], world: Group) -> Tensor:
+    """The 2-norm of all gradients of the model, a float32 scalar that is equal on every rank."""
+    total = torch.stack([bucket.square_sum() for bucket in buckets]).sum()
+    if world.size > 1:
+        dist.all_reduce(total, group=world.handle)
+    return total.sqrt()

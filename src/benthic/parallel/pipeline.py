@@ -1,0 +1,248 @@
+"""Executes any pipeline table with real tensors.
+
+What a rank does is its program, `benthic.sched.pipeline.lower`: slots, sends and receives in an order that
+cannot deadlock. A slot of one action runs all phases of a chunk forward (F), backward (B), backward without
+weight gradients (I), or computes the weight gradients that an I has put off (W). A slot of two runs the
+phases of a forward and of a backward alternately, so that one computes while the other communicates.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from benthic.errors import PipelineError
+from benthic.parallel.chunk import Chunk
+from benthic.parallel.lanes import Lanes
+from benthic.sched.pipeline.dependencies import feeds
+from benthic.sched.pipeline.lower import Compute, Program, Recv, Send, lower
+from benthic.sched.pipeline.table import Action
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from benthic.parallel.chunk import Phase
+    from benthic.parallel.links import Arrival, Links
+    from benthic.sched.pipeline.table import Slot, Table
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What passes through the phases of a stage: residual stream (or a block's state) and loss so far.
+
+    `loss` is the stage's own share of the weighted loss, a float32 scalar, or None before there is any.
+    """
+
+    value: Any
+    loss: Tensor | None = None
+
+
+class Stage(Protocol):
+    """One stage of the model on this rank."""
+
+    def phases(self, microbatch: int) -> Sequence[Phase]:
+        """The stage's phases, from `Flow` to `Flow`, for one microbatch."""
+        ...
+
+    def boundary(self, microbatch: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the tensor that enters the stage, and of its gradient."""
+        ...
+
+    def finished(self, microbatch: int) -> None:
+        """All gradients of one microbatch are in."""
+        ...
+
+
+class Deferral(Protocol):
+    """Where the weight gradients of an I wait for their W."""
+
+    def deferring(self, key: Hashable) -> AbstractContextManager[None]:
+        """While entered, linear layers put their weight gradients aside under `key`."""
+        ...
+
+    def run(self, key: Hashable) -> None:
+        """Compute what was put aside under `key`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Span:
+    """A measured slot: seconds on the clock of this process."""
+
+    slot: Slot
+    start: float
+    end: float
+
+
+@dataclass
+class Executor:
+    """Runs one rank of a table.
+
+    Args:
+        table: checked.
+        rank: pipeline rank.
+        stages: the stages that live here, by number.
+        links: to the other pipeline ranks; a table of one rank needs none.
+        deferral: where weight gradients wait; needed by tables with I and W.
+        lanes: streams of computation and communication.
+        clock: for measured spans.
+    """
+
+    table: Table
+    rank: int
+    stages: Mapping[int, Stage]
+    links: Links | None = None
+    deferral: Deferral | None = None
+    lanes: Lanes = field(default_factory=Lanes)
+    clock: Callable[[], float] = perf_counter
+    spans: list[Span] = field(default_factory=list)
+    _program: Program = field(init=False)
+    _chunks: dict[tuple[int, int], Chunk] = field(default_factory=dict)
+    _arrivals: dict[Action, Arrival] = field(default_factory=dict)
+    _results: dict[Action, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Lower the table once."""
+        self._program = lower(self.table)[self.rank]
+
+    def run(self) -> None:
+        """Forward and backward of every microbatch of one step; gradients are then in the parameters.
+
+        Raises:
+            PipelineError: something failed; rank, slot and the slots before it are named.
+        """
+        self.spans.clear()
+        for position, op in enumerate(self._program):
+            if isinstance(op, Compute):
+                self._slot(op.slot, position)
+            elif isinstance(op, Send):
+                self._wired.send(self._results.pop(op.payload), op.to)
+            else:
+                self._receive(op)
+        if self.links is not None:
+            self.links.finish()
+        self.lanes.join()
+
+    @property
+    def _wired(self) -> Links:
+        assert self.links is not None, "a table of several ranks needs links"  # noqa: S101
+        return self.links
+
+    def _receive(self, op: Recv) -> None:
+        """Activations come in the shape that the next stage takes, gradients in that of the stage before."""
+        stage = feeds(op.payload, self.table.stages)
+        front = stage if op.payload.kind == "F" else op.payload.stage
+        assert stage is not None and front is not None, f"nothing waits for {op.payload}"  # noqa: S101, PT018
+        home = self.stages[stage]
+        self._arrivals[op.payload] = self._wired.receive(*home.boundary(op.payload.microbatch), op.source)
+
+    def _slot(self, slot: Slot, position: int) -> None:
+        start = self.clock()
+        try:
+            if slot.second is None:
+                self._single(slot.first)
+            else:
+                self._pair(slot.first, slot.second)
+        except Exception as error:
+            before = " ".join(str(op) for op in self._program[max(0, position - 4) : position])
+            message = (
+                f"pipeline rank {self.rank} failed in slot {slot} of table {self.table.name!r} "
+                f"(operation {position + 1} of {len(self._program)}, after: {before or 'nothing'}): "
+                f"{type(error).__name__}: {error}"
+            )
+            raise PipelineError(message) from error
+        self.spans.append(Span(slot, start, self.clock()))
+
+    def _single(self, action: Action) -> None:
+        if action.kind == "W":
+            self._weights(action)
+            return
+        chunk = self._enter(action)
+        forward = action.kind == "F"
+        with self._gradients(action):
+            while (chunk.next_forward if forward else chunk.next_backward) is not None:
+                self.lanes.step(chunk, forward=forward)
+        self._leave(action, chunk)
+
+    def _pair(self, forward: Action, backward: Action) -> None:
+        """Alternate between two chunks, a step of computation beside one of communication."""
+        ahead, back = self._enter(forward), self._enter(backward)
+        with self._gradients(backward):
+            while (one := ahead.next_forward) is not None and (other := back.next_backward) is not None:
+                if one.lane == other.lane:
+                    self.lanes.step(back, forward=False)
+                elif one.lane == "compute":
+                    self.lanes.step(ahead, forward=True)
+                    self.lanes.step(back, forward=False)
+                else:  # computation is launched first: dispatch waits on the host for its counts
+                    self.lanes.step(back, forward=False)
+                    self.lanes.step(ahead, forward=True)
+            while back.next_backward is not None:
+                self.lanes.step(back, forward=False)
+        while ahead.next_forward is not None:
+            self.lanes.step(ahead, forward=True)
+        self._leave(forward, ahead)
+        self._leave(backward, back)
+
+    def _gradients(self, action: Action) -> AbstractContextManager[None]:
+        """Weight gradients are put aside during an I."""
+        if action.kind != "I":
+            return nullcontext()
+        assert self.deferral is not None, "a table with I and W needs a deferral"  # noqa: S101
+        return self.deferral.deferring((action.stage, action.microbatch))
+
+    def _enter(self, action: Action) -> Chunk:
+        """The chunk of an action, with what it needs from its neighbour."""
+        key = (action.stage, action.microbatch)
+        if action.kind == "F":
+            value = None if action.stage == 0 else self._arrived(action._replace(stage=action.stage - 1))
+            if value is not None:
+                value.requires_grad_()
+            chunk = Chunk(self.stages[action.stage].phases(action.microbatch), Flow(value))
+            self._chunks[key] = chunk
+            return chunk
+        chunk = self._chunks[key]
+        flow: Flow = chunk.state
+        if action.stage + 1 < self.table.stages:
+            flow.value.grad = self._arrived_gradient(action.stage + 1, action.microbatch)
+        if flow.loss is not None and flow.loss.requires_grad:
+            flow.loss.grad = torch.ones_like(flow.loss)
+        return chunk
+
+    def _arrived(self, need: Action) -> Tensor:
+        if need in self._results:
+            return self._results.pop(need)
+        return self._arrivals.pop(need).wait()
+
+    def _arrived_gradient(self, stage: int, microbatch: int) -> Tensor:
+        """The gradient that the next stage's backward, a B or an I, has left."""
+        whole, split = Action("B", stage, microbatch), Action("I", stage, microbatch)
+        here = split if split in self._results or split in self._arrivals else whole
+        return self._arrived(here)
+
+    def _leave(self, action: Action, chunk: Chunk) -> None:
+        """Keep what the neighbour needs; forget what nobody needs any more."""
+        key = (action.stage, action.microbatch)
+        if action.kind == "F":
+            if action.stage + 1 < self.table.stages:
+                self._results[action] = chunk.state.value.detach()
+            return
+        if action.stage > 0:
+            (gradient,) = chunk.input_gradients()
+            assert gradient is not None, f"{action} left no gradient for the stage before"  # noqa: S101
+            self._results[action] = gradient
+        del self._chunks[key]
+        if action.kind == "B":
+            self.stages[action.stage].finished(action.microbatch)
+
+    def _weights(self, action: Action) -> None:
+        assert self.deferral is not None, "a table with I and W needs a deferral"  # noqa: S101
+        self.deferral.run((action.stage, action.microbatch))
+        self.stages[action.stage].finished(action.microbatch)

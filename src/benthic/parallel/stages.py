@@ -1,0 +1,173 @@
+"""Builds the stages of one rank: the same network, holding only this rank's part of every parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from benthic.model.initialise import initialise
+from benthic.model.network import DeepSeek
+from benthic.model.part import Part
+from benthic.parallel.buckets import Bucket
+from benthic.spec.layout import box
+from benthic.spec.parameters import parameters
+from benthic.spec.stages import layers_of_stages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from benthic.parallel.mesh import Group, Mesh
+    from benthic.sched.pipeline.table import Table
+    from benthic.spec.layout import Layout
+    from benthic.spec.model import ModelConfig
+    from benthic.spec.parameters import Param
+
+Boxes = dict[str, tuple[slice, ...]]
+
+
+def parts_of(config: ModelConfig, layout: Layout, stages: int) -> tuple[Part, ...]:
+    """What each stage holds.
+
+    The first embeds. The last holds head and MTP modules, and for the latter a copy of the embedding, whose
+    gradients are summed with those of the first.
+    """
+    depths = tuple(range(config.num_nextn_predict_layers))
+    cut = layers_of_stages(config, stages, layout.layers_per_stage)
+    last = len(cut) - 1
+    copies = bool(depths) or config.tie_word_embeddings
+    return tuple(
+        Part(
+            layers=tuple(layers),
+            embed=k == 0 or (k == last and copies),
+            head=k == last,
+            mtp=depths if k == last else (),
+        )
+        for k, layers in enumerate(cut)
+    )
+
+
+def stages_of(table: Table, pp_rank: int) -> tuple[int, ...]:
+    """The stages that live on a pipeline rank."""
+    return tuple(sorted({s for route in table.routes for s, rank in enumerate(route) if rank == pp_rank}))
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of this rank and its part of every parameter.
+
+    models: by stage. boxes: the part of each parameter that is held here. buckets: by unit (embed, layers.N,
+    head, mtp.K), all parameters once; a parameter that two of these stages hold is one tensor.
+    """
+
+    models: Mapping[int, DeepSeek]
+    boxes: Boxes
+    buckets: Mapping[str, tuple[Bucket, ...]]
+
+    @property
+    def all_buckets(self) -> Iterator[Bucket]:
+        """Every bucket, in the order of the network on every rank."""
+        for unit in self.buckets.values():
+            yield from unit
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter of this rank by name, once."""
+        return {n: p for model in self.models.values() for n, p in model.named_parameters()}
+
+    def named_buffers(self) -> dict[str, torch.Tensor]:
+        """The routers' biases by name; a layer's bias may live in one stage of this rank only."""
+        params = self.named_parameters()
+        return {n: t for m in self.models.values() for n, t in m.state_dict().items() if n not in params}
+
+
+def build(
+    config: ModelConfig, table: Table, mesh: Mesh, *, device: torch.device, dtype: torch.dtype, seed: int
+) -> Stages:
+    """Allocate and initialise what this rank holds; the weights do not depend on the layout."""
+    layout, place = mesh.layout, mesh.place
+    parts = parts_of(config, layout, table.stages)
+    boxes = {param.name: box(param, layout, place) for param in parameters(config)}
+    models = {s: _stage(config, parts[s], boxes, device, dtype) for s in stages_of(table, place.pp)}
+    _share(models)
+    for model in models.values():
+        initialise(model, seed, boxes)
+    named = {n: p for model in models.values() for n, p in model.named_parameters()}
+    held = [param for param in parameters(config) if param.name in named]
+    holders = _holders(parameters(config), parts, table)
+    groups = {pps: mesh.partners(pps) for pps in sorted(set(holders.values()))}
+    buckets: dict[str, list[Bucket]] = {}
+    for (unit, pps, _), members in _grouped(held, holders).items():
+        named_here = {param.name: named[param.name] for param in members}
+        bucket = Bucket(named_here, _replicas(members[0], mesh), groups[pps], zero_stage=layout.zero_stage)
+        buckets.setdefault(unit, []).append(bucket)
+    return Stages(models, boxes, {unit: tuple(found) for unit, found in buckets.items()})
+
+
+def _stage(
+    config: ModelConfig, part: Part, boxes: Boxes, device: torch.device, dtype: torch.dtype
+) -> DeepSeek:
+    """One stage with unfilled memory, on `device` and in `dtype`."""
+    with torch.device("meta"):
+        model = DeepSeek(config, part)
+    for name, param in list(model.named_parameters()):
+        shape = tuple(piece.stop - piece.start for piece in boxes[name])
+        _replace(model, name, nn.Parameter(param.new_empty(shape)))
+    return model.to_empty(device=device).to(dtype)
+
+
+def _replace(model: nn.Module, name: str, param: nn.Parameter) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, param)
+
+
+def _share(models: Mapping[int, DeepSeek]) -> None:
+    """Make parameters of equal name one tensor, as the embedding of the first and the last stage."""
+    seen: dict[str, nn.Parameter] = {}
+    for model in models.values():
+        for name, param in list(model.named_parameters()):
+            if seen.setdefault(name, param) is not param:
+                _replace(model, name, seen[name])
+
+
+def _holders(params: tuple[Param, ...], parts: tuple[Part, ...], table: Table) -> dict[str, tuple[int, ...]]:
+    """The pipeline ranks that hold each parameter."""
+    return {
+        param.name: tuple(
+            sorted({r[s] for r in table.routes for s, part in enumerate(parts) if part.holds(param.name)})
+        )
+        for param in params
+        if param.trainable
+    }
+
+
+Key = tuple[str, tuple[int, ...], str]
+
+
+def _grouped(held: list[Param], holders: Mapping[str, tuple[int, ...]]) -> dict[Key, list[Param]]:
+    """Parameters with equal unit, holders and kind of replicas."""
+    found: dict[Key, list[Param]] = {}
+    for param in held:
+        if param.trainable:
+            found.setdefault((unit_of(param.name), holders[param.name], _kind(param)), []).append(param)
+    return found
+
+
+def unit_of(name: str) -> str:
+    """What is gathered together under ZeRO-3: embed, head (with the last norm), layers.N or mtp.K."""
+    top, _, rest = name.partition(".")
+    if top in {"layers", "mtp"}:
+        return f"{top}.{rest.partition('.')[0]}"
+    return "embed" if top == "embed" else "head"
+
+
+def _kind(param: Param) -> str:
+    if "expert" in param.axes:
+        return "expert"
+    return "sharded" if {"heads", "ffn"} & set(param.axes) else "dense"
+
+
+def _replicas(param: Param, mesh: Mesh) -> Group:
+    """The ranks of this pipeline rank that hold the same part of `param`."""
+    return {"expert": mesh.expert_dp, "sharded": mesh.sharded, "dense": mesh.dense}[_kind(param)]

@@ -1,0 +1,159 @@
+"""A stage of the network as phases that an executor runs: embedding, blocks, head, MTP modules, losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from benthic.model.network import Hidden, Passed
+from benthic.parallel.chunk import Phase
+from benthic.parallel.pipeline import Flow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import torch
+    from torch import Tensor
+
+    from benthic.model.block import Block
+    from benthic.model.network import DeepSeek
+    from benthic.model.rope import Angles
+    from benthic.model.sockets import Sockets
+    from benthic.parallel.buckets import Bucket
+    from benthic.parallel.chunk import Lane
+    from benthic.train.data.microbatch import Microbatch
+    from benthic.train.losses import Objective
+
+
+@dataclass(frozen=True)
+class Task:
+    """One microbatch as one rank computes it.
+
+    `batch` holds this rank's tokens; `positions_T` are those of the tokens that attention sees, all of the
+    row's under sequence parallelism.
+    """
+
+    batch: Microbatch
+    positions_T: Tensor
+    sockets: Sockets
+    objective: Objective
+
+
+@dataclass(frozen=True)
+class Held:
+    """The sharded parameters of one or several units, as one."""
+
+    buckets: tuple[Bucket, ...]
+
+    def acquire(self) -> None:
+        """Make the parameters whole."""
+        for bucket in self.buckets:
+            bucket.acquire()
+
+    def release(self) -> None:
+        """They are not needed until the next `acquire`."""
+        for bucket in self.buckets:
+            bucket.release()
+
+
+@dataclass
+class ModelStage:
+    """One stage of this rank, with the microbatches of the present step.
+
+    Args:
+        model: the part of the network.
+        first: whether microbatches enter here.
+        buckets: the parameters by unit.
+    """
+
+    model: DeepSeek
+    first: bool
+    buckets: Mapping[str, tuple[Bucket, ...]]
+    tasks: Sequence[Task] = field(default_factory=tuple)
+
+    def boundary(self, microbatch: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the residual stream at the front of the stage."""
+        tokens = self.tasks[microbatch].batch.tokens_T.numel()
+        return (tokens, self.model.config.hidden_size), next(self.model.parameters()).dtype
+
+    def finished(self, microbatch: int) -> None:  # noqa: ARG002 (every microbatch alike)
+        """Under ZeRO-2 and 3, shard the gradients as soon as a microbatch's are in."""
+        for unit, buckets in self.buckets.items():
+            for bucket in buckets:
+                if bucket.zero_stage > 1 and self._uses(unit):
+                    bucket.reduce()
+
+    def phases(self, microbatch: int) -> list[Phase]:
+        """Everything that happens to a microbatch here, in order."""
+        return list(self._phases(self.tasks[microbatch]))
+
+    def _uses(self, unit: str) -> bool:
+        top, _, index = unit.partition(".")
+        if top == "layers":
+            return int(index) in self.model.part.layers
+        if top == "mtp":
+            return int(index) in self.model.part.mtp
+        return self.model.part.embed if top == "embed" else self.model.part.head
+
+    def _phases(self, task: Task) -> Iterator[Phase]:
+        model = self.model
+        angles = model.rotary(task.positions_T)
+        if self.first:
+            yield self._phase("embed", lambda _: Flow(model.embed(task.batch.tokens_T)), "embed")
+        for block in model.blocks:
+            yield from self._block(block, task, angles, f"layers.{block.layer}")
+        if model.part.head:
+            yield self._phase("head", lambda flow: self._head(flow, task), "head")
+        for depth in model.part.mtp:
+            yield from self._mtp(depth, task, angles)
+
+    def _phase(self, name: str, run: Callable[[Flow], Flow], *units: str) -> Phase:
+        buckets = tuple(b for unit in units for b in self.buckets[unit] if b.zero_stage == 3)
+        lane: Lane = "network" if name.endswith(("dispatch", "combine")) else "compute"
+        return Phase(name, lane, run, Held(buckets) if buckets else None)
+
+    def _block(self, block: Block, task: Task, angles: Angles, unit: str) -> Iterator[Phase]:
+        sockets, config = task.sockets, self.model.config
+
+        def experts(flow: Flow) -> Flow:
+            routing, loss = block.routing(flow.value), flow.loss
+            if routing is not None:
+                top_k, count = config.num_experts_per_tok, config.n_routed_experts
+                here = task.objective.routed(block.layer, routing, top_k=top_k, experts=count)
+                loss = here if loss is None else loss + here
+            return Flow(block.experts(flow.value, sockets), loss)
+
+        steps: dict[str, Callable[[Flow], Flow]] = {
+            "attention": lambda flow: Flow(block.attention(flow.value, angles, sockets), flow.loss),
+            "dispatch": lambda flow: Flow(block.dispatch(flow.value, sockets), flow.loss),
+            "experts": experts,
+            "combine": lambda flow: Flow(block.combine(flow.value, sockets), flow.loss),
+        }
+        for name, run in steps.items():
+            yield self._phase(f"{unit}.{name}", run, unit)
+
+    def _head(self, flow: Flow, task: Task) -> Flow:
+        hidden = self.model.finish(Passed(flow.value, ()))
+        loss = task.objective.main(self.model, hidden, task.batch.target_KT[0])
+        return Flow(self.model.mtp_input(hidden) if self.model.part.mtp else None, _plus(flow.loss, loss))
+
+    def _mtp(self, depth: int, task: Task, angles: Angles) -> Iterator[Phase]:
+        model, module, unit = self.model, self.model.mtp_module(depth), f"mtp.{depth}"
+
+        def project(flow: Flow) -> Flow:
+            embedded_TD = model.embed(task.batch.ahead_KT[depth])
+            return Flow(module.project(embedded_TD, flow.value, task.sockets), flow.loss)
+
+        def head(flow: Flow) -> Flow:
+            hidden = Hidden(flow.value, module.norm(flow.value), ())
+            loss = task.objective.ahead(model, hidden, task.batch.target_KT[depth + 1], depth)
+            further = depth + 1 < len(model.part.mtp)
+            return Flow(model.mtp_input(hidden) if further else None, _plus(flow.loss, loss))
+
+        yield self._phase(f"{unit}.project", project, unit, "embed")
+        yield from self._block(module.block, task, angles, unit)
+        yield self._phase(f"{unit}.head", head, unit, "head")
+
+
+def _plus(loss: Tensor | None, more: Tensor) -> Tensor:
+    return more if loss is None else loss + more
