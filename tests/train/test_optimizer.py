@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from benthic.errors import TensorMismatchError
+from benthic.model.products import WeightGradients
 from benthic.train.config import OptimizerConfig
 from benthic.train.optimizer import AdamW
 from benthic.train.precision import Gradients
@@ -24,7 +25,7 @@ class Toy(nn.Module):
 
 
 def run(model: Toy, steps: int, config: OptimizerConfig) -> AdamW:
-    optimizer, gradients = AdamW(model, config), Gradients(model)
+    optimizer, gradients = AdamW(model, config), Gradients(model, WeightGradients())
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         gradients.zero()
@@ -63,7 +64,10 @@ def test_bfloat16_moments_take_half_the_bytes_and_stay_close() -> None:
 def test_bfloat16_weights_follow_float32_masters() -> None:
     model = Toy().to(torch.bfloat16)
     before = model.matrix.detach().clone()
-    optimizer, gradients = AdamW(model, OptimizerConfig(weight_decay=0.0)), Gradients(model)
+    optimizer, gradients = (
+        AdamW(model, OptimizerConfig(weight_decay=0.0)),
+        Gradients(model, WeightGradients()),
+    )
     tiny = {name: torch.full_like(p, 1.0, dtype=torch.float32) for name, p in model.named_parameters()}
     for _ in range(3):
         optimizer.step(tiny, lr=1e-5)
@@ -75,7 +79,7 @@ def test_bfloat16_weights_follow_float32_masters() -> None:
 
 def test_gradients_of_bfloat16_weights_add_up_in_float32() -> None:
     model = Toy().to(torch.bfloat16)
-    gradients = Gradients(model)
+    gradients = Gradients(model, WeightGradients())
     torch.manual_seed(4)
     inputs = [torch.randn(3, 5, dtype=torch.bfloat16) for _ in range(9)]
     expected = torch.zeros(7, 5)

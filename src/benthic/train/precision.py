@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
-from torch.nn import functional as F
 
-from benthic.kernels import ops
-from benthic.model.local import plain_linear
+from benthic.errors import ScheduleError
+from benthic.model.products import PlainProducts, SplitLinear
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from benthic.model.products import WeightGradients
     from benthic.model.sockets import Linear
     from benthic.train.config import PrecisionConfig
 
 DTYPES: Final[dict[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class CastLinear:
-    """Products in `dtype`, whatever the operands are kept in; results return to the dtype of the rows."""
-
-    dtype: torch.dtype
-
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`x_..I @ weight_OI.T`."""
-        return F.linear(x.to(self.dtype), weight.to(self.dtype)).to(x.dtype)
-
-    def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        """Each expert's rows times its own `weight_OI.T`."""
-        out_RO = ops.grouped_linear(rows_RI.to(self.dtype), weight_EOI.to(self.dtype), ends_E)
-        return out_RO.to(rows_RI.dtype)
-
-
-def linear_socket(config: PrecisionConfig) -> Linear:
-    """The socket for products in `matmul` of weights kept in `weights`."""
+def linear_socket(config: PrecisionConfig, sink: WeightGradients) -> Linear:
+    """The socket for products in `matmul` of weights kept in `weights`; `sink` takes weight gradients."""
     same = config.weights == config.matmul
-    return plain_linear if same else CastLinear(DTYPES[config.matmul])
+    return SplitLinear(PlainProducts(None if same else DTYPES[config.matmul]), sink)
 
 
 class Gradients:
     """The gradients of a model in float32, summed over microbatches.
 
     Float32 parameters keep them in `.grad`. For narrower parameters each microbatch's gradient is added to a
-    float32 buffer as soon as it is complete, and freed (DeepSeek-V3 report section 3.3.3).
+    float32 sum as soon as it is complete, and freed (DeepSeek-V3 report section 3.3.3). Weight gradients that
+    pass through `sink` reach that sum without being rounded to the parameter's dtype.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, sink: WeightGradients) -> None:
+        self._sink = sink
         self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         narrow = {n: p for n, p in self._params.items() if p.dtype != torch.float32}
         self._sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in narrow.items()}
+        for name, param in narrow.items():
+            sink.sum_into(param, self._sums[name])
         self._hooks = [p.register_post_accumulate_grad_hook(_adder(self._sums[n])) for n, p in narrow.items()]
 
     def zero(self) -> None:
@@ -63,7 +50,17 @@ class Gradients:
                 self._sums[name].zero_()
 
     def named(self) -> dict[str, Tensor]:
-        """Every gradient by the name of its parameter; parameters that took no part are left out."""
+        """Every gradient by the name of its parameter; parameters that took no part are left out.
+
+        Raises:
+            ScheduleError: weight gradients are still waiting, so the sums are incomplete.
+        """
+        if self._sink.pending:
+            message = (
+                f"{self._sink.pending} chunks of weight gradients have not run; the schedule must run as many "
+                "as it defers before the step ends."
+            )
+            raise ScheduleError(message)
         found = {name: self._sums.get(name, param.grad) for name, param in self._params.items()}
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 

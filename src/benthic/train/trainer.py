@@ -12,6 +12,7 @@ from benthic.errors import CheckpointError
 from benthic.model.block import MoeBlock
 from benthic.model.initialise import initialise
 from benthic.model.network import DeepSeek
+from benthic.model.products import WeightGradients
 from benthic.train.balance import update_bias
 from benthic.train.checkpoint import Saved
 from benthic.train.curve import cosine, warmup
@@ -90,9 +91,10 @@ class Trainer:
             mtp_depth=model.num_nextn_predict_layers,
             mask_documents=config.data.mask_documents,
         )
-        linear = linear_socket(config.precision)
+        sink = WeightGradients()
+        linear = linear_socket(config.precision, sink)
         self.executor = LocalExecutor(self.model, self.device, linear)
-        self.gradients = Gradients(self.model)
+        self.gradients = Gradients(self.model, sink)
         self.optimizer = AdamW(self.model, config.optimizer)
         self._biases = router_biases(self.model)
         self._data = fingerprint(shards)

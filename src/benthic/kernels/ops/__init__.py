@@ -38,6 +38,11 @@ from benthic.kernels.ops.norm import (
     rope,
     swiglu,
 )
+from benthic.kernels.ops.weight_gradient import (
+    GROUPED_WEIGHT_GRADIENT,
+    WEIGHT_GRADIENT,
+    weight_gradient,
+)
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
 from benthic.kernels.table import Case, Implementation, Op
 
@@ -67,6 +72,7 @@ __all__ = [
     "store_latent",
     "swiglu",
     "unpermute",
+    "weight_gradient",
 ]
 
 OPS: tuple[Op, ...] = (
@@ -81,6 +87,8 @@ OPS: tuple[Op, ...] = (
     PERMUTE,
     UNPERMUTE,
     GROUPED_LINEAR,
+    WEIGHT_GRADIENT,
+    GROUPED_WEIGHT_GRADIENT,
     LINEAR_CROSS_ENTROPY,
     QUANTISE_FP8,
     DEQUANTISE_FP8,
