@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from benthic.errors import ScheduleError, ShapeError
+from benthic.kernels import ops
 from benthic.model.local import plain_linear
 from benthic.model.products import PlainProducts, SplitLinear, WeightGradients
 
@@ -250,3 +251,12 @@ def test_frozen_operands_get_no_gradient_and_keep_nothing():
         out.sum().backward()
     assert (sink.pending, weight.grad) == (0, None)
     assert dataclasses.replace(socket) == socket
+
+
+def test_weight_gradients_in_two_dtypes_are_refused_with_both():
+    with pytest.raises(
+        ShapeError, match="37 output gradients in torch.float32 but 37 rows in torch.bfloat16"
+    ):
+        ops.weight_gradient(made(37, 4), made(37, 8, dtype=torch.bfloat16))
+    with pytest.raises(ShapeError, match="gradients are 5 wide .* but weights give 6"):
+        ops.grouped_input_gradient(made(3, 5), made(2, 6, 7), torch.tensor((1, 3), dtype=torch.int32))

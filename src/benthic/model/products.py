@@ -95,9 +95,9 @@ class PlainProducts:
         return y.to(dtype)
 
     def input_gradient(self, dy: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
-        """`dy W`, which is the output of the transposed weight."""
+        """`dy W`."""
         (dy_RO,), (w,) = dy, weight
-        dx = dy_RO @ w if ends_E is None else ops.grouped_linear(dy_RO, w.transpose(1, 2), ends_E)
+        dx = dy_RO @ w if ends_E is None else ops.grouped_input_gradient(dy_RO, w, ends_E)
         return dx.to(dtype)
 
     def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None) -> Tensor:

@@ -57,8 +57,8 @@ class Gradients:
         """
         if self._sink.pending:
             message = (
-                f"{self._sink.pending} chunks of weight gradients have not run; the schedule must run as many "
-                "as it defers before the step ends."
+                f"{self._sink.pending} chunks of weight gradients have not run; the schedule must run as "
+                "many as it defers before the step ends."
             )
             raise ScheduleError(message)
         found = {name: self._sums.get(name, param.grad) for name, param in self._params.items()}
