@@ -261,6 +261,16 @@ def test_grouped_linear(dtype, name, dims, spare):
     compare(lambda x, w, impl: ops.grouped_linear(x, w, ends, impl=impl), inputs, dtype)
 
 
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_weight_gradient_in_float32(dtype, name):
+    ends, (x, _) = grouped_inputs(name, 35, (23, 9), dtype)
+    dy = made(len(x), 9, dtype=dtype, seed=2).detach()
+    fast = ops.weight_gradient(dy, x.detach(), ends, dtype=torch.float32, impl="triton")
+    exact = ops.weight_gradient(dy.double(), x.detach().double(), ends, impl="reference")
+    assert fast.dtype == torch.float32
+    close(fast, exact, torch.float32)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="the library's grouped product on a GPU")
 @pytest.mark.parametrize("spare", [0, 35])
 @pytest.mark.parametrize("name", GROUPS)

@@ -10,10 +10,10 @@ import torch
 from benthic.model.initialise import initialise
 from benthic.model.local import packed_sockets, plain_linear
 from benthic.model.network import DeepSeek
+from benthic.parallel.pipeline import Flow
 from benthic.spec import presets
 from benthic.train.balance import sequence_balance_loss
 from benthic.train.data.microbatch import Microbatch, assemble
-from benthic.parallel.pipeline import Flow
 from benthic.train.losses import Objective, Tally, Weights, targets_of, weights_of
 from benthic.train.stage import ModelStage, Task
 

@@ -10,11 +10,12 @@ import torch
 from benthic.cli.settings import apply
 from benthic.errors import CheckpointError, NumericsError
 from benthic.model.local import plain_linear
+from benthic.model.products import WeightGradients
 from benthic.train.balance import update_bias
 from benthic.train.checkpoint import FolderStore
 from benthic.train.config import LoopConfig, PrecisionConfig, RunConfig
 from benthic.train.curve import Curve
-from benthic.train.precision import CastLinear, linear_socket
+from benthic.train.precision import linear_socket
 from benthic.train.trainer import Trainer, clip_factor, learning_rate
 
 if TYPE_CHECKING:
@@ -128,10 +129,11 @@ def test_bfloat16_products_stay_near_float32(trainer: Make, nano: RunConfig) -> 
 
 
 def test_linear_socket_casts_only_when_precisions_differ() -> None:
-    assert linear_socket(PrecisionConfig(weights="float32", matmul="float32")) is plain_linear
-    socket = linear_socket(PrecisionConfig(weights="float32", matmul="bfloat16"))
-    assert socket == CastLinear(torch.bfloat16)
+    sink = WeightGradients()
+    plain = linear_socket(PrecisionConfig(weights="float32", matmul="float32"), sink)
+    socket = linear_socket(PrecisionConfig(weights="float32", matmul="bfloat16"), sink)
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    assert torch.equal(plain(x, weight), plain_linear(x, weight))
     assert socket(x, weight).dtype == torch.float32
     assert torch.equal(socket(x, weight), (x.bfloat16() @ weight.bfloat16().T).float())
 

@@ -141,7 +141,9 @@ class _Grouped(torch.autograd.Function):
         """Gradients of rows and weights."""
         x_RI, weight_EOI, ends_E = ctx.saved_tensors
         dx_RI = _multiply(dy_RO, weight_EOI, ends_E) if ctx.needs_input_grad[0] else None
-        dweight_EOI = _weight_gradient(dy_RO, x_RI, weight_EOI, ends_E) if ctx.needs_input_grad[1] else None
+        dweight_EOI = None
+        if ctx.needs_input_grad[1]:
+            dweight_EOI = grouped_weight_gradient(dy_RO, x_RI, ends_E, dtype=weight_EOI.dtype)
         return dx_RI, dweight_EOI, None
 
 
@@ -166,10 +168,11 @@ def _multiply(x_RK, weight_EKN, ends_E):
     return out_RN
 
 
-def _weight_gradient(dy_RO, x_RI, weight_EOI, ends_E):
+def grouped_weight_gradient(dy_RO, x_RI, ends_E, *, dtype):
+    """See `benthic.kernels.ops.weight_gradient`."""
     dy_RO, x_RI = (x if x.stride(1) == 1 else x.contiguous() for x in (dy_RO, x_RI))
-    experts, o_dim, i_dim = weight_EOI.shape
-    out = torch.empty(weight_EOI.shape, dtype=weight_EOI.dtype, device=weight_EOI.device)
+    experts, o_dim, i_dim = ends_E.shape[0], dy_RO.shape[1], x_RI.shape[1]
+    out = torch.empty(experts, o_dim, i_dim, dtype=dtype, device=x_RI.device)
     block_o, block_i, block_r, warps, stages = tiles(x_RI.dtype, o_dim)
     _expert_gradient[(triton.cdiv(i_dim, block_i), triton.cdiv(o_dim, block_o), experts)](
         dy_RO, x_RI, out, ends_E, o_dim, i_dim, dy_RO.stride(0), x_RI.stride(0),

@@ -10,6 +10,7 @@ phase by phase, weight gradients may come long after the backward, and a stage m
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from benthic.model.products import WeightGradients
     from benthic.parallel.mesh import Group
 
 
@@ -118,6 +120,12 @@ class Bucket:
         if self.zero_stage == 1:
             return self.prepare()[self._here]
         return torch.zeros(self.length, dtype=torch.float32, device=self._flat.device)
+
+    def collect(self, sink: WeightGradients) -> None:
+        """Let weight gradients of parameters narrower than float32 come unrounded, past autograd."""
+        for name, param in self.params.items():
+            if param.dtype != torch.float32:
+                sink.sum_into(param, functools.partial(self.accumulator, name))
 
     def accumulator(self, name: str) -> Tensor:
         """The float32 array to which gradients of a parameter are added, in the parameter's shape."""

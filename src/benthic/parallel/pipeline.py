@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from benthic.errors import PipelineError
+from benthic.model.products import WeightGradients
 from benthic.parallel.chunk import Chunk
 from benthic.parallel.lanes import Lanes
 from benthic.sched.pipeline.dependencies import feeds
@@ -23,7 +24,7 @@ from benthic.sched.pipeline.lower import Compute, Program, Recv, Send, lower
 from benthic.sched.pipeline.table import Action
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -60,18 +61,6 @@ class Stage(Protocol):
         ...
 
 
-class Deferral(Protocol):
-    """Where the weight gradients of an I wait for their W."""
-
-    def deferring(self, key: Hashable) -> AbstractContextManager[None]:
-        """While entered, linear layers put their weight gradients aside under `key`."""
-        ...
-
-    def run(self, key: Hashable) -> None:
-        """Compute what was put aside under `key`."""
-        ...
-
-
 @dataclass(frozen=True)
 class Span:
     """A measured slot: seconds on the clock of this process."""
@@ -90,7 +79,7 @@ class Executor:
         rank: pipeline rank.
         stages: the stages that live here, by number.
         links: to the other pipeline ranks; a table of one rank needs none.
-        deferral: where weight gradients wait; needed by tables with I and W.
+        sink: where the weight gradients of an I wait for their W.
         lanes: streams of computation and communication.
         clock: for measured spans.
     """
@@ -99,7 +88,7 @@ class Executor:
     rank: int
     stages: Mapping[int, Stage]
     links: Links | None = None
-    deferral: Deferral | None = None
+    sink: WeightGradients = field(default_factory=WeightGradients)
     lanes: Lanes = field(default_factory=Lanes)
     clock: Callable[[], float] = perf_counter
     spans: list[Span] = field(default_factory=list)
@@ -107,6 +96,7 @@ class Executor:
     _chunks: dict[tuple[int, int], Chunk] = field(default_factory=dict)
     _arrivals: dict[Action, Arrival] = field(default_factory=dict)
     _results: dict[Action, Tensor] = field(default_factory=dict)
+    _waiting: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Lower the table once."""
@@ -193,10 +183,7 @@ class Executor:
 
     def _gradients(self, action: Action) -> AbstractContextManager[None]:
         """Weight gradients are put aside during an I."""
-        if action.kind != "I":
-            return nullcontext()
-        assert self.deferral is not None, "a table with I and W needs a deferral"  # noqa: S101
-        return self.deferral.deferring((action.stage, action.microbatch))
+        return self.sink.defer() if action.kind == "I" else nullcontext()
 
     def _enter(self, action: Action) -> Chunk:
         """The chunk of an action, with what it needs from its neighbour."""
@@ -239,10 +226,11 @@ class Executor:
             assert gradient is not None, f"{action} left no gradient for the stage before"  # noqa: S101
             self._results[action] = gradient
         del self._chunks[key]
-        if action.kind == "B":
+        if action.kind == "I":
+            self._waiting[key] = self.sink.flush()
+        else:
             self.stages[action.stage].finished(action.microbatch)
 
     def _weights(self, action: Action) -> None:
-        assert self.deferral is not None, "a table with I and W needs a deferral"  # noqa: S101
-        self.deferral.run((action.stage, action.microbatch))
+        self.sink.run(self._waiting.pop((action.stage, action.microbatch)))
         self.stages[action.stage].finished(action.microbatch)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.network import DeepSeek
+    from benthic.model.products import WeightGradients
     from benthic.model.sockets import Linear, Sockets
     from benthic.parallel.mesh import Group, Mesh
     from benthic.parallel.stages import Stages
@@ -53,6 +54,7 @@ class Executor:
         mesh: the ranks.
         device: of this rank.
         linear: the socket.
+        sink: of the socket's weight gradients.
     """
 
     def __init__(
@@ -63,13 +65,14 @@ class Executor:
         mesh: Mesh,
         device: torch.device,
         linear: Linear,
+        sink: WeightGradients,
     ) -> None:
         self.config, self.mesh, self.device, self.linear = config, mesh, device, linear
         self.tally = Tally()
         self._stages = {s: ModelStage(m, s == 0, stages.buckets) for s, m in stages.models.items()}
         links = None if mesh.pipeline.handle is None else GroupLinks(mesh.pipeline.handle, device)
         lanes = Lanes.on(device) if mesh.expert.size > 1 else Lanes()
-        self.pipeline = TableExecutor(table, mesh.place.pp, self._stages, links, lanes=lanes)
+        self.pipeline = TableExecutor(table, mesh.place.pp, self._stages, links, sink, lanes)
 
     @property
     def models(self) -> tuple[DeepSeek, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from benthic.errors import CheckpointError, ConfigError
 from benthic.model.block import MoeBlock
+from benthic.model.products import WeightGradients
 from benthic.parallel.buckets import global_norm
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.stages import build
@@ -99,9 +100,12 @@ class Trainer:
             mtp_depth=model.num_nextn_predict_layers,
             mask_documents=config.data.mask_documents,
         )
-        linear = linear_socket(config.precision)
-        self.executor = Executor(model, self.table, self.stages, self.mesh, self.device, linear)
+        sink = WeightGradients()
+        linear = linear_socket(config.precision, sink)
+        self.executor = Executor(model, self.table, self.stages, self.mesh, self.device, linear, sink)
         self.buckets = tuple(self.stages.all_buckets)
+        for bucket in self.buckets:
+            bucket.collect(sink)
         pieces = [piece for bucket in self.buckets for piece in bucket.pieces()]
         self.optimizer = AdamW(pieces, config.optimizer)
         self._biases = router_biases(self.stages.models.values())

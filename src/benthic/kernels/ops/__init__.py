@@ -17,6 +17,13 @@ from benthic.kernels.ops.fp8 import (
     quantise_fp8_blocks,
     quantise_fp8_rows,
 )
+from benthic.kernels.ops.linear_gradients import (
+    GROUPED_INPUT_GRADIENT,
+    GROUPED_WEIGHT_GRADIENT,
+    WEIGHT_GRADIENT,
+    grouped_input_gradient,
+    weight_gradient,
+)
 from benthic.kernels.ops.loss import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from benthic.kernels.ops.moe import (
     GROUPED_LINEAR,
@@ -55,6 +62,7 @@ __all__ = [
     "attention",
     "dequantise_fp8",
     "explain",
+    "grouped_input_gradient",
     "grouped_linear",
     "linear_cross_entropy",
     "mla_decode",
@@ -67,6 +75,7 @@ __all__ = [
     "store_latent",
     "swiglu",
     "unpermute",
+    "weight_gradient",
 ]
 
 OPS: tuple[Op, ...] = (
@@ -81,6 +90,9 @@ OPS: tuple[Op, ...] = (
     PERMUTE,
     UNPERMUTE,
     GROUPED_LINEAR,
+    GROUPED_INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    GROUPED_WEIGHT_GRADIENT,
     LINEAR_CROSS_ENTROPY,
     QUANTISE_FP8,
     DEQUANTISE_FP8,

@@ -115,3 +115,20 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         start = end
     outs.append(x_RI.new_zeros(x_RI.shape[0] - start, weight_EOI.shape[1]))
     return torch.cat(outs)
+
+
+def weight_gradient(dy_RO: Tensor, x_RI: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """`dy^T x`, summed in float32 (float64 operands in float64)."""
+    acc = wide(x_RI.dtype)
+    return (dy_RO.to(acc).T @ x_RI.to(acc)).to(dtype)
+
+
+def grouped_weight_gradient(dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """`dy_e^T x_e` over the rows of each expert."""
+    out_EOI = x_RI.new_zeros(ends_E.shape[0], dy_RO.shape[1], x_RI.shape[1], dtype=dtype)
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            out_EOI[expert] = weight_gradient(dy_RO[start:end], x_RI[start:end], dtype=dtype)
+        start = end
+    return out_EOI

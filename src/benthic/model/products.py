@@ -1,0 +1,285 @@
+"""A linear layer as three products, so that the one for its weights can wait.
+
+    output            y  = x W^T        forward
+    input gradient    dx = dy W         backward, at once: the layer below needs it
+    weight gradient   dW = dy^T x       backward, or later: nothing but the optimizer needs it
+
+`Products` says in what numbers each is computed and what is kept for it; `WeightGradients` says when the
+third one runs; `SplitLinear` makes a `linear` socket of the two. Zero-bubble pipelines (Qi et al. 2023) and
+DualPipe (DeepSeek-V3 report section 3.2.1) fill idle slots with deferred weight gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benthic.errors import ScheduleError, ShapeError
+from benthic.kernels import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+Kept = tuple[Tensor, ...]
+"""One operand in the form that a product reads: a cast copy, or FP8 values and their scales."""
+
+
+class Products(Protocol):
+    """In what numbers the three products are computed, and what is kept between forward and backward.
+
+    `ends_E` is None for one weight `[O, I]`; for one weight per expert, `[E, O, I]`, it says where each
+    expert's rows end. Rows past the last end come out of `output` and `input_gradient` as zeros and take no
+    part in `weight_gradient`.
+    """
+
+    def keep_rows(self, x_RI: Tensor, ends_E: Tensor | None) -> Kept:
+        """The rows, for `output` and for `weight_gradient`."""
+        ...
+
+    def keep_weight(self, weight: Tensor) -> Kept:
+        """The weight, for `output` and for `input_gradient`."""
+        ...
+
+    def keep_gradient(self, dy_RO: Tensor, ends_E: Tensor | None) -> tuple[Kept, Kept]:
+        """The gradient of the output, for `input_gradient` and for `weight_gradient`."""
+        ...
+
+    def output(self, rows: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+        """`x W^T` in `dtype`."""
+        ...
+
+    def input_gradient(self, dy: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+        """`dy W` in `dtype`."""
+        ...
+
+    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None) -> Tensor:
+        """`dy^T x`, in the weight's shape and the recipe's dtype; an expert without rows gets zeros."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainProducts:
+    """Products in the operands' own dtype, or with every operand cast to `dtype`.
+
+    wide_gradients: weight gradients leave the product in float32 instead of the operands' dtype, as the
+        DeepSeek-V3 report has them (Fig. 6).
+    """
+
+    dtype: torch.dtype | None = None
+    wide_gradients: bool = False
+
+    def keep_rows(self, x_RI: Tensor, ends_E: Tensor | None) -> Kept:  # noqa: ARG002 (needs no borders)
+        """The rows, cast."""
+        return (self._cast(x_RI),)
+
+    def keep_weight(self, weight: Tensor) -> Kept:
+        """The weight, cast."""
+        return (self._cast(weight),)
+
+    def keep_gradient(self, dy_RO: Tensor, ends_E: Tensor | None) -> tuple[Kept, Kept]:  # noqa: ARG002
+        """One cast gradient for both products; autograd may hand in an expanded one."""
+        dy = (self._cast(dy_RO).contiguous(),)
+        return dy, dy
+
+    def output(self, rows: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+        """`x W^T`."""
+        (x_RI,), (w,) = rows, weight
+        y = F.linear(x_RI, w) if ends_E is None else ops.grouped_linear(x_RI, w, ends_E)
+        return y.to(dtype)
+
+    def input_gradient(self, dy: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+        """`dy W`."""
+        (dy_RO,), (w,) = dy, weight
+        dx = dy_RO @ w if ends_E is None else ops.grouped_input_gradient(dy_RO, w, ends_E)
+        return dx.to(dtype)
+
+    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None) -> Tensor:
+        """`dy^T x`."""
+        (dy_RO,), (x_RI,) = dy, rows
+        narrow = x_RI.dtype.itemsize < 4
+        dtype = torch.float32 if self.wide_gradients and narrow else x_RI.dtype
+        return ops.weight_gradient(dy_RO, x_RI, ends_E, dtype=dtype)
+
+    def _cast(self, operand: Tensor) -> Tensor:
+        return operand if self.dtype is None else operand.to(self.dtype)
+
+
+@dataclass
+class WeightGradients:
+    """When weight gradients are computed, and where they are added.
+
+    At once, unless deferring: then each is put aside as a call, and the calls of one backward pass form a
+    chunk that runs later. A deferred gradient takes the same way to its parameter as an immediate one:
+
+    - through autograd from the weight (or view of a parameter) that was multiplied, so that hooks fire
+      (they also fire during the deferred pass, and then find `.grad` as it was);
+    - or, for a parameter with a float32 sum (`sum_into`), straight into that sum: autograd would round it to
+      the parameter's dtype first. `.grad` then stays empty and hooks of the parameter are not called.
+
+    A deferred call holds the kept rows and the output's gradient, not the graph of the backward pass.
+    """
+
+    _sums: dict[Tensor, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
+    _chunks: dict[int, list[Callable[[], None]]] = field(default_factory=dict, repr=False)
+    _filling: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    _deferring: bool = False
+    _numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
+
+    @property
+    def pending(self) -> int:
+        """Chunks that have not run, the one that is being filled included; 0 at the end of a step."""
+        return len(self._chunks) + bool(self._filling)
+
+    @contextlib.contextmanager
+    def defer(self) -> Iterator[None]:
+        """Put weight gradients aside while a backward pass runs inside."""
+        before, self._deferring = self._deferring, True
+        try:
+            yield
+        finally:
+            self._deferring = before
+
+    def flush(self) -> int:
+        """Close the chunk that the last backward pass filled, which may be empty; return its number."""
+        number = next(self._numbers)
+        self._chunks[number], self._filling = self._filling, []
+        return number
+
+    def run_oldest(self) -> None:
+        """Compute the gradients of the chunk that has waited longest.
+
+        Raises:
+            ScheduleError: no chunk is waiting.
+        """
+        if not self._chunks:
+            message = "0 chunks of weight gradients are waiting; flush one after each deferred backward pass."
+            raise ScheduleError(message)
+        self.run(next(iter(self._chunks)))
+
+    def run(self, number: int) -> None:
+        """Compute the gradients of one chunk, in the order in which its backward pass deferred them.
+
+        Raises:
+            ScheduleError: the chunk has run already or never was.
+        """
+        if number not in self._chunks:
+            message = f"chunk {number} of weight gradients is not waiting; waiting: {list(self._chunks)}."
+            raise ScheduleError(message)
+        for compute in self._chunks.pop(number):
+            compute()
+
+    def sum_into(self, param: Tensor, sum_of: Callable[[], Tensor]) -> None:
+        """Add gradients of `param` to the float32 tensor that `sum_of` gives instead of to `param.grad`.
+
+        It is asked for each gradient anew, so that the sum may be allocated late and freed early; it must be
+        laid out as the parameter is.
+        """
+        self._sums[param] = sum_of
+
+    def take(self, weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
+        """Decide about one gradient during a backward pass: what autograd shall add to `weight` now.
+
+        None when the gradient is deferred or has gone into a float32 sum.
+
+        Raises:
+            ScheduleError: deferring, and `weight` was computed, so that its own graph will be gone.
+        """
+        if self._deferring:
+            if not _owner(weight).is_leaf:
+                message = (
+                    f"the weight gradient of a computed tensor {tuple(weight.shape)} cannot wait: the graph "
+                    "behind it is freed. Hand the socket a parameter or a view of one."
+                )
+                raise ScheduleError(message)
+            self._filling.append(partial(self._add_later, weight, compute))
+            return None
+        dweight = compute()
+        return None if self._add_to_sum(weight, dweight) else dweight.to(weight.dtype)
+
+    def _add_later(self, weight: Tensor, compute: Callable[[], Tensor]) -> None:
+        with torch.no_grad():
+            dweight = compute()
+        if not self._add_to_sum(weight, dweight):
+            torch.autograd.backward(weight, dweight.to(weight.dtype))
+
+    def _add_to_sum(self, weight: Tensor, dweight: Tensor) -> bool:
+        """Add to the part of the owner's sum that `weight` is a view of; False when there is no sum.
+
+        Raises:
+            ShapeError: parameter and sum are laid out differently: a view of one is none of the other.
+        """
+        owner = _owner(weight)
+        if owner not in self._sums:
+            return False
+        sum_ = self._sums[owner]()
+        if (owner.shape, owner.stride()) != (sum_.shape, sum_.stride()):
+            message = (
+                f"a parameter of shape {tuple(owner.shape)} and strides {owner.stride()} cannot be summed "
+                f"into {tuple(sum_.shape)} with strides {sum_.stride()}; lay the sum out as the parameter."
+            )
+            raise ShapeError(message)
+        offset = sum_.storage_offset() + weight.storage_offset() - owner.storage_offset()
+        sum_.as_strided(weight.shape, weight.stride(), offset).add_(dweight)
+        return True
+
+
+def _owner(weight: Tensor) -> Tensor:
+    """The parameter that a view shows, or the tensor itself."""
+    base = weight._base  # noqa: SLF001 (public in all but name: torch documents views by it)
+    return weight if base is None else base
+
+
+@dataclass(frozen=True)
+class SplitLinear:
+    """The `linear` socket whose weight gradients `sink` computes now or later."""
+
+    products: Products
+    sink: WeightGradients = field(default_factory=WeightGradients)
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x_..I @ weight_OI.T`, in the dtype of x."""
+        y_RO: Tensor = _Split.apply(x.reshape(-1, x.shape[-1]), weight, None, self)
+        return y_RO.view(*x.shape[:-1], weight.shape[0])
+
+    def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        """Each expert's rows times its own `weight_OI.T`, in the dtype of the rows."""
+        y_RO: Tensor = _Split.apply(rows_RI, weight_EOI, ends_E, self)
+        return y_RO
+
+
+class _Split(torch.autograd.Function):
+    """Forward computes y; backward computes dx and hands the sink a call that computes dW."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight: Tensor, ends_E: Tensor | None, socket: SplitLinear) -> Tensor:
+        """Keep rows for dW and the weight for dx, each in its product's form."""
+        rows = socket.products.keep_rows(x_RI, ends_E)
+        kept = socket.products.keep_weight(weight)
+        for_dx = kept if ctx.needs_input_grad[0] else ()
+        for_dweight = rows if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(ends_E, *for_dx, *for_dweight)
+        ctx.split, ctx.dtype = len(for_dx) + 1, x_RI.dtype
+        # Not saved: it is a leaf or a view, whose graph a deferred gradient walks after this one is freed.
+        ctx.weight, ctx.socket = weight, socket
+        return socket.products.output(rows, kept, ends_E, dtype=x_RI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """The input gradient at once, the weight gradient as the sink decides."""
+        products, sink = ctx.socket.products, ctx.socket.sink
+        ends_E, *kept = ctx.saved_tensors
+        weight, rows = tuple(kept[: ctx.split - 1]), tuple(kept[ctx.split - 1 :])
+        for_dx, for_dweight = products.keep_gradient(grads[0], ends_E)
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = products.input_gradient(for_dx, weight, ends_E, dtype=ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight = sink.take(ctx.weight, partial(products.weight_gradient, for_dweight, rows, ends_E))
+        return dx, dweight, None, None
