@@ -43,7 +43,7 @@ def sum_of_rows(
     acc = tl.zeros([WIDTH], tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(row_ptr + token * TOP_K + k)
-        kept = (column < width) & (row >= 0)
+        kept = column < tl.where(row >= 0, width, 0)
         value = tl.load(rows_ptr + row * stride + column, mask=kept, other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weight_ptr + token * TOP_K + k).to(tl.float32)
@@ -65,7 +65,7 @@ def _sum_rows_backward(
     dout = tl.load(dout_ptr + token * width + column, mask=column < width, other=0.0).to(tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(row_ptr + token * TOP_K + k)
-        kept = (column < width) & (row >= 0)
+        kept = column < tl.where(row >= 0, width, 0)
         weight = tl.load(weight_ptr + token * TOP_K + k).to(tl.float32)
         value = tl.load(rows_ptr + row * stride + column, mask=kept, other=0.0).to(tl.float32)
         tl.store(drows_ptr + row * width + column, (weight * dout).to(drows_ptr.dtype.element_ty), mask=kept)
