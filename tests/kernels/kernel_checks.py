@@ -308,6 +308,49 @@ def test_unpermute(dtype, width):
     compare(lambda rows, weight, impl: ops.unpermute(rows, maps, weight, impl=impl), inputs, dtype)
 
 
+def absent(tokens, top_k):
+    """Rows of copies of which some are elsewhere (-1); also how many rows there are, three of them unused."""
+    here = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(3)) < 0.6
+    here[:2] = False
+    row = torch.where(here, here.flatten().cumsum(0).view(tokens, top_k) - 1, -1)
+    return row.to(DEVICE), int(here.sum()) + 3
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_sum_copies_skips_absent_ones(dtype, width):
+    row, rows = absent(TOKENS, 3)
+    x, weight = made(rows, width, dtype=dtype).detach(), made(TOKENS, 3, dtype=torch.float32, seed=1).detach()
+    x[-3:] = torch.nan
+    for given in (weight, None):
+        exact = ops.sum_copies(x.double(), row, given, impl="reference")
+        close(ops.sum_copies(x, row, given, impl="triton"), exact, dtype)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gradients_of_summed_copies(dtype, width):
+    row, rows = absent(TOKENS, 3)
+    x, weight = made(rows, width, dtype=dtype).detach(), made(TOKENS, 3, dtype=torch.float32, seed=1).detach()
+    dout = made(TOKENS, width, dtype=dtype, seed=2).detach()
+    fast = ops.sum_copies_backward(dout, x, row, weight, impl="triton")
+    exact = ops.sum_copies_backward(dout.double(), x.double(), row, weight.double(), impl="reference")
+    close(fast[0][:-3], exact[0][:-3], dtype)
+    close(fast[1], exact[1], dtype)
+
+
+def test_sum_copies_definition_is_the_derivative_of_its_sum(dtype):
+    row, rows = absent(9, 3)
+    x, weight = made(rows, 5, dtype=torch.float64), made(9, 3, dtype=torch.float64, seed=1)
+    dout = made(9, 5, dtype=torch.float64, seed=2).detach()
+    copies = torch.where(row >= 0, weight, 0.0).unsqueeze(-1) * x[row.clamp(min=0)]
+    torch.testing.assert_close(
+        ops.sum_copies(x.detach(), row, weight.detach(), impl="reference"), copies.sum(1)
+    )
+    derived = torch.autograd.grad(copies.sum(1), (x, weight), dout)
+    ours = ops.sum_copies_backward(dout, x.detach(), row, weight.detach(), impl="reference")
+    for mine, theirs in zip(ours, derived, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("quantise", [ops.quantise_fp8_rows, ops.quantise_fp8_blocks])
 def test_fp8_tiles(dtype, quantise, power_of_two):
@@ -326,4 +369,10 @@ def test_fp8_tiles(dtype, quantise, power_of_two):
 def test_fp8_dequantise(dtype):
     values, scale = ops.quantise_fp8_blocks(made(150, 300, dtype=torch.float32).detach(), impl="reference")
     results = [ops.dequantise_fp8(values, scale, dtype=dtype, impl=impl) for impl in ("triton", "reference")]
+    assert torch.equal(*results)
+
+
+def test_fp8_rows_come_back(dtype):
+    values, scale = ops.quantise_fp8_rows(made(50, 300, dtype=torch.float32).detach(), impl="reference")
+    results = [ops.dequantise_fp8_rows(values, scale, dtype=dtype, impl=i) for i in ("triton", "reference")]
     assert torch.equal(*results)

@@ -19,7 +19,7 @@ GROUPS = {
     "row-wise kernels": "norm or swiglu or rope",
     "attention, values and gradients": "test_attention",
     "paged decode and cache": "mla or latent",
-    "experts, permutation and FP8 tiles": "grouped or permute or fp8",
+    "experts, permutation and FP8 tiles": "grouped or permute or copies or fp8",
 }
 
 pytestmark = [

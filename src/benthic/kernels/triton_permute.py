@@ -30,14 +30,25 @@ def _sum_rows(
     """out[t] = sum over k, in order, of weight[t, k] * rows[row[t, k]]."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
+    acc = sum_of_rows(rows_ptr, weight_ptr, row_ptr, token, column, width, stride, WEIGHTED, TOP_K, WIDTH)
+    tl.store(out_ptr + token * width + column, acc.to(out_ptr.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def sum_of_rows(
+    rows_ptr, weight_ptr, row_ptr, token, column, width, stride,
+    WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The float32 sum of one token, in the order of k; a negative row is skipped."""
     acc = tl.zeros([WIDTH], tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(row_ptr + token * TOP_K + k)
-        value = tl.load(rows_ptr + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
+        kept = column < tl.where(row >= 0, width, 0)
+        value = tl.load(rows_ptr + row * stride + column, mask=kept, other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weight_ptr + token * TOP_K + k).to(tl.float32)
         acc += value
-    tl.store(out_ptr + token * width + column, acc.to(out_ptr.dtype.element_ty), mask=column < width)
+    return acc
 
 
 @triton.jit
@@ -45,13 +56,16 @@ def _sum_rows_backward(
     rows_ptr, weight_ptr, row_ptr, dout_ptr, drows_ptr, dweight_ptr, width, stride,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """drows[row[t, k]] = weight[t, k] * dout[t]; dweight[t, k] = dout[t] . rows[row[t, k]]. Each row once."""
+    """drows[row[t, k]] = weight[t, k] * dout[t]; dweight[t, k] = dout[t] . rows[row[t, k]]. Each row once.
+
+    A negative row is skipped; its weight's gradient is 0.
+    """
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    kept = column < width
-    dout = tl.load(dout_ptr + token * width + column, mask=kept, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + token * width + column, mask=column < width, other=0.0).to(tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(row_ptr + token * TOP_K + k)
+        kept = column < tl.where(row >= 0, width, 0)
         weight = tl.load(weight_ptr + token * TOP_K + k).to(tl.float32)
         value = tl.load(rows_ptr + row * stride + column, mask=kept, other=0.0).to(tl.float32)
         tl.store(drows_ptr + row * width + column, (weight * dout).to(drows_ptr.dtype.element_ty), mask=kept)
@@ -67,6 +81,25 @@ def permute(x_TD, expert_TK, num_experts):
 def unpermute(rows_RD, maps, weight_TK):
     """See `benthic.kernels.ops.unpermute`."""
     return _WeightedSum.apply(rows_RD, weight_TK, maps.row_TK)
+
+
+def sum_copies(rows_RD, row_AK, weight_AK):
+    """See `benthic.kernels.ops.sum_copies`."""
+    return _summed(_unit_stride(rows_RD), weight_AK, row_AK)
+
+
+def sum_copies_backward(dout_AD, rows_RD, row_AK, weight_AK):
+    """See `benthic.kernels.ops.sum_copies_backward`."""
+    rows_RD = _unit_stride(rows_RD)
+    width, padded = rows_RD.shape[1], triton.next_power_of_2(rows_RD.shape[1])
+    drows = torch.empty(rows_RD.shape, dtype=rows_RD.dtype, device=rows_RD.device)
+    dweight = torch.empty(weight_AK.shape, dtype=weight_AK.dtype, device=rows_RD.device)
+    if dweight.numel():
+        _sum_rows_backward[(row_AK.shape[0],)](
+            rows_RD, weight_AK, row_AK, dout_AD.contiguous(), drows, dweight, width, rows_RD.stride(0),
+            TOP_K=row_AK.shape[1], WIDTH=padded, num_warps=_warps(padded),
+        )  # fmt: skip
+    return drows, dweight
 
 
 def _unit_stride(x):
@@ -126,12 +159,4 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx, dout_TD):
         """Gradients of rows and weights, in one pass."""
         rows_RD, weight_TK, row_TK = ctx.saved_tensors
-        width, padded = rows_RD.shape[1], triton.next_power_of_2(rows_RD.shape[1])
-        drows = torch.empty(rows_RD.shape, dtype=rows_RD.dtype, device=rows_RD.device)
-        dweight = torch.empty(weight_TK.shape, dtype=weight_TK.dtype, device=rows_RD.device)
-        if drows.numel():
-            _sum_rows_backward[(row_TK.shape[0],)](
-                rows_RD, weight_TK, row_TK, dout_TD.contiguous(), drows, dweight, width, rows_RD.stride(0),
-                TOP_K=row_TK.shape[1], WIDTH=padded, num_warps=_warps(padded),
-            )  # fmt: skip
-        return drows, dweight, None
+        return *sum_copies_backward(dout_TD, rows_RD, row_TK, weight_TK), None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from benthic.model.moe import Routing
     from benthic.model.rope import Angles
-    from benthic.model.sockets import Dispatched, Sockets
+    from benthic.model.sockets import InFlight, Sockets
     from benthic.spec.model import ModelConfig
 
 PHASES = ("attention", "dispatch", "experts", "combine")
@@ -40,11 +40,11 @@ class Attended:
 
 @dataclass(frozen=True)
 class Sent:
-    """After dispatch: rows are at their experts."""
+    """After dispatch: rows are on their way to their experts."""
 
     attended: Attended
     routing: Routing
-    dispatched: Dispatched
+    flight: InFlight
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,10 @@ class Expanded:
 
 @dataclass(frozen=True)
 class Computed:
-    """After experts: `beside_TD` is residual plus shared experts; `rows_RD` still lie at their experts."""
+    """After experts: `beside_TD` is residual plus shared experts; the experts' rows are on their way home."""
 
     beside_TD: Tensor
-    rows_RD: Tensor
-    routing: Routing
-    dispatched: Dispatched
+    flight: InFlight
 
 
 SentT = TypeVar("SentT")
@@ -139,22 +137,23 @@ class MoeBlock(Block[Sent, Computed]):
         self.moe = Moe(config)
 
     def dispatch(self, attended: Attended, sockets: Sockets) -> Sent:
-        """Gate in float32, then hand rows and choice to the exchange."""
-        routing = self.moe.gate(attended.normed_TD)
-        return Sent(attended, routing, sockets.exchange.dispatch(attended.normed_TD, routing.expert_TK))
+        """Gate in float32, then send each row with its weights to the chosen experts."""
+        normed_TD = attended.normed_TD
+        routing = self.moe.gate(normed_TD)
+        flight = sockets.exchange.start_dispatch(normed_TD, routing.expert_TK, routing.weight_TK)
+        return Sent(attended, routing, flight)
 
     def experts(self, sent: Sent, sockets: Sockets) -> Computed:
-        """Routed experts on the rows that arrived; shared experts on this rank's own tokens."""
-        linear, arrived, own = sockets.linear, sent.dispatched, sent.attended
-        rows_RD = self.moe.experts(arrived.rows_RD, arrived.ends_E, linear)
+        """Shared experts on this rank's own tokens while rows travel; routed experts on those that arrive."""
+        linear, own = sockets.linear, sent.attended
         beside_TD = self.moe.beside(own.residual_TD, own.normed_TD, linear)
-        return Computed(beside_TD, rows_RD, sent.routing, arrived)
+        arrived = sockets.exchange.finish_dispatch(sent.flight)
+        rows_RD = self.moe.experts(arrived.rows_RD, arrived.ends_E, linear)
+        return Computed(beside_TD, sockets.exchange.start_combine(rows_RD, arrived))
 
     def combine(self, computed: Computed, sockets: Sockets) -> Tensor:
-        """Weigh and sum the experts' rows, eq. (12)."""
-        weight_TK = computed.routing.weight_TK
-        routed_TD = sockets.exchange.combine(computed.rows_RD, computed.dispatched, weight_TK)
-        return computed.beside_TD + routed_TD
+        """Sum the weighed rows that come home, eq. (12)."""
+        return computed.beside_TD + sockets.exchange.finish_combine(computed.flight)
 
     def routing(self, sent: Sent) -> Routing:
         """The gate's choice."""

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from benthic.kernels import ops
-from benthic.model.sockets import Dispatched, LatentUp, Sockets
+from benthic.model.sockets import Arrived, InFlight, LatentUp, Sockets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,14 +76,24 @@ class LocalExchange:
 
     n_routed_experts: int
 
-    def dispatch(self, x_TD: Tensor, expert_TK: Tensor) -> Dispatched:
+    def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
         """Copy every token to each of its experts."""
         rows_RD, ends_E, maps = ops.permute(x_TD, expert_TK, self.n_routed_experts)
-        return Dispatched(rows_RD, ends_E, maps)
+        return InFlight((rows_RD, weight_TK), (ends_E, maps))
 
-    def combine(self, rows_RD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
+    def finish_dispatch(self, flight: InFlight) -> Arrived:
+        """The rows are here already."""
+        (rows_RD, weight_TK), (ends_E, maps) = flight.tensors, flight.handle
+        return Arrived(rows_RD, ends_E, weight_TK, maps)
+
+    def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
+        """Nothing has to travel."""
+        return InFlight((rows_RD, arrived.weight), arrived.handle)
+
+    def finish_combine(self, flight: InFlight) -> Tensor:
         """Sum each token's rows with their weights, in a fixed order."""
-        return ops.unpermute(rows_RD, dispatched.handle, weight_TK)
+        rows_RD, weight_TK = flight.tensors
+        return ops.unpermute(rows_RD, flight.handle, weight_TK)
 
 
 def packed_sockets(

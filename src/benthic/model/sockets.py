@@ -65,27 +65,56 @@ class Linear(Protocol):
 
 
 @dataclass(frozen=True)
-class Dispatched:
-    """Rows that arrived at this rank's experts.
+class InFlight:
+    """A transfer that was started and not yet waited for.
 
-    Shapes: rows_RD, sorted by local expert; ends_E int32 [local experts], where each expert's rows end.
-    `handle` is whatever the exchange needs to send the results back.
+    Attributes:
+        tensors: all through which gradients flow; whoever cuts the graph between two phases cuts these.
+        handle: the exchange's own.
+    """
+
+    tensors: tuple[Tensor, ...]
+    handle: Any
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Rows at this rank's experts.
+
+    Attributes:
+        rows_RD: sorted by local expert.
+        ends_E: int32 [local experts], where each expert's rows end; rows past the last end mean nothing.
+        weight: float32, the weights that travelled with the rows, for `start_combine`.
+        handle: the exchange's own.
     """
 
     rows_RD: Tensor
     ends_E: Tensor
+    weight: Tensor
     handle: Any
 
 
 class Exchange(Protocol):
-    """How tokens reach their experts and come back."""
+    """How tokens reach their experts and come back: a way starts in one phase and is finished in the next.
 
-    def dispatch(self, x_TD: Tensor, expert_TK: Tensor) -> Dispatched:
-        """Copy every token to each of its experts; no token is dropped."""
+    Between start and finish something else may be computed. Every rank of an exchange makes the same calls
+    in the same order. Gradients flow to `x_TD`, `rows_RD` and `weight_TK`.
+    """
+
+    def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
+        """Send every token, and the weights of its choice, to the ranks of its experts; none is dropped."""
         ...
 
-    def combine(self, rows_RD: Tensor, dispatched: Dispatched, weight_TK: Tensor) -> Tensor:
-        """Bring the experts' rows home and sum them with their weights: `out_TD`."""
+    def finish_dispatch(self, flight: InFlight) -> Arrived:
+        """Wait for the tokens that come here and sort a copy of each to each of its experts here."""
+        ...
+
+    def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
+        """Weigh the experts' rows and send them home."""
+        ...
+
+    def finish_combine(self, flight: InFlight) -> Tensor:
+        """Wait for what comes home and sum it in a fixed order: `out_t = sum_k weight_tk expert_k(x_t)`."""
         ...
 
 

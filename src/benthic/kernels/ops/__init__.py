@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.errors import BackendError
 from benthic.kernels.ops.attention import ATTENTION, attention
+from benthic.kernels.ops.copies import SUM_COPIES, SUM_COPIES_BACKWARD, sum_copies, sum_copies_backward
 from benthic.kernels.ops.decode import MLA_DECODE, STORE_LATENT, mla_decode, store_latent
 from benthic.kernels.ops.fp8 import (
     DEQUANTISE_FP8,
     QUANTISE_FP8,
     dequantise_fp8,
+    dequantise_fp8_rows,
     quantise_fp8_blocks,
     quantise_fp8_rows,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "dequantise_fp8",
+    "dequantise_fp8_rows",
     "explain",
     "grouped_input_gradient",
     "grouped_linear",
@@ -73,6 +76,8 @@ __all__ = [
     "rope",
     "route",
     "store_latent",
+    "sum_copies",
+    "sum_copies_backward",
     "swiglu",
     "unpermute",
     "weight_gradient",
@@ -89,6 +94,8 @@ OPS: tuple[Op, ...] = (
     ROUTE,
     PERMUTE,
     UNPERMUTE,
+    SUM_COPIES,
+    SUM_COPIES_BACKWARD,
     GROUPED_LINEAR,
     GROUPED_INPUT_GRADIENT,
     WEIGHT_GRADIENT,

@@ -69,16 +69,38 @@ def dequantise_fp8(
     Shapes: weight float8_e4m3fn [O, I]; scale_inv float32 [ceil(O / block), ceil(I / block)].
     Raises: ShapeError when the scales do not cover the weight.
     """
-    rows, columns = weight_OI.shape
-    tiles = (-(-rows // block), -(-columns // block))
-    if scale_inv.shape != tiles:
+    return _dequantise(weight_OI, scale_inv, block, block, dtype=dtype, impl=impl)
+
+
+def dequantise_fp8_rows(
+    values_TD: Tensor,
+    scale: Tensor,
+    *,
+    block: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    impl: str | None = None,
+) -> Tensor:
+    """`values * scale` with one scale per token and `block` channels, in `dtype`.
+
+    Shapes: values float8_e4m3fn [T, D]; scale float32 [T, ceil(D / block)].
+    Raises: ShapeError when the scales do not cover the values.
+    """
+    return _dequantise(values_TD, scale, 1, block, dtype=dtype, impl=impl)
+
+
+def _dequantise(
+    values_MN: Tensor, scale: Tensor, tile_m: int, tile_n: int, *, dtype: torch.dtype, impl: str | None
+) -> Tensor:
+    rows, columns = values_MN.shape
+    tiles = (-(-rows // tile_m), -(-columns // tile_n))
+    if scale.shape != tiles:
         msg = (
-            f"dequantise_fp8: a weight of {rows} x {columns} in blocks of {block} needs scales "
-            f"of shape {tiles}, not {tuple(scale_inv.shape)}"
+            f"dequantise_fp8: {rows} x {columns} values in tiles of {tile_m} x {tile_n} need scales "
+            f"of shape {tiles}, not {tuple(scale.shape)}"
         )
         raise ShapeError(msg)
-    out: Tensor = DEQUANTISE_FP8.choose(Case(weight_OI.device.type, weight_OI.dtype), impl)(
-        weight_OI, scale_inv, block, block, dtype=dtype
+    out: Tensor = DEQUANTISE_FP8.choose(Case(values_MN.device.type, values_MN.dtype), impl)(
+        values_MN, scale, tile_m, tile_n, dtype=dtype
     )
     return out
 

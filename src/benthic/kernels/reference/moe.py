@@ -107,6 +107,33 @@ def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
     return (rows_TKD * weight_TK.to(acc).unsqueeze(-1)).sum(dim=1).to(rows_RD.dtype)
 
 
+def sum_copies(rows_RD: Tensor, row_AK: Tensor, weight_AK: Tensor | None) -> Tensor:
+    """`out_a = sum_k weight_ak * rows[row_ak]` over the copies that are here, in float32, in order."""
+    acc = wide(rows_RD.dtype)
+    out_AD = torch.zeros(row_AK.shape[0], rows_RD.shape[1], dtype=acc, device=rows_RD.device)
+    for k in range(row_AK.shape[1] if rows_RD.shape[0] else 0):
+        row_A = row_AK[:, k]
+        value_AD = rows_RD[row_A.clamp(min=0)].to(acc)
+        if weight_AK is not None:
+            value_AD = value_AD * weight_AK[:, k, None].to(acc)
+        out_AD += value_AD.masked_fill_(row_A[:, None] < 0, 0)
+    return out_AD.to(rows_RD.dtype)
+
+
+def sum_copies_backward(
+    dout_AD: Tensor, rows_RD: Tensor, row_AK: Tensor, weight_AK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`drows[row_ak] = weight_ak * dout_a` and `dweight_ak = dout_a . rows[row_ak]`, 0 for absent copies."""
+    acc = wide(rows_RD.dtype)
+    drows_RD, dweight_AK = torch.zeros_like(rows_RD), torch.zeros_like(weight_AK)
+    for k in range(row_AK.shape[1]):
+        here = row_AK[:, k] >= 0
+        row, dout = row_AK[here, k], dout_AD[here].to(acc)
+        drows_RD[row] = (dout * weight_AK[here, k, None].to(acc)).to(rows_RD.dtype)
+        dweight_AK[here, k] = (dout * rows_RD[row].to(acc)).sum(dim=1).to(weight_AK.dtype)
+    return drows_RD, dweight_AK
+
+
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`out_r = W_e x_r` for the rows of each expert; rows past `ends_E[-1]` are zeros."""
     outs, start = [], 0

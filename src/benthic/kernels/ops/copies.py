@@ -1,0 +1,67 @@
+"""Public ops of an expert-parallel rank: sum the copies that a token has here, and the gradient of that."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benthic.errors import ShapeError
+from benthic.kernels.table import Case, Implementation, Op, reference, triton_runs
+
+_TRITON = triton_runs(
+    torch.bfloat16, torch.float16, torch.float32, reason="gathers, float32 sums in a fixed order, no atomics"
+)
+
+SUM_COPIES = Op(
+    "sum_copies",
+    (
+        Implementation("triton", _TRITON, "benthic.kernels.triton_permute:sum_copies"),
+        reference("benthic.kernels.reference.moe:sum_copies"),
+    ),
+)
+SUM_COPIES_BACKWARD = Op(
+    "sum_copies_backward",
+    (
+        Implementation("triton", _TRITON, "benthic.kernels.triton_permute:sum_copies_backward"),
+        reference("benthic.kernels.reference.moe:sum_copies_backward"),
+    ),
+)
+
+
+def sum_copies(
+    rows_RD: Tensor, row_AK: Tensor, weight_AK: Tensor | None = None, *, impl: str | None = None
+) -> Tensor:
+    """`out_a = sum_k weight_ak * rows[row_ak]` over the copies that are here; without weights, a plain sum.
+
+    Like `unpermute`, for tokens only some of whose copies are on this rank: row -1 stands for a copy that is
+    elsewhere. Summed in float32 in the order of k, rounded once to the rows' dtype.
+    Shapes: rows [R, D]; row_AK int64 [A, K]; weight_AK float32 [A, K] or None. Returns: out [A, D]. Not
+    differentiable: an exchange writes its own gradients.
+    Raises: ShapeError when rows and weights of copies disagree.
+    """
+    if weight_AK is not None and weight_AK.shape != row_AK.shape:
+        msg = f"sum_copies: weights {tuple(weight_AK.shape)} for copies {tuple(row_AK.shape)}"
+        raise ShapeError(msg)
+    case = Case(rows_RD.device.type, rows_RD.dtype)
+    out: Tensor = SUM_COPIES.choose(case, impl)(rows_RD, row_AK, weight_AK)
+    return out
+
+
+def sum_copies_backward(
+    dout_AD: Tensor, rows_RD: Tensor, row_AK: Tensor, weight_AK: Tensor, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`drows[row_ak] = weight_ak * dout_a` and `dweight_ak = dout_a . rows[row_ak]`: `sum_copies` backward.
+
+    Shapes: as in `sum_copies`; dout [A, D]. A row is pointed at by one copy at most; rows that none points at
+    have undefined gradients. Absent copies have dweight 0.
+    Raises: ShapeError when gradient, copies and weights disagree.
+    """
+    if weight_AK.shape != row_AK.shape or dout_AD.shape != (row_AK.shape[0], rows_RD.shape[1]):
+        msg = (
+            f"sum_copies_backward: gradient {tuple(dout_AD.shape)} and weights {tuple(weight_AK.shape)} "
+            f"disagree with copies {tuple(row_AK.shape)} of rows {rows_RD.shape[1]} wide"
+        )
+        raise ShapeError(msg)
+    case = Case(rows_RD.device.type, rows_RD.dtype)
+    out: tuple[Tensor, Tensor] = SUM_COPIES_BACKWARD.choose(case, impl)(dout_AD, rows_RD, row_AK, weight_AK)
+    return out
