@@ -21,7 +21,7 @@ NAMES = ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipev"]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 6), (3, 6)])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 6), (4, 8)])
 def test_torch_runs_our_tables_to_the_serial_loss_and_gradients(ranks, microbatches, tmp_path):
     for name in NAMES:
         table = build(name, ranks, microbatches)
