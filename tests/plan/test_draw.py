@@ -6,10 +6,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benthic.plan.compare import side_by_side, simulate_share
+from benthic.plan.draw_html import draw_html
 from benthic.plan.draw_svg import draw_svg
 from benthic.plan.draw_text import draw_text
-from benthic.plan.schedule import summarise
-from benthic.sched.pipeline.schedules import build
+from benthic.plan.schedule import number, summarise
+from benthic.sched.pipeline.schedules import BUILDERS, build
 from benthic.sched.pipeline.simulate import Costs, simulate
 from benthic.sched.pipeline.table import Table, parse_slot
 
@@ -112,3 +114,64 @@ def test_a_schedule_that_takes_no_time_can_be_drawn():
     line = timeline(ranks=2, microbatches=2, forward=0, backward=0)
     assert "bubble 0.0%" in draw_text(line, width=80, colours=False).plain
     parse(draw_svg(line))
+    draw_html(line)
+
+
+def test_two_directions_look_different_in_text_and_colour():
+    lines = draw_text(timeline("chimera", 2, 2), width=80, colours=False).plain.splitlines()
+    assert lines[1:4] == [
+        "rank 0 0---1...1#######0=======",
+        "rank 1 1...0---0=======1#######",
+        "-- forward   .. forward, other way   == backward   ## backward, other way",
+    ]
+    bars = parse(draw_svg(timeline("chimera", 2, 2))).findall(f"{SVG}g/{SVG}rect")
+    assert len({bar.get("fill") for bar in bars}) == 4
+
+
+def test_what_a_rank_holds_is_said_where_it_holds_more_than_one_stage():
+    assert len(summarise(timeline("zb-h1", 4, 8)).lines) == 2
+    assert (
+        summarise(timeline("zb-v", 4, 8)).lines[2] == "stages are 1/2 of a rank's share; parameters held 1x"
+    )
+    held = "a rank holds its share of the model in two directions; parameters held 2x"
+    assert summarise(timeline("dualpipe", 4, 8)).lines[2] == held
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_line_of_every_picture_fits_eighty_columns(name):
+    text = draw_text(timeline(name, 16, 32), width=80, colours=False).plain
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_pictures_below_each_other_share_their_scale():
+    short, long = timeline("zb-h1", 4, 8), timeline("1f1b", 4, 8)
+    rows = [draw_text(t, width=80, colours=False, until=33).plain.splitlines()[1] for t in (short, long)]
+    assert rows[0].startswith("rank 0 0-1-2-3-")
+    assert rows[1].startswith("rank 0 0-1-2-3-")
+    idle = parse(draw_svg(short, long)).findall(f"{SVG}rect[@class='idle']")
+    widths = [float(bar.get("width")) for bar in idle[:8]]
+    assert widths[0] / widths[4] == pytest.approx(27 / 33, abs=1e-3)
+
+
+def test_small_times_keep_their_digits():
+    assert [number(value) for value in (33.0, 0.25, 1 / 3, 0.000125, 0.0)] == [
+        "33",
+        "0.25",
+        "0.3333",
+        "0.000125",
+        "0",
+    ]
+
+
+def test_schedules_side_by_side_are_of_one_model():
+    lines = [
+        simulate_share(build(name, 4, 12), Costs(forward=1, backward=2))
+        for name in ("1f1b", "interleaved", "zb-v", "dualpipe", "dualpipev")
+    ]
+    assert [line.busy(0) for line in lines] == [36] * 5
+    grid = side_by_side(lines)
+    cells = [list(column.cells) for column in grid.columns]
+    assert cells[0] == ["1f1b", "interleaved", "zb-v", "dualpipe", "dualpipev"]
+    assert cells[1] == ["45", "40.5", "37.5", "38", "39"]
+    assert cells[4] == ["4", "5.5", "4", "5", "4.5"]
+    assert cells[5] == ["1x", "1x", "1x", "2x", "1x"]

@@ -82,6 +82,8 @@ def test_a_backward_before_its_forward_deadlocks_and_is_caught(table, data):
         ("0F0 0B0\n0F0", ["0F0 is on rank 1, but its stage is on rank 0"]),
         ("0F0 0B0\n5F0", ["5F0 on rank 1 is outside 2 stages"]),
         ("0F0|0B0\n1F0 1B0", ["overlaps"]),
+        ("0F0 0B0\n1F0|1W0 1I0", ["1F0|1W0 on rank 1 overlaps, but only an F with a B or I"]),
+        ("0B0|0F0\n1F0 1B0", ["0B0|0F0 on rank 0 overlaps"]),
         ("0F0 0B0\n1F0 1I0", ["0 B, 1 I, 0 W"]),
         ("0F0 0B0\n1F0 1B0 1W0", ["1 B, 0 I, 1 W"]),
         ("0F0 0B0\n1F0 1W0 1I0", ["rank 1 waits at 1W0 for 1I0", "rank 0 waits at 0B0 for 1I0"]),
@@ -105,6 +107,7 @@ def test_split_backwards_overlaps_and_two_stages_on_a_rank_are_schedules():
     check(folded)
     overlapped = text("0F0 0F1 0B0 0B1\n1F0 1F1|1B0 1B1", routes=((0, 1),), route_of=(0, 0))
     check(overlapped)
+    check(text("0F0 0F1 0B0 0B1\n1F0 1F1|1I0 1W0 1B1", routes=((0, 1),), route_of=(0, 0)))
     timeline = simulate(overlapped, Costs(forward=1, backward=2, overlap=max))
     assert [(str(t.slot), t.start, t.end) for t in timeline.slots[1]] == [
         ("1F0", 1, 2),

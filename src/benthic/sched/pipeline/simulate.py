@@ -23,7 +23,7 @@ class Costs:
     Args:
         forward: an F.
         backward: a whole B.
-        input: an I. None: half a B.
+        input: an I. None: what a W leaves of a B, or half if that is not given either.
         weight: a W. None: what an I leaves of a B.
         overlap: a forward and a backward that overlap, as a function of their two costs. None: their sum.
         transfer: from the end of an action to the arrival of its result on another rank; costs no compute.
@@ -62,10 +62,26 @@ class Costs:
         backward = _at(self.backward, stage)
         if action.kind == "B":
             return backward
-        part = backward / 2 if self.input is None else _at(self.input, stage)
-        if action.kind == "I":
-            return part
-        return backward - part if self.weight is None else _at(self.weight, stage)
+        this, other = (self.input, self.weight) if action.kind == "I" else (self.weight, self.input)
+        if this is not None:
+            return _at(this, stage)
+        return backward / 2 if other is None else backward - _at(other, stage)
+
+    def scaled(self, share: float) -> Costs:
+        """The costs of stages `share` times as large; a transfer stays what it is, as activations do."""
+
+        def times(cost: Cost) -> Cost:
+            return (lambda stage: cost(stage) * share) if callable(cost) else cost * share
+
+        overlap = self.overlap
+        return Costs(
+            forward=times(self.forward),
+            backward=times(self.backward),
+            input=None if self.input is None else times(self.input),
+            weight=None if self.weight is None else times(self.weight),
+            overlap=None if overlap is None else lambda f, b: overlap(f / share, b / share) * share,
+            transfer=self.transfer,
+        )
 
 
 class Timed(NamedTuple):
