@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from benthic.parallel.collectives import gather, reduce_scatter
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -111,7 +113,7 @@ class Bucket:
             if self.group.size == 1:
                 self._flat.copy_(self._shard)
             else:
-                dist.all_gather_into_tensor(self._flat, self._shard, group=self.group.handle)
+                gather(self._flat, self._shard, self.group)
 
     # --- gradients
 
@@ -162,7 +164,7 @@ class Bucket:
         mine = whole[self._here]
         if self.group.size > 1:
             mine = torch.empty_like(self._sum)
-            dist.reduce_scatter_tensor(mine, whole, group=self.group.handle)
+            reduce_scatter(mine, whole, self.group)
         if self.zero_stage == 1:
             if self.group.size > 1:
                 self._sum.copy_(mine)
@@ -202,7 +204,7 @@ class Bucket:
         if self.master is not self._shard:
             self._shard.copy_(self.master)
         if self.zero_stage != 3 and self.group.size > 1:
-            dist.all_gather_into_tensor(self._flat, self._shard.clone(), group=self.group.handle)
+            gather(self._flat, self._shard.clone(), self.group)
 
     def adopt_weights(self) -> None:
         """Take the parameters' present values as the masters (after a load). Weights must be held."""

@@ -124,10 +124,6 @@ class Chunk:
         """After the last `backward`: the gradients of the tensors that the stage started from."""
         return [leaf.grad for _, leaf in self._cuts[0]]
 
-    def border(self) -> Cut:
-        """The tensors of the last cut with their leaves: where forward has come to, or backward goes on."""
-        return self._cuts[-1]
-
     def _hold(self, weights: Weights | None) -> None:
         """Have these weights in memory and let go of those held before."""
         if weights == self._held:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,20 +17,23 @@ import torch
 from benthic.errors import PipelineError
 from benthic.model.products import WeightGradients
 from benthic.parallel.chunk import Chunk
-from benthic.parallel.lanes import Lanes
 from benthic.sched.pipeline.dependencies import feeds
 from benthic.sched.pipeline.lower import Compute, Program, Recv, Send, lower
+from benthic.sched.pipeline.spans import Span
 from benthic.sched.pipeline.table import Action
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
 
     from benthic.parallel.chunk import Phase
     from benthic.parallel.links import Arrival, Links
+    from benthic.parallel.stopwatch import Stopwatch
     from benthic.sched.pipeline.table import Slot, Table
+
+    Mark = float | torch.cuda.Event
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,6 @@ class Stage(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Span:
-    """A measured slot: seconds on the clock of this process."""
-
-    slot: Slot
-    start: float
-    end: float
-
-
 @dataclass
 class Executor:
     """Runs one rank of a table.
@@ -80,8 +73,7 @@ class Executor:
         stages: the stages that live here, by number.
         links: to the other pipeline ranks; a table of one rank needs none.
         sink: where the weight gradients of an I wait for their W.
-        lanes: streams of computation and communication.
-        clock: for measured spans.
+        stopwatch: measures every slot; None: nothing is measured.
     """
 
     table: Table
@@ -89,14 +81,13 @@ class Executor:
     stages: Mapping[int, Stage]
     links: Links | None = None
     sink: WeightGradients = field(default_factory=WeightGradients)
-    lanes: Lanes = field(default_factory=Lanes)
-    clock: Callable[[], float] = perf_counter
-    spans: list[Span] = field(default_factory=list)
+    stopwatch: Stopwatch | None = None
     _program: Program = field(init=False)
     _chunks: dict[tuple[int, int], Chunk] = field(default_factory=dict)
     _arrivals: dict[Action, Arrival] = field(default_factory=dict)
     _results: dict[Action, Tensor] = field(default_factory=dict)
     _waiting: dict[tuple[int, int], int] = field(default_factory=dict)
+    _marks: list[tuple[Slot, Mark, Mark]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Lower the table once."""
@@ -108,7 +99,9 @@ class Executor:
         Raises:
             PipelineError: something failed; rank, slot and the slots before it are named.
         """
-        self.spans.clear()
+        self._marks.clear()
+        if self.stopwatch is not None:
+            self.stopwatch.start()
         for position, op in enumerate(self._program):
             if isinstance(op, Compute):
                 self._slot(op.slot, position)
@@ -118,7 +111,16 @@ class Executor:
                 self._receive(op)
         if self.links is not None:
             self.links.finish()
-        self.lanes.join()
+
+    def spans(self, step: int) -> list[Span]:
+        """When each slot of the last run began and ended; empty without a stopwatch."""
+        watch = self.stopwatch
+        if watch is None:
+            return []
+        return [
+            Span(self.rank, slot, watch.seconds(start), watch.seconds(end), step)
+            for slot, start, end in self._marks
+        ]
 
     @property
     def _wired(self) -> Links:
@@ -134,7 +136,7 @@ class Executor:
         self._arrivals[op.payload] = self._wired.receive(*home.boundary(op.payload.microbatch), op.source)
 
     def _slot(self, slot: Slot, position: int) -> None:
-        start = self.clock()
+        start = None if self.stopwatch is None else self.stopwatch.mark()
         try:
             if slot.second is None:
                 self._single(slot.first)
@@ -148,7 +150,8 @@ class Executor:
                 f"{type(error).__name__}: {error}"
             )
             raise PipelineError(message) from error
-        self.spans.append(Span(slot, start, self.clock()))
+        if self.stopwatch is not None and start is not None:
+            self._marks.append((slot, start, self.stopwatch.mark()))
 
     def _single(self, action: Action) -> None:
         if action.kind == "W":
@@ -158,26 +161,30 @@ class Executor:
         forward = action.kind == "F"
         with self._gradients(action):
             while (chunk.next_forward if forward else chunk.next_backward) is not None:
-                self.lanes.step(chunk, forward=forward)
+                chunk.forward() if forward else chunk.backward()
         self._leave(action, chunk)
 
     def _pair(self, forward: Action, backward: Action) -> None:
-        """Alternate between two chunks, a step of computation beside one of communication."""
+        """Alternate between two chunks, so that one computes while what the other has sent travels.
+
+        A phase of the network lane starts a transfer, which the chunk's next phase finishes; the other
+        chunk's computation goes in between.
+        """
         ahead, back = self._enter(forward), self._enter(backward)
         with self._gradients(backward):
             while (one := ahead.next_forward) is not None and (other := back.next_backward) is not None:
                 if one.lane == other.lane:
-                    self.lanes.step(back, forward=False)
-                elif one.lane == "compute":
-                    self.lanes.step(ahead, forward=True)
-                    self.lanes.step(back, forward=False)
-                else:  # computation is launched first: dispatch waits on the host for its counts
-                    self.lanes.step(back, forward=False)
-                    self.lanes.step(ahead, forward=True)
+                    back.backward()
+                elif one.lane == "network":
+                    ahead.forward()
+                    back.backward()
+                else:
+                    back.backward()
+                    ahead.forward()
             while back.next_backward is not None:
-                self.lanes.step(back, forward=False)
+                back.backward()
         while ahead.next_forward is not None:
-            self.lanes.step(ahead, forward=True)
+            ahead.forward()
         self._leave(forward, ahead)
         self._leave(backward, back)
 

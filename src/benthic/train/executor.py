@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist  # noqa: TID251 (sums over ranks are what a multi-rank step is made of)
 
-from benthic.model.local import packed_sockets
-from benthic.parallel.lanes import Lanes
+from benthic.model.local import LocalExchange, PackedAttend
+from benthic.model.sockets import Sockets
+from benthic.parallel.exchange import AllToAllExchange
 from benthic.parallel.links import GroupLinks
 from benthic.parallel.pipeline import Executor as TableExecutor
 from benthic.train.losses import Objective, Tally, total
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from benthic.model.network import DeepSeek
     from benthic.model.products import WeightGradients
-    from benthic.model.sockets import Linear, Sockets
+    from benthic.model.sockets import Exchange, Linear
     from benthic.parallel.mesh import Group, Mesh
     from benthic.parallel.stages import Stages
     from benthic.sched.pipeline.table import Table
@@ -71,8 +72,10 @@ class Executor:
         self.tally = Tally()
         self._stages = {s: ModelStage(m, s == 0, stages.buckets) for s, m in stages.models.items()}
         links = None if mesh.pipeline.handle is None else GroupLinks(mesh.pipeline.handle, device)
-        lanes = Lanes.on(device) if mesh.expert.size > 1 else Lanes()
-        self.pipeline = TableExecutor(table, mesh.place.pp, self._stages, links, sink, lanes)
+        self.pipeline = TableExecutor(table, mesh.place.pp, self._stages, links, sink)
+        self._exchange: Exchange = LocalExchange(config.n_routed_experts)
+        if mesh.expert.handle is not None:
+            self._exchange = AllToAllExchange(mesh.expert.handle, config.n_routed_experts)
 
     @property
     def models(self) -> tuple[DeepSeek, ...]:
@@ -89,11 +92,8 @@ class Executor:
         return next((f"{text} (rank {rank})" for rank, text in enumerate(everything) if text), None)
 
     def sockets(self, batch: Microbatch) -> Sockets:
-        """Packed attention, all experts here."""
-        experts = self.config.n_routed_experts
-        return packed_sockets(
-            batch.cu_seqlens, batch.max_seqlen, n_routed_experts=experts, linear=self.linear
-        )
+        """Packed attention; experts here or spread over the expert ranks."""
+        return Sockets(PackedAttend(batch.cu_seqlens, batch.max_seqlen), self._exchange, self.linear)
 
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Outcome:
         """Add the gradient of the weighted loss of every microbatch to this rank's parameters."""

@@ -1,0 +1,91 @@
+"""Trains a small model on a layout, in one process or on gloo, and compares what every rank found."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from benthic.parallel.mesh import Mesh
+from benthic.spec.layout import Layout, box
+from benthic.spec.parameters import parameters
+from benthic.train.config import RunConfig
+from benthic.train.data.shards import TokenShards, read_meta
+from benthic.train.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Of every step: loss, MTP losses, balance, gradient norm and expert counts; gradients of some steps."""
+
+    losses: list[tuple[float, ...]]
+    norms: list[float]
+    counts: list[dict[int, list[int]]]
+    biases: dict[str, torch.Tensor]
+    gradients: dict[int, dict[str, torch.Tensor]]
+
+
+def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
+    return dataclasses.replace(config, layout=layout)
+
+
+def trainer_of(config: RunConfig, data: Path, mesh: Mesh | None = None) -> Trainer:
+    return Trainer(config, TokenShards(data, read_meta(data), "train"), mesh)
+
+
+def train(trainer: Trainer, steps: int, *, keep: tuple[int, ...] = ()) -> Found:
+    losses, norms, counts, gradients = [], [], [], {}
+    for step in range(1, steps + 1):
+        result = trainer.step()
+        losses.append((result.loss, *result.mtp, result.balance))
+        norms.append(result.grad_norm)
+        counts.append({layer: count.tolist() for layer, count in result.counts.items()})
+        if step in keep:
+            gradients[step] = {name: g.clone() for name, g in trainer.gradients().items()}
+    biases = {name: bias.clone() for name, bias in trainer.stages.named_buffers().items()}
+    return Found(losses, norms, counts, biases, gradients)
+
+
+def check_equal(trainer: Trainer, found: Found, serial: Found, *, loss: float, gradient: float) -> None:
+    """Losses within `loss` and this rank's part of every gradient within `gradient`, both relative."""
+    for step, (mine, theirs) in enumerate(zip(found.losses, serial.losses, strict=True), 1):
+        for one, two in zip(mine, theirs, strict=True):
+            assert abs(one - two) <= loss * max(abs(two), 1e-6), f"step {step}: {mine} instead of {theirs}"
+    assert found.counts == serial.counts
+    for name, bias in found.biases.items():
+        assert torch.equal(bias, serial.biases[name]), name
+    for step, gradients in found.gradients.items():
+        compare_gradients(trainer, gradients, serial.gradients[step], gradient, step)
+
+
+def compare_gradients(trainer, mine, whole, tolerance: float, step: int) -> None:
+    layout, place = trainer.mesh.layout, trainer.mesh.place
+    params = {param.name: param for param in parameters(trainer.config.model)}
+    seen = 0
+    for bucket in trainer.buckets:
+        for piece in bucket.pieces():
+            param = params[piece.name]
+            full = whole[piece.name].view(param.shape)
+            local = full[box(param, layout, place)].flatten()[piece.start : piece.stop]
+            error = torch.linalg.vector_norm(mine[piece.name] - local)
+            scale = torch.linalg.vector_norm(full) * (local.numel() / full.numel()) ** 0.5
+            assert error <= tolerance * max(scale, 1e-12), (
+                f"step {step}: gradient of {piece.name} [{piece.start}:{piece.stop}] is off by "
+                f"{float(error):.3g} of {float(scale):.3g}"
+            )
+            seen += 1
+    assert seen
+
+
+def run_layouts(
+    rank: int, config: RunConfig, layouts: list[Layout], data: str, serial: dict, steps: int
+) -> None:
+    """On every rank: train on each layout in turn and compare."""
+    for layout in layouts:
+        trainer = trainer_of(with_layout(config, layout), Path(data), Mesh.of(layout, rank))
+        found = train(trainer, steps, keep=tuple(serial["found"].gradients))
+        try:
+            check_equal(trainer, found, serial["found"], loss=serial["loss"], gradient=serial["gradient"])
+        except AssertionError as error:
+            raise AssertionError(f"{layout}: {error}") from None
