@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from benthic.parallel.mesh import Mesh
 from benthic.spec.layout import Layout, box
 from benthic.spec.parameters import parameters
-from benthic.train.config import RunConfig
 from benthic.train.data.shards import TokenShards, read_meta
 from benthic.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from benthic.train.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +81,21 @@ def compare_gradients(trainer, mine, whole, tolerance: float, step: int) -> None
     assert seen
 
 
+def save(found: Found, path: Path) -> Path:
+    torch.save(dataclasses.asdict(found), path)
+    return path
+
+
 def run_layouts(
-    rank: int, config: RunConfig, layouts: list[Layout], data: str, serial: dict, steps: int
+    rank: int, config: RunConfig, layouts: list[Layout], data: str, serial: str, tolerance: tuple[float, float]
 ) -> None:
-    """On every rank: train on each layout in turn and compare."""
+    """On every rank: train on each layout in turn and compare with the run of one process in `serial`."""
+    expected = Found(**torch.load(serial))
     for layout in layouts:
         trainer = trainer_of(with_layout(config, layout), Path(data), Mesh.of(layout, rank))
-        found = train(trainer, steps, keep=tuple(serial["found"].gradients))
+        found = train(trainer, len(expected.losses), keep=tuple(expected.gradients))
         try:
-            check_equal(trainer, found, serial["found"], loss=serial["loss"], gradient=serial["gradient"])
+            check_equal(trainer, found, expected, loss=tolerance[0], gradient=tolerance[1])
         except AssertionError as error:
-            raise AssertionError(f"{layout}: {error}") from None
+            message = f"{layout}: {error}"
+            raise AssertionError(message) from None
