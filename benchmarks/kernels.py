@@ -33,15 +33,23 @@ if TYPE_CHECKING:
 
 
 def implementations(op: str, case_runs: Callable[[str], Any]) -> list[str]:
-    """Names of the implementations of an op that run here; the definition only when nothing else does."""
+    """Names of the implementations of an op that infer here; the definition only when nothing else does."""
     names = []
     for implementation in ops.IMPLEMENTATIONS[op][:-1]:
-        try:
-            case_runs(implementation.name)
-        except BackendError:
-            continue
-        names.append(implementation.name)
+        with torch.no_grad():
+            runs = accepted(case_runs, implementation.name)
+        if runs:
+            names.append(implementation.name)
     return names or ["reference"]
+
+
+def accepted(run: Callable[..., Any], *operands: Any) -> bool:
+    """Whether the table takes a call as it is, with gradients recorded or not."""
+    try:
+        run(*operands)
+    except BackendError:
+        return False
+    return True
 
 
 def roofs(bench: Bench) -> None:
@@ -97,7 +105,10 @@ def _forward_backward(  # noqa: PLR0913 (one argument per column)
     bench: Bench, op: str, shape: str, impl: str, run: Callable[..., Any], make: Make, work: float, unit: str,
     *, backward: float = 1.5, checked: bool = False,
 ) -> None:  # fmt: skip
-    """Check against the definition, then time forward and backward (`backward` times the work of forward)."""
+    """Check against the definition, then time forward and backward (`backward` times the work of forward).
+
+    An implementation for inference alone has no line for backward.
+    """
     operands = make(0)
     with torch.no_grad():
         error = None if checked else relative(run(impl, *operands), run("reference", *operands))
@@ -105,6 +116,8 @@ def _forward_backward(  # noqa: PLR0913 (one argument per column)
     with torch.no_grad():
         seconds = bench.time(lambda *x: run(impl, *x), sets)
     bench.add(op, shape, impl, seconds, work, unit, error)
+    if not accepted(run, impl, *operands):
+        return
     graphs = []
     for operand in sets:
         out = run(impl, *operand)

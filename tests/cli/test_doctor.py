@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,22 @@ def test_doctor_names_an_implementation_and_a_reason_for_every_op():
     assert all(name in result.stdout for name in ops.IMPLEMENTATIONS)
     assert "native" in result.stdout or "grouped_mm" in result.stdout  # with or without a C compiler
     assert "Ops on cpu in float32" in result.stdout
+
+
+def test_doctor_names_training_where_it_runs_something_else_than_inference():
+    pytest.importorskip("torch")
+    from benthic.kernels.native import build_refusal
+
+    result = run("--device", "cpu")
+    lines = dict(re.findall(r"^│ (\w+(?: \([\w ]+\))?) +│ (\w+)", result.stdout, flags=re.MULTILINE))
+    inference = "torch" if build_refusal() else "native"
+    assert (lines["rms_norm"], lines["rms_norm (training)"]) == (inference, "torch_autograd")
+    assert (lines["permute"], lines.get("permute (training)", "torch")) == (inference, "torch")
+    assert lines.get("grouped_linear (weights in columns)", "grouped_mm") in ("native", "grouped_mm")
+    assert "grouped_linear (training)" not in lines
+    assert "training too, where no line of its own says otherwise" in result.stdout
+    refused = run("--device", "cpu", "--verbose").stdout
+    assert "computes no gradients, but autograd records" in refused
 
 
 def test_doctor_can_explain_a_gpu_from_a_machine_without_one():

@@ -15,6 +15,7 @@ from benthic.errors import BackendError
 from benthic.kernels import ops
 
 CHECKS = Path(__file__).with_name("kernel_checks.py")
+WHAT_RUNS = Path(__file__).with_name("test_what_runs.py")
 GROUPS = {
     "row-wise kernels": "norm or swiglu or rope",
     "attention, values and gradients": "test_attention",
@@ -55,6 +56,13 @@ def test_every_check_belongs_to_a_group():
         "-m", "pytest", str(CHECKS), "--collect-only", "-q", "-o", "addopts=", "-k", f"not ({everything})"
     )
     assert "no tests collected" in done.stdout, done.stdout
+
+
+def test_interpreted_kernels_run_themselves_alone_or_say_why_not():
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "-k", "triton and alone"]
+    done = interpret("-m", "pytest", str(WHAT_RUNS), *options)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
 
 
 def test_bfloat16_products_are_refused_in_the_interpreter():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from benthic.errors import BackendError
+from benthic.errors import BackendError, ShapeError
 from benthic.kernels import native, native_ops, ops
 from benthic.kernels.ops.moe import GROUPED_LINEAR
 from benthic.kernels.table import Case
@@ -190,18 +190,61 @@ def test_the_grouped_product_equals_its_definition_in_both_layouts(
     torch.set_num_threads(threads)
     try:
         close(ops.grouped_linear(rows, columns, ends, impl="native"), expected, 1e-5)
-        close(ops.grouped_linear(rows, columns.contiguous(), ends, impl="native"), expected, 1e-5)
+        close(ops.grouped_linear(rows, columns.contiguous(), ends), expected, 1e-5)
     finally:
         torch.set_num_threads(before)
 
 
 @needs_compiler
-def test_gradients_come_from_the_implementations_that_have_them() -> None:
-    x = random(4, 8).requires_grad_()
-    weight = random(8, seed=1)
-    (found,) = torch.autograd.grad(ops.rms_norm(x, weight, 1e-6, impl="native").square().sum(), x)
+def test_calls_whose_gradients_are_recorded_are_refused_and_otherwise_run_elsewhere() -> None:
+    x, weight = random(4, 8).requires_grad_(), random(8, seed=1)
+    with pytest.raises(BackendError, match=r"gradients recorded.*native: computes no gradients.*no_grad"):
+        ops.rms_norm(x, weight, 1e-6, impl="native")
+    with torch.no_grad():
+        found = ops.rms_norm(x, weight, 1e-6, impl="native")
+    close(found, ops.rms_norm(x, weight, 1e-6).detach())
+    (found,) = torch.autograd.grad(ops.rms_norm(x, weight, 1e-6).square().sum(), x)
     (expected,) = torch.autograd.grad(ops.rms_norm(x, weight, 1e-6, impl="reference").square().sum(), x)
     close(found, expected, 1e-5)
+
+
+@needs_compiler
+def test_operands_that_are_not_all_float32_are_refused_and_otherwise_run_elsewhere() -> None:
+    x, weight = random(4, 8), random(8, seed=1).bfloat16()
+    with pytest.raises(
+        BackendError, match=r"native: takes operands of one dtype, but some are not .*float32"
+    ):
+        ops.rms_norm(x, weight, 1e-6, impl="native")
+    close(ops.rms_norm(x, weight, 1e-6), ops.rms_norm(x, weight.float(), 1e-6))
+    angle = random(4, 4).double()
+    close(ops.rope(x, angle.cos(), angle.sin()), ops.rope(x, angle.cos().float(), angle.sin().float()))
+    caches = [torch.zeros(2, 3, 8) for _ in range(2)]
+    for cache, latent in zip(caches, (x.bfloat16(), x.bfloat16().float()), strict=True):
+        ops.store_latent(cache, latent[:, :6], latent[:, 6:], torch.tensor([4, 0, -1, 5]))
+    assert torch.equal(*caches)
+
+
+@needs_compiler
+def test_decode_with_wider_queries_or_over_pages_with_gaps_is_refused_and_otherwise_runs_elsewhere() -> None:
+    q_latent, q_rope, cache = random(2, 1, 3, 16), random(2, 1, 3, 4), random(4, 8, 24)[..., :20]
+    table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
+    contexts = torch.tensor([9, 5], dtype=torch.int32)
+    with pytest.raises(BackendError, match="native: takes memory laid out in rows, not strided"):
+        ops.mla_decode(q_latent, q_rope, cache, table, contexts, scale=0.2, impl="native")
+    with pytest.raises(BackendError, match="native: takes operands of one dtype"):
+        ops.mla_decode(
+            q_latent.double(), q_rope, cache.contiguous(), table, contexts, scale=0.2, impl="native"
+        )
+    expected = ops.mla_decode(q_latent, q_rope, cache, table, contexts, scale=0.2, impl="reference")
+    close(ops.mla_decode(q_latent, q_rope, cache, table, contexts, scale=0.2), expected, 5e-6)
+    wide = ops.mla_decode(q_latent.double(), q_rope.double(), cache, table, contexts, scale=0.2)
+    close(wide.float(), expected, 5e-6)
+
+
+def test_a_cache_with_gaps_takes_no_latents() -> None:
+    cache = torch.zeros(3, 5, 24)[..., :20]
+    with pytest.raises(ShapeError, match=r"strides \(120, 24, 1\); allocate it contiguous"):
+        ops.store_latent(cache, random(2, 16), random(2, 4), torch.tensor([0, 1]))
 
 
 def test_without_a_compiler_the_table_says_so_and_takes_the_next_entry(
@@ -211,7 +254,7 @@ def test_without_a_compiler_the_table_says_so_and_takes_the_next_entry(
     native.built.cache_clear()
     monkeypatch.setattr(native.shutil, "which", lambda _name: None)
     try:
-        case = Case("cpu", torch.float32, (64, 64))
+        case = Case("cpu", torch.float32, (64, 64), layout="columns")
         chosen, _ = GROUPED_LINEAR.select(case)
         assert chosen.name == "grouped_mm"
         with pytest.raises(BackendError, match="no C compiler found"):

@@ -75,6 +75,12 @@ def sampled(model: DeepSeek, **options: object) -> dict[str, list[int]]:
     return {name: answer.tokens for name, answer in answers.items()}
 
 
+def test_a_temperature_that_float32_rounds_to_zero_is_greedy(model: DeepSeek) -> None:
+    asked = [request(str(i), [4, 5, 6], temperature=t) for i, t in enumerate((0.0, 5e-324, 1e-46))]
+    answers = serve(small_engine(model), asked)
+    assert answers["1"].tokens == answers["2"].tokens == answers["0"].tokens
+
+
 def test_seeded_tokens_do_not_depend_on_batch_chunks_blocks_or_preemption(model: DeepSeek) -> None:
     expected = sampled(model, max_num_seqs=1)
     assert len({tuple(tokens) for tokens in expected.values()}) == 10
@@ -290,6 +296,7 @@ def test_a_bug_is_not_swallowed(model: DeepSeek, monkeypatch: pytest.MonkeyPatch
         ([2], {"prompt_logprobs": 21}, ["prompt_logprobs = 21", "20"]),
         ([2], {"temperature": -0.5}, ["temperature = -0.5"]),
         ([2], {"temperature": float("inf")}, ["temperature = inf"]),
+        ([2], {"temperature": 1e39}, ["temperature = 1e+39", "from 0 to 3.4e+38"]),
         ([2], {"top_p": 0.0}, ["top_p", "above 0"]),
         ([2], {"top_p": 1.5}, ["top_p = 1.5"]),
         ([2], {"min_p": float("nan")}, ["min_p"]),

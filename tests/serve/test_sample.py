@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benthic.serve.messages import SamplingParams
+from benthic.serve.admission import MOST
+from benthic.serve.messages import LEAST_TEMPERATURE, SamplingParams
 from benthic.serve.sample import (
     NO_TOKEN,
     draw,
@@ -141,9 +142,27 @@ def test_temperature_zero_is_argmax_also_beside_random_rows() -> None:
     assert (found[0], found[2]) == (best[0], best[2])
 
 
-def test_a_minute_temperature_is_argmax_and_does_not_overflow() -> None:
-    row = logits(1)[0] * 1000
-    assert allowed(row, SamplingParams(temperature=1e-30, seed=0), draws=20) == {int(row.argmax())}
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-30, 9.9e-6])
+def test_a_minute_temperature_is_argmax_also_beside_random_rows(temperature: float) -> None:
+    batch = logits(2)
+    minute, other = SamplingParams(temperature=temperature, seed=0), SamplingParams(seed=1)
+    assert allowed(batch[0] * 1000, minute, draws=20) == {int(batch[0].argmax())}
+    found = sampler_with(minute, other).sample(batch.clone(), ids(2), [0, 0]).tokens
+    assert found == [int(batch[0].argmax()), one(batch[1], other)]
+
+
+def test_the_least_temperature_is_where_greedy_ends() -> None:
+    flat = torch.zeros(VOCAB)
+    assert len(allowed(flat, SamplingParams(temperature=LEAST_TEMPERATURE, seed=0), draws=50)) > 10
+    assert len(allowed(flat, SamplingParams(temperature=LEAST_TEMPERATURE * 0.999, seed=0), draws=50)) == 1
+
+
+def test_the_greatest_temperature_keeps_forbidden_tokens_out() -> None:
+    params = SamplingParams(temperature=MOST, min_tokens=10_000, seed=0)
+    found = allowed(logits(1)[0], params, draws=2000)
+    assert len(found) > VOCAB // 2
+    assert 0 not in found  # a stop token, masked with -inf
+    assert found <= set(range(VOCAB))
 
 
 def test_temperature_sharpens_as_softmax_of_the_divided_logits() -> None:

@@ -96,7 +96,13 @@ def _ops(device: str, dtype: str, *, verbose: bool) -> Table:
 
     from benthic.kernels import ops  # noqa: PLC0415 (imports torch)
 
-    table = Table("op", "runs", "why", title=f"Ops on {device} in {dtype}")
+    table = Table(
+        "op",
+        "runs",
+        "why",
+        title=f"Ops on {device} in {dtype}",
+        caption="inference; training too, where no line of its own says otherwise",
+    )
     for choice in ops.explain(device, getattr(torch, dtype)):
         table.add_row(choice.op, choice.implementation, choice.reason)
         for name, reason in _others(choice, verbose=verbose):

@@ -1,6 +1,6 @@
 """Ops through the library of `native.c`: float32 on a CPU, for inference.
 
-When autograd records, they hand over to the torch implementations, whose gradients are written by hand.
+They compute no gradients and read every float operand as float32: the table's verdicts keep other calls away.
 """
 
 from __future__ import annotations
@@ -9,18 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benthic.errors import BackendError
-from benthic.kernels import torch_attention, torch_moe, torch_norm
 from benthic.kernels.native import library
-from benthic.kernels.reference import moe as reference_moe
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def _recording(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -30,10 +23,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """See `benthic.kernels.ops.rms_norm`."""
-    if _recording(x, weight_D):
-        return torch_norm.rms_norm(x, weight_D, eps)
     x = _rows(x) if x.dim() == 2 else x.contiguous()
-    width = x.shape[-1]
+    weight_D, width = weight_D.contiguous(), x.shape[-1]
     out = torch.empty(x.shape)
     stride = x.stride(0) if x.dim() == 2 else width
     library().add_rms_norm(
@@ -41,7 +32,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         stride,
         None,
         0,
-        _weight(weight_D),
+        weight_D.data_ptr(),
         None,
         out.data_ptr(),
         out.numel() // width,
@@ -53,16 +44,15 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `benthic.kernels.ops.add_rms_norm`."""
-    if _recording(x, residual, weight_D):
-        return torch_norm.add_rms_norm(x, residual, weight_D, eps)
-    x, residual, width = x.contiguous(), residual.contiguous(), x.shape[-1]
+    x, residual, weight_D = x.contiguous(), residual.contiguous(), weight_D.contiguous()
+    width = x.shape[-1]
     out, total = torch.empty(x.shape), torch.empty(x.shape)
     library().add_rms_norm(
         x.data_ptr(),
         width,
         residual.data_ptr(),
         width,
-        _weight(weight_D),
+        weight_D.data_ptr(),
         total.data_ptr(),
         out.data_ptr(),
         out.numel() // width,
@@ -72,17 +62,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
     return out, total
 
 
-def _weight(weight_D: Tensor) -> int:
-    if weight_D.dtype != torch.float32 or not weight_D.is_contiguous():
-        msg = f"rms_norm: the native kernel takes a contiguous float32 weight, not {weight_D.dtype}"
-        raise BackendError(msg)
-    return weight_D.data_ptr()
-
-
 def swiglu(gate_up: Tensor) -> Tensor:
     """See `benthic.kernels.ops.swiglu`."""
-    if _recording(gate_up):
-        return torch_norm.swiglu(gate_up)
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], width))
@@ -92,8 +73,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
     """See `benthic.kernels.ops.rope`."""
-    if _recording(x):
-        return torch_norm.rope(x, cos_Tr2, sin_Tr2)
     x, cos_Tr2, sin_Tr2 = _rows(x), cos_Tr2.contiguous(), sin_Tr2.contiguous()
     heads, head_stride = (1, 0) if x.dim() == 2 else (x.shape[1], x.stride(1))
     out = torch.empty(x.shape)
@@ -137,10 +116,6 @@ def mla_decode(
     scale: float,
 ) -> Tensor:
     """See `benthic.kernels.ops.mla_decode`; one sequence a thread, nothing is gathered."""
-    if q_latent_SQHC.dtype != torch.float32 or not cache_PBW.is_contiguous():
-        return torch_attention.mla_decode(
-            q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, scale=scale
-        )
     q_latent_THC, q_rope_THr = _rows(q_latent_SQHC.flatten(0, 1)), _rows(q_rope_SQHr.flatten(0, 1))
     table_SP = _rows(block_table_SP.to(torch.int32))
     context_S = context_S.to(torch.int32).contiguous()
@@ -186,18 +161,6 @@ def route(  # noqa: PLR0913 (the gate's hyper-parameters)
     routed_scaling_factor: float,
 ) -> Routing:
     """See `benthic.kernels.ops.route`; among equal scores the lower expert comes first."""
-    if _recording(logits_TE):
-        return reference_moe.route(
-            logits_TE,
-            bias_E,
-            scoring_func=scoring_func,
-            topk_method=topk_method,
-            top_k=top_k,
-            n_group=n_group,
-            topk_group=topk_group,
-            norm_topk_prob=norm_topk_prob,
-            routed_scaling_factor=routed_scaling_factor,
-        )
     logits_TE = logits_TE.contiguous()
     bias_E = None if bias_E is None else bias_E.contiguous()
     tokens, experts = logits_TE.shape
@@ -226,8 +189,6 @@ def route(  # noqa: PLR0913 (the gate's hyper-parameters)
 
 def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
     """See `benthic.kernels.ops.permute`; a counting sort."""
-    if _recording(x_TD):
-        return torch_moe.permute(x_TD, expert_TK, num_experts)
     x_TD, expert_TK = x_TD.contiguous(), expert_TK.to(torch.int32).contiguous()
     (tokens, width), top_k = x_TD.shape, expert_TK.shape[1]
     rows_RD = torch.empty((tokens * top_k, width))
@@ -251,8 +212,6 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
 
 def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
     """See `benthic.kernels.ops.unpermute`."""
-    if _recording(rows_RD, weight_TK):
-        return torch_moe.unpermute(rows_RD, maps, weight_TK)
     rows_RD, weight_TK = rows_RD.contiguous(), weight_TK.to(torch.float32).contiguous()
     row_TK = maps.row_TK.contiguous()
     (tokens, top_k), width = row_TK.shape, rows_RD.shape[1]
@@ -284,13 +243,8 @@ def linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """See `benthic.kernels.ops.grouped_linear`; for weights whose outputs lie side by side in memory.
 
-    Such weights are transposed views of [E, I, O]; a server lays them out so once, when it loads them. For
-    the usual layout, and for gradients, torch's implementations are called.
+    Such weights are transposed views of [E, I, O]; a server lays them out so once, when it loads them.
     """
-    if weight_EOI.stride(1) != 1 or _recording(x_RI, weight_EOI):
-        aligned = weight_EOI.shape[1] % 4 == 0 and weight_EOI.shape[2] % 4 == 0
-        by_torch = torch_moe.grouped_mm if aligned else torch_moe.loop
-        return by_torch(x_RI, weight_EOI, ends_E)
     x_RI, ends_E = x_RI.contiguous(), ends_E.to(torch.int32).contiguous()
     experts, outer, inner = weight_EOI.shape
     out_RO = torch.empty((x_RI.shape[0], outer))

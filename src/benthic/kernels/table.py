@@ -1,9 +1,9 @@
 """The op table: which implementation of an op runs, decided by an explicit list and nothing else.
 
 Every op has a tuple of implementations in order of preference. Each says of a case (device type, dtype,
-static dims) whether it runs there and why. The first that runs is chosen and remembered; a caller may name
-another with `impl=`, and is refused with a `BackendError` when that one cannot run. Nothing is swapped
-silently.
+static dims, whether autograd records) whether it runs there and why. The first that runs is chosen and
+remembered; a caller may name another with `impl=`, and is refused with a `BackendError` when that one cannot
+run. Nothing is swapped silently, also not inside an implementation: what it cannot do, its verdict refuses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -21,6 +21,8 @@ from benthic.errors import BackendError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
 
 class Case(NamedTuple):
     """What a choice may depend on.
@@ -28,14 +30,26 @@ class Case(NamedTuple):
     Attributes:
         device: device type, "cpu" or "cuda".
         dtype: dtype of the op's first tensor.
-        dims: sizes that never change within a model; each op's docstring says which.
-        lengths: True when every sequence of a pack has the same length, for ops to which that matters.
+        dims: sizes that never change within a model; each op's `typical_dims` has an example.
+        equal: every sequence of a pack has the same length, for ops to which that matters.
+        grad: autograd records the call, so a gradient may be asked for.
+        mixed: the operands have several dtypes, for ops to which that matters.
+        layout: how weights or pages lie in memory, for ops to which that matters: "columns" when outputs lie
+            side by side (stride 1 in the outputs' dim), "strided" when pages have gaps, else "rows".
     """
 
     device: str
     dtype: torch.dtype
     dims: tuple[int, ...] = ()
     equal: bool = False
+    grad: bool = False
+    mixed: bool = False
+    layout: Literal["rows", "columns", "strided"] = "rows"
+
+
+def device_type(x: Tensor) -> str:
+    """What `x.device.type` says, four times as fast on a CPU: every call of an op asks."""
+    return "cpu" if x.is_cpu else x.device.type
 
 
 class Verdict(NamedTuple):
@@ -78,11 +92,19 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Op:
-    """A public op: its implementations in order of preference, and typical `dims` for reports."""
+    """A public op.
+
+    Attributes:
+        name: of the op and of the function that callers use.
+        implementations: in order of preference.
+        typical_dims: an example of `dims`, for reports.
+        trains: whether training asks for its gradients; reports leave those of the others out.
+    """
 
     name: str
     implementations: tuple[Implementation, ...]
     typical_dims: tuple[int, ...] = ()
+    trains: bool = True
     _chosen: dict[tuple[Case, str | None], Callable[..., Any]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -108,8 +130,10 @@ class Op:
             if verdict.runs:
                 return candidate, verdict.reason
             refusals.append(f"{candidate.name}: {verdict.reason}")
-        msg = f"{self.name} cannot run on {case.device} in {case.dtype} with dims {case.dims}. " + "; ".join(
-            refusals
+        recorded = ", gradients recorded" if case.grad else ""
+        msg = (
+            f"{self.name} cannot run on {case.device} in {case.dtype} with dims {case.dims}{recorded}. "
+            + "; ".join(refusals)
         )
         raise BackendError(msg)
 
@@ -174,6 +198,42 @@ def on(device: str, *dtypes: torch.dtype, reason: str) -> Callable[[Case], Verdi
         return yes(reason)
 
     return when
+
+
+def inference_only(when: Callable[[Case], Verdict]) -> Callable[[Case], Verdict]:
+    """`when`, but refused where autograd records: for implementations without a backward."""
+
+    def checked(case: Case) -> Verdict:
+        verdict = when(case)
+        if verdict.runs and case.grad:
+            return no("computes no gradients, but autograd records: call it under torch.no_grad()")
+        return verdict
+
+    return checked
+
+
+def one_dtype(when: Callable[[Case], Verdict]) -> Callable[[Case], Verdict]:
+    """`when`, but refused where operands have several dtypes."""
+
+    def checked(case: Case) -> Verdict:
+        verdict = when(case)
+        if verdict.runs and case.mixed:
+            return no(f"takes operands of one dtype, but some are not {case.dtype}")
+        return verdict
+
+    return checked
+
+
+def laid_out(layout: str, when: Callable[[Case], Verdict]) -> Callable[[Case], Verdict]:
+    """`when`, but refused where weights or pages do not lie in memory as `layout` says."""
+
+    def checked(case: Case) -> Verdict:
+        verdict = when(case)
+        if verdict.runs and case.layout != layout:
+            return no(f"takes memory laid out in {layout}, not {case.layout}")
+        return verdict
+
+    return checked
 
 
 def anywhere(reason: str) -> Callable[[Case], Verdict]:

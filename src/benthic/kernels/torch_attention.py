@@ -156,7 +156,10 @@ def mla_decode(
     *,
     scale: float,
 ) -> Tensor:
-    """See `benthic.kernels.ops.mla_decode`; CPU. Heads and queries are rows, so the latent is read once."""
+    """See `benthic.kernels.ops.mla_decode`; CPU. Heads and queries are rows, so the latent is read once.
+
+    Contexts decide how sequences share calls: short ones are padded into one batch, long ones go one by one.
+    """
     query_SQHW = torch.cat((q_latent_SQHC, q_rope_SQHr), dim=-1).to(cache_PBW.dtype)
     contexts = context_S.tolist()
     longest = max(contexts, default=0)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benthic.kernels.torch_moe import GroupedMm
+from benthic.kernels.grouped_mm import GroupedMm
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from benthic.errors import AdmissionError
 if TYPE_CHECKING:
     from benthic.serve.messages import Generate, SamplingParams
 
-MOST_BIAS = 3.4e38
-"""What float32 holds. Minus infinity is allowed: it forbids a token."""
+MOST = 3.4e38
+"""What float32 holds. A bias of minus infinity is allowed: it forbids a token."""
 
 
 def check(request: Generate, *, vocab_size: int, max_logprobs: int) -> None:
@@ -46,7 +46,7 @@ def _outside(name: str, tokens: tuple[int, ...] | dict[int, float], vocab_size: 
 def _ranges(params: SamplingParams) -> list[str]:
     problems = []
     for name, value, low, high in (
-        ("temperature", params.temperature, 0.0, math.inf),
+        ("temperature", params.temperature, 0.0, MOST),
         ("top_p", params.top_p, 0.0, 1.0),
         ("min_p", params.min_p, 0.0, 1.0),
         ("repetition_penalty", params.repetition_penalty, 0.0, math.inf),
@@ -61,9 +61,9 @@ def _ranges(params: SamplingParams) -> list[str]:
         if value == 0.0
     ]
     problems += [
-        f"logit_bias of token {token} = {value}, but it must be a number up to {MOST_BIAS:g}"
+        f"logit_bias of token {token} = {value}, but it must be a number up to {MOST:g}"
         for token, value in params.logit_bias.items()
-        if not value <= MOST_BIAS
+        if not value <= MOST
     ]
     return problems
 

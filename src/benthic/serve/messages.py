@@ -6,19 +6,23 @@ and detokenising belong to the HTTP side; stop token ids, lengths and sampling b
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+LEAST_TEMPERATURE: Final = 1e-5
+"""Below it sampling is greedy: logits divided by less would leave float32's range, and no other token has a
+chance anyway. vLLM draws the same line."""
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tokens are drawn; the names and defaults are those of the OpenAI API and of vLLM.
 
-    `temperature=0` is greedy. `top_k=0` keeps every token. `logprobs=n` returns the n best and the chosen
-    one; `prompt_logprobs=n` does so for every prompt position but the first. `max_tokens=0` generates nothing
-    (used for echo). `seed=None` lets the engine choose one.
+    A `temperature` below 1e-5 is greedy. `top_k=0` keeps every token. `logprobs=n` returns the n best and the
+    chosen one; `prompt_logprobs=n` does so for every prompt position but the first. `max_tokens=0` generates
+    nothing (used for echo). `seed=None` lets the engine choose one.
     """
 
     temperature: float = 1.0
@@ -36,6 +40,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, without a draw."""
+        return self.temperature < LEAST_TEMPERATURE
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -59,7 +59,7 @@ class Batch:
     def of(cls, rows: Sequence[Row], vocab_size: int, device: torch.device) -> Batch:
         """Stack the rows' settings."""
         params = [row.params for row in rows]
-        greedy = [p.temperature == 0.0 for p in params]
+        greedy = [p.greedy for p in params]
         all_greedy = all(greedy)
 
         def floats(values: list[float]) -> Tensor:
@@ -87,7 +87,7 @@ class Batch:
 
 
 def _temperatures(params: Sequence[SamplingParams]) -> list[float]:
-    return [p.temperature or 1.0 for p in params]
+    return [1.0 if p.greedy else p.temperature for p in params]
 
 
 def _filters(

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 
 NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
-LEAST_TEMPERATURE = 1e-5
-"""Below it sampling is greedy: logits divided by less would leave float32's range, and no other token has a
-chance anyway. vLLM draws the same line."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
@@ -72,11 +68,10 @@ def sampling_params(
     if min_tokens > max_tokens:
         msg = f"min_tokens = {min_tokens}, but max_tokens = {max_tokens}. Lower min_tokens."
         raise api_errors.invalid(msg, param="min_tokens")
-    temperature = _or(body.temperature, defaults.temperature)
     stop_ids = tuple(body.stop_token_ids or ())
     check_ids("stop_token_ids", stop_ids, ready.vocab_size)
     return SamplingParams(
-        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
+        temperature=_or(body.temperature, defaults.temperature),
         top_p=_or(body.top_p, defaults.top_p),
         top_k=max(0, _or(body.top_k, defaults.top_k)),
         min_p=_or(body.min_p, defaults.min_p),

@@ -119,15 +119,29 @@ class Choice(NamedTuple):
 def explain(device: str, dtype: torch.dtype) -> list[Choice]:
     """Say for every op which implementation runs on a device type ("cpu", "cuda") in a dtype, and why.
 
-    Attention has two lines, because packs whose sequences all have one length may run elsewhere.
+    A line named after the op alone is about inference. Where training runs something else, or a pack of equal
+    lengths, or weights whose outputs lie side by side, a line of its own says so.
     """
     choices = []
     for op in OPS:
-        case = Case(device, dtype, op.typical_dims)
-        choices.append(_explain(op, op.name, case))
-        if op is ATTENTION and device == "cuda":
-            choices.append(_explain(op, f"{op.name} (equal lengths)", case._replace(equal=True)))
+        plain = Case(device, dtype, op.typical_dims)
+        usual = _explain(op, op.name, plain)
+        special = [_explain(op, f"{op.name} ({label})", case) for label, case in _variants(op, plain)]
+        choices.append(usual)
+        choices += [choice for choice in special if choice.implementation != usual.implementation]
     return choices
+
+
+def _variants(op: Op, plain: Case) -> list[tuple[str, Case]]:
+    """Cases of an op that may be decided otherwise than the plain one, each with what sets it apart."""
+    variants = []
+    if op is ATTENTION:
+        variants.append(("equal lengths", plain._replace(equal=True)))
+    if op is GROUPED_LINEAR:
+        variants.append(("weights in columns", plain._replace(layout="columns")))
+    if op.trains:
+        variants.append(("training", plain._replace(grad=True)))
+    return variants
 
 
 def _explain(op: Op, label: str, case: Case) -> Choice:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Implementation, Op, Verdict, no, on, reference, triton_runs, yes
+from benthic.kernels.table import (
+    Case,
+    Implementation,
+    Op,
+    Verdict,
+    device_type,
+    no,
+    on,
+    reference,
+    triton_runs,
+    yes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,10 +122,11 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
     """
     _check(q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k)
     case = Case(
-        q_THd.device.type,
+        device_type(q_THd),
         q_THd.dtype,
         (q_THd.shape[-1], v_THv.shape[-1], q_THd.shape[1] // k_THd.shape[1]),
         _equal(q_THd, k_THd, cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k),
+        grad=torch.is_grad_enabled() and (q_THd.requires_grad or k_THd.requires_grad or v_THv.requires_grad),
     )
     out_THv, lse_TH = ATTENTION.choose(case, impl)(
         q_THd,

@@ -8,35 +8,53 @@ import torch
 
 from benthic.errors import ShapeError
 from benthic.kernels.native import native_runs
-from benthic.kernels.table import Case, Implementation, Op, on, reference, triton_runs
+from benthic.kernels.table import (
+    Case,
+    Implementation,
+    Op,
+    device_type,
+    inference_only,
+    laid_out,
+    on,
+    one_dtype,
+    reference,
+    triton_runs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NATIVE = native_runs("one sequence a thread, pages read in place")
-_NATIVE_STORE = native_runs("one call into C")
-_SDPA = on("cpu", torch.float32, torch.float64, reason="heads as rows over gathered pages")
-
-_TRITON_DECODE = triton_runs(
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-    reason="our paged kernel: pages read once for all heads, contexts split to fill the GPU",
-    dot=True,
+_NATIVE = inference_only(
+    one_dtype(laid_out("rows", native_runs("one sequence a thread, pages read in place")))
 )
-_TRITON_STORE = triton_runs(
-    torch.bfloat16, torch.float16, torch.float32, reason="one kernel, nothing waits for the host"
+_NATIVE_STORE = inference_only(one_dtype(native_runs("one call into C")))
+_TORCH = inference_only(
+    on("cpu", torch.float32, torch.float64, reason="library products: heads as rows over gathered pages")
+)
+
+_TRITON_DECODE = inference_only(
+    triton_runs(
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        reason="our paged kernel: pages read once for all heads, contexts split to fill the GPU",
+        dot=True,
+    )
+)
+_TRITON_STORE = inference_only(
+    triton_runs(torch.bfloat16, torch.float16, torch.float32, reason="one kernel, nothing waits for the host")
 )
 
 MLA_DECODE = Op(
     "mla_decode",
     (
         Implementation("native", _NATIVE, "benthic.kernels.native_ops:mla_decode"),
-        Implementation("sdpa", _SDPA, "benthic.kernels.torch_attention:mla_decode"),
+        Implementation("torch", _TORCH, "benthic.kernels.torch_attention:mla_decode"),
         Implementation("triton", _TRITON_DECODE, "benthic.kernels.triton_mla:mla_decode"),
         reference("benthic.kernels.reference.attention:mla_decode"),
     ),
     typical_dims=(512, 64),
+    trains=False,
 )
 STORE_LATENT = Op(
     "store_latent",
@@ -46,6 +64,7 @@ STORE_LATENT = Op(
         reference("benthic.kernels.reference.attention:store_latent"),
     ),
     typical_dims=(576,),
+    trains=False,
 )
 
 
@@ -68,15 +87,20 @@ def mla_decode(
     [S] counts all cached tokens including these Q, so query j sees `context - (Q - 1 - j)` of them.
     `context = 0` gives zeros.
     Returns: out [S, Q, H, C] in the queries' dtype; multiply by W^UV for values.
-    Inference only: not differentiable.
+    For inference: where autograd records, only the definition runs.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
     Cost: reads `sum(context) * (C + r)` elements once; 2 H Q (2 C + r) FLOPs a cached token.
     """
     _check_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S)
+    dtype = cache_PBW.dtype
     case = Case(
-        cache_PBW.device.type,
-        cache_PBW.dtype,
+        device_type(cache_PBW),
+        dtype,
         (q_latent_SQHC.shape[3], q_rope_SQHr.shape[3]),
+        grad=torch.is_grad_enabled()
+        and (q_latent_SQHC.requires_grad or q_rope_SQHr.requires_grad or cache_PBW.requires_grad),
+        mixed=q_latent_SQHC.dtype is not dtype or q_rope_SQHr.dtype is not dtype,
+        layout="rows" if cache_PBW.is_contiguous() else "strided",
     )
     out: Tensor = MLA_DECODE.choose(case, impl)(
         q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, scale=scale
@@ -91,7 +115,9 @@ def store_latent(
 
     Shapes: cache [pages, block, C + r] contiguous; latent [T, C]; rope [T, r]; slot integer [T] =
     `page * block + offset`, and -1 for tokens that are not kept (padding). Slots must differ.
-    Raises: ShapeError when widths or tokens disagree; BackendError when `impl` cannot run.
+    For inference: where autograd records, only the definition runs.
+    Raises: ShapeError when widths or tokens disagree or the cache has gaps; BackendError when `impl` cannot
+    run.
     """
     width, tokens = latent_TC.shape[1] + rope_Tr.shape[1], latent_TC.shape[0]
     if cache_PBW.shape[-1] != width:
@@ -106,9 +132,22 @@ def store_latent(
             f"slots {tuple(slot_T.shape)}; one each"
         )
         raise ShapeError(msg)
-    STORE_LATENT.choose(Case(cache_PBW.device.type, cache_PBW.dtype, (width,)), impl)(
-        cache_PBW, latent_TC, rope_Tr, slot_T
+    if not cache_PBW.is_contiguous():
+        msg = (
+            f"store_latent: a cache of {tuple(cache_PBW.shape)} has strides {cache_PBW.stride()}; "
+            "allocate it contiguous, since slots are counted through it"
+        )
+        raise ShapeError(msg)
+    dtype = cache_PBW.dtype
+    case = Case(
+        device_type(cache_PBW),
+        dtype,
+        (width,),
+        grad=torch.is_grad_enabled()
+        and (latent_TC.requires_grad or rope_Tr.requires_grad or cache_PBW.requires_grad),
+        mixed=latent_TC.dtype is not dtype or rope_Tr.dtype is not dtype,
     )
+    STORE_LATENT.choose(case, impl)(cache_PBW, latent_TC, rope_Tr, slot_T)
 
 
 def _check_decode(

@@ -6,14 +6,24 @@ import torch
 from torch import Tensor
 
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Implementation, Op, reference, triton_runs
+from benthic.kernels.table import (
+    Case,
+    Implementation,
+    Op,
+    device_type,
+    inference_only,
+    reference,
+    triton_runs,
+)
 
-_TRITON = triton_runs(
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-    torch.float8_e4m3fn,
-    reason="one kernel that reads every tile once",
+_TRITON = inference_only(
+    triton_runs(
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float8_e4m3fn,
+        reason="one kernel that reads every tile once",
+    )
 )
 
 QUANTISE_FP8 = Op(
@@ -22,6 +32,7 @@ QUANTISE_FP8 = Op(
         Implementation("triton", _TRITON, "benthic.kernels.triton_fp8:quantise"),
         reference("benthic.kernels.reference.fp8:quantise"),
     ),
+    trains=False,
 )
 DEQUANTISE_FP8 = Op(
     "dequantise_fp8",
@@ -29,6 +40,7 @@ DEQUANTISE_FP8 = Op(
         Implementation("triton", _TRITON, "benthic.kernels.triton_fp8:dequantise"),
         reference("benthic.kernels.reference.fp8:dequantise"),
     ),
+    trains=False,
 )
 
 
@@ -99,9 +111,9 @@ def _dequantise(
             f"of shape {tiles}, not {tuple(scale.shape)}"
         )
         raise ShapeError(msg)
-    out: Tensor = DEQUANTISE_FP8.choose(Case(values_MN.device.type, values_MN.dtype), impl)(
-        values_MN, scale, tile_m, tile_n, dtype=dtype
-    )
+    grad = torch.is_grad_enabled() and (values_MN.requires_grad or scale.requires_grad)
+    case = Case(device_type(values_MN), values_MN.dtype, grad=grad)
+    out: Tensor = DEQUANTISE_FP8.choose(case, impl)(values_MN, scale, tile_m, tile_n, dtype=dtype)
     return out
 
 
@@ -113,7 +125,8 @@ def _quantise(
             f"FP8 tiles are cut from a matrix; got {x_MN.dim()} dims: {tuple(x_MN.shape)}. Flatten it first."
         )
         raise ShapeError(msg)
-    case = Case(x_MN.device.type, x_MN.dtype, (tile_m, tile_n))
+    grad = torch.is_grad_enabled() and x_MN.requires_grad
+    case = Case(device_type(x_MN), x_MN.dtype, (tile_m, tile_n), grad=grad)
     out: tuple[Tensor, Tensor] = QUANTISE_FP8.choose(case, impl)(
         x_MN, tile_m, tile_n, power_of_two=power_of_two
     )

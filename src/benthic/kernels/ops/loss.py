@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, overload
 
+import torch
+
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Implementation, Op, anywhere, reference
+from benthic.kernels.table import Case, Implementation, Op, anywhere, device_type, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +81,9 @@ def linear_cross_entropy(
             f"linear_cross_entropy: {hidden_TD.shape[0]} tokens but targets of shape {tuple(target_T.shape)}"
         )
         raise ShapeError(msg)
-    loss_T, argmax_T = LINEAR_CROSS_ENTROPY.choose(Case(hidden_TD.device.type, hidden_TD.dtype), impl)(
+    grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    case = Case(device_type(hidden_TD), hidden_TD.dtype, grad=grad)
+    loss_T, argmax_T = LINEAR_CROSS_ENTROPY.choose(case, impl)(
         hidden_TD, weight_VD, target_T, ignore_index=ignore_index, chunk=chunk
     )
     return (loss_T, argmax_T) if return_argmax else loss_T

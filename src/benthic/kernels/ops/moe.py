@@ -14,8 +14,12 @@ from benthic.kernels.table import (
     Implementation,
     Op,
     Verdict,
+    device_type,
+    inference_only,
+    laid_out,
     no,
     on,
+    one_dtype,
     reference,
     triton_refusal,
     triton_runs,
@@ -64,13 +68,16 @@ def _aligned(case: Case, reason: str) -> Verdict:
     return yes(reason)
 
 
-_NATIVE = native_runs("one call into C; gradients by torch")
-_NATIVE_GROUPED = native_runs("weights laid out column by column; the usual layout and gradients by torch")
+_NATIVE = inference_only(native_runs("one call into C"))
+_NATIVE_ROUTE = inference_only(one_dtype(native_runs("one call into C")))
+_NATIVE_GROUPED = inference_only(
+    laid_out("columns", native_runs("one call into C, weights streamed column by column"))
+)
 
 ROUTE = Op(
     "route",
     (
-        Implementation("native", _NATIVE, "benthic.kernels.native_ops:route"),
+        Implementation("native", _NATIVE_ROUTE, "benthic.kernels.native_ops:route"),
         reference("benthic.kernels.reference.moe:route"),
     ),
 )
@@ -138,7 +145,13 @@ def route(  # noqa: PLR0913 (the gate's hyper-parameters, as in the model's conf
             f"known: {SCORING_FUNCS}, {TOPK_METHODS}"
         )
         raise ConfigError(msg)
-    routing: Routing = ROUTE.choose(Case(logits_TE.device.type, logits_TE.dtype), impl)(
+    case = Case(
+        device_type(logits_TE),
+        logits_TE.dtype,
+        grad=torch.is_grad_enabled() and logits_TE.requires_grad,
+        mixed=bias_E is not None and bias_E.dtype is not logits_TE.dtype,
+    )
+    routing: Routing = ROUTE.choose(case, impl)(
         logits_TE,
         bias_E,
         scoring_func=scoring_func,
@@ -162,9 +175,8 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, *, impl: str | No
     if expert_TK.dim() != 2 or expert_TK.shape[0] != x_TD.shape[0]:
         msg = f"permute: {x_TD.shape[0]} tokens but expert_TK is {tuple(expert_TK.shape)}; expected [T, K]"
         raise ShapeError(msg)
-    permuted: Permuted = PERMUTE.choose(Case(x_TD.device.type, x_TD.dtype), impl)(
-        x_TD, expert_TK, num_experts
-    )
+    case = Case(device_type(x_TD), x_TD.dtype, grad=torch.is_grad_enabled() and x_TD.requires_grad)
+    permuted: Permuted = PERMUTE.choose(case, impl)(x_TD, expert_TK, num_experts)
     return permuted
 
 
@@ -182,7 +194,9 @@ def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, *, impl: str | 
             f"{maps.copy_R.shape[0]} rows and {tuple(maps.row_TK.shape)} copies"
         )
         raise ShapeError(msg)
-    out: Tensor = UNPERMUTE.choose(Case(rows_RD.device.type, rows_RD.dtype), impl)(rows_RD, maps, weight_TK)
+    grad = torch.is_grad_enabled() and (rows_RD.requires_grad or weight_TK.requires_grad)
+    case = Case(device_type(rows_RD), rows_RD.dtype, grad=grad)
+    out: Tensor = UNPERMUTE.choose(case, impl)(rows_RD, maps, weight_TK)
     return out
 
 
@@ -207,7 +221,13 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, *, impl: st
             f"{ends_E.dtype}; expected int32, one end per expert"
         )
         raise ShapeError(msg)
-    case = Case(x_RI.device.type, x_RI.dtype, (weight_EOI.shape[2], weight_EOI.shape[1]))
+    case = Case(
+        device_type(x_RI),
+        x_RI.dtype,
+        (weight_EOI.shape[2], weight_EOI.shape[1]),
+        grad=torch.is_grad_enabled() and (x_RI.requires_grad or weight_EOI.requires_grad),
+        layout="columns" if weight_EOI.stride(1) == 1 else "rows",
+    )
     out: Tensor = GROUPED_LINEAR.choose(case, impl)(x_RI, weight_EOI, ends_E)
     return out
 

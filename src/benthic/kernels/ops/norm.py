@@ -8,24 +8,38 @@ import torch
 
 from benthic.errors import ShapeError
 from benthic.kernels.native import native_runs
-from benthic.kernels.table import Case, Implementation, Op, on, reference, triton_runs
+from benthic.kernels.table import (
+    Case,
+    Implementation,
+    Op,
+    device_type,
+    inference_only,
+    on,
+    one_dtype,
+    reference,
+    triton_runs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CPU_WIDE = on("cpu", torch.float32, torch.float64, reason="few torch calls with hand-written gradients")
+_PLAIN = inference_only(on("cpu", torch.float32, torch.float64, reason="few torch calls"))
+_DIFFERENTIABLE = on("cpu", torch.float32, torch.float64, reason="few torch calls, hand-written gradients")
 
 _TRITON = triton_runs(
     torch.bfloat16, torch.float16, torch.float32, reason="one kernel that reads and writes every row once"
 )
 
-_NATIVE = native_runs("one call into C; gradients by torch")
+_NATIVE = inference_only(one_dtype(native_runs("one call into C")))
 
 RMS_NORM = Op(
     "rms_norm",
     (
         Implementation("native", _NATIVE, "benthic.kernels.native_ops:rms_norm"),
-        Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:rms_norm"),
+        Implementation("torch", one_dtype(_PLAIN), "benthic.kernels.torch_norm:rms_norm"),
+        Implementation(
+            "torch_autograd", one_dtype(_DIFFERENTIABLE), "benthic.kernels.torch_norm:differentiable_rms_norm"
+        ),
         Implementation("triton", _TRITON, "benthic.kernels.triton_norm:rms_norm"),
         reference("benthic.kernels.reference.norm:rms_norm"),
     ),
@@ -34,7 +48,12 @@ ADD_RMS_NORM = Op(
     "add_rms_norm",
     (
         Implementation("native", _NATIVE, "benthic.kernels.native_ops:add_rms_norm"),
-        Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:add_rms_norm"),
+        Implementation("torch", one_dtype(_PLAIN), "benthic.kernels.torch_norm:add_rms_norm"),
+        Implementation(
+            "torch_autograd",
+            one_dtype(_DIFFERENTIABLE),
+            "benthic.kernels.torch_norm:differentiable_add_rms_norm",
+        ),
         Implementation("triton", _TRITON, "benthic.kernels.triton_norm:add_rms_norm"),
         reference("benthic.kernels.reference.norm:add_rms_norm"),
     ),
@@ -43,7 +62,8 @@ SWIGLU = Op(
     "swiglu",
     (
         Implementation("native", _NATIVE, "benthic.kernels.native_ops:swiglu"),
-        Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:swiglu"),
+        Implementation("torch", _PLAIN, "benthic.kernels.torch_norm:swiglu"),
+        Implementation("torch_autograd", _DIFFERENTIABLE, "benthic.kernels.torch_norm:differentiable_swiglu"),
         Implementation("triton", _TRITON, "benthic.kernels.triton_norm:swiglu"),
         reference("benthic.kernels.reference.norm:swiglu"),
     ),
@@ -52,7 +72,8 @@ ROPE = Op(
     "rope",
     (
         Implementation("native", _NATIVE, "benthic.kernels.native_ops:rope"),
-        Implementation("torch", _CPU_WIDE, "benthic.kernels.torch_norm:rope"),
+        Implementation("torch", _PLAIN, "benthic.kernels.torch_norm:rope"),
+        Implementation("torch_autograd", _DIFFERENTIABLE, "benthic.kernels.torch_norm:differentiable_rope"),
         Implementation("triton", _TRITON, "benthic.kernels.triton_norm:rope"),
         reference("benthic.kernels.reference.norm:rope"),
     ),
@@ -68,7 +89,13 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, impl: str | None = None
     if weight_D.shape != x.shape[-1:]:
         msg = f"rms_norm: x has {x.shape[-1]} columns but the weight has shape {tuple(weight_D.shape)}"
         raise ShapeError(msg)
-    out: Tensor = RMS_NORM.choose(Case(x.device.type, x.dtype), impl)(x, weight_D, eps)
+    case = Case(
+        device_type(x),
+        x.dtype,
+        grad=torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad),
+        mixed=weight_D.dtype is not x.dtype,
+    )
+    out: Tensor = RMS_NORM.choose(case, impl)(x, weight_D, eps)
     return out
 
 
@@ -86,9 +113,15 @@ def add_rms_norm(
             f"{tuple(weight_D.shape)} disagree; x and residual must match and the weight must be [D]"
         )
         raise ShapeError(msg)
-    out: tuple[Tensor, Tensor] = ADD_RMS_NORM.choose(Case(x.device.type, x.dtype), impl)(
-        x, residual, weight_D, eps
+    dtype = x.dtype
+    case = Case(
+        device_type(x),
+        dtype,
+        grad=torch.is_grad_enabled()
+        and (x.requires_grad or residual.requires_grad or weight_D.requires_grad),
+        mixed=weight_D.dtype is not dtype or residual.dtype is not dtype,
     )
+    out: tuple[Tensor, Tensor] = ADD_RMS_NORM.choose(case, impl)(x, residual, weight_D, eps)
     return out
 
 
@@ -101,7 +134,8 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     if gate_up.shape[-1] % 2:
         msg = f"swiglu: the last dim holds gate and up, so it must be even, not {gate_up.shape[-1]}"
         raise ShapeError(msg)
-    out: Tensor = SWIGLU.choose(Case(gate_up.device.type, gate_up.dtype), impl)(gate_up)
+    grad = torch.is_grad_enabled() and gate_up.requires_grad
+    out: Tensor = SWIGLU.choose(Case(device_type(gate_up), gate_up.dtype, grad=grad), impl)(gate_up)
     return out
 
 
@@ -119,5 +153,11 @@ def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor, *, impl: str | None = None
             f"not {tuple(cos_Tr2.shape)} and {tuple(sin_Tr2.shape)}"
         )
         raise ShapeError(msg)
-    out: Tensor = ROPE.choose(Case(x.device.type, x.dtype), impl)(x, cos_Tr2, sin_Tr2)
+    case = Case(
+        device_type(x),
+        x.dtype,
+        grad=torch.is_grad_enabled() and x.requires_grad,
+        mixed=cos_Tr2.dtype is not x.dtype or sin_Tr2.dtype is not x.dtype,
+    )
+    out: Tensor = ROPE.choose(case, impl)(x, cos_Tr2, sin_Tr2)
     return out
