@@ -198,7 +198,7 @@ class WeightGradients:
             ScheduleError: deferring, and `weight` was computed, so that its own graph will be gone.
         """
         if self._deferring:
-            if not _owner(weight).is_leaf:
+            if not owner_of(weight).is_leaf:
                 message = (
                     f"the weight gradient of a computed tensor {tuple(weight.shape)} cannot wait: the graph "
                     "behind it is freed. Hand the socket a parameter or a view of one."
@@ -217,7 +217,7 @@ class WeightGradients:
 
     def _add_to_sum(self, weight: Tensor, dweight: Tensor) -> bool:
         """Add to the part of the owner's sum that `weight` is a view of; False when there is no sum."""
-        owner = _owner(weight)
+        owner = owner_of(weight)
         if owner not in self._sums:
             return False
         offset = weight.storage_offset() - owner.storage_offset()
@@ -225,7 +225,7 @@ class WeightGradients:
         return True
 
 
-def _owner(weight: Tensor) -> Tensor:
+def owner_of(weight: Tensor) -> Tensor:
     """The parameter that a view shows, or the tensor itself."""
     base = weight._base  # noqa: SLF001 (public in all but name: torch documents views by it)
     return weight if base is None else base

@@ -23,7 +23,7 @@ from benthic.train.fields import to_json
 from benthic.train.losses import weights_of
 from benthic.train.numerics import check_gradients, check_losses
 from benthic.train.optimizer import AdamW
-from benthic.train.precision import DTYPES, Gradients, linear_socket
+from benthic.train.precision import Gradients, keep_weights, linear_socket
 from benthic.train.recompute import recompute_phases
 from benthic.train.resolve import number
 
@@ -92,7 +92,7 @@ class Trainer:
             mask_documents=config.data.mask_documents,
         )
         sink = WeightGradients()
-        linear = linear_socket(config.precision, sink)
+        linear = linear_socket(config.precision, sink, self.model)
         self.executor = LocalExecutor(self.model, self.device, linear)
         self.gradients = Gradients(self.model, sink)
         self.optimizer = AdamW(self.model, config.optimizer)
@@ -214,8 +214,7 @@ def build_model(config: RunConfig) -> DeepSeek:
     """A freshly initialised model on the config's device, in its precision, with its phases recomputed."""
     with torch.device(config.device):
         model = DeepSeek(config.model)
-    if config.precision.weights != "auto":
-        model = model.to(DTYPES[config.precision.weights])
+    keep_weights(model, config.precision.weights)
     initialise(model, config.train.seed)
     recompute_phases(model, config.recompute)
     return model
