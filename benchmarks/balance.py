@@ -11,7 +11,6 @@ Writes benchmarks/results/balance.json and docs/pictures/balance.svg|png.
 from __future__ import annotations
 
 import argparse
-import sysconfig
 import tempfile
 import time
 from dataclasses import asdict
@@ -21,12 +20,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from provenance import ROOT, write_result
+from stdlib_corpus import make_data
 
-from benthic.cli.data import STDLIB_LEFT_OUT
 from benthic.cli.settings import apply
 from benthic.train import recipes
 from benthic.train.balance import max_vio
-from benthic.train.data import build, documents, tokenizer
 from benthic.train.data.shards import Meta, TokenShards, read_meta
 from benthic.train.evaluate import evaluate
 from benthic.train.hardware import detect
@@ -44,7 +42,7 @@ def main() -> None:
     """Make the data unless given, run both, print, write, draw."""
     words = parse()
     with tempfile.TemporaryDirectory() as folder:
-        data = words.data or make_data(Path(folder))
+        data = words.data or make_data(Path(folder), recipes.tiny_cpu().model.vocab_size)
         rows = [run(data, words, speed) for speed in (0.0, words.speed)]
     off, on = rows
     for row in rows:
@@ -71,18 +69,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--speed", type=float, default=0.003, help="gamma of the run with the bias on")
     parser.add_argument("--set", action="append", default=[], help="override of the tiny_cpu recipe")
     return parser.parse_args()
-
-
-def make_data(folder: Path) -> Path:
-    """Tokenizer and shards of the standard library, as `benthic data --python-stdlib` makes them."""
-    corpus = documents.Corpus(
-        sources=(Path(sysconfig.get_path("stdlib")),), include=("*.py",), exclude=STDLIB_LEFT_OUT
-    )
-    vocab = recipes.tiny_cpu().model.vocab_size
-    rules = tokenizer.train((d.text for d in documents.read(corpus)), vocab)
-    saved = tokenizer.save(rules, folder / "tokenizer", model_max_length=1024)
-    build.build(corpus, saved, folder / "data", build.BuildOptions(held_out=0.04))
-    return folder / "data"
 
 
 def run(data: Path, words: argparse.Namespace, speed: float) -> dict[str, object]:

@@ -376,3 +376,84 @@ def test_fp8_rows_come_back(dtype):
     values, scale = ops.quantise_fp8_rows(made(50, 300, dtype=torch.float32).detach(), impl="reference")
     results = [ops.dequantise_fp8_rows(values, scale, dtype=dtype, impl=i) for i in ("triton", "reference")]
     assert torch.equal(*results)
+
+
+def fp8_rows(x):
+    return ops.Fp8(*ops.quantise_fp8_rows(x, impl="reference"))
+
+
+def same_tiles(fast, exact):
+    """Equal scales, and values that differ only where the interpreter rounds differently."""
+    assert torch.equal(fast.scale, exact.scale)
+    differ = fast.values.float() != exact.values.float()
+    if ON_GPU:
+        assert not differ.any()
+    else:
+        differ &= exact.values.float().abs().frexp().mantissa != 0.5
+        assert differ.float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("name", [None, *GROUPS])
+def test_fp8_columns(dtype, name, power_of_two):
+    ends, (x, _) = grouped_inputs(name or "uneven", 35, (150, 8), dtype)
+    ends, x = None if name is None else ends, x.detach() * 3
+    options = {"power_of_two": power_of_two}
+    fast, exact = (ops.quantise_fp8_columns(x, ends, **options, impl=i) for i in ("triton", "reference"))
+    same_tiles(fast, exact)
+    rows = fp8_rows(x)
+    fast, exact = (ops.retile_fp8(rows, ends, **options, impl=i) for i in ("triton", "reference"))
+    same_tiles(fast, exact)
+
+
+@pytest.mark.parametrize("shape", [(150, 300), (3, 128, 150), (3, 150, 44)], ids=str)
+def test_fp8_weights(dtype, shape):
+    weight = made(*shape, dtype=dtype).detach()
+    fast, exact = (ops.quantise_fp8_weight(weight, impl=impl) for impl in ("triton", "reference"))
+    same_tiles(fast, exact)
+
+
+FP8_DIMS = [(300, 150), (128, 48)] + ([(2048, 1408), (7168, 2048)] if ON_GPU else [])
+
+
+@pytest.mark.parametrize("impl", ["triton", "cublas"])
+@pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
+def test_fp8_linear(dtype, dims, impl):
+    inner, outer = dims
+    if impl == "cublas" and (not ON_GPU or inner % 128 or dtype == torch.float16):
+        pytest.skip("cuBLAS needs a GPU, whole tiles, and a result in bfloat16 or float32")
+    x, weight = made(TOKENS, inner, dtype=torch.float32), made(outer, inner, dtype=torch.float32, seed=1)
+    rows, blocks = fp8_rows(x.detach()), ops.quantise_fp8_weight(weight.detach(), impl="reference")
+    fast = ops.fp8_linear(rows, blocks, dtype=dtype, impl=impl)
+    close(fast, ops.fp8_linear(rows, blocks, dtype=torch.float32, impl="reference").double(), dtype)
+    dy = fp8_rows(made(TOKENS, outer, dtype=torch.float32, seed=2).detach())
+    if outer % 128 == 0 or impl == "triton":
+        fast = ops.fp8_linear(dy, blocks.transposed(), dtype=dtype, impl=impl)
+        exact = ops.fp8_linear(dy, blocks.transposed(), dtype=torch.float32, impl="reference")
+        close(fast, exact.double(), dtype)
+
+
+@pytest.mark.parametrize("impl", ["triton", "cublas"])
+@pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
+def test_fp8_weight_gradient(dtype, dims, impl):
+    if impl == "cublas" and (not ON_GPU or any(d % 16 for d in dims) or dtype == torch.float16):
+        pytest.skip("cuBLAS needs a GPU, widths of a multiple of 16, and a result in bfloat16 or float32")
+    tiles = [
+        ops.quantise_fp8_columns(made(TOKENS, d, dtype=torch.float32, seed=d).detach(), impl="reference")
+        for d in dims
+    ]
+    fast = ops.fp8_weight_gradient(*tiles, dtype=dtype, impl=impl)
+    close(fast, ops.fp8_weight_gradient(*tiles, impl="reference").double(), dtype)
+
+
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_fp8_products(dtype, name, spare):
+    ends, (x, weight) = grouped_inputs(name, spare, (300, 150), torch.float32)
+    rows, blocks = fp8_rows(x.detach()), ops.quantise_fp8_weight(weight.detach(), impl="reference")
+    fast = ops.fp8_linear(rows, blocks, ends, dtype=dtype, impl="triton")
+    close(fast, ops.fp8_linear(rows, blocks, ends, dtype=torch.float32, impl="reference").double(), dtype)
+    dy = made(len(x), 150, dtype=torch.float32, seed=2).detach()
+    tiles = [ops.quantise_fp8_columns(t, ends, impl="reference") for t in (dy, x.detach())]
+    fast = ops.fp8_weight_gradient(*tiles, ends, dtype=dtype, impl="triton")
+    close(fast, ops.fp8_weight_gradient(*tiles, ends, impl="reference").double(), dtype)

@@ -31,6 +31,10 @@ FLOAT32 = {
     "sin_ptr",
     "scale_ptr",
     "part_ptr",
+    "in_scale_ptr",
+    "x_scale_ptr",
+    "dy_scale_ptr",
+    "weight_scale_ptr",
 }
 
 
@@ -180,6 +184,26 @@ def test_the_experts_product_uses_wgmma_without_spills(direction, tmp_path):
     assert used.wgmma > 0
 
 
+@pytest.mark.parametrize(
+    ("direction", "rows"),
+    [("rows times blocks", 16), ("rows times blocks", 64), ("rows times blocks", 512), ("column tiles", 64)],
+)
+def test_fp8_products_use_wgmma_without_spills(direction, rows, tmp_path):
+    block_m, block_n, warps, stages = importlib.import_module("benthic.kernels.triton_fp8_linear").tiles(rows)
+    constants = {"EXPERTS": 64, "EMULATE": False} | ({"experts": 1, "k_tiles": 1} if rows == 512 else {})
+    if direction == "column tiles":
+        constants |= {"BLOCK_O": block_m, "BLOCK_I": block_n, "BLOCK_P": 128}
+        kernel = "_column_tiles"
+    else:
+        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128}
+        kernel = "_rows_times_blocks"
+    overrides = dict.fromkeys(("x_ptr", "weight_ptr", "dy_ptr"), "*fp8e4nv")
+    built = compiled("triton_fp8_linear", kernel, constants, warps=warps, stages=stages, overrides=overrides)
+    used = resources(built, tmp_path)
+    assert_fits(used)
+    assert (used.wgmma > 0) == (block_m >= 64)
+
+
 MEMORY_BOUND = [
     ("triton_norm", "_norm_forward", {"HAS_RESIDUAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
     ("triton_norm", "_norm_backward", {"HAS_DTOTAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
@@ -212,6 +236,16 @@ MEMORY_BOUND = [
         {"POWER_OF_TWO": False, "TILE": 128, "BLOCK": 128},
         8,
         {"values_ptr": "*fp8e4nv"},
+    ),
+    *(
+        (
+            "triton_fp8",
+            "_quantise_columns",
+            {"RETILE": retile, "POWER_OF_TWO": False, "EXPERTS": 64, "TILE_R": 128, "COLUMNS": 64},
+            8,
+            {"values_ptr": "*fp8e4nv", "x_ptr": "*fp8e4nv" if retile else "*bf16"},
+        )
+        for retile in (False, True)
     ),
     ("triton_fp8", "_dequantise", {"ROWS": 16, "COLUMNS": 256}, 4, {"values_ptr": "*fp8e4nv"}),
 ]

@@ -20,7 +20,8 @@ GROUPS = {
     "row-wise kernels": "norm or swiglu or rope",
     "attention, values and gradients": "test_attention",
     "paged decode and cache": "mla or latent",
-    "experts, permutation and FP8 tiles": "grouped or permute or copies or fp8",
+    "experts and permutation": "(grouped or permute) and not fp8",
+    "FP8 tiles and products": "fp8",
 }
 
 pytestmark = [

@@ -159,7 +159,7 @@ def test_hooks_of_the_parameter_receive_every_gradient_once(defer):
     taken = []
 
     def take(p):
-        """As `train.precision.Gradients` does: the deferred pass itself calls with nothing to take."""
+        """As `parallel.buckets` does: the deferred pass itself calls with nothing to take."""
         if p.grad is not None:
             taken.append(p.grad)
             p.grad = None

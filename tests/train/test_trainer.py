@@ -10,6 +10,7 @@ import torch
 from benthic.cli.settings import apply
 from benthic.errors import CheckpointError, NumericsError
 from benthic.model.local import plain_linear
+from benthic.model.network import DeepSeek
 from benthic.model.products import WeightGradients
 from benthic.train.balance import update_bias
 from benthic.train.checkpoint import FolderStore
@@ -128,10 +129,10 @@ def test_bfloat16_products_stay_near_float32(trainer: Make, nano: RunConfig) -> 
     assert narrow == pytest.approx(exact, rel=5e-3)
 
 
-def test_linear_socket_casts_only_when_precisions_differ() -> None:
-    sink = WeightGradients()
-    plain = linear_socket(PrecisionConfig(weights="float32", matmul="float32"), sink)
-    socket = linear_socket(PrecisionConfig(weights="float32", matmul="bfloat16"), sink)
+def test_linear_socket_casts_only_when_precisions_differ(nano: RunConfig) -> None:
+    sink, model = WeightGradients(), DeepSeek(nano.model)
+    plain = linear_socket(PrecisionConfig(weights="float32", matmul="float32"), sink, model)
+    socket = linear_socket(PrecisionConfig(weights="float32", matmul="bfloat16"), sink, model)
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
     assert torch.equal(plain(x, weight), plain_linear(x, weight))
     assert socket(x, weight).dtype == torch.float32

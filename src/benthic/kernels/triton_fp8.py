@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
+from benthic.kernels.triton_tiles import find_tile, whole
+
 
 @triton.jit(do_not_specialize=["rows"])
 def _quantise_rows(
@@ -56,6 +59,36 @@ def _clamp(x):
     return tl.minimum(tl.maximum(x, -448.0), 448.0)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _quantise_columns(
+    x_ptr, in_scale_ptr, values_ptr, scale_ptr, ends_ptr,
+    rows, experts, columns, in_tiles, padded_dim, stride,
+    RETILE: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr,
+    TILE_R: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One scale per column and `TILE_R` rows of one expert; written transposed, so rows are contiguous.
+
+    With `RETILE`, x holds E4M3 values with one scale per row and 128 columns.
+    """
+    tile = tl.program_id(0)
+    expert, start, end = find_tile(ends_ptr, tile, rows, experts, TILE_R, EXPERTS)
+    within = tl.arange(0, TILE_R)
+    row = (start + within).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # the rows past the last expert belong to nobody: their tiles are zeros
+    row_kept, column_kept = row < tl.where(expert < experts, end, start), column < columns
+    mask = row_kept[:, None] & column_kept[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if RETILE:
+        at = in_scale_ptr + row * in_tiles + tl.program_id(1) * COLUMNS // 128
+        x *= tl.load(at, mask=row_kept, other=0.0)[:, None]
+    scale = _scale(tl.max(tl.abs(x), axis=0), POWER_OF_TWO)
+    values = _clamp(tl.div_rn(x, scale[None, :] + tl.zeros_like(x)))
+    at = column.to(tl.int64)[:, None] * padded_dim + tile * TILE_R + within[None, :]
+    tl.store(values_ptr + at, tl.trans(values).to(tl.float8e4nv), mask=column_kept[:, None])
+    tl.store(scale_ptr + column.to(tl.int64) * (padded_dim // TILE_R) + tile, scale, mask=column_kept)
+
+
 @triton.jit
 def _dequantise(
     values_ptr, scale_ptr, out_ptr, rows, columns, tiles, tile_m, tile_n,
@@ -104,3 +137,42 @@ def dequantise(values_MN, scale, tile_m, tile_n, *, dtype):
             values_MN, scale, out, rows, columns, scale.shape[1], tile_m, tile_n, ROWS=16, COLUMNS=256
         )
     return out
+
+
+def quantise_weight(weight, *, power_of_two):
+    """See `benthic.kernels.ops.quantise_fp8_weight`; experts of whole tiles are one tall matrix."""
+    *experts, outer, inner = weight.shape
+    if experts and outer % TILE:
+        parts = [quantise(matrix, TILE, TILE, power_of_two=power_of_two) for matrix in weight]
+        return Fp8(torch.stack([v for v, _ in parts]), torch.stack([s for _, s in parts]))
+    values, scale = quantise(weight.reshape(-1, inner), TILE, TILE, power_of_two=power_of_two)
+    return Fp8(values.view(weight.shape), scale.view(*experts, -1, scale.shape[1]))
+
+
+def quantise_columns(x_RI, ends_E, *, power_of_two):
+    """See `benthic.kernels.ops.quantise_fp8_columns`."""
+    x_RI = x_RI if x_RI.stride(1) == 1 else x_RI.contiguous()
+    return _cut(x_RI, None, ends_E, power_of_two=power_of_two)
+
+
+def retile(rows, ends_E, *, power_of_two):
+    """See `benthic.kernels.ops.retile_fp8`."""
+    return _cut(rows.values, rows.scale.contiguous(), ends_E, power_of_two=power_of_two)
+
+
+def _cut(x_RI, scale, ends_E, *, power_of_two):
+    rows, columns = x_RI.shape
+    ends = whole(rows, x_RI.device) if ends_E is None else ends_E
+    experts = ends.shape[0]
+    padded = padded_rows(rows, experts)
+    values = torch.empty(columns, padded, dtype=torch.float8_e4m3fn, device=x_RI.device)
+    out_scale = torch.empty(columns, padded // TILE, dtype=torch.float32, device=x_RI.device)
+    if padded:
+        width = 64  # divides 128, so that a program reads one column of scales
+        _quantise_columns[(padded // TILE, triton.cdiv(columns, width))](
+            x_RI, out_scale if scale is None else scale, values, out_scale, ends,
+            rows, experts, columns, 0 if scale is None else scale.shape[1], padded, x_RI.stride(0),
+            RETILE=scale is not None, POWER_OF_TWO=power_of_two, EXPERTS=triton.next_power_of_2(experts + 2),
+            TILE_R=TILE, COLUMNS=width, num_warps=8,
+        )  # fmt: skip
+    return Fp8(values, out_scale)

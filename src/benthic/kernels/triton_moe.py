@@ -12,24 +12,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.grouped_mm import GroupedMm
-
-
-@triton.jit
-def _find_tile(ends_ptr, tile, rows, experts, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
-    """Expert, first row and end row of a tile; expert == experts for the rows past the last end."""
-    index = tl.arange(0, EXPERTS)
-    # Group number `experts` is the tail; the groups after it are empty.
-    end = tl.load(ends_ptr + index, mask=index < experts, other=rows)
-    start = tl.load(ends_ptr + index - 1, mask=(index > 0) & (index <= experts), other=0)
-    start = tl.where(index > experts, rows, start)
-    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
-    last = tl.cumsum(tiles, axis=0)
-    expert = tl.sum((last <= tile).to(tl.int32), axis=0)
-    here = index == expert
-    first_tile = tl.sum(tl.where(here, last - tiles, 0), axis=0)
-    start_row = tl.sum(tl.where(here, start, 0), axis=0) + (tile - first_tile) * BLOCK_M
-    end_row = tl.sum(tl.where(here, end, 0), axis=0)
-    return expert, start_row, end_row
+from benthic.kernels.triton_tiles import find_tile
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -40,7 +23,7 @@ def _rows_times_experts(
     EXPERTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[r, n] = sum_k x[r, k] * weight[expert of r, n, k]; rows past the last end are zeros."""
-    expert, start, end = _find_tile(ends_ptr, tl.program_id(1), rows, experts, BLOCK_M, EXPERTS)
+    expert, start, end = find_tile(ends_ptr, tl.program_id(1), rows, experts, BLOCK_M, EXPERTS)
     if expert > experts:
         return
     row = start + tl.arange(0, BLOCK_M)

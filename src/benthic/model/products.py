@@ -192,7 +192,7 @@ class WeightGradients:
             ScheduleError: deferring, and `weight` was computed, so that its own graph will be gone.
         """
         if self._deferring:
-            if not _owner(weight).is_leaf:
+            if not owner_of(weight).is_leaf:
                 message = (
                     f"the weight gradient of a computed tensor {tuple(weight.shape)} cannot wait: the graph "
                     "behind it is freed. Hand the socket a parameter or a view of one."
@@ -215,7 +215,7 @@ class WeightGradients:
         Raises:
             ShapeError: parameter and sum are laid out differently: a view of one is none of the other.
         """
-        owner = _owner(weight)
+        owner = owner_of(weight)
         if owner not in self._sums:
             return False
         sum_ = self._sums[owner]()
@@ -230,7 +230,7 @@ class WeightGradients:
         return True
 
 
-def _owner(weight: Tensor) -> Tensor:
+def owner_of(weight: Tensor) -> Tensor:
     """The parameter that a view shows, or the tensor itself."""
     base = weight._base  # noqa: SLF001 (public in all but name: torch documents views by it)
     return weight if base is None else base

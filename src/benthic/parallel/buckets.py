@@ -205,6 +205,8 @@ class Bucket:
             self._shard.copy_(self.master)
         if self.zero_stage != 3 and self.group.size > 1:
             gather(self._flat, self._shard.clone(), self.group)
+        # The parameters are views that know nothing of this; copies made of them go by their version.
+        torch.autograd.graph.increment_version(list(self.params.values()))
 
     def adopt_weights(self) -> None:
         """Take the parameters' present values as the masters (after a load). Weights must be held."""

@@ -17,7 +17,7 @@ from benthic.spec.parameters import parameters
 from benthic.spec.stages import layers_of_stages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from benthic.parallel.mesh import Group, Mesh
     from benthic.sched.pipeline.table import Table
@@ -83,13 +83,22 @@ class Stages:
 
 
 def build(
-    config: ModelConfig, table: Table, mesh: Mesh, *, device: torch.device, dtype: torch.dtype, seed: int
+    config: ModelConfig,
+    table: Table,
+    mesh: Mesh,
+    *,
+    device: torch.device,
+    keep: Callable[[DeepSeek], None],
+    seed: int,
 ) -> Stages:
-    """Allocate and initialise what this rank holds; the weights do not depend on the layout."""
+    """Allocate and initialise what this rank holds; the weights do not depend on the layout.
+
+    `keep` brings the parameters of a model to the dtypes that they are kept in.
+    """
     layout, place = mesh.layout, mesh.place
     parts = parts_of(config, layout, table.stages)
     boxes = {param.name: box(param, layout, place) for param in parameters(config)}
-    models = {s: _stage(config, parts[s], boxes, device, dtype) for s in stages_of(table, place.pp)}
+    models = {s: _stage(config, parts[s], boxes, device, keep) for s in stages_of(table, place.pp)}
     _share(models)
     for model in models.values():
         initialise(model, seed, boxes)
@@ -98,7 +107,7 @@ def build(
     holders = _holders(parameters(config), parts, table)
     groups = {pps: mesh.partners(pps) for pps in sorted(set(holders.values()))}
     buckets: dict[str, list[Bucket]] = {}
-    for (unit, pps, _), members in _grouped(held, holders).items():
+    for (unit, pps, _, _), members in _grouped(held, holders, named).items():
         named_here = {param.name: named[param.name] for param in members}
         bucket = Bucket(named_here, _replicas(members[0], mesh), groups[pps], zero_stage=layout.zero_stage)
         buckets.setdefault(unit, []).append(bucket)
@@ -106,15 +115,21 @@ def build(
 
 
 def _stage(
-    config: ModelConfig, part: Part, boxes: Boxes, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    part: Part,
+    boxes: Boxes,
+    device: torch.device,
+    keep: Callable[[DeepSeek], None],
 ) -> DeepSeek:
-    """One stage with unfilled memory, on `device` and in `dtype`."""
+    """One stage with unfilled memory, on `device`."""
     with torch.device("meta"):
         model = DeepSeek(config, part)
     for name, param in list(model.named_parameters()):
         shape = tuple(piece.stop - piece.start for piece in boxes[name])
         _replace(model, name, nn.Parameter(param.new_empty(shape)))
-    return model.to_empty(device=device).to(dtype)
+    model.to_empty(device=device)
+    keep(model)
+    return model
 
 
 def _replace(model: nn.Module, name: str, param: nn.Parameter) -> None:
@@ -142,15 +157,19 @@ def _holders(params: tuple[Param, ...], parts: tuple[Part, ...], table: Table) -
     }
 
 
-Key = tuple[str, tuple[int, ...], str]
+Key = tuple[str, tuple[int, ...], str, torch.dtype]
 
 
-def _grouped(held: list[Param], holders: Mapping[str, tuple[int, ...]]) -> dict[Key, list[Param]]:
-    """Parameters with equal unit, holders and kind of replicas."""
+def _grouped(
+    held: list[Param], holders: Mapping[str, tuple[int, ...]], named: Mapping[str, nn.Parameter]
+) -> dict[Key, list[Param]]:
+    """Parameters with equal unit, holders, kind of replicas and dtype."""
     found: dict[Key, list[Param]] = {}
     for param in held:
         if param.trainable:
-            found.setdefault((unit_of(param.name), holders[param.name], _kind(param)), []).append(param)
+            dtype = named[param.name].dtype
+            key = (unit_of(param.name), holders[param.name], _kind(param), dtype)
+            found.setdefault(key, []).append(param)
     return found
 
 

@@ -82,6 +82,11 @@ class Param:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def fp8(self) -> bool:
+        """Whether released checkpoints store it in FP8; its products are those that training runs in FP8."""
+        return all(tensor.precision == "fp8" for tensor in self.hf)
+
 
 @functools.lru_cache(maxsize=32)
 def parameters(config: ModelConfig, *, include_mtp: bool = True) -> tuple[Param, ...]:

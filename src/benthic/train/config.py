@@ -12,6 +12,7 @@ from benthic.train.curve import Curve
 Auto = Literal["auto"]
 Phase = Literal["attention", "dispatch", "experts", "combine"]
 FloatType = Literal["float32", "bfloat16"]
+NumberType = Literal["float32", "bfloat16", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +100,16 @@ class PrecisionConfig:
     """What the numbers are kept in.
 
     weights: "float32" keeps one copy; "bfloat16" runs on bfloat16 weights beside float32 masters and float32
-        gradients (DeepSeek-V3 report, section 3.3.3, without the FP8 products).
-    matmul: precision of the products of the `linear` socket; float32 weights are cast on the way in.
+        gradients; "fp8" keeps the float32 masters of linear layers, from which an FP8 copy for the products
+        is made once a step, and all others as "bfloat16" does (DeepSeek-V3 report, section 3.3.3).
+    matmul: precision of the products of linear layers; weights are cast or quantised on the way in. With
+        "fp8" the layers that the report keeps wide (section 3.3.1) multiply in bfloat16.
+    power_of_two_scales: round the FP8 scales of activations and gradients up to powers of two.
     """
 
-    weights: FloatType | Auto = "auto"
-    matmul: FloatType | Auto = "auto"
+    weights: NumberType | Auto = "auto"
+    matmul: NumberType | Auto = "auto"
+    power_of_two_scales: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

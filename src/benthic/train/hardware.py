@@ -81,7 +81,10 @@ def _gpu() -> HardwareFacts:
 
 def _published(name: str) -> tuple[dict[str, float], str]:
     gpu = hardware.get(name)
-    return {"bfloat16": gpu.bf16_flops}, f"published dense bfloat16 peak of {gpu.name}"
+    peaks = {"bfloat16": gpu.bf16_flops}
+    if gpu.fp8_flops is not None:
+        peaks["fp8"] = gpu.fp8_flops
+    return peaks, f"published dense peak of {gpu.name}"
 
 
 def _measured_peak(threads: int, clock: Callable[[], float]) -> float:

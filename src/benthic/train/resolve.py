@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from benthic.errors import ConfigError
+from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from benthic.spec.model import ModelConfig
-    from benthic.train.config import FloatType, LoopConfig, RunConfig
+    from benthic.train.config import LoopConfig, NumberType, RunConfig
     from benthic.train.data.shards import Meta
     from benthic.train.hardware import HardwareFacts
 
@@ -20,6 +21,8 @@ _WHY_WEIGHTS: Final = {
     "bfloat16": "tensor cores want bfloat16; masters and gradients stay float32",
     "float32": "a CPU gains nothing from narrower running weights",
 }
+_WHY_FP8: Final = "products in FP8 read an FP8 copy of the float32 master; no other copy is kept"
+_TILE: Final = 128
 _AUTO_TOKENS: Final = {"cpu": 4096, "cuda": 16384}
 
 
@@ -66,14 +69,29 @@ def _device(config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[[Ch
 def _precision(config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[[Choice], None]) -> RunConfig:
     precision = config.precision
     if precision.weights == "auto":
-        weights: FloatType = "bfloat16" if facts.device == "cuda" else "float32"
-        reason = _WHY_WEIGHTS[weights]
+        weights: NumberType = "bfloat16" if facts.device == "cuda" else "float32"
+        weights = "fp8" if precision.matmul == "fp8" else weights
+        reason = _WHY_FP8 if weights == "fp8" else _WHY_WEIGHTS[weights]
         note(Choice("precision.weights", weights, reason))
         precision = replace(precision, weights=weights)
     if precision.matmul == "auto":
         note(Choice("precision.matmul", precision.weights, "the same as precision.weights"))
         precision = replace(precision, matmul=precision.weights)
+    if precision.matmul == "fp8":
+        note(Choice("precision.matmul", "fp8", _about_tiles(config.model)))
     return replace(config, precision=precision)
+
+
+def _about_tiles(model: ModelConfig) -> str:
+    """What runs in FP8, and which widths leave a tile partly empty."""
+    narrow = [p for p in parameters(model) if p.fp8]
+    widths = sorted({size for p in narrow for size in p.shape[-2:] if size % _TILE})
+    share = sum(p.numel for p in narrow) / sum(p.numel for p in parameters(model))
+    reason = f"{100 * share:.1f}% of the parameters multiply in FP8, the others in bfloat16"
+    if widths:
+        listed = ", ".join(map(str, widths))
+        reason += f"; widths {listed} are no multiple of {_TILE}: their last tiles are smaller"
+    return reason
 
 
 def _model(config: RunConfig, _: HardwareFacts, data: Meta, note: Callable[[Choice], None]) -> RunConfig:
@@ -140,6 +158,11 @@ def _problems(config: RunConfig, facts: HardwareFacts, data: Meta) -> Iterator[s
     yield from _model_problems(config.model, data)
     if config.device != facts.device:
         yield f"device={config.device}, but the machine was looked at as {facts.device!r}. Set device=auto."
+    if config.precision.weights == "fp8" and config.precision.matmul != "fp8":
+        yield (
+            f"precision.weights=fp8 with precision.matmul={config.precision.matmul} would read weights "
+            "that were rounded to FP8 for nothing. Set precision.matmul=fp8 or precision.weights=bfloat16."
+        )
     if config.precision.weights == "bfloat16" and config.precision.matmul == "float32":
         yield (
             "precision.weights=bfloat16 with precision.matmul=float32 would widen every product. "

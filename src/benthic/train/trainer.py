@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from benthic.train.fields import to_json
 from benthic.train.losses import targets_of, weights_of
 from benthic.train.numerics import check_gradients, check_losses
 from benthic.train.optimizer import AdamW
-from benthic.train.precision import DTYPES, linear_socket
+from benthic.train.precision import keep_weights, linear_socket
 from benthic.train.recompute import recompute_phases
 from benthic.train.resolve import number
 
@@ -101,7 +102,7 @@ class Trainer:
             mask_documents=config.data.mask_documents,
         )
         sink = WeightGradients()
-        linear = linear_socket(config.precision, sink)
+        linear = linear_socket(config.precision, sink, self.stages.models.values())
         self.executor = Executor(model, self.table, self.stages, self.mesh, self.device, linear, sink)
         self.buckets = tuple(self.stages.all_buckets)
         for bucket in self.buckets:
@@ -268,10 +269,9 @@ def table_of(config: RunConfig) -> Table:
 
 def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
     """What this rank holds, freshly initialised, in its precision, with its phases recomputed."""
-    weights = config.precision.weights
-    dtype = torch.float32 if weights == "auto" else DTYPES[weights]
+    keep = functools.partial(keep_weights, weights=config.precision.weights)
     stages = build(
-        config.model, table, mesh, device=torch.device(config.device), dtype=dtype, seed=config.train.seed
+        config.model, table, mesh, device=torch.device(config.device), keep=keep, seed=config.train.seed
     )
     for model in stages.models.values():
         recompute_phases(model, config.recompute)

@@ -19,6 +19,20 @@ from benthic.kernels.ops.fp8 import (
     quantise_fp8_blocks,
     quantise_fp8_rows,
 )
+from benthic.kernels.ops.fp8_linear import (
+    FP8_LINEAR,
+    FP8_WEIGHT_GRADIENT,
+    GROUPED_FP8_LINEAR,
+    GROUPED_FP8_WEIGHT_GRADIENT,
+    QUANTISE_FP8_COLUMNS,
+    QUANTISE_FP8_WEIGHT,
+    RETILE_FP8,
+    fp8_linear,
+    fp8_weight_gradient,
+    quantise_fp8_columns,
+    quantise_fp8_weight,
+    retile_fp8,
+)
 from benthic.kernels.ops.linear_gradients import (
     GROUPED_INPUT_GRADIENT,
     GROUPED_WEIGHT_GRADIENT,
@@ -47,6 +61,7 @@ from benthic.kernels.ops.norm import (
     rope,
     swiglu,
 )
+from benthic.kernels.reference.fp8_linear import Fp8
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
 from benthic.kernels.table import Case, Implementation, Op
 
@@ -57,6 +72,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "OPS",
     "Choice",
+    "Fp8",
     "Permuted",
     "Routing",
     "RowMaps",
@@ -65,13 +81,18 @@ __all__ = [
     "dequantise_fp8",
     "dequantise_fp8_rows",
     "explain",
+    "fp8_linear",
+    "fp8_weight_gradient",
     "grouped_input_gradient",
     "grouped_linear",
     "linear_cross_entropy",
     "mla_decode",
     "permute",
     "quantise_fp8_blocks",
+    "quantise_fp8_columns",
     "quantise_fp8_rows",
+    "quantise_fp8_weight",
+    "retile_fp8",
     "rms_norm",
     "rope",
     "route",
@@ -103,6 +124,13 @@ OPS: tuple[Op, ...] = (
     LINEAR_CROSS_ENTROPY,
     QUANTISE_FP8,
     DEQUANTISE_FP8,
+    QUANTISE_FP8_WEIGHT,
+    QUANTISE_FP8_COLUMNS,
+    RETILE_FP8,
+    FP8_LINEAR,
+    GROUPED_FP8_LINEAR,
+    FP8_WEIGHT_GRADIENT,
+    GROUPED_FP8_WEIGHT_GRADIENT,
 )
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {op.name: op.implementations for op in OPS}
 

@@ -1,0 +1,250 @@
+"""FP8 against bfloat16 training: two runs of one mixture-of-experts model from one seed on real text.
+
+    python benchmarks/fp8_parity.py [--data DIR] [--steps 1000] [--noise] [--set train.lr=1e-3 ...]
+    python benchmarks/fp8_parity.py --smoke        # small sizes on a CPU, to see that the script works
+
+Both runs have the same rows, settings and initial weights (up to the rounding of bfloat16 weights); moments
+are bfloat16 in both, so that only the numbers of the linear layers differ. `--noise` adds bfloat16 from
+another seed, whose distance says how much of a difference is chance. The DeepSeek-V3 report (section 3.3)
+gives less than 0.25 % of relative loss error.
+Writes benchmarks/results/fp8_parity.json and docs/pictures/fp8_parity.svg|png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from provenance import ROOT, write_result
+from stdlib_corpus import make_data
+
+from benthic.cli.settings import apply
+from benthic.kernels import ops
+from benthic.spec.model import ModelConfig
+from benthic.train.config import EvaluateConfig, LogConfig, LoopConfig, LossConfig, RunConfig
+from benthic.train.curve import Curve
+from benthic.train.data.shards import TokenShards, read_meta
+from benthic.train.evaluate import evaluate
+from benthic.train.hardware import detect
+from benthic.train.memory import measure
+from benthic.train.pictures import new_figure, save, smooth, tidy
+from benthic.train.resolve import resolve
+from benthic.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from benthic.train.hardware import HardwareFacts
+
+BLUE, ORANGE, GREY = "#1f6fb2", "#d9822b", "#8a8f98"
+BFLOAT16 = ("precision.weights=bfloat16", "precision.matmul=bfloat16")
+FP8 = ("precision.weights=fp8", "precision.matmul=fp8")
+
+MODEL = ModelConfig(
+    name="parity-118m",
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=1536,
+    moe_intermediate_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    n_routed_experts=32,
+    n_shared_experts=1,
+    num_experts_per_tok=4,
+    first_k_dense_replace=1,
+    q_lora_rank=256,
+    kv_lora_rank=128,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.0,
+    max_position_embeddings=1024,
+    num_nextn_predict_layers=1,
+    initializer_range=0.02,
+)
+SMALL = replace(
+    MODEL,
+    name="parity-smoke",
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    n_group=1,
+    topk_group=1,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of the runs that are compared."""
+
+    name: str
+    settings: tuple[str, ...]
+
+
+def main() -> None:
+    """Make the data unless given, run all cases, print, write, draw."""
+    words = parse()
+    config = configured(words)
+    facts = detect("cpu" if words.smoke else "auto")
+    cases = [Case("bfloat16", BFLOAT16), Case("fp8", FP8)]
+    if words.noise:
+        cases.append(Case("bfloat16, another seed", (*BFLOAT16, "train.seed=1")))
+    with tempfile.TemporaryDirectory() as folder:
+        parts = ("json", "email") if words.smoke else (".",)
+        data = words.data or make_data(Path(folder), config.model.vocab_size, parts=parts)
+        rows = [run(case, data, config, facts) for case in cases]
+    base = rows[0]
+    for row in rows:
+        row["against_bfloat16"] = distance(base, row)
+        print(line(row))
+    out = Path(tempfile.gettempdir()) if words.smoke else None
+    path = write_result(
+        "fp8_parity", rows, out=out and out / "fp8_parity.json", steps=words.steps, overrides=words.set
+    )
+    stem = (out or ROOT / "docs" / "pictures") / "fp8_parity"
+    print(f"wrote {path} and {', '.join(map(str, draw(rows, stem)))}")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="dataset folder (default: made from the standard library)")
+    parser.add_argument("--steps", type=int, default=None, help="default: 1000, with --smoke 4")
+    parser.add_argument("--noise", action="store_true", help="also bfloat16 from another seed")
+    parser.add_argument("--smoke", action="store_true", help="small model, few steps, CPU, results to /tmp")
+    parser.add_argument("--set", action="append", default=[], help="override of the config")
+    words = parser.parse_args()
+    words.steps = words.steps or (4 if words.smoke else 1000)
+    return words
+
+
+def configured(words: argparse.Namespace) -> RunConfig:
+    """What all runs share."""
+    rows, seq_len = (2, 64) if words.smoke else (8, 1024)
+    config = RunConfig(
+        model=SMALL if words.smoke else MODEL,
+        train=LoopConfig(
+            steps=words.steps,
+            seq_len=seq_len,
+            local_batch_size=rows,
+            global_batch_size=rows,
+            lr=1e-3,
+            final_lr=0.1,
+            warmup_steps=words.steps // 20,
+        ),
+        loss=LossConfig(mtp_weight=Curve.constant(0.1), bias_update_speed=Curve.constant(1e-3)),
+        evaluate=EvaluateConfig(max_tokens=512 if words.smoke else 100_000),
+        log=LogConfig(tensorboard=False, pictures=False),
+    )
+    return apply(config, ["optimizer.moment_dtype=bfloat16", *words.set])
+
+
+def run(case: Case, data: Path, config: RunConfig, facts: HardwareFacts) -> dict[str, Any]:
+    """Train one case and measure."""
+    meta = read_meta(data)
+    resolved = resolve(apply(config, list(case.settings)), facts, meta).config
+    trainer = Trainer(resolved, TokenShards(data, meta, "train"))
+    if facts.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    results, seconds = [], []
+    for _ in range(config.train.steps):
+        start = time.perf_counter()
+        results.append(trainer.step())  # waits for the device: the loss is read
+        seconds.append(time.perf_counter() - start)
+        if results[-1].step % 100 == 0:
+            print(f"  {case.name}: step {results[-1].step} loss {results[-1].loss:.4f}")
+    held_out = evaluate(
+        trainer.model,
+        TokenShards(data, meta, "held_out"),
+        seq_len=int(resolved.train.seq_len),
+        rows=8,
+        max_tokens=config.evaluate.max_tokens,
+        mask_documents=True,
+        linear=trainer.executor.linear,
+    )
+    kept = measure(trainer)
+    steady = float(np.median(seconds[len(seconds) // 4 :]))
+    return {
+        "name": case.name,
+        "parameters": kept.parameters,
+        "tokens": results[-1].tokens,
+        "loss_by_step": [round(r.loss, 6) for r in results],
+        "grad_norm_by_step": [round(r.grad_norm, 5) for r in results],
+        "held_out": asdict(held_out),
+        "seconds": sum(seconds),
+        "tokens_per_second": results[-1].step_tokens / steady,
+        "bytes_per_parameter": kept.per_parameter,
+        "kept_bytes": kept.terms,
+        "peak_memory": torch.cuda.max_memory_allocated() if facts.device == "cuda" else None,
+        "products": products(facts.device) if case.settings == FP8 else {},
+    }
+
+
+def products(device: str) -> dict[str, str]:
+    """What the op table chooses for FP8 here."""
+    return {c.op: c.implementation for c in ops.explain(device, torch.bfloat16) if "fp8" in c.op}
+
+
+def distance(base: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
+    """Relative differences of the loss: of single steps, of the smoothed curve, of the held-out loss."""
+    exact, found = (np.array(r["loss_by_step"]) for r in (base, row))
+    smoothed = (smooth(found) - smooth(exact)) / smooth(exact)
+    last = slice(-max(1, len(exact) // 5), None)
+    return {
+        "mean_of_last_fifth": float(found[last].mean() / exact[last].mean() - 1.0),
+        "largest_smoothed": float(np.abs(smoothed).max()),
+        "mean_absolute_of_steps": float(np.abs(found / exact - 1.0).mean()),
+        "held_out": row["held_out"]["loss"] / base["held_out"]["loss"] - 1.0,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """One run in words."""
+    against = row["against_bfloat16"]
+    return (
+        f"{row['name']:<23} {row['parameters'] / 1e6:.1f} M parameters  loss {row['loss_by_step'][-1]:.4f}  "
+        f"held-out {row['held_out']['loss']:.4f} ({100 * against['held_out']:+.3f} %)  "
+        f"last fifth {100 * against['mean_of_last_fifth']:+.3f} %  "
+        f"{row['tokens_per_second']:,.0f} tokens/s  {row['bytes_per_parameter']:.2f} B/parameter"
+    )
+
+
+def draw(rows: list[dict[str, Any]], stem: Path) -> list[Path]:
+    """Left: loss of every step. Right: relative difference of the smoothed loss from bfloat16's."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    figure = new_figure(10.5, 4.0)
+    curve, apart = figure.subplots(1, 2)
+    base = smooth(rows[0]["loss_by_step"])
+    for row, colour in zip(rows, (BLUE, ORANGE, GREY), strict=False):
+        steps = range(1, len(base) + 1)
+        curve.plot(steps, row["loss_by_step"], color=colour, alpha=0.2, linewidth=0.8)
+        curve.plot(steps, smooth(row["loss_by_step"]), color=colour, linewidth=1.6, label=row["name"])
+        if row is not rows[0]:
+            difference = 100 * (smooth(row["loss_by_step"]) / base - 1.0)
+            apart.plot(steps, difference, color=colour, linewidth=1.4, label=row["name"])
+    apart.axhspan(-0.25, 0.25, color="black", alpha=0.06, linewidth=0)
+    apart.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
+    tidy(curve, "step", "loss (nats per token)")
+    tidy(apart, "step", "smoothed loss against bfloat16's, %")
+    for axes in (curve, apart):
+        axes.legend(frameon=False)
+    return save(figure, stem)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Public ops of linear layers in FP8: quantising their operands, and the three products of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from benthic.errors import ShapeError
+from benthic.kernels.reference.fp8_linear import TILE, Fp8
+from benthic.kernels.table import Case, Implementation, Op, Verdict, no, reference, triton_runs, yes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _cublas(case: Case) -> Verdict:
+    """Block-scaled products of cuBLAS (CUDA 12.9): 1028-1161 TFLOP/s at V3's shapes on an H200."""
+    if case.device != "cuda":
+        return no(f"runs on cuda, not {case.device}")
+    if not hasattr(F, "scaled_mm"):
+        return no(f"torch {torch.__version__} has no torch.nn.functional.scaled_mm")
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+        return no(f"block scales in float32 are Hopper's, not sm_{torch.cuda.get_device_capability()[0]}x's")
+    if case.dtype not in (torch.bfloat16, torch.float32):
+        return no(f"gives bfloat16 and float32, not {case.dtype}")
+    inner, outer = case.dims
+    if inner % TILE or outer % 16:
+        return no(f"needs K a multiple of {TILE} and N of 16, not {inner} and {outer}")
+    return yes("cuBLAS with 1x128 and 128x128 scales (H200: 1028-1161 TFLOP/s)")
+
+
+QUANTISE_FP8_WEIGHT = Op(
+    "quantise_fp8_weight",
+    (
+        Implementation(
+            "triton",
+            triton_runs(*_FLOATS, reason="one kernel that reads every tile once"),
+            "benthic.kernels.triton_fp8:quantise_weight",
+        ),
+        reference("benthic.kernels.reference.fp8_linear:quantise_weight"),
+    ),
+)
+QUANTISE_FP8_COLUMNS = Op(
+    "quantise_fp8_columns",
+    (
+        Implementation(
+            "triton",
+            triton_runs(*_FLOATS, reason="one kernel that reads, pads, transposes and quantises"),
+            "benthic.kernels.triton_fp8:quantise_columns",
+        ),
+        reference("benthic.kernels.reference.fp8_linear:quantise_columns"),
+    ),
+)
+RETILE_FP8 = Op(
+    "retile_fp8",
+    (
+        Implementation(
+            "triton",
+            triton_runs(
+                *_FLOATS, torch.float8_e4m3fn, reason="dequantises, transposes, quantises in one pass"
+            ),
+            "benthic.kernels.triton_fp8:retile",
+        ),
+        reference("benthic.kernels.reference.fp8_linear:retile"),
+    ),
+)
+FP8_LINEAR = Op(
+    "fp8_linear",
+    (
+        Implementation("cublas", _cublas, "benthic.kernels.torch_fp8_linear:linear"),
+        Implementation(
+            "triton",
+            triton_runs(*_FLOATS, reason="our block-scaled product: any width"),
+            "benthic.kernels.triton_fp8_linear:linear",
+        ),
+        reference("benthic.kernels.reference.fp8_linear:linear"),
+    ),
+    typical_dims=(7168, 2048),
+)
+GROUPED_FP8_LINEAR = Op(
+    "grouped_fp8_linear",
+    (
+        Implementation(
+            "triton",
+            triton_runs(*_FLOATS, reason="our block-scaled grouped product, rows counted on the device"),
+            "benthic.kernels.triton_fp8_linear:linear",
+        ),
+        reference("benthic.kernels.reference.fp8_linear:linear"),
+    ),
+    typical_dims=(7168, 2048),
+)
+FP8_WEIGHT_GRADIENT = Op(
+    "fp8_weight_gradient",
+    (
+        Implementation("cublas", _cublas, "benthic.kernels.torch_fp8_linear:weight_gradient"),
+        Implementation(
+            "triton",
+            triton_runs(*_FLOATS, reason="our product of two operands in 128x1 tiles"),
+            "benthic.kernels.triton_fp8_linear:weight_gradient",
+        ),
+        reference("benthic.kernels.reference.fp8_linear:weight_gradient"),
+    ),
+    typical_dims=(4096, 2048),
+)
+GROUPED_FP8_WEIGHT_GRADIENT = Op(
+    "grouped_fp8_weight_gradient",
+    (
+        Implementation(
+            "triton",
+            triton_runs(*_FLOATS, reason="our product of two operands in 128x1 tiles, expert by expert"),
+            "benthic.kernels.triton_fp8_linear:weight_gradient",
+        ),
+        reference("benthic.kernels.reference.fp8_linear:weight_gradient"),
+    ),
+    typical_dims=(4096, 2048),
+)
+
+
+def quantise_fp8_weight(weight: Tensor, *, power_of_two: bool = False, impl: str | None = None) -> Fp8:
+    """Quantise a weight to E4M3 with one scale per 128 x 128 tile.
+
+    Shapes: weight float [O, I], or [E, O, I] for one per expert, whose tiles are cut matrix by matrix.
+    Raises: ShapeError for any other number of dims.
+    """
+    if weight.dim() not in (2, 3):
+        msg = f"quantise_fp8_weight: a weight has 2 dims, or 3 with experts, not {weight.dim()}"
+        raise ShapeError(msg)
+    case = Case(weight.device.type, weight.dtype)
+    out: Fp8 = QUANTISE_FP8_WEIGHT.choose(case, impl)(weight, power_of_two=power_of_two)
+    return out
+
+
+def quantise_fp8_columns(
+    x_RI: Tensor, ends_E: Tensor | None = None, *, power_of_two: bool = False, impl: str | None = None
+) -> Fp8:
+    """Quantise rows to E4M3 with one scale per channel and 128 rows (128 x 1 tiles), stored transposed.
+
+    No tile holds rows of two experts: each expert's rows are padded with zeros to a multiple of 128.
+    Shapes: x float [R, I]; ends int32 [E] or None. Returns values [I, P], scale [I, P / 128], where P is R
+    rounded up to 128, or (R // 128 + E) * 128 with experts.
+    """
+    case = Case(x_RI.device.type, x_RI.dtype)
+    out: Fp8 = QUANTISE_FP8_COLUMNS.choose(case, impl)(x_RI, ends_E, power_of_two=power_of_two)
+    return out
+
+
+def retile_fp8(
+    rows: Fp8, ends_E: Tensor | None = None, *, power_of_two: bool = False, impl: str | None = None
+) -> Fp8:
+    """Turn 1 x 128 tiles into 128 x 1 tiles: dequantise, transpose, quantise again (report section 3.3.2).
+
+    With power-of-two scales on both sides only values that underflow are rounded a second time.
+    Shapes: rows of [R, I]; the result as `quantise_fp8_columns`.
+    """
+    case = Case(rows.values.device.type, rows.values.dtype)
+    out: Fp8 = RETILE_FP8.choose(case, impl)(rows, ends_E, power_of_two=power_of_two)
+    return out
+
+
+def fp8_linear(
+    x: Fp8,
+    weight: Fp8,
+    ends_E: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    impl: str | None = None,
+) -> Tensor:
+    """`x W^T` of 1 x 128 tiles with 128 x 128 tiles; every 128 of K are scaled and added in float32.
+
+    The output of a layer; with `weight.transposed()`, its input gradient.
+    Shapes: x of [R, K]; weight of [N, K], or [E, N, K] with ends int32 [E]: rows past `ends[-1]` give zeros.
+    Returns: [R, N] in `dtype`. Not differentiable.
+    Raises: ShapeError when K or the tiles disagree; BackendError when `impl` cannot run.
+    Cost: 2 R K N FLOPs.
+    """
+    _check_tiles(x, weight, ends_E)
+    op = FP8_LINEAR if ends_E is None else GROUPED_FP8_LINEAR
+    inner, outer = x.values.shape[1], weight.values.shape[-2]
+    case = Case(x.values.device.type, dtype, (inner, outer))
+    out: Tensor = op.choose(case, impl)(x, weight, ends_E, dtype=dtype)
+    return out
+
+
+def fp8_weight_gradient(
+    dy: Fp8,
+    x: Fp8,
+    ends_E: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    impl: str | None = None,
+) -> Tensor:
+    """`dy^T x` of 128 x 1 tiles (see `quantise_fp8_columns`); every 128 rows are scaled and added in float32.
+
+    Shapes: dy of [O, P], x of [I, P]. Returns [O, I], or [E, O, I] with ends; in `dtype`. Not differentiable.
+    Raises: ShapeError when P disagrees; BackendError when `impl` cannot run.
+    Cost: 2 P O I FLOPs.
+    """
+    if dy.values.shape[1] != x.values.shape[1]:
+        msg = (
+            f"fp8_weight_gradient: {dy.values.shape[1]} padded rows of output gradients but "
+            f"{x.values.shape[1]} of inputs; quantise both with the same ends"
+        )
+        raise ShapeError(msg)
+    op = FP8_WEIGHT_GRADIENT if ends_E is None else GROUPED_FP8_WEIGHT_GRADIENT
+    # K is P here, always a multiple of 128; what a choice depends on are the widths
+    case = Case(x.values.device.type, dtype, (TILE, _odd_one(dy.values.shape[0], x.values.shape[0])))
+    out: Tensor = op.choose(case, impl)(dy, x, ends_E, dtype=dtype)
+    return out
+
+
+def _odd_one(outer: int, inner: int) -> int:
+    """The width that is no multiple of 16, if one is."""
+    return inner if outer % 16 == 0 else outer
+
+
+def _check_tiles(x: Fp8, weight: Fp8, ends_E: Tensor | None) -> None:
+    *_, outer, inner = weight.values.shape
+    tiles = (-(-outer // TILE), -(-inner // TILE))
+    if x.values.shape[1] != inner or x.scale.shape[1] != tiles[1] or weight.scale.shape[-2:] != tiles:
+        msg = (
+            f"fp8_linear: rows {tuple(x.values.shape)} with scales {tuple(x.scale.shape)} and a weight "
+            f"{tuple(weight.values.shape)} with scales {tuple(weight.scale.shape)} disagree; "
+            f"tiles are {TILE} wide"
+        )
+        raise ShapeError(msg)
+    experts = None if ends_E is None else ends_E.shape[0]
+    if weight.values.dim() != (2 if experts is None else 3) or experts not in (None, weight.values.shape[0]):
+        msg = f"fp8_linear: a weight of shape {tuple(weight.values.shape)} but ends of {experts} experts"
+        raise ShapeError(msg)

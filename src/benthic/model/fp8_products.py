@@ -1,0 +1,134 @@
+"""Linear layers in FP8 (DeepSeek-V3 report section 3.3): E4M3 everywhere, a scale for every tile.
+
+| operand          | tiles                                | read by                         |
+|------------------|--------------------------------------|---------------------------------|
+| rows             | 1 x 128, kept in FP8 for backward    | output                          |
+| rows, re-tiled   | 128 x 1                              | weight gradient                 |
+| weight           | 128 x 128                            | output, input gradient          |
+| output gradient  | 1 x 128                              | input gradient                  |
+| output gradient  | 128 x 1                              | weight gradient                 |
+
+Scales come from the tile's own largest magnitude, now ("online"), not from earlier steps. Every 128 of the
+inner dimension are scaled and added in float32. Weight gradients leave in float32, the other two products in
+the dtype of the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from benthic.kernels import ops
+from benthic.kernels.ops import Fp8
+from benthic.model.products import Kept, SplitLinear, owner_of
+from benthic.spec.parameters import parameters
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from benthic.model.network import DeepSeek
+
+
+def fp8_parameters(model: DeepSeek) -> dict[str, Tensor]:
+    """The parameters whose products run in FP8, by name: those that released checkpoints store in FP8.
+
+    Embedding, head, gates, norms and the MTP projection are not among them (report section 3.3.1). This is
+    the one place that decides.
+    """
+    narrow = {p.name for p in parameters(model.config) if p.fp8}
+    return {name: param for name, param in model.named_parameters() if name in narrow}
+
+
+class _Copy(NamedTuple):
+    """FP8 tiles of a weight as it was at a version of its parameter."""
+
+    version: int
+    tiles: Fp8
+
+
+@dataclass(frozen=True)
+class RunningWeights:
+    """FP8 copies of weights, made when first multiplied and again when their parameter has changed.
+
+    So each is quantised once per optimizer step, however many microbatches read it. Cost: 1 byte per weight
+    and 4 per 128 x 128 tile.
+    """
+
+    power_of_two: bool = False
+    _held: dict[tuple[Tensor, torch.Size, int], _Copy] = field(default_factory=dict, repr=False)
+
+    def of(self, weight: Tensor) -> Fp8:
+        """The copy of a parameter or of a view of one: [O, I] or [E, O, I]."""
+        owner = owner_of(weight)
+        key, version = (owner, weight.shape, int(weight.storage_offset())), owner._version  # noqa: SLF001
+        held = self._held.get(key)
+        if held is None or held.version != version:
+            tiles = ops.quantise_fp8_weight(weight.detach(), power_of_two=self.power_of_two)
+            held = self._held[key] = _Copy(version, tiles)
+        return held.tiles
+
+    def bytes_of(self, param: Tensor) -> int:
+        """Bytes held for views of `param`, scales included."""
+        copies = (held.tiles for (owner, *_), held in self._held.items() if owner is param)
+        return sum(t.numel() * t.element_size() for tiles in copies for t in tiles)
+
+
+@dataclass(frozen=True)
+class Fp8Products:
+    """The three products in FP8; see `benthic.model.products.Products`.
+
+    power_of_two: scales of rows and gradients are powers of two, which makes re-tiling exact but for
+        underflow. The report does so where a tile is cut twice or sent to experts.
+    """
+
+    weights: RunningWeights = field(default_factory=RunningWeights)
+    power_of_two: bool = False
+
+    def keep_rows(self, x_RI: Tensor, ends_E: Tensor | None) -> Kept:  # noqa: ARG002 (rows are tiled apart)
+        """Row tiles."""
+        return ops.quantise_fp8_rows(x_RI, power_of_two=self.power_of_two)
+
+    def keep_weight(self, weight: Tensor) -> Kept:
+        """Block tiles, made once per step."""
+        return self.weights.of(weight)
+
+    def keep_gradient(self, dy_RO: Tensor, ends_E: Tensor | None) -> tuple[Kept, Kept]:
+        """Row tiles for the input gradient, column tiles for the weight gradient, both from `dy` itself."""
+        dy_RO = dy_RO.contiguous()
+        rows = ops.quantise_fp8_rows(dy_RO, power_of_two=self.power_of_two)
+        return rows, ops.quantise_fp8_columns(dy_RO, ends_E, power_of_two=self.power_of_two)
+
+    def output(self, rows: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+        """`x W^T`."""
+        return ops.fp8_linear(Fp8(*rows), Fp8(*weight), ends_E, dtype=dtype)
+
+    def input_gradient(self, dy: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
+        """`dy W`: a block of the transposed weight is the transposed block, so nothing is rounded again."""
+        return ops.fp8_linear(Fp8(*dy), Fp8(*weight).transposed(), ends_E, dtype=dtype)
+
+    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None) -> Tensor:
+        """`dy^T x` in float32, from rows re-tiled."""
+        columns = ops.retile_fp8(Fp8(*rows), ends_E, power_of_two=self.power_of_two)
+        return ops.fp8_weight_gradient(Fp8(*dy), columns, ends_E)
+
+
+@dataclass(frozen=True)
+class MixedLinear:
+    """The `linear` socket that multiplies the `narrow` parameters in FP8 and all others in `wide`."""
+
+    narrow: frozenset[Tensor]
+    fp8: SplitLinear
+    wide: SplitLinear
+    running: RunningWeights
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x_..I @ weight_OI.T`."""
+        return self._of(weight)(x, weight)
+
+    def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        """Each expert's rows times its own `weight_OI.T`."""
+        return self._of(weight_EOI).grouped(rows_RI, weight_EOI, ends_E)
+
+    def _of(self, weight: Tensor) -> SplitLinear:
+        return self.fp8 if owner_of(weight) in self.narrow else self.wide

@@ -1,0 +1,132 @@
+"""FP8 products of a linear layer: their definition against float64, and the tiles that they read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benthic.errors import ShapeError
+from benthic.kernels import ops
+from benthic.kernels.reference.fp8 import dequantise
+from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
+
+# One rounding to E4M3 is off by at most 2^-4 of a value, mostly 2.6 %; what underflows in a tile counts too.
+ONE_OPERAND = 0.04
+ENDS = {"uneven": (9, 140, 141, 300), "empty experts": (0, 200, 200, 300), "spare rows": (3, 3, 131, 263)}
+
+
+def made(*shape, seed=0):
+    """Normal numbers, each column with its own size, so that one scale for all of them would not do."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * torch.logspace(-2, 2, shape[-1])
+
+
+def ends_of(name):
+    return torch.tensor(ENDS[name], dtype=torch.int32)
+
+
+def error(found, exact):
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def rows_of(x):
+    return Fp8(*ops.quantise_fp8_rows(x))
+
+
+def back(tiles, tile_m):
+    return dequantise(tiles.values, tiles.scale, tile_m, TILE, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(63, 130, 257), (4, 128, 16), (1, 7, 3), (130, 384, 200)], ids=str)
+def test_product_is_within_two_roundings_of_the_exact_one(shape):
+    rows, inner, outer = shape
+    x, weight = made(rows, inner), made(outer, inner, seed=1)
+    y = ops.fp8_linear(rows_of(x), ops.quantise_fp8_weight(weight), dtype=torch.float32)
+    assert 1e-4 < error(y, x.double() @ weight.double().T) < 2 * ONE_OPERAND
+    exact = back(rows_of(x), 1).double() @ back(ops.quantise_fp8_weight(weight), TILE).double().T
+    assert error(y, exact) < 1e-6  # what is left is quantisation alone
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_each_expert_multiplies_its_own_rows_and_spare_rows_are_zero(name):
+    ends, x, weight = ends_of(name), made(300, 130), made(4, 70, 130, seed=1)
+    y = ops.fp8_linear(rows_of(x), ops.quantise_fp8_weight(weight), ends, dtype=torch.float32)
+    exact, start = torch.zeros(300, 70, dtype=torch.float64), 0
+    for expert, end in enumerate(ENDS[name]):
+        exact[start:end] = x[start:end].double() @ weight[expert].double().T
+        start = end
+    assert error(y, exact) < 2 * ONE_OPERAND
+    assert not y[ends[-1] :].any()
+
+
+def test_transposed_weight_gives_the_input_gradient():
+    dy, weight = made(63, 200), made(200, 130, seed=1)
+    quantised = ops.quantise_fp8_weight(weight)
+    dx = ops.fp8_linear(rows_of(dy), quantised.transposed(), dtype=torch.float32)
+    assert error(dx, dy.double() @ weight.double()) < 2 * ONE_OPERAND
+
+
+@pytest.mark.parametrize("rows", [1, 63, 128, 300])
+def test_weight_gradient_is_within_two_roundings_of_the_exact_one(rows):
+    dy, x = made(rows, 70), made(rows, 130, seed=1)
+    found = ops.fp8_weight_gradient(ops.quantise_fp8_columns(dy), ops.quantise_fp8_columns(x))
+    assert found.dtype == torch.float32
+    assert error(found, dy.double().T @ x.double()) < 2 * ONE_OPERAND
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_weight_gradient_of_each_expert_and_zeros_for_empty_ones(name):
+    ends, dy, x = ends_of(name), made(300, 70), made(300, 130, seed=1)
+    tiles = (ops.quantise_fp8_columns(operand, ends) for operand in (dy, x))
+    found = ops.fp8_weight_gradient(*tiles, ends)
+    start = 0
+    for expert, end in enumerate(ENDS[name]):
+        exact = dy[start:end].double().T @ x[start:end].double()
+        assert error(found[expert], exact) < 2 * ONE_OPERAND if end > start else not found[expert].any()
+        start = end
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_column_tiles_start_anew_at_each_expert(name):
+    ends, x = ends_of(name), made(300, 20)
+    tiles = ops.quantise_fp8_columns(x, ends)
+    assert tiles.values.shape == (20, padded_rows(300, 4))
+    wide, first, start = back(tiles, 1).T, 0, 0
+    for end in ENDS[name]:
+        length = -(-(end - start) // TILE) * TILE
+        exact = x[start:end]
+        assert torch.allclose(wide[first : first + end - start], exact, rtol=1 / 16, atol=1e-3)
+        assert not wide[first + end - start : first + length].any()
+        first, start = first + length, end
+
+
+def test_retiling_power_of_two_scales_rounds_nothing_but_underflow():
+    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
+    results = {}
+    for exact in (True, False):
+        rows = Fp8(*ops.quantise_fp8_rows(x, power_of_two=exact))
+        again = back(ops.retile_fp8(rows, power_of_two=exact), 1).T[:300]
+        results[exact] = (again != back(rows, 1)).float().mean().item()
+    assert results[True] < 1e-3
+    assert results[False] > 0.3
+
+
+def test_a_tile_keeps_small_channels_apart_from_large_ones():
+    """With one scale for a whole tensor, an outlier would push the rest below the smallest E4M3 number."""
+    x = torch.full((4, 256), 1e-3)
+    x[:, 0] = 1e4
+    kept = back(rows_of(x), 1)
+    assert torch.allclose(kept[:, 128:], x[:, 128:], rtol=0.07)
+    assert not kept[:, 1:128].any()
+
+
+def test_operands_that_disagree_are_refused_with_both_shapes():
+    x, weight = rows_of(made(4, 130)), ops.quantise_fp8_weight(made(8, 128))
+    with pytest.raises(ShapeError, match=r"\(4, 130\).*\(8, 128\)"):
+        ops.fp8_linear(x, weight)
+    with pytest.raises(ShapeError, match="ends of 2 experts"):
+        ops.fp8_linear(rows_of(made(4, 128)), weight, torch.tensor((1, 4), dtype=torch.int32))
+    with pytest.raises(ShapeError, match="128 padded rows of output gradients but 256"):
+        ops.fp8_weight_gradient(ops.quantise_fp8_columns(made(5, 8)), ops.quantise_fp8_columns(made(129, 8)))
+    with pytest.raises(ShapeError, match="2 dims, or 3 with experts, not 1"):
+        ops.quantise_fp8_weight(made(8))
