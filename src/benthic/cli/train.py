@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,10 @@ from benthic.train.config import RunConfig
 from benthic.train.fields import from_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
+    from benthic.parallel.start import Launch
     from benthic.train.speed import Speed
     from benthic.train.trainer import StepResult
 
@@ -77,15 +79,18 @@ def train(
     ] = None,
 ) -> None:
     """Train a model; every option of a recipe can be set with --set section.field=value."""
-    from benthic.train import run as runs  # noqa: PLC0415 (torch takes seconds, other commands need none)
+    from benthic.parallel.start import joined  # noqa: PLC0415 (torch takes seconds, others need none)
+    from benthic.train import run as runs  # noqa: PLC0415
     from benthic.train.hardware import detect  # noqa: PLC0415
 
+    launch = launched(os.environ)
     wanted = runs.Resume(wanted=resume or resume_step is not None, step=resume_step)
     config = _with_data(apply(_config(recipe, run, resume=wanted.wanted), settings or ()), data)
     threads = None if config.train.threads == "auto" else config.train.threads
     facts = detect(config.device, threads=threads)
-    screen = Screen(Console(), config.train.steps)
-    with _stopping() as should_stop, screen.progress:
+    screen = Screen(_console(run, launch), config.train.steps)
+    timeout_s = config.train.timeout_s
+    with joined(launch, facts.device, timeout_s=timeout_s), _stopping() as should_stop, screen.progress:
         prepared = runs.prepare(
             run,
             config,
@@ -94,8 +99,38 @@ def train(
             screen,
             resume=wanted,
             should_stop=should_stop,
+            launch=launch,
         )
         prepared.go()
+
+
+def launched(environment: Mapping[str, str]) -> Launch:
+    """What torchrun says in the environment of each process.
+
+    Raises:
+        ConfigError: some of its variables are there and others are not.
+    """
+    from benthic.parallel.start import Launch  # noqa: PLC0415 (torch takes seconds, others need none)
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = [environment[name] for name in names if name in environment]
+    if not found:
+        return Launch()
+    if len(found) < len(names):
+        missing = ", ".join(name for name in names if name not in environment)
+        message = f"{len(found)} of 3 launcher variables are set; {missing} are not. Start with torchrun."
+        raise ConfigError(message)
+    rank, ranks, local_rank = map(int, found)
+    return Launch(rank=rank, ranks=ranks, local_rank=local_rank)
+
+
+def _console(run: Path, launch: Launch) -> Console:
+    """The screen for rank 0, a log file for every other rank."""
+    if launch.leads:
+        return Console()
+    folder = run / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Console(file=(folder / f"rank-{launch.rank}.log").open("a", encoding="utf-8"))
 
 
 def _config(recipe: str | None, run: Path, *, resume: bool) -> RunConfig:

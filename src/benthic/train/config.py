@@ -46,6 +46,7 @@ class LoopConfig:
     max_norm: gradients are scaled down to this global norm; 0 leaves them alone.
     seed: of the initial weights.
     threads: CPU threads of one process ("auto": torch's choice); part of what makes a run repeatable.
+    timeout_s: a collective that takes longer ends the run.
     """
 
     steps: int
@@ -60,6 +61,7 @@ class LoopConfig:
     max_norm: float = 1.0
     seed: int = 0
     threads: int | Auto = "auto"
+    timeout_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,20 +43,50 @@ class Resolved:
     choices: tuple[Choice, ...]
 
 
-def resolve(config: RunConfig, facts: HardwareFacts, data: Meta) -> Resolved:
+def resolve(config: RunConfig, facts: HardwareFacts, data: Meta, *, ranks: int = 1) -> Resolved:
     """Replace every `auto`, take the token ids from the data, and check everything against everything.
+
+    `ranks` processes were started; what the layout leaves open of them becomes data parallelism.
 
     Raises:
         ConfigError: every contradiction at once, one line each, with its numbers and a remedy.
     """
     choices: list[Choice] = []
+    config = _layout(config, ranks, choices.append)
     for settle in (_device, _precision, _model, _loop):
         config = settle(config, facts, data, choices.append)
-    problems = list(_problems(config, facts, data))
+    problems = [*_problems(config, facts, data), *_layout_problems(config, ranks)]
     if problems:
         heading = f"{len(problems)} settings cannot be used:" if len(problems) > 1 else ""
         raise ConfigError("\n".join([*([heading] if heading else []), *problems]))
     return Resolved(config, tuple(choices))
+
+
+def _layout(config: RunConfig, ranks: int, note: Callable[[Choice], None]) -> RunConfig:
+    """Ranks that no degree speaks for see other rows."""
+    layout = config.layout
+    if layout.dp_degree != 1 or layout.ranks >= ranks or ranks % layout.ranks:
+        return config
+    degree = ranks // layout.ranks
+    note(Choice("layout.dp_degree", degree, f"{ranks} ranks / {layout.ranks} of the other degrees"))
+    return replace(config, layout=replace(layout, dp_degree=degree))
+
+
+def _layout_problems(config: RunConfig, ranks: int) -> Iterator[str]:
+    layout, loop = config.layout, config.train
+    yield from layout.problems(config.model, ranks=ranks, seq_len=number(loop.seq_len))
+    step = layout.dp_degree * number(loop.local_batch_size)
+    whole = number(loop.global_batch_size)
+    if step > 0 and whole % step:
+        yield (
+            f"train.global_batch_size={whole} does not divide over layout.dp_degree={layout.dp_degree} x "
+            f"train.local_batch_size={loop.local_batch_size} = {step} rows. Set it to a multiple of {step}."
+        )
+    if config.log.sample_tokens and layout.ranks > 1:
+        yield (
+            f"log.sample_tokens={config.log.sample_tokens} wants the whole model on one rank, but there are "
+            f"{layout.ranks}. Set it to 0; sample from the export with `benthic serve`."
+        )
 
 
 def _device(config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[[Choice], None]) -> RunConfig:

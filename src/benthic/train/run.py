@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from benthic.errors import CheckpointError, ConfigError
 from benthic.model.checkpoint import save_pretrained
+from benthic.parallel.mesh import Mesh
+from benthic.parallel.start import Launch, anyone
+from benthic.spec.parameters import parameters
 from benthic.train.checkpoint import FolderStore
 from benthic.train.data import tokenizer as tokenizers
 from benthic.train.data.shards import TokenShards, read_meta, verify
@@ -82,13 +85,18 @@ class Run:
             CheckpointError: a checkpoint could not be written; the one before stays.
         """
         while self.trainer.steps_done < self.config.train.steps:
-            if self.should_stop():
+            if anyone(self.should_stop(), self.trainer.mesh.world, self.trainer.device):
                 self._save()
                 self.watcher.note(f"stopped after step {self.trainer.steps_done}; pass --resume to go on")
                 return False
             self._step()
         self._finish()
         return True
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what is written once: records, pictures, notes."""
+        return self.trainer.mesh.rank == 0
 
     def _step(self) -> None:
         start = self.clock()
@@ -101,6 +109,8 @@ class Run:
             self._save()
 
     def _record(self, result: StepResult, speed: Speed) -> None:
+        if not self.leads:
+            return
         self.records.step(result, speed)
         last = result.step == self.config.train.steps
         if due(result.step, self.config.log.load_every) or last:
@@ -122,14 +132,16 @@ class Run:
         if self.held_out.tokens == 0:
             return None
         found = evaluate(
-            self.trainer.model,
+            self.trainer.executor.score,
             self.held_out,
             seq_len=number(self.config.train.seq_len),
             rows=number(self.config.train.local_batch_size),
             max_tokens=self.config.evaluate.max_tokens,
             mask_documents=self.config.data.mask_documents,
-            linear=self.trainer.executor.linear,
+            mtp_depth=self.config.model.num_nextn_predict_layers,
         )
+        if not self.leads:
+            return found
         self.records.evaluation(self.trainer.steps_done, found)
         self.watcher.note(evaluation_line(self.trainer.steps_done, found))
         if self.board is not None:
@@ -143,7 +155,7 @@ class Run:
             self._evaluate()
         if self.board is not None:
             self.board.close()
-        if self.config.log.pictures:
+        if self.config.log.pictures and self.leads:
             from benthic.train.pictures import draw  # noqa: PLC0415 (matplotlib takes a second)
 
             self.watcher.note(f"pictures: {', '.join(map(str, draw(self.folder)))}")
@@ -183,27 +195,34 @@ def prepare(
     *,
     resume: Resume,
     should_stop: Callable[[], bool],
+    launch: Launch | None = None,
 ) -> Run:
     """Check data, config and folder, build the trainer, and continue where a checkpoint says.
+
+    Every rank of `launch` calls it inside `parallel.start.joined`; None is this process alone. Rank 0 alone
+    writes to the folder and talks to `watcher`.
 
     Raises:
         DataError: the data cannot be used.
         ConfigError: settings contradict each other, or the folder holds a run and `resume` is not wanted.
         CheckpointError: the checkpoint cannot be continued from.
     """
+    launch = Launch() if launch is None else launch
     meta = read_meta(data)
-    resolved = resolve(config, facts, meta)
-    if resolved.config.data.verify:
+    resolved = resolve(config, facts, meta, ranks=launch.ranks)
+    if resolved.config.data.verify and launch.leads:
         verify(data, meta)
     store = FolderStore(folder / "checkpoint", resolved.config.checkpoint.keep_latest_k)
     _check_folder(store, resume)
-    trainer = Trainer(resolved.config, TokenShards(data, meta, "train"))
+    mesh = Mesh.of(resolved.config.layout, launch.rank)
+    trainer = Trainer(resolved.config, TokenShards(data, meta, "train"), mesh)
     _describe(resolved, trainer, meta, watcher)
     start = _restore(trainer, store, resume, watcher)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_resolved(folder, resolved, facts)
     records = Records(folder)
-    records.resume(start)
+    if launch.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_resolved(folder, resolved, facts)
+        records.resume(start)
     meter = Meter(resolved.config, facts)
     watcher.note(meter.describe())
     return Run(
@@ -216,7 +235,7 @@ def prepare(
         meter=meter,
         watcher=watcher,
         should_stop=should_stop,
-        board=_board(folder, resolved.config, start),
+        board=_board(folder, resolved.config, start) if launch.leads else None,
         _saved=start if start else -1,
     )
 
@@ -274,7 +293,7 @@ def _write_resolved(folder: Path, resolved: Resolved, facts: HardwareFacts) -> N
 def _describe(resolved: Resolved, trainer: Trainer, meta: Meta, watcher: Watcher) -> None:
     for choice in resolved.choices:
         watcher.note(f"{choice.field} = {choice.value}: {choice.reason}")
-    config, total = resolved.config, sum(p.numel() for p in trainer.model.parameters())
+    config, total = resolved.config, sum(param.numel for param in parameters(resolved.config.model))
     tokens = config.train.steps * trainer.rows * number(config.train.seq_len)
     available = meta.splits["train"].tokens
     watcher.note(

@@ -1,0 +1,64 @@
+"""Joining the ranks that a launcher has started, and agreeing with them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benthic.parallel.mesh import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What a launcher such as torchrun tells each process; one process by default."""
+
+    rank: int = 0
+    ranks: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+
+@contextmanager
+def joined(launch: Launch, device: str, *, timeout_s: float) -> Iterator[None]:
+    """Be part of the default process group inside; NCCL for "cuda" (one GPU a local rank), gloo for "cpu".
+
+    A collective that is not done within `timeout_s` ends the process with an error that names it.
+    """
+    if device == "cuda":
+        torch.cuda.set_device(launch.local_rank)
+    if launch.ranks == 1:
+        yield
+        return
+    here = torch.device(device, launch.local_rank) if device == "cuda" else None
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        rank=launch.rank,
+        world_size=launch.ranks,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=here,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def anyone(flag: bool, group: Group, device: torch.device) -> bool:  # noqa: FBT001 (the one thing it asks)
+    """Whether any rank of the group says so; every rank must call it."""
+    if group.handle is None:
+        return flag
+    votes = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group.handle)
+    return bool(votes.item())
