@@ -5,8 +5,8 @@
 
 Both runs have the same rows, settings and initial weights (up to the rounding of bfloat16 weights); moments
 are bfloat16 in both, so that only the numbers of the linear layers differ. `--noise` adds bfloat16 from
-another seed, whose distance says how much of a difference is chance. The DeepSeek-V3 report (section 3.3) gives
-less than 0.25 % of relative loss error.
+another seed, whose distance says how much of a difference is chance. The DeepSeek-V3 report (section 3.3)
+gives less than 0.25 % of relative loss error.
 Writes benchmarks/results/fp8_parity.json and docs/pictures/fp8_parity.svg|png.
 """
 
