@@ -87,13 +87,13 @@ def run(data: Path, words: argparse.Namespace, speed: float) -> dict[str, object
             print(f"  gamma {speed}: step {result.step} loss {result.loss:.4f} MaxVio {vio:.3f}")
     last = counts[-max(1, words.steps // 4) :]
     held_out = evaluate(
-        trainer.model,
+        trainer.executor.score,
         TokenShards(data, meta, "held_out"),
         seq_len=int(config.train.seq_len),
         rows=8,
         max_tokens=0,
         mask_documents=config.data.mask_documents,
-        linear=trainer.executor.linear,
+        mtp_depth=config.model.num_nextn_predict_layers,
     )
     return {
         "speed": speed,

@@ -12,7 +12,7 @@ from benthic.model.local import packed_sockets, plain_linear
 from benthic.model.network import DeepSeek
 from benthic.spec import presets
 from benthic.train.data.shards import TokenShards, read_meta
-from benthic.train.evaluate import Evaluation, evaluate
+from benthic.train.evaluate import Evaluation, ModelScore, evaluate
 from benthic.train.sample import sample
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def held_out(dataset: Path) -> TokenShards:
 
 def score(model: DeepSeek, shards: TokenShards, **changes: int) -> Evaluation:
     settings = {"seq_len": 24, "rows": 3, "max_tokens": 0} | changes
-    return evaluate(model, shards, mask_documents=True, linear=plain_linear, **settings)
+    depth = model.config.num_nextn_predict_layers
+    return evaluate(ModelScore(model, plain_linear), shards, mask_documents=True, mtp_depth=depth, **settings)
 
 
 def token_at(stream: list[tuple[int, int]], place: int, document: int) -> int | None:

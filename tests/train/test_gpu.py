@@ -11,7 +11,7 @@ import torch
 from benthic.cli.settings import apply
 from benthic.train.checkpoint import FolderStore
 from benthic.train.data.shards import TokenShards, read_meta
-from benthic.train.evaluate import evaluate
+from benthic.train.evaluate import ModelScore, evaluate
 from benthic.train.hardware import detect
 from benthic.train.resolve import resolve
 from benthic.train.trainer import Trainer
@@ -83,9 +83,9 @@ def test_evaluation_on_a_gpu_finds_the_loss_of_the_cpu(on_gpu: Callable[..., Tra
     shards = TokenShards(dataset, read_meta(dataset), "held_out")
 
     def score() -> float:
-        linear = run.executor.linear
+        scorer = ModelScore(run.model, run.executor.linear)
         return evaluate(
-            run.model, shards, seq_len=64, rows=4, max_tokens=800, mask_documents=True, linear=linear
+            scorer, shards, seq_len=64, rows=4, max_tokens=800, mask_documents=True, mtp_depth=1
         ).loss
 
     gpu = score()

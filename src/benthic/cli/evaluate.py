@@ -52,13 +52,13 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
         message = f"--seq-len {seq_len} is not between 1 and the model's {context} positions."
         raise DataError(message)
     found = evaluations.evaluate(
-        loaded,
+        evaluations.ModelScore(loaded, plain_linear),
         shards.TokenShards(data, meta, "train" if split == "train" else "held_out"),
         seq_len=seq_len or min(context, 4096),
         rows=rows,
         max_tokens=max_tokens,
         mask_documents=mask_documents,
-        linear=plain_linear,
+        mtp_depth=loaded.config.num_nextn_predict_layers,
     )
     if as_json:
         Console().print_json(json.dumps(asdict(found)))

@@ -20,7 +20,7 @@ from benthic.parallel.chunk import Chunk
 from benthic.sched.pipeline.dependencies import feeds
 from benthic.sched.pipeline.lower import Compute, Program, Recv, Send, lower
 from benthic.sched.pipeline.spans import Span
-from benthic.sched.pipeline.table import Action
+from benthic.sched.pipeline.table import Action, Slot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from benthic.parallel.chunk import Phase
     from benthic.parallel.links import Arrival, Links
     from benthic.parallel.stopwatch import Stopwatch
-    from benthic.sched.pipeline.table import Slot, Table
+    from benthic.sched.pipeline.table import Table
 
     Mark = float | torch.cuda.Event
 
@@ -93,8 +93,10 @@ class Executor:
         """Lower the table once."""
         self._program = lower(self.table)[self.rank]
 
-    def run(self) -> None:
+    def run(self, *, forward_only: bool = False) -> None:
         """Forward and backward of every microbatch of one step; gradients are then in the parameters.
+
+        `forward_only` leaves out the backwards and what they would send; call it without gradients.
 
         Raises:
             PipelineError: something failed; rank, slot and the slots before it are named.
@@ -103,12 +105,15 @@ class Executor:
         if self.stopwatch is not None:
             self.stopwatch.start()
         for position, op in enumerate(self._program):
+            if forward_only and not isinstance(op, Compute) and op.payload.kind != "F":
+                continue
             if isinstance(op, Compute):
-                self._slot(op.slot, position)
+                self._slot(op.slot, position, forward_only=forward_only)
             elif isinstance(op, Send):
                 self._wired.send(self._results.pop(op.payload), op.to)
             else:
                 self._receive(op)
+        self._chunks.clear()
         if self.links is not None:
             self.links.finish()
 
@@ -135,7 +140,11 @@ class Executor:
         home = self.stages[stage]
         self._arrivals[op.payload] = self._wired.receive(*home.boundary(op.payload.microbatch), op.source)
 
-    def _slot(self, slot: Slot, position: int) -> None:
+    def _slot(self, slot: Slot, position: int, *, forward_only: bool) -> None:
+        if forward_only:
+            if slot.first.kind != "F":
+                return
+            slot = Slot(slot.first)
         start = None if self.stopwatch is None else self.stopwatch.mark()
         try:
             if slot.second is None:
@@ -197,7 +206,7 @@ class Executor:
         key = (action.stage, action.microbatch)
         if action.kind == "F":
             value = None if action.stage == 0 else self._arrived(action._replace(stage=action.stage - 1))
-            if value is not None:
+            if value is not None and torch.is_grad_enabled():
                 value.requires_grad_()
             chunk = Chunk(self.stages[action.stage].phases(action.microbatch), Flow(value))
             self._chunks[key] = chunk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,6 @@ from benthic.train.data.microbatch import IGNORE, Microbatch, assemble
 from benthic.train.losses import ahead
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from benthic.model.network import DeepSeek
@@ -44,23 +43,36 @@ class Evaluation:
 
 
 @dataclass
-class _Sums:
+class Scores:
+    """What one or several microbatches come to; integers and nats that add up over ranks."""
+
     nats: float = 0.0
     targets: int = 0
     drafts: int = 0
     accepted: int = 0
 
+    def add(self, other: Scores) -> None:
+        """Count another's in."""
+        self.nats += other.nats
+        self.targets += other.targets
+        self.drafts += other.drafts
+        self.accepted += other.accepted
+
+
+Score = Callable[[Iterator[Microbatch]], Scores]
+"""Scores microbatches; over several ranks every rank calls it with the same ones."""
+
 
 @torch.no_grad()
 def evaluate(
-    model: DeepSeek,
+    score: Score,
     shards: TokenShards,
     *,
     seq_len: int,
     rows: int,
     max_tokens: int,
     mask_documents: bool,
-    linear: Linear,
+    mtp_depth: int,
 ) -> Evaluation:
     """Score whole documents, in the order of the split, until `max_tokens` tokens (0: all of them).
 
@@ -74,10 +86,7 @@ def evaluate(
     if documents == 0:
         message = f"{shards.folder} has 0 held-out documents. Build the data with --held-out above 0."
         raise DataError(message)
-    sums = _Sums()
-    depth = model.config.num_nextn_predict_layers
-    for batch in _batches(shards, documents, seq_len, rows, depth, mask=mask_documents):
-        _add(sums, model, batch.to(model.head_weight().device), linear)
+    sums = score(_batches(shards, documents, seq_len, rows, mtp_depth, mask=mask_documents))
     text_bytes = int(shards.text_bytes[:documents].sum())
     return Evaluation(
         loss=sums.nats / max(1, sums.targets),
@@ -87,6 +96,48 @@ def evaluate(
         documents=documents,
         bytes=text_bytes,
     )
+
+
+@dataclass(frozen=True)
+class ModelScore:
+    """Scores with a whole model on one device."""
+
+    model: DeepSeek
+    linear: Linear
+
+    def __call__(self, batches: Iterator[Microbatch]) -> Scores:
+        """One microbatch after another."""
+        sums = Scores()
+        for batch in batches:
+            sums.add(self._of(batch.to(self.model.head_weight().device)))
+        return sums
+
+    def _of(self, batch: Microbatch) -> Scores:
+        model, experts = self.model, self.model.config.n_routed_experts
+        sockets = packed_sockets(
+            batch.cu_seqlens, batch.max_seqlen, n_routed_experts=experts, linear=self.linear
+        )
+        hidden = model(batch.tokens_T, batch.positions_T, sockets)
+        loss_T, main_T = chosen(model, hidden.hidden_TD, batch.target_KT[0])
+        further = next(iter(ahead(model, hidden, batch, sockets)), None)  # acceptance is about depth 1
+        draft_T = None if further is None else chosen(model, further.hidden_TD, batch.target_KT[1])[1]
+        return scores_of(batch, loss_T, main_T, draft_T)
+
+
+def chosen(model: DeepSeek, hidden_TD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's loss and most likely token."""
+    return ops.linear_cross_entropy(hidden_TD, model.head_weight(), target_T, return_argmax=True)
+
+
+def scores_of(batch: Microbatch, loss_T: Tensor, main_T: Tensor, draft_T: Tensor | None) -> Scores:
+    """Sum up one microbatch. Row i drafts token i + 2, which the main head predicts from row i + 1."""
+    found = Scores(nats=float(loss_T.double().sum()), targets=batch.num_targets[0])
+    if draft_T is not None:
+        same_sequence = batch.positions_T[1:] == batch.positions_T[:-1] + 1
+        valid = same_sequence & (batch.target_KT[1][:-1] != IGNORE)
+        found.drafts = int(valid.sum())
+        found.accepted = int((valid & (draft_T[:-1] == main_T[1:])).sum())
+    return found
 
 
 def _documents(shards: TokenShards, max_tokens: int) -> int:
@@ -112,28 +163,3 @@ def _batches(
     for start in range(0, count, rows):
         here = place_CW[start : start + rows]
         yield assemble(stream[here], owner[here], mtp_depth=depth)
-
-
-def _add(sums: _Sums, model: DeepSeek, batch: Microbatch, linear: Linear) -> None:
-    experts = model.config.n_routed_experts
-    sockets = packed_sockets(batch.cu_seqlens, batch.max_seqlen, n_routed_experts=experts, linear=linear)
-    hidden = model(batch.tokens_T, batch.positions_T, sockets)
-    loss_T, main_T = _score(model, hidden.hidden_TD, batch.target_KT[0])
-    sums.nats += float(loss_T.double().sum())
-    sums.targets += batch.num_targets[0]
-    for further in ahead(model, hidden, batch, sockets):
-        _, draft_T = _score(model, further.hidden_TD, batch.target_KT[1])
-        _count_accepted(sums, batch, main_T, draft_T)
-        break  # acceptance is about the first depth
-
-
-def _score(model: DeepSeek, hidden_TD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.linear_cross_entropy(hidden_TD, model.head_weight(), target_T, return_argmax=True)
-
-
-def _count_accepted(sums: _Sums, batch: Microbatch, main_T: Tensor, draft_T: Tensor) -> None:
-    """Row i drafts token i + 2, which the main head predicts from row i + 1 of the same sequence."""
-    same_sequence = batch.positions_T[1:] == batch.positions_T[:-1] + 1
-    valid = same_sequence & (batch.target_KT[1][:-1] != IGNORE)
-    sums.drafts += int(valid.sum())
-    sums.accepted += int((valid & (draft_T[:-1] == main_T[1:])).sum())

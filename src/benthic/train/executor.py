@@ -16,11 +16,13 @@ from benthic.model.sockets import Sockets
 from benthic.parallel.exchange import AllToAllExchange
 from benthic.parallel.links import GroupLinks
 from benthic.parallel.pipeline import Executor as TableExecutor
+from benthic.train.evaluate import Scores
 from benthic.train.losses import Objective, Tally, total
+from benthic.train.scoring import Scored, rounds
 from benthic.train.stage import ModelStage, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -98,15 +100,39 @@ class Executor:
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Outcome:
         """Add the gradient of the weighted loss of every microbatch to this rank's parameters."""
         self.tally.clear()
-        tasks = [self._task(microbatch.to(self.device), weights) for microbatch in batch]
-        for stage in self._stages.values():
-            stage.tasks = tasks
+        self._take([self._task(each, Objective(weights, self.tally, each.rows)) for each in batch])
         self.pipeline.run()
         return self._outcome()
 
-    def _task(self, batch: Microbatch, weights: Weights) -> Task:
-        objective = Objective(weights, self.tally, batch.rows)
-        return Task(batch, batch.positions_T, self.sockets(batch), objective)
+    @torch.no_grad()
+    def score(self, batches: Iterator[Microbatch]) -> Scores:
+        """Score microbatches, dealt to the data ranks; every rank calls it with all of them."""
+        mesh, sums = self.mesh, Scores()
+        each = self.pipeline.table.microbatches
+        for batch in rounds(batches, mesh.layout.dp_degree, mesh.place.dp, each):
+            found = [Scored() for _ in batch]
+            tasks = [self._task(m, objective) for m, objective in zip(batch, found, strict=True)]
+            self._take(tasks)
+            self.pipeline.run(forward_only=True)
+            for task, scored in zip(tasks, found, strict=True):
+                sums.add(scored.scores(task.batch, whole_rows=mesh.tokens.size == 1))
+        counts = (sums.targets, sums.drafts, sums.accepted)
+        targets, drafts, accepted = total_of(counts, mesh.world, self.device)
+        return Scores(self._sum(sums.nats), targets, drafts, accepted)
+
+    def _sum(self, value: float) -> float:
+        total_ = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.mesh.world.handle is not None:
+            dist.all_reduce(total_, group=self.mesh.world.handle)
+        return float(total_)
+
+    def _take(self, tasks: Sequence[Task]) -> None:
+        for stage in self._stages.values():
+            stage.tasks = tasks
+
+    def _task(self, batch: Microbatch, objective: Objective | Scored) -> Task:
+        here = batch.to(self.device)
+        return Task(here, here.positions_T, self.sockets(here), objective)
 
     def _outcome(self) -> Outcome:
         """What every rank found, together: one sum over the world for losses, one for counts."""

@@ -77,7 +77,7 @@ def _layout_problems(config: RunConfig, ranks: int) -> Iterator[str]:
     yield from layout.problems(config.model, ranks=ranks, seq_len=number(loop.seq_len))
     step = layout.dp_degree * number(loop.local_batch_size)
     whole = number(loop.global_batch_size)
-    if step > 0 and whole % step:
+    if layout.dp_degree > 1 and step > 0 and whole % step:
         yield (
             f"train.global_batch_size={whole} does not divide over layout.dp_degree={layout.dp_degree} x "
             f"train.local_batch_size={loop.local_batch_size} = {step} rows. Set it to a multiple of {step}."

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from benthic.parallel.chunk import Lane
     from benthic.train.data.microbatch import Microbatch
     from benthic.train.losses import Objective
+    from benthic.train.scoring import Scored
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Task:
     batch: Microbatch
     positions_T: Tensor
     sockets: Sockets
-    objective: Objective
+    objective: Objective | Scored
 
 
 @dataclass(frozen=True)
