@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benthic.errors import BackendError
-from benthic.kernels.tape import Constants, Tape, record
+from benthic.kernels.constants import Constants
+from benthic.kernels.tape import Tape, record
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
 
