@@ -56,6 +56,7 @@ class StepBuilder:
     ) -> None:
         self._block_size = block_size
         self._device = device
+        self._on_cpu = device.type == "cpu"
         self._table_NP = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
         self._newest_N = np.zeros(max_num_seqs, dtype=np.int64)
 
@@ -140,7 +141,8 @@ class StepBuilder:
         return self._to_device(np.array([*range(num_decodes), *last], dtype=np.int64))
 
     def _to_device(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return tensor if self._on_cpu else tensor.to(self._device, non_blocking=True)
 
 
 def _tokens(chunk: Prefill) -> tuple[int, ...]:

@@ -86,7 +86,9 @@ static void decode_eight(const MlaDecode *a, i64 sequence, i64 first, i64 rows) 
         tokens = a->block - inside < CHUNK ? a->block - inside : CHUNK;
         tokens = left < tokens ? left : tokens;
         const float *page = a->cache + (table[start / a->block] * a->block + inside) * a->width;
-        product_eight(page, a->width, turned, a->width, scores, tokens);
+        i64 then = left > tokens ? start + tokens : start;
+        const float *next = a->cache + (table[then / a->block] * a->block + then % a->block) * a->width;
+        product_eight(page, a->width, turned, a->width, scores, tokens, next);
         eight shrink = weigh(&so_far, scores, start, tokens, sees);
         if (start) scale_rows(out, rows, a->latent_width, shrink);
         product((Rows){scores, 1, EIGHT}, (Columns){page, a->width, PANEL}, tokens, out, a->latent_width, start > 0, rows,

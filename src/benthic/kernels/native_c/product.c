@@ -66,9 +66,10 @@ static Tile *const tiles[] = {0, EACH_ROWS(NAME)};
 
 /* Tiles of eight columns: heads side by side, in the scores of attention. */
 #define TILE_EIGHT(ROWS)                                                                                               \
-    static void eight_##ROWS(const float *x, i64 x_row, const float *w, i64 inner, float *y) {                         \
+    static void eight_##ROWS(const float *x, i64 x_row, const float *w, i64 inner, float *y, const float *next) {      \
         eight sum[ROWS] = {};                                                                                          \
-        for (i64 i = 0; i < inner; i++) {                                                                              \
+        for (i64 i = 0; i < inner; i++, next += ROWS) {                                                                \
+            __builtin_prefetch(next);                                                                                  \
             eight line = LOAD(eight, w + i * EIGHT);                                                                   \
             UNROLLED for (int r = 0; r < ROWS; r++) {                                                                  \
                 IN_ORDER;                                                                                              \
@@ -80,13 +81,13 @@ static Tile *const tiles[] = {0, EACH_ROWS(NAME)};
 EACH_EIGHTS(TILE_EIGHT)
 
 #define NAME_EIGHT(ROWS) eight_##ROWS,
-static void (*const eights[])(const float *, i64, const float *, i64, float *) = {0, EACH_EIGHTS(NAME_EIGHT)};
+static void (*const eights[])(const float *, i64, const float *, i64, float *, const float *) = {0, EACH_EIGHTS(NAME_EIGHT)};
 
-void product_eight(const float *x, i64 x_row, const float *w, i64 inner, float *y, i64 rows) {
+void product_eight(const float *x, i64 x_row, const float *w, i64 inner, float *y, i64 rows, const float *next) {
     i64 count = (rows + MOST_EIGHTS - 1) / MOST_EIGHTS;
     for (i64 n = 0; n < count; n++) {
         i64 r = n * rows / count, take = (n + 1) * rows / count - r;
-        eights[take](x + r * x_row, x_row, w, inner, y + r * EIGHT);
+        eights[take](x + r * x_row, x_row, w, inner, y + r * EIGHT, next + r * x_row);
     }
 }
 

@@ -28,5 +28,6 @@ INLINE i64 panels_of(i64 columns) { return (columns + PANEL - 1) / PANEL; }
 /* y[r][c] (+)= sum_i x(r, i) w(i, c) for the columns of panels `first` to `last`. */
 void product(Rows x, Columns w, i64 inner, float *y, i64 y_stride, int add, i64 rows, i64 columns, i64 first, i64 last);
 
-/* y[r][c] = sum_i x[r][i] w[i][c] for eight columns, which lie side by side in w and in y. */
-void product_eight(const float *x, i64 x_row, const float *w, i64 inner, float *y, i64 rows);
+/* y[r][c] = sum_i x[r][i] w[i][c] for eight columns, which lie side by side in w and in y. As many rows from `next` on
+   are fetched ahead. */
+void product_eight(const float *x, i64 x_row, const float *w, i64 inner, float *y, i64 rows, const float *next);
