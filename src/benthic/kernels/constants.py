@@ -1,4 +1,4 @@
-"""Weights that tapes read: copied once into the panels of `native_c/product.h`, shared by all tapes of a model."""
+"""Weights that tapes read, copied once into the panels of `native_c/product.h` for all tapes of a model."""
 
 from __future__ import annotations
 

@@ -120,6 +120,10 @@ class Library:
         for name in SIGNATURES:
             setattr(self, name, self._caller(name))
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., None]: ...
+
     def listed(self, calls: list[Call]) -> CallList:
         """Calls as `run` takes them."""
         packed = [ctypes.create_string_buffer(call.packed, len(call.packed)) for call in calls]

@@ -1,8 +1,8 @@
 """Compiles `native_c/*.c` for this machine on first use, and says why when it cannot.
 
-The library is kept in a folder under a name that hashes sources, flags, compiler and processor: the folder
-that `configure` was given, else `__pycache__` beside the sources (it is bytecode of sorts), else, where the
-package may not be written, a temporary folder of this process.
+The library is kept under a name that hashes sources, flags, compiler and processor, in the first of these
+folders that can be written: the one that `configure` was given; `__pycache__` beside the sources, for it is
+to them what bytecode is to Python's; a temporary folder of this process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FOLDER: ContextVar[Path | None] = ContextVar("_FOLDER", default=None)
 
 
 def configure(folder: Path) -> None:
-    """Keep compiled libraries in `folder` from now on (made when needed); call it before the first use."""
+    """Keep compiled libraries in `folder`, made when needed; call it before the library is first used."""
     _FOLDER.set(folder)
 
 
@@ -45,7 +45,7 @@ def built(sources: Path = SOURCES) -> Path:
     """The compiled library; compiled now (about three seconds) if its folder does not hold it.
 
     Raises:
-        BackendError: there is no C compiler, or it refuses the sources, or the folder cannot be written.
+        BackendError: there is no C compiler, or it refuses the sources.
     """
     compiler = _compiler()
     files = sorted(sources.glob("*.[ch]"))
@@ -56,19 +56,11 @@ def built(sources: Path = SOURCES) -> Path:
 
 
 def library_folder() -> Path:
-    """Where compiled libraries are kept.
-
-    Raises:
-        BackendError: the configured folder cannot be written.
-    """
-    configured = _FOLDER.get()
-    if configured is None:
-        beside = SOURCES / "__pycache__"
-        return beside if _writable(beside) else _private_folder()
-    if not _writable(configured):
-        msg = f"compiled CPU kernels cannot be kept in {configured}, which cannot be written; configure another"
-        raise BackendError(msg)
-    return configured
+    """The first folder that can be written: the configured one, one beside the sources, a temporary one."""
+    for folder in (_FOLDER.get(), SOURCES / "__pycache__"):
+        if folder is not None and _writable(folder):
+            return folder
+    return _private_folder()
 
 
 def _writable(folder: Path) -> bool:

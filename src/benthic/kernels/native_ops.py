@@ -1,4 +1,4 @@
-"""Ops through the library of `native.c`: float32 on a CPU, for inference.
+"""Ops through the library of `native_c`: float32 on a CPU, for inference.
 
 When autograd records, they hand over to the torch implementations, whose gradients are written by hand.
 """

@@ -148,9 +148,7 @@ class _Recorder:
         panels = self.constants.panels(Weight(w, w_expert, w_stride, 1, experts, inner, outer))
         if panels is not None:
             (w, w_expert), w_stride = panels, 0
-        self.__getattr__("grouped_linear")(
-            x, w, w_expert, w_stride, ends, out, rows, experts, inner, outer
-        )
+        self.__getattr__("grouped_linear")(x, w, w_expert, w_stride, ends, out, rows, experts, inner, outer)
 
 
 class _Capture(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """Weights as a CPU server wants them: stored column by column, and a `linear` socket that reads them so.
 
-The native product multiplies such weights without copying them first (`kernels/native_c/product.c`); tapes copy
-them into panels once. Shapes and values of the parameters do not change, only their strides.
+The native product multiplies such weights without copying them first (`kernels/native_c/product.c`); tapes
+copy them into panels once. Shapes and values of the parameters do not change, only their strides.
 """
 
 from __future__ import annotations
