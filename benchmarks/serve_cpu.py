@@ -1,6 +1,6 @@
 """Serving throughput on a CPU: this engine beside `transformers` `generate`, on the same exported weights.
 
-    python benchmarks/serve_cpu.py [--checkpoint DIR] [--threads 1 2] [--repeats 3] [--profile]
+    python benchmarks/serve_cpu.py [--checkpoint DIR] [--threads 1 2] [--rounds 6 30] [--profile]
 
 Sixteen requests of ragged prompts, greedy, a fixed number of new tokens each, end tokens ignored. The rate is
 generated tokens over the wall time from the first request's arrival to the last token, prefill included.
@@ -10,8 +10,10 @@ batched        `generate` on all requests in one left-padded batch, its cache on
 one by one     `generate` on one request after another, without padding
 
 `transformers` is measured with every implementation of its experts and both sides with every number of
-threads; each side's best counts. Rounds alternate between the sides, so a busy machine disturbs both; medians
-are reported. The tokens of both sides are compared: they must agree but for rounding.
+threads. Everything runs once to warm up and once to be screened; what is within a third of its side's fastest
+goes on. Rounds then alternate between the sides, so a busy machine disturbs both, until the 95 % interval of
+the ratio (bootstrap over rounds of the ratio of the best medians) is within `--precision` of it, or the most
+rounds are done. The tokens of both sides are compared: they must agree but for rounding.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from interval import Ratio, ratio_of_best
 from provenance import write_result
 
 from benthic.kernels import ops
@@ -150,27 +153,81 @@ def timed(candidate: Candidate) -> Timed:
     return Timed(time.perf_counter() - began, time.process_time() - began_cpu, tokens)
 
 
-def measure(found: list[Candidate], repeats: int, patience_s: float) -> list[dict[str, Any]]:
-    """Median rates; rounds alternate. A candidate whose first run took `patience_s` is not run again."""
-    runs: list[list[Timed]] = [[] for _ in found]
-    timed(found[0])  # start threads, fault pages in
-    for _ in range(repeats):
-        for candidate, done in zip(found, runs, strict=True):
-            if not done or done[0].wall_s <= patience_s:
-                done.append(timed(candidate))
-    ours = runs[0][0].tokens
-    return [row(candidate, done, ours) for candidate, done in zip(found, runs, strict=True)]
+CLOSE = 1.33
+"""A candidate that takes this many times as long as its side's fastest is screened only."""
+
+ROUND_S = 1.0
+"""What a candidate runs for in a round, at least."""
 
 
-def row(candidate: Candidate, done: list[Timed], ours: Tokens) -> dict[str, Any]:
+@dataclass
+class Measured:
+    """One candidate: its screening run and its mean seconds in every round."""
+
+    candidate: Candidate
+    screened: Timed
+    wall_s: list[float]
+    cpu_s: list[float]
+
+    @property
+    def side(self) -> str:
+        """`benthic` or `transformers`."""
+        return self.candidate[0].split()[0]
+
+    @property
+    def median_s(self) -> float:
+        """Seconds of a run: the median round's, or the screening run's if it was not in any."""
+        return statistics.median(self.wall_s) if self.wall_s else self.screened.wall_s
+
+    def time_round(self) -> None:
+        """Run for about `ROUND_S`."""
+        count = max(1, round(ROUND_S / self.screened.wall_s))
+        runs = [timed(self.candidate) for _ in range(count)]
+        self.wall_s.append(statistics.mean(run.wall_s for run in runs))
+        self.cpu_s.append(statistics.mean(run.cpu_s for run in runs))
+
+
+def screen(found: list[Candidate], patience_s: float) -> list[Measured]:
+    """Time everything once, warm unless one run took `patience_s`."""
+    screened = []
+    for candidate in found:
+        first = timed(candidate)
+        screened.append(Measured(candidate, first if first.wall_s > patience_s else timed(candidate), [], []))
+    return screened
+
+
+def finalists(measured: list[Measured], side: str) -> list[Measured]:
+    """The candidates of a side that are close to its fastest."""
+    mine = [each for each in measured if each.side == side]
+    fastest = min(each.screened.wall_s for each in mine)
+    return [each for each in mine if each.screened.wall_s <= CLOSE * fastest]
+
+
+def compare(measured: list[Measured], rounds: tuple[int, int], precision: float) -> Ratio:
+    """Alternate between the sides' finalists until the ratio is known to `precision`."""
+    ours, theirs = finalists(measured, "benthic"), finalists(measured, "transformers")
+    fewest, most = rounds
+    while True:
+        for each in (*ours, *theirs):
+            each.time_round()
+        done = len(ours[0].wall_s)
+        ratio = ratio_of_best([each.wall_s for each in ours], [each.wall_s for each in theirs])
+        if done >= most or (done >= fewest and ratio.spread <= precision):
+            return ratio
+        print(f"round {done}: {ratio}x", flush=True)
+
+
+def row(measured: Measured, ours: Tokens) -> dict[str, Any]:
     """One line of the result."""
-    tokens = done[0].tokens
+    tokens = measured.screened.tokens
+    cpu_s = measured.cpu_s or [measured.screened.cpu_s]
     return {
-        "name": candidate[0],
-        "threads": candidate[1],
-        "tokens_per_s": round(sum(map(len, tokens)) / statistics.median(run.wall_s for run in done), 1),
-        "wall_s": [round(run.wall_s, 3) for run in done],
-        "cpu_s": [round(run.cpu_s, 3) for run in done],
+        "name": measured.candidate[0],
+        "threads": measured.candidate[1],
+        "tokens_per_s": round(sum(map(len, tokens)) / measured.median_s, 1),
+        "rounds": len(measured.wall_s),
+        "wall_s": [round(seconds, 3) for seconds in measured.wall_s or [measured.screened.wall_s]],
+        "cpu_s": [round(seconds, 3) for seconds in cpu_s],
         "requests_with_equal_tokens": sum(a == b for a, b in zip(tokens, ours, strict=True)),
         "equal_tokens_share": round(shared_prefix(tokens, ours), 4),
     }
@@ -185,23 +242,25 @@ def shared_prefix(a: Tokens, b: Tokens) -> float:
     return sum(same) / sum(map(len, a))
 
 
-def report(rows: list[dict[str, Any]]) -> dict[str, float]:
+def report(rows: list[dict[str, Any]], ratio: Ratio) -> dict[str, Any]:
     """Print the table; returns the ratios of the best of each side."""
     for row in sorted(rows, key=lambda row: -row["tokens_per_s"]):
         print(
             f"{row['name']:42} {row['threads']} threads {row['tokens_per_s']:9,.1f} tok/s  "
-            f"{min(row['cpu_s']):7.2f} core-s  tokens equal to ours: {row['equal_tokens_share']:.1%}"
+            f"{min(row['cpu_s']):7.2f} core-s  {row['rounds']:2} rounds  "
+            f"tokens equal to ours: {row['equal_tokens_share']:.1%}"
         )
     best = {
         side: max(row["tokens_per_s"] for row in rows if row["name"].startswith(side))
-        for side in ("benthic", "transformers", "transformers one")
+        for side in ("benthic", "transformers one")
     }
-    ratios = {
-        "over_transformers_at_its_best": round(best["benthic"] / best["transformers"], 2),
-        "over_transformers_one_by_one": round(best["benthic"] / best["transformers one"], 2),
+    one_by_one = round(best["benthic"] / best["transformers one"], 2)
+    print(f"over transformers at its best: {ratio}x (95 % interval); one by one: {one_by_one}x")
+    return {
+        "over_transformers_at_its_best": round(ratio.value, 2),
+        "interval_95": [round(ratio.low, 2), round(ratio.high, 2)],
+        "over_transformers_one_by_one": one_by_one,
     }
-    print(", ".join(f"{name.replace('_', ' ')}: {value}x" for name, value in ratios.items()))
-    return ratios
 
 
 def profile(ours: Ours, threads: int) -> None:
@@ -228,10 +287,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs=2, default=(32, 96), metavar=("SHORTEST", "LONGEST"))
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--patience", type=float, default=20.0, help="seconds after which a run is not repeated"
-    )
+    parser.add_argument("--rounds", type=int, nargs=2, default=(6, 30), metavar=("FEWEST", "MOST"))
+    parser.add_argument("--precision", type=float, default=0.03, help="half the interval over the ratio")
+    parser.add_argument("--patience", type=float, default=20.0, help="a longer run is not repeated, seconds")
     parser.add_argument("--profile", action="store_true", help="print where our time goes, and stop")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -244,8 +302,10 @@ def main() -> None:
         if args.profile:
             profile(Ours(checkpoint, prompts, args.new_tokens), max(args.threads))
             return
-        rows = measure(candidates(checkpoint, prompts, args), args.repeats, args.patience)
-    ratios = report(rows)
+        measured = screen(candidates(checkpoint, prompts, args), args.patience)
+        ratio = compare(measured, tuple(args.rounds), args.precision)
+    rows = [row(each, measured[0].screened.tokens) for each in measured]
+    ratios = report(rows, ratio)
     path = write_result(
         "serve_cpu",
         rows,
@@ -255,6 +315,8 @@ def main() -> None:
         prompt_tokens=list(args.prompt),
         new_tokens=args.new_tokens,
         load_average_before=load,
+        load_average_after=[round(each, 2) for each in os.getloadavg()],
+        precision=args.precision,
         ops={choice.op: choice.implementation for choice in ops.explain("cpu", torch.float32)},
         **ratios,
     )

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from benthic.errors import BackendError, ShapeError
-from benthic.kernels import native, native_ops, ops
+from benthic.kernels import native, native_build, native_ops, ops
 from benthic.kernels.ops.moe import GROUPED_LINEAR
 from benthic.kernels.table import Case
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 needs_compiler = pytest.mark.skipif(native.build_refusal() is not None, reason=str(native.build_refusal()))
@@ -252,7 +253,7 @@ def test_without_a_compiler_the_table_says_so_and_takes_the_next_entry(
 ) -> None:
     native.build_refusal.cache_clear()
     native.built.cache_clear()
-    monkeypatch.setattr(native.shutil, "which", lambda _name: None)
+    monkeypatch.setattr(native_build.shutil, "which", lambda _name: None)
     try:
         case = Case("cpu", torch.float32, (64, 64), layout="columns")
         chosen, _ = GROUPED_LINEAR.select(case)
@@ -265,21 +266,42 @@ def test_without_a_compiler_the_table_says_so_and_takes_the_next_entry(
         native.built.cache_clear()
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A configured folder, for one test."""
+    before = native_build._FOLDER.get()
+    native_build.configure(tmp_path / "kept")
+    yield tmp_path / "kept"
+    native_build._FOLDER.set(before)
+
+
 @needs_compiler
 def test_a_source_that_does_not_compile_is_refused_with_the_compilers_words(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, tmp_path: Path
 ) -> None:
-    source = tmp_path / "native.c"
-    source.write_text("int broken(")
-    monkeypatch.setattr(native, "SOURCE", source)
-    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
-    native.built.cache_clear()
-    try:
-        with pytest.raises(BackendError, match="exit code 1"):
-            native.built()
-        assert [path.name for path in tmp_path.iterdir()] == ["native.c"]
-    finally:
-        native.built.cache_clear()
+    (tmp_path / "broken.c").write_text("int broken(")
+    with pytest.raises(BackendError, match="exit code 1"):
+        native_build.built(tmp_path)
+    assert list(folder.iterdir()) == []
+
+
+@needs_compiler
+def test_a_compiled_library_is_found_again_until_its_sources_change(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "small.c"
+    source.write_text("int answer(void) { return 42; }")
+    first = native_build.built(tmp_path)
+    made = first.stat().st_mtime_ns
+    assert first.parent == folder
+    assert native_build.built(tmp_path) == first
+    assert first.stat().st_mtime_ns == made
+    source.write_text("int answer(void) { return 43; }")
+    assert native_build.built(tmp_path) != first
+
+
+def test_a_configured_folder_that_cannot_be_made_is_passed_over(folder: Path) -> None:
+    folder.write_text("a file")
+    assert native_build.library_folder() != folder
+    assert native_build.library_folder().is_dir()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -7,7 +7,8 @@ import torch
 
 from benthic.errors import BackendError
 from benthic.kernels import native, ops
-from benthic.kernels.tape import Constants, record
+from benthic.kernels.constants import Constants
+from benthic.kernels.tape import record
 
 pytestmark = pytest.mark.skipif(native.build_refusal() is not None, reason=str(native.build_refusal()))
 

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from benthic.cli import chat, convert, data, doctor, draw, evaluate, plan, serve, train
+from benthic.cli.folders import user_cache
 from benthic.errors import BenthicError
+from benthic.kernels import native_build
 
 app = typer.Typer(
     name="benthic",
@@ -32,6 +34,7 @@ app.command("chat")(chat.chat)
 
 def main() -> None:
     """Run the command line; an error that benthic raises on purpose is printed, not traced."""
+    native_build.configure(user_cache())
     try:
         app()
     except BenthicError as error:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from benthic.cli.folders import user_cache
 from benthic.errors import ConfigError
 
 ENGINE = "Engine"
@@ -195,6 +196,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         seed=seed,
         max_logprobs=max_logprobs,
         num_threads=num_threads,
+        native_folder=str(user_cache()),
     )
     http = server.ServerOptions(
         api_keys=_api_keys(api_key),

@@ -1,42 +1,27 @@
-"""Builds `native.c` for this machine on first use, and says why when it cannot.
+"""The library of `native_c`: loaded once, called with arguments packed as its C structs are.
 
-The library is compiled with the system's C compiler (about two seconds), kept in the user's cache folder
-under a name that hashes source, compiler and processor, and loaded through ctypes. It shares torch's OpenMP
-threads: its OpenMP symbols are left open when it is linked and bound to the runtime that torch has loaded.
+Every function takes a pointer to its arguments; `run` makes a list of such calls with a number of threads.
+One op through Python is a list of one; a tape (`benthic.kernels.tape`) is a list of a whole step.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
+import struct
 from contextvars import ContextVar
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from benthic.errors import BackendError
+from benthic.kernels import native_build
 from benthic.kernels.table import Case, Verdict, no, yes
 
-SOURCE = Path(__file__).with_name("native.c")
-COMPILERS = ("cc", "gcc", "clang")
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-fopenmp",
-    "-fPIC",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-)
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-_POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_LETTERS = {"p": _POINTER, "n": _SIZE, "f": _FLOAT, "i": _INT}
+_LETTERS = {"p": "P", "n": "q", "f": "f", "i": "i"}
 SIGNATURES = {
     "grouped_linear": "ppnnppnnnn",
     "linear": "pnpnpnnn",
@@ -49,6 +34,7 @@ SIGNATURES = {
     "permute": "ppppppnnnn",
     "unpermute": "ppppnnn",
     "bmm": "pnnnpnnpnnnnnn",
+    "lay_panels": "pnnnpnnn",
     "add": "pppn",
     "scale": "pfpn",
     "embedding": "pnnppnn",
@@ -56,7 +42,10 @@ SIGNATURES = {
     "cosine": "ppn",
     "sine": "ppn",
 }
-"""Arguments of every function: p pointer, n int64, f float, i int."""
+"""Members of every function's struct: p pointer, n int64, f float, i int."""
+
+PANEL = 16
+"""Columns of a panel, as in `product.h`."""
 
 
 def native_runs(reason: str) -> functools.partial[Verdict]:
@@ -91,76 +80,77 @@ def library() -> Any:
 
 
 @functools.cache
-def built() -> ctypes.CDLL:
-    """The loaded library, built if the cache does not hold it.
+def built() -> Library:
+    """The loaded library, built if its folder does not hold it.
 
     Raises:
-        BackendError: there is no C compiler, or it refuses the source, or the result cannot be loaded.
+        BackendError: it cannot be built (see `native_build.built`), or the result cannot be loaded.
     """
-    compiler = _compiler()
-    name = f"native-{_fingerprint(compiler)}.so"
-    path = cache_folder() / name
-    if not path.exists():
-        _build(compiler, path)
+    path = native_build.built()
     try:
-        loaded = ctypes.CDLL(str(path))
+        return Library(ctypes.CDLL(str(path)))
     except OSError as error:
         msg = f"the compiled CPU kernels cannot be loaded: {error}"
         raise BackendError(msg) from error
-    for function, letters in SIGNATURES.items():
-        getattr(loaded, function).argtypes = [_LETTERS[letter] for letter in letters]
-        getattr(loaded, function).restype = None
-    loaded.mla_decode.restype = _INT
-    return loaded
 
 
-def _compiler() -> str:
-    for name in COMPILERS:
-        found = shutil.which(name)
-        if found is not None:
-            return found
-    msg = f"no C compiler found ({', '.join(COMPILERS)}); install one for CPU kernels built for this machine"
-    raise BackendError(msg)
+class Call(NamedTuple):
+    """A call to be made later: a function of the library and its packed arguments."""
+
+    name: str
+    packed: bytes
 
 
-def _fingerprint(compiler: str) -> str:
-    """Changes with the source, the flags, the compiler and the processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False, text=True).stdout  # noqa: S603
-    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), version, platform.machine(), _processor())
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
+class CallList(NamedTuple):
+    """Calls in the memory of C: pairs of a function and its arguments, and the memory of the latter."""
+
+    pairs: Any
+    packed: list[Any]
 
 
-def _processor() -> str:
-    """Model and instruction sets of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor()
-    lines = info.read_text(encoding="utf-8").splitlines()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+class Library:
+    """Its functions as attributes, each taking the members of its struct; None is a null pointer."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        self._run, self._run_one = loaded.run, loaded.run_one
+        self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self._run_one.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]
+        self._run.restype = self._run_one.restype = None
+        self._addresses = {name: ctypes.cast(getattr(loaded, name), ctypes.c_void_p) for name in SIGNATURES}
+        for name in SIGNATURES:
+            setattr(self, name, self._caller(name))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., None]: ...
+
+    def listed(self, calls: list[Call]) -> CallList:
+        """Calls as `run` takes them."""
+        packed = [ctypes.create_string_buffer(call.packed, len(call.packed)) for call in calls]
+        pairs = (ctypes.c_void_p * (2 * len(calls)))()
+        for i, (call, buffer) in enumerate(zip(calls, packed, strict=True)):
+            pairs[2 * i], pairs[2 * i + 1] = self._addresses[call.name].value, ctypes.addressof(buffer)
+        return CallList(pairs, packed)
+
+    def run(self, calls: CallList, first: int, count: int) -> None:
+        """Make `count` calls from number `first` on, with torch's number of threads."""
+        at = ctypes.addressof(calls.pairs) + first * 2 * ctypes.sizeof(ctypes.c_void_p)
+        self._run(at, count, torch.get_num_threads())
+
+    def _caller(self, name: str) -> Callable[..., None]:
+        address, run_one = self._addresses[name], self._run_one
+
+        def call(*arguments: Any) -> None:
+            run_one(address, pack(name, arguments), torch.get_num_threads())
+
+        return call
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: the user's cache, else a private temporary folder."""
-    folder = Path.home() / ".cache" / "benthic"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="benthic-native-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="benthic-native-"))
+@functools.cache
+def _struct(name: str) -> struct.Struct:
+    return struct.Struct("@" + "".join(_LETTERS[letter] for letter in SIGNATURES[name]))
 
 
-def _build(compiler: str, path: Path) -> None:
-    """Compile, then move into place at once: processes that start together never see half a file."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = Path(folder) / "native.o", Path(folder) / "native.so"
-        _call([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
-        # No -fopenmp here: a second OpenMP runtime would bring threads of its own.
-        _call([compiler, "-shared", str(compiled), "-o", str(linked), "-lm"])
-        linked.replace(path)
-
-
-def _call(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, check=False, text=True)  # noqa: S603
-    if done.returncode:
-        msg = f"{command[0]} failed with exit code {done.returncode}: {done.stderr.strip()[:500]}"
-        raise BackendError(msg)
+def pack(name: str, arguments: tuple[Any, ...]) -> bytes:
+    """The struct of a function's arguments, as C lays it out."""
+    return _struct(name).pack(*[0 if value is None else value for value in arguments])

@@ -1,4 +1,4 @@
-"""Ops through the library of `native.c`: float32 on a CPU, for inference.
+"""Ops through the library of `native_c`: float32 on a CPU, for inference.
 
 They compute no gradients and read every float operand as float32: the table's verdicts keep other calls away.
 """

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.errors import CheckpointError, ConfigError
+from benthic.kernels import native_build
 from benthic.model.checkpoint import load_pretrained
 from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
@@ -53,6 +54,8 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
         ConfigError: the options contradict the model or the machine.
     """
     device = torch.device(options.device)
+    if options.native_folder is not None:
+        native_build.configure(Path(options.native_folder))
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     elif device.type == "cpu":

@@ -1,8 +1,7 @@
 """Weights as a CPU server wants them: stored column by column, and a `linear` socket that reads them so.
 
-Decoding multiplies few rows with every weight once, so it is bound by how fast weights stream in. The native
-product keeps a tile of outputs in registers and walks down the columns `[in, out]`, fetching ahead. Shapes
-and values of the parameters do not change, only their strides.
+The native product multiplies such weights without copying them first (`kernels/native_c/product.c`); tapes
+copy them into panels once. Shapes and values of the parameters do not change, only their strides.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     from benthic.model.network import DeepSeek
     from benthic.model.sockets import Linear
 
-FEW_ROWS: Final = 256
-"""Up to here the native product is the faster one; above, the blocked product of torch's library."""
+FEW_ROWS: Final = 16
+"""Up to here the native product is as fast as the blocked one of torch's library, which is called above."""
 
 SOCKET_WEIGHTS: Final = (
     "attn.q.weight",

@@ -32,6 +32,7 @@ class EngineOptions:
         num_threads: CPU threads of torch; None takes all cores but one, which HTTP and clients need, when the
             engine runs on a CPU, and torch's choice on a GPU.
         enforce_eager: run every step as it is written, without tapes (CPU) or graphs.
+        native_folder: where compiled CPU kernels are kept; None leaves it to `kernels.native_build`.
         record: file that gets every call to the scheduler as a JSON line, for `benthic.sched.replay`.
     """
 
@@ -49,6 +50,7 @@ class EngineOptions:
     max_logprobs: int = 20
     num_threads: int | None = None
     enforce_eager: bool = False
+    native_folder: str | None = None
     record: str | None = None
 
     def __post_init__(self) -> None:

@@ -56,8 +56,11 @@ class StepBuilder:
     ) -> None:
         self._block_size = block_size
         self._device = device
+        self._on_cpu = device.type == "cpu"
         self._table_NP = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
         self._newest_N = np.zeros(max_num_seqs, dtype=np.int64)
+        self._decoding_slots: tuple[int, ...] = ()
+        self._decoding_S = np.zeros(0, dtype=np.int64)
 
     def write(self, tables: Iterable[TableWrite]) -> None:
         """Apply a plan's block-table writes."""
@@ -75,8 +78,11 @@ class StepBuilder:
         """
         singles = [chunk for chunk in plan.prefills if chunk.length == 1]
         chunks = [chunk for chunk in plan.prefills if chunk.length > 1]
-        slot_S = np.array([*plan.decode_slots, *(chunk.slot for chunk in singles)], dtype=np.int64)
-        position_S = np.array([*plan.decode_positions, *(chunk.start for chunk in singles)], dtype=np.int64)
+        slot_S = self._decoding(plan.decode_slots)
+        position_S = np.array(plan.decode_positions, dtype=np.int64)
+        if singles:
+            slot_S = np.append(slot_S, [chunk.slot for chunk in singles])
+            position_S = np.append(position_S, [chunk.start for chunk in singles])
         token_S = self._newest_N[slot_S]
         if singles:
             token_S[len(plan.decode_slots) :] = [_tokens(chunk)[0] for chunk in singles]
@@ -103,10 +109,17 @@ class StepBuilder:
             chunk_rows=_chunk_rows(plan),
         )
 
+    def _decoding(self, slots: tuple[int, ...]) -> NDArray[np.int64]:
+        """The slots of the decoding sequences; the scheduler hands out one tuple until one comes or goes."""
+        if slots is not self._decoding_slots:
+            self._decoding_slots, self._decoding_S = slots, np.array(slots, dtype=np.int64)
+        return self._decoding_S
+
     def _slots(self, row: NDArray[np.int64] | int, position: NDArray[np.int64]) -> NDArray[np.int64]:
         """Cache slots of positions of the sequences in table rows `row`."""
-        column, offset = np.divmod(position, self._block_size)
-        return self._table_NP[row, column].astype(np.int64) * self._block_size + offset
+        column = position // self._block_size
+        first = self._table_NP[row, column].astype(np.int64) - column
+        return first * self._block_size + position
 
     def _decode(self, slot_S: NDArray[np.int64], position_S: NDArray[np.int64]) -> DecodeRows:
         columns = int(position_S.max()) // self._block_size + 1
@@ -140,7 +153,8 @@ class StepBuilder:
         return self._to_device(np.array([*range(num_decodes), *last], dtype=np.int64))
 
     def _to_device(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return tensor if self._on_cpu else tensor.to(self._device, non_blocking=True)
 
 
 def _tokens(chunk: Prefill) -> tuple[int, ...]:

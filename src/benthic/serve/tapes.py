@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benthic.errors import BackendError
-from benthic.kernels.tape import Constants, Tape, record
+from benthic.kernels.constants import Constants
+from benthic.kernels.tape import Tape, record
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
 
@@ -64,11 +65,12 @@ class Inputs:
 
     def fill(self, step: StepTensors, decode: DecodeRows) -> None:
         """Take over a step's tokens, positions, slots and pages."""
-        self.tokens_S.copy_(step.tokens_T)
-        self.positions_S.copy_(step.positions_T)
-        self.slot_S.copy_(step.layout.slot_T)
-        self.block_table_SP[:, : decode.block_table_SP.shape[1]].copy_(decode.block_table_SP)
-        self.context_S.copy_(decode.context_S)
+        pages_SP = decode.block_table_SP.numpy()
+        self.tokens_S.numpy()[:] = step.tokens_T.numpy()
+        self.positions_S.numpy()[:] = step.positions_T.numpy()
+        self.slot_S.numpy()[:] = step.layout.slot_T.numpy()
+        self.block_table_SP.numpy()[:, : pages_SP.shape[1]] = pages_SP
+        self.context_S.numpy()[:] = decode.context_S.numpy()
 
 
 class DecodeTapes:
