@@ -169,13 +169,13 @@ def run(case: Case, data: Path, config: RunConfig, facts: HardwareFacts) -> dict
         if results[-1].step % 100 == 0:
             print(f"  {case.name}: step {results[-1].step} loss {results[-1].loss:.4f}")
     held_out = evaluate(
-        trainer.model,
+        trainer.executor.score,
         TokenShards(data, meta, "held_out"),
         seq_len=int(resolved.train.seq_len),
         rows=8,
         max_tokens=config.evaluate.max_tokens,
         mask_documents=True,
-        linear=trainer.executor.linear,
+        mtp_depth=config.model.num_nextn_predict_layers,
     )
     kept = measure(trainer)
     steady = float(np.median(seconds[len(seconds) // 4 :]))
