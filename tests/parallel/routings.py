@@ -31,13 +31,13 @@ def scores(name: str, tokens: int, experts: int, generator: torch.Generator) -> 
     return found
 
 
-def tokens_of(name: str, rank: int) -> int:
+def tokens_of(name: str, rank: int, most: int) -> int:
     counts = {
         "a rank without tokens": (63, 0, 17, 5),
         "one token": (1, 0, 0, 0),
         "no tokens at all": (0, 0, 0, 0),
     }
-    return counts.get(name, (63, 40, 17, 64))[rank]
+    return min(most, counts.get(name, (63, 40, 17, 64))[rank])
 
 
 ROUTINGS = (
@@ -53,13 +53,19 @@ ROUTINGS = (
 
 
 def batches(
-    name: str, ranks: int, *, dtype: torch.dtype, width: int = WIDTH, device: str = "cpu"
+    name: str,
+    ranks: int,
+    *,
+    dtype: torch.dtype,
+    width: int = WIDTH,
+    most: int = 64,
+    device: str = "cpu",
 ) -> list[Batch]:
     """What every rank brings to the exchange."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     found = []
     for rank in range(ranks):
-        tokens = tokens_of(name, rank)
+        tokens = tokens_of(name, rank, most)
         best = scores(name, tokens, ranks * PER_RANK, generator).topk(TOP_K, dim=1)
         batch = Batch(
             torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(dtype),
