@@ -6,16 +6,13 @@ Each rank is a process of its own on its own GPU; NCCL carries the all-to-all ex
 from __future__ import annotations
 
 import functools
-import tempfile
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist  # noqa: TID251 (the group that the exchanges share)
-import torch.multiprocessing as mp
 from peer_checks import check_overlap_and_recomputation, check_same_bits, size_for
 from routings import PER_RANK, ROUTINGS, batches, expert_weights
+from spawn import spawn
 
 from benthic.kernels import ops
 from benthic.parallel.exchange_memory import PeerMemory
@@ -93,24 +90,7 @@ def graph(rank):
             assert torch.equal(layer(found[name]), expected[name]), name
 
 
-def run(rank, folder, name):
-    torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl",
-        store=dist.FileStore(str(Path(folder) / "store"), RANKS),
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=120),
-        device_id=torch.device("cuda", rank),
-    )
-    globals()[name](rank)
-    torch.cuda.synchronize()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("check", ["bits", "large", "graph"])
+@pytest.mark.parametrize("check", [bits, large, graph], ids=lambda check: check.__name__)
 def test_exchange_between_gpus(check):
     """`bits`: forward and backward equal the all-to-all exchange; `large`: repeats; `graph`: replays."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, (folder, check), nprocs=RANKS)
+    spawn(check, RANKS, device="cuda", seconds=280)
