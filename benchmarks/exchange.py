@@ -1,9 +1,10 @@
 """Times both token exchanges beside each other: `torchrun --nproc-per-node 2 benchmarks/exchange.py`.
 
 Every line is one direction, started and finished at once, with DeepSeek-V3's row and experts: 4096 tokens a
-rank (training, prefill) and 128 (decode); what can be captured is timed from a CUDA graph too. First the two exchanges must give the same
-bits. `bytes` are those that leave a rank for others by what the routing really chose, so `GB/s` is what the
-links carried. Slowest rank of each repeat, median over repeats. `--small --device cpu` rehearses on gloo.
+rank (training, prefill) and 128 (decode); what can be captured is timed from a CUDA graph too. First the two
+exchanges must give the same bits. Bytes are those that leave a rank for others by what the routing really
+chose, so GB/s is what the links carried. Slowest rank of each repeat, median over repeats.
+`--small --device cpu` rehearses on gloo.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def lines(
 
 def exchanges(batch: Batch, experts: int, *, fp8: bool, device: torch.device) -> dict[str, Any]:
     """Both exchanges; on a CPU only the one that runs there."""
-    plain = AllToAllExchange(dist.group.WORLD, experts, fp8=fp8)
+    group: Any = dist.group.WORLD
+    plain = AllToAllExchange(group, experts, fp8=fp8)
     if device.type != "cuda":
         return {"all_to_all": plain}
     from benthic.parallel.exchange_nvlink import NvlinkExchange, Size
@@ -164,7 +166,7 @@ def exchanges(batch: Batch, experts: int, *, fp8: bool, device: torch.device) ->
         max_tokens=len(batch.x),
         fp8=fp8,
     )
-    return {"all_to_all": plain, "nvlink": NvlinkExchange.on(plain.group, size, device)}
+    return {"all_to_all": plain, "nvlink": NvlinkExchange.on(group, size, device)}
 
 
 def main() -> None:

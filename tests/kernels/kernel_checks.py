@@ -307,6 +307,19 @@ def absent(tokens, top_k):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+def test_gather_copies_leaves_rows_past_the_end_alone(dtype, width):
+    x, ends = made(TOKENS, width, dtype=dtype).detach(), torch.tensor([4, 20], dtype=torch.int32)
+    copy = torch.randperm(TOKENS * 3, generator=torch.Generator().manual_seed(5))[:25]
+    copy, ends = copy.to(DEVICE), ends.to(DEVICE)
+    fast = ops.gather_copies(x, copy, ends, top_k=3, impl="triton")
+    exact = ops.gather_copies(x, copy, ends, top_k=3, impl="reference")
+    assert fast.shape == exact.shape == (25, width)
+    assert torch.equal(fast[:20], x[copy[:20] // 3])
+    assert torch.equal(exact[:20], fast[:20])
+    assert fast[20:].isnan().all()  # never written
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_sum_copies_skips_absent_ones(dtype, width):
     row, rows = absent(TOKENS, 3)
     x, weight = made(rows, width, dtype=dtype).detach(), made(TOKENS, 3, dtype=torch.float32, seed=1).detach()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist  # noqa: TID251 (the group that the exchanges share)
-from routings import PER_RANK, TOP_K, batches, expert_weights, through
+from routings import PER_RANK, TOP_K, batches, expert_weights, through, through_factors
 from torch.utils.checkpoint import checkpoint
 
 from benthic.kernels import ops
@@ -18,7 +18,7 @@ from benthic.parallel.exchange import AllToAllExchange
 from benthic.parallel.exchange_memory import PeerMemory
 from benthic.parallel.exchange_nvlink import NvlinkExchange, Size
 
-NAMES = ("output", "gradient of tokens", "gradient of weights", "gradient of experts")
+NAMES = ("output", "gradient of tokens", "gradient of weights", "gradient at the experts")
 
 
 def shared_file_memory(folder: str, rank: int, ranks: int, words: int, name: str) -> PeerMemory:
@@ -64,11 +64,9 @@ def check_same_bits(memory_for, rank, ranks, *, names, dtype, width, device, mos
     size = size_for(ranks, dtype=dtype, width=width, **({"max_tokens": most} | options))
     fast = NvlinkExchange(memory_for(size.words(ranks)), size)
     plain = AllToAllExchange(None, ranks * PER_RANK, fp8=size.fp8)
-    weight = expert_weights(ranks, dtype=dtype, width=width, device=device)
-    mine = weight[rank * PER_RANK : (rank + 1) * PER_RANK]
     for name in names:
         batch = batches(name, ranks, dtype=dtype, width=width, most=most, device=device)[rank]
-        same_bits(through(fast, batch, mine), through(plain, batch, mine), (rank, name, dtype, options))
+        same_bits(through_factors(fast, batch), through_factors(plain, batch), (rank, name, dtype, options))
 
 
 def check_overlap_and_recomputation(memory_for, rank, ranks, *, dtype, width, device, most=64):
