@@ -288,6 +288,44 @@ def experts(bench: Bench) -> None:
         )  # fmt: skip
 
 
+def copies(bench: Bench) -> None:
+    """What an expert-parallel rank of 8 does with its tokens: about 1.5 of 8 copies of each are here."""
+    tokens, width, top_k = (64, 64, 8) if bench.small else (16384, 7168, 8)
+    here = torch.rand(tokens, top_k, device=bench.device) < 1.5 / top_k
+    row_AK = torch.where(here, here.flatten().cumsum(0).view_as(here) - 1, -1)
+    copy_R = here.flatten().nonzero().squeeze(1)
+    weight = torch.rand(tokens, top_k, device=bench.device)
+    ends = torch.tensor([len(copy_R)], dtype=torch.int32, device=bench.device)
+    row, rows = width * bench.dtype.itemsize, len(copy_R)
+    dout = bench.random(tokens, width, seed=3)
+    cases: list[tuple[str, Callable[..., Any], int, float]] = [
+        (
+            "gather_copies",
+            lambda impl, x: ops.gather_copies(x, copy_R, ends, top_k=top_k, impl=impl),
+            tokens,
+            row * 2 * rows,
+        ),
+        (
+            "sum_copies",
+            lambda impl, x: ops.sum_copies(x, row_AK, weight, impl=impl),
+            rows,
+            row * (rows + tokens),
+        ),
+        (
+            "sum_copies_backward",
+            lambda impl, x: ops.sum_copies_backward(dout, x, row_AK, weight, impl=impl)[0],
+            rows,
+            row * (2 * rows + tokens),
+        ),
+    ]
+    for name, run, count, moved in cases:
+        operands = bench.sets(lambda seed, count=count: (bench.random(count, width, seed=seed),), moved)
+        for impl in implementations(name, lambda impl, run=run, x=operands[0][0]: run(impl, x)):
+            error = relative(run(impl, operands[0][0]), run("reference", operands[0][0]))
+            seconds = bench.time(lambda x, run=run, impl=impl: run(impl, x), operands)
+            bench.add(name, f"{tokens} x {width}, {rows} copies", impl, seconds, moved, "TB/s", error)
+
+
 def head(bench: Bench) -> None:
     """Linear and cross-entropy without the logits matrix: three products' FLOPs, though four are done."""
     tokens, width, vocabulary = (64, 32, 500) if bench.small else (8192, 2048, 163840)
@@ -322,7 +360,7 @@ def fp8(bench: Bench) -> None:
             )
 
 
-SUITES = (roofs, memory_bound, attention, decode, experts, head, fp8)
+SUITES = (roofs, memory_bound, attention, decode, experts, copies, head, fp8)
 
 
 def main() -> None:

@@ -34,6 +34,11 @@ def made(*shape, dtype, seed=0):
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_()
 
 
+def close_fp8(fast, exact, dtype):
+    """Hopper adds FP8 products with 13 bits of fraction inside a chunk of 128, so float32 is not reached."""
+    close(fast, exact, torch.float16 if ON_GPU and dtype == torch.float32 else dtype)
+
+
 def close(fast, exact, dtype):
     assert fast.dtype in (dtype, torch.float32)
     assert torch.isfinite(fast).all()
@@ -317,6 +322,19 @@ def absent(tokens, top_k):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+def test_gather_copies_leaves_rows_past_the_end_alone(dtype, width):
+    x, ends = made(TOKENS, width, dtype=dtype).detach(), torch.tensor([4, 20], dtype=torch.int32)
+    copy = torch.randperm(TOKENS * 3, generator=torch.Generator().manual_seed(5))[:25]
+    copy, ends = copy.to(DEVICE), ends.to(DEVICE)
+    fast = ops.gather_copies(x, copy, ends, top_k=3, impl="triton")
+    exact = ops.gather_copies(x, copy, ends, top_k=3, impl="reference")
+    assert fast.shape == exact.shape == (25, width)
+    assert torch.equal(fast[:20], x[copy[:20] // 3])
+    assert torch.equal(exact[:20], fast[:20])
+    assert fast[20:].isnan().all()  # never written
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_sum_copies_skips_absent_ones(dtype, width):
     row, rows = absent(TOKENS, 3)
     x, weight = made(rows, width, dtype=dtype).detach(), made(TOKENS, 3, dtype=torch.float32, seed=1).detach()
@@ -424,12 +442,12 @@ def test_fp8_linear(dtype, dims, impl):
     x, weight = made(TOKENS, inner, dtype=torch.float32), made(outer, inner, dtype=torch.float32, seed=1)
     rows, blocks = fp8_rows(x.detach()), ops.quantise_fp8_weight(weight.detach(), impl="reference")
     fast = ops.fp8_linear(rows, blocks, dtype=dtype, impl=impl)
-    close(fast, ops.fp8_linear(rows, blocks, dtype=torch.float32, impl="reference").double(), dtype)
+    close_fp8(fast, ops.fp8_linear(rows, blocks, dtype=torch.float32, impl="reference").double(), dtype)
     dy = fp8_rows(made(TOKENS, outer, dtype=torch.float32, seed=2).detach())
     if outer % 128 == 0 or impl == "triton":
         fast = ops.fp8_linear(dy, blocks.transposed(), dtype=dtype, impl=impl)
         exact = ops.fp8_linear(dy, blocks.transposed(), dtype=torch.float32, impl="reference")
-        close(fast, exact.double(), dtype)
+        close_fp8(fast, exact.double(), dtype)
 
 
 @pytest.mark.parametrize("impl", ["triton", "cublas"])
@@ -442,7 +460,7 @@ def test_fp8_weight_gradient(dtype, dims, impl):
         for d in dims
     ]
     fast = ops.fp8_weight_gradient(*tiles, dtype=dtype, impl=impl)
-    close(fast, ops.fp8_weight_gradient(*tiles, impl="reference").double(), dtype)
+    close_fp8(fast, ops.fp8_weight_gradient(*tiles, impl="reference").double(), dtype)
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -450,8 +468,8 @@ def test_grouped_fp8_products(dtype, name):
     ends, (x, weight) = grouped_inputs(name, 35, (300, 150), torch.float32)
     rows, blocks = fp8_rows(x.detach()), ops.quantise_fp8_weight(weight.detach(), impl="reference")
     fast = ops.fp8_linear(rows, blocks, ends, dtype=dtype, impl="triton")
-    close(fast, ops.fp8_linear(rows, blocks, ends, dtype=torch.float32, impl="reference").double(), dtype)
+    close_fp8(fast, ops.fp8_linear(rows, blocks, ends, dtype=torch.float32, impl="reference").double(), dtype)
     dy = made(len(x), 150, dtype=torch.float32, seed=2).detach()
     tiles = [ops.quantise_fp8_columns(t, ends, impl="reference") for t in (dy, x.detach())]
     fast = ops.fp8_weight_gradient(*tiles, ends, dtype=dtype, impl="triton")
-    close(fast, ops.fp8_weight_gradient(*tiles, ends, impl="reference").double(), dtype)
+    close_fp8(fast, ops.fp8_weight_gradient(*tiles, ends, impl="reference").double(), dtype)

@@ -62,7 +62,7 @@ def compiled(module, kernel, constants, *, dtype="bf16", warps=4, stages=3, over
             signature[name] = "constexpr"
             continue
         signature[name] = argument_type(name, dtype, overrides or {})
-        if name.endswith(("_ptr", "_dim")) or "stride" in name or name in ("width", "columns"):
+        if name.endswith(("_ptr", "_dim")) or "stride" in name or name in ("width", "columns", "words"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, constexprs, attributes)
@@ -211,6 +211,7 @@ MEMORY_BOUND = [
     ("triton_norm", "_swiglu_backward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
     ("triton_norm", "_rotate", {"ROWS": 64, "HALF": 32}, 4, {}),
     ("triton_permute", "_gather_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
+    ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_sum_rows", {"WEIGHTED": True, "TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_sum_rows_backward", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_moe", "_zero_rows", {"ROWS": 32, "WIDTH": 128}, 4, {}),
@@ -255,3 +256,49 @@ MEMORY_BOUND = [
 def test_memory_bound_kernels_do_not_spill(module, kernel, constants, warps, overrides, tmp_path):
     built = compiled(module, kernel, constants, warps=warps, overrides=overrides)
     assert_fits(resources(built, tmp_path))
+
+
+EXCHANGE = [
+    (
+        "_push_tokens",
+        {"CHOICE": True, "RANKS": 8, "TOP_K": 8, "TOP_K_PAD": 8, "WORDS": 4096},
+        {"x_ptr": "*i32", "expert_ptr": "*i32", "weight_ptr": "*i32"},
+    ),
+    (
+        "_push_tokens",
+        {"CHOICE": False, "RANKS": 2, "TOP_K": 6, "TOP_K_PAD": 8, "WORDS": 1024},
+        {"x_ptr": "*i32", "expert_ptr": "*i32", "weight_ptr": "*i32"},
+    ),
+    (
+        "_push_sums",
+        {"WEIGHTED": True, "DWEIGHT": False, "TOP_K": 8, "TOP_K_PAD": 8, "WIDTH": 8192},
+        {"weight_ptr": "*fp32", "dweight_ptr": "*fp32"},
+    ),
+    (
+        "_push_sums",
+        {"WEIGHTED": False, "DWEIGHT": True, "TOP_K": 8, "TOP_K_PAD": 8, "WIDTH": 1024},
+        {"weight_ptr": "*fp32", "dweight_ptr": "*fp32"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kernel", "constants", "types"), EXCHANGE)
+def test_rows_are_pushed_to_peers_in_16_byte_stores_without_spills(kernel, constants, types, tmp_path):
+    tables = {"rows_table": "*i64", "choice_table": "*i64", "dweight_table": "*i64"}
+    width = constants.get("WORDS") or constants["WIDTH"]
+    built = compiled(
+        "triton_exchange",
+        kernel,
+        constants,
+        warps=min(16, width // 512),
+        overrides=types | tables,
+    )
+    assert_fits(resources(built, tmp_path))
+    assert re.search(r"st\.global\.v4\.b32", built.asm["ptx"])
+
+
+@pytest.mark.parametrize(("kernel", "order"), [("_raise_flags", "release"), ("_await_flags", "acquire")])
+def test_flags_order_memory_between_gpus(kernel, order):
+    types = {"flags_table": "*i64", "flags_ptr": "*i32"}
+    built = compiled("triton_exchange", kernel, {"RANKS": 8}, warps=1, overrides=types)
+    assert built.asm["ptx"].count(f"atom.global.{order}.sys.cas.b32") >= 8

@@ -1,7 +1,7 @@
-"""Runs a function on n gloo processes of this machine and fails with the traceback of the rank that failed.
+"""Runs a function on n processes of this machine and fails with the traceback of the rank that failed.
 
-Processes are forked from a server that has imported torch once, since importing it takes each of them
-seconds; like spawned ones they share nothing with the test.
+On a CPU (gloo) they are forked from a server that has imported torch once, since importing it takes each of
+them seconds; like spawned ones they share nothing with the test. For GPUs (NCCL) they are spawned.
 """
 
 from __future__ import annotations
@@ -40,10 +40,17 @@ class RankError(AssertionError):
     """A rank raised; the message is its traceback."""
 
 
-def spawn(function: Callable[..., None], ranks: int, *arguments: object, seconds: float = SECONDS) -> None:
+def spawn(
+    function: Callable[..., None],
+    ranks: int,
+    *arguments: object,
+    seconds: float = SECONDS,
+    device: str = "cpu",
+) -> None:
     """Call `function(rank, *arguments)` in `ranks` processes that share a default group.
 
-    `function` is a module-level function of a file, `arguments` can be pickled.
+    `function` is a module-level function of a file, `arguments` can be pickled. With `device="cuda"` rank i
+    has GPU i.
 
     Raises:
         RankError: ranks raised; it tells of the first, which made others fail. All are ended.
@@ -52,8 +59,9 @@ def spawn(function: Callable[..., None], ranks: int, *arguments: object, seconds
     where = (inspect.getsourcefile(function), function.__name__)
     multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED_ONCE)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (ranks, folder, seconds, *where, arguments)
-        context = mp.start_processes(_run, arguments, ranks, join=False, start_method="forkserver")
+        arguments = (ranks, folder, seconds, device, *where, arguments)
+        method = "forkserver" if device == "cpu" else "spawn"
+        context = mp.start_processes(_run, arguments, ranks, join=False, start_method=method)
         try:
             _join(context, function.__name__, seconds)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
@@ -80,15 +88,25 @@ def _first_failure(folder: Path) -> str | None:
 
 
 def _run(
-    rank: int, ranks: int, folder: str, seconds: float, source: str, name: str, arguments: tuple[object, ...]
+    rank: int,
+    ranks: int,
+    folder: str,
+    seconds: float,
+    device: str,
+    source: str,
+    name: str,
+    arguments: tuple[object, ...],
 ) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "gloo" if device == "cpu" else "nccl",
         store=dist.FileStore(str(Path(folder) / "store"), ranks),
         rank=rank,
         world_size=ranks,
         timeout=timedelta(seconds=seconds),
+        device_id=torch.device("cuda", rank) if device == "cuda" else None,
     )
     try:
         getattr(_module(source), name)(rank, *arguments)

@@ -23,6 +23,19 @@ def _gather_rows(x_ptr, copy_ptr, out_ptr, width, stride, TOP_K: tl.constexpr, W
 
 
 @triton.jit
+def _gather_copies(
+    x_ptr, copy_ptr, ends_ptr, out_ptr, width, stride, last, TOP_K: tl.constexpr, WIDTH: tl.constexpr
+):
+    """rows[r] = x[token of r] for rows before the last expert's end."""
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(ends_ptr + last):
+        token = tl.load(copy_ptr + row) // TOP_K
+        column = tl.arange(0, WIDTH)
+        x = tl.load(x_ptr + token * stride + column, mask=column < width)
+        tl.store(out_ptr + row * width + column, x, mask=column < width)
+
+
+@triton.jit
 def _sum_rows(
     rows_ptr, weight_ptr, row_ptr, out_ptr, width, stride,
     WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
@@ -81,6 +94,20 @@ def permute(x_TD, expert_TK, num_experts):
 def unpermute(rows_RD, maps, weight_TK):
     """See `benthic.kernels.ops.unpermute`."""
     return _WeightedSum.apply(rows_RD, weight_TK, maps.row_TK)
+
+
+def gather_copies(x_AD, copy_R, ends_E, top_k):
+    """See `benthic.kernels.ops.gather_copies`."""
+    x_AD = _unit_stride(x_AD)
+    rows, width = copy_R.shape[0], x_AD.shape[1]
+    out = torch.empty(rows, width, dtype=x_AD.dtype, device=x_AD.device)
+    if out.numel():
+        padded = triton.next_power_of_2(width)
+        _gather_copies[(rows,)](
+            x_AD, copy_R, ends_E, out, width, x_AD.stride(0), ends_E.shape[0] - 1,
+            TOP_K=top_k, WIDTH=padded, num_warps=_warps(padded),
+        )  # fmt: skip
+    return out
 
 
 def sum_copies(rows_RD, row_AK, weight_AK):

@@ -154,6 +154,9 @@ class _AllToAllTrip(Trip[Transfer]):
         (wire,) = moving.wait()
         return self._exchange.wire.unpack(wire, self._width, self._dtype)
 
+    def release(self, moving: Transfer) -> None:
+        """Nothing to do: every transfer has memory of its own."""
+
     def send_home(
         self, rows_RD: Tensor, row_AK: Tensor, weight_AK: Tensor | None, dweight_AK: Tensor | None
     ) -> Transfer:

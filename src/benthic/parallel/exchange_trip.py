@@ -62,6 +62,10 @@ class Trip(ABC, Generic[MovingT]):
         """Wait for rows `dout_AD` of a backward pass, in the order in which the tokens arrived."""
 
     @abstractmethod
+    def release(self, moving: MovingT) -> None:
+        """What `receive` or `receive_gradient` returned has been read: its memory may be overwritten."""
+
+    @abstractmethod
     def send_home(
         self, rows_RD: Tensor, row_AK: Tensor, weight_AK: Tensor | None, dweight_AK: Tensor | None
     ) -> MovingT:
@@ -96,6 +100,7 @@ def finish_dispatch(flight: InFlight) -> Arrived:
     (link,), handle = flight.tensors, flight.handle
     here = handle.trip.receive(handle.moving)
     rows_RD, weight_AK = _Arrived.apply(link, handle.trip, here)
+    handle.trip.release(handle.moving)
     return Arrived(rows_RD, here.arrivals.ends_E, weight_AK, (handle.trip, here.arrivals.row_AK))
 
 
@@ -158,7 +163,9 @@ class _Arrived(torch.autograd.Function):
         """A gather."""
         arrivals = here.arrivals
         ctx.trip, ctx.row_AK, ctx.like = trip, arrivals.row_AK, link
-        return here.x_AD.index_select(0, arrivals.copy_R // arrivals.row_AK.shape[1]), here.weight_AK
+        top_k = arrivals.row_AK.shape[1]
+        rows_RD = ops.gather_copies(here.x_AD, arrivals.copy_R, arrivals.ends_E, top_k=top_k)
+        return rows_RD, here.weight_AK
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -182,8 +189,10 @@ class _Weighed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ARG004 (a link's)
         """Gradients of the experts' rows and of the weights that arrived with them."""
         rows_RD, weight_AK = ctx.saved_tensors
-        dout_AD = ctx.trip.receive_gradient(ctx.trip.take_backward())
+        moving = ctx.trip.take_backward()
+        dout_AD = ctx.trip.receive_gradient(moving)
         drows_RD, dweight_AK = ops.sum_copies_backward(dout_AD, rows_RD, ctx.row_AK, weight_AK)
+        ctx.trip.release(moving)
         return drows_RD, dweight_AK, None, None
 
 

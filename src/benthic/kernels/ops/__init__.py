@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.errors import BackendError
 from benthic.kernels.ops.attention import ATTENTION, attention
-from benthic.kernels.ops.copies import SUM_COPIES, SUM_COPIES_BACKWARD, sum_copies, sum_copies_backward
+from benthic.kernels.ops.copies import (
+    GATHER_COPIES,
+    SUM_COPIES,
+    SUM_COPIES_BACKWARD,
+    gather_copies,
+    sum_copies,
+    sum_copies_backward,
+)
 from benthic.kernels.ops.decode import MLA_DECODE, STORE_LATENT, mla_decode, store_latent
 from benthic.kernels.ops.fp8 import (
     DEQUANTISE_FP8,
@@ -84,6 +91,7 @@ __all__ = [
     "fp8_linear",
     "fp8_weight_gradient",
     "grouped_input_gradient",
+    "gather_copies",
     "grouped_linear",
     "linear_cross_entropy",
     "mla_decode",
@@ -115,6 +123,7 @@ OPS: tuple[Op, ...] = (
     ROUTE,
     PERMUTE,
     UNPERMUTE,
+    GATHER_COPIES,
     SUM_COPIES,
     SUM_COPIES_BACKWARD,
     GROUPED_LINEAR,

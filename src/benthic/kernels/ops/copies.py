@@ -1,4 +1,4 @@
-"""Public ops of an expert-parallel rank: sum the copies that a token has here, and the gradient of that."""
+"""Public ops of an expert-parallel rank: copy tokens to the experts here, sum the copies, its gradient."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ _TRITON = triton_runs(
     torch.bfloat16, torch.float16, torch.float32, reason="gathers, float32 sums in a fixed order, no atomics"
 )
 
+GATHER_COPIES = Op(
+    "gather_copies",
+    (
+        Implementation("triton", _TRITON, "benthic.kernels.triton_permute:gather_copies"),
+        reference("benthic.kernels.reference.moe:gather_copies"),
+    ),
+)
 SUM_COPIES = Op(
     "sum_copies",
     (
@@ -26,6 +33,19 @@ SUM_COPIES_BACKWARD = Op(
         reference("benthic.kernels.reference.moe:sum_copies_backward"),
     ),
 )
+
+
+def gather_copies(
+    x_AD: Tensor, copy_R: Tensor, ends_E: Tensor, *, top_k: int, impl: str | None = None
+) -> Tensor:
+    """`rows_r = x[copy_r // top_k]` for rows before `ends_E[-1]`; later rows are undefined.
+
+    Shapes: x [A, D]; copy_R int64 [R]; ends_E int32 [E]. Returns: rows [R, D]. On a GPU the host need not
+    know how many rows there are. Not differentiable: an exchange writes its own gradients.
+    """
+    case = Case(x_AD.device.type, x_AD.dtype)
+    rows: Tensor = GATHER_COPIES.choose(case, impl)(x_AD, copy_R, ends_E, top_k)
+    return rows
 
 
 def sum_copies(

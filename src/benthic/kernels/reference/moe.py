@@ -107,6 +107,14 @@ def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
     return (rows_TKD * weight_TK.to(acc).unsqueeze(-1)).sum(dim=1).to(rows_RD.dtype)
 
 
+def gather_copies(x_AD: Tensor, copy_R: Tensor, ends_E: Tensor, top_k: int) -> Tensor:
+    """`rows_r = x[copy_r // top_k]`; rows past `ends_E[-1]` are zeros."""
+    rows_RD = x_AD.new_zeros(copy_R.shape[0], x_AD.shape[1])
+    rows = int(ends_E[-1])
+    rows_RD[:rows] = x_AD[copy_R[:rows] // top_k]
+    return rows_RD
+
+
 def sum_copies(rows_RD: Tensor, row_AK: Tensor, weight_AK: Tensor | None) -> Tensor:
     """`out_a = sum_k weight_ak * rows[row_ak]` over the copies that are here, in float32, in order."""
     acc = wide(rows_RD.dtype)

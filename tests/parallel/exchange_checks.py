@@ -1,0 +1,86 @@
+"""Runs with interpreted kernels only: `test_exchange_interpreter.py` starts it. See `peer_checks.py`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from peer_checks import check_overlap_and_recomputation, check_same_bits, shared_file_memory, size_for
+from routings import PER_RANK, ROUTINGS, batches
+from spawn import spawn
+
+from benthic.errors import BackendError, ConfigError, ShapeError
+from benthic.parallel.exchange_memory import PeerMemory
+from benthic.parallel.exchange_nvlink import NvlinkExchange
+
+
+def memory(folder, rank, ranks):
+    numbers = itertools.count()
+    return lambda words: shared_file_memory(folder, rank, ranks, words, f"memory-{next(numbers)}")
+
+
+def every_routing(rank, ranks, folder):
+    shared = memory(folder, rank, ranks)
+    same = functools.partial(check_same_bits, shared, rank, ranks, dtype=torch.float32, most=5, device="cpu")
+    same(names=ROUTINGS[:1], width=1100, exact_rows=True)  # in two pieces
+    if ranks == 2:
+        names = ("half the experts empty", "one expert takes every token", "a rank without tokens")
+        same(names=names, width=20)
+        same(names=ROUTINGS[:1], width=260, fp8=True)
+        check_overlap_and_recomputation(
+            shared, rank, ranks, dtype=torch.float32, width=24, device="cpu", most=4
+        )
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_both_exchanges_give_the_same_bits(ranks, tmp_path):
+    spawn(every_routing, ranks, ranks, str(tmp_path), seconds=200)
+
+
+def alone(**options):
+    size = size_for(1, dtype=torch.float32, width=8, max_tokens=9, **options)
+    words = torch.zeros(size.words(1), dtype=torch.int32)
+    return NvlinkExchange(PeerMemory(words, (words.data_ptr(),), 0), size)
+
+
+def one_batch(**options):
+    return batches("random", 1, dtype=torch.float32, width=8, most=9)[0]._replace(**options)
+
+
+def test_more_transfers_than_mailboxes_are_refused():
+    exchange, batch = alone(), one_batch()
+    exchange.start_dispatch(batch.x, batch.expert, batch.weight)
+    with pytest.raises(BackendError, match="1 transfers of this exchange are on their way out"):
+        exchange.start_dispatch(batch.x, batch.expert, batch.weight)
+
+
+def test_a_dispatch_that_was_finished_is_not_read_again_from_a_mailbox_in_use():
+    exchange, batch = alone(), one_batch()
+    flight = exchange.start_dispatch(batch.x, batch.expert, batch.weight)
+    exchange.finish_dispatch(flight)
+    with pytest.raises(BackendError, match="keep_arrivals=True"):
+        exchange.finish_dispatch(flight)
+
+
+def test_tokens_beyond_the_room_are_refused():
+    exchange = alone()
+    batch = one_batch()
+    many = [tensor.repeat(2, 1) for tensor in (batch.x, batch.expert, batch.weight)]
+    with pytest.raises(ShapeError, match=r"18 tokens, but max_tokens=9"):
+        exchange.start_dispatch(*many)
+    with pytest.raises(ShapeError, match=r"rows of 8 x torch.float64"):
+        exchange.start_dispatch(batch.x.double(), batch.expert, batch.weight)
+
+
+def test_rows_that_are_not_whole_words_are_refused():
+    with pytest.raises(ConfigError, match="not whole words of 4"):
+        size_for(2, dtype=torch.bfloat16, width=7).words(2)
+
+
+def test_room_is_reserved_for_every_copy_that_could_arrive():
+    exchange, batch = alone(), one_batch()
+    arrived = exchange.finish_dispatch(exchange.start_dispatch(batch.x, batch.expert, batch.weight))
+    assert arrived.rows_RD.shape[0] == 9 * min(3, PER_RANK)
+    assert arrived.ends_E[-1] == 9 * 3
