@@ -14,6 +14,7 @@ from benthic.model.products import WeightGradients
 from benthic.parallel.buckets import global_norm
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.stages import build
+from benthic.parallel.tensor import divide_products
 from benthic.sched.pipeline import schedules
 from benthic.sched.pipeline.check import check
 from benthic.train.balance import update_bias
@@ -267,13 +268,14 @@ def table_of(config: RunConfig) -> Table:
 
 
 def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
-    """What this rank holds, freshly initialised, in its precision, with its phases recomputed."""
+    """What this rank holds, freshly initialised, in its precision; products divided and phases recomputed."""
     weights = config.precision.weights
     dtype = torch.float32 if weights == "auto" else DTYPES[weights]
     stages = build(
         config.model, table, mesh, device=torch.device(config.device), dtype=dtype, seed=config.train.seed
     )
     for model in stages.models.values():
+        divide_products(model, mesh.tensor, rows=number(config.train.local_batch_size))
         recompute_phases(model, config.recompute)
     return stages
 
