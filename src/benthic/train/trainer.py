@@ -268,7 +268,7 @@ def table_of(config: RunConfig) -> Table:
 
 
 def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
-    """What this rank holds, freshly initialised, in its precision; products divided and phases recomputed."""
+    """What this rank holds, freshly initialised, in its precision, with its phases recomputed."""
     weights = config.precision.weights
     dtype = torch.float32 if weights == "auto" else DTYPES[weights]
     stages = build(
