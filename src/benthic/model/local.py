@@ -55,19 +55,41 @@ class PackedAttend:
         scale: float,
     ) -> Tensor:
         """DeepSeek-V3 report eq. (10), every head with keys and values of its own."""
-        k_nope_THn, v_THv = up.expand(latent_TC)
-        k_rope_THr = k_rope_Tr[:, None].expand(-1, k_nope_THn.shape[1], -1)
-        return ops.attention(
-            torch.cat((q_nope_THn, q_rope_THr), dim=-1),
-            torch.cat((k_nope_THn, k_rope_THr), dim=-1),
-            v_THv,
-            self.cu_seqlens,
-            self.cu_seqlens,
-            max_seqlen_q=self.max_seqlen,
-            max_seqlen_k=self.max_seqlen,
-            scale=scale,
-            causal=True,
-        )
+        lengths = Lengths(self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen)
+        q_THnr = torch.cat((q_nope_THn, q_rope_THr), dim=-1)
+        return attend_expanded(q_THnr, latent_TC, k_rope_Tr, up, lengths, scale=scale)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Where the queries and where the keys of each packed sequence start: int32 [sequences + 1].
+
+    A sequence may have fewer queries than keys: they are then its last ones.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+def attend_expanded(
+    q_THnr: Tensor, latent_TC: Tensor, k_rope_Tr: Tensor, up: LatentUp, lengths: Lengths, *, scale: float
+) -> Tensor:
+    """Causal attention after expanding the latents: `out_THv`, one row for each query."""
+    k_nope_THn, v_THv = up.expand(latent_TC)
+    k_rope_THr = k_rope_Tr[:, None].expand(-1, k_nope_THn.shape[1], -1)
+    return ops.attention(
+        q_THnr,
+        torch.cat((k_nope_THn, k_rope_THr), dim=-1),
+        v_THv,
+        lengths.cu_seqlens_q,
+        lengths.cu_seqlens_k,
+        max_seqlen_q=lengths.max_seqlen_q,
+        max_seqlen_k=lengths.max_seqlen_k,
+        scale=scale,
+        causal=True,
+    )
 
 
 @dataclass(frozen=True)

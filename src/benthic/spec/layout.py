@@ -9,6 +9,7 @@ Dense and expert data-parallel degrees are therefore different numbers: DeepSeek
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,20 +121,37 @@ class Layout:
             )
 
     def _shards(self, model: ModelConfig, seq_len: int) -> Iterator[str]:
-        heads, tp = model.num_attention_heads, self.tp_degree
-        widths = {"num_attention_heads": heads, "intermediate_size": model.intermediate_size}
-        widths["n_shared_experts x moe_intermediate_size"] = (
-            model.n_shared_experts * model.moe_intermediate_size
-        )
-        for name, width in widths.items():
+        tp, cp = self.tp_degree, self.cp_degree
+        for name, width in _divided_widths(model).items():
             if tp > 1 and width % tp:
-                yield f"{name} = {width} does not divide over layout.tp_degree={tp}. Lower tp_degree."
-        unit = 2 * self.token_shards if self.cp_degree > 1 else tp
-        if seq_len % max(1, unit):
+                yield (
+                    f"{name} = {width} does not divide over layout.tp_degree={tp}. "
+                    f"Set tp_degree to a divisor of {width}."
+                )
+        if tp < 1 or cp < 1:
+            return
+        if cp > 1 and seq_len % (unit := cp * math.lcm(2, tp)):
             yield (
-                f"train.seq_len={seq_len} does not divide into {unit} pieces (tp x 2 cp; context parallelism "
-                "gives every rank one early and one late piece). Lengthen or shorten the rows."
+                f"train.seq_len={seq_len} is no multiple of {unit}: layout.cp_degree={cp} gives every rank an "
+                f"early and a late chunk of each row, whose tokens layout.tp_degree={tp} divides. "
+                f"Set seq_len to a multiple of {unit}, or lower a degree."
             )
+        elif seq_len % tp:
+            yield (
+                f"train.seq_len={seq_len} does not divide over layout.tp_degree={tp}, whose ranks hold equal "
+                f"parts of each row. Set seq_len to a multiple of {tp}, or lower tp_degree."
+            )
+
+
+def _divided_widths(model: ModelConfig) -> dict[str, int]:
+    """What tensor parallelism divides in this model, by name."""
+    widths = {"num_attention_heads": model.num_attention_heads}
+    if not all(model.is_moe(layer) for layer in range(model.num_hidden_layers)):
+        widths["intermediate_size"] = model.intermediate_size
+    if model.n_shared_experts and model.n_routed_experts:
+        width = model.n_shared_experts * model.moe_intermediate_size
+        widths["n_shared_experts x moe_intermediate_size"] = width
+    return widths
 
 
 def box(param: Param, layout: Layout, place: Place) -> tuple[slice, ...]:

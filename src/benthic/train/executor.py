@@ -13,9 +13,11 @@ import torch.distributed as dist  # noqa: TID251 (sums over ranks are what a mul
 
 from benthic.model.local import LocalExchange, PackedAttend
 from benthic.model.sockets import Sockets
+from benthic.parallel.context import ContextAttend
 from benthic.parallel.exchange import AllToAllExchange
 from benthic.parallel.links import GroupLinks
 from benthic.parallel.pipeline import Executor as TableExecutor
+from benthic.parallel.tokens import TokenShare
 from benthic.train.evaluate import Scores
 from benthic.train.losses import Objective, Tally, total
 from benthic.train.scoring import Scored, rounds
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from benthic.model.network import DeepSeek
     from benthic.model.products import WeightGradients
-    from benthic.model.sockets import Exchange, Linear
+    from benthic.model.sockets import Attend, Exchange, Linear
     from benthic.parallel.mesh import Group, Mesh
     from benthic.parallel.stages import Stages
     from benthic.sched.pipeline.table import Table
@@ -93,14 +95,10 @@ class Executor:
         dist.all_gather_object(everything, found, group=world.handle)
         return next((f"{text} (rank {rank})" for rank, text in enumerate(everything) if text), None)
 
-    def sockets(self, batch: Microbatch) -> Sockets:
-        """Packed attention; experts here or spread over the expert ranks."""
-        return Sockets(PackedAttend(batch.cu_seqlens, batch.max_seqlen), self._exchange, self.linear)
-
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Outcome:
         """Add the gradient of the weighted loss of every microbatch to this rank's parameters."""
         self.tally.clear()
-        self._take([self._task(each, Objective(weights, self.tally, each.rows)) for each in batch])
+        self._take([self._task(each, self._objective(each, weights)) for each in batch])
         self.pipeline.run()
         return self._outcome()
 
@@ -130,9 +128,30 @@ class Executor:
         for stage in self._stages.values():
             stage.tasks = tasks
 
+    def _objective(self, batch: Microbatch, weights: Weights) -> Objective:
+        tokens = self.mesh.tokens
+        mean = self._mean if tokens.size > 1 else None
+        return Objective(weights, self.tally, batch.rows, tokens.size, mean)
+
     def _task(self, batch: Microbatch, objective: Objective | Scored) -> Task:
-        here = batch.to(self.device)
-        return Task(here, here.positions_T, self.sockets(here), objective)
+        """This rank's part of a microbatch, whose tokens are on the host still."""
+        mesh = self.mesh
+        share = TokenShare.of(mesh.layout, mesh.place, rows=batch.rows, seq_len=batch.seq_len)
+        attend = self._attend(share, batch)
+        own = batch.take(share.stream()) if mesh.tokens.size > 1 else batch
+        positions_T = batch.positions_T[share.attention()].to(self.device, non_blocking=True)
+        return Task(own.to(self.device), positions_T, Sockets(attend, self._exchange, self.linear), objective)
+
+    def _attend(self, share: TokenShare, batch: Microbatch) -> Attend:
+        """Packed attention, of all tokens or from this rank's share."""
+        if self.mesh.context.size > 1:
+            return ContextAttend.of(share, batch.cu_seqlens.tolist(), self.mesh.context, self.device)
+        return PackedAttend(batch.cu_seqlens.to(self.device, non_blocking=True), batch.max_seqlen)
+
+    def _mean(self, share_SE: Tensor) -> Tensor:
+        """Over the ranks that share the tokens of a row, each with equally many."""
+        dist.all_reduce(share_SE, group=self.mesh.tokens.handle)
+        return share_SE / self.mesh.tokens.size
 
     def _outcome(self) -> Outcome:
         """What every rank found, together: one sum over the world for losses, one for counts."""

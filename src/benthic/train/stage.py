@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Task:
     """One microbatch as one rank computes it.
 
-    `batch` holds this rank's tokens; `positions_T` are those of the tokens that attention sees, all of the
-    row's under sequence parallelism.
+    `batch` holds this rank's tokens; `positions_T` are those of the tokens from which attention asks, which
+    are all of the tensor group's.
     """
 
     batch: Microbatch

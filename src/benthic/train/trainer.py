@@ -15,6 +15,7 @@ from benthic.model.products import WeightGradients
 from benthic.parallel.buckets import global_norm
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.stages import build
+from benthic.parallel.tensor import divide_products
 from benthic.sched.pipeline import schedules
 from benthic.sched.pipeline.check import check
 from benthic.train.balance import update_bias
@@ -274,6 +275,7 @@ def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
         config.model, table, mesh, device=torch.device(config.device), keep=keep, seed=config.train.seed
     )
     for model in stages.models.values():
+        divide_products(model, mesh.tensor, rows=number(config.train.local_batch_size))
         recompute_phases(model, config.recompute)
     return stages
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -40,6 +41,19 @@ class Microbatch:
     def seq_len(self) -> int:
         """Tokens of a row."""
         return self.tokens_T.numel() // self.rows
+
+    def take(self, index_T: torch.Tensor) -> Microbatch:
+        """Some of the tokens, equally many of each row and in the order of `index_T` (int64).
+
+        Sequence borders and numbers of targets remain those of the whole rows.
+        """
+        return dataclasses.replace(
+            self,
+            tokens_T=self.tokens_T[index_T],
+            positions_T=self.positions_T[index_T],
+            ahead_KT=self.ahead_KT[:, index_T],
+            target_KT=self.target_KT[:, index_T],
+        )
 
     def to(self, device: torch.device) -> Microbatch:
         """The same on `device`."""
