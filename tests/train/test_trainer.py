@@ -9,7 +9,7 @@ import torch
 
 from benthic.cli.settings import apply
 from benthic.errors import CheckpointError, NumericsError
-from benthic.model.local import plain_linear
+from benthic.model.local import packed_sockets, plain_linear
 from benthic.model.network import DeepSeek
 from benthic.model.products import WeightGradients
 from benthic.train.balance import update_bias
@@ -113,7 +113,10 @@ def test_recomputing_keeps_fewer_activations(trainer: Make, nano: RunConfig) -> 
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             batch = run.batches.microbatch(0, 2)
-            run.model(batch.tokens_T, batch.positions_T, run.executor.sockets(batch))
+            sockets = packed_sockets(
+                batch.cu_seqlens, batch.max_seqlen, n_routed_experts=run.model.config.n_routed_experts
+            )
+            run.model(batch.tokens_T, batch.positions_T, sockets)
         return total
 
     everything = apply(nano, ["recompute=attention,dispatch,experts,combine"])
