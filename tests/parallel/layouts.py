@@ -87,7 +87,12 @@ def save(found: Found, path: Path) -> Path:
 
 
 def run_layouts(
-    rank: int, config: RunConfig, layouts: list[Layout], data: str, serial: str, tolerance: tuple[float, float]
+    rank: int,
+    config: RunConfig,
+    layouts: list[Layout],
+    data: str,
+    serial: str,
+    tolerance: tuple[float, float],
 ) -> None:
     """On every rank: train on each layout in turn and compare with the run of one process in `serial`."""
     expected = Found(**torch.load(serial))

@@ -67,7 +67,7 @@ def test_resumed_run_on_a_gpu_has_the_same_losses(on_gpu: Callable[..., Trainer]
     losses(broken, 4)
     store.save(broken.saved())
     again = on_gpu()
-    again.restore(store.load(4))
+    again.restore(store.open(4))
     assert losses(again, 4) == expected[4:]
 
 

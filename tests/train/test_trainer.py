@@ -50,7 +50,7 @@ def test_resumed_run_is_the_undisturbed_run_bit_for_bit(
     assert losses(broken, 4) == expected[:4]
     store.save(broken.saved())
     again = trainer(config)
-    again.restore(store.load(4))
+    again.restore(store.open(4))
     assert losses(again, 5) == expected[4:]
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name

@@ -206,14 +206,6 @@ class Bucket:
         if self.zero_stage != 3 and self.group.size > 1:
             gather(self._flat, self._shard.clone(), self.group)
 
-    def adopt_weights(self) -> None:
-        """Take the parameters' present values as the masters (after a load). Weights must be held."""
-        mine = self._flat[self._here]
-        if self._shard.data_ptr() != mine.data_ptr():
-            self._shard.copy_(mine)
-        if self.master is not self._shard:
-            self.master.copy_(self._shard)
-
 
 class _Adder:
     """Adds the gradient of a parameter narrower than float32 to its accumulator, and frees it."""

@@ -20,6 +20,10 @@ _WHY_WEIGHTS: Final = {
     "bfloat16": "tensor cores want bfloat16; masters and gradients stay float32",
     "float32": "a CPU gains nothing from narrower running weights",
 }
+_WHY_ASYNC: Final = {
+    True: "the GPU trains on while a thread writes a copy",
+    False: "a thread would take the cores that train",
+}
 _AUTO_TOKENS: Final = {"cpu": 4096, "cuda": 16384}
 
 
@@ -47,7 +51,7 @@ def resolve(config: RunConfig, facts: HardwareFacts, data: Meta) -> Resolved:
         ConfigError: every contradiction at once, one line each, with its numbers and a remedy.
     """
     choices: list[Choice] = []
-    for settle in (_device, _precision, _model, _loop):
+    for settle in (_device, _precision, _checkpoint, _model, _loop):
         config = settle(config, facts, data, choices.append)
     problems = list(_problems(config, facts, data))
     if problems:
@@ -74,6 +78,16 @@ def _precision(config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[
         note(Choice("precision.matmul", precision.weights, "the same as precision.weights"))
         precision = replace(precision, matmul=precision.weights)
     return replace(config, precision=precision)
+
+
+def _checkpoint(
+    config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[[Choice], None]
+) -> RunConfig:
+    if config.checkpoint.async_save != "auto":
+        return config
+    overlaps = facts.device == "cuda"
+    note(Choice("checkpoint.async_save", overlaps, _WHY_ASYNC[overlaps]))
+    return replace(config, checkpoint=replace(config.checkpoint, async_save=overlaps))
 
 
 def _model(config: RunConfig, _: HardwareFacts, data: Meta, note: Callable[[Choice], None]) -> RunConfig:
