@@ -79,15 +79,16 @@ class Peers:
     def lost(self, error: RuntimeError) -> CheckpointError:
         """What to raise when the group itself broke."""
         return CheckpointError(
-            f"rank {self.index} of {self.size} lost contact with the others while a checkpoint was written or "
-            f"read ({error}). See which rank ended, then start all again with --resume."
+            f"rank {self.index} of {self.size} lost contact with the others at a checkpoint ({error}). "
+            "See which rank ended, then start all again with --resume."
         )
 
     def _agree(self, outcomes: list[Found | Failure], cause: Exception | None) -> list[Found]:
         failures = {rank: o for rank, o in enumerate(outcomes) if isinstance(o, Failure)}
         if failures:
             rank, failure = next(iter(failures.items()))
-            raise failure.kind(f"{where(rank, self.size, len(failures))}{failure.text}") from cause
+            message = f"{where(rank, self.size, len(failures))}{failure.text}"
+            raise failure.kind(message) from cause
         return outcomes  # type: ignore[return-value]
 
 

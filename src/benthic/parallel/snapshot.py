@@ -1,4 +1,4 @@
-"""Tensors of all ranks in one folder through torch.distributed.checkpoint, written by one layout, read by any.
+"""Tensors of all ranks in one folder: written by one layout, read by any, with torch.distributed.checkpoint.
 
 Planners of our own tell it which boxes of each tensor are here; the format, the exchange of plans and the
 overlap of boxes are torch's. `Held` is no tensor, and torch looks up only tensors in its own planners.

@@ -189,8 +189,8 @@ class FolderStore:
         free = shutil.disk_usage(self.folder).free
         if needed + _SLACK > free:
             message = (
-                f"checkpoint of step {step} needs {needed + _SLACK} bytes, but {self.folder} has {free} free. "
-                f"{self._intact()} Free some space, or lower checkpoint.keep_latest_k."
+                f"checkpoint of step {step} needs {needed + _SLACK} bytes, but {self.folder} has {free} "
+                f"free. {self._intact()} Free some space, or lower checkpoint.keep_latest_k."
             )
             raise CheckpointError(message)
 
@@ -272,8 +272,8 @@ def _entries(folder: Path) -> Entries:
     entries = manifest.read(folder)
     if _OLD in entries:
         message = (
-            f"{folder} holds {_OLD}: it was written before checkpoints were sharded, and only the version that "
-            "wrote it can resume it. Finish that run there and use its export (RUN/hf), or start a new run."
+            f"{folder} holds {_OLD}: it was written before checkpoints were sharded, and only the version "
+            "that wrote it can resume it. Finish that run there and use its export (RUN/hf), or start anew."
         )
         raise CheckpointError(message)
     missing = [name for name in (snapshot.METADATA, STATE) if name not in entries]

@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files with sizes and checksums, by which a damaged one is found before it is used."""
+"""The list of a checkpoint's files with sizes and checksums: a damaged one is found before it is used."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def write(folder: Path, entries: Entries) -> None:
     for name, expected in entries.items():
         if _size(folder / name) != expected["bytes"]:
             message = (
-                f"a rank wrote {expected['bytes']} bytes to {name}, but on rank 0 it {_seen(folder / name)} in "
-                f"{folder}. Put the run folder on a disk that all hosts share."
+                f"a rank wrote {expected['bytes']} bytes to {name}, but for rank 0 it {_seen(folder / name)} "
+                f"in {folder}. Put the run folder on a disk that all hosts share."
             )
             raise CheckpointError(message)
     file = folder / MANIFEST

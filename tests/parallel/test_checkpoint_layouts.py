@@ -1,0 +1,215 @@
+"""A checkpoint of any layout goes on in any other with the numbers of one process; ranks fail together."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from layouts import train, trainer_of, with_layout
+from spawn import RankError, spawn
+
+from benthic.errors import CheckpointError
+from benthic.parallel import snapshot
+from benthic.parallel.held import Held
+from benthic.parallel.mesh import Mesh
+from benthic.parallel.peers import Peers
+from benthic.spec.layout import Layout
+from benthic.train import recipes
+from benthic.train.checkpoint import FolderStore, Saved
+from benthic.train.data.shards import Meta, ShardWriter, vocabulary_dtype, write_meta
+
+if TYPE_CHECKING:
+    from benthic.train.config import RunConfig
+
+pytestmark = pytest.mark.dist
+
+STEPS = 1  # of each leg
+PP2_EP2 = Layout(pp_degree=2, dp_degree=2, ep_degree=2)
+PP4_EP2 = Layout(pp_degree=4, dp_degree=2, ep_degree=2)
+EP4_ZERO3 = Layout(dp_degree=4, ep_degree=4, zero_stage=3)
+DUALPIPE = Layout(pp_degree=2, dp_degree=2, schedule="dualpipe", zero_stage=2)
+DP3_ZERO2 = Layout(dp_degree=3, zero_stage=2)
+ONE = Layout()
+
+
+def config() -> RunConfig:
+    nano = recipes.nano_test()
+    loop = dataclasses.replace(nano.train, seq_len=32, local_batch_size=1, global_batch_size=12)
+    optimizer = dataclasses.replace(nano.optimizer, moment_dtype="bfloat16")
+    precision = dataclasses.replace(nano.precision, weights="float32", matmul="float32")
+    return dataclasses.replace(nano, train=loop, precision=precision, optimizer=optimizer)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random tokens."""
+    folder, vocab = tmp_path_factory.mktemp("tokens"), config().model.vocab_size
+    rng, dtype = np.random.default_rng(0), vocabulary_dtype(vocab)
+    splits = {}
+    for split in ("train", "held_out"):
+        writer = ShardWriter(folder, split, dtype, 10**6)
+        for _ in range(60):
+            ids = rng.integers(0, vocab, rng.integers(20, 90)).tolist()
+            writer.add(ids, len(ids))
+        splits[split] = writer.close()
+    meta = {"vocab_size": vocab, "dtype": dtype.str, "bos_token_id": None, "eos_token_id": 0}
+    write_meta(folder, Meta(**meta, tokenizer_sha256="", splits=splits, source={}))
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Leg:
+    """Go on from step `start` with `layout` and save; what one process found is in `expected`."""
+
+    layout: Layout
+    start: int
+
+
+def expected_losses(data: Path, steps: int) -> list[tuple[float, ...]]:
+    return train(trainer_of(config(), data), steps).losses
+
+
+def whole(store: FolderStore, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint but the random states."""
+    reader, tensors = store.open(step).reader, {}
+    for name, found in reader.metadata.state_dict_metadata.items():
+        if not name.startswith("random."):
+            tensors[name] = torch.empty(found.size, dtype=found.properties.dtype)
+    reader.read({name: Held.whole(tensor) for name, tensor in tensors.items()})
+    return tensors
+
+
+def go_on(rank: int, folder: Path, data: Path, leg: Leg, expected: list[tuple[float, ...]]) -> None:
+    """Restore, save the same under another name, train, save; then restore what was saved and do it again."""
+    own = with_layout(config(), leg.layout)
+    mesh, peers = Mesh.of(leg.layout, rank), Peers.everyone()
+    store, copies = FolderStore(folder, peers=peers), FolderStore(folder / f"copy-{leg.start}", peers=peers)
+    trainer = trainer_of(own, data, mesh)
+    trainer.restore(store.open(leg.start))
+    copies.save(trainer.saved())
+    found = train(trainer, STEPS)
+    compare(found.losses, expected[leg.start : leg.start + STEPS], leg)
+    store.save(trainer.saved(), wait=False)
+    straight = train(trainer, STEPS)
+    again = trainer_of(own, data, mesh)
+    again.restore(store.open(leg.start + STEPS))
+    resumed = train(again, STEPS)
+    assert (resumed.losses, resumed.norms) == (straight.losses, straight.norms), leg
+
+
+def compare(found: list[tuple[float, ...]], expected: list[tuple[float, ...]], leg: Leg) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6), leg
+
+
+def legs_on(rank: int, folder: str, data: str, legs: list[Leg], expected: list[tuple[float, ...]]) -> None:
+    for leg in legs:
+        go_on(rank, Path(folder), Path(data), leg, expected)
+
+
+def test_a_run_goes_through_six_layouts_with_the_losses_of_one_process(data: Path, tmp_path: Path) -> None:
+    """1 -> PP2 x EP2 -> PP4 x EP2 -> EP4 x ZeRO-3 -> DualPipe, whose stages live twice -> 1 -> 3 ranks -> 1.
+
+    Every leg saves what it restored unchanged: all tensors of both checkpoints are equal to the last bit.
+    """
+    layouts = [ONE, PP2_EP2, PP4_EP2, EP4_ZERO3, DUALPIPE, ONE, DP3_ZERO2, ONE]
+    expected = expected_losses(data, len(layouts) * STEPS + STEPS)
+    store = FolderStore(tmp_path)
+    store.save(trainer_of(config(), data).saved())
+    for position, layout in enumerate(layouts):
+        legs = [Leg(layout, position * STEPS)]
+        if layout.ranks == 1:
+            legs_on(0, str(tmp_path), str(data), legs, expected)
+        else:
+            spawn(legs_on, layout.ranks, str(tmp_path), str(data), legs, expected)
+    for start in range(0, len(layouts) * STEPS, STEPS):
+        one, two = whole(store, start), whole(FolderStore(tmp_path / f"copy-{start}"), start)
+        assert set(one) == set(two)
+        assert all(torch.equal(tensor, two[name]) for name, tensor in one.items()), start
+
+
+def toy(rank: int, size: int = 8) -> Saved:
+    """One tensor of two rows, of which each rank owns one, filled with its rank."""
+    from benthic.parallel.boxes import Box
+
+    flat = torch.full((size,), float(rank))
+    return Saved(rank, {"w": Held((2, size), (Box((rank, 0), (1, size)),), flat)}, {})
+
+
+def at(step: int, saved: Saved) -> Saved:
+    return dataclasses.replace(saved, step=step, state={"step": step})
+
+
+def fails_together(rank: int, folder: str) -> None:
+    store = FolderStore(Path(folder), peers=Peers.everyone())
+    store.save(at(1, toy(rank)))
+    disk_of_rank_1_is_full(rank, store)
+    row_owned_by_both_ranks_is_refused(rank, store)
+    damage_is_named_on_every_rank(rank, store)
+
+
+def disk_of_rank_1_is_full(rank: int, store: FolderStore) -> None:
+    if rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+    for wait in (True, False):
+        with pytest.raises(CheckpointError, match=r"rank 1 of 2: .*Step 1 is intact") as caught:
+            store.save(at(2, toy(rank, 2**16)), wait=wait)
+            store.wait()
+        assert "File too large" in str(caught.value)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    store.peers.each(lambda: None)
+    assert [path.name for path in store.folder.iterdir()] == ["step-1"]
+
+
+def row_owned_by_both_ranks_is_refused(rank: int, store: FolderStore) -> None:
+    missing = {"w": dataclasses.replace(toy(rank).tensors["w"], owned=rank == 0)}
+    with pytest.raises(CheckpointError, match="invalid fill tensor-volume: 16 chunks-volume: 8"):
+        store.save(at(2, Saved(0, missing, {})))
+    assert store.steps() == [1]
+
+
+def damage_is_named_on_every_rank(rank: int, store: FolderStore) -> None:
+    stored, back = store.open(1), torch.empty(16)
+    stored.fill({"w": Held.whole(back.view(2, 8))})
+    assert back.tolist() == [0.0] * 8 + [1.0] * 8
+    store.peers.first(lambda: os.truncate(store.path(1) / "__1_0.distcp", 100))
+    with pytest.raises(CheckpointError, match=r"rank \d of 2: .*__1_0.distcp has 100 bytes, but manifest"):
+        store.open(1)
+
+
+def test_full_disk_and_damage_are_told_on_every_rank(tmp_path: Path) -> None:
+    spawn(fails_together, 2, str(tmp_path))
+
+
+def rank_1_is_killed(rank: int, folder: str) -> None:
+    store = FolderStore(Path(folder), peers=Peers.everyone())
+    store.save(at(1, toy(rank)))
+
+    def dying(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 1:
+        snapshot._Writer.write_data = dying  # type: ignore[assignment,method-assign]
+    with pytest.raises(CheckpointError, match="rank 0 of 2 lost contact with the others"):
+        store.save(at(2, toy(rank)))
+
+
+def test_killed_rank_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="SIGKILL"):
+        spawn(rank_1_is_killed, 2, str(tmp_path))
+    store, back = FolderStore(tmp_path), torch.empty(2, 8)
+    assert store.latest() == 1
+    store.open(1).fill({"w": Held.whole(back)})
+    assert back.sum() == 8
+    (tmp_path / "step-2.tmp").mkdir(exist_ok=True)
+    store.save(Saved(3, {"w": Held.whole(back)}, {}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-3"]
