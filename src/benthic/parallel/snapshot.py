@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+    from torch.distributed.checkpoint.storage import WriteResult
+    from torch.futures import Future
 
     from benthic.parallel.boxes import Box
     from benthic.parallel.held import Held
@@ -150,10 +152,24 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Leaves out a random id and the folder's name, so that equal runs write equal files."""
+    """Writes equal files in equal runs (no random id, no folder's name) and tells what the disk said."""
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta()
+
+    def write_data(self, plan: plans.SavePlan, planner: plans.SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch.save hides a full disk behind "unexpected pos"
+            raise _root(error) from error
+
+
+def _root(error: BaseException) -> BaseException:
+    """What the operating system said, where that is behind `error`; else `error`."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None else cause
 
 
 def _write_items(name: str, one: Held) -> Iterator[plans.WriteItem]:
