@@ -71,7 +71,8 @@ def copy_to_host(held: Mapping[str, Held], buffers: dict[str, Tensor]) -> dict[s
     copies = {}
     for name, one in held.items():
         if one.owned:
-            if name not in buffers:
+            buffer = buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (one.flat.shape, one.flat.dtype):
                 buffers[name] = torch.empty_like(one.flat, device="cpu", pin_memory=one.flat.is_cuda)
             copy = buffers[name].copy_(one.flat, non_blocking=True)
             copies[name] = dataclasses.replace(one, flat=copy)
