@@ -91,7 +91,7 @@ def test_run_folder_holds_everything_a_run_promises(run: Path) -> None:
         "experts.png",
         "sample.txt",
         "checkpoint/step-2/manifest.json",
-        "checkpoint/step-4/model.safetensors",
+        "checkpoint/step-4/__0_0.distcp",
         "hf/config.json",
         "hf/tokenizer.json",
         "hf/tokenizer_config.json",

@@ -32,6 +32,7 @@ IMPORTED_ONCE = [
     "torch._dynamo",
     "triton.knobs",
     "benthic.model.network",
+    "benthic.train.trainer",
     "pytest",
 ]
 

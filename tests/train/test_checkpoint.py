@@ -1,37 +1,60 @@
 from __future__ import annotations
 
-import errno
-import os
-import signal
+import json
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
 
-from benthic.errors import CheckpointError, NotACheckpointError
+from benthic.cli.settings import apply
+from benthic.errors import CheckpointError, NotACheckpointError, TensorMismatchError
+from benthic.parallel import snapshot
+from benthic.parallel.held import Held
 from benthic.train import checkpoint
-from benthic.train.checkpoint import FolderStore, Saved
+from benthic.train.checkpoint import FolderStore, Saved, load_model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from benthic.train.config import RunConfig
+    from benthic.train.trainer import Trainer
 
-def saved(step: int, size: int = 64) -> Saved:
-    model = {"w": torch.full((size,), float(step)), "b": torch.arange(3, dtype=torch.bfloat16)}
-    random = {"cpu": torch.get_rng_state()}
-    return Saved(step, {"model": model, "random": random}, {"step": step, "position": 10 * step})
+
+def tensors(step: float = 0.0) -> dict[str, torch.Tensor]:
+    return {
+        "model.w": torch.full((4, 16), float(step)),
+        "first.w": torch.arange(3, dtype=torch.bfloat16),
+        "random.0.cpu": torch.get_rng_state() if step else torch.zeros_like(torch.get_rng_state()),
+    }
+
+
+def saved(step: int) -> Saved:
+    held = {name: Held.whole(tensor) for name, tensor in tensors(step).items()}
+    return Saved(step, held, {"step": step, "position": 10 * step})
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.save(saved(7))
-    found = store.load(7)
-    assert (found.step, found.state) == (7, {"step": 7, "position": 70})
-    assert torch.equal(found.tensors["model"]["w"], torch.full((64,), 7.0))
-    assert found.tensors["model"]["b"].dtype == torch.bfloat16
-    assert torch.equal(found.tensors["random"]["cpu"], torch.get_rng_state())
+    stored, found = store.open(7), tensors()
+    stored.fill({name: Held.whole(tensor) for name, tensor in found.items()})
+    assert (stored.step, stored.state) == (7, {"step": 7, "position": 70})
+    for name, tensor in tensors(7).items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_equal_states_make_equal_files(tmp_path: Path) -> None:
+    lists = []
+    for name in ("one", "two"):
+        store = FolderStore(tmp_path / name)
+        store.save(saved(3))
+        lists.append((store.path(3) / "manifest.json").read_text())
+    assert lists[0] == lists[1]
+    assert sorted(json.loads(lists[0])) == [".metadata", "__0_0.distcp", "state.json"]
 
 
 def test_latest_is_the_highest_step_and_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -41,7 +64,7 @@ def test_latest_is_the_highest_step_and_only_the_newest_are_kept(tmp_path: Path)
         store.save(saved(step))
     assert (store.steps(), store.latest()) == ([20, 100], 100)
     store.forget_after(20)
-    assert store.steps() == [20]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-20"]
 
 
 def test_zero_keeps_every_checkpoint(tmp_path: Path) -> None:
@@ -51,6 +74,15 @@ def test_zero_keeps_every_checkpoint(tmp_path: Path) -> None:
     assert store.steps() == [1, 2, 3, 4]
 
 
+def test_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.save(saved(3))
+    store.save(Saved(3, saved(4).tensors, {"again": True}))
+    assert store.open(3).state == {"again": True}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -59,19 +91,19 @@ def test_zero_keeps_every_checkpoint(tmp_path: Path) -> None:
         (lambda f: f.unlink(), "is missing"),
     ],
 )
-def test_damaged_checkpoint_is_refused_by_file(tmp_path: Path, damage: object, words: str) -> None:
+def test_damaged_checkpoint_is_refused_by_file(tmp_path: Path, name: str, damage: object, words: str) -> None:
     store = FolderStore(tmp_path)
     store.save(saved(3))
-    damage(store.path(3) / "model.safetensors")  # type: ignore[operator]
-    with pytest.raises(CheckpointError, match=rf"model.safetensors {words}"):
-        store.load(3)
+    damage(store.path(3) / name)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=rf"{name} {words}"):
+        store.open(3)
 
 
 def test_missing_checkpoint_lists_those_that_exist(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.save(saved(3))
     with pytest.raises(NotACheckpointError, match=r"complete steps in .*: 3"):
-        store.load(4)
+        store.open(4)
 
 
 def test_checkpoint_without_manifest_is_refused(tmp_path: Path) -> None:
@@ -79,7 +111,29 @@ def test_checkpoint_without_manifest_is_refused(tmp_path: Path) -> None:
     store.save(saved(3))
     (store.path(3) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"manifest.json cannot be read"):
-        store.load(3)
+        store.open(3)
+
+
+def test_checkpoint_of_the_format_before_this_one_is_told_apart(tmp_path: Path) -> None:
+    old = tmp_path / "step-3"
+    old.mkdir()
+    (old / "model.safetensors").write_bytes(b"weights")
+    (old / "manifest.json").write_text(json.dumps({"model.safetensors": {"bytes": 7, "sha256": ""}}))
+    with pytest.raises(CheckpointError, match=r"model.safetensors: it was written before .* sharded"):
+        FolderStore(tmp_path).open(3)
+
+
+def test_tensors_that_differ_are_all_named_and_none_is_filled(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.save(saved(3))
+    good = torch.zeros(4, 16)
+    wanted = {"model.w": good, "first.w": torch.zeros(3), "model.v": torch.zeros(2)}
+    with pytest.raises(TensorMismatchError) as caught:
+        store.open(3).fill({name: Held.whole(tensor) for name, tensor in wanted.items()})
+    assert "first.w is torch.bfloat16 there, torch.float32 here; model.v is missing" in str(caught.value)
+    with pytest.raises(TensorMismatchError, match=r"model.w is \[4, 16\] there, \[16, 4\] here"):
+        store.open(3).fill({"model.w": Held.whole(torch.zeros(16, 4))})
+    assert not good.any()
 
 
 class Usage(NamedTuple):
@@ -104,14 +158,17 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from benthic.errors import CheckpointError
+from benthic.parallel.held import Held
 from benthic.train.checkpoint import FolderStore, Saved
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-try:
-    FolderStore(Path(sys.argv[1])).save(Saved(9, {"model": {"w": torch.zeros(1 << 20)}}, {}))
-except CheckpointError as error:
-    print(error)
-    sys.exit(3)
+store = FolderStore(Path(sys.argv[1]))
+for wait in (True, False):
+    try:
+        store.save(Saved(9, {"w": Held.whole(torch.zeros(1 << 20))}, {}), wait=wait)
+        store.wait()
+    except CheckpointError as error:
+        print(error)
 """
 
 
@@ -119,55 +176,107 @@ def test_write_that_fails_half_way_leaves_the_checkpoint_before_it(tmp_path: Pat
     """The operating system itself refuses to write more than 1 MiB of a 4 MiB checkpoint."""
     store = FolderStore(tmp_path)
     store.save(saved(3))
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 3, done.stderr
-    assert "checkpoint of step 9 (4194304 bytes) could not be written" in done.stdout
-    assert "Step 3 is intact" in done.stdout
+    program = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(program, check=True, capture_output=True, text=True)
+    here, in_thread = done.stdout.splitlines()
+    for told in (here, in_thread):
+        assert "checkpoint of step 9 (4194304 bytes) could not be written" in told
+        assert "Step 3 is intact" in told
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3"]
-    assert store.load(3).step == 3
+    assert store.open(3).step == 3
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from benthic.train import checkpoint
+from benthic.parallel.held import Held
 from benthic.train.checkpoint import FolderStore, Saved
-calls = 0
-flush = checkpoint._flush
-def dying(path):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    flush(path)
-checkpoint._flush = dying
-FolderStore(Path(sys.argv[1])).save(Saved(9, {"model": {"w": torch.zeros(8)}}, {"step": 9}))
+flush = os.fsync
+def save_and_die(store, moment):
+    calls = 0
+    def dying(handle):
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(handle)
+    os.fsync = dying
+    store.save(Saved(9, {"w": Held.whole(torch.zeros(8))}, {"step": 9}))
+for folder in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        save_and_die(FolderStore(Path(folder)), int(Path(folder).name))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
 
 
-@pytest.mark.parametrize("moment", [1, 3, 4, 5])
-def test_kill_at_any_moment_of_a_save_leaves_the_last_good_checkpoint(tmp_path: Path, moment: int) -> None:
-    """Moments 1 to 4 flush files and folder before the rename; 5 comes after it."""
+def test_kill_at_any_moment_of_a_save_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """Flushed in turn: tensors, metadata, state, manifest, folder; the sixth comes after the rename."""
+    stores = {moment: FolderStore(tmp_path / str(moment)) for moment in range(1, 7)}
+    for store in stores.values():
+        store.save(saved(3))
+    folders = [str(store.folder) for store in stores.values()]
+    subprocess.run([sys.executable, "-c", KILLED, *folders], check=True)
+    for moment, store in stores.items():
+        expected = 9 if moment == 6 else 3
+        assert store.latest() == expected
+        assert store.open(expected).step == expected
+        assert (store.folder / "step-9.tmp").exists() == (moment < 6)
+        store.save(saved(12))
+        assert not list(store.folder.glob("*.tmp"))
+
+
+def test_thread_writes_what_was_saved_while_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write is held back until the tensor has changed; the next save waits for it."""
+    store, changed = FolderStore(tmp_path), threading.Event()
+    write = snapshot.write
+
+    def late(*arguments: object) -> None:
+        assert changed.wait(60)
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(snapshot, "write", late)
+    weights = torch.ones(5)
+    for step in (1, 2):
+        changed.clear()
+        store.save(Saved(step, {"w": Held.whole(weights)}, {}), wait=False)
+        assert store.latest() == (None if step == 1 else 1)
+        weights.add_(1)
+        changed.set()
+        store.wait()
+    for step in (1, 2):
+        store.open(step).fill({"w": Held.whole(weights)})
+        assert torch.equal(weights, torch.full((5,), float(step)))
+
+
+def test_failure_of_the_thread_is_raised_once_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = FolderStore(tmp_path)
-    store.save(saved(3))
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(moment)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    expected = 9 if moment == 5 else 3
-    assert store.latest() == expected
-    assert store.load(expected).step == expected
-    assert (tmp_path / "step-9.tmp").exists() == (moment < 5)
-    store.save(saved(12))
-    assert not list(tmp_path.glob("*.tmp"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: Usage(1, 1, 0))
+        store.save(saved(1), wait=False)
+        with pytest.raises(CheckpointError, match="has 0 free"):
+            store.save(saved(2))
+    store.save(saved(2))
+    assert store.steps() == [2]
 
 
-def test_errors_of_the_disk_are_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"No space left on device.*No earlier checkpoint exists"):
-        FolderStore(tmp_path).save(saved(1))
-    assert list(tmp_path.iterdir()) == []
+def test_model_is_read_whole_without_the_optimizer(
+    trainer: Callable[[RunConfig], Trainer], nano: RunConfig, tmp_path: Path
+) -> None:
+    run, store = trainer(apply(nano, ["precision.weights=bfloat16"])), FolderStore(tmp_path)
+    run.step()
+    store.save(run.saved())
+    found = dict(load_model(store.path(1), run.config.model))
+    own = run.model.state_dict()
+    assert set(found) == set(own)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    for name, tensor in own.items():
+        assert torch.equal(found[name].to(tensor.dtype), tensor), name
+    (store.path(1) / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp has 0 bytes"):
+        next(load_model(store.path(1), run.config.model))

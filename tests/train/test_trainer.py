@@ -40,18 +40,20 @@ def test_same_config_gives_the_same_losses_and_another_seed_does_not(trainer: Ma
     assert losses(trainer(nano), 2) != losses(trainer(apply(nano, ["data.seed=1"])), 2)
 
 
+@pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize("extra", [[], ["optimizer.moment_dtype=bfloat16"], ["precision.weights=bfloat16"]])
 def test_resumed_run_is_the_undisturbed_run_bit_for_bit(
-    trainer: Make, nano: RunConfig, tmp_path: Path, extra: list[str]
+    trainer: Make, nano: RunConfig, tmp_path: Path, extra: list[str], *, wait: bool
 ) -> None:
     config = apply(nano, extra)
     straight = trainer(config)
     expected = losses(straight, 9)
     broken, store = trainer(config), FolderStore(tmp_path)
     assert losses(broken, 4) == expected[:4]
-    store.save(broken.saved())
+    store.save(broken.saved(), wait=wait)
+    assert losses(broken, 5) == expected[4:]
     again = trainer(config)
-    again.restore(store.load(4))
+    again.restore(store.open(4))
     assert losses(again, 5) == expected[4:]
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
@@ -175,14 +177,18 @@ def test_gradient_that_is_not_finite_stops_the_step_by_name(trainer: Make, nano:
     assert (run.steps_done, run.optimizer.steps) == (0, 0)
 
 
-def test_changed_settings_that_decide_the_numbers_are_refused_by_name(trainer: Make, nano: RunConfig) -> None:
-    saved = trainer(nano).saved()
-    trainer(apply(nano, ["train.lr=1e-4", "train.local_batch_size=1", "model.name=other"])).restore(saved)
+def test_changed_settings_that_decide_the_numbers_are_refused_by_name(
+    trainer: Make, nano: RunConfig, tmp_path: Path
+) -> None:
+    store = FolderStore(tmp_path)
+    store.save(trainer(nano).saved())
+    stored = store.open(0)
+    trainer(apply(nano, ["train.lr=1e-4", "train.local_batch_size=1", "model.name=other"])).restore(stored)
     with pytest.raises(CheckpointError) as caught:
-        trainer(apply(nano, ["train.seq_len=16", "data.seed=4"])).restore(saved)
+        trainer(apply(nano, ["train.seq_len=16", "data.seed=4"])).restore(stored)
     assert "data.seed: checkpoint 0, now 4" in str(caught.value)
     assert "train.seq_len: checkpoint 32, now 16" in str(caught.value)
-    other = dataclasses.replace(saved, state=saved.state | {"data": "0" * 64})
+    other = dataclasses.replace(stored, state=stored.state | {"data": "0" * 64})
     with pytest.raises(CheckpointError, match="trained on data 000000000000"):
         trainer(nano).restore(other)
 

@@ -208,14 +208,6 @@ class Bucket:
         # The parameters are views that know nothing of this; copies made of them go by their version.
         torch.autograd.graph.increment_version(list(self.params.values()))
 
-    def adopt_weights(self) -> None:
-        """Take the parameters' present values as the masters (after a load). Weights must be held."""
-        mine = self._flat[self._here]
-        if self._shard.data_ptr() != mine.data_ptr():
-            self._shard.copy_(mine)
-        if self.master is not self._shard:
-            self.master.copy_(self._shard)
-
 
 class _Adder:
     """Adds the gradient of a parameter narrower than float32 to its accumulator, and frees it."""

@@ -1,60 +1,96 @@
 """Checkpoints: a run continues from one exactly, and a killed process never leaves half of one.
 
     RUN/checkpoint/step-200/
-        model.safetensors       parameters and router biases
-        optimizer.safetensors   moments, masters, random states
-        state.json              step, tokens, data position, config
-        manifest.json           size and SHA-256 of the files above, written last
+        __0_0.distcp    what rank 0 wrote of the masters, moments, router biases and random states
+        __1_0.distcp    what rank 1 wrote, and so on: no element twice
+        .metadata       where each box of each tensor lies (torch.distributed.checkpoint)
+        state.json      step, tokens, data position, config
+        manifest.json   size and SHA-256 of the files above, written last
 
-A checkpoint is written as `step-200.tmp`, flushed to disk, then renamed: a name without `.tmp` is complete.
+The tensors are those of the whole model, so a run may go on with another layout. A checkpoint is written as
+`step-200.tmp`, flushed to disk, then renamed: a name without `.tmp` is complete. `.metadata` is a pickle, as
+torch writes it: load only checkpoints that you trust.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
-import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from benthic.errors import CheckpointError, NotACheckpointError
+from benthic.parallel import snapshot
+from benthic.parallel.held import Held, copy_to_host
+from benthic.parallel.peers import Peers
+from benthic.spec.parameters import parameters
+from benthic.train import manifest
+from benthic.train.background import Background
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from torch import Tensor
 
-Groups = dict[str, dict[str, torch.Tensor]]
+    from benthic.spec.model import ModelConfig
+    from benthic.train.manifest import Entries
+
 _NAME: Final = re.compile(r"^step-(\d+)$")
 _SLACK: Final = 2**20
-MANIFEST: Final = "manifest.json"
 STATE: Final = "state.json"
+_OLD: Final = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint: groups of tensors by name, and what is not a tensor."""
+    """What one rank puts into a checkpoint: tensors by name, and what is not a tensor (rank 0's counts)."""
 
     step: int
-    tensors: Groups
+    tensors: Mapping[str, Held]
     state: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank writes."""
+        return sum(one.nbytes for one in self.tensors.values() if one.owned)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One verified checkpoint; `fill` reads what a rank needs of it."""
+
+    step: int
+    state: dict[str, Any]
+    reader: snapshot.Reader
+    peers: Peers = field(default_factory=Peers)
+
+    def fill(self, tensors: Mapping[str, Held]) -> None:
+        """Read into every `flat`, whatever layout wrote it; every rank calls it.
+
+        Raises:
+            TensorMismatchError: tensors are missing, of another shape or dtype.
+        """
+        self.peers.each(lambda: self.reader.read(tensors))
 
 
 class Store(Protocol):
-    """Where checkpoints live; a sharded store takes the same calls on every rank."""
+    """Where checkpoints live; every rank makes the same calls, and all raise when one of them fails."""
 
-    def save(self, saved: Saved) -> None:
+    def save(self, saved: Saved, *, wait: bool = True) -> None:
         """Make `saved` durable under its step, then drop the oldest ones."""
         ...
 
-    def load(self, step: int) -> Saved:
-        """Read one back, verified."""
+    def wait(self) -> None:
+        """Return when the last save is done; raise what it raised."""
+        ...
+
+    def open(self, step: int) -> Stored:
+        """One checkpoint, verified."""
         ...
 
     def latest(self) -> int | None:
@@ -62,12 +98,15 @@ class Store(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class FolderStore:
-    """Checkpoints in one folder, written by one process; `keep_latest_k=0` keeps all."""
+    """Checkpoints in one folder that all ranks share; `keep_latest_k=0` keeps all."""
 
     folder: Path
     keep_latest_k: int = 0
+    peers: Peers = field(default_factory=Peers)
+    _background: Background = field(default_factory=Background)
+    _buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is."""
@@ -83,76 +122,119 @@ class FolderStore:
         steps = self.steps()
         return steps[-1] if steps else None
 
-    def save(self, saved: Saved) -> None:
+    def save(self, saved: Saved, *, wait: bool = True) -> None:
         """Write a checkpoint; it appears under its name only when it is complete and on disk.
 
-        Raises:
-            CheckpointError: the disk is full or cannot be written; older checkpoints are untouched.
-        """
-        unfinished = self.folder / f"step-{saved.step}.tmp"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        self._check_space(saved)
-        try:
-            unfinished.mkdir()
-            _write(unfinished, saved)
-            self._publish(unfinished, self.path(saved.step))
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise self._failed(saved, error) from error
-        self._prune()
+        With `wait=False` the tensors are copied to host memory and a thread writes the copies; what it raises
+        is raised by the next call of `save`, `wait`, `open` or `forget_after`.
 
-    def load(self, step: int) -> Saved:
-        """Read the checkpoint of `step` after comparing every file with its checksum.
+        Raises:
+            CheckpointError: a rank's disk is full or cannot be written; older checkpoints are untouched.
+        """
+        self.wait()
+        if wait:
+            self._save(saved)
+            return
+        copied = dataclasses.replace(saved, tensors=copy_to_host(saved.tensors, self._buffers))
+        self._background.start(lambda: self._save(copied))
+
+    def wait(self) -> None:
+        """Return when the last save is done.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        self._background.wait()
+
+    def open(self, step: int) -> Stored:
+        """Open the checkpoint of `step` after comparing every file with its checksum, each on one rank.
 
         Raises:
             NotACheckpointError: there is none.
-            CheckpointError: a file is missing, truncated or changed.
+            CheckpointError: a file is missing, truncated or changed, or it has the format before this one.
         """
+        self.wait()
+        wanted = self.peers.each(lambda: step)
+        if len(set(wanted)) > 1:
+            message = f"ranks want different steps {wanted} of {self.folder}. Give --resume-step."
+            raise CheckpointError(message)
+        self.peers.each(lambda: self._verify(step))
+        folder = self.path(step)
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return Stored(step, state, snapshot.Reader(folder), self.peers)
+
+    def forget_after(self, step: int) -> None:
+        """Delete the steps after `step`: a run that goes back to it will write them anew."""
+        self.wait()
+        self.peers.first(lambda: self._delete([later for later in self.steps() if later > step]))
+
+    def _save(self, saved: Saved) -> None:
+        unfinished = self.folder / f"step-{saved.step}.tmp"
+        needed = sum(self.peers.each(lambda: saved.nbytes))
+        self.peers.first(lambda: self._begin(saved.step, needed))
+        try:
+            self._write(unfinished, saved)
+        except CheckpointError as error:
+            if self.peers.index == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise self._failed(saved.step, needed, error) from error
+        if self.keep_latest_k > 0:
+            self.peers.first(lambda: self._delete(self.steps()[: -self.keep_latest_k]))
+
+    def _begin(self, step: int, needed: int) -> None:
+        """Remove what a killed process left half written; look whether there is room."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("step-*.tmp"):
+            shutil.rmtree(path)
+        free = shutil.disk_usage(self.folder).free
+        if needed + _SLACK > free:
+            message = (
+                f"checkpoint of step {step} needs {needed + _SLACK} bytes, but {self.folder} has {free} "
+                f"free. {self._intact()} Free some space, or lower checkpoint.keep_latest_k."
+            )
+            raise CheckpointError(message)
+
+    def _write(self, unfinished: Path, saved: Saved) -> None:
+        snapshot.write(saved.tensors, unfinished, self.peers)
+        lists = self.peers.each(lambda: self._finish_files(unfinished, saved))
+        entries = {name: entry for found in lists for name, entry in found.items()}
+        self.peers.first(lambda: self._publish(unfinished, saved.step, entries))
+
+    def _finish_files(self, folder: Path, saved: Saved) -> Entries:
+        """This rank's files, with rank 0's also those that belong to none."""
+        files = sorted(folder.glob(f"__{self.peers.index}_*"))
+        if self.peers.index == 0:
+            state = folder / STATE
+            state.write_text(json.dumps(saved.state, indent=2) + "\n", encoding="utf-8")
+            manifest.flush(state)
+            files += [folder / snapshot.METADATA, state]
+        return manifest.entries_of(files)
+
+    def _publish(self, unfinished: Path, step: int, entries: Entries) -> None:
+        manifest.write(unfinished, entries)
+        final = self.path(step)
+        if final.exists():  # the same step saved again, after going back to an earlier one
+            _discard(final)
+        unfinished.rename(final)
+        manifest.flush(self.folder)
+
+    def _verify(self, step: int) -> None:
         folder = self.path(step)
         if not folder.is_dir():
             known = ", ".join(map(str, self.steps())) or "none"
             message = f"{folder} does not exist; complete steps in {self.folder}: {known}."
             raise NotACheckpointError(message)
-        _verify(folder)
-        groups = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-        return Saved(step, groups, json.loads((folder / STATE).read_text(encoding="utf-8")))
+        entries = _entries(folder)
+        manifest.verify(folder, sorted(entries)[self.peers.index :: self.peers.size], entries)
 
-    def forget_after(self, step: int) -> None:
-        """Delete the steps after `step`: a run that goes back to it will write them anew."""
-        for later in self.steps():
-            if later > step:
-                shutil.rmtree(self.path(later))
+    def _delete(self, steps: list[int]) -> None:
+        for step in steps:
+            _discard(self.path(step))
 
-    def _sweep(self) -> None:
-        """Remove what a killed process left half written."""
-        for path in self.folder.glob("step-*.tmp"):
-            shutil.rmtree(path)
-
-    def _check_space(self, saved: Saved) -> None:
-        needed, free = _bytes(saved) + _SLACK, shutil.disk_usage(self.folder).free
-        if needed > free:
-            message = (
-                f"checkpoint of step {saved.step} needs {needed} bytes, but {self.folder} has {free} free. "
-                f"{self._intact()} Free some space, or lower checkpoint.keep_latest_k."
-            )
-            raise CheckpointError(message)
-
-    def _publish(self, unfinished: Path, final: Path) -> None:
-        if final.exists():  # the same step saved again, after going back to an earlier one
-            shutil.rmtree(final)
-        unfinished.rename(final)
-        _flush(self.folder)
-
-    def _prune(self) -> None:
-        if self.keep_latest_k > 0:
-            for step in self.steps()[: -self.keep_latest_k]:
-                shutil.rmtree(self.path(step))
-
-    def _failed(self, saved: Saved, error: Exception) -> CheckpointError:
+    def _failed(self, step: int, needed: int, error: CheckpointError) -> CheckpointError:
         free = shutil.disk_usage(self.folder).free
         return CheckpointError(
-            f"checkpoint of step {saved.step} ({_bytes(saved)} bytes) could not be written to {self.folder} "
+            f"checkpoint of step {step} ({needed} bytes) could not be written to {self.folder} "
             f"({free} bytes free): {error}. {self._intact()} Free some space and pass --resume."
         )
 
@@ -161,62 +243,43 @@ class FolderStore:
         return "No earlier checkpoint exists." if latest is None else f"Step {latest} is intact."
 
 
-def _write(folder: Path, saved: Saved) -> None:
-    for group, tensors in saved.tensors.items():
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-            folder / f"{group}.safetensors",
-        )
-    (folder / STATE).write_text(json.dumps(saved.state, indent=2) + "\n", encoding="utf-8")
-    files = sorted(folder.iterdir())
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in (*files, folder / MANIFEST, folder):
-        _flush(path)
+def _discard(path: Path) -> None:
+    """Delete a checkpoint; killed half way, it no longer has the name of a complete one."""
+    shutil.rmtree(path.rename(path.with_name(f"{path.name}.old.tmp")))
 
 
-def _verify(folder: Path) -> None:
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        message = f"{file} cannot be read: {error}. Resume from an earlier step with --resume-step."
-        raise CheckpointError(message) from error
-    for name, expected in manifest.items():
-        _verify_file(folder / name, expected)
+def load_model(folder: Path, config: ModelConfig, *, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and router bias of a checkpoint, whole, float32, in the order of the network.
+
+    One tensor is in memory at a time, and neither moments nor anything else is read. `folder` is the
+    `step-N` folder; `verify=False` trusts its checksums.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or changed, or the model is not that of `config`.
+    """
+    entries = _entries(folder)
+    if verify:
+        manifest.verify(folder, sorted(entries), entries)
+    reader = snapshot.Reader(folder)
+    for param in parameters(config):
+        tensor = torch.empty(param.shape, dtype=torch.float32)
+        reader.read({f"model.{param.name}": Held.whole(tensor)})
+        yield param.name, tensor
 
 
-def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
-    size = path.stat().st_size if path.is_file() else -1
-    if size != expected["bytes"]:
-        found = f"has {size} bytes" if size >= 0 else "is missing"
+def _entries(folder: Path) -> Entries:
+    """The manifest of a checkpoint in the present format."""
+    entries = manifest.read(folder)
+    if _OLD in entries:
         message = (
-            f"{path} {found}, but {MANIFEST} counts {expected['bytes']}. "
-            "Resume from an earlier step with --resume-step."
+            f"{folder} holds {_OLD}: it was written before checkpoints were sharded, and only the version "
+            "that wrote it can resume it. Finish that run there and use its export (RUN/hf), or start anew."
         )
         raise CheckpointError(message)
-    digest = _sha256(path)
-    if digest != expected["sha256"]:
+    missing = [name for name in (snapshot.METADATA, STATE) if name not in entries]
+    if missing:
         message = (
-            f"{path} has SHA-256 {digest[:12]}…, but {MANIFEST} says {expected['sha256'][:12]}…. "
-            "Resume from an earlier step with --resume-step."
+            f"{folder / manifest.MANIFEST} does not list {' and '.join(missing)}: no checkpoint of a run."
         )
         raise CheckpointError(message)
-
-
-def _bytes(saved: Saved) -> int:
-    return sum(t.numel() * t.element_size() for group in saved.tensors.values() for t in group.values())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return entries

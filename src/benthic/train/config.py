@@ -120,12 +120,15 @@ class CheckpointConfig:
 
     every: optimizer steps between checkpoints; the last step is always saved. 0 saves the last one only.
     keep_latest_k: older ones are deleted after a new one is safely written; 0 keeps all.
+    async_save: copy to host memory and write from there while training goes on; a failure ends the run at
+        the next save. The last save waits. "auto": on a GPU.
     export: write the finished model, with its tokenizer, as Hugging Face files to `RUN/hf`.
     export_dtype: precision of the exported weights.
     """
 
     every: int = 100
     keep_latest_k: int = 2
+    async_save: bool | Auto = "auto"
     export: bool = True
     export_dtype: FloatType = "bfloat16"
 

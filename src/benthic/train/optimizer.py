@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benthic.errors import TensorMismatchError
 from benthic.train.precision import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from torch import Tensor
 
@@ -45,32 +44,9 @@ class AdamW:
         for name, piece in self._pieces.items():
             self._update(name, piece, piece.gradient * scale, lr)
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything an exact continuation needs beside the parameters and `steps`; flat, piece by piece."""
-        narrow = {n: p.master for n, p in self._pieces.items() if p.narrow}
-        groups = {"first": self._first, "second": self._second, "master": narrow}
-        return {f"{group}.{name}": t for group, held in groups.items() for name, t in held.items()}
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Take over what `state` gave.
-
-        Raises:
-            TensorMismatchError: tensors missing, extra or of another dtype, all named.
-        """
-        own = self.state()
-        wrong = sorted(set(own) ^ set(state))
-        wrong += [name for name in set(own) & set(state) if own[name].dtype != state[name].dtype]
-        if wrong:
-            message = (
-                f"{len(wrong)} tensors differ between optimizer ({len(own)}) and checkpoint ({len(state)}): "
-                f"{', '.join(wrong[:8])}. "
-                "Keep optimizer.moment_dtype and precision.weights as they were."
-            )
-            raise TensorMismatchError(message)
-        for name, tensor in own.items():
-            tensor.copy_(state[name].view(-1))
-        self.steps = steps
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """The first and second moment of one parameter's piece, flat; what updates change beside masters."""
+        return {"first": self._first[name], "second": self._second[name]}
 
     def _update(self, name: str, piece: Piece, gradient: Tensor, lr: float) -> None:
         """One tensor; `.float()` is the moment itself when it is kept in float32, a copy otherwise."""

@@ -23,6 +23,10 @@ _WHY_WEIGHTS: Final = {
 }
 _WHY_FP8: Final = "products in FP8 read an FP8 copy of the float32 master; no other copy is kept"
 _TILE: Final = 128
+_WHY_ASYNC: Final = {
+    True: "the GPU trains on while a thread writes a copy",
+    False: "a thread would take the cores that train",
+}
 _AUTO_TOKENS: Final = {"cpu": 4096, "cuda": 16384}
 
 
@@ -53,7 +57,7 @@ def resolve(config: RunConfig, facts: HardwareFacts, data: Meta, *, ranks: int =
     """
     choices: list[Choice] = []
     config = _layout(config, ranks, choices.append)
-    for settle in (_device, _precision, _model, _loop):
+    for settle in (_device, _precision, _checkpoint, _model, _loop):
         config = settle(config, facts, data, choices.append)
     problems = [*_problems(config, facts, data), *_layout_problems(config, ranks)]
     if problems:
@@ -122,6 +126,16 @@ def _about_tiles(model: ModelConfig) -> str:
         listed = ", ".join(map(str, widths))
         reason += f"; widths {listed} are no multiple of {_TILE}: their last tiles are smaller"
     return reason
+
+
+def _checkpoint(
+    config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[[Choice], None]
+) -> RunConfig:
+    if config.checkpoint.async_save != "auto":
+        return config
+    overlaps = facts.device == "cuda"
+    note(Choice("checkpoint.async_save", overlaps, _WHY_ASYNC[overlaps]))
+    return replace(config, checkpoint=replace(config.checkpoint, async_save=overlaps))
 
 
 def _model(config: RunConfig, _: HardwareFacts, data: Meta, note: Callable[[Choice], None]) -> RunConfig:

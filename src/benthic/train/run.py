@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from benthic.errors import CheckpointError, ConfigError
 from benthic.model.checkpoint import save_pretrained
 from benthic.parallel.mesh import Mesh
+from benthic.parallel.peers import Peers
 from benthic.parallel.start import Launch, anyone
 from benthic.spec.parameters import parameters
 from benthic.train.checkpoint import FolderStore
@@ -84,9 +85,15 @@ class Run:
             NumericsError: a loss or gradient is not finite; the last checkpoint stays.
             CheckpointError: a checkpoint could not be written; the one before stays.
         """
+        try:
+            return self._go()
+        finally:
+            self.store.wait()
+
+    def _go(self) -> bool:
         while self.trainer.steps_done < self.config.train.steps:
             if anyone(self.should_stop(), self.trainer.mesh.world, self.trainer.device):
-                self._save()
+                self._save(wait=True)
                 self.watcher.note(f"stopped after step {self.trainer.steps_done}; pass --resume to go on")
                 return False
             self._step()
@@ -106,7 +113,7 @@ class Run:
         if due(result.step, self.config.evaluate.every) and result.step < self.config.train.steps:
             self._evaluate()
         if due(result.step, self.config.checkpoint.every):
-            self._save()
+            self._save(wait=not self.config.checkpoint.async_save)
 
     def _record(self, result: StepResult, speed: Speed) -> None:
         if not self.leads:
@@ -122,10 +129,12 @@ class Run:
         if self.board is not None:
             self.board.step(result, speed)
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool) -> None:
         if self._saved != self.trainer.steps_done:
-            self.store.save(self.trainer.saved())
+            self.store.save(self.trainer.saved(), wait=wait)
             self._saved = self.trainer.steps_done
+        elif wait:
+            self.store.wait()
 
     def _evaluate(self) -> Evaluation | None:
         """Score the held-out documents; None when the data has none."""
@@ -150,7 +159,7 @@ class Run:
 
     def _finish(self) -> None:
         """What comes after the last step; a finished run that is resumed is not evaluated twice."""
-        self._save()
+        self._save(wait=True)
         if all(line["step"] != self.trainer.steps_done for line in self.records.read(EVALUATIONS)):
             self._evaluate()
         if self.board is not None:
@@ -212,7 +221,9 @@ def prepare(
     resolved = resolve(config, facts, meta, ranks=launch.ranks)
     if resolved.config.data.verify and launch.leads:
         verify(data, meta)
-    store = FolderStore(folder / "checkpoint", resolved.config.checkpoint.keep_latest_k)
+    store = FolderStore(
+        folder / "checkpoint", resolved.config.checkpoint.keep_latest_k, peers=Peers.everyone()
+    )
     _check_folder(store, resume)
     mesh = Mesh.of(resolved.config.layout, launch.rank)
     trainer = Trainer(resolved.config, TokenShards(data, meta, "train"), mesh)
@@ -273,7 +284,7 @@ def _restore(trainer: Trainer, store: FolderStore, resume: Resume, watcher: Watc
     if step is None:
         watcher.note(f"no checkpoint in {store.folder}: starting at step 0")
         return 0
-    trainer.restore(store.load(step))
+    trainer.restore(store.open(step))
     store.forget_after(step)
     watcher.note(f"resumed from step {step} ({trainer.tokens:,} tokens)")
     return step

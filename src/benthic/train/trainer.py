@@ -20,6 +20,7 @@ from benthic.sched.pipeline import schedules
 from benthic.sched.pipeline.check import check
 from benthic.train.balance import update_bias
 from benthic.train.checkpoint import Saved
+from benthic.train.contents import random_states, set_random_states, tensors_of
 from benthic.train.curve import cosine, warmup
 from benthic.train.data.microbatch import Batches
 from benthic.train.data.packing import Packing
@@ -40,12 +41,13 @@ if TYPE_CHECKING:
     from benthic.model.network import DeepSeek
     from benthic.parallel.stages import Stages
     from benthic.sched.pipeline.table import Table
+    from benthic.train.checkpoint import Stored
     from benthic.train.config import LoopConfig, RunConfig
     from benthic.train.data.microbatch import Microbatch
     from benthic.train.data.shards import TokenShards
     from benthic.train.executor import Outcome
 
-# What decides the numbers of a run; the rest of the config may change on resuming.
+# What decides the numbers of a run; the rest of the config, its layout too, may change on resuming.
 _FIXED = (
     "model.",
     "data.mask_documents",
@@ -156,10 +158,7 @@ class Trainer:
         return {piece.name: piece.gradient for bucket in self.buckets for piece in bucket.pieces()}
 
     def saved(self) -> Saved:
-        """Everything that an exact continuation needs."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        """Everything that an exact continuation needs of this rank; tensors share memory with the run."""
         state: dict[str, Any] = {
             "step": self.steps_done,
             "tokens": self.tokens,
@@ -168,29 +167,25 @@ class Trainer:
             "data": self._data,
             "config": to_json(self.config),
         }
-        groups = {
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state(),
-            "random": random,
-        }
-        return Saved(self.steps_done, groups, state)
+        tensors = tensors_of(self.config.model, self.stages, self.optimizer)
+        return Saved(self.steps_done, tensors | random_states(self.mesh.rank, self.device), state)
 
-    def restore(self, saved: Saved) -> None:
-        """Continue from `saved`.
+    def restore(self, stored: Stored) -> None:
+        """Continue from `stored`, which any layout may have written; running weights are made from masters.
 
         Raises:
             CheckpointError: it was written with other data or with settings that would change the numbers.
         """
-        self._check(saved.state)
-        self.model.load_state_dict(saved.tensors["model"], strict=True)
+        self._check(stored.state)
+        random = random_states(self.mesh.rank, self.device)
+        random = {name: one for name, one in random.items() if name in stored.reader.names}
+        stored.fill(tensors_of(self.config.model, self.stages, self.optimizer) | random)
         for bucket in self.buckets:
-            bucket.adopt_weights()
-        self.optimizer.load(saved.tensors["optimizer"], saved.state["optimizer_steps"])
-        torch.set_rng_state(saved.tensors["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in saved.tensors["random"]:
-            torch.cuda.set_rng_state(saved.tensors["random"]["cuda"], self.device)
-        self.steps_done, self.tokens = saved.state["step"], saved.state["tokens"]
-        self.position = saved.state["position"]
+            bucket.publish()
+        set_random_states(self.mesh.rank, self.device, random)
+        self.optimizer.steps = stored.state["optimizer_steps"]
+        self.steps_done, self.tokens = stored.state["step"], stored.state["tokens"]
+        self.position = stored.state["position"]
 
     def _read(self) -> list[Microbatch]:
         """This rank's microbatches: those of all data ranks alternate, so that a step's rows are its own."""
