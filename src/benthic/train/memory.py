@@ -38,16 +38,17 @@ def measure(trainer: Trainer, names: Collection[str] | None = None) -> KeptBytes
     Gradients and FP8 copies exist from the first step on.
     """
     params = dict(trainer.model.named_parameters())
-    kept, gradients = trainer.optimizer.state(), trainer.gradients()
+    pieces = {piece.name: piece for bucket in trainer.buckets for piece in bucket.pieces()}
     terms = dict.fromkeys(TERMS, 0)
     names = params if names is None else names
     for name in names:
-        running, master = _weights(trainer, params[name], kept.get(f"master.{name}"))
+        piece, moments = pieces[name], trainer.optimizer.moments(name)
+        running, master = _weights(trainer, params[name], piece.master if piece.narrow else None)
         terms["running weight"] += running
         terms["master weight"] += master
-        terms["gradient"] += _bytes(gradients.get(name))
-        terms["first moment"] += _bytes(kept[f"first.{name}"])
-        terms["second moment"] += _bytes(kept[f"second.{name}"])
+        terms["gradient"] += _bytes(piece.gradient)
+        terms["first moment"] += _bytes(moments["first"])
+        terms["second moment"] += _bytes(moments["second"])
     return KeptBytes(sum(params[name].numel() for name in names), terms)
 
 
