@@ -49,9 +49,7 @@ def write_documents(folder: Path) -> Path:
 def small_run(*, layers: int = 3, steps: int = 2, rows: int = 2, microbatches: int = 4) -> RunConfig:
     """`rows` rows of 32 tokens a microbatch, in float32."""
     config = recipes.nano_test()
-    model = dataclasses.replace(
-        presets.get("nano"), num_hidden_layers=layers, bos_token_id=0, eos_token_id=1
-    )
+    model = dataclasses.replace(presets.get("nano"), num_hidden_layers=layers, bos_token_id=0, eos_token_id=1)
     loop = dataclasses.replace(
         config.train,
         steps=steps,

@@ -96,24 +96,25 @@ class Executor:
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Outcome:
         """Add the gradient of the weighted loss of every microbatch to this rank's parameters."""
         self.tally.clear()
-        tasks = [self._task(microbatch, weights) for microbatch in batch]
+        tasks = [self._task(each, self._objective(each, weights)) for each in batch]
         for stage in self._stages.values():
             stage.tasks = tasks
         self.pipeline.run()
         return self._outcome()
 
-    def _task(self, batch: Microbatch, weights: Weights) -> Task:
+    def _objective(self, batch: Microbatch, weights: Weights) -> Objective:
+        """The losses of a microbatch, whose rows the ranks of `mesh.tokens` share."""
+        shards = self.mesh.tokens.size
+        return Objective(weights, self.tally, batch.rows, shards, self._mean if shards > 1 else None)
+
+    def _task(self, batch: Microbatch, objective: Objective) -> Task:
         """This rank's part of a microbatch, whose tokens are on the host still."""
         mesh = self.mesh
         share = TokenShare.of(mesh.layout, mesh.place, rows=batch.rows, seq_len=batch.seq_len)
         attend = self._attend(share, batch)
         own = batch.take(share.stream()) if mesh.tokens.size > 1 else batch
         positions_T = batch.positions_T[share.attention()].to(self.device, non_blocking=True)
-        mean = self._mean if mesh.tokens.size > 1 else None
-        objective = Objective(weights, self.tally, batch.rows, mesh.tokens.size, mean)
-        return Task(
-            own.to(self.device), positions_T, Sockets(attend, self._exchange, self.linear), objective
-        )
+        return Task(own.to(self.device), positions_T, Sockets(attend, self._exchange, self.linear), objective)
 
     def _attend(self, share: TokenShare, batch: Microbatch) -> Attend:
         """Packed attention, of all tokens or from this rank's share."""
@@ -121,10 +122,10 @@ class Executor:
             return ContextAttend.of(share, batch.cu_seqlens.tolist(), self.mesh.context, self.device)
         return PackedAttend(batch.cu_seqlens.to(self.device, non_blocking=True), batch.max_seqlen)
 
-    def _mean(self, share_SE: Tensor) -> Tensor:
+    def _mean(self, f_SE: Tensor) -> Tensor:
         """Over the ranks that share the tokens of a row, each with equally many."""
-        dist.all_reduce(share_SE, group=self.mesh.tokens.handle)
-        return share_SE / self.mesh.tokens.size
+        dist.all_reduce(f_SE, group=self.mesh.tokens.handle)
+        return f_SE / self.mesh.tokens.size
 
     def _outcome(self) -> Outcome:
         """What every rank found, together: one sum over the world for losses, one for counts."""
