@@ -1,8 +1,8 @@
 """Tensor and context parallelism against one process: one attention, some blocks, whole training steps.
 
-The layouts below run two steps here. They, and ZB-V, ZB-H1, Chimera and interleaved tables with tensor or context
-parallelism, and DualPipeV on PP2 x CP2 x TP2 with EP4 and ZeRO-3, were run over 20 steps within the same
-tolerances when this was written.
+The layouts below run two steps here. They, and ZB-V, ZB-H1, Chimera and interleaved tables with tensor or
+context parallelism, and DualPipeV on PP2 x CP2 x TP2 with EP4 and ZeRO-3, were run over 20 steps within the
+same tolerances when this was written.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class TokenShare:
 
     Context parallelism cuts every row into `2 cp_degree` chunks and gives rank i the chunks i and
     `2 cp_degree - 1 - i`: under a causal mask early tokens see few keys and late ones many, so every rank has
-    the same work. These are the tokens from which the rank's attention asks, row after row. Tensor parallelism
-    divides them once more, between attention and the rest, into equal parts of every row.
+    the same work. These are the tokens from which the rank's attention asks, row after row. Tensor
+    parallelism divides them once more, between attention and the rest, into equal parts of every row.
 
     Every method returns int64 indices on the CPU.
     """
