@@ -35,8 +35,8 @@ def divide_products(model: DeepSeek, group: Group, *, row_part: int) -> None:
     """Let the products of `model`, which hold this rank's part, take and return this rank's tokens.
 
     Every rank of `group` holds `row_part` tokens of each row of a microbatch; one rank alone changes nothing.
-    Cost a block, forward and again backward: two all-gathers and a reduce-scatter in attention, one of each in
-    the dense network or the shared experts.
+    Cost a block, forward and again backward: two all-gathers and a reduce-scatter in attention, one of each
+    in the dense network or the shared experts.
     """
     if group.size == 1:
         return
