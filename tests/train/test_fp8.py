@@ -105,7 +105,7 @@ def test_resumed_run_is_the_undisturbed_run_bit_for_bit(
     assert losses(broken, 2) == expected[:2]
     store.save(broken.saved())
     again = trainer(config)
-    again.restore(store.load(2))
+    again.restore(store.open(2))
     assert losses(again, 2) == expected[2:]
 
 

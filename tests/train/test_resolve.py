@@ -43,6 +43,7 @@ def test_resolved_config_has_no_auto_left_and_every_choice_has_a_reason(
     assert resolved.config.train.local_batch_size == 4096 // 256
     assert {c.field for c in resolved.choices} == {
         "device",
+        "checkpoint.async_save",
         "precision.weights",
         "precision.matmul",
         "train.seq_len",

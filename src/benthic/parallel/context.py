@@ -93,8 +93,8 @@ class ContextAttend:
     ) -> Tensor:
         """DeepSeek-V3 report eq. (10); latents and rotated keys travel together.
 
-        A latent is a key of at most two segments, and a sum of two gradients has no order: the backward pass is
-        deterministic.
+        A latent is a key of at most two segments, and the sum of two gradients is the same in either order:
+        the backward pass is deterministic.
         """
         own_TX = torch.cat((latent_TC, k_rope_Tr), dim=-1)
         all_TX = gather_tokens(own_TX, self.group)

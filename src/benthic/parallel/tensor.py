@@ -31,16 +31,16 @@ GATHERED_AFTER: Final = ("attn.kv_a",)
 SUMMED_AFTER: Final = ("attn.o", "mlp.down", "shared.down")
 
 
-def divide_products(model: DeepSeek, group: Group, *, rows: int) -> None:
+def divide_products(model: DeepSeek, group: Group, *, row_part: int) -> None:
     """Let the products of `model`, which hold this rank's part, take and return this rank's tokens.
 
-    `rows` is how many rows a microbatch has; every rank of `group` holds an equal part of each. With one rank
-    nothing changes. Cost a block and token, forward and again backward: one all-gather and one reduce-scatter
-    each in attention and in the dense network or the shared experts.
+    Every rank of `group` holds `row_part` tokens of each row of a microbatch; one rank alone changes nothing.
+    Cost a block, forward and again backward: two all-gathers and a reduce-scatter in attention, one of each
+    in the dense network or the shared experts.
     """
     if group.size == 1:
         return
-    tokens = _Tokens(group, rows)
+    tokens = _Tokens(group, row_part)
     for name, module in model.named_modules():
         if name.endswith(GATHERED_BEFORE):
             _replace(module, tokens.gathered_before)
@@ -57,8 +57,8 @@ def _replace(module: nn.Module, wrap: Callable[[Product], Product]) -> None:
 class _Tokens:
     """Changes between this rank's tokens and those of the whole group, which attention and products see."""
 
-    def __init__(self, group: Group, rows: int) -> None:
-        self._group, self._rows = group, rows
+    def __init__(self, group: Group, row_part: int) -> None:
+        self._group, self._row_part = group, row_part
 
     def gathered_before(self, product: Product) -> Product:
         return lambda x_TI, linear: product(self._gather(x_TI), linear)
@@ -70,7 +70,7 @@ class _Tokens:
         return lambda x_TI, linear: self._sum(product(x_TI, linear))
 
     def _gather(self, x_TX: Tensor) -> Tensor:
-        return by_row(gather_tokens(x_TX, self._group), self._rows, self._group.size)
+        return by_row(gather_tokens(x_TX, self._group), self._group.size, self._row_part)
 
     def _sum(self, x_TX: Tensor) -> Tensor:
-        return sum_tokens(by_rank(x_TX, self._rows, self._group.size), self._group)
+        return sum_tokens(by_rank(x_TX, self._group.size, self._row_part), self._group)

@@ -19,8 +19,8 @@ class TokenShare:
     """One rank's tokens of `rows` packed rows of `seq_len` tokens, in the order in which it keeps them.
 
     Context parallelism cuts every row into `2 cp_degree` chunks and gives rank i the chunks i and
-    `2 cp_degree - 1 - i`: under a causal mask early tokens see few keys and late ones many, so that every rank
-    has the same work. These are the tokens from which the rank's attention asks, row after row. Tensor
+    `2 cp_degree - 1 - i`: under a causal mask early tokens see few keys and late ones many, so every rank has
+    the same work. These are the tokens from which the rank's attention asks, row after row. Tensor
     parallelism divides them once more, between attention and the rest, into equal parts of every row.
 
     Every method returns int64 indices on the CPU.
@@ -55,6 +55,11 @@ class TokenShare:
         late = range(last * chunk, (last + 1) * chunk)
         return (range(early.start, late.stop),) if early.stop == late.start else (early, late)
 
+    @property
+    def row_part(self) -> int:
+        """How many tokens of each row are in this rank's stream."""
+        return self.seq_len // (self.cp_degree * self.tp_degree)
+
     def attention(self) -> Tensor:
         """Of the tokens from which this rank's attention asks."""
         row_L = torch.cat([torch.arange(piece.start, piece.stop) for piece in self.pieces])
@@ -78,11 +83,11 @@ def _found(rows: int, seq_len: int, cp_degree: int) -> Tensor:
     return torch.cat(shares).argsort()
 
 
-def by_row(gathered_TX: Tensor, rows: int, ranks: int) -> Tensor:
-    """Tokens gathered rank by rank, row by row: `[ranks, rows, ...]` to `[rows, ranks, ...]`; one row is free."""
-    return gathered_TX.unflatten(0, (ranks, rows, -1)).transpose(0, 1).flatten(0, 2)
+def by_row(gathered_TX: Tensor, ranks: int, row_part: int) -> Tensor:
+    """Tokens gathered rank by rank, row by row; each rank has `row_part` tokens of a row. One row is free."""
+    return gathered_TX.unflatten(0, (ranks, -1, row_part)).transpose(0, 1).flatten(0, 2)
 
 
-def by_rank(tokens_TX: Tensor, rows: int, ranks: int) -> Tensor:
+def by_rank(tokens_TX: Tensor, ranks: int, row_part: int) -> Tensor:
     """The inverse of `by_row`."""
-    return tokens_TX.unflatten(0, (rows, ranks, -1)).transpose(0, 1).flatten(0, 2)
+    return tokens_TX.unflatten(0, (-1, ranks, row_part)).transpose(0, 1).flatten(0, 2)

@@ -132,8 +132,8 @@ class Layout:
             return
         if cp > 1 and seq_len % (unit := cp * math.lcm(2, tp)):
             yield (
-                f"train.seq_len={seq_len} is no multiple of {unit}: layout.cp_degree={cp} gives every rank an "
-                f"early and a late chunk of each row, whose tokens layout.tp_degree={tp} divides. "
+                f"train.seq_len={seq_len} is no multiple of {unit}: layout.cp_degree={cp} gives every rank "
+                f"an early and a late chunk of each row, whose tokens layout.tp_degree={tp} divides. "
                 f"Set seq_len to a multiple of {unit}, or lower a degree."
             )
         elif seq_len % tp:

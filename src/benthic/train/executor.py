@@ -129,9 +129,9 @@ class Executor:
             stage.tasks = tasks
 
     def _objective(self, batch: Microbatch, weights: Weights) -> Objective:
-        tokens = self.mesh.tokens
-        mean = self._mean if tokens.size > 1 else None
-        return Objective(weights, self.tally, batch.rows, tokens.size, mean)
+        """The losses of a microbatch, whose rows the ranks of `mesh.tokens` share."""
+        shards = self.mesh.tokens.size
+        return Objective(weights, self.tally, batch.rows, shards, self._mean if shards > 1 else None)
 
     def _task(self, batch: Microbatch, objective: Objective | Scored) -> Task:
         """This rank's part of a microbatch, whose tokens are on the host still."""
@@ -148,10 +148,10 @@ class Executor:
             return ContextAttend.of(share, batch.cu_seqlens.tolist(), self.mesh.context, self.device)
         return PackedAttend(batch.cu_seqlens.to(self.device, non_blocking=True), batch.max_seqlen)
 
-    def _mean(self, share_SE: Tensor) -> Tensor:
+    def _mean(self, f_SE: Tensor) -> Tensor:
         """Over the ranks that share the tokens of a row, each with equally many."""
-        dist.all_reduce(share_SE, group=self.mesh.tokens.handle)
-        return share_SE / self.mesh.tokens.size
+        dist.all_reduce(f_SE, group=self.mesh.tokens.handle)
+        return f_SE / self.mesh.tokens.size
 
     def _outcome(self) -> Outcome:
         """What every rank found, together: one sum over the world for losses, one for counts."""

@@ -270,7 +270,8 @@ def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
         config.model, table, mesh, device=torch.device(config.device), keep=keep, seed=config.train.seed
     )
     for model in stages.models.values():
-        divide_products(model, mesh.tensor, rows=number(config.train.local_batch_size))
+        row_part = number(config.train.seq_len) // config.layout.token_shards
+        divide_products(model, mesh.tensor, row_part=row_part)
         recompute_phases(model, config.recompute)
     return stages
 
