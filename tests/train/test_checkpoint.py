@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: TID251 (as a user would)
 
 from benthic.cli.settings import apply
 from benthic.errors import CheckpointError, NotACheckpointError, TensorMismatchError
