@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: TID251 (as a user would)
 
 from benthic.cli.settings import apply
 from benthic.errors import CheckpointError, NotACheckpointError, TensorMismatchError
@@ -265,7 +266,7 @@ def test_failure_of_the_thread_is_raised_once_by_the_next_call(
     assert store.steps() == [2]
 
 
-def test_model_is_read_whole_without_the_optimizer(
+def test_model_is_read_whole_without_the_optimizer_here_and_by_torchs_tool(
     trainer: Callable[[RunConfig], Trainer], nano: RunConfig, tmp_path: Path
 ) -> None:
     run, store = trainer(apply(nano, ["precision.weights=bfloat16"])), FolderStore(tmp_path)
@@ -277,6 +278,9 @@ def test_model_is_read_whole_without_the_optimizer(
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     for name, tensor in own.items():
         assert torch.equal(found[name].to(tensor.dtype), tensor), name
+    dcp_to_torch_save(store.path(1), tmp_path / "whole.pt")
+    by_torch = torch.load(tmp_path / "whole.pt")
+    assert all(torch.equal(by_torch[f"model.{name}"], tensor) for name, tensor in found.items())
     (store.path(1) / "__0_0.distcp").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"__0_0.distcp has 0 bytes"):
         next(load_model(store.path(1), run.config.model))

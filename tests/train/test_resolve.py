@@ -46,12 +46,22 @@ def test_resolved_config_has_no_auto_left_and_every_choice_has_a_reason(
         "checkpoint.async_save",
         "precision.weights",
         "precision.matmul",
+        "checkpoint.async_save",
         "train.seq_len",
         "train.local_batch_size",
         "train.global_batch_size",
         "train.threads",
     }
     assert all(choice.reason for choice in resolved.choices)
+
+
+def test_checkpoints_are_written_beside_training_on_a_gpu_only(dataset: Path, facts: HardwareFacts) -> None:
+    gpu, meta = dataclasses.replace(facts, device="cuda"), read_meta(dataset)
+    config = apply(recipes.nano_test(), ["device=auto"])
+    assert resolve(config, gpu, meta).config.checkpoint.async_save is True
+    assert resolve(config, facts, meta).config.checkpoint.async_save is False
+    off = apply(config, ["checkpoint.async_save=false"])
+    assert resolve(off, gpu, meta).config.checkpoint.async_save is False
 
 
 def test_gpu_runs_on_bfloat16_weights_unless_told_otherwise(dataset: Path, facts: HardwareFacts) -> None:

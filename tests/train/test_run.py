@@ -71,10 +71,11 @@ def recorded(run: Run, name: str) -> list[int]:
     return [json.loads(line)["step"] for line in (run.folder / name).read_text().splitlines()]
 
 
+@pytest.mark.parametrize("async_save", ["true", "false"])
 def test_finished_run_keeps_the_latest_checkpoints_and_all_records(
-    made: Callable[..., tuple[Run, Listener]],
+    made: Callable[..., tuple[Run, Listener]], async_save: str
 ) -> None:
-    run, listener = made()
+    run, listener = made(f"checkpoint.async_save={async_save}")
     assert run.go()
     assert listener.steps == recorded(run, "metrics.jsonl") == list(range(1, 13))
     assert recorded(run, "evaluations.jsonl") == [4, 8, 12]
@@ -128,12 +129,14 @@ def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(
     assert recorded(again, "metrics.jsonl") == list(range(1, 13))
 
 
+@pytest.mark.parametrize("async_save", ["true", "false"])
 def test_full_disk_ends_the_run_and_resuming_goes_on_from_the_checkpoint_before(
-    made: Callable[..., tuple[Run, Listener]], monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., tuple[Run, Listener]], monkeypatch: pytest.MonkeyPatch, async_save: str
 ) -> None:
-    run, _ = made()
+    run, _ = made(f"checkpoint.async_save={async_save}")
     for _ in range(4):
         run._step()
+    run.store.wait()
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: Usage(10, 10, 0))
     with pytest.raises(CheckpointError, match=r"step 8 needs \d+ bytes, but .* has 0 free. Step 4 is intact"):
         run.go()

@@ -38,7 +38,7 @@ class Peers:
     @classmethod
     def everyone(cls, *, timeout: timedelta | None = None) -> Peers:
         """Every rank of the default group, this process alone without one; every rank must call it."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
         handle = dist.new_group(backend="gloo", timeout=timeout)
         return cls(dist.get_rank(), dist.get_world_size(), handle)
