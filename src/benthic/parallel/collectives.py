@@ -25,3 +25,12 @@ def gather(whole: Tensor, shard: Tensor, group: Group) -> None:
 def reduce_scatter(shard: Tensor, whole: Tensor, group: Group) -> None:
     """Fill `shard` with this rank's part of the sum of `whole` over the group."""
     _SCATTER(shard, whole, group=group.handle)
+
+
+def exchange(sent: Tensor, out: list[int], into: list[int], group: Group) -> Tensor:
+    """Send `out[r]` elements of the flat `sent` to each rank r, in order; return `into[r]` from each."""
+    if group.handle is None:
+        return sent
+    received = sent.new_empty(sum(into))
+    dist.all_to_all_single(received, sent, into, out, group=group.handle)
+    return received

@@ -51,25 +51,13 @@ class AdamW:
         groups = {"first": self._first, "second": self._second, "master": narrow}
         return {f"{group}.{name}": t for group, held in groups.items() for name, t in held.items()}
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Take over what `state` gave.
 
         Raises:
             TensorMismatchError: tensors missing, extra or of another dtype, all named.
         """
-        own = self.state()
-        wrong = sorted(set(own) ^ set(state))
-        wrong += [name for name in set(own) & set(state) if own[name].dtype != state[name].dtype]
-        if wrong:
-            message = (
-                f"{len(wrong)} tensors differ between optimizer ({len(own)}) and checkpoint ({len(state)}): "
-                f"{', '.join(wrong[:8])}. "
-                "Keep optimizer.moment_dtype and precision.weights as they were."
-            )
-            raise TensorMismatchError(message)
-        for name, tensor in own.items():
-            tensor.copy_(state[name].view(-1))
+        copy_state(self.state(), state)
         self.steps = steps
 
     def _update(self, name: str, piece: Piece, gradient: Tensor, lr: float) -> None:
@@ -88,3 +76,23 @@ class AdamW:
 def _keep(moment: Tensor, value: Tensor) -> None:
     if value is not moment:
         moment.copy_(value)
+
+
+@torch.no_grad()
+def copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Fill an optimizer's own tensors with those of a checkpoint.
+
+    Raises:
+        TensorMismatchError: tensors missing, extra or of another dtype, all named.
+    """
+    wrong = sorted(set(own) ^ set(state))
+    wrong += [name for name in set(own) & set(state) if own[name].dtype != state[name].dtype]
+    if wrong:
+        message = (
+            f"{len(wrong)} tensors differ between optimizer ({len(own)}) and checkpoint ({len(state)}): "
+            f"{', '.join(wrong[:8])}. "
+            "Keep optimizer.moment_dtype, optimizer.name and precision.weights as they were."
+        )
+        raise TensorMismatchError(message)
+    for name, tensor in own.items():
+        tensor.copy_(state[name].view(-1))

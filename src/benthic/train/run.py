@@ -8,12 +8,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final, Protocol
 
 from benthic.errors import CheckpointError, ConfigError
-from benthic.model.checkpoint import save_pretrained
+from benthic.parallel.export import save_stages
 from benthic.train.checkpoint import FolderStore
 from benthic.train.data import tokenizer as tokenizers
 from benthic.train.data.shards import TokenShards, read_meta, verify
 from benthic.train.evaluate import Evaluation, evaluate
 from benthic.train.fields import to_json
+from benthic.train.initial import open_initial
 from benthic.train.precision import DTYPES
 from benthic.train.records import EVALUATIONS, Records
 from benthic.train.resolve import number, resolve
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from benthic.train.config import RunConfig
     from benthic.train.data.shards import Meta
     from benthic.train.hardware import HardwareFacts
+    from benthic.train.initial import Initial
     from benthic.train.resolve import Resolved
     from benthic.train.speed import Speed
     from benthic.train.trainer import StepResult
@@ -169,8 +171,10 @@ class Run:
 
     def _export(self) -> None:
         target = self.folder / "hf"
-        save_pretrained(self.trainer.model, target, dtype=DTYPES[self.config.checkpoint.export_dtype])
-        tokenizers.copy(self.held_out.folder / "tokenizer", target)
+        trainer, dtype = self.trainer, DTYPES[self.config.checkpoint.export_dtype]
+        save_stages(trainer.stages, trainer.mesh, self.config.model, target, dtype=dtype)
+        if trainer.mesh.rank == 0:
+            tokenizers.copy(self.held_out.folder / "tokenizer", target)
         self.watcher.note(f"exported to {target}: try `benthic serve {target}`")
 
 
@@ -197,8 +201,12 @@ def prepare(
         verify(data, meta)
     store = FolderStore(folder / "checkpoint", resolved.config.checkpoint.keep_latest_k)
     _check_folder(store, resume)
+    fresh = resolved.config.init_from and not (resume.wanted and store.steps())
+    initial = open_initial(resolved.config, data) if fresh else None
     trainer = Trainer(resolved.config, TokenShards(data, meta, "train"))
     _describe(resolved, trainer, meta, watcher)
+    if initial is not None:
+        _start_from(initial, trainer, watcher)
     start = _restore(trainer, store, resume, watcher)
     folder.mkdir(parents=True, exist_ok=True)
     _write_resolved(folder, resolved, facts)
@@ -258,6 +266,13 @@ def _restore(trainer: Trainer, store: FolderStore, resume: Resume, watcher: Watc
     store.forget_after(step)
     watcher.note(f"resumed from step {step} ({trainer.tokens:,} tokens)")
     return step
+
+
+def _start_from(initial: Initial, trainer: Trainer, watcher: Watcher) -> None:
+    """Load the checkpoint that the run continues, before its first step."""
+    initial.load(trainer.stages, trainer.mesh.world)
+    for note in (f"weights from {initial.opened.source.folder}", *initial.notes):
+        watcher.note(note)
 
 
 def _write_resolved(folder: Path, resolved: Resolved, facts: HardwareFacts) -> None:
