@@ -46,7 +46,6 @@ def test_resolved_config_has_no_auto_left_and_every_choice_has_a_reason(
         "checkpoint.async_save",
         "precision.weights",
         "precision.matmul",
-        "checkpoint.async_save",
         "train.seq_len",
         "train.local_batch_size",
         "train.global_batch_size",

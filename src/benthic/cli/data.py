@@ -127,6 +127,34 @@ def build(  # noqa: PLR0913 (one argument an option)
 
 
 @app.command()
+def chat(
+    sources: Annotated[list[Path], typer.Argument(help="JSONL files, one conversation a line.")],
+    *,
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder with a chat template.")],
+    out: Annotated[Path, typer.Option(help="Dataset folder to write; must not exist.")],
+    max_tokens: Annotated[
+        int, typer.Option(help="Cut longer conversations after the last reply that fits; 0: no limit.")
+    ] = 0,
+    held_out: Annotated[float, typer.Option(help="Fraction of conversations kept for evaluation.")] = 0.02,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of one shard file.")] = 2**28,
+) -> None:
+    """Tokenize conversations for fine-tuning: only the assistant's replies are learned."""
+    from benthic.train.data import tokenizer as tokenizers  # noqa: PLC0415 (keeps other commands quick)
+    from benthic.train.data.build import BuildOptions  # noqa: PLC0415
+    from benthic.train.data.build_chat import build_chat  # noqa: PLC0415
+
+    options, words = BuildOptions(held_out=held_out, shard_tokens=shard_tokens), tokenizers.load(tokenizer)
+    with _progress("tokenizing") as show:
+        meta = build_chat(sources, words, out, options, max_tokens=max_tokens, progress=show)
+    _print(out, meta)
+    if meta.source["too_long"]:
+        left_out = (
+            f"{meta.source['too_long']} conversations left out: no reply ends within {max_tokens} tokens"
+        )
+        Console().print(left_out, highlight=False)
+
+
+@app.command()
 def check(folder: Annotated[Path, typer.Argument(help="Dataset folder.")]) -> None:
     """Compare every file of a dataset with its checksum and show what it holds."""
     from benthic.train.data import shards  # noqa: PLC0415 (keeps other commands quick)

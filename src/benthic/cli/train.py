@@ -71,6 +71,10 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Any config field, e.g. --set train.lr=3e-4; repeatable."),
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Hugging Face checkpoint to start from; its model replaces the recipe's."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of --run.")
     ] = False,
@@ -85,7 +89,8 @@ def train(
 
     launch = launched(os.environ)
     wanted = runs.Resume(wanted=resume or resume_step is not None, step=resume_step)
-    config = _with_data(apply(_config(recipe, run, resume=wanted.wanted), settings or ()), data)
+    base = _started(_config(recipe, run, resume=wanted.wanted), init_from)
+    config = _with_data(apply(base, settings or ()), data)
     threads = None if config.train.threads == "auto" else config.train.threads
     facts = detect(config.device, threads=threads)
     screen = Screen(_console(run, launch), config.train.steps)
@@ -148,6 +153,15 @@ def _config(recipe: str | None, run: Path, *, resume: bool) -> RunConfig:
         raise CheckpointError(message)
     config: RunConfig = from_json(RunConfig, json.loads(file.read_text(encoding="utf-8"))["config"])
     return config
+
+
+def _started(config: RunConfig, init_from: Path | None) -> RunConfig:
+    """The config with the model of the checkpoint that the run starts from; `--set` comes after."""
+    if init_from is None:
+        return config
+    from benthic.train.initial import model_of  # noqa: PLC0415 (torch takes seconds)
+
+    return dataclasses.replace(config, model=model_of(init_from), init_from=str(init_from))
 
 
 def _with_data(config: RunConfig, data: Path | None) -> RunConfig:

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 def to_half_split(weight_OI: Tensor, param: Param) -> Tensor:
     """Move each rotary slice's even rows to its front and its odd rows to its back; a copy."""
-    return weight_OI[_half_split_order(param).to(weight_OI.device)]
+    return weight_OI[half_split_order(param).to(weight_OI.device)]
 
 
 def to_interleaved(weight_OI: Tensor, param: Param) -> Tensor:
     """The inverse of `to_half_split`; a copy."""
-    return weight_OI[torch.argsort(_half_split_order(param)).to(weight_OI.device)]
+    return weight_OI[torch.argsort(half_split_order(param)).to(weight_OI.device)]
 
 
-def _half_split_order(param: Param) -> Tensor:
+def half_split_order(param: Param) -> Tensor:
     """Which checkpoint row each module row comes from: int64 [rows]."""
     order = torch.arange(param.shape[0])
     for start, stop in param.rope_rows:

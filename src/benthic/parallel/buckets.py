@@ -54,6 +54,10 @@ class Bucket:
         partners: ranks that hold copies too but run other slots (the other pipeline rank of a stage, or of a
             shared embedding); their shards' gradients are summed at the end of a step.
         zero_stage: 1, 2 or 3.
+
+    Attributes:
+        length: elements of one rank's shard of the flat array.
+        starts: where each parameter starts in the flat array.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class Bucket:
         here = slice(group.index * self.length, (group.index + 1) * self.length)
         self._here = here
         self._flat = torch.zeros(self.length * group.size, dtype=first.dtype, device=first.device)
-        self._starts = self._adopt()
+        self.starts = self._adopt()
         self._shard = self._flat[here].clone() if zero_stage == 3 else self._flat[here]
         self.master = self._shard if first.dtype == torch.float32 else self._shard.float()
         self._gradients: Tensor | None = None
@@ -140,7 +144,7 @@ class Bucket:
             return self._gradients
         self._gradients = torch.zeros(self._flat.numel(), dtype=torch.float32, device=self._flat.device)
         for name, param in self.params.items():
-            start = self._starts[name]
+            start = self.starts[name]
             view = self._gradients[start : start + param.numel()].view(param.shape)
             self._views[name] = view
             if param.dtype == torch.float32:
@@ -191,13 +195,17 @@ class Bucket:
     def pieces(self) -> Iterator[Piece]:
         """What this rank updates, parameter by parameter."""
         for name, param in self.params.items():
-            begin, end = self._starts[name], self._starts[name] + param.numel()
+            begin, end = self.starts[name], self.starts[name] + param.numel()
             a, b = max(begin, self._here.start), min(end, self._here.stop)
             if a < b:
                 inside = slice(a - self._here.start, b - self._here.start)
                 shape = tuple(param.shape)
                 narrow = param.dtype != torch.float32
                 yield Piece(name, shape, a - begin, b - begin, self.master[inside], self._sum[inside], narrow)
+
+    def place_of(self, piece: Piece) -> int:
+        """Where a piece starts in this rank's shard."""
+        return self.starts[piece.name] + piece.start - self._here.start
 
     def publish(self) -> None:
         """Round the updated masters into the weights and give every rank all of them."""

@@ -29,6 +29,15 @@ def reduce_scatter(shard: Tensor, whole: Tensor, group: Group) -> None:
     _SCATTER(shard, whole, group=group.handle)
 
 
+def exchange(sent: Tensor, out: list[int], into: list[int], group: Group) -> Tensor:
+    """Send `out[r]` elements of the flat `sent` to each rank r, in order; return `into[r]` from each."""
+    if group.handle is None:
+        return sent
+    received = sent.new_empty(sum(into))
+    dist.all_to_all_single(received, sent, into, out, group=group.handle)
+    return received
+
+
 def gather_tokens(x_TX: Tensor, group: Group) -> Tensor:
     """The tokens of all ranks of the group, in order; backward sums their gradients and keeps this rank's."""
     whole: Tensor = _GatherTokens.apply(x_TX, group)

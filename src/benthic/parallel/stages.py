@@ -59,12 +59,14 @@ class Stages:
     """The stages of this rank and its part of every parameter.
 
     models: by stage. boxes: the part of each parameter that is held here. buckets: by unit (embed, layers.N,
-    head, mtp.K), all parameters once; a parameter that two of these stages hold is one tensor.
+    head, mtp.K), all parameters once; a parameter that two of these stages hold is one tensor. holders: the
+    pipeline ranks that hold each parameter, of the whole model.
     """
 
     models: Mapping[int, DeepSeek]
     boxes: Boxes
     buckets: Mapping[str, tuple[Bucket, ...]]
+    holders: Mapping[str, tuple[int, ...]]
 
     @property
     def all_buckets(self) -> Iterator[Bucket]:
@@ -111,7 +113,7 @@ def build(
         named_here = {param.name: named[param.name] for param in members}
         bucket = Bucket(named_here, _replicas(members[0], mesh), groups[pps], zero_stage=layout.zero_stage)
         buckets.setdefault(unit, []).append(bucket)
-    return Stages(models, boxes, {unit: tuple(found) for unit, found in buckets.items()})
+    return Stages(models, boxes, {unit: tuple(found) for unit, found in buckets.items()}, holders)
 
 
 def _stage(
@@ -153,7 +155,6 @@ def _holders(params: tuple[Param, ...], parts: tuple[Part, ...], table: Table) -
             sorted({r[s] for r in table.routes for s, part in enumerate(parts) if part.holds(param.name)})
         )
         for param in params
-        if param.trainable
     }
 
 

@@ -22,12 +22,15 @@ class DataConfig:
     path: folder written by `benthic data build`.
     mask_documents: attention and losses stay inside one document. The DeepSeek-V3 report packs without this
         mask (section 4.1); set it to false to do the same.
+    packing: "stream" lays documents end to end and cuts rows out of the stream; "whole" fills rows with whole
+        documents. "auto": whole where some tokens are not to be learned (conversations), else stream.
     seed: of the shuffle of documents and rows; every epoch is shuffled anew.
     verify: compare the checksum of every shard before the first step.
     """
 
     path: str = ""
     mask_documents: bool = True
+    packing: Literal["stream", "whole"] | Auto = "auto"
     seed: int = 0
     verify: bool = True
 
@@ -68,14 +71,21 @@ class LoopConfig:
 class OptimizerConfig:
     """AdamW with the settings of the DeepSeek-V3 report, section 4.2; decay touches matrices only.
 
+    name: "muon" takes Muon for the network's matrices and AdamW for embedding, head, norms and routers
+        (`train.muon`); one learning rate serves both.
     moment_dtype: bfloat16 halves the optimizer's memory, as the report does (section 3.3.3).
+    momentum: of Muon.
+    newton_schulz_dtype: precision of Muon's orthogonalisation; bfloat16 as in the Moonlight report.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     moment_dtype: FloatType = "float32"
+    momentum: float = 0.95
+    newton_schulz_dtype: FloatType = "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +182,10 @@ class RunConfig:
     device: "auto" takes a CUDA GPU where there is one.
     layout: how the ranks divide the work; one rank by default.
     recompute: phases of each block whose activations are computed again in the backward pass.
+    init_from: folder of a Hugging Face checkpoint whose weights the run starts from; empty starts from random
+        ones.
+    init_mtp: "checkpoint" takes its MTP layers too, which it must have if the model does; "fresh" begins with
+        random ones.
     """
 
     model: ModelConfig
@@ -186,3 +200,5 @@ class RunConfig:
     layout: Layout = field(default_factory=Layout)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     recompute: tuple[Phase, ...] = ()
+    init_from: str = ""
+    init_mtp: Literal["checkpoint", "fresh"] = "checkpoint"

@@ -17,10 +17,11 @@ from benthic.spec.parameters import parameters
 if TYPE_CHECKING:
     from benthic.parallel.stages import Stages
     from benthic.spec.model import ModelConfig
+    from benthic.train.muon import Muon
     from benthic.train.optimizer import AdamW
 
 
-def tensors_of(config: ModelConfig, stages: Stages, optimizer: AdamW) -> dict[str, Held]:
+def tensors_of(config: ModelConfig, stages: Stages, optimizer: AdamW | Muon) -> dict[str, Held]:
     """What this rank updates of masters and moments, and its routers' biases; all share memory with the run.
 
     Of copies on several pipeline ranks (a stage of DualPipe, a shared embedding) the first rank owns each

@@ -13,7 +13,8 @@ import torch
 from benthic.errors import DataError
 from benthic.kernels import ops
 from benthic.model.local import packed_sockets
-from benthic.train.data.microbatch import IGNORE, Microbatch, assemble
+from benthic.train.data.microbatch import IGNORE, Batches, Microbatch, assemble
+from benthic.train.data.packing import WholePacking
 from benthic.train.losses import ahead
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def evaluate(
     """Score whole documents, in the order of the split, until `max_tokens` tokens (0: all of them).
 
     Documents longer than `seq_len` are cut into rows, each of which starts without context; `rows` rows are
-    computed at once.
+    computed at once. Where only some tokens are to be learned, only these count, and no document is cut.
 
     Raises:
         DataError: the split is empty.
@@ -151,8 +152,11 @@ def _documents(shards: TokenShards, max_tokens: int) -> int:
 def _batches(
     shards: TokenShards, documents: int, seq_len: int, rows: int, depth: int, *, mask: bool
 ) -> Iterator[Microbatch]:
-    tokens = int(shards.starts[documents])
     lengths = shards.lengths[:documents]
+    if shards.meta.masked:
+        yield from _whole_batches(shards, WholePacking(lengths, seq_len, seed=0), rows, depth, mask=mask)
+        return
+    tokens = int(shards.starts[documents])
     stream = np.concatenate([shards.read(d, 0, int(lengths[d])) for d in range(documents)])
     owner = np.repeat(np.arange(documents), lengths) if mask else np.zeros(tokens, np.int64)
     count = -(-tokens // seq_len)
@@ -163,3 +167,12 @@ def _batches(
     for start in range(0, count, rows):
         here = place_CW[start : start + rows]
         yield assemble(stream[here], owner[here], mtp_depth=depth)
+
+
+def _whole_batches(
+    shards: TokenShards, packing: WholePacking, rows: int, depth: int, *, mask: bool
+) -> Iterator[Microbatch]:
+    """Conversations, none of which is cut."""
+    batches = Batches(shards, packing, mtp_depth=depth, mask_documents=mask)
+    for start in range(0, packing.rows, rows):
+        yield batches.microbatch(start, min(rows, packing.rows - start))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from benthic.errors import ConfigError
 from benthic.spec.parameters import parameters
@@ -57,7 +57,7 @@ def resolve(config: RunConfig, facts: HardwareFacts, data: Meta, *, ranks: int =
     """
     choices: list[Choice] = []
     config = _layout(config, ranks, choices.append)
-    for settle in (_device, _precision, _checkpoint, _model, _loop):
+    for settle in (_device, _precision, _checkpoint, _data, _model, _loop):
         config = settle(config, facts, data, choices.append)
     problems = [*_problems(config, facts, data), *_layout_problems(config, ranks)]
     if problems:
@@ -138,9 +138,24 @@ def _checkpoint(
     return replace(config, checkpoint=replace(config.checkpoint, async_save=overlaps))
 
 
+def _data(config: RunConfig, _: HardwareFacts, data: Meta, note: Callable[[Choice], None]) -> RunConfig:
+    if config.data.packing != "auto":
+        return config
+    if data.masked:
+        reason = "some tokens are not to be learned: conversations, which rows should not cut"
+        note(Choice("data.packing", "whole", reason))
+    packing: Literal["stream", "whole"] = "whole" if data.masked else "stream"
+    return replace(config, data=replace(config.data, packing=packing))
+
+
 def _model(config: RunConfig, _: HardwareFacts, data: Meta, note: Callable[[Choice], None]) -> RunConfig:
-    """The ids that begin and end a document are the tokenizer's, whatever the preset says."""
+    """The ids that begin and end a document are the tokenizer's, whatever the preset says.
+
+    A model that is continued has met its own ids already: then they must agree.
+    """
     model = config.model
+    if config.init_from:
+        return config
     reason = "the tokenizer of the data says so"
     if data.bos_token_id is not None and model.bos_token_id != data.bos_token_id:
         note(Choice("model.bos_token_id", data.bos_token_id, reason))
@@ -200,6 +215,8 @@ def _problems(config: RunConfig, facts: HardwareFacts, data: Meta) -> Iterator[s
     yield from _loop_problems(config.train, config.model)
     yield from _optimizer_problems(config)
     yield from _model_problems(config.model, data)
+    if config.init_from:
+        yield from _continued_problems(config.model, data)
     if config.device != facts.device:
         yield f"device={config.device}, but the machine was looked at as {facts.device!r}. Set device=auto."
     if config.precision.weights == "fp8" and config.precision.matmul != "fp8":
@@ -257,7 +274,7 @@ def _loop_problems(loop: LoopConfig, model: ModelConfig) -> Iterator[str]:
 
 def _optimizer_problems(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "momentum"):
         value = getattr(optimizer, name)
         if not 0.0 <= value < 1.0:
             yield f"optimizer.{name}={value} is not in [0, 1)."
@@ -265,6 +282,11 @@ def _optimizer_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"optimizer.eps={optimizer.eps} must be above 0 and "
             f"optimizer.weight_decay={optimizer.weight_decay} at least 0."
+        )
+    if optimizer.name == "muon" and config.layout.tp_degree > 1:
+        yield (
+            f"optimizer.name=muon needs whole matrices, but layout.tp_degree={config.layout.tp_degree} cuts "
+            "them. Set tp_degree=1 and divide tokens with cp_degree or dp_degree, or optimizer.name=adamw."
         )
 
 
@@ -274,3 +296,16 @@ def _model_problems(model: ModelConfig, data: Meta) -> Iterator[str]:
             f"the data's tokenizer has {data.vocab_size} tokens, but model.vocab_size={model.vocab_size}. "
             f"Set model.vocab_size={data.vocab_size} or build the data with a smaller tokenizer."
         )
+
+
+def _continued_problems(model: ModelConfig, data: Meta) -> Iterator[str]:
+    """The ids of the checkpoint against those of the tokenizer that wrote the data."""
+    pairs = {"bos_token_id": data.bos_token_id, "eos_token_id": data.eos_token_id}
+    for name, found in pairs.items():
+        expected = getattr(model, name)
+        if found is not None and found != expected:
+            yield (
+                f"the data's tokenizer has {name}={found}, but the model to continue has {expected}. Build "
+                f"the data with the checkpoint's tokenizer, or set model.{name}={found} if its config.json "
+                "is wrong."
+            )

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final, Protocol
 
 from benthic.errors import CheckpointError, ConfigError
-from benthic.model.checkpoint import save_pretrained
+from benthic.parallel.export import save_stages
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.peers import Peers
 from benthic.parallel.start import Launch, anyone
@@ -18,6 +18,7 @@ from benthic.train.data import tokenizer as tokenizers
 from benthic.train.data.shards import TokenShards, read_meta, verify
 from benthic.train.evaluate import Evaluation, evaluate
 from benthic.train.fields import to_json
+from benthic.train.initial import open_initial
 from benthic.train.precision import DTYPES
 from benthic.train.records import EVALUATIONS, Records
 from benthic.train.resolve import number, resolve
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from benthic.train.config import RunConfig
     from benthic.train.data.shards import Meta
     from benthic.train.hardware import HardwareFacts
+    from benthic.train.initial import Initial
     from benthic.train.resolve import Resolved
     from benthic.train.speed import Speed
     from benthic.train.trainer import StepResult
@@ -190,8 +192,10 @@ class Run:
 
     def _export(self) -> None:
         target = self.folder / "hf"
-        save_pretrained(self.trainer.model, target, dtype=DTYPES[self.config.checkpoint.export_dtype])
-        tokenizers.copy(self.held_out.folder / "tokenizer", target)
+        trainer, dtype = self.trainer, DTYPES[self.config.checkpoint.export_dtype]
+        save_stages(trainer.stages, trainer.mesh, self.config.model, target, dtype=dtype)
+        if trainer.mesh.rank == 0:
+            tokenizers.copy(self.held_out.folder / "tokenizer", target)
         self.watcher.note(f"exported to {target}: try `benthic serve {target}`")
 
 
@@ -225,9 +229,13 @@ def prepare(
         folder / "checkpoint", resolved.config.checkpoint.keep_latest_k, peers=Peers.everyone()
     )
     _check_folder(store, resume)
+    fresh = resolved.config.init_from and not (resume.wanted and store.steps())
+    initial = open_initial(resolved.config, data) if fresh else None
     mesh = Mesh.of(resolved.config.layout, launch.rank)
     trainer = Trainer(resolved.config, TokenShards(data, meta, "train"), mesh)
     _describe(resolved, trainer, meta, watcher)
+    if initial is not None:
+        _start_from(initial, trainer, watcher)
     start = _restore(trainer, store, resume, watcher)
     records = Records(folder)
     if launch.leads:
@@ -288,6 +296,13 @@ def _restore(trainer: Trainer, store: FolderStore, resume: Resume, watcher: Watc
     store.forget_after(step)
     watcher.note(f"resumed from step {step} ({trainer.tokens:,} tokens)")
     return step
+
+
+def _start_from(initial: Initial, trainer: Trainer, watcher: Watcher) -> None:
+    """Load the checkpoint that the run continues, before its first step."""
+    initial.load(trainer.stages, trainer.mesh.world)
+    for note in (f"weights from {initial.opened.source.folder}", *initial.notes):
+        watcher.note(note)
 
 
 def _write_resolved(folder: Path, resolved: Resolved, facts: HardwareFacts) -> None:

@@ -18,15 +18,17 @@ from benthic.parallel.stages import build
 from benthic.parallel.tensor import divide_products
 from benthic.sched.pipeline import schedules
 from benthic.sched.pipeline.check import check
+from benthic.spec.parameters import parameters
 from benthic.train.balance import update_bias
 from benthic.train.checkpoint import Saved
 from benthic.train.contents import random_states, set_random_states, tensors_of
 from benthic.train.curve import cosine, warmup
 from benthic.train.data.microbatch import Batches
-from benthic.train.data.packing import Packing
+from benthic.train.data.packing import Packing, WholePacking
 from benthic.train.executor import Executor, total_of
 from benthic.train.fields import to_json
 from benthic.train.losses import targets_of, weights_of
+from benthic.train.muon import Muon
 from benthic.train.numerics import check_gradients, check_losses
 from benthic.train.optimizer import AdamW
 from benthic.train.precision import keep_weights, linear_socket
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.network import DeepSeek
+    from benthic.parallel.buckets import Bucket
     from benthic.parallel.stages import Stages
     from benthic.sched.pipeline.table import Table
     from benthic.train.checkpoint import Stored
@@ -51,10 +54,12 @@ if TYPE_CHECKING:
 _FIXED = (
     "model.",
     "data.mask_documents",
+    "data.packing",
     "data.seed",
     "train.seq_len",
     "train.global_batch_size",
     "precision.weights",
+    "optimizer.name",
     "optimizer.moment_dtype",
 )
 _FREE = ("model.name",)
@@ -97,7 +102,8 @@ class Trainer:
         self.rows, self.local_rows = number(loop.global_batch_size), number(loop.local_batch_size)
         self.table = table_of(config)
         self.stages = build_stages(config, self.table, self.mesh)
-        packing = Packing(shards.lengths, number(loop.seq_len), config.data.seed)
+        pack = WholePacking if config.data.packing == "whole" else Packing
+        packing = pack(shards.lengths, number(loop.seq_len), config.data.seed)
         self.batches = Batches(
             shards,
             packing,
@@ -110,8 +116,7 @@ class Trainer:
         self.buckets = tuple(self.stages.all_buckets)
         for bucket in self.buckets:
             bucket.collect(sink)
-        pieces = [piece for bucket in self.buckets for piece in bucket.pieces()]
-        self.optimizer = AdamW(pieces, config.optimizer)
+        self.optimizer = optimizer_of(config, self.buckets)
         self._biases = router_biases(self.stages.models.values())
         self._data = fingerprint(shards)
         self.steps_done, self.tokens, self.position = 0, 0, 0
@@ -274,6 +279,14 @@ def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
         divide_products(model, mesh.tensor, row_part=row_part)
         recompute_phases(model, config.recompute)
     return stages
+
+
+def optimizer_of(config: RunConfig, buckets: Sequence[Bucket]) -> AdamW | Muon:
+    """The optimizer that the config names, of what this rank holds."""
+    if config.optimizer.name == "muon":
+        params = {param.name: param for param in parameters(config.model)}
+        return Muon(buckets, config.optimizer, params)
+    return AdamW([piece for bucket in buckets for piece in bucket.pieces()], config.optimizer)
 
 
 def learning_rate(loop: LoopConfig, step: int, tokens: int) -> float:

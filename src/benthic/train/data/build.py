@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from benthic.errors import DataError
 from benthic.train.data.documents import Corpus, Document, Reading, read
@@ -46,6 +46,18 @@ def build(
     Raises:
         DataError: the folder exists, the corpus is empty, or no document fell on one of the two sides.
     """
+    unfinished = begin(folder, options)
+    meta = _write(corpus, tokenizer, unfinished, options, progress)
+    finish(unfinished, folder, tokenizer, meta)
+    return meta
+
+
+def begin(folder: Path, options: BuildOptions) -> Path:
+    """Make the folder that `finish` will rename to `folder`.
+
+    Raises:
+        DataError: `folder` exists, or an option makes no sense.
+    """
     if not 0.0 <= options.held_out < 1.0:
         msg = f"held_out={options.held_out} is no fraction in [0, 1)."
         raise DataError(msg)
@@ -55,11 +67,14 @@ def build(
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    meta = _write(corpus, tokenizer, unfinished, options, progress)
+    return unfinished
+
+
+def finish(unfinished: Path, folder: Path, tokenizer: Tokenizer, meta: Meta) -> None:
+    """Add what belongs to a dataset beside its shards, and let it appear under its name."""
     copy(tokenizer.path, unfinished / "tokenizer")
     write_meta(unfinished, meta)
     unfinished.rename(folder)
-    return meta
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -76,30 +91,38 @@ def _write(
     progress: Callable[[Reading], None] | None,
 ) -> Meta:
     reading = Reading()
-    writers = _writers(folder, tokenizer, options)
+    writers = writers_of(folder, tokenizer, options)
     documents = read(corpus, reading)
     while some := list(islice(documents, _DOCUMENTS_AT_ONCE)):
         _write_some(some, tokenizer, writers, options.held_out)
         if progress is not None:
             progress(reading)
-    splits = {name: writer.close() for name, writer in writers.items()}
-    meta = Meta(
+    source = {"files": reading.files, "skipped": len(reading.skipped)}
+    meta = meta_of(tokenizer, writers, {"held_out": options.held_out, **source})
+    check_sides(meta, ", ".join(map(str, corpus.sources)), options)
+    return meta
+
+
+def meta_of(tokenizer: Tokenizer, writers: dict[Split, ShardWriter], source: dict[str, Any]) -> Meta:
+    """Close the writers and sum up what they wrote."""
+    return Meta(
         vocab_size=tokenizer.vocab_size,
         dtype=vocabulary_dtype(tokenizer.vocab_size).str,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tokenizer_sha256=tokenizer.sha256,
-        splits={str(name): info for name, info in splits.items()},
-        source={"held_out": options.held_out, "files": reading.files, "skipped": len(reading.skipped)},
+        splits={str(name): writer.close() for name, writer in writers.items()},
+        source=source,
     )
-    _check_sides(meta, corpus, options)
-    return meta
 
 
-def _writers(folder: Path, tokenizer: Tokenizer, options: BuildOptions) -> dict[Split, ShardWriter]:
+def writers_of(
+    folder: Path, tokenizer: Tokenizer, options: BuildOptions, *, masked: bool = False
+) -> dict[Split, ShardWriter]:
+    """A writer for each split; `masked` ones also write which tokens are to be learned."""
     dtype = vocabulary_dtype(tokenizer.vocab_size)
     splits: tuple[Split, ...] = ("train", "held_out")
-    return {split: ShardWriter(folder, split, dtype, options.shard_tokens) for split in splits}
+    return {split: ShardWriter(folder, split, dtype, options.shard_tokens, masked) for split in splits}
 
 
 def _write_some(
@@ -111,9 +134,13 @@ def _write_some(
         writers[split].add(tokens, len(document.text.encode()))
 
 
-def _check_sides(meta: Meta, corpus: Corpus, options: BuildOptions) -> None:
+def check_sides(meta: Meta, where: str, options: BuildOptions) -> None:
+    """Refuse a dataset without documents on a side that should have some.
+
+    Raises:
+        DataError: with the counts.
+    """
     train, held_out = meta.splits["train"].documents, meta.splits["held_out"].documents
-    where = ", ".join(map(str, corpus.sources))
     if train + held_out == 0:
         msg = f"{where} holds 0 documents with text in {meta.source['files']} files."
         raise DataError(msg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from benthic.train.data.packing import Packing, Span
+    from benthic.train.data.packing import Rows, Span
     from benthic.train.data.shards import TokenShards
 
 IGNORE: Final = -100
@@ -74,9 +74,7 @@ class Microbatch:
 class Batches:
     """Reads the microbatches of a run; `position` counts rows and is the whole state."""
 
-    def __init__(
-        self, shards: TokenShards, packing: Packing, *, mtp_depth: int, mask_documents: bool
-    ) -> None:
+    def __init__(self, shards: TokenShards, packing: Rows, *, mtp_depth: int, mask_documents: bool) -> None:
         self._shards, self._packing = shards, packing
         self._mtp_depth, self._mask = mtp_depth, mask_documents
 
@@ -84,27 +82,39 @@ class Batches:
         """The rows at `position … position + rows - 1`."""
         window = self._packing.seq_len + 1 + self._mtp_depth
         read = [self._row(position + row, window) for row in range(rows)]
-        tokens_SW = np.stack([tokens for tokens, _ in read])
-        owner_SW = np.stack([owner for _, owner in read])
-        return assemble(tokens_SW, owner_SW, mtp_depth=self._mtp_depth)
+        tokens_SW, owner_SW, learned_SW = (np.stack(parts) for parts in zip(*read, strict=True))
+        return assemble(tokens_SW, owner_SW, learned_SW, mtp_depth=self._mtp_depth)
 
-    def _row(self, position: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _row(self, position: int, window: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Tokens, owners and which tokens are to be learned; a row that is not full is padded with zeros."""
         spans = self._packing.spans(position, window)
         tokens = np.concatenate([self._shards.read(s.document, s.start, s.count) for s in spans])
-        return tokens, _owners(spans) if self._mask else np.zeros(window, np.int64)
+        learned = np.concatenate([self._shards.read_mask(s.document, s.start, s.count) for s in spans])
+        owner = _owners(spans) if self._mask else np.zeros(len(tokens), np.int64)
+        padding = (0, window - len(tokens))
+        return np.pad(tokens, padding), np.pad(owner, padding, constant_values=-1), np.pad(learned, padding)
 
 
-def assemble(tokens_SW: NDArray[np.int64], owner_SW: NDArray[np.int64], *, mtp_depth: int) -> Microbatch:
+def assemble(
+    tokens_SW: NDArray[np.int64],
+    owner_SW: NDArray[np.int64],
+    learned_SW: NDArray[np.bool_] | None = None,
+    *,
+    mtp_depth: int,
+) -> Microbatch:
     """Pack windows of `seq_len + 1 + mtp_depth` tokens; `owner` tells tokens of different documents apart.
 
     A target that belongs to another document than the token it is predicted from is left out, for the main
-    head and for every depth alike. A negative owner marks padding, which has no target.
+    head and for every depth alike, and so is one that is not `learned` (None: all are). A negative owner
+    marks padding, which has no target.
     """
     rows, window = tokens_SW.shape
     seq_len = window - 1 - mtp_depth
     own_SL = owner_SW[:, :seq_len]
     shifted = [slice(k + 1, k + 1 + seq_len) for k in range(mtp_depth + 1)]
     valid_KSL = np.stack([(owner_SW[:, s] == own_SL) & (own_SL >= 0) for s in shifted])
+    if learned_SW is not None:
+        valid_KSL &= np.stack([learned_SW[:, s] for s in shifted])
     target_KSL = np.where(valid_KSL, np.stack([tokens_SW[:, s] for s in shifted]), IGNORE)
     ahead_KSL = np.stack([tokens_SW[:, s] for s in shifted])[:mtp_depth]
     starts, positions_SL = _sequences(own_SL)

@@ -8,8 +8,9 @@ integer, the number of rows it has taken: any row can be found again from the se
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import numpy as np
 
@@ -34,8 +35,18 @@ class Span:
     count: int
 
 
+class Rows(Protocol):
+    """Says which tokens the n-th row holds."""
+
+    seq_len: int
+
+    def spans(self, position: int, count: int) -> list[Span]:
+        """The tokens of the row at `position`, and what follows it, up to `count`; fewer leave padding."""
+        ...
+
+
 class Packing:
-    """Says which tokens the n-th row holds.
+    """Says which tokens the n-th row holds: those of one endless stream.
 
     Args:
         lengths: tokens of each document, all positive.
@@ -98,6 +109,63 @@ class Packing:
             starts = np.concatenate([[0], np.cumsum(self._lengths[documents])]).astype(np.int64)
             self._order = _newest(self._order) | {epoch: (documents, starts)}
         return self._order[epoch]
+
+
+class WholePacking:
+    """Rows of whole documents: none is cut, what is left of a row stays empty.
+
+    Documents are placed once, the longest first, each in the fullest row that has room (best fit
+    decreasing); every epoch shuffles the rows. For conversations, whose replies need what came before.
+
+    Args:
+        lengths: tokens of each document, at most `seq_len`.
+        seq_len: tokens of a row.
+        seed: of the shuffles.
+
+    Raises:
+        DataError: documents are longer than a row.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], seq_len: int, seed: int) -> None:
+        over = int((lengths > seq_len).sum())
+        if over or len(lengths) == 0:
+            msg = (
+                f"{over} of {len(lengths)} documents are longer than train.seq_len={seq_len}, the longest "
+                f"has {int(lengths.max(initial=0))} tokens. Raise train.seq_len, build conversations with "
+                f"--max-tokens {seq_len}, or set data.packing=stream to let rows cut documents."
+            )
+            raise DataError(msg)
+        self._lengths, self.seq_len, self._seed = lengths, seq_len, seed
+        self._documents = _best_fit(lengths, seq_len)
+        self._order: dict[int, NDArray[np.int64]] = {}
+
+    @property
+    def rows(self) -> int:
+        """Rows of one epoch."""
+        return len(self._documents)
+
+    def spans(self, position: int, count: int) -> list[Span]:  # noqa: ARG002 (nothing follows a row)
+        """The documents of the row at `position`, whole."""
+        epoch, number = divmod(position, self.rows)
+        if epoch not in self._order:
+            self._order = _newest(self._order) | {epoch: shuffled(self.rows, (self._seed, epoch, _ROWS))}
+        documents = self._documents[int(self._order[epoch][number])]
+        return [Span(epoch, document, 0, int(self._lengths[document])) for document in documents]
+
+
+def _best_fit(lengths: NDArray[np.int64], seq_len: int) -> list[list[int]]:
+    """Documents of each row."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # free tokens and number of each row, ascending
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[document])
+        at = bisect.bisect_left(room, (length, -1))
+        free, row = room.pop(at) if at < len(room) else (seq_len, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(document)
+        bisect.insort(room, (free - length, row))
+    return rows
 
 
 def shuffled(count: int, key: tuple[int, ...]) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ A dataset folder:
     tokenizer/           the tokenizer the ids belong to
     train-00000.bin      token ids, uint16 (vocabularies up to 65,536) or uint32, documents back to back
     train-00000.idx      uint64 [documents, 2]: where each document ends in the shard, and its bytes of UTF-8
+    train-00000.msk      only with masks: uint8 per token, 1 where the token is one to learn
     held_out-00000.bin   the held-out documents, same form
 
 Files are memory-mapped: opening costs nothing, reading touches only what is read.
@@ -29,23 +30,28 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "held_out"]
 FORMAT: Final = "benthic-tokens-1"
+FORMAT_MASKED: Final = "benthic-tokens-2"
 _BORDER: Final = np.dtype([("end", "<u8"), ("bytes", "<u8")])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One `.bin` and its `.idx`, by name without suffix; checksums are SHA-256 of the two files."""
+    """One `.bin` and its `.idx`, by name without suffix; checksums are SHA-256 of the files.
+
+    `mask_sha256` is None where there is no `.msk`: every token is one to learn.
+    """
 
     name: str
     tokens: int
     documents: int
     sha256: str
     index_sha256: str
+    mask_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """Totals of one split; `bytes` are of UTF-8 text."""
+    """Totals of one split; `bytes` are of UTF-8 text, of what is to learn where there are masks."""
 
     tokens: int
     documents: int
@@ -65,26 +71,38 @@ class Meta:
     splits: dict[str, SplitInfo]
     source: dict[str, Any]
 
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are not to be learned."""
+        return any(shard.mask_sha256 for info in self.splits.values() for shard in info.shards)
+
 
 @dataclass
 class ShardWriter:
-    """Writes the documents of one split, starting a new shard after `shard_tokens` tokens."""
+    """Writes the documents of one split, starting a new shard after `shard_tokens` tokens.
+
+    With `masked`, every document comes with a mask.
+    """
 
     folder: Path
     split: Split
     dtype: np.dtype[Any]
     shard_tokens: int
+    masked: bool = False
     shards: list[Shard] = field(default_factory=list)
     bytes: int = 0
     _file: BinaryIO | None = None
+    _mask: bytearray = field(default_factory=bytearray)
     _borders: list[tuple[int, int]] = field(default_factory=list)
     _tokens: int = 0
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        """Append one document."""
+    def add(self, ids: list[int], text_bytes: int, learned: list[bool] | None = None) -> None:
+        """Append one document; `learned` says for each token whether it is one to learn."""
         if self._file is None:
             self._file = self._path("bin").open("wb")
         self._file.write(np.asarray(ids, dtype=self.dtype).tobytes())
+        if self.masked:
+            self._mask += bytes(learned or [True] * len(ids))
         self._tokens += len(ids)
         self._borders.append((self._tokens, text_bytes))
         self.bytes += text_bytes
@@ -111,6 +129,8 @@ class ShardWriter:
         self._file.close()
         tokens, borders = self._path("bin"), self._path("idx")
         borders.write_bytes(np.array(self._borders, dtype=_BORDER).tobytes())
+        if self.masked:
+            self._path("msk").write_bytes(self._mask)
         self.shards.append(
             Shard(
                 name=tokens.stem,
@@ -118,9 +138,10 @@ class ShardWriter:
                 documents=len(self._borders),
                 sha256=_sha256(tokens),
                 index_sha256=_sha256(borders),
+                mask_sha256=_sha256(self._path("msk")) if self.masked else None,
             )
         )
-        self._file, self._borders, self._tokens = None, [], 0
+        self._file, self._borders, self._tokens, self._mask = None, [], 0, bytearray()
 
 
 class TokenShards:
@@ -136,6 +157,10 @@ class TokenShards:
         self.folder, self.meta, self.info = folder, meta, info
         borders = [_map(folder / f"{s.name}.idx", _BORDER, s.documents) for s in info.shards]
         self._bins = [_map(folder / f"{s.name}.bin", np.dtype(meta.dtype), s.tokens) for s in info.shards]
+        self._masks = [
+            _map(folder / f"{s.name}.msk", np.dtype(np.uint8), s.tokens) if s.mask_sha256 else None
+            for s in info.shards
+        ]
         shard_tokens = np.array([s.tokens for s in info.shards], dtype=np.int64)
         self._shard_starts = np.concatenate([[0], np.cumsum(shard_tokens)]).astype(np.int64)
         offsets = self._shard_starts[:-1]
@@ -157,10 +182,20 @@ class TokenShards:
 
     def read(self, document: int, start: int, count: int) -> NDArray[np.int64]:
         """`count` token ids of one document from its token `start` on."""
+        shard, local = self._find(document, start)
+        return self._bins[shard][local : local + count].astype(np.int64)
+
+    def read_mask(self, document: int, start: int, count: int) -> NDArray[np.bool_]:
+        """For each of these tokens whether it is one to learn."""
+        shard, local = self._find(document, start)
+        mask = self._masks[shard]
+        return np.ones(count, np.bool_) if mask is None else mask[local : local + count].astype(np.bool_)
+
+    def _find(self, document: int, start: int) -> tuple[int, int]:
+        """The shard that holds a token of a document, and where in it."""
         at = int(self.starts[document]) + start
         shard = int(np.searchsorted(self._shard_starts, at, side="right")) - 1
-        local = at - int(self._shard_starts[shard])
-        return self._bins[shard][local : local + count].astype(np.int64)
+        return shard, at - int(self._shard_starts[shard])
 
 
 def vocabulary_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -175,11 +210,11 @@ def write_meta(folder: Path, meta: Meta) -> None:
             "tokens": s.tokens,
             "documents": s.documents,
             "bytes": s.bytes,
-            "shards": [vars(shard) for shard in s.shards],
+            "shards": [{k: v for k, v in vars(shard).items() if v is not None} for shard in s.shards],
         }
         for name, s in meta.splits.items()
     }
-    content = {"format": FORMAT, **vars(meta), "splits": splits}
+    content = {"format": FORMAT_MASKED if meta.masked else FORMAT, **vars(meta), "splits": splits}
     (folder / "meta.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -199,8 +234,11 @@ def read_meta(folder: Path) -> Meta:
         msg = f"{file} is not JSON: {error}. Build the dataset again."
         raise DataError(msg) from error
     found = content.pop("format", None)
-    if found != FORMAT:
-        msg = f"{file} says format {found!r}, this version reads {FORMAT!r}. Build the dataset again."
+    if found not in {FORMAT, FORMAT_MASKED}:
+        msg = (
+            f"{file} says format {found!r}, this version reads {FORMAT!r} and {FORMAT_MASKED!r}. "
+            "Build the dataset again."
+        )
         raise DataError(msg)
     content["splits"] = {name: _split_info(info) for name, info in content["splits"].items()}
     return Meta(**content)
@@ -216,6 +254,8 @@ def verify(folder: Path, meta: Meta) -> None:
         for shard in info.shards:
             _check(folder / f"{shard.name}.bin", shard.sha256)
             _check(folder / f"{shard.name}.idx", shard.index_sha256)
+            if shard.mask_sha256 is not None:
+                _check(folder / f"{shard.name}.msk", shard.mask_sha256)
 
 
 def _split_info(content: dict[str, Any]) -> SplitInfo:

@@ -130,15 +130,7 @@ def load(folder: Path) -> Tokenizer:
     Raises:
         DataError: no such file, it cannot be read, or no end-of-text token is named.
     """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        msg = f"{folder} is no tokenizer: it has no tokenizer.json. Make one with `benthic data tokenizer`."
-        raise DataError(msg)
-    try:
-        rules = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for every malformed file
-        msg = f"{file} is no readable tokenizer: {error}"
-        raise DataError(msg) from error
+    rules = load_rules(folder)
     settings = _settings(folder)
     eos = _token_id(rules, settings, "eos_token")
     if eos is None:
@@ -150,8 +142,26 @@ def load(folder: Path) -> Tokenizer:
         vocab_size=max(rules.get_vocab().values()) + 1,
         bos_token_id=_token_id(rules, settings, "bos_token"),
         eos_token_id=eos,
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        sha256=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
     )
+
+
+def load_rules(folder: Path) -> tokenizers.Tokenizer:
+    """The `tokenizer.json` of a folder.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        msg = f"{folder} is no tokenizer: it has no tokenizer.json. Make one with `benthic data tokenizer`."
+        raise DataError(msg)
+    try:
+        rules = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        msg = f"{file} is no readable tokenizer: {error}"
+        raise DataError(msg) from error
+    return rules
 
 
 def copy(source: Path, target: Path) -> None:
