@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+from hypothesis import settings
+
+# A test on a busy machine may take any time; what is too slow is the suite's limit to say.
+settings.register_profile("benthic", deadline=None)
+settings.load_profile("benthic")
 
 
 def _cuda_devices() -> int:
