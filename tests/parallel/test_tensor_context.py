@@ -8,12 +8,13 @@ same tolerances when this was written.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist  # noqa: TID251 (sums what spawned processes found)
-from layouts import run_layouts, save, train, trainer_of
+from layouts import run_layouts, save, train, trainer_of, with_layout
 from small_models import BASE, furthest, packed, random_model
 from small_runs import small_run, write_documents
 from spawn import spawn
@@ -27,6 +28,8 @@ from benthic.parallel.tensor import divide_products
 from benthic.parallel.tokens import TokenShare
 from benthic.spec.layout import Layout, box
 from benthic.spec.parameters import parameters
+from benthic.train.data.shards import TokenShards, read_meta
+from benthic.train.evaluate import evaluate
 
 pytestmark = pytest.mark.dist
 
@@ -158,8 +161,21 @@ def runs(tmp_path_factory):
     return config, str(data), str(save(found, folder / "serial.pt"))
 
 
+def scored(config, data, mesh=None):
+    """Held-out loss of the initial weights; the last microbatch has fewer rows than the others."""
+    shards = TokenShards(Path(data), read_meta(Path(data)), "held_out")
+    score = trainer_of(config, Path(data), mesh).executor.score
+    return evaluate(score, shards, seq_len=32, rows=2, max_tokens=11 * 32, mask_documents=True, mtp_depth=1)
+
+
 def two_ranks(rank, config, data, serial):
     run_layouts(rank, config, TWO, data, serial, (LOSS, GRADIENT))
+    whole = scored(config, data)
+    for layout in TWO:
+        found = scored(with_layout(config, layout), data, Mesh.of(layout, rank))
+        assert (found.tokens, found.documents) == (whole.tokens, whole.documents)
+        assert found.loss == pytest.approx(whole.loss, rel=LOSS)
+        assert found.mtp_acceptance is None  # a draft is compared with the next token, which another rank has
 
 
 def four_ranks(rank, config, data, serial):
@@ -168,7 +184,7 @@ def four_ranks(rank, config, data, serial):
     run_layouts(rank, config, FOUR, data, serial, (LOSS, GRADIENT))
 
 
-def test_two_tensor_or_context_ranks_train_as_one_process(runs):
+def test_two_tensor_or_context_ranks_train_and_score_as_one_process(runs):
     spawn(two_ranks, 2, *runs)
 
 
