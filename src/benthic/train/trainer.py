@@ -94,8 +94,8 @@ class Trainer:
         torch.manual_seed(loop.seed)
         self.config, self.device = config, torch.device(config.device)
         self.mesh = Mesh.of(config.layout, 0) if mesh is None else mesh
-        self.rows, self.local_rows = number(loop.global_batch_size), number(loop.local_batch_size)
-        self.table = table_of(config)
+        self.rows, self.local_rows = rows_at(config, 0), number(loop.local_batch_size)
+        self.table = table_of(config, self.rows)
         self.stages = build_stages(config, self.table, self.mesh)
         pack = WholePacking if config.data.packing == "whole" else Packing
         packing = pack(shards.lengths, number(loop.seq_len), config.data.seed)
@@ -138,6 +138,7 @@ class Trainer:
         Raises:
             NumericsError: a loss or a gradient is not finite; nothing has been updated then.
         """
+        self._resize()
         step, batch = self.steps_done + 1, self._read()
         for bucket in self.buckets:
             bucket.zero()
@@ -193,6 +194,13 @@ class Trainer:
             torch.cuda.set_rng_state(saved.tensors["random"]["cuda"], self.device)
         self.steps_done, self.tokens = saved.state["step"], saved.state["tokens"]
         self.position = saved.state["position"]
+
+    def _resize(self) -> None:
+        """Take the rows that the batch curve wants of the next step."""
+        rows = rows_at(self.config, self.tokens)
+        if rows != self.rows:
+            self.rows, self.table = rows, table_of(self.config, rows)
+            self.executor.follow(self.table)
 
     def _read(self) -> list[Microbatch]:
         """This rank's microbatches: those of all data ranks alternate, so that a step's rows are its own."""
@@ -255,14 +263,29 @@ class Trainer:
             raise CheckpointError(msg)
 
 
-def table_of(config: RunConfig) -> Table:
-    """The pipeline schedule of a run.
+def rows_at(config: RunConfig, tokens: int) -> int:
+    """Rows of the step that starts after `tokens` tokens.
+
+    A curve's value is rounded down to whole microbatches on every data rank, as many as the schedule can
+    divide; a step has at least one such portion.
+    """
+    loop, layout = config.train, config.layout
+    if loop.batch_curve is None:
+        return number(loop.global_batch_size)
+    unit = (
+        layout.dp_degree * number(loop.local_batch_size) * schedules.unit(layout.schedule, layout.pp_degree)
+    )
+    return max(1, int(loop.batch_curve.at(tokens)) // unit) * unit
+
+
+def table_of(config: RunConfig, rows: int) -> Table:
+    """The pipeline schedule of a step of `rows` rows.
 
     Raises:
         ConfigError: the schedule does not exist for these numbers.
     """
     layout, loop = config.layout, config.train
-    microbatches = number(loop.global_batch_size) // (layout.dp_degree * number(loop.local_batch_size))
+    microbatches = rows // (layout.dp_degree * number(loop.local_batch_size))
     table = schedules.build(
         layout.schedule, layout.pp_degree, microbatches, virtual_stages=layout.virtual_stages
     )
