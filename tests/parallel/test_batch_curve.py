@@ -36,6 +36,9 @@ def test_pipeline_and_data_ranks_follow_one_process_while_the_batch_grows(tmp_pa
     serial = trainer_of(config, data)
     found = train(serial, 4, keep=(1, 4))
     assert serial.rows == 12
-    layouts = [Layout(pp_degree=2, dp_degree=2, ep_degree=2), Layout(pp_degree=2, dp_degree=2, schedule="zb-h1")]
+    layouts = [
+        Layout(pp_degree=2, dp_degree=2, ep_degree=2),
+        Layout(pp_degree=2, dp_degree=2, schedule="zb-h1"),
+    ]
     path = save(found, tmp_path / "serial.pt")
     spawn(run_layouts, 4, config, layouts, str(data), str(path), (1e-4, 1e-3))

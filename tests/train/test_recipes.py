@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benthic.cli.settings import apply
+from benthic.errors import ConfigError
 from benthic.spec import hardware
 from benthic.spec.parameters import parameters
 from benthic.spec.totals import total
@@ -16,7 +17,7 @@ from benthic.train.data.shards import Meta, SplitInfo
 from benthic.train.fields import flatten
 from benthic.train.hardware import HardwareFacts
 from benthic.train.resolve import number, resolve
-from benthic.train.trainer import learning_rate, rows_at, table_of
+from benthic.train.trainer import learning_rate, planned_tokens, rows_at, table_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,13 +75,10 @@ def test_parameters_ranks_and_tokens_are_those_announced(name: str) -> None:
     size, ranks, first, last, whole = EXPECTED[name]
     assert total(config.model) == size
     assert config.layout.ranks == ranks
-    seq_len, seen = number(config.train.seq_len), 0
+    seq_len = number(config.train.seq_len)
     assert rows_at(config, 0) * seq_len == first
-    for _ in range(config.train.steps):
-        step = rows_at(config, seen) * seq_len
-        seen += step
-    assert step == last
-    assert seen == pytest.approx(whole, rel=2e-3)
+    assert rows_at(config, int(whole)) * seq_len == last
+    assert planned_tokens(config) == pytest.approx(whole, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -145,3 +143,9 @@ def test_run_resumed_in_the_middle_of_the_growth_goes_on_alike(
         broken.step()
     again.restore(broken.saved())
     assert again.step().loss == losses[3]
+
+
+def test_batch_too_small_for_the_ranks_is_refused_with_both_numbers(nano: RunConfig) -> None:
+    config = apply(nano, ["train.batch_curve=3@1K,8", "layout.dp_degree=2"])
+    with pytest.raises(ConfigError, match=r"wants 3 rows after 0 tokens, .* multiples of 4"):
+        rows_at(config, 0)

@@ -85,16 +85,25 @@ class Stages:
 
 
 def build(
-    config: ModelConfig, table: Table, mesh: Mesh, *, device: torch.device, dtype: torch.dtype, seed: int
+    config: ModelConfig,
+    table: Table,
+    mesh: Mesh,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int | None,
 ) -> Stages:
-    """Allocate and initialise what this rank holds; the weights do not depend on the layout."""
+    """Allocate and initialise what this rank holds; the weights do not depend on the layout.
+
+    `seed=None` leaves zeros, for weights that are about to be loaded.
+    """
     layout, place = mesh.layout, mesh.place
     parts = parts_of(config, layout, table.stages)
     boxes = {param.name: box(param, layout, place) for param in parameters(config)}
     models = {s: _stage(config, parts[s], boxes, device, dtype) for s in stages_of(table, place.pp)}
     _share(models)
     for model in models.values():
-        initialise(model, seed, boxes)
+        _fill(model, seed, boxes)
     named = {n: p for model in models.values() for n, p in model.named_parameters()}
     held = [param for param in parameters(config) if param.name in named]
     holders = _holders(parameters(config), parts, table)
@@ -117,6 +126,14 @@ def _stage(
         shape = tuple(piece.stop - piece.start for piece in boxes[name])
         _replace(model, name, nn.Parameter(param.new_empty(shape)))
     return model.to_empty(device=device).to(dtype)
+
+
+def _fill(model: DeepSeek, seed: int | None, boxes: Boxes) -> None:
+    if seed is not None:
+        initialise(model, seed, boxes)
+        return
+    for tensor in model.state_dict().values():
+        tensor.zero_()
 
 
 def _replace(model: nn.Module, name: str, param: nn.Parameter) -> None:

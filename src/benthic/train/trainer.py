@@ -267,15 +267,35 @@ def rows_at(config: RunConfig, tokens: int) -> int:
     """Rows of the step that starts after `tokens` tokens.
 
     A curve's value is rounded down to whole microbatches on every data rank, as many as the schedule can
-    divide; a step has at least one such portion.
+    divide.
+
+    Raises:
+        ConfigError: that leaves none.
     """
     loop, layout = config.train, config.layout
     if loop.batch_curve is None:
         return number(loop.global_batch_size)
-    unit = (
-        layout.dp_degree * number(loop.local_batch_size) * schedules.unit(layout.schedule, layout.pp_degree)
-    )
-    return max(1, int(loop.batch_curve.at(tokens)) // unit) * unit
+    microbatches = schedules.unit(layout.schedule, layout.pp_degree)
+    unit = layout.dp_degree * number(loop.local_batch_size) * microbatches
+    wanted = int(loop.batch_curve.at(tokens))
+    if wanted < unit:
+        message = (
+            f"train.batch_curve wants {wanted} rows after {tokens} tokens, but layout.dp_degree="
+            f"{layout.dp_degree}, train.local_batch_size={loop.local_batch_size} and schedule "
+            f"{layout.schedule!r} take multiples of {unit}. Start with {unit} or more."
+        )
+        raise ConfigError(message)
+    return wanted // unit * unit
+
+
+def planned_tokens(config: RunConfig) -> int:
+    """Tokens of the whole run."""
+    seq_len, seen = number(config.train.seq_len), 0
+    if config.train.batch_curve is None:
+        return config.train.steps * rows_at(config, 0) * seq_len
+    for _ in range(config.train.steps):
+        seen += rows_at(config, seen) * seq_len
+    return seen
 
 
 def table_of(config: RunConfig, rows: int) -> Table:
@@ -294,12 +314,15 @@ def table_of(config: RunConfig, rows: int) -> Table:
 
 
 def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
-    """What this rank holds, freshly initialised, in its precision, with its phases recomputed."""
+    """What this rank holds, freshly initialised, in its precision, with its phases recomputed.
+
+    Zeros where a checkpoint will bring all weights (`train.initial`).
+    """
+    loaded = config.init_from and config.init_mtp == "checkpoint"
     weights = config.precision.weights
     dtype = torch.float32 if weights == "auto" else DTYPES[weights]
-    stages = build(
-        config.model, table, mesh, device=torch.device(config.device), dtype=dtype, seed=config.train.seed
-    )
+    seed = None if loaded else config.train.seed
+    stages = build(config.model, table, mesh, device=torch.device(config.device), dtype=dtype, seed=seed)
     for model in stages.models.values():
         recompute_phases(model, config.recompute)
     return stages
