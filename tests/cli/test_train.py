@@ -226,3 +226,26 @@ def test_document_longer_than_the_context_is_split_and_trains(tmp_path: Path) ->
     )
     assert "step:     2" in output
     assert "held out" not in output
+
+
+def test_exported_model_is_fine_tuned_on_conversations(run: Path, tmp_path: Path) -> None:
+    rows = (
+        [{"role": "user", "content": f"sand {n}"}, {"role": "assistant", "content": "silt " * n}]
+        for n in range(1, 20)
+    )
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    options = ("--tokenizer", run / "hf", "--held-out", "0.3", "--max-tokens", "64")
+    built = succeed("data", "chat", chats, *options, "--out", tmp_path / "data")
+    assert "conversations left out: no reply ends within 64 tokens" in built
+    steps = ("train.steps=3", "train.warmup_steps=1", "train.seq_len=64", "train.global_batch_size=2")
+    words = [word for setting in (*steps, "device=cpu", "train.threads=1") for word in ("--set", setting)]
+    where = ("--init-from", run / "hf", "--data", tmp_path / "data", "--run", tmp_path / "tuned")
+    output = succeed("train", "finetune", *where, *words)
+    assert f"weights from {run / 'hf'}" in output
+    assert "data.packing = whole" in output
+    assert (tmp_path / "tuned" / "hf" / "config.json").is_file()
+    resolved = json.loads((tmp_path / "tuned" / "resolved.json").read_text())["config"]
+    assert resolved["model"]["hidden_size"] == 32
+    chats.write_text('{"messages": []}\n', encoding="utf-8")
+    assert f"{chats}:1 holds" in refusal("data", "chat", chats, *options, "--out", tmp_path / "none")

@@ -5,7 +5,7 @@ group at the end of a step, every rank updates its shard, and weights are gather
 gradients after every backward of a stage; stage 3 also keeps weights in shards and gathers a block's before
 its phases run. Written here rather than taken from FSDP2, whose hooks sit on module calls: a block is run
 phase by phase, weight gradients may come long after the backward, and a stage may live on two pipeline ranks
-(docs/adr/0007-own-zero.md).
+(docs/adr/0009-own-zero.md).
 """
 
 from __future__ import annotations

@@ -49,19 +49,27 @@ class Source(NamedTuple):
     region: tuple[slice, ...]
 
 
-def sources(param: Param, tensor: HFTensor, layout: Layout, pp: int) -> Iterator[Source]:
-    """The ranks of pipeline rank `pp` that together hold a tensor, each part once, from the lowest ranks."""
-    seen: set[tuple[tuple[int, int], ...]] = set()
-    depth = len(tensor.index)
+Holding = tuple[int, tuple[slice, ...]]
+
+
+def holdings(param: Param, layout: Layout, pp: int) -> list[Holding]:
+    """The parts into which pipeline rank `pp` cuts a parameter, each with the lowest rank that holds it."""
+    found: dict[tuple[tuple[int, int], ...], Holding] = {}
     for inner in range(layout.ranks_per_stage):
         rank = layout.rank_at(pp, inner)
         held = box(param, layout, layout.place(rank))
-        leading, region = held[:depth], held[depth:]
-        key = tuple((s.start, s.stop) for s in region)
-        if key not in seen and all(s.start <= i < s.stop for i, s in zip(tensor.index, leading, strict=True)):
-            seen.add(key)
-            index = tuple(i - s.start for i, s in zip(tensor.index, leading, strict=True))
-            yield Source(rank, index, region)
+        found.setdefault(tuple((s.start, s.stop) for s in held), (rank, held))
+    return list(found.values())
+
+
+def sources(tensor: HFTensor, held: Iterable[Holding]) -> Iterator[Source]:
+    """Where the parts of a tensor are, of the parameter that is cut like this."""
+    depth = len(tensor.index)
+    for rank, whole in held:
+        leading, region = whole[:depth], whole[depth:]
+        if all(s.start <= i < s.stop for i, s in zip(tensor.index, leading, strict=True)):
+            at = tuple(i - s.start for i, s in zip(tensor.index, leading, strict=True))
+            yield Source(rank, at, region)
 
 
 def save_stages(
@@ -141,17 +149,19 @@ class _Gathering:
     def run(self, pairs: list[tuple[Param, HFTensor]]) -> Iterator[tuple[HFTensor, Tensor]]:
         """Every tensor, on rank 0; on other ranks nothing, but they must run through it."""
         local = {**self.stages.named_parameters(), **self.stages.named_buffers()}
-        held: tuple[Bucket, ...] = ()
-        unit = ""
+        buckets: tuple[Bucket, ...] = ()
+        unit, cut = "", ("", list[Holding]())
         for param, tensor in pairs:
             if unit_of(param.name) != unit:
                 unit = unit_of(param.name)
-                held = self._hold(self.stages.buckets.get(unit, ()), held)
+                buckets = self._hold(self.stages.buckets.get(unit, ()), buckets)
+            if cut[0] != param.name:
+                cut = param.name, holdings(param, self.mesh.layout, self.stages.holders[param.name][0])
             with torch.no_grad():
-                value = self._whole(param, tensor, local.get(param.name))
+                value = self._whole(param, tensor, list(sources(tensor, cut[1])), local.get(param.name))
             if value is not None:
                 yield tensor, value
-        self._hold((), held)
+        self._hold((), buckets)
 
     def _hold(self, wanted: tuple[Bucket, ...], before: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
         """Let go of one unit's weights and have another's (ZeRO-3 shards them)."""
@@ -161,8 +171,9 @@ class _Gathering:
             bucket.acquire()
         return wanted
 
-    def _whole(self, param: Param, tensor: HFTensor, local: Tensor | None) -> Tensor | None:
-        found = list(sources(param, tensor, self.mesh.layout, self.stages.holders[param.name][0]))
+    def _whole(
+        self, param: Param, tensor: HFTensor, found: list[Source], local: Tensor | None
+    ) -> Tensor | None:
         rank = self.mesh.rank
         if rank != _WRITER:
             for source in found:

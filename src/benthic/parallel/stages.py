@@ -91,11 +91,12 @@ def build(
     *,
     device: torch.device,
     keep: Callable[[DeepSeek], None],
-    seed: int,
+    seed: int | None,
 ) -> Stages:
     """Allocate and initialise what this rank holds; the weights do not depend on the layout.
 
     `keep` brings the parameters of a model to the dtypes that they are kept in.
+    `seed=None` leaves zeros, for weights that are about to be loaded.
     """
     layout, place = mesh.layout, mesh.place
     parts = parts_of(config, layout, table.stages)
@@ -103,7 +104,7 @@ def build(
     models = {s: _stage(config, parts[s], boxes, device, keep) for s in stages_of(table, place.pp)}
     _share(models)
     for model in models.values():
-        initialise(model, seed, boxes)
+        _fill(model, seed, boxes)
     named = {n: p for model in models.values() for n, p in model.named_parameters()}
     held = [param for param in parameters(config) if param.name in named]
     holders = _holders(parameters(config), parts, table)
@@ -132,6 +133,14 @@ def _stage(
     model.to_empty(device=device)
     keep(model)
     return model
+
+
+def _fill(model: DeepSeek, seed: int | None, boxes: Boxes) -> None:
+    if seed is not None:
+        initialise(model, seed, boxes)
+        return
+    for tensor in model.state_dict().values():
+        tensor.zero_()
 
 
 def _replace(model: nn.Module, name: str, param: nn.Parameter) -> None:

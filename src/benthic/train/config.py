@@ -43,6 +43,7 @@ class LoopConfig:
     seq_len: tokens of one row.
     local_batch_size: rows of one microbatch.
     global_batch_size: rows of one optimizer step, over all microbatches and ranks.
+    batch_curve: rows of a step by tokens seen, instead; rounded down to what schedule and ranks can divide.
     lr: the highest learning rate; `schedule` "constant" stays there, "cosine" falls to `final_lr` x lr at
         the last step, "curve" takes `lr_curve` instead.
     warmup_steps: the learning rate climbs linearly from 0 over so many steps, whatever the schedule.
@@ -56,6 +57,7 @@ class LoopConfig:
     seq_len: int | Auto = "auto"
     local_batch_size: int | Auto = "auto"
     global_batch_size: int | Auto = "auto"
+    batch_curve: Curve | None = None
     lr: float = 3e-4
     schedule: Literal["constant", "cosine", "curve"] = "cosine"
     final_lr: float = 0.1

@@ -5,7 +5,7 @@ One process is the table of one rank and one stage; the trainer sees no differen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,6 +94,10 @@ class Executor:
         everything: list[str | None] = [None] * world.size
         dist.all_gather_object(everything, found, group=world.handle)
         return next((f"{text} (rank {rank})" for rank, text in enumerate(everything) if text), None)
+
+    def follow(self, table: Table) -> None:
+        """Run another number of microbatches from the next step on."""
+        self.pipeline = replace(self.pipeline, table=table)
 
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Outcome:
         """Add the gradient of the weighted loss of every microbatch to this rank's parameters."""

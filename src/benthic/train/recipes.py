@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from benthic.errors import UnknownFieldError
 from benthic.spec import presets
+from benthic.train import large
 from benthic.train.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -62,7 +63,16 @@ def nano_test() -> RunConfig:
     )
 
 
-RECIPES: Final[dict[str, Callable[[], RunConfig]]] = {"tiny_cpu": tiny_cpu, "nano_test": nano_test}
+RECIPES: Final[dict[str, Callable[[], RunConfig]]] = {
+    "tiny_cpu": tiny_cpu,
+    "nano_test": nano_test,
+    "pretrain_100m": large.pretrain_100m,
+    "finetune": large.finetune,
+    "moonlight_16b_2xh200": large.moonlight_16b_2xh200,
+    "moonlight_16b_8xh100": large.moonlight_16b_8xh100,
+    "v2_lite_8xh100": large.v2_lite_8xh100,
+    "deepseek_v3_2048_h800": large.deepseek_v3_2048_h800,
+}
 
 
 def get(name: str) -> RunConfig:

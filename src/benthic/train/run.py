@@ -24,7 +24,7 @@ from benthic.train.records import EVALUATIONS, Records
 from benthic.train.resolve import number, resolve
 from benthic.train.sample import sample
 from benthic.train.speed import Meter, console_line
-from benthic.train.trainer import Trainer
+from benthic.train.trainer import Trainer, planned_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -320,7 +320,7 @@ def _describe(resolved: Resolved, trainer: Trainer, meta: Meta, watcher: Watcher
     for choice in resolved.choices:
         watcher.note(f"{choice.field} = {choice.value}: {choice.reason}")
     config, total = resolved.config, sum(param.numel for param in parameters(resolved.config.model))
-    tokens = config.train.steps * trainer.rows * number(config.train.seq_len)
+    tokens = planned_tokens(config)
     available = meta.splits["train"].tokens
     watcher.note(
         f"{config.model.name}: {total:,} parameters; {config.train.steps} steps of "

@@ -99,8 +99,8 @@ class Trainer:
         torch.manual_seed(loop.seed)
         self.config, self.device = config, torch.device(config.device)
         self.mesh = Mesh.of(config.layout, 0) if mesh is None else mesh
-        self.rows, self.local_rows = number(loop.global_batch_size), number(loop.local_batch_size)
-        self.table = table_of(config)
+        self.rows, self.local_rows = rows_at(config, 0), number(loop.local_batch_size)
+        self.table = table_of(config, self.rows)
         self.stages = build_stages(config, self.table, self.mesh)
         pack = WholePacking if config.data.packing == "whole" else Packing
         packing = pack(shards.lengths, number(loop.seq_len), config.data.seed)
@@ -143,6 +143,7 @@ class Trainer:
         Raises:
             NumericsError: a loss or a gradient is not finite; nothing has been updated then.
         """
+        self._resize()
         step, batch = self.steps_done + 1, self._read()
         for bucket in self.buckets:
             bucket.zero()
@@ -191,6 +192,13 @@ class Trainer:
         self.optimizer.steps = stored.state["optimizer_steps"]
         self.steps_done, self.tokens = stored.state["step"], stored.state["tokens"]
         self.position = stored.state["position"]
+
+    def _resize(self) -> None:
+        """Take the rows that the batch curve wants of the next step."""
+        rows = rows_at(self.config, self.tokens)
+        if rows != self.rows:
+            self.rows, self.table = rows, table_of(self.config, rows)
+            self.executor.follow(self.table)
 
     def _read(self) -> list[Microbatch]:
         """This rank's microbatches: those of all data ranks alternate, so that a step's rows are its own."""
@@ -253,14 +261,49 @@ class Trainer:
             raise CheckpointError(msg)
 
 
-def table_of(config: RunConfig) -> Table:
-    """The pipeline schedule of a run.
+def rows_at(config: RunConfig, tokens: int) -> int:
+    """Rows of the step that starts after `tokens` tokens.
+
+    A curve's value is rounded down to whole microbatches on every data rank, as many as the schedule can
+    divide.
+
+    Raises:
+        ConfigError: that leaves none.
+    """
+    loop, layout = config.train, config.layout
+    if loop.batch_curve is None:
+        return number(loop.global_batch_size)
+    microbatches = schedules.unit(layout.schedule, layout.pp_degree)
+    unit = layout.dp_degree * number(loop.local_batch_size) * microbatches
+    wanted = int(loop.batch_curve.at(tokens))
+    if wanted < unit:
+        message = (
+            f"train.batch_curve wants {wanted} rows after {tokens} tokens, but layout.dp_degree="
+            f"{layout.dp_degree}, train.local_batch_size={loop.local_batch_size} and schedule "
+            f"{layout.schedule!r} take multiples of {unit}. Start with {unit} or more."
+        )
+        raise ConfigError(message)
+    return wanted // unit * unit
+
+
+def planned_tokens(config: RunConfig) -> int:
+    """Tokens of the whole run."""
+    seq_len, seen = number(config.train.seq_len), 0
+    if config.train.batch_curve is None:
+        return config.train.steps * rows_at(config, 0) * seq_len
+    for _ in range(config.train.steps):
+        seen += rows_at(config, seen) * seq_len
+    return seen
+
+
+def table_of(config: RunConfig, rows: int) -> Table:
+    """The pipeline schedule of a step of `rows` rows.
 
     Raises:
         ConfigError: the schedule does not exist for these numbers.
     """
     layout, loop = config.layout, config.train
-    microbatches = number(loop.global_batch_size) // (layout.dp_degree * number(loop.local_batch_size))
+    microbatches = rows // (layout.dp_degree * number(loop.local_batch_size))
     table = schedules.build(
         layout.schedule, layout.pp_degree, microbatches, virtual_stages=layout.virtual_stages
     )
@@ -269,11 +312,14 @@ def table_of(config: RunConfig) -> Table:
 
 
 def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
-    """What this rank holds, freshly initialised, in its precision, with its phases recomputed."""
+    """What this rank holds, freshly initialised, in its precision, with its phases recomputed.
+
+    Zeros where a checkpoint will bring all weights (`train.initial`).
+    """
+    loaded = config.init_from and config.init_mtp == "checkpoint"
     keep = functools.partial(keep_weights, weights=config.precision.weights)
-    stages = build(
-        config.model, table, mesh, device=torch.device(config.device), keep=keep, seed=config.train.seed
-    )
+    seed = None if loaded else config.train.seed
+    stages = build(config.model, table, mesh, device=torch.device(config.device), keep=keep, seed=seed)
     for model in stages.models.values():
         row_part = number(config.train.seq_len) // config.layout.token_shards
         divide_products(model, mesh.tensor, row_part=row_part)

@@ -48,6 +48,11 @@ BUILDERS: Final[dict[str, Builder]] = {
 }
 
 
+def unit(name: str, ranks: int) -> int:
+    """The number of which the microbatches of a schedule must be a multiple."""
+    return {"interleaved": ranks, "chimera": ranks, "dualpipe": 2}.get(name, 1)
+
+
 def build(name: str, ranks: int, microbatches: int, *, virtual_stages: int | None = None) -> Table:
     """The schedule called `name`.
 
