@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from benthic.parallel.stages import build
 from benthic.sched.pipeline import schedules
 from benthic.spec.layout import Layout, box
 from benthic.spec.parameters import parameters
+from benthic.train.precision import keep_weights
 
 # Wider than one FP8 block in places and nowhere a multiple of one; heads and columns divide by two.
 CONFIG = replace(
@@ -64,9 +67,10 @@ def folder(request, tmp_path_factory):
     return path
 
 
-def stages_of(mesh: Mesh, dtype: torch.dtype = torch.float32, config=CONFIG):
+def stages_of(mesh: Mesh, weights: str = "float32"):
     table = schedules.build(mesh.layout.schedule, mesh.layout.pp_degree, 4)
-    return build(config, table, mesh, device=torch.device("cpu"), dtype=dtype, seed=1)
+    keep = functools.partial(keep_weights, weights=weights)
+    return build(CONFIG, table, mesh, device=torch.device("cpu"), keep=keep, seed=1)
 
 
 def masters(stages):
@@ -78,14 +82,16 @@ def round_trip(rank: int, source: str, target: str) -> None:
     params = {p.name: p for p in parameters(CONFIG)}
     for number, layout in enumerate(LAYOUTS):
         mesh = Mesh.of(layout, rank)
-        for dtype in (torch.bfloat16, torch.float32):
-            stages = stages_of(mesh, dtype)
+        for weights in ("bfloat16", "fp8", "float32"):
+            stages = stages_of(mesh, weights)
             load_stages(open_checkpoint(Path(source)), stages, mesh.world)
             for name, piece in masters(stages).items():
                 local = whole[name][box(params[name], layout, mesh.place)].flatten()
                 assert torch.equal(piece.master, local[piece.start : piece.stop]), (layout, name)
             for name, bias in stages.named_buffers().items():
                 assert torch.equal(bias, whole[name])
+            if weights == "fp8":  # float32 and bfloat16 parameters side by side
+                save_stages(stages, mesh, CONFIG, Path(target) / f"{number}-mixed", max_shard_bytes=300_000)
         for form, (dtype, fp8) in FORMS.items():
             folder = Path(target) / f"{number}-{form}"
             save_stages(stages, mesh, CONFIG, folder, dtype=dtype, fp8=fp8, max_shard_bytes=300_000)
@@ -101,8 +107,9 @@ def test_every_layout_reads_its_parts_and_exports_the_files_of_one_process(folde
         save_pretrained(model, expected, dtype=dtype, fp8=fp8, max_shard_bytes=300_000)
         names = sorted(path.name for path in expected.iterdir())
         assert len(names) > 3
-        for number in range(len(LAYOUTS)):
-            found = tmp_path / "out" / f"{number}-{form}"
+        kept = [form, "mixed"] if form == "bfloat16" else [form]
+        for number, form_kept in itertools.product(range(len(LAYOUTS)), kept):
+            found = tmp_path / "out" / f"{number}-{form_kept}"
             assert sorted(path.name for path in found.iterdir()) == names
             for name in names:
                 assert (found / name).read_bytes() == (expected / name).read_bytes(), (LAYOUTS[number], name)

@@ -13,6 +13,7 @@ from benthic.spec import hardware
 from benthic.spec.parameters import parameters
 from benthic.spec.totals import total
 from benthic.train import recipes
+from benthic.train.checkpoint import FolderStore
 from benthic.train.data.shards import Meta, SplitInfo
 from benthic.train.fields import flatten
 from benthic.train.hardware import HardwareFacts
@@ -21,6 +22,7 @@ from benthic.train.trainer import learning_rate, planned_tokens, rows_at, table_
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from benthic.train.config import RunConfig
     from benthic.train.trainer import Trainer
@@ -56,7 +58,7 @@ def resolved(name: str) -> RunConfig:
         splits={"train": split, "held_out": split},
         source={},
     )
-    return resolve(config, facts, data).config
+    return resolve(config, facts, data, ranks=config.layout.ranks).config
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -134,14 +136,16 @@ def test_batch_grows_along_its_curve_and_every_row_is_used_once(
 
 
 def test_run_resumed_in_the_middle_of_the_growth_goes_on_alike(
-    trainer: Callable[[RunConfig], Trainer], nano: RunConfig
+    trainer: Callable[[RunConfig], Trainer], nano: RunConfig, tmp_path: Path
 ) -> None:
     config = apply(nano, ["train.batch_curve=2@128,8"])
     straight, broken, again = trainer(config), trainer(config), trainer(config)
     losses = [straight.step().loss for _ in range(4)]
     for _ in range(3):
         broken.step()
-    again.restore(broken.saved())
+    store = FolderStore(tmp_path)
+    store.save(broken.saved())
+    again.restore(store.open(3))
     assert again.step().loss == losses[3]
 
 

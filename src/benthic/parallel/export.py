@@ -26,7 +26,7 @@ from benthic.spec.layout import box
 from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -149,6 +149,7 @@ class _Gathering:
     def run(self, pairs: list[tuple[Param, HFTensor]]) -> Iterator[tuple[HFTensor, Tensor]]:
         """Every tensor, on rank 0; on other ranks nothing, but they must run through it."""
         local = {**self.stages.named_parameters(), **self.stages.named_buffers()}
+        dtypes = _dtypes(local, self.mesh)
         buckets: tuple[Bucket, ...] = ()
         unit, cut = "", ("", list[Holding]())
         for param, tensor in pairs:
@@ -158,7 +159,12 @@ class _Gathering:
             if cut[0] != param.name:
                 cut = param.name, holdings(param, self.mesh.layout, self.stages.holders[param.name][0])
             with torch.no_grad():
-                value = self._whole(param, tensor, list(sources(tensor, cut[1])), local.get(param.name))
+                found = list(sources(tensor, cut[1]))
+                device = _device(self.stages) if self.mesh.rank == _WRITER else "meta"
+                whole = torch.empty(tensor.shape, dtype=dtypes[param.name], device=device)
+                value = self._fill(whole, found, local.get(param.name))
+                if value is not None and param.rope_rows and self.config.rope_interleave:
+                    value = to_interleaved(value, param)
             if value is not None:
                 yield tensor, value
         self._hold((), buckets)
@@ -171,28 +177,28 @@ class _Gathering:
             bucket.acquire()
         return wanted
 
-    def _whole(
-        self, param: Param, tensor: HFTensor, found: list[Source], local: Tensor | None
-    ) -> Tensor | None:
+    def _fill(self, whole: Tensor, found: list[Source], local: Tensor | None) -> Tensor | None:
+        """Bring the parts of one tensor into `whole` on rank 0; None on others."""
         rank = self.mesh.rank
-        if rank != _WRITER:
-            for source in found:
-                if source.rank == rank and local is not None:
-                    _send(local[source.at], self.mesh)
-            return None
-        kind = _dtype(self.stages, param)
-        whole = torch.empty(tensor.shape, dtype=kind, device=_device(self.stages))
         for source in found:
+            here = whole[source.region]
             if source.rank == rank and local is not None:
-                whole[source.region].copy_(local[source.at])
-            else:
-                whole[source.region].copy_(_receive(whole[source.region], source.rank, self.mesh))
-        return to_interleaved(whole, param) if param.rope_rows and self.config.rope_interleave else whole
+                if rank == _WRITER:
+                    here.copy_(local[source.at])
+                else:
+                    _send(local[source.at], self.mesh)
+            elif rank == _WRITER:
+                here.copy_(_receive(here, source.rank, self.mesh))
+        return whole if rank == _WRITER else None
 
 
-def _dtype(stages: Stages, param: Param) -> torch.dtype:
-    """The running dtype, which all ranks share; router biases are float32."""
-    return next(iter(stages.named_parameters().values())).dtype if param.trainable else torch.float32
+def _dtypes(local: Mapping[str, Tensor], mesh: Mesh) -> dict[str, torch.dtype]:
+    """What every tensor of the model is kept in, also those that this rank does not hold."""
+    own = {name: tensor.dtype for name, tensor in local.items()}
+    found = [own] * mesh.world.size
+    if mesh.world.handle is not None:
+        dist.all_gather_object(found, own, group=mesh.world.handle)
+    return {name: dtype for each in found for name, dtype in each.items()}
 
 
 def _device(stages: Stages) -> torch.device:

@@ -172,9 +172,9 @@ def deepseek_v3_2048_h800() -> RunConfig:
     16 pipeline ranks under DualPipe x 128 data ranks, experts over 64 ranks, ZeRO-1, no tensor parallelism.
     Learning rate, batch size, gamma and lambda follow the report by tokens seen, with these differences:
     the batch starts at 4,096 rows instead of 3,072, since DualPipe over 16 ranks needs 32 microbatches and
-    128 data ranks make 3,072 rows only 24; it grows linearly (the report: "gradually"); products are in
-    bfloat16; whole phases are recomputed where the report recomputes norms, up-projections and SwiGLU; no
-    fill-in-the-middle. YaRN comes after pretraining.
+    128 data ranks make 3,072 rows only 24; it grows linearly (the report: "gradually"); whole phases are
+    recomputed where the report recomputes norms, up-projections and SwiGLU; no fill-in-the-middle. YaRN comes
+    after pretraining.
     """
     model = replace(presets.get("deepseek-v3"), rope_scaling=None, max_position_embeddings=4096)
     return RunConfig(
@@ -197,7 +197,7 @@ def deepseek_v3_2048_h800() -> RunConfig:
             balance_alpha=1e-4,
             bias_update_speed=Curve.parse("0.001@14.3T,0"),
         ),
-        precision=PrecisionConfig(weights="bfloat16", matmul="bfloat16"),
+        precision=PrecisionConfig(weights="fp8", matmul="fp8"),
         checkpoint=CheckpointConfig(every=500),
         log=LogConfig(pictures=False),
         layout=Layout(pp_degree=16, dp_degree=128, ep_degree=64, zero_stage=1, schedule="dualpipe"),
