@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,19 +51,32 @@ def train(trainer: Trainer, steps: int, *, keep: tuple[int, ...] = ()) -> Found:
     return Found(losses, norms, counts, biases, gradients)
 
 
-def check_equal(trainer: Trainer, found: Found, serial: Found, *, loss: float, gradient: float) -> None:
+@dataclasses.dataclass
+class Worst:
+    """The largest relative errors that a rank found, of any loss and of any gradient, and of which."""
+
+    loss: float = 0.0
+    gradient: float = 0.0
+    parameter: str = ""
+
+
+def check_equal(trainer: Trainer, found: Found, serial: Found, *, loss: float, gradient: float) -> Worst:
     """Losses within `loss` and this rank's part of every gradient within `gradient`, both relative."""
+    worst = Worst()
     for step, (mine, theirs) in enumerate(zip(found.losses, serial.losses, strict=True), 1):
         for one, two in zip(mine, theirs, strict=True):
-            assert abs(one - two) <= loss * max(abs(two), 1e-6), f"step {step}: {mine} instead of {theirs}"
+            error = abs(one - two) / max(abs(two), 1e-6)
+            worst.loss = max(worst.loss, error)
+            assert error <= loss, f"step {step}: {mine} instead of {theirs}"
     assert found.counts == serial.counts
     for name, bias in found.biases.items():
         assert torch.equal(bias, serial.biases[name]), name
     for step, gradients in found.gradients.items():
-        compare_gradients(trainer, gradients, serial.gradients[step], gradient, step)
+        compare_gradients(trainer, gradients, serial.gradients[step], worst, gradient, step)
+    return worst
 
 
-def compare_gradients(trainer, mine, whole, tolerance: float, step: int) -> None:
+def compare_gradients(trainer, mine, whole, worst: Worst, tolerance: float, step: int) -> None:
     layout, place = trainer.mesh.layout, trainer.mesh.place
     params = {param.name: param for param in parameters(trainer.config.model)}
     seen = 0
@@ -71,12 +85,12 @@ def compare_gradients(trainer, mine, whole, tolerance: float, step: int) -> None
             param = params[piece.name]
             full = whole[piece.name].view(param.shape)
             local = full[box(param, layout, place)].flatten()[piece.start : piece.stop]
-            error = torch.linalg.vector_norm(mine[piece.name] - local)
             scale = torch.linalg.vector_norm(full) * (local.numel() / full.numel()) ** 0.5
-            assert error <= tolerance * max(scale, 1e-12), (
-                f"step {step}: gradient of {piece.name} [{piece.start}:{piece.stop}] is off by "
-                f"{float(error):.3g} of {float(scale):.3g}"
-            )
+            error = float(torch.linalg.vector_norm(mine[piece.name] - local) / max(scale, 1e-12))
+            where = f"{piece.name} [{piece.start}:{piece.stop}]"
+            assert error <= tolerance, f"step {step}: gradient of {where} is off by {error:.3g}"
+            if error > worst.gradient:
+                worst.gradient, worst.parameter = error, where
             seen += 1
     assert seen
 
@@ -93,14 +107,22 @@ def run_layouts(
     data: str,
     serial: str,
     tolerance: tuple[float, float],
+    report: str | None = None,
 ) -> None:
-    """On every rank: train on each layout in turn and compare with the run of one process in `serial`."""
+    """On every rank: train on each layout in turn and compare with the run of one process in `serial`.
+
+    `report` is a folder that gets a line of JSON for every layout and rank.
+    """
     expected = Found(**torch.load(serial))
     for layout in layouts:
         trainer = trainer_of(with_layout(config, layout), Path(data), Mesh.of(layout, rank))
         found = train(trainer, len(expected.losses), keep=tuple(expected.gradients))
         try:
-            check_equal(trainer, found, expected, loss=tolerance[0], gradient=tolerance[1])
+            worst = check_equal(trainer, found, expected, loss=tolerance[0], gradient=tolerance[1])
         except AssertionError as error:
             message = f"{layout}: {error}"
             raise AssertionError(message) from None
+        if report is not None:
+            line = dataclasses.asdict(layout) | dataclasses.asdict(worst) | {"rank": rank}
+            with (Path(report) / f"rank-{rank}.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")

@@ -1,0 +1,48 @@
+"""The layouts whose training must equal that of one process, and a model small enough to run them all."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Final
+
+from small_runs import small_run
+
+from benthic.sched.pipeline.schedules import BUILDERS
+from benthic.spec.layout import Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benthic.train.config import RunConfig
+
+SCHEDULES: Final = tuple(BUILDERS)
+
+MIXED: Final = (
+    Layout(ep_degree=2, dp_degree=2),
+    Layout(dp_degree=2, zero_stage=2),
+    Layout(dp_degree=2, zero_stage=3),
+    Layout(tp_degree=2),
+    Layout(cp_degree=2),
+    Layout(dp_degree=4, ep_degree=4),
+    Layout(dp_degree=4, ep_degree=4, zero_stage=3),
+    Layout(pp_degree=2, dp_degree=2, ep_degree=2, schedule="zb-v"),
+    Layout(pp_degree=2, dp_degree=2, ep_degree=2, zero_stage=2, schedule="chimera"),
+    Layout(pp_degree=2, dp_degree=2, ep_degree=2, zero_stage=3, schedule="dualpipev"),
+    Layout(pp_degree=2, tp_degree=2, ep_degree=2, schedule="dualpipe"),
+    Layout(pp_degree=4, dp_degree=2, ep_degree=2),
+    Layout(pp_degree=4, dp_degree=2, ep_degree=2, schedule="dualpipe"),
+    Layout(pp_degree=2, dp_degree=2, tp_degree=2, ep_degree=2),
+    Layout(pp_degree=2, cp_degree=2, dp_degree=2, ep_degree=4, zero_stage=2, schedule="zb-h1"),
+)
+
+
+def config_for(layouts: Sequence[Layout], *, steps: int) -> RunConfig:
+    """A run with enough layers and microbatches for every one of the layouts."""
+    ranks = max(layout.pp_degree for layout in layouts)
+    data = max(layout.dp_degree for layout in layouts)
+    split = any(layout.schedule in {"zb-v", "dualpipev", "interleaved"} for layout in layouts)
+    config = small_run(layers=max(2, ranks * (2 if split else 1)))
+    loop = dataclasses.replace(
+        config.train, steps=steps, local_batch_size=1, global_batch_size=max(2, 2 * ranks) * data
+    )
+    return dataclasses.replace(config, train=loop)

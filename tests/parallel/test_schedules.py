@@ -1,0 +1,46 @@
+"""Every schedule, and mixtures of all kinds of parallelism, against one process: losses, gradients, counts.
+
+Run here for a few steps; `benchmarks/parity.py` runs the same layouts for twenty and writes what it found.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from layouts import run_layouts, save, train, trainer_of
+from parity_layouts import MIXED, SCHEDULES, config_for
+from small_runs import write_documents
+from spawn import spawn
+
+from benthic.spec.layout import Layout
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+STEPS = 2
+TOLERANCE = (1e-6, 1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_schedule_has_the_losses_and_gradients_of_one_process(ranks: int, tmp_path: Path) -> None:
+    layouts = [Layout(pp_degree=ranks, schedule=name) for name in SCHEDULES]
+    compare(layouts, tmp_path, ranks=ranks)
+
+
+def test_dualpipe_has_the_losses_and_gradients_of_one_process_on_eight_ranks(tmp_path: Path) -> None:
+    compare([Layout(pp_degree=8, schedule="dualpipe")], tmp_path, ranks=8)
+
+
+@pytest.mark.parametrize("ranks", sorted({layout.ranks for layout in MIXED}))
+def test_mixed_layouts_have_the_losses_and_gradients_of_one_process(ranks: int, tmp_path: Path) -> None:
+    compare([layout for layout in MIXED if layout.ranks == ranks], tmp_path, ranks=ranks)
+
+
+def compare(layouts: list[Layout], folder: Path, *, ranks: int) -> None:
+    data = write_documents(folder / "data")
+    config = config_for(layouts, steps=STEPS)
+    serial = save(train(trainer_of(config, data), STEPS, keep=(1, STEPS)), folder / "serial.pt")
+    spawn(run_layouts, ranks, config, layouts, str(data), str(serial), TOLERANCE, seconds=240)
