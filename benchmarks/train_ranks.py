@@ -1,0 +1,189 @@
+"""Trains one slice of a model on several layouts and compares losses and speed with one rank alone.
+
+    torchrun --nproc-per-node 2 benchmarks/train_ranks.py [--small] [--layouts pp2 ep2 ...]
+
+A slice of Moonlight's shape (one dense and three mixture layers of full width, vocabulary 32,768) in bfloat16
+with float32 masters, on the Python standard library's sources. Every layout trains the same rows from the
+same weights. One rank alone goes first; a layout agrees when every loss is within 1 %. Times are medians of
+all steps but the first two. With `--spans DIR` the slots that ranks measured are written for `benthic draw`.
+`--small` rehearses on gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from provenance import write_result
+from stdlib_corpus import make_data
+
+from benthic.cli.settings import apply
+from benthic.parallel.mesh import Mesh
+from benthic.parallel.stopwatch import Stopwatch
+from benthic.sched.pipeline.spans import write_spans
+from benthic.spec import flops, presets
+from benthic.spec.layout import Layout
+from benthic.train.config import LogConfig, LoopConfig, RunConfig
+from benthic.train.data.shards import TokenShards, read_meta
+from benthic.train.hardware import detect
+from benthic.train.resolve import resolve
+from benthic.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from benthic.sched.pipeline.spans import Span
+
+LAYOUTS: Final[dict[str, Layout]] = {
+    "pp2": Layout(pp_degree=2),
+    "ep2": Layout(dp_degree=2, ep_degree=2),
+    "zero3": Layout(dp_degree=2, zero_stage=3),
+    "dualpipe": Layout(pp_degree=2, schedule="dualpipe"),
+    "zb-h1": Layout(pp_degree=2, schedule="zb-h1"),
+    "dualpipev-ep2": Layout(dp_degree=2, ep_degree=2, schedule="dualpipev"),
+    "tp2": Layout(tp_degree=2),
+    "cp2": Layout(cp_degree=2),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one layout came to on rank 0."""
+
+    losses: list[float]
+    seconds: list[float]
+    peak_bytes: int
+    spans: list[Span]
+
+
+def main() -> None:
+    """One rank alone, then every layout."""
+    words = parse()
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = "cpu" if words.small else "cuda"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("gloo" if words.small else "nccl")
+    with tempfile.TemporaryDirectory() as folder:
+        data = shared_data(Path(folder), rank, small=words.small)
+        config = configured(words, device)
+        alone = train(config, Layout(), data, Mesh.of(Layout(), 0), words.steps) if rank == 0 else None
+        dist.barrier()
+        rows = [row("1 rank", config, 1, alone, alone)] if alone else []
+        for name in words.layouts:
+            layout = LAYOUTS[name]
+            found = train(config, layout, data, Mesh.of(layout, rank), words.steps)
+            if words.spans:
+                words.spans.mkdir(parents=True, exist_ok=True)
+                (words.spans / f"{name}-rank-{rank}.jsonl").write_text(write_spans(found.spans))
+            if alone:
+                rows.append(row(name, config, ranks, found, alone))
+    if rank == 0:
+        write_result("train_ranks", rows, out=words.out, steps=words.steps, config=config.model.name)
+    dist.destroy_process_group()
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--spans", type=Path)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def shared_data(folder: Path, rank: int, *, small: bool) -> Path:
+    """Built by rank 0, found by all."""
+    where: list[Any] = [None]
+    if rank == 0:
+        where[0] = make_data(folder, 512 if small else 4096, parts=("json", "email") if small else (".",))
+    dist.broadcast_object_list(where)
+    return Path(where[0])
+
+
+def configured(words: argparse.Namespace, device: str) -> RunConfig:
+    """The slice and its steps."""
+    moonlight = presets.get("moonlight-16b-a3b")
+    slice_ = dataclasses.replace(
+        moonlight,
+        name="moonlight-slice",
+        num_hidden_layers=4,
+        vocab_size=32768,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    small = dataclasses.replace(presets.get("nano"), num_hidden_layers=4, vocab_size=512)
+    rows, seq_len = (2, 32) if words.small else (1, 4096)
+    config = RunConfig(
+        model=small if words.small else slice_,
+        train=LoopConfig(
+            steps=words.steps, seq_len=seq_len, local_batch_size=rows, global_batch_size=8 * rows, lr=3e-4
+        ),
+        log=LogConfig(tensorboard=False, pictures=False),
+        device=device,
+    )
+    return apply(config, ["optimizer.moment_dtype=bfloat16", "train.warmup_steps=2"])
+
+
+def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int) -> Found:
+    """Some steps on one layout."""
+    meta = read_meta(data)
+    config = dataclasses.replace(config, layout=layout)
+    resolved = resolve(config, detect(config.device), meta, ranks=layout.ranks).config
+    trainer = Trainer(resolved, TokenShards(data, meta, "train"), mesh)
+    trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device)
+    losses, seconds = [], []
+    for _ in range(steps):
+        began = time.perf_counter()
+        losses.append(trainer.step().loss)
+        seconds.append(time.perf_counter() - began)
+    spans = trainer.executor.pipeline.spans(steps)
+    peak = torch.cuda.max_memory_allocated() if config.device == "cuda" else 0
+    del trainer
+    gc.collect()
+    if config.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return Found(losses, seconds, peak, spans)
+
+
+def row(name: str, config: RunConfig, ranks: int, found: Found, alone: Found) -> dict[str, Any]:
+    """One line of the table."""
+    tokens = int(config.train.global_batch_size) * int(config.train.seq_len)
+    step = statistics.median(found.seconds[2:])
+    rate = flops.training(config.model, int(config.train.seq_len)).value * tokens / step / ranks
+    off = max(abs(a / b - 1.0) for a, b in zip(found.losses, alone.losses, strict=True))
+    print(
+        f"{name:<14} loss {found.losses[0]:.4f} -> {found.losses[-1]:.4f} (off by {100 * off:.3f} %)  "
+        f"{tokens / step:9,.0f} tokens/s  {rate / 1e12:6.1f} TFLOP/s/GPU  "
+        f"{found.peak_bytes / 2**30:5.1f} GiB",
+        flush=True,
+    )
+    return {
+        "layout": name,
+        "ranks": ranks,
+        "losses": found.losses,
+        "largest_relative_difference": off,
+        "step_seconds": step,
+        "tokens_per_second": tokens / step,
+        "flops_per_second_per_gpu": rate,
+        "peak_bytes": found.peak_bytes,
+    }
+
+
+if __name__ == "__main__":
+    main()
