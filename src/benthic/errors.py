@@ -5,6 +5,7 @@
     │   └── UnknownFieldError           a name that does not exist, with the nearest one that does
     ├── ScheduleError (ValueError)      a pipeline table is incomplete, misplaced or deadlocks
     ├── PipelineError                   a slot of a pipeline table failed; rank, slot and table are named
+    │   └── PeerLostError               another rank ended or does not answer; what is known of it is named
     ├── ShapeError (ValueError)         a tensor's dimensions disagree with each other or with the config
     ├── BackendError                    no implementation of an op runs on this device and dtype
     ├── CheckpointError                 a checkpoint cannot be read or written
@@ -57,6 +58,10 @@ class ScheduleError(BenthicError, ValueError):
 
 class PipelineError(BenthicError):
     """A slot of a pipeline table failed while it was executed; rank, slot and table are named."""
+
+
+class PeerLostError(PipelineError):
+    """Another rank ended or does not answer; what is known of it is named."""
 
 
 class ShapeError(BenthicError, ValueError):

@@ -75,11 +75,13 @@ class Chunk:
     Attributes:
         phases: of the stage, bound to this microbatch.
         state: what the next phase starts from; after the last phase, the stage's output.
+        running: the phase that was started last.
     """
 
     phases: Sequence[Phase]
     state: Any
     _cuts: list[Cut] = field(default_factory=list)
+    running: Phase | None = None
     _held: Weights | None = None
 
     def __post_init__(self) -> None:
@@ -101,7 +103,7 @@ class Chunk:
 
     def forward(self) -> None:
         """Run the next phase and cut after it."""
-        phase = _existing(self.next_forward)
+        self.running = phase = _existing(self.next_forward)
         self._hold(phase.weights)
         self._cuts.append([])
         self.state = cut(phase.run(self.state), self._cuts[-1])
@@ -110,7 +112,7 @@ class Chunk:
 
     def backward(self) -> None:
         """Run the last phase backward from the gradients of the leaves after it, and forget it."""
-        phase = _existing(self.next_backward)
+        self.running = phase = _existing(self.next_backward)
         self._hold(phase.weights)
         self.state = None
         known = [(tensor, leaf.grad) for tensor, leaf in self._cuts.pop() if leaf.grad is not None]

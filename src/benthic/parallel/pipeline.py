@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from benthic.errors import PipelineError
+from benthic.errors import PeerLostError, PipelineError
 from benthic.model.products import WeightGradients
 from benthic.parallel.chunk import Chunk
 from benthic.sched.pipeline.dependencies import feeds
@@ -84,10 +84,13 @@ class Executor:
     stopwatch: Stopwatch | None = None
     _program: Program = field(init=False)
     _chunks: dict[tuple[int, int], Chunk] = field(default_factory=dict)
-    _arrivals: dict[Action, Arrival] = field(default_factory=dict)
+    _arrivals: dict[Action, tuple[Arrival, int]] = field(default_factory=dict)
     _results: dict[Action, Tensor] = field(default_factory=dict)
     _waiting: dict[tuple[int, int], int] = field(default_factory=dict)
     _marks: list[tuple[Slot, Mark, Mark]] = field(default_factory=list)
+    _position: int = field(default=0)
+    _active: tuple[Chunk, ...] = field(default=())
+    _awaited: tuple[Action, int] | None = field(default=None)
 
     def __post_init__(self) -> None:
         """Lower the table once."""
@@ -100,11 +103,13 @@ class Executor:
 
         Raises:
             PipelineError: something failed; rank, slot and the slots before it are named.
+            PeerLostError: what failed is the connection to another pipeline rank, which is named.
         """
         self._marks.clear()
         if self.stopwatch is not None:
             self.stopwatch.start()
         for position, op in enumerate(self._program):
+            self._position = position
             if forward_only and not isinstance(op, Compute) and op.payload.kind != "F":
                 continue
             if isinstance(op, Compute):
@@ -114,8 +119,9 @@ class Executor:
             else:
                 self._receive(op)
         self._chunks.clear()
+        self._active = ()
         if self.links is not None:
-            self.links.finish()
+            self._finish(self.links)
 
     def spans(self, step: int) -> list[Span]:
         """When each slot of the last run began and ended; empty without a stopwatch."""
@@ -126,6 +132,26 @@ class Executor:
             Span(self.rank, slot, watch.seconds(start), watch.seconds(end), step)
             for slot, start, end in self._marks
         ]
+
+    def doing(self) -> str:
+        """What this rank is in the middle of, for a report about a run that hangs; any thread may ask.
+
+        On a GPU it is what the host launched last.
+        """
+        at = f"operation {self._position + 1} of {len(self._program)} of table {self.table.name!r}"
+        phases = [chunk.running.name for chunk in self._active if chunk.running is not None]
+        inside = f", in phase {' and '.join(phases)}" if phases else ""
+        awaited = self._awaited
+        waits = "" if awaited is None else f", waits for {awaited[0]} from pipeline rank {awaited[1]}"
+        return f"pipeline rank {self.rank}: {self._program[self._position]} ({at}){inside}{waits}"
+
+    def _finish(self, links: Links) -> None:
+        try:
+            links.finish()
+        except RuntimeError as error:
+            to = sorted({op.to for op in self._program if isinstance(op, Send)})
+            message = f"pipeline rank {self.rank} could not send everything to pipeline ranks {to}: {error}"
+            raise PeerLostError(message) from error
 
     @property
     def _wired(self) -> Links:
@@ -138,19 +164,16 @@ class Executor:
         front = stage if op.payload.kind == "F" else op.payload.stage
         assert stage is not None and front is not None, f"nothing waits for {op.payload}"  # noqa: S101, PT018
         home = self.stages[stage]
-        self._arrivals[op.payload] = self._wired.receive(*home.boundary(op.payload.microbatch), op.source)
+        arrival = self._wired.receive(*home.boundary(op.payload.microbatch), op.source)
+        self._arrivals[op.payload] = arrival, op.source
 
     def _slot(self, slot: Slot, position: int, *, forward_only: bool) -> None:
         if forward_only:
             if slot.first.kind != "F":
                 return
             slot = Slot(slot.first)
-        start = None if self.stopwatch is None else self.stopwatch.mark()
         try:
-            if slot.second is None:
-                self._single(slot.first)
-            else:
-                self._pair(slot.first, slot.second)
+            start = self._single(slot.first) if slot.second is None else self._pair(slot.first, slot.second)
         except Exception as error:
             before = " ".join(str(op) for op in self._program[max(0, position - 4) : position])
             message = (
@@ -158,28 +181,37 @@ class Executor:
                 f"(operation {position + 1} of {len(self._program)}, after: {before or 'nothing'}): "
                 f"{type(error).__name__}: {error}"
             )
-            raise PipelineError(message) from error
+            kind = PeerLostError if isinstance(error, PeerLostError) else PipelineError
+            raise kind(message) from error
         if self.stopwatch is not None and start is not None:
             self._marks.append((slot, start, self.stopwatch.mark()))
 
-    def _single(self, action: Action) -> None:
+    def _mark(self) -> Mark | None:
+        return None if self.stopwatch is None else self.stopwatch.mark()
+
+    def _single(self, action: Action) -> Mark | None:
+        """Run a slot of one action; when it began, which is after what it needs has arrived."""
         if action.kind == "W":
+            start = self._mark()
             self._weights(action)
-            return
+            return start
         chunk = self._enter(action)
+        self._active, start = (chunk,), self._mark()
         forward = action.kind == "F"
         with self._gradients(action):
             while (chunk.next_forward if forward else chunk.next_backward) is not None:
                 chunk.forward() if forward else chunk.backward()
         self._leave(action, chunk)
+        return start
 
-    def _pair(self, forward: Action, backward: Action) -> None:
+    def _pair(self, forward: Action, backward: Action) -> Mark | None:
         """Alternate between two chunks, so that one computes while what the other has sent travels.
 
         A phase of the network lane starts a transfer, which the chunk's next phase finishes; the other
         chunk's computation goes in between.
         """
         ahead, back = self._enter(forward), self._enter(backward)
+        self._active, start = (ahead, back), self._mark()
         with self._gradients(backward):
             while (one := ahead.next_forward) is not None and (other := back.next_backward) is not None:
                 if one.lane == other.lane:
@@ -196,6 +228,7 @@ class Executor:
             ahead.forward()
         self._leave(forward, ahead)
         self._leave(backward, back)
+        return start
 
     def _gradients(self, action: Action) -> AbstractContextManager[None]:
         """Weight gradients are put aside during an I."""
@@ -222,7 +255,15 @@ class Executor:
     def _arrived(self, need: Action) -> Tensor:
         if need in self._results:
             return self._results.pop(need)
-        return self._arrivals.pop(need).wait()
+        arrival, source = self._arrivals.pop(need)
+        self._awaited = need, source
+        try:
+            tensor = arrival.wait()
+        except RuntimeError as error:
+            message = f"lost pipeline rank {source} while waiting for {need}: {error}"
+            raise PeerLostError(message) from error
+        self._awaited = None
+        return tensor
 
     def _arrived_gradient(self, stage: int, microbatch: int) -> Tensor:
         """The gradient that the next stage's backward, a B or an I, has left."""

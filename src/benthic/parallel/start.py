@@ -5,15 +5,26 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.distributed as dist
+
+from benthic.errors import PeerLostError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benthic.parallel.mesh import Group
+
+_LOST: Final = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket Timeout",
+    "Timed out waiting",
+    "lost contact with the others",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +45,8 @@ class Launch:
 def joined(launch: Launch, device: str, *, timeout_s: float) -> Iterator[None]:
     """Be part of the default process group inside; NCCL for "cuda" (one GPU a local rank), gloo for "cpu".
 
-    A collective that is not done within `timeout_s` ends the process with an error that names it.
+    A collective that is not done within `timeout_s` ends the process with an error that names it. After an
+    error the group is left as it is: other ranks are told by the process's end, not by waiting for them.
     """
     if device == "cuda":
         torch.cuda.set_device(launch.local_rank)
@@ -49,10 +61,22 @@ def joined(launch: Launch, device: str, *, timeout_s: float) -> Iterator[None]:
         timeout=timedelta(seconds=timeout_s),
         device_id=here,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def broke(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, is a lost connection to another rank rather than a fault of this one.
+
+    gloo has no type for it, so its words decide; NCCL's errors are DistBackendError.
+    """
+    here: BaseException | None = error
+    while here is not None:
+        said = str(here)
+        if isinstance(here, PeerLostError | dist.DistError) or any(words in said for words in _LOST):
+            return True
+        here = here.__cause__
+    return False
 
 
 def anyone(flag: bool, group: Group, device: torch.device) -> bool:  # noqa: FBT001 (the one thing it asks)

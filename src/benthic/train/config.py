@@ -51,6 +51,11 @@ class LoopConfig:
     seed: of the initial weights.
     threads: CPU threads of one process ("auto": torch's choice); part of what makes a run repeatable.
     timeout_s: a collective that takes longer ends the run.
+    stuck_s: a step (evaluation, save) that takes longer ends the run, after every rank has written what it
+        is in the middle of to `RUN/logs/stuck-rank-N.txt`; must be below `timeout_s` to come first. 0: never.
+    spike_factor: a step whose loss exceeds so many times the median of the last `spike_window` losses leaves
+        parameters, optimizer and router biases alone; 0: every step counts.
+    spike_window: see there; nothing is skipped until half of so many losses are known.
     """
 
     steps: int
@@ -67,6 +72,9 @@ class LoopConfig:
     seed: int = 0
     threads: int | Auto = "auto"
     timeout_s: float = 600.0
+    stuck_s: float = 0.0
+    spike_factor: float = 0.0
+    spike_window: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +172,9 @@ class LogConfig:
     every: optimizer steps between console lines.
     load_every: optimizer steps between records of how many tokens each expert got.
     tensorboard: write event files to `RUN/tensorboard`.
+    timeline_every: optimizer steps between records of when each pipeline slot ran, in `RUN/spans.jsonl`,
+        which is drawn at the end; 0: none.
+    wandb: project of Weights & Biases that gets the same numbers as TensorBoard; empty: none.
     pictures: draw the loss curve and the expert loads at the end.
     sample_tokens: tokens of sample text at the end; 0 writes none.
     sample_prompt: how the sample starts.
@@ -172,6 +183,8 @@ class LogConfig:
     every: int = 10
     load_every: int = 10
     tensorboard: bool = True
+    timeline_every: int = 0
+    wandb: str = ""
     pictures: bool = True
     sample_tokens: int = 0
     sample_prompt: str = ""

@@ -242,8 +242,10 @@ def _counts(config: RunConfig) -> dict[str, float]:
         "evaluate.max_tokens": config.evaluate.max_tokens,
         "log.load_every": config.log.load_every,
         "log.sample_tokens": config.log.sample_tokens,
+        "log.timeline_every": config.log.timeline_every,
         "loss.balance_alpha": config.loss.balance_alpha,
         "train.max_norm": config.train.max_norm,
+        "train.stuck_s": config.train.stuck_s,
         "train.warmup_steps": config.train.warmup_steps,
     }
 
@@ -265,6 +267,13 @@ def _loop_problems(loop: LoopConfig, model: ModelConfig) -> Iterator[str]:
         )
     if not 0.0 < loop.lr < 1.0:
         yield f"train.lr={loop.lr} is not between 0 and 1. AdamW wants something like 3e-4."
+    if loop.spike_factor != 0.0 and loop.spike_factor <= 1.0:
+        yield (
+            f"train.spike_factor={loop.spike_factor} would skip steps of ordinary losses. Set it above 1, or to 0 "
+            "for none."
+        )
+    if loop.spike_window < 2:
+        yield f"train.spike_window={loop.spike_window} is below 2. Set it to 2 or more."
     if loop.warmup_steps > loop.steps:
         yield f"train.warmup_steps={loop.warmup_steps} exceeds train.steps={loop.steps}. Shorten the warm-up."
     if (loop.schedule == "curve") != (loop.lr_curve is not None):

@@ -12,11 +12,13 @@ from benthic.parallel.export import save_stages
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.peers import Peers
 from benthic.parallel.start import Launch, anyone
+from benthic.parallel.watchdog import Watchdog
 from benthic.spec.parameters import parameters
 from benthic.train.checkpoint import FolderStore
 from benthic.train.data import tokenizer as tokenizers
 from benthic.train.data.shards import TokenShards, read_meta, verify
 from benthic.train.evaluate import Evaluation, evaluate
+from benthic.train.failures import Failures
 from benthic.train.fields import to_json
 from benthic.train.initial import open_initial
 from benthic.train.precision import DTYPES
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from benthic.train.trainer import StepResult
 
 RESOLVED: Final = "resolved.json"
+LOGS: Final = "logs"
 _SAMPLE_TEMPERATURE: Final = 0.6
 
 
@@ -76,6 +79,8 @@ class Run:
     meter: Meter
     watcher: Watcher
     should_stop: Callable[[], bool]
+    watchdog: Watchdog
+    failures: Failures
     board: Board | None = None
     clock: Callable[[], float] = perf_counter
     _saved: int = field(default=-1)
@@ -86,19 +91,33 @@ class Run:
         Raises:
             NumericsError: a loss or gradient is not finite; the last checkpoint stays.
             CheckpointError: a checkpoint could not be written; the one before stays.
+            PeerLostError: another rank ended; what it left is named.
         """
         try:
-            return self._go()
-        finally:
+            with self.watchdog:
+                finished = self._go()
+        except Exception as error:
+            self._give_up()
+            raise self.failures.explain(error, self.trainer.steps_done + 1) from error
+        self.store.wait()
+        return finished
+
+    def _give_up(self) -> None:
+        """Let a checkpoint that is being written come to its end; the error on the way up says more than its."""
+        try:
             self.store.wait()
+        except CheckpointError as error:
+            self.watcher.note(f"the checkpoint that was being written failed too: {error}")
 
     def _go(self) -> bool:
         while self.trainer.steps_done < self.config.train.steps:
+            self.watchdog.begin(f"step {self.trainer.steps_done + 1}")
             if anyone(self.should_stop(), self.trainer.mesh.world, self.trainer.device):
                 self._save(wait=True)
                 self.watcher.note(f"stopped after step {self.trainer.steps_done}; pass --resume to go on")
                 return False
             self._step()
+        self.watchdog.rest()
         self._finish()
         return True
 
@@ -113,8 +132,10 @@ class Run:
         speed = self.meter.add(result, self.clock() - start)
         self._record(result, speed)
         if due(result.step, self.config.evaluate.every) and result.step < self.config.train.steps:
+            self.watchdog.begin(f"evaluation after step {result.step}")
             self._evaluate()
         if due(result.step, self.config.checkpoint.every):
+            self.watchdog.begin(f"checkpoint of step {result.step}")
             self._save(wait=not self.config.checkpoint.async_save)
 
     def _record(self, result: StepResult, speed: Speed) -> None:
@@ -221,6 +242,8 @@ def prepare(
         CheckpointError: the checkpoint cannot be continued from.
     """
     launch = Launch() if launch is None else launch
+    failures = Failures(folder / LOGS, launch.rank, launch.ranks)
+    failures.forget()
     meta = read_meta(data)
     resolved = resolve(config, facts, meta, ranks=launch.ranks)
     if resolved.config.data.verify and launch.leads:
@@ -228,15 +251,15 @@ def prepare(
     store = FolderStore(
         folder / "checkpoint", resolved.config.checkpoint.keep_latest_k, peers=Peers.everyone()
     )
-    _check_folder(store, resume)
-    fresh = resolved.config.init_from and not (resume.wanted and store.steps())
+    start_at = _step_to_resume(store, resume)
+    fresh = resolved.config.init_from and start_at is None
     initial = open_initial(resolved.config, data) if fresh else None
     mesh = Mesh.of(resolved.config.layout, launch.rank)
     trainer = Trainer(resolved.config, TokenShards(data, meta, "train"), mesh)
     _describe(resolved, trainer, meta, watcher)
     if initial is not None:
         _start_from(initial, trainer, watcher)
-    start = _restore(trainer, store, resume, watcher)
+    start = _restore(trainer, store, start_at, watcher) if resume.wanted else 0
     records = Records(folder)
     if launch.leads:
         folder.mkdir(parents=True, exist_ok=True)
@@ -254,6 +277,8 @@ def prepare(
         meter=meter,
         watcher=watcher,
         should_stop=should_stop,
+        watchdog=_watchdog(folder, trainer),
+        failures=failures,
         board=_board(folder, resolved.config, start) if launch.leads else None,
         _saved=start if start else -1,
     )
@@ -273,22 +298,22 @@ def evaluation_line(step: int, found: Evaluation) -> str:
     )
 
 
-def _check_folder(store: FolderStore, resume: Resume) -> None:
-    latest = store.latest()
-    if latest is not None and not resume.wanted:
-        message = f"{store.folder} already holds step {latest}. Pass --resume to go on, or another --run."
+def _step_to_resume(store: FolderStore, resume: Resume) -> int | None:
+    """The step to go on from, None to begin: rank 0 looks, for others may still see what it is deleting."""
+    steps = store.peers.first(store.steps)
+    if steps and not resume.wanted:
+        message = f"{store.folder} already holds step {steps[-1]}. Pass --resume to go on, or another --run."
         raise ConfigError(message)
-    if resume.step is not None and resume.step not in store.steps():
-        known = ", ".join(map(str, store.steps())) or "none"
+    if resume.step is not None and resume.step not in steps:
+        known = ", ".join(map(str, steps)) or "none"
         message = f"{store.folder} has no step {resume.step}; it has {known}."
         raise CheckpointError(message)
+    newest = steps[-1] if steps else None
+    return newest if resume.step is None else resume.step
 
 
-def _restore(trainer: Trainer, store: FolderStore, resume: Resume, watcher: Watcher) -> int:
-    """Load a checkpoint where one is wanted and exists; return the step to go on from."""
-    step = store.latest() if resume.step is None else resume.step
-    if not resume.wanted:
-        return 0
+def _restore(trainer: Trainer, store: FolderStore, step: int | None, watcher: Watcher) -> int:
+    """Load the checkpoint of `step` where there is one; return the step to go on from."""
     if step is None:
         watcher.note(f"no checkpoint in {store.folder}: starting at step 0")
         return 0
@@ -326,6 +351,16 @@ def _describe(resolved: Resolved, trainer: Trainer, meta: Meta, watcher: Watcher
         f"{config.model.name}: {total:,} parameters; {config.train.steps} steps of "
         f"{trainer.rows * number(config.train.seq_len):,} tokens = {tokens:,}, "
         f"{tokens / available:.2f} epochs of {available:,}"
+    )
+
+
+def _watchdog(folder: Path, trainer: Trainer) -> Watchdog:
+    rank, place = trainer.mesh.rank, trainer.mesh.place
+    named = ", ".join(f"{axis} {index}" for axis, index in place._asdict().items())
+    return Watchdog(
+        trainer.config.train.stuck_s,
+        folder / LOGS / f"stuck-rank-{rank}.txt",
+        lambda: f"rank {rank} ({named}): {trainer.executor.pipeline.doing()}",
     )
 
 
