@@ -88,10 +88,9 @@ def main() -> None:
             if words.spans:
                 words.spans.mkdir(parents=True, exist_ok=True)
                 (words.spans / f"{name}-rank-{rank}.jsonl").write_text(write_spans(found.spans))
-            if alone:
+            if alone:  # after each layout, so that one that fails costs only itself
                 rows.append(row(name, config, ranks, found, alone))
-    if rank == 0:
-        write_result("train_ranks", rows, out=words.out, steps=words.steps, config=config.model.name)
+                write_result("train_ranks", rows, out=words.out, steps=words.steps, config=config.model.name)
     dist.destroy_process_group()
 
 

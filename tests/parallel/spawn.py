@@ -6,9 +6,11 @@ them seconds; like spawned ones they share nothing with the test. For GPUs (NCCL
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import inspect
 import multiprocessing
+import signal
 import sys
 import tempfile
 import time
@@ -98,6 +100,7 @@ def _run(
     name: str,
     arguments: tuple[object, ...],
 ) -> None:
+    _die_with_parent()
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -116,6 +119,12 @@ def _run(
         (Path(folder) / f"failed-{time.monotonic()}-{rank}").write_text(report)
         raise
     dist.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """A test run that is killed must not leave ranks behind that wait for each other."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _module(source: str) -> object:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class Speed:
     """Over the last steps. `mfu` is None where the peak of the dtype in use is not known.
 
+    Tokens are those of all ranks together, FLOPs those of one rank on average.
+
     `memory` is the highest so far in bytes: of tensors on a GPU, of the process on a CPU.
     """
 
@@ -45,6 +47,7 @@ class Meter:
         self._facts, self._flops, self._rule = facts, figure.value, figure.rule
         self._dtype = config.precision.matmul
         self._peak = facts.peak_flops.get(self._dtype)
+        self._ranks = config.layout.ranks
         self._seconds, self._tokens = 0.0, 0
 
     def describe(self) -> str:
@@ -68,7 +71,7 @@ class Meter:
 
     def _speed(self, tokens: int, seconds: float) -> Speed:
         rate = tokens / max(seconds, 1e-9)
-        done, memory = rate * self._flops, _memory(self._facts.device)
+        done, memory = rate * self._flops / self._ranks, _memory(self._facts.device)
         mfu = None if self._peak is None else done / self._peak
         return Speed(rate, done, mfu, memory, memory / self._facts.total_memory)
 
