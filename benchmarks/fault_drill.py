@@ -237,11 +237,12 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--folder", type=Path, help="keep the two runs here")
     words = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = drill(
-            Path(folder), words.data, kills=words.kills, steps=words.steps, every=words.every, seed=words.seed
-        )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = words.folder or Path(temporary)
+        sizes = {"kills": words.kills, "steps": words.steps, "every": words.every, "seed": words.seed}
+        found = drill(folder, words.data, **sizes)
     text = json.dumps(found, indent=2)
     print(text)
     if words.out is not None:

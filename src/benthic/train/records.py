@@ -47,6 +47,7 @@ class Records:
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens": result.tokens,
+            "skipped": result.skipped,
             "max_vio": {str(layer): max_vio(count) for layer, count in result.counts.items()},
             "tps": speed.tokens_per_second,
             "mfu": speed.mfu,
