@@ -19,10 +19,16 @@ if TYPE_CHECKING:
     from benthic.train.trainer import Trainer
 
 
-
 def test_spike_is_a_loss_above_the_factor_of_the_median_before_it() -> None:
     spikes = Spikes(2.0, 4)
-    assert [spikes.skips(loss) for loss in (9.0, 3.0, 12.1, 3.0, 6.0, 6.1)] == [False, False, True, False, False, False]
+    assert [spikes.skips(loss) for loss in (9.0, 3.0, 12.1, 3.0, 6.0, 6.1)] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert spikes.skipped == 1
 
 

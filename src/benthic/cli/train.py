@@ -14,8 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benthic.cli.draw import predicted_and_measured
 from benthic.cli.settings import apply
 from benthic.errors import CheckpointError, ConfigError
+from benthic.plan.draw_svg import draw_svg
+from benthic.sched.pipeline.spans import read_spans
 from benthic.train import recipes
 from benthic.train.config import RunConfig
 from benthic.train.fields import from_json
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from benthic.parallel.start import Launch
+    from benthic.sched.pipeline.table import Table
     from benthic.train.speed import Speed
     from benthic.train.trainer import StepResult
 
@@ -81,12 +85,17 @@ def train(
     resume_step: Annotated[
         int | None, typer.Option(help="Go back to this step of --run; later checkpoints are deleted.")
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Trace these steps of every rank, e.g. 3:5, into RUN/profile.")
+    ] = None,
 ) -> None:
     """Train a model; every option of a recipe can be set with --set section.field=value."""
     from benthic.parallel.start import joined  # noqa: PLC0415 (torch takes seconds, others need none)
     from benthic.train import run as runs  # noqa: PLC0415
     from benthic.train.hardware import detect  # noqa: PLC0415
+    from benthic.train.profile import Steps  # noqa: PLC0415
 
+    traced = None if profile is None else Steps.parse(profile)
     launch = launched(os.environ)
     wanted = runs.Resume(wanted=resume or resume_step is not None, step=resume_step)
     base = _started(_config(recipe, run, resume=wanted.wanted), init_from)
@@ -106,7 +115,9 @@ def train(
             should_stop=should_stop,
             launch=launch,
         )
-        prepared.go()
+        prepared.go(profile=traced)
+        if launch.leads and prepared.measures.recorded is not None:
+            screen.note(f"timeline: {_draw(run, prepared.measures.recorded)}")
 
 
 def launched(environment: Mapping[str, str]) -> Launch:
@@ -127,6 +138,17 @@ def launched(environment: Mapping[str, str]) -> Launch:
         raise ConfigError(message)
     rank, ranks, local_rank = map(int, found)
     return Launch(rank=rank, ranks=ranks, local_rank=local_rank)
+
+
+def _draw(run: Path, table: Table) -> Path:
+    """Draw the pipeline step that was measured last below what its median times predict."""
+    from benthic.train.records import SPANS  # noqa: PLC0415 (torch takes seconds, others need none)
+
+    spans = read_spans((run / SPANS).read_text(encoding="utf-8"))
+    picture = run / "pictures" / "timeline.svg"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_text(draw_svg(*predicted_and_measured(table, spans)), encoding="utf-8")
+    return picture
 
 
 def _console(run: Path, launch: Launch) -> Console:
