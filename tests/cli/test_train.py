@@ -201,6 +201,27 @@ def test_wandb_gets_the_numbers_of_every_step(
     assert losses == [line["loss"] for line in lines]
 
 
+def test_dry_run_of_the_largest_recipe_needs_neither_data_nor_a_folder() -> None:
+    output = succeed("train", "deepseek_v3_2048_h800", "--dry-run")
+    assert "682,636,487,424 parameters on 2048 ranks = pp 16 x dp 128 x cp 1 x tp 1" in output
+    assert "a step: 4096 rows of 4,096 = 16,777,216 tokens at first" in output
+    assert "0: 0-3, embed; 15: 60, embed, head, mtp" in output
+    assert "dualpipe, 16 ranks, 32 microbatches" in output
+    assert "bubble 12.7% of the time" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("v2_lite_8xh100", "--dry-run", "--ranks", "12"), "= 8 ranks, but 12 were started"),
+        (("v2_lite_8xh100", "--ranks", "8"), "--ranks is of --dry-run"),
+        (("v2_lite_8xh100",), "no folder was named. Pass --run DIR"),
+    ],
+)
+def test_dry_run_and_ranks_that_contradict_are_refused(words: tuple[str, ...], expected: str) -> None:
+    assert expected in refusal("train", *words)
+
+
 def test_run_folder_in_use_is_not_overwritten(run: Path, data: Path) -> None:
     message = refusal("train", "nano_test", "--run", run, "--data", data, *settings())
     assert "already holds step 4. Pass --resume to go on" in message
@@ -219,7 +240,7 @@ def test_python_stdlib_is_a_corpus(tmp_path: Path) -> None:
         (("train", "--run", "nowhere", "--resume"), "nowhere has no resolved.json"),
         (("train", "nano_test", "--run", "x"), "no data was named. Pass --data DIR"),
         (("train", "nano_test", "--run", "x", "--data", "nowhere"), "nowhere is no dataset"),
-        (("train", "nano_test", "--runs", "x"), "--run"),
+        (("train", "nano_test", "--runs", "x"), "No such option"),
         (
             ("train", "nano_test", "--run", "x", "--data", "x", "--set", "train.lrr=1"),
             "Did you mean 'train.lr'?",

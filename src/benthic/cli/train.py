@@ -8,7 +8,7 @@ import os
 import signal
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from benthic.sched.pipeline.table import Table
     from benthic.train.speed import Speed
     from benthic.train.trainer import StepResult
+
+
+_WANTS_RUN: Final = (
+    "no folder was named. Pass --run DIR for checkpoints and metrics, or --dry-run to see first."
+)
+_WANTS_DRY_RUN: Final = (
+    "--ranks is of --dry-run; how many ranks train is the launcher's: torchrun --nproc-per-node N."
+)
 
 
 class Screen:
@@ -67,7 +75,10 @@ def train(
         typer.Argument(help=f"One of: {', '.join(recipes.RECIPES)}. May be left out with --resume."),
     ] = None,
     *,
-    run: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics, pictures, export.")],
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run: checkpoints, metrics, pictures, export.", show_default=False),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Dataset folder from `benthic data build` (default: data.path).")
     ] = None,
@@ -88,8 +99,22 @@ def train(
     profile: Annotated[
         str | None, typer.Option(help="Trace these steps of every rank, e.g. 3:5, into RUN/profile.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print layout, memory and schedule; train nothing.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(help="With --dry-run: ranks to start (default: the layout's).", min=1)
+    ] = None,
 ) -> None:
     """Train a model; every option of a recipe can be set with --set section.field=value."""
+    if dry_run:
+        from benthic.cli.dry_run import show  # noqa: PLC0415 (torch takes seconds, others need none)
+
+        base = _started(_config(recipe, run, resume=resume), init_from)
+        show(apply(base, settings or ()), ranks, Console())
+        return
+    if ranks is not None or run is None:
+        raise ConfigError(_WANTS_RUN if ranks is None else _WANTS_DRY_RUN)
     from benthic.parallel.start import joined  # noqa: PLC0415 (torch takes seconds, others need none)
     from benthic.train import run as runs  # noqa: PLC0415
     from benthic.train.hardware import detect  # noqa: PLC0415
@@ -160,11 +185,11 @@ def _console(run: Path, launch: Launch) -> Console:
     return Console(file=(folder / f"rank-{launch.rank}.log").open("a", encoding="utf-8"))
 
 
-def _config(recipe: str | None, run: Path, *, resume: bool) -> RunConfig:
+def _config(recipe: str | None, run: Path | None, *, resume: bool) -> RunConfig:
     """The recipe's config, or on resuming without one the config that the run folder was started with."""
     if recipe is not None:
         return recipes.get(recipe)
-    if not resume:
+    if not resume or run is None:
         message = (
             f"no recipe was named. Known: {', '.join(recipes.RECIPES)}. Or pass --resume to go on with a run."
         )
