@@ -7,6 +7,7 @@ random rank, in turn during a step and during a save. Nobody helps: `torchrun --
 again with `--resume`, and they go on from the newest complete checkpoint.
 """
 
+# ruff: noqa: S101 (it is a test that prints)
 from __future__ import annotations
 
 import argparse
@@ -197,7 +198,7 @@ def drill(folder: Path, data: Path, *, kills: int, steps: int, every: int, seed:
     """An undisturbed job and one that is killed `kills` times, compared; raises where they differ."""
     straight = Job(folder / "straight", data, steps, every)
     broken = Job(folder / "broken", data, steps, every, restarts=kills)
-    rng, done = random.Random(seed), []
+    rng, done = random.Random(seed), []  # noqa: S311 (moments to kill at, not a secret)
     (broken.folder / "checkpoint" / STALE).mkdir(parents=True)
     try:
         straight.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-import torch.distributed as dist
+import torch.distributed as dist  # noqa: TID251 (stores, without a group)
 
 from benthic.errors import PeerLostError
 from benthic.parallel.attempt import agree

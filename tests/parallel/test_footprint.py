@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from layouts import trainer_of, with_layout
@@ -12,9 +13,11 @@ from spawn import spawn
 
 from benthic.parallel.mesh import Mesh
 from benthic.spec.layout import Layout
-from benthic.train.config import RunConfig
 from benthic.train.footprint import footprints
 from benthic.train.trainer import Trainer, rows_at, table_of
+
+if TYPE_CHECKING:
+    from benthic.train.config import RunConfig
 
 LAYOUTS = (
     Layout(pp_degree=2, dp_degree=2, ep_degree=2),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +20,8 @@ from benthic.train.config import LogConfig
 from benthic.train.profile import Steps
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from benthic.parallel.chunk import Phase
 
 pytestmark = pytest.mark.dist

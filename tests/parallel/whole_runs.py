@@ -11,12 +11,12 @@ from small_runs import small_run
 from benthic.parallel.start import Launch
 from benthic.spec.layout import Layout
 from benthic.train import run as runs
-from benthic.train.config import LogConfig
 from benthic.train.hardware import HardwareFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from benthic.train.config import LogConfig
     from benthic.train.run import Run
     from benthic.train.speed import Speed
     from benthic.train.trainer import StepResult

@@ -91,7 +91,13 @@ def show(config: RunConfig, ranks: int | None, console: Console) -> None:
     worst = max(found, key=lambda one: one.total)
     say(console, f"most memory: rank {worst.rank} and its neighbours, {units.binary_bytes(worst.total)}")
     say(console, ACTIVATIONS_RULE)
-    say(console, _schedule(outlook, console.width))
+    say(console, "a step, if a backward takes twice as long as a forward and transfers take no time:")
+    console.print(
+        draw_text(
+            simulate(outlook.table, Costs()), width=console.width, colours=console.color_system is not None
+        ),
+        soft_wrap=True,
+    )
 
 
 def say(console: Console, text: str) -> None:
@@ -108,7 +114,7 @@ def _batch(outlook: Outlook) -> str:
         f"{config.model.name}: {total:,} parameters on {layout.ranks} ranks = {degrees}; experts over "
         f"{layout.ep_degree}, {layout.expert_dp_degree} copies a pipeline rank; ZeRO-{layout.zero_stage}\n"
         f"a step: {outlook.rows} rows of {seq_len:,} = {outlook.rows * seq_len:,} tokens{later}; "
-        f"{outlook.table.microbatches} microbatches of {config.train.local_batch_size} rows on each data rank\n"
+        f"{outlook.table.microbatches} microbatches of {config.train.local_batch_size} rows a data rank\n"
         f"{config.train.steps:,} steps = {planned_tokens(config):,} tokens"
     )
 
@@ -136,8 +142,3 @@ def _stage(stage: int, part: Part) -> str:
     span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
     also = [word for word in ("embed", "head", "mtp") if getattr(part, word)]
     return f"{stage}: {', '.join([span, *also])}"
-
-
-def _schedule(outlook: Outlook, width: int) -> str:
-    """The picture of a step at a backward of twice a forward, with its bubble."""
-    return draw_text(simulate(outlook.table, Costs()), width=width, colours=False)

@@ -69,7 +69,7 @@ class Screen:
         self.progress.update(self._task, completed=result.step, line=line)
 
 
-def train(
+def train(  # noqa: PLR0913 (one argument per option)
     recipe: Annotated[
         str | None,
         typer.Argument(help=f"One of: {', '.join(recipes.RECIPES)}. May be left out with --resume."),

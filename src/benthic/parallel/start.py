@@ -72,7 +72,7 @@ def joined(launch: Launch, device: str, *, timeout_s: float) -> Iterator[None]:
 
 
 def broke(error: BaseException) -> bool:
-    """Whether `error`, or what caused it, is a lost connection to another rank rather than a fault of this one.
+    """Whether `error`, or what caused it, is a lost connection to another rank, not a fault of this one.
 
     gloo has no type for it, so its words decide; NCCL's errors are DistBackendError.
     """

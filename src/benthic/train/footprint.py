@@ -28,8 +28,8 @@ _BYTES: Final = {"float32": 4, "bfloat16": 2}
 TERMS: Final = ("weights", "masters", "gradients", "moments", "activations")
 ACTIVATIONS_RULE: Final = (
     "activations are estimated: for every block in flight the tensors between its phases (residual stream, "
-    "rows sent to experts and back), and unless recomputed what attention (q, k, v, output) and experts (gate, "
-    "up, product) keep for backward, in the weights' type; logits, workspace and gathered weights left out"
+    "rows sent to experts and back), and unless recomputed what attention (q, k, v, output) and experts "
+    "(gate, up, product) keep for backward, in the weights' type; logits, workspace and gathered weights left out"
 )
 
 
@@ -49,7 +49,7 @@ class Footprint:
 
 
 def footprints(config: RunConfig, table: Table) -> tuple[Footprint, ...]:
-    """The first rank of every pipeline rank; its neighbours keep as much, but for the remainders of shards."""
+    """The first rank of every pipeline rank; its neighbours keep as much, but for ends of shards."""
     return tuple(_footprint(config, table, pp) for pp in range(table.ranks))
 
 
