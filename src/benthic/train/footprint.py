@@ -29,7 +29,7 @@ TERMS: Final = ("weights", "masters", "gradients", "moments", "activations")
 ACTIVATIONS_RULE: Final = (
     "activations are estimated: for every block in flight the tensors between its phases (residual stream, "
     "rows sent to experts and back), and unless recomputed what attention (q, k, v, output) and experts "
-    "(gate, up, product) keep for backward, in the weights' type; logits, workspace and gathered weights left out"
+    "(gate, up, product) keep, in the weights' type; without logits, workspace, gathered weights"
 )
 
 
