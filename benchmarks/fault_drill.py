@@ -7,6 +7,7 @@ random rank, in turn during a step and during a save. Nobody helps: `torchrun --
 again with `--resume`, and they go on from the newest complete checkpoint.
 """
 
+# ruff: noqa: S101 (it is a test that prints)
 from __future__ import annotations
 
 import argparse
@@ -31,13 +32,17 @@ STALE = "step-999.tmp"
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill, as it went: `newest` is the newest complete checkpoint that the dead ranks left."""
+    """One kill, as it went.
+
+    `newest` is the newest complete checkpoint that the dead ranks left, `save_lost` whether that is not the
+    one that was due last: the kill hit its save, which the surviving ranks took away again.
+    """
 
     during: str
     rank: int
     after_step: int
     newest: int | None
-    left_unfinished: bool
+    save_lost: bool
     seconds_to_next_step: float
 
 
@@ -175,11 +180,12 @@ def kill(job: Job, rng: random.Random, number: int, during: str, after: int) -> 
     os.kill(workers[rank][0], signal.SIGKILL)
     killed, done = time.monotonic(), job.steps_done()
     until(lambda: _restarted(job, number), job)
-    complete, left = job.checkpoints(), bool(job.unfinished())
+    complete = job.checkpoints()
     count = job.printed.read_text().count("step: ")
     until(lambda: job.printed.read_text().count("step: ") > count, job)
     newest = complete[-1] if complete else None
-    return Kill(during, rank, done, newest, left, round(time.monotonic() - killed, 2))
+    lost = (newest or 0) < done // job.every * job.every
+    return Kill(during, rank, done, newest, lost, round(time.monotonic() - killed, 2))
 
 
 def _restarted(job: Job, times: int) -> bool:
@@ -192,7 +198,7 @@ def drill(folder: Path, data: Path, *, kills: int, steps: int, every: int, seed:
     """An undisturbed job and one that is killed `kills` times, compared; raises where they differ."""
     straight = Job(folder / "straight", data, steps, every)
     broken = Job(folder / "broken", data, steps, every, restarts=kills)
-    rng, done = random.Random(seed), []
+    rng, done = random.Random(seed), []  # noqa: S311 (moments to kill at, not a secret)
     (broken.folder / "checkpoint" / STALE).mkdir(parents=True)
     try:
         straight.start()
@@ -236,16 +242,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep the two runs here")
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = drill(
-            Path(folder), words.data, kills=words.kills, steps=words.steps, every=words.every, seed=words.seed
-        )
-    text = json.dumps(found, indent=2)
-    print(text)
+    sizes = {"kills": words.kills, "steps": words.steps, "every": words.every, "seed": words.seed}
+    with tempfile.TemporaryDirectory() as temporary:
+        found = drill(words.folder or Path(temporary), words.data, **sizes)
+    print(json.dumps(found, indent=2))
     if words.out is not None:
-        words.out.write_text(text + "\n")
+        from provenance import write_result
+
+        print(f"wrote {write_result('fault_drill', found, out=words.out, **sizes)}")
 
 
 if __name__ == "__main__":

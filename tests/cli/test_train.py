@@ -144,6 +144,84 @@ def test_finished_run_goes_on_with_more_steps_and_without_naming_a_recipe(run: P
     assert "resumed from step 4" in back
 
 
+def test_timeline_of_a_run_is_drawn_and_draw_schedule_reads_its_spans(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = settings(
+        "log.timeline_every=2", "checkpoint.every=0", "log.pictures=false", "train.global_batch_size=4"
+    )
+    output = succeed("train", "nano_test", "--run", folder, "--data", data, *words)
+    assert f"timeline: {folder / 'pictures' / 'timeline.svg'}" in output
+    assert "1f1b, measured" in (folder / "pictures" / "timeline.svg").read_text()
+    spans = [json.loads(line) for line in (folder / "spans.jsonl").read_text().splitlines()]
+    assert [(span["step"], span["slot"]) for span in spans] == [
+        (step, slot) for step in (2, 4) for slot in ("0F0", "0B0", "0F1", "0B1")
+    ]
+    sizes = ("--ranks", "1", "--microbatches", "2")
+    drawn = succeed("draw", "schedule", "1f1b", *sizes, "--measured", folder / "spans.jsonl")
+    assert "1f1b, measured" in drawn
+
+
+def test_profile_writes_a_trace_of_the_steps_that_were_named(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = settings("checkpoint.every=0", "log.pictures=false")
+    output = succeed("train", "nano_test", "--run", folder, "--data", data, "--profile", "2:3", *words)
+    assert f"profile: {folder / 'profile' / 'rank-0.json'}" in output
+    trace = json.loads((folder / "profile" / "rank-0.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    steps = sum("Optimizer" in name or name == "aten::embedding" for name in names)
+    assert steps >= 2
+    message = refusal("train", "nano_test", "--run", folder, "--data", data, "--profile", "5:3", *words)
+    assert "--profile 5:3 names no steps" in message
+
+
+def test_wandb_that_is_not_installed_is_said_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = settings("log.wandb=sea", "log.pictures=false")
+    message = refusal("train", "nano_test", "--run", tmp_path / "run", "--data", data, *words)
+    assert "log.wandb=sea needs the wandb package" in message
+
+
+def test_wandb_gets_the_numbers_of_every_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import types
+
+    logged: list[tuple[int, dict[str, float]]] = []
+    run = types.SimpleNamespace(log=lambda scalars, step: logged.append((step, scalars)), finish=lambda: None)
+    asked: dict[str, object] = {}
+    fake = types.SimpleNamespace(init=lambda **words: asked.update(words) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    words = settings("log.wandb=sea", "log.pictures=false", "checkpoint.every=0")
+    succeed("train", "nano_test", "--run", tmp_path / "first", "--data", data, *words)
+    assert (asked["project"], asked["id"], asked["resume"]) == ("sea", "first", "allow")
+    lines = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    losses = [scalars["train/loss"] for _, scalars in logged if "train/loss" in scalars]
+    assert losses == [line["loss"] for line in lines]
+
+
+def test_dry_run_of_the_largest_recipe_needs_neither_data_nor_a_folder() -> None:
+    output = succeed("train", "deepseek_v3_2048_h800", "--dry-run")
+    assert "682,636,487,424 parameters on 2048 ranks = pp 16 x dp 128 x cp 1 x tp 1" in output
+    assert "a step: 4096 rows of 4,096 = 16,777,216 tokens at first" in output
+    assert "0: 0-3, embed; 15: 60, embed, head, mtp" in output
+    assert "dualpipe, 16 ranks, 32 microbatches" in output
+    assert "bubble 12.7% of the time" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("v2_lite_8xh100", "--dry-run", "--ranks", "12"), "= 8 ranks, but 12 were started"),
+        (("v2_lite_8xh100", "--ranks", "8"), "--ranks is of --dry-run"),
+        (("v2_lite_8xh100",), "no folder was named. Pass --run DIR"),
+    ],
+)
+def test_dry_run_and_ranks_that_contradict_are_refused(words: tuple[str, ...], expected: str) -> None:
+    assert expected in refusal("train", *words)
+
+
 def test_run_folder_in_use_is_not_overwritten(run: Path, data: Path) -> None:
     message = refusal("train", "nano_test", "--run", run, "--data", data, *settings())
     assert "already holds step 4. Pass --resume to go on" in message
@@ -162,7 +240,7 @@ def test_python_stdlib_is_a_corpus(tmp_path: Path) -> None:
         (("train", "--run", "nowhere", "--resume"), "nowhere has no resolved.json"),
         (("train", "nano_test", "--run", "x"), "no data was named. Pass --data DIR"),
         (("train", "nano_test", "--run", "x", "--data", "nowhere"), "nowhere is no dataset"),
-        (("train", "nano_test", "--runs", "x"), "--run"),
+        (("train", "nano_test", "--runs", "x"), "No such option"),
         (
             ("train", "nano_test", "--run", "x", "--data", "x", "--set", "train.lrr=1"),
             "Did you mean 'train.lr'?",

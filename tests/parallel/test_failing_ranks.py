@@ -10,69 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from small_runs import small_run, write_documents
+from small_runs import write_documents
 from spawn import RankError, spawn
+from whole_runs import LAYOUT, run_of
 
 from benthic.errors import PeerLostError, PipelineError
-from benthic.parallel.start import Launch
-from benthic.spec.layout import Layout
-from benthic.train import run as runs
-from benthic.train.hardware import HardwareFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from benthic.parallel.chunk import Phase
     from benthic.train.run import Run
-    from benthic.train.speed import Speed
-    from benthic.train.trainer import StepResult
 
 pytestmark = pytest.mark.dist
-
-LAYOUT = Layout(pp_degree=2, dp_degree=2, ep_degree=2)
-FACTS = HardwareFacts(
-    device="cpu",
-    name="test",
-    total_memory=2**34,
-    threads=1,
-    peak_flops={"float32": 1e11},
-    peak_source="made up",
-)
-
-
-class Silent:
-    """A watcher that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def step(self, result: StepResult, speed: Speed) -> None:
-        pass
-
-
-def run_of(
-    rank: int, folder: str, data: str, *, stuck_s: float = 0.0, stop: Callable[[], bool] = bool
-) -> Run:
-    small = small_run(rows=1, steps=6)
-    config = dataclasses.replace(
-        small,
-        layout=LAYOUT,
-        train=dataclasses.replace(small.train, stuck_s=stuck_s, warmup_steps=0),
-        checkpoint=dataclasses.replace(small.checkpoint, every=2),
-    )
-    return runs.prepare(
-        Path(folder),
-        config,
-        Path(data),
-        FACTS,
-        Silent(),
-        resume=runs.Resume(wanted=True),
-        should_stop=stop,
-        launch=Launch(rank=rank, ranks=LAYOUT.ranks),
-    )
 
 
 def spoil(run: Run, step: int, what: Callable[[], None]) -> None:
@@ -101,7 +51,8 @@ def one_rank_fails(rank: int, folder: str, data: str) -> None:
     run = run_of(rank, folder, data)
 
     def fail() -> None:
-        raise ValueError("a bad chip")
+        message = "a bad chip"
+        raise ValueError(message)
 
     if rank == 3:
         spoil(run, 3, fail)

@@ -6,8 +6,6 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
-import pytest
-
 from benthic.errors import CheckpointError, NumericsError, PeerLostError, PipelineError
 from benthic.parallel.watchdog import STUCK, Watchdog
 from benthic.train.failures import Failures

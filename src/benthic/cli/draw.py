@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from benthic.sched.pipeline.simulate import Timeline
+    from benthic.sched.pipeline.spans import Span
     from benthic.sched.pipeline.table import Table
 
 app = typer.Typer(help="Draw and compare pipeline schedules.", no_args_is_help=True)
@@ -98,7 +99,8 @@ def schedule(  # noqa: PLR0913, PLR0917 (one argument per option)
     check(table)
     costs = _costs(forward_cost, backward_cost, input_cost, weight_cost, overlap_cost, transfer_cost)
     if measured_spans:
-        timelines = _predicted_and_measured(table, costs, measured_spans)
+        spans = read_spans("\n".join(path.read_text(encoding="utf-8") for path in measured_spans))
+        timelines = predicted_and_measured(table, spans, costs)
     else:
         timelines = [simulate(table, costs or Costs())]
     console = Console(highlight=False)
@@ -174,9 +176,8 @@ def _costs(
     )
 
 
-def _predicted_and_measured(table: Table, costs: Costs | None, files: Sequence[Path]) -> list[Timeline]:
+def predicted_and_measured(table: Table, spans: Sequence[Span], costs: Costs | None = None) -> list[Timeline]:
     """The run, below the same table simulated with `costs` in seconds, else with the run's medians."""
-    spans = read_spans("\n".join(path.read_text(encoding="utf-8") for path in files))
     run = measured(table, spans)
     predicted = simulate(table, costs or median_costs(run))
     return [_renamed(predicted, "predicted"), _renamed(run, "measured")]

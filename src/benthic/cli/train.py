@@ -8,14 +8,17 @@ import os
 import signal
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benthic.cli.draw import predicted_and_measured
 from benthic.cli.settings import apply
 from benthic.errors import CheckpointError, ConfigError
+from benthic.plan.draw_svg import draw_svg
+from benthic.sched.pipeline.spans import read_spans
 from benthic.train import recipes
 from benthic.train.config import RunConfig
 from benthic.train.fields import from_json
@@ -25,8 +28,17 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from benthic.parallel.start import Launch
+    from benthic.sched.pipeline.table import Table
     from benthic.train.speed import Speed
     from benthic.train.trainer import StepResult
+
+
+_WANTS_RUN: Final = (
+    "no folder was named. Pass --run DIR for checkpoints and metrics, or --dry-run to see first."
+)
+_WANTS_DRY_RUN: Final = (
+    "--ranks is of --dry-run; how many ranks train is the launcher's: torchrun --nproc-per-node N."
+)
 
 
 class Screen:
@@ -57,13 +69,16 @@ class Screen:
         self.progress.update(self._task, completed=result.step, line=line)
 
 
-def train(
+def train(  # noqa: PLR0913 (one argument per option)
     recipe: Annotated[
         str | None,
         typer.Argument(help=f"One of: {', '.join(recipes.RECIPES)}. May be left out with --resume."),
     ] = None,
     *,
-    run: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics, pictures, export.")],
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run: checkpoints, metrics, pictures, export.", show_default=False),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Dataset folder from `benthic data build` (default: data.path).")
     ] = None,
@@ -81,12 +96,31 @@ def train(
     resume_step: Annotated[
         int | None, typer.Option(help="Go back to this step of --run; later checkpoints are deleted.")
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Trace these steps of every rank, e.g. 3:5, into RUN/profile.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print layout, memory and schedule; train nothing.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(help="With --dry-run: ranks to start (default: the layout's).", min=1)
+    ] = None,
 ) -> None:
     """Train a model; every option of a recipe can be set with --set section.field=value."""
+    if dry_run:
+        from benthic.cli.dry_run import show  # noqa: PLC0415 (torch takes seconds, others need none)
+
+        base = _started(_config(recipe, run, resume=resume), init_from)
+        show(apply(base, settings or ()), ranks, Console())
+        return
+    if ranks is not None or run is None:
+        raise ConfigError(_WANTS_RUN if ranks is None else _WANTS_DRY_RUN)
     from benthic.parallel.start import joined  # noqa: PLC0415 (torch takes seconds, others need none)
     from benthic.train import run as runs  # noqa: PLC0415
     from benthic.train.hardware import detect  # noqa: PLC0415
+    from benthic.train.profile import Steps  # noqa: PLC0415
 
+    traced = None if profile is None else Steps.parse(profile)
     launch = launched(os.environ)
     wanted = runs.Resume(wanted=resume or resume_step is not None, step=resume_step)
     base = _started(_config(recipe, run, resume=wanted.wanted), init_from)
@@ -106,7 +140,9 @@ def train(
             should_stop=should_stop,
             launch=launch,
         )
-        prepared.go()
+        prepared.go(profile=traced)
+        if launch.leads and prepared.measures.recorded is not None:
+            screen.note(f"timeline: {_draw(run, prepared.measures.recorded)}")
 
 
 def launched(environment: Mapping[str, str]) -> Launch:
@@ -129,6 +165,17 @@ def launched(environment: Mapping[str, str]) -> Launch:
     return Launch(rank=rank, ranks=ranks, local_rank=local_rank)
 
 
+def _draw(run: Path, table: Table) -> Path:
+    """Draw the pipeline step that was measured last below what its median times predict."""
+    from benthic.train.records import SPANS  # noqa: PLC0415 (torch takes seconds, others need none)
+
+    spans = read_spans((run / SPANS).read_text(encoding="utf-8"))
+    picture = run / "pictures" / "timeline.svg"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_text(draw_svg(*predicted_and_measured(table, spans)), encoding="utf-8")
+    return picture
+
+
 def _console(run: Path, launch: Launch) -> Console:
     """The screen for rank 0, a log file for every other rank."""
     if launch.leads:
@@ -138,11 +185,11 @@ def _console(run: Path, launch: Launch) -> Console:
     return Console(file=(folder / f"rank-{launch.rank}.log").open("a", encoding="utf-8"))
 
 
-def _config(recipe: str | None, run: Path, *, resume: bool) -> RunConfig:
+def _config(recipe: str | None, run: Path | None, *, resume: bool) -> RunConfig:
     """The recipe's config, or on resuming without one the config that the run folder was started with."""
     if recipe is not None:
         return recipes.get(recipe)
-    if not resume:
+    if not resume or run is None:
         message = (
             f"no recipe was named. Known: {', '.join(recipes.RECIPES)}. Or pass --resume to go on with a run."
         )

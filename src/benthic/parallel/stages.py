@@ -107,7 +107,7 @@ def build(
         _fill(model, seed, boxes)
     named = {n: p for model in models.values() for n, p in model.named_parameters()}
     held = [param for param in parameters(config) if param.name in named]
-    holders = _holders(parameters(config), parts, table)
+    holders = holders_of(parameters(config), parts, table)
     groups = {pps: mesh.partners(pps) for pps in sorted(set(holders.values()))}
     buckets: dict[str, list[Bucket]] = {}
     for (unit, pps, _, _), members in _grouped(held, holders, named).items():
@@ -157,7 +157,9 @@ def _share(models: Mapping[int, DeepSeek]) -> None:
                 _replace(model, name, seen[name])
 
 
-def _holders(params: tuple[Param, ...], parts: tuple[Part, ...], table: Table) -> dict[str, tuple[int, ...]]:
+def holders_of(
+    params: tuple[Param, ...], parts: tuple[Part, ...], table: Table
+) -> dict[str, tuple[int, ...]]:
     """The pipeline ranks that hold each parameter."""
     return {
         param.name: tuple(
@@ -178,7 +180,7 @@ def _grouped(
     for param in held:
         if param.trainable:
             dtype = named[param.name].dtype
-            key = (unit_of(param.name), holders[param.name], _kind(param), dtype)
+            key = (unit_of(param.name), holders[param.name], kind_of(param), dtype)
             found.setdefault(key, []).append(param)
     return found
 
@@ -191,7 +193,8 @@ def unit_of(name: str) -> str:
     return "embed" if top == "embed" else "head"
 
 
-def _kind(param: Param) -> str:
+def kind_of(param: Param) -> str:
+    """Which ranks of a pipeline rank hold the same part: "expert", "sharded" (by tensor) or "dense" ones."""
     if "expert" in param.axes:
         return "expert"
     return "sharded" if {"heads", "ffn"} & set(param.axes) else "dense"
@@ -199,4 +202,4 @@ def _kind(param: Param) -> str:
 
 def _replicas(param: Param, mesh: Mesh) -> Group:
     """The ranks of this pipeline rank that hold the same part of `param`."""
-    return {"expert": mesh.expert_dp, "sharded": mesh.sharded, "dense": mesh.dense}[_kind(param)]
+    return {"expert": mesh.expert_dp, "sharded": mesh.sharded, "dense": mesh.dense}[kind_of(param)]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from benthic.errors import PeerLostError
+from benthic.parallel.attempt import agree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,8 +55,13 @@ def joined(launch: Launch, device: str, *, timeout_s: float) -> Iterator[None]:
         yield
         return
     here = torch.device(device, launch.local_rank) if device == "cuda" else None
+    shared, _, _ = next(
+        dist.rendezvous("env://", launch.rank, launch.ranks, timeout=timedelta(seconds=timeout_s))
+    )
+    attempt = agree(shared, launch.rank, launch.ranks, timeout_s=timeout_s)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
+        store=dist.PrefixStore(attempt, shared),
         rank=launch.rank,
         world_size=launch.ranks,
         timeout=timedelta(seconds=timeout_s),
@@ -66,7 +72,7 @@ def joined(launch: Launch, device: str, *, timeout_s: float) -> Iterator[None]:
 
 
 def broke(error: BaseException) -> bool:
-    """Whether `error`, or what caused it, is a lost connection to another rank rather than a fault of this one.
+    """Whether `error`, or what caused it, is a lost connection to another rank, not a fault of this one.
 
     gloo has no type for it, so its words decide; NCCL's errors are DistBackendError.
     """

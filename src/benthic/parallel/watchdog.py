@@ -13,7 +13,7 @@ import os
 import threading
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 import torch
 
@@ -45,7 +45,7 @@ class Watchdog:
     _over: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = field(default=None)
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> Self:
         """Watch from now on."""
         if self.limit_s > 0:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -95,7 +95,7 @@ class Watchdog:
     def _lines(self, what: str, since: float) -> Iterator[str]:
         yield f"{what} has taken {self.clock() - since:.1f} s; train.stuck_s={self.limit_s}."
         yield self.describe()
-        yield "Compare the reports of all ranks: those that wait name what they wait for; the one to blame does not."
+        yield "Compare the reports of all ranks: one that waits says for what; the one to blame does not."
 
 
 def flight_record() -> str:

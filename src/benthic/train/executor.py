@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from benthic.model.products import WeightGradients
     from benthic.model.sockets import Attend, Exchange, Linear
     from benthic.parallel.mesh import Group, Mesh
+    from benthic.parallel.recorder import Pace
     from benthic.parallel.stages import Stages
     from benthic.sched.pipeline.table import Table
     from benthic.spec.model import ModelConfig
@@ -98,6 +99,11 @@ class Executor:
     def follow(self, table: Table) -> None:
         """Run another number of microbatches from the next step on."""
         self.pipeline = replace(self.pipeline, table=table)
+
+    def measure(self, pace: Pace | None) -> None:
+        """Let `pace` time the attention of every block from now on; None: nothing."""
+        for stage in self._stages.values():
+            stage.pace = pace
 
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Outcome:
         """Add the gradient of the weighted loss of every microbatch to this rank's parameters."""

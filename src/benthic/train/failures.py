@@ -64,8 +64,8 @@ class Failures:
         while not (found := sorted(self.folder.glob("failed-rank-*.txt"), key=_age)):
             if waited >= _PATIENCE_S:
                 return (
-                    f"No rank left a reason in {self.folder}, so one was killed: see what its host says (out of "
-                    "memory?). Start all ranks again with --resume."
+                    f"No rank left a reason in {self.folder}, so one was killed: see what its host says (out "
+                    "of memory?). Start all ranks again with --resume."
                 )
             self.pause(_LOOK_S)
             waited += _LOOK_S

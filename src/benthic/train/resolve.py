@@ -268,10 +268,7 @@ def _loop_problems(loop: LoopConfig, model: ModelConfig) -> Iterator[str]:
     if not 0.0 < loop.lr < 1.0:
         yield f"train.lr={loop.lr} is not between 0 and 1. AdamW wants something like 3e-4."
     if loop.spike_factor != 0.0 and loop.spike_factor <= 1.0:
-        yield (
-            f"train.spike_factor={loop.spike_factor} would skip steps of ordinary losses. Set it above 1, or to 0 "
-            "for none."
-        )
+        yield (f"train.spike_factor={loop.spike_factor} would skip ordinary steps. Set it above 1, or to 0.")
     if loop.spike_window < 2:
         yield f"train.spike_window={loop.spike_window} is below 2. Set it to 2 or more."
     if loop.warmup_steps > loop.steps:

@@ -14,6 +14,7 @@ from benthic.parallel.peers import Peers
 from benthic.parallel.start import Launch, anyone
 from benthic.parallel.watchdog import Watchdog
 from benthic.spec.parameters import parameters
+from benthic.train import boards
 from benthic.train.checkpoint import FolderStore
 from benthic.train.data import tokenizer as tokenizers
 from benthic.train.data.shards import TokenShards, read_meta, verify
@@ -21,6 +22,7 @@ from benthic.train.evaluate import Evaluation, evaluate
 from benthic.train.failures import Failures
 from benthic.train.fields import to_json
 from benthic.train.initial import open_initial
+from benthic.train.measure import Measures
 from benthic.train.precision import DTYPES
 from benthic.train.records import EVALUATIONS, Records
 from benthic.train.resolve import number, resolve
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from benthic.train.board import Board
+    from benthic.train.boards import Board
     from benthic.train.config import RunConfig
     from benthic.train.data.shards import Meta
     from benthic.train.hardware import HardwareFacts
     from benthic.train.initial import Initial
+    from benthic.train.measure import Measured
+    from benthic.train.profile import Steps
     from benthic.train.resolve import Resolved
     from benthic.train.speed import Speed
     from benthic.train.trainer import StepResult
@@ -81,18 +85,22 @@ class Run:
     should_stop: Callable[[], bool]
     watchdog: Watchdog
     failures: Failures
-    board: Board | None = None
+    measures: Measures
+    boards: tuple[Board, ...] = ()
     clock: Callable[[], float] = perf_counter
     _saved: int = field(default=-1)
 
-    def go(self) -> bool:
+    def go(self, *, profile: Steps | None = None) -> bool:
         """Train until the last step; return False if stopped before it, with a checkpoint written.
+
+        `profile` are steps to trace with torch's profiler, into `RUN/profile`.
 
         Raises:
             NumericsError: a loss or gradient is not finite; the last checkpoint stays.
             CheckpointError: a checkpoint could not be written; the one before stays.
             PeerLostError: another rank ended; what it left is named.
         """
+        self.measures.tracer.steps = profile
         try:
             with self.watchdog:
                 finished = self._go()
@@ -103,7 +111,7 @@ class Run:
         return finished
 
     def _give_up(self) -> None:
-        """Let a checkpoint that is being written come to its end; the error on the way up says more than its."""
+        """Let a checkpoint that is being written come to its end; what it raises is told, not raised."""
         try:
             self.store.wait()
         except CheckpointError as error:
@@ -128,9 +136,9 @@ class Run:
 
     def _step(self) -> None:
         start = self.clock()
-        result = self.trainer.step()
-        speed = self.meter.add(result, self.clock() - start)
-        self._record(result, speed)
+        measured = self.measures.step()
+        result = measured.result
+        self._record(measured, self.meter.add(result, self.clock() - start))
         if due(result.step, self.config.evaluate.every) and result.step < self.config.train.steps:
             self.watchdog.begin(f"evaluation after step {result.step}")
             self._evaluate()
@@ -138,10 +146,13 @@ class Run:
             self.watchdog.begin(f"checkpoint of step {result.step}")
             self._save(wait=not self.config.checkpoint.async_save)
 
-    def _record(self, result: StepResult, speed: Speed) -> None:
+    def _record(self, measured: Measured, speed: Speed) -> None:
         if not self.leads:
             return
-        self.records.step(result, speed)
+        result = measured.result
+        self.records.step(result, speed, measured.slowest)
+        if measured.spans:
+            self.records.spans(measured.spans)
         last = result.step == self.config.train.steps
         if due(result.step, self.config.log.load_every) or last:
             self.records.loads(result)
@@ -149,8 +160,10 @@ class Run:
         if due(result.step, self.config.log.every) or result.step == 1 or last:
             recent = self.meter.since_last()
             self.watcher.note(console_line(result, recent))
-        if self.board is not None:
-            self.board.step(result, speed)
+        for note in measured.notes:
+            self.watcher.note(note)
+        for board in self.boards:
+            board.step(result, speed)
 
     def _save(self, *, wait: bool) -> None:
         if self._saved != self.trainer.steps_done:
@@ -176,8 +189,8 @@ class Run:
             return found
         self.records.evaluation(self.trainer.steps_done, found)
         self.watcher.note(evaluation_line(self.trainer.steps_done, found))
-        if self.board is not None:
-            self.board.evaluation(self.trainer.steps_done, found)
+        for board in self.boards:
+            board.evaluation(self.trainer.steps_done, found)
         return found
 
     def _finish(self) -> None:
@@ -185,8 +198,8 @@ class Run:
         self._save(wait=True)
         if all(line["step"] != self.trainer.steps_done for line in self.records.read(EVALUATIONS)):
             self._evaluate()
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards:
+            board.close()
         if self.config.log.pictures and self.leads:
             from benthic.train.pictures import draw  # noqa: PLC0415 (matplotlib takes a second)
 
@@ -279,7 +292,8 @@ def prepare(
         should_stop=should_stop,
         watchdog=_watchdog(folder, trainer),
         failures=failures,
-        board=_board(folder, resolved.config, start) if launch.leads else None,
+        measures=Measures.of(trainer, folder),
+        boards=boards.of(folder, resolved.config, start) if launch.leads else (),
         _saved=start if start else -1,
     )
 
@@ -362,11 +376,3 @@ def _watchdog(folder: Path, trainer: Trainer) -> Watchdog:
         folder / LOGS / f"stuck-rank-{rank}.txt",
         lambda: f"rank {rank} ({named}): {trainer.executor.pipeline.doing()}",
     )
-
-
-def _board(folder: Path, config: RunConfig, start: int) -> Board | None:
-    if not config.log.tensorboard:
-        return None
-    from benthic.train.board import Board  # noqa: PLC0415 (tensorboard takes a second)
-
-    return Board(folder / "tensorboard", start)

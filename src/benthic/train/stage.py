@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from benthic.model.sockets import Sockets
     from benthic.parallel.buckets import Bucket
     from benthic.parallel.chunk import Lane
+    from benthic.parallel.recorder import Pace
     from benthic.train.data.microbatch import Microbatch
     from benthic.train.losses import Objective
     from benthic.train.scoring import Scored
@@ -65,12 +66,14 @@ class ModelStage:
         model: the part of the network.
         first: whether microbatches enter here.
         buckets: the parameters by unit.
+        pace: measures attention; None: nothing is measured.
     """
 
     model: DeepSeek
     first: bool
     buckets: Mapping[str, tuple[Bucket, ...]]
     tasks: Sequence[Task] = field(default_factory=tuple)
+    pace: Pace | None = None
 
     def boundary(self, microbatch: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of the residual stream at the front of the stage."""
@@ -131,7 +134,8 @@ class ModelStage:
             "combine": lambda flow: Flow(block.combine(flow.value, sockets), flow.loss),
         }
         for name, run in steps.items():
-            yield self._phase(f"{unit}.{name}", run, unit)
+            phase = self._phase(f"{unit}.{name}", run, unit)
+            yield phase if self.pace is None or name != "attention" else self.pace.timed(phase)
 
     def _head(self, flow: Flow, task: Task) -> Flow:
         hidden = self.model.finish(Passed(flow.value, ()))

@@ -34,6 +34,7 @@ from benthic.train.optimizer import AdamW
 from benthic.train.precision import keep_weights, linear_socket
 from benthic.train.recompute import recompute_phases
 from benthic.train.resolve import number
+from benthic.train.spikes import Spikes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -70,7 +71,8 @@ class StepResult:
     """What one step did. Losses are means in nats: per target, per target, per row and layer.
 
     `balance` is 1 when perfectly balanced; `counts` are tokens of each expert by layer; `tokens` counts all
-    tokens of the run so far, `step_tokens` those of this step.
+    tokens of the run so far, `step_tokens` those of this step. `skipped` counts steps of the run so far whose
+    loss was a spike and which changed nothing (`train.spike_factor`).
     """
 
     step: int
@@ -82,6 +84,7 @@ class StepResult:
     tokens: int
     step_tokens: int
     counts: dict[int, Tensor]
+    skipped: int = 0
 
 
 class Trainer:
@@ -120,6 +123,7 @@ class Trainer:
         self._biases = router_biases(self.stages.models.values())
         self._data = fingerprint(shards)
         self.steps_done, self.tokens, self.position = 0, 0, 0
+        self.spikes = Spikes(loop.spike_factor, loop.spike_window)
         self._targets: tuple[int, ...] = ()
 
     @property
@@ -153,10 +157,11 @@ class Trainer:
         norm = float(global_norm(self.buckets, self.mesh.world))
         check_gradients(step, norm, self.gradients())
         lr = learning_rate(self.config.train, step, self.tokens)
-        self.optimizer.step(lr=lr, scale=clip_factor(norm, self.config.train.max_norm))
-        for bucket in self.buckets:
-            bucket.publish()
-        self._balance(outcome.counts)
+        if not self.spikes.skips(float(outcome.main) / max(1, self._targets[0])):
+            self.optimizer.step(lr=lr, scale=clip_factor(norm, self.config.train.max_norm))
+            for bucket in self.buckets:
+                bucket.publish()
+            self._balance(outcome.counts)
         return self._advance(step, outcome, norm, lr)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -170,6 +175,7 @@ class Trainer:
             "tokens": self.tokens,
             "position": self.position,
             "optimizer_steps": self.optimizer.steps,
+            "spikes": self.spikes.state(),
             "data": self._data,
             "config": to_json(self.config),
         }
@@ -192,6 +198,7 @@ class Trainer:
         self.optimizer.steps = stored.state["optimizer_steps"]
         self.steps_done, self.tokens = stored.state["step"], stored.state["tokens"]
         self.position = stored.state["position"]
+        self.spikes.restore(stored.state.get("spikes", {}))
 
     def _resize(self) -> None:
         """Take the rows that the batch curve wants of the next step."""
@@ -243,6 +250,7 @@ class Trainer:
             tokens=self.tokens,
             step_tokens=tokens,
             counts=outcome.counts,
+            skipped=self.spikes.skipped,
         )
 
     def _check(self, state: dict[str, Any]) -> None:

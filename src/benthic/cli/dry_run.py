@@ -1,0 +1,144 @@
+"""`benthic train --dry-run`: what a run would be, rank by rank, without data, GPUs or training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.table import Table as Grid
+
+from benthic import units
+from benthic.parallel.stages import parts_of, stages_of
+from benthic.plan.draw_text import draw_text
+from benthic.sched.pipeline.simulate import Costs, simulate
+from benthic.spec.parameters import parameters
+from benthic.train.data.shards import Meta
+from benthic.train.footprint import ACTIVATIONS_RULE, TERMS, footprints
+from benthic.train.hardware import HardwareFacts
+from benthic.train.resolve import number, resolve
+from benthic.train.trainer import planned_tokens, rows_at, table_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from benthic.model.part import Part
+    from benthic.sched.pipeline.table import Table
+    from benthic.train.config import RunConfig
+    from benthic.train.footprint import Footprint
+    from benthic.train.resolve import Choice
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A resolved run and its first step's schedule."""
+
+    config: RunConfig
+    choices: tuple[Choice, ...]
+    rows: int
+    table: Table
+
+    @classmethod
+    def of(cls, config: RunConfig, ranks: int | None) -> Outlook:
+        """What `ranks` ranks would run (None: as many as the layout has).
+
+        Raises:
+            ConfigError: settings contradict each other or the ranks.
+        """
+        ranks = config.layout.ranks if ranks is None else ranks
+        resolved = resolve(config, assumed(config), nothing(config), ranks=ranks)
+        rows = rows_at(resolved.config, 0)
+        return cls(resolved.config, resolved.choices, rows, table_of(resolved.config, rows))
+
+
+def assumed(config: RunConfig) -> HardwareFacts:
+    """A machine as the config wants it; `auto` is taken for GPUs."""
+    return HardwareFacts(
+        device="cuda" if config.device == "auto" else config.device,
+        name="no machine, --dry-run assumes one",
+        total_memory=0,
+        threads=1,
+        peak_flops={},
+        peak_source="not looked at",
+    )
+
+
+def nothing(config: RunConfig) -> Meta:
+    """A dataset without tokens, whose tokenizer is the model's."""
+    model = config.model
+    return Meta(
+        vocab_size=model.vocab_size,
+        dtype="<u4",
+        bos_token_id=model.bos_token_id,
+        eos_token_id=model.eos_token_id,
+        tokenizer_sha256="",
+        splits={},
+        source={},
+    )
+
+
+def show(config: RunConfig, ranks: int | None, console: Console) -> None:
+    """Print layout, memory, batch and schedule of a run that is not started.
+
+    Raises:
+        ConfigError: settings contradict each other or the ranks.
+    """
+    outlook = Outlook.of(config, ranks)
+    for choice in outlook.choices:
+        say(console, f"{choice.field} = {choice.value}: {choice.reason}")
+    found = footprints(outlook.config, outlook.table)
+    say(console, _batch(outlook))
+    console.print(_memory(outlook, found))
+    worst = max(found, key=lambda one: one.total)
+    say(console, f"most memory: rank {worst.rank} and its neighbours, {units.binary_bytes(worst.total)}")
+    say(console, ACTIVATIONS_RULE)
+    say(console, "a step, if a backward takes twice as long as a forward and transfers take no time:")
+    console.print(
+        draw_text(
+            simulate(outlook.table, Costs()), width=console.width, colours=console.color_system is not None
+        ),
+        soft_wrap=True,
+    )
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _batch(outlook: Outlook) -> str:
+    config, layout = outlook.config, outlook.config.layout
+    seq_len, total = number(config.train.seq_len), sum(p.numel for p in parameters(config.model))
+    degrees = f"pp {layout.pp_degree} x dp {layout.dp_degree} x cp {layout.cp_degree} x tp {layout.tp_degree}"
+    later = "" if config.train.batch_curve is None else f" at first, by {config.train.batch_curve}"
+    return (
+        f"{config.model.name}: {total:,} parameters on {layout.ranks} ranks = {degrees}; experts over "
+        f"{layout.ep_degree}, {layout.expert_dp_degree} copies a pipeline rank; ZeRO-{layout.zero_stage}\n"
+        f"a step: {outlook.rows} rows of {seq_len:,} = {outlook.rows * seq_len:,} tokens{later}; "
+        f"{outlook.table.microbatches} microbatches of {config.train.local_batch_size} rows a data rank\n"
+        f"{config.train.steps:,} steps = {planned_tokens(config):,} tokens"
+    )
+
+
+def _memory(outlook: Outlook, found: tuple[Footprint, ...]) -> Grid:
+    grid = Grid("ranks", "stages: layers", "parameters", *TERMS, "total", title="kept by each rank")
+    for pp, one in enumerate(found):
+        last = one.rank + outlook.config.layout.ranks_per_stage - 1
+        ranks = str(one.rank) if last == one.rank else f"{one.rank}-{last}"
+        sizes = [units.binary_bytes(one.bytes[term], 3) for term in TERMS]
+        whole = units.binary_bytes(one.total, 3)
+        grid.add_row(ranks, _holds(outlook, pp), units.count(one.parameters), *sizes, whole)
+    return grid
+
+
+def _holds(outlook: Outlook, pp: int) -> str:
+    """The stages of a pipeline rank with their layers, and what else the first and the last have."""
+    config = outlook.config
+    parts = parts_of(config.model, config.layout, outlook.table.stages)
+    return "; ".join(_stage(stage, parts[stage]) for stage in stages_of(outlook.table, pp))
+
+
+def _stage(stage: int, part: Part) -> str:
+    layers = part.layers
+    span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+    also = [word for word in ("embed", "head", "mtp") if getattr(part, word)]
+    return f"{stage}: {', '.join([span, *also])}"

@@ -1,0 +1,154 @@
+"""What each rank of a layout would keep in memory, from the parameter table alone: nothing is allocated.
+
+The same arithmetic as `parallel.buckets`: parameters of a unit with equal holders and replicas share a flat
+array, padded to whole shards, of which ZeRO keeps parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from benthic.parallel.stages import holders_of, kind_of, parts_of, stages_of, unit_of
+from benthic.sched.pipeline.simulate import peak_activations
+from benthic.spec.layout import box
+from benthic.spec.parameters import parameters
+from benthic.train.muon import PARTS
+from benthic.train.resolve import number
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benthic.sched.pipeline.table import Table
+    from benthic.spec.layout import Layout
+    from benthic.spec.parameters import Param
+    from benthic.train.config import RunConfig
+
+_BYTES: Final = {"float32": 4, "bfloat16": 2}
+TERMS: Final = ("weights", "masters", "gradients", "moments", "activations")
+ACTIVATIONS_RULE: Final = (
+    "activations are estimated: for every block in flight the tensors between its phases (residual stream, "
+    "rows sent to experts and back), and unless recomputed what attention (q, k, v, output) and experts "
+    "(gate, up, product) keep, in the weights' type; without logits, workspace, gathered weights"
+)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One rank's parameters, and bytes by term; `peak` is how many microbatches its stages hold at most."""
+
+    rank: int
+    parameters: int
+    bytes: dict[str, int]
+    peak: int
+
+    @property
+    def total(self) -> int:
+        """All terms."""
+        return sum(self.bytes.values())
+
+
+def footprints(config: RunConfig, table: Table) -> tuple[Footprint, ...]:
+    """The first rank of every pipeline rank; its neighbours keep as much, but for ends of shards."""
+    return tuple(_footprint(config, table, pp) for pp in range(table.ranks))
+
+
+def _footprint(config: RunConfig, table: Table, pp: int) -> Footprint:
+    layout = config.layout
+    rank = layout.rank_at(pp, 0)
+    held = list(_held(config, table, pp))
+    found = dict.fromkeys(TERMS, 0)
+    for params, replicas, narrow in _buckets(config, held, table):
+        counts = [_numel(param, layout, rank) for param in params]
+        shard = -(-sum(counts) // replicas)
+        flat = shard * replicas
+        found["weights"] += _weight_bytes(config, narrow=narrow) * (shard if layout.zero_stage == 3 else flat)
+        found["masters"] += 4 * shard if narrow else 0
+        found["gradients"] += 4 * (flat if layout.zero_stage == 1 else shard)
+        found["moments"] += _BYTES[config.optimizer.moment_dtype] * _moments(config, params, counts, shard)
+    peak = peak_activations(table)[pp]
+    found["activations"] = _activations(config, table, pp, peak)
+    return Footprint(rank, sum(_numel(param, layout, rank) for param in held), found, peak)
+
+
+def _held(config: RunConfig, table: Table, pp: int) -> Iterator[Param]:
+    """The trainable parameters of a pipeline rank's stages, each once."""
+    parts = parts_of(config.model, config.layout, table.stages)
+    here = [parts[stage] for stage in stages_of(table, pp)]
+    for param in parameters(config.model):
+        if param.trainable and any(part.holds(param.name) for part in here):
+            yield param
+
+
+def _buckets(config: RunConfig, held: list[Param], table: Table) -> Iterator[tuple[list[Param], int, bool]]:
+    """The parameters of each bucket, its replicas here, and whether it is rounded from masters."""
+    holders = holders_of(parameters(config.model), parts_of(config.model, config.layout, table.stages), table)
+    found: dict[tuple[str, tuple[int, ...], str, bool], list[Param]] = {}
+    for param in held:
+        key = unit_of(param.name), holders[param.name], kind_of(param), _narrow(config, param)
+        found.setdefault(key, []).append(param)
+    for (_, _, kind, narrow), params in found.items():
+        yield params, replicas_of(config.layout, kind), narrow
+
+
+def _moments(config: RunConfig, params: list[Param], counts: list[int], shard: int) -> int:
+    """Elements of moments for the first shard, which the first rank updates: Muon keeps one, AdamW two."""
+    at = elements = 0
+    for param, count in zip(params, counts, strict=True):
+        one = config.optimizer.name == "muon" and param.part in PARTS
+        elements += max(0, min(at + count, shard) - at) * (1 if one else 2)
+        at += count
+    return elements
+
+
+def replicas_of(layout: Layout, kind: str) -> int:
+    """Ranks of one pipeline rank that hold the same part of a parameter."""
+    sizes = {"expert": layout.expert_dp_degree, "sharded": layout.ranks_per_stage // layout.tp_degree}
+    return sizes.get(kind, layout.ranks_per_stage)
+
+
+def _numel(param: Param, layout: Layout, rank: int) -> int:
+    count = 1
+    for piece in box(param, layout, layout.place(rank)):
+        count *= piece.stop - piece.start
+    return count
+
+
+def _narrow(config: RunConfig, param: Param) -> bool:
+    """Whether its weights are rounded from a master; under FP8 the master is the weight of linear layers."""
+    weights = config.precision.weights
+    return weights == "bfloat16" or (weights == "fp8" and not param.fp8)
+
+
+def _weight_bytes(config: RunConfig, *, narrow: bool) -> int:
+    """Of one element, with the FP8 copy beside the master that is the weight."""
+    if narrow:
+        return 2
+    return 5 if config.precision.weights == "fp8" else 4
+
+
+def _activations(config: RunConfig, table: Table, pp: int, peak: int) -> int:
+    model, layout = config.model, config.layout
+    size = 4 if config.precision.weights == "float32" else 2
+    tokens = number(config.train.local_batch_size) * number(config.train.seq_len) // layout.token_shards
+    stages = stages_of(table, pp)
+    parts = parts_of(model, layout, table.stages)
+    blocks = [layer for stage in stages for layer in parts[stage].layers]
+    blocks += [model.num_hidden_layers + depth for stage in stages for depth in parts[stage].mtp]
+    per_token = sum(_kept(config, layer) for layer in blocks) / len(stages)
+    return int(peak * tokens * size * per_token)
+
+
+def _kept(config: RunConfig, layer: int) -> float:
+    """Elements that one block keeps of a token between forward and backward."""
+    model = config.model
+    moe = model.is_moe(layer)
+    rows = model.num_experts_per_tok if moe else 0
+    kept = 4.0 * model.hidden_size + 2.0 * rows * model.hidden_size
+    if "attention" not in config.recompute:
+        heads = model.num_attention_heads / config.layout.tp_degree
+        kept += heads * (2 * (model.qk_nope_head_dim + model.qk_rope_head_dim) + 2 * model.v_head_dim)
+    if "experts" not in config.recompute:
+        width = model.moe_intermediate_size * (rows + model.n_shared_experts)
+        kept += 3.0 * (width if moe else model.intermediate_size)
+    return kept
