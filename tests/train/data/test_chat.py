@@ -253,13 +253,13 @@ def test_held_out_conversations_are_scored_on_their_replies(chats: Path, facts: 
     held_out = TokenShards(chats, meta, "held_out")
     learned = [held_out.read_mask(d, 0, int(n)).sum() for d, n in enumerate(held_out.lengths)]
     found = evaluate(
-        trainer.model,
+        trainer.executor.score,
         held_out,
         seq_len=64,
         rows=2,
         max_tokens=0,
         mask_documents=True,
-        linear=trainer.executor.linear,
+        mtp_depth=trainer.config.model.num_nextn_predict_layers,
     )
     assert found.documents == len(learned)
     assert found.bytes < held_out.tokens * 5
