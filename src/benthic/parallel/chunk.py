@@ -2,7 +2,7 @@
 
 A stage is a list of phases, each a function from state to state. Between two phases the graph is cut: the
 tensors of the state are detached, and the next phase starts from leaves. Backward can then run phase by
-phase too, so that an executor may run something else in between or put a phase on another stream.
+phase too, so that an executor may run something else in between.
 """
 
 from __future__ import annotations
