@@ -1,12 +1,13 @@
 """Trains one slice of a model on several layouts and compares losses and speed with one rank alone.
 
-    torchrun --nproc-per-node 2 benchmarks/train_ranks.py [--small] [--layouts pp2 ep2 ...]
+    torchrun --nproc-per-node 2 benchmarks/train_ranks.py [--small] [--full] [--layouts pp2 ep2 ...]
 
 A slice of Moonlight's shape (one dense and three mixture layers of full width, vocabulary 32,768) in bfloat16
 with float32 masters, on the Python standard library's sources. Every layout trains the same rows from the
 same weights. One rank alone goes first; a layout agrees when every loss is within 1 %. Times are medians of
 all steps but the first two. With `--spans DIR` the slots that ranks measured are written for `benthic draw`.
-`--small` rehearses on gloo.
+`--full` trains all 27 layers, which no rank can hold alone,
+so its losses are compared with nothing. `--small` rehearses on gloo.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from provenance import write_result
 from stdlib_corpus import make_data
 
 from benthic.cli.settings import apply
+from benthic.parallel.exchange_choice import spots_of
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.stopwatch import Stopwatch
 from benthic.sched.pipeline.spans import write_spans
@@ -45,6 +47,7 @@ from benthic.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from benthic.sched.pipeline.spans import Span
+    from benthic.spec.model import ModelConfig
 
 LAYOUTS: Final[dict[str, Layout]] = {
     "pp2": Layout(pp_degree=2),
@@ -79,7 +82,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = shared_data(Path(folder), rank, small=words.small)
         config = configured(words, device)
-        alone = train(config, Layout(), data, Mesh.of(Layout(), 0), words.steps) if rank == 0 else None
+        alone = None
+        if rank == 0 and not words.full:
+            alone = train(config, Layout(), data, Mesh.of(Layout(), 0), words.steps)
         dist.barrier()
         rows = [row("1 rank", config, 1, alone, alone)] if alone else []
         for name in words.layouts:
@@ -88,9 +93,12 @@ def main() -> None:
             if words.spans:
                 words.spans.mkdir(parents=True, exist_ok=True)
                 (words.spans / f"{name}-rank-{rank}.jsonl").write_text(write_spans(found.spans))
-            if alone:  # after each layout, so that one that fails costs only itself
-                rows.append(row(name, config, ranks, found, alone))
-                write_result("train_ranks", rows, out=words.out, steps=words.steps, config=config.model.name)
+            if rank == 0:  # after each layout, so that one that fails costs only itself
+                rows.append(row(name, config, ranks, found, alone or found))
+                about = "train_full" if words.full else "train_ranks"
+                write_result(
+                    about, rows, out=words.out, steps=words.steps, config=config.model.name, set=words.set
+                )
     dist.destroy_process_group()
 
 
@@ -98,8 +106,10 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--full", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--set", action="append", default=[], help="a config field, as `benthic train` takes")
     parser.add_argument("--spans", type=Path)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -115,34 +125,36 @@ def shared_data(folder: Path, rank: int, *, small: bool) -> Path:
 
 
 def configured(words: argparse.Namespace, device: str) -> RunConfig:
-    """The slice and its steps."""
-    moonlight = presets.get("moonlight-16b-a3b")
-    slice_ = dataclasses.replace(
-        moonlight,
-        name="moonlight-slice",
-        num_hidden_layers=4,
-        vocab_size=32768,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    small = dataclasses.replace(presets.get("nano"), num_hidden_layers=4, vocab_size=512)
+    """The model and its steps."""
     rows, seq_len = (2, 32) if words.small else (1, 4096)
     config = RunConfig(
-        model=small if words.small else slice_,
+        model=model_of(words),
         train=LoopConfig(
             steps=words.steps, seq_len=seq_len, local_batch_size=rows, global_batch_size=8 * rows, lr=3e-4
         ),
         log=LogConfig(tensorboard=False, pictures=False),
         device=device,
+        recompute=("attention", "experts") if words.full else (),
     )
-    return apply(config, ["optimizer.moment_dtype=bfloat16", "train.warmup_steps=2"])
+    return apply(config, ["optimizer.moment_dtype=bfloat16", "train.warmup_steps=2", *words.set])
+
+
+def model_of(words: argparse.Namespace) -> ModelConfig:
+    """All of Moonlight, its slice, or something small; with the token ids of the tokenizer."""
+    whole = dataclasses.replace(presets.get("moonlight-16b-a3b"), bos_token_id=0, eos_token_id=1)
+    if words.small:
+        return dataclasses.replace(presets.get("nano"), num_hidden_layers=4, vocab_size=512)
+    if words.full:
+        return whole
+    return dataclasses.replace(whole, name="moonlight-slice", num_hidden_layers=4, vocab_size=32768)
 
 
 def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int) -> Found:
     """Some steps on one layout."""
     meta = read_meta(data)
     config = dataclasses.replace(config, layout=layout)
-    resolved = resolve(config, detect(config.device), meta, ranks=layout.ranks).config
+    spots = spots_of(None, torch.device(config.device)) if layout.ranks > 1 else None
+    resolved = resolve(config, detect(config.device), meta, ranks=layout.ranks, spots=spots).config
     trainer = Trainer(resolved, TokenShards(data, meta, "train"), mesh)
     trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device)
     losses, seconds = [], []

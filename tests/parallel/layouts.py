@@ -12,6 +12,7 @@ import torch
 from benthic.parallel.mesh import Mesh
 from benthic.spec.layout import Layout, box
 from benthic.spec.parameters import parameters
+from benthic.train.config import ExchangeConfig
 from benthic.train.data.shards import TokenShards, read_meta
 from benthic.train.trainer import Trainer
 
@@ -31,7 +32,8 @@ class Found:
 
 
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
-    return dataclasses.replace(config, layout=layout)
+    exchange = ExchangeConfig(kind="all_to_all" if layout.ep_degree > 1 else "local", fp8=False)
+    return dataclasses.replace(config, layout=layout, exchange=exchange)
 
 
 def trainer_of(config: RunConfig, data: Path, mesh: Mesh | None = None) -> Trainer:

@@ -7,7 +7,14 @@ import torch
 from spawn import spawn
 
 from benthic.errors import BackendError
-from benthic.parallel.exchange_choice import Facts, choose_exchange, facts_of
+from benthic.parallel.exchange_choice import (
+    Facts,
+    Spot,
+    assumed_spots,
+    choose_exchange,
+    facts_among,
+    spots_of,
+)
 
 BEST = Facts(device="cuda", ranks=8, hosts=1, peers=True, triton=True)
 
@@ -20,6 +27,7 @@ BEST = Facts(device="cuda", ranks=8, hosts=1, peers=True, triton=True)
         (replace(BEST, hosts=4), "all_to_all", "on 4 hosts"),
         (replace(BEST, peers=False), "all_to_all", "cannot reach"),
         (replace(BEST, triton=False), "all_to_all", "Triton"),
+        (replace(BEST, combine_again=True), "all_to_all", "recompute=combine"),
         (Facts(device="cpu", ranks=2), "all_to_all", "the device is cpu"),
     ],
 )
@@ -39,8 +47,24 @@ def test_the_plain_exchange_may_be_asked_for_anywhere():
     assert choose_exchange(BEST, "all_to_all")[0] == "all_to_all"
 
 
+def test_groups_inside_hosts_are_joined_by_links_and_groups_across_them_are_not():
+    spots = assumed_spots(16)
+    inside = facts_among(spots, [range(8), range(8, 16)], "cuda")
+    assert (inside.ranks, inside.hosts, inside.peers) == (8, 1, True)
+    across = facts_among(spots, [range(4, 12)], "cuda")
+    assert (across.hosts, across.peers) == (2, False)
+
+
+def test_ranks_that_share_a_gpu_or_cannot_reach_one_are_no_peers():
+    alone = [Spot("a", 0, frozenset({1})), Spot("a", 1)]
+    assert not facts_among(alone, [(0, 1)], "cuda").peers
+    same = [Spot("a", 0, frozenset({1}))] * 2
+    assert not facts_among(same, [(0, 1)], "cuda").peers
+
+
 def gathered(rank):
-    facts = facts_of(None, torch.device("cpu"))
+    spots = spots_of(None, torch.device("cpu"))
+    facts = facts_among(spots, [(0, 1)], "cpu")
     assert (facts.device, facts.ranks, facts.hosts, facts.peers) == ("cpu", 2, 1, False)
 
 

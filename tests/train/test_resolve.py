@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benthic.cli.settings import apply
-from benthic.errors import ConfigError, UnknownFieldError
+from benthic.errors import BackendError, ConfigError, UnknownFieldError
+from benthic.parallel.exchange_choice import Spot
 from benthic.train import recipes
-from benthic.train.config import RunConfig
+from benthic.train.config import ExchangeConfig, RunConfig
 from benthic.train.data.shards import read_meta
 from benthic.train.fields import flatten, from_json, to_json
 from benthic.train.hardware import HardwareFacts, detect
@@ -50,6 +51,8 @@ def test_resolved_config_has_no_auto_left_and_every_choice_has_a_reason(
         "train.local_batch_size",
         "train.global_batch_size",
         "train.threads",
+        "exchange.kind",
+        "exchange.fp8",
     }
     assert all(choice.reason for choice in resolved.choices)
 
@@ -61,6 +64,33 @@ def test_checkpoints_are_written_beside_training_on_a_gpu_only(dataset: Path, fa
     assert resolve(config, facts, meta).config.checkpoint.async_save is False
     off = apply(config, ["checkpoint.async_save=false"])
     assert resolve(off, gpu, meta).config.checkpoint.async_save is False
+
+
+def test_the_exchange_is_chosen_for_the_ranks_that_share_experts(dataset: Path, facts: HardwareFacts) -> None:
+    gpu, meta = dataclasses.replace(facts, device="cuda"), read_meta(dataset)
+    config = apply(recipes.nano_test(), ["device=auto", "layout.dp_degree=2", "layout.ep_degree=2"])
+    inside = resolve(config, gpu, meta, ranks=2)
+    assert inside.config.exchange == ExchangeConfig(kind="nvlink", fp8=False)
+    reason = next(c.reason for c in inside.choices if c.field == "exchange.kind")
+    assert "write each other's memory" in reason
+    assert "if every host has 8 GPUs" in reason
+    apart = (Spot("a"), Spot("b"))
+    assert resolve(config, gpu, meta, ranks=2, spots=apart).config.exchange.kind == "all_to_all"
+    again = apply(config, ["recompute=combine"])
+    assert resolve(again, gpu, meta, ranks=2).config.exchange.kind == "all_to_all"
+    assert resolve(config, facts, meta, ranks=2).config.exchange.kind == "all_to_all"
+    with pytest.raises(BackendError, match="'nvlink' cannot run here: the ranks are on 2 hosts"):
+        resolve(apply(config, ["exchange.kind=nvlink"]), gpu, meta, ranks=2, spots=apart)
+
+
+def test_tokens_travel_in_fp8_to_experts_elsewhere_that_multiply_in_it(
+    dataset: Path, facts: HardwareFacts
+) -> None:
+    gpu, meta = dataclasses.replace(facts, device="cuda"), read_meta(dataset)
+    config = apply(recipes.nano_test(), ["device=auto", "precision.matmul=fp8", "precision.weights=fp8"])
+    assert resolve(config, gpu, meta).config.exchange.fp8 is False
+    spread = apply(config, ["layout.dp_degree=2", "layout.ep_degree=2"])
+    assert resolve(spread, gpu, meta, ranks=2).config.exchange.fp8 is True
 
 
 def test_gpu_runs_on_bfloat16_weights_unless_told_otherwise(dataset: Path, facts: HardwareFacts) -> None:

@@ -1,19 +1,23 @@
-"""Which exchange a group of ranks uses, and why: a pure decision on facts that are gathered apart."""
+"""Which exchange the ranks of a layout use, and why: a pure decision on facts that are gathered apart."""
 
 from __future__ import annotations
 
 import importlib.util
 import socket
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 import torch.distributed as dist
 
 from benthic.errors import BackendError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 Name = Literal["local", "all_to_all", "nvlink"]
 NAMES: Final = ("auto", "local", "all_to_all", "nvlink")
+GPUS_OF_A_HOST: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,7 @@ class Facts:
         hosts: machines they are on.
         peers: every GPU of the group can write every other's memory.
         triton: whether our kernels can be compiled here.
+        combine_again: the backward pass finishes a combine a second time, because its phase is recomputed.
     """
 
     device: str
@@ -33,6 +38,7 @@ class Facts:
     hosts: int = 1
     peers: bool = False
     triton: bool = False
+    combine_again: bool = False
 
 
 def choose_exchange(facts: Facts, asked: str = "auto") -> tuple[Name, str]:
@@ -69,28 +75,52 @@ def _nvlink_refusal(facts: Facts) -> str | None:
         return "some GPU of the group cannot reach another's memory"
     if not facts.triton:
         return "its kernels need Triton, which is not installed"
+    if facts.combine_again:
+        return "its mailbox is in use again when recompute=combine reads it a second time"
     return None
 
 
-def facts_of(group: dist.ProcessGroup | None, device: torch.device) -> Facts:
-    """Gather the facts of a group; a collective call."""
-    ranks = dist.get_world_size(group)
-    mine = (socket.gethostname(), device.index or 0)
-    places: list[tuple[str, int]] = [mine] * ranks
-    dist.all_gather_object(places, mine, group=group)
-    hosts = {host for host, _ in places}
+@dataclass(frozen=True)
+class Spot:
+    """Where one rank runs: its host, its GPU there, and the GPUs whose memory that one can write."""
+
+    host: str
+    gpu: int = 0
+    reaches: frozenset[int] = frozenset()
+
+
+def spots_of(group: dist.ProcessGroup | None, device: torch.device) -> tuple[Spot, ...]:
+    """The spot of every rank of a group (None: the default one), in order; a collective call."""
+    gpu = torch.cuda.current_device() if device.type == "cuda" else 0
+    others = range(torch.cuda.device_count() if device.type == "cuda" else 0)
+    reaches = frozenset(i for i in others if i != gpu and torch.cuda.can_device_access_peer(gpu, i))
+    mine = Spot(socket.gethostname(), gpu, reaches)
+    spots = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(spots, mine, group=group)
+    return tuple(spots)
+
+
+def assumed_spots(ranks: int) -> tuple[Spot, ...]:
+    """Hosts of eight GPUs that all reach each other, filled in the order of ranks."""
+    every = frozenset(range(GPUS_OF_A_HOST))
+    places = (divmod(rank, GPUS_OF_A_HOST) for rank in range(ranks))
+    return tuple(Spot(f"host {host}", gpu, every - {gpu}) for host, gpu in places)
+
+
+def facts_among(spots: Sequence[Spot], groups: Sequence[Sequence[int]], device: str) -> Facts:
+    """The facts that hold in every one of some equally large groups of ranks, which choose alike."""
+    members = [[spots[rank] for rank in group] for group in groups]
     return Facts(
-        device=device.type,
-        ranks=ranks,
-        hosts=len(hosts),
-        peers=device.type == "cuda" and len(hosts) == 1 and _reach_each_other(places),
+        device=device,
+        ranks=len(groups[0]),
+        hosts=max(len({spot.host for spot in group}) for group in members),
+        peers=device == "cuda" and all(_reach_each_other(group) for group in members),
         triton=importlib.util.find_spec("triton") is not None,
     )
 
 
-def _reach_each_other(places: list[tuple[str, int]]) -> bool:
+def _reach_each_other(spots: Sequence[Spot]) -> bool:
     """Whether every GPU can write every other's memory; one device twice does not count."""
-    indices = [index for _, index in places]
-    pairs = [(a, b) for a in indices for b in indices if a != b]
-    distinct = len(set(indices)) == len(indices)
-    return distinct and all(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+    gpus = frozenset(spot.gpu for spot in spots)
+    one_host = len({spot.host for spot in spots}) == 1
+    return one_host and len(gpus) == len(spots) and all(gpus - {s.gpu} <= s.reaches for s in spots)

@@ -88,6 +88,10 @@ class Layout:
         """The rank that is number `inner` of pipeline rank `pp`."""
         return pp * self.ranks_per_stage + inner
 
+    def expert_groups(self) -> list[tuple[int, ...]]:
+        """Ranks that together hold one copy of all experts of some stages: neighbours, in order."""
+        return [tuple(range(first, first + self.ep_degree)) for first in range(0, self.ranks, self.ep_degree)]
+
     def problems(self, model: ModelConfig, *, ranks: int, seq_len: int) -> Iterator[str]:
         """Everything that keeps `model` from running on this layout, a line each with its numbers."""
         yield from self._sizes(ranks)

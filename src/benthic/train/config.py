@@ -135,6 +135,22 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """How tokens reach experts that other ranks hold.
+
+    kind: "all_to_all" is the process group's collective, which runs anywhere; "nvlink" is our kernels writing
+        the memory of the other GPUs of one host; "local" is one rank with all experts. "auto": the fastest
+        that can run between the ranks of `layout.ep_degree`.
+    fp8: tokens travel to their experts as E4M3 with one scale for 128 elements, and so does the gradient of
+        what the experts return; what comes home stays wide (DeepSeek-V3 report, section 3.3.3). "auto": with
+        products in FP8.
+    """
+
+    kind: Literal["local", "all_to_all", "nvlink"] | Auto = "auto"
+    fp8: bool | Auto = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When to save, how many to keep, and whether to export at the end.
 
@@ -209,6 +225,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)

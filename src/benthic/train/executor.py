@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist  # noqa: TID251 (sums over ranks are what a multi-rank step is made of)
 
-from benthic.model.local import LocalExchange, PackedAttend
+from benthic.model.local import PackedAttend
 from benthic.model.sockets import Sockets
 from benthic.parallel.context import ContextAttend
-from benthic.parallel.exchange import AllToAllExchange
 from benthic.parallel.links import GroupLinks
 from benthic.parallel.pipeline import Executor as TableExecutor
 from benthic.parallel.tokens import TokenShare
@@ -60,6 +59,7 @@ class Executor:
         mesh: the ranks.
         device: of this rank.
         linear: the socket.
+        exchange: the socket.
         sink: of the socket's weight gradients.
     """
 
@@ -71,16 +71,15 @@ class Executor:
         mesh: Mesh,
         device: torch.device,
         linear: Linear,
+        exchange: Exchange,
         sink: WeightGradients,
     ) -> None:
         self.config, self.mesh, self.device, self.linear = config, mesh, device, linear
+        self._exchange = exchange
         self.tally = Tally()
         self._stages = {s: ModelStage(m, s == 0, stages.buckets) for s, m in stages.models.items()}
         links = None if mesh.pipeline.handle is None else GroupLinks(mesh.pipeline.handle, device)
         self.pipeline = TableExecutor(table, mesh.place.pp, self._stages, links, sink)
-        self._exchange: Exchange = LocalExchange(config.n_routed_experts)
-        if mesh.expert.handle is not None:
-            self._exchange = AllToAllExchange(mesh.expert.handle, config.n_routed_experts)
 
     @property
     def models(self) -> tuple[DeepSeek, ...]:

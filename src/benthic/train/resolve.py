@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from benthic.errors import ConfigError
+from benthic.parallel.exchange_choice import GPUS_OF_A_HOST, assumed_spots, choose_exchange, facts_among
 from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from benthic.parallel.exchange_choice import Spot
     from benthic.spec.model import ModelConfig
     from benthic.train.config import LoopConfig, NumberType, RunConfig
     from benthic.train.data.shards import Meta
@@ -26,6 +28,10 @@ _TILE: Final = 128
 _WHY_ASYNC: Final = {
     True: "the GPU trains on while a thread writes a copy",
     False: "a thread would take the cores that train",
+}
+_WHY_FP8_EXCHANGE: Final = {
+    True: "the experts' products round their input to FP8 anyway; half the bytes travel",
+    False: "only experts elsewhere that multiply in FP8 want tokens in FP8",
 }
 _AUTO_TOKENS: Final = {"cpu": 4096, "cuda": 16384}
 
@@ -47,13 +53,22 @@ class Resolved:
     choices: tuple[Choice, ...]
 
 
-def resolve(config: RunConfig, facts: HardwareFacts, data: Meta, *, ranks: int = 1) -> Resolved:
+def resolve(
+    config: RunConfig,
+    facts: HardwareFacts,
+    data: Meta,
+    *,
+    ranks: int = 1,
+    spots: Sequence[Spot] | None = None,
+) -> Resolved:
     """Replace every `auto`, take the token ids from the data, and check everything against everything.
 
-    `ranks` processes were started; what the layout leaves open of them becomes data parallelism.
+    `ranks` processes were started; what the layout leaves open of them becomes data parallelism. `spots` say
+    where they run; None assumes hosts of eight GPUs.
 
     Raises:
         ConfigError: every contradiction at once, one line each, with its numbers and a remedy.
+        BackendError: the exchange that was asked for cannot run between these ranks.
     """
     choices: list[Choice] = []
     config = _layout(config, ranks, choices.append)
@@ -63,6 +78,7 @@ def resolve(config: RunConfig, facts: HardwareFacts, data: Meta, *, ranks: int =
     if problems:
         heading = f"{len(problems)} settings cannot be used:" if len(problems) > 1 else ""
         raise ConfigError("\n".join([*([heading] if heading else []), *problems]))
+    config = _exchange(config, spots, choices.append)
     return Resolved(config, tuple(choices))
 
 
@@ -91,6 +107,26 @@ def _layout_problems(config: RunConfig, ranks: int) -> Iterator[str]:
             f"log.sample_tokens={config.log.sample_tokens} wants the whole model on one rank, but there are "
             f"{layout.ranks}. Set it to 0; sample from the export with `benthic serve`."
         )
+
+
+def _exchange(config: RunConfig, spots: Sequence[Spot] | None, note: Callable[[Choice], None]) -> RunConfig:
+    """The exchange of every expert group; the layout is known to be possible."""
+    asked, layout = config.exchange, config.layout
+    places = assumed_spots(layout.ranks) if spots is None else spots
+    facts = replace(
+        facts_among(places, layout.expert_groups(), config.device),
+        combine_again="combine" in config.recompute,
+    )
+    kind, reason = choose_exchange(facts, asked.kind)
+    if spots is None and facts.ranks > 1 and config.device == "cuda":
+        reason += f" (if every host has {GPUS_OF_A_HOST} GPUs that reach each other)"
+    if asked.kind == "auto":
+        note(Choice("exchange.kind", kind, reason))
+    fp8 = asked.fp8
+    if fp8 == "auto":
+        fp8 = kind != "local" and config.precision.matmul == "fp8"
+        note(Choice("exchange.fp8", fp8, _WHY_FP8_EXCHANGE[fp8]))
+    return replace(config, exchange=replace(asked, kind=kind, fp8=fp8))
 
 
 def _device(config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[[Choice], None]) -> RunConfig:

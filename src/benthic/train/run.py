@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Protocol
 
+import torch
+
 from benthic.errors import CheckpointError, ConfigError
+from benthic.parallel.exchange_choice import spots_of
 from benthic.parallel.export import save_stages
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.peers import Peers
@@ -258,7 +261,8 @@ def prepare(
     failures = Failures(folder / LOGS, launch.rank, launch.ranks)
     failures.forget()
     meta = read_meta(data)
-    resolved = resolve(config, facts, meta, ranks=launch.ranks)
+    spots = spots_of(None, torch.device(facts.device)) if launch.ranks > 1 else None
+    resolved = resolve(config, facts, meta, ranks=launch.ranks, spots=spots)
     if resolved.config.data.verify and launch.leads:
         verify(data, meta)
     store = FolderStore(

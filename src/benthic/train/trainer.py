@@ -25,6 +25,7 @@ from benthic.train.contents import random_states, set_random_states, tensors_of
 from benthic.train.curve import cosine, warmup
 from benthic.train.data.microbatch import Batches
 from benthic.train.data.packing import Packing, WholePacking
+from benthic.train.exchange import build_exchange
 from benthic.train.executor import Executor, total_of
 from benthic.train.fields import to_json
 from benthic.train.losses import targets_of, weights_of
@@ -115,7 +116,10 @@ class Trainer:
         )
         sink = WeightGradients()
         linear = linear_socket(config.precision, sink, self.stages.models.values())
-        self.executor = Executor(model, self.table, self.stages, self.mesh, self.device, linear, sink)
+        exchange = build_exchange(config, self.table, self.mesh.expert)
+        self.executor = Executor(
+            model, self.table, self.stages, self.mesh, self.device, linear, exchange, sink
+        )
         self.buckets = tuple(self.stages.all_buckets)
         for bucket in self.buckets:
             bucket.collect(sink)
