@@ -65,8 +65,10 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit of the tree, marked when it has changes; `BENTHIC_COMMIT` where there is no git."""
+    """The commit of the tree, marked when it has changes; `BENTHIC_COMMIT` where a copy of it has no git."""
+    if named := os.environ.get("BENTHIC_COMMIT"):
+        return named
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=ROOT
     )
-    return done.stdout.strip() or os.environ.get("BENTHIC_COMMIT", "unknown")
+    return done.stdout.strip() or "unknown"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -70,6 +72,17 @@ def test_microbatches_add_up_to_the_whole_batch(trainer: Make, nano: RunConfig) 
     assert {k: v.tolist() for k, v in one.counts.items()} == {k: v.tolist() for k, v in four.counts.items()}
     for name, gradient in whole.gradients().items():
         assert torch.allclose(gradient, parts.gradients()[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_trainer_that_is_let_go_frees_its_arrays(trainer: Make, nano: RunConfig, weights: str) -> None:
+    config = apply(nano, [f"precision.weights={weights}", f"precision.matmul={weights}"])
+    made = trainer(config)
+    made.step()
+    arrays = [weakref.ref(bucket) for bucket in made.buckets]
+    del made
+    gc.collect()
+    assert [array() for array in arrays] == [None] * len(arrays)
 
 
 def test_bias_moves_once_a_step_by_all_its_microbatches(trainer: Make, nano: RunConfig) -> None:

@@ -11,6 +11,7 @@ phase by phase, weight gradients may come long after the backward, and a stage m
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -218,14 +219,20 @@ class Bucket:
 
 
 class _Adder:
-    """Adds the gradient of a parameter narrower than float32 to its accumulator, and frees it."""
+    """Adds the gradient of a parameter narrower than float32 to its accumulator, and frees it.
+
+    The parameter keeps its hook where Python's collector cannot see, so the hook must not keep the bucket:
+    nothing of either would ever be freed.
+    """
 
     def __init__(self, bucket: Bucket, name: str) -> None:
-        self._bucket, self._name = bucket, name
+        self._bucket, self._name = weakref.ref(bucket), name
 
     def __call__(self, param: Tensor) -> None:
+        bucket = self._bucket()
+        assert bucket is not None, f"the bucket of {self._name} is gone, but its gradient is not"  # noqa: S101
         if param.grad is not None:
-            self._bucket.accumulator(self._name).add_(param.grad)
+            bucket.accumulator(self._name).add_(param.grad)
             param.grad = None
 
 
