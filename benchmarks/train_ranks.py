@@ -73,7 +73,7 @@ class Found:
 
 def main() -> None:
     """One rank alone, then every layout."""
-    words = parse()
+    words = parse(__doc__ or "")
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = "cpu" if words.small else "cuda"
     if device == "cuda":
@@ -102,9 +102,9 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def parse() -> argparse.Namespace:
+def parse(about: str) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
@@ -149,13 +149,18 @@ def model_of(words: argparse.Namespace) -> ModelConfig:
     return dataclasses.replace(whole, name="moonlight-slice", num_hidden_layers=4, vocab_size=32768)
 
 
-def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int) -> Found:
-    """Some steps on one layout."""
+def trainer_of(config: RunConfig, layout: Layout, data: Path, mesh: Mesh) -> Trainer:
+    """Of one rank of a layout."""
     meta = read_meta(data)
     config = dataclasses.replace(config, layout=layout)
     spots = spots_of(None, torch.device(config.device)) if layout.ranks > 1 else None
     resolved = resolve(config, detect(config.device), meta, ranks=layout.ranks, spots=spots).config
-    trainer = Trainer(resolved, TokenShards(data, meta, "train"), mesh)
+    return Trainer(resolved, TokenShards(data, meta, "train"), mesh)
+
+
+def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int) -> Found:
+    """Some steps on one layout."""
+    trainer = trainer_of(config, layout, data, mesh)
     trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device)
     losses, seconds = [], []
     for _ in range(steps):

@@ -1,0 +1,118 @@
+"""How much of the token exchange hides behind compute: `torchrun --nproc-per-node 2 benchmarks/hidden.py`.
+
+Trains the slice of `train_ranks.py` with experts on two GPUs, once as 1F1B, where a microbatch waits for its
+own exchange, and once as DualPipeV, whose slots run the phases of a forward and a backward alternately. One
+step is traced: the time in which an exchange kernel runs (NCCL's send and receive, or our pushes and waits)
+is *exchange*, the part of it in which some other kernel runs too is *hidden*. NCCL's kernels wait for the
+slower rank inside, so exchange is not only transfer. `--small` rehearses on gloo, where no kernel is traced.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+from provenance import write_result
+from torch.profiler import ProfilerActivity, profile
+from train_ranks import LAYOUTS, configured, parse, shared_data, trainer_of
+
+from benthic.cli.settings import apply
+from benthic.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from benthic.train.trainer import Trainer
+
+    Interval = tuple[float, float]
+
+EXCHANGE_KERNELS: Final = ("nccldevkernel_sendrecv", "_push_", "_await_", "_raise_")
+"""Beginnings of kernel names, lower case."""
+
+
+def main() -> None:
+    """Both layouts with both exchanges; rank 0 prints and writes."""
+    words = parse(__doc__ or "")
+    rank, device = int(os.environ["RANK"]), "cpu" if words.small else "cuda"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("gloo" if words.small else "nccl")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = shared_data(Path(folder), rank, small=words.small)
+        for name in ("ep2", "dualpipev-ep2"):
+            for kind in ("all_to_all",) if words.small else ("all_to_all", "nvlink"):
+                config = apply(configured(words, device), [f"exchange.kind={kind}"])
+                trainer = trainer_of(config, LAYOUTS[name], data, Mesh.of(LAYOUTS[name], rank))
+                rows.append({"layout": name, "exchange": kind, **traced(trainer)})
+                del trainer
+                if rank == 0:
+                    print(line(rows[-1]), flush=True)
+    if rank == 0:
+        write_result("hidden", rows, out=words.out, set=words.set)
+    dist.destroy_process_group()
+
+
+def traced(trainer: Trainer) -> dict[str, Any]:
+    """Seconds of one step after three: the device's span, its exchange, and what of that is hidden."""
+    for _ in range(3):
+        trainer.step()
+    activities = [ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [ProfilerActivity.CPU]
+    with profile(activities=activities) as found:
+        trainer.step()
+    kernels = [
+        (event.name.lower(), event.time_range.start, event.time_range.end)
+        for event in found.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    moving = union((a, b) for name, a, b in kernels if name.startswith(EXCHANGE_KERNELS))
+    computing = union((a, b) for name, a, b in kernels if not name.startswith(EXCHANGE_KERNELS))
+    busy = union([*moving, *computing])
+    exchange, hidden = total(moving), total(moving) + total(computing) - total(busy)
+    return {
+        "device_seconds": (busy[-1][1] - busy[0][0]) / 1e6 if busy else None,
+        "exchange_seconds": exchange / 1e6,
+        "hidden_seconds": hidden / 1e6,
+        "hidden_fraction": hidden / exchange if exchange else None,
+    }
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same times without overlap, in order."""
+    return list(_merged(sorted(intervals)))
+
+
+def _merged(intervals: list[Interval]) -> Iterator[Interval]:
+    current: Interval | None = None
+    for start, end in intervals:
+        if current is not None and start <= current[1]:
+            current = current[0], max(current[1], end)
+            continue
+        if current is not None:
+            yield current
+        current = start, end
+    if current is not None:
+        yield current
+
+
+def total(intervals: list[Interval]) -> float:
+    """Microseconds."""
+    return sum(end - start for start, end in intervals)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    if row["hidden_fraction"] is None:
+        return f"{row['layout']:<14} {row['exchange']:<11} no kernels were traced"
+    return (
+        f"{row['layout']:<14} {row['exchange']:<11} step {1e3 * row['device_seconds']:7.1f} ms, exchange "
+        f"{1e3 * row['exchange_seconds']:6.1f} ms, {100 * row['hidden_fraction']:5.1f} % of it hidden"
+    )
+
+
+if __name__ == "__main__":
+    main()
