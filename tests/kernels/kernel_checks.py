@@ -473,3 +473,29 @@ def test_grouped_fp8_products(dtype, name):
     tiles = [ops.quantise_fp8_columns(t, ends, impl="reference") for t in (dy, x.detach())]
     fast = ops.fp8_weight_gradient(*tiles, ends, dtype=dtype, impl="triton")
     close_fp8(fast, ops.fp8_weight_gradient(*tiles, ends, impl="reference").double(), dtype)
+
+
+@pytest.mark.parametrize("count", [1, 2049, 70_001])
+def test_adamw(dtype, count):
+    """`dtype` is that of the moments. Three updates, so that the second starts from rounded moments."""
+    results = []
+    for impl, precision in (("triton", torch.float32), ("reference", torch.float64)):
+        master = made(count, dtype=precision, seed=1).detach()
+        moments = [torch.zeros(count, device=DEVICE, dtype=dtype) for _ in range(2)]
+        for step in (1, 2, 3):
+            gradient = 0.1 * made(count, dtype=precision, seed=step).detach()
+            by = ops.AdamWStep(0.9, 0.999, 1e-8, 1e-3 / (1 - 0.9**step), 1e-4, 1 - 0.999**step, scale=0.7)
+            ops.adamw(master, gradient, *moments, by, impl=impl)
+        results.append((master, *moments))
+    (master, *fast), (exact, *slow) = results
+    close(master, exact, torch.float32 if dtype == torch.float32 else torch.float16)
+    for ours, theirs in zip(fast, slow, strict=True):
+        close(ours, theirs.double(), dtype)
+
+
+def test_adamw_leaves_what_lies_behind_its_operands(dtype):
+    held = [torch.full((300,), 3.0, device=DEVICE, dtype=d) for d in (torch.float32,) * 2 + (dtype,) * 2]
+    by = ops.AdamWStep(0.9, 0.95, 1e-8, step_size=0.1, decay=0.0, correction=0.05)
+    ops.adamw(*(t[1:257] for t in held), by, impl="triton")
+    assert all((t[:1] == 3.0).all() and (t[257:] == 3.0).all() for t in held)
+    assert (held[0][1:257] != 3.0).all()

@@ -19,10 +19,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-FLOATS = {"eps", "scale", "sign"}
+FLOATS = {
+    "beta2",
+    "correction",
+    "decay",
+    "eps",
+    "fresh1",
+    "fresh2",
+    "scale",
+    "sign",
+    "step_size",
+}
 INT64 = {"row_ptr", "copy_ptr", "slot_ptr"}
 INT32 = {"ends_ptr", "table_ptr", "context_ptr", "starts_q_ptr", "starts_k_ptr"}
 FLOAT32 = {
+    "gradient_ptr",
+    "master_ptr",
     "rstd_ptr",
     "dweight_ptr",
     "lse_ptr",
@@ -248,6 +260,7 @@ MEMORY_BOUND = [
         )
         for retile in (False, True)
     ),
+    ("triton_update", "_adamw", {"BLOCK": 2048}, 8, {}),
     ("triton_fp8", "_dequantise", {"ROWS": 16, "COLUMNS": 256}, 4, {"values_ptr": "*fp8e4nv"}),
 ]
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benthic.kernels import ops
 from benthic.train.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -42,25 +43,21 @@ class AdamW:
         """One update with `scale` times the gradients (the clipping factor)."""
         self.steps += 1
         for name, piece in self._pieces.items():
-            self._update(name, piece, piece.gradient * scale, lr)
+            by = self._numbers(lr, scale, decays=len(piece.shape) >= 2)
+            ops.adamw(piece.master, piece.gradient, self._first[name], self._second[name], by)
+
+    def _numbers(self, lr: float, scale: float, *, decays: bool) -> ops.AdamWStep:
+        c = self.config
+        return ops.AdamWStep(
+            beta1=c.beta1,
+            beta2=c.beta2,
+            eps=c.eps,
+            step_size=lr / (1.0 - c.beta1**self.steps),
+            decay=lr * c.weight_decay if decays else 0.0,
+            correction=1.0 - c.beta2**self.steps,
+            scale=scale,
+        )
 
     def moments(self, name: str) -> dict[str, Tensor]:
         """The first and second moment of one parameter's piece, flat; what updates change beside masters."""
         return {"first": self._first[name], "second": self._second[name]}
-
-    def _update(self, name: str, piece: Piece, gradient: Tensor, lr: float) -> None:
-        """One tensor; `.float()` is the moment itself when it is kept in float32, a copy otherwise."""
-        c, master = self.config, piece.master
-        first = self._first[name].float().lerp_(gradient, 1.0 - c.beta1)
-        second = self._second[name].float().mul_(c.beta2).addcmul_(gradient, gradient, value=1.0 - c.beta2)
-        _keep(self._first[name], first)
-        _keep(self._second[name], second)
-        if len(piece.shape) >= 2:
-            master.mul_(1.0 - lr * c.weight_decay)
-        root = second.div(1.0 - c.beta2**self.steps).sqrt_().add_(c.eps)
-        master.addcdiv_(first, root, value=-lr / (1.0 - c.beta1**self.steps))
-
-
-def _keep(moment: Tensor, value: Tensor) -> None:
-    if value is not moment:
-        moment.copy_(value)

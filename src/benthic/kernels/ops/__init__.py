@@ -68,8 +68,10 @@ from benthic.kernels.ops.norm import (
     rope,
     swiglu,
 )
+from benthic.kernels.ops.update import ADAMW, adamw
 from benthic.kernels.reference.fp8_linear import Fp8
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
+from benthic.kernels.reference.update import AdamWStep
 from benthic.kernels.table import Case, Implementation, Op
 
 if TYPE_CHECKING:
@@ -78,11 +80,13 @@ if TYPE_CHECKING:
 __all__ = [
     "IMPLEMENTATIONS",
     "OPS",
+    "AdamWStep",
     "Choice",
     "Fp8",
     "Permuted",
     "Routing",
     "RowMaps",
+    "adamw",
     "add_rms_norm",
     "attention",
     "dequantise_fp8",
@@ -140,6 +144,7 @@ OPS: tuple[Op, ...] = (
     GROUPED_FP8_LINEAR,
     FP8_WEIGHT_GRADIENT,
     GROUPED_FP8_WEIGHT_GRADIENT,
+    ADAMW,
 )
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {op.name: op.implementations for op in OPS}
 
