@@ -94,18 +94,21 @@ def attend_expanded(
 
 @dataclass(frozen=True)
 class LocalExchange:
-    """All experts live here: dispatch sorts rows by expert, combine sorts them back."""
+    """All experts live here: rows are sorted by expert when they have arrived, and combine sorts them back.
+
+    Nothing travels, so between dispatch and arrival there is one row a token, not one a copy.
+    """
 
     n_routed_experts: int
 
     def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
-        """Copy every token to each of its experts."""
-        rows_RD, ends_E, maps = ops.permute(x_TD, expert_TK, self.n_routed_experts)
-        return InFlight((rows_RD, weight_TK), (ends_E, maps))
+        """The rows stay where they are."""
+        return InFlight((x_TD, weight_TK), expert_TK)
 
     def finish_dispatch(self, flight: InFlight) -> Arrived:
-        """The rows are here already."""
-        (rows_RD, weight_TK), (ends_E, maps) = flight.tensors, flight.handle
+        """Copy every token to each of its experts."""
+        x_TD, weight_TK = flight.tensors
+        rows_RD, ends_E, maps = ops.permute(x_TD, flight.handle, self.n_routed_experts)
         return Arrived(rows_RD, ends_E, weight_TK, maps)
 
     def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
