@@ -35,7 +35,7 @@ plain_linear: Final = PlainLinear()
 class Core(Protocol):
     """The attention itself, as `ops.attention` does it."""
 
-    def __call__(
+    def __call__(  # noqa: PLR0913 (packed attention has five operands and its lengths)
         self,
         q_THd: Tensor,
         k_THd: Tensor,

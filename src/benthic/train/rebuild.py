@@ -115,7 +115,8 @@ class Keeper:
     def phase(self, *, offload: bool, staying: Iterator[Tensor]) -> Iterator[None]:
         """Keep what is saved inside; `staying` (parameters) is never offloaded."""
         self.running, self._offloading = True, offload
-        self._staying.update(_storage(tensor) for tensor in staying)
+        if offload:
+            self._staying.update(_storage(tensor) for tensor in staying)
         try:
             with saved_tensors_hooks(self._pack, _Saved.value):
                 yield
@@ -189,7 +190,7 @@ def _storage(tensor: Tensor) -> int:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The first and the last element of its memory that a tensor shows."""
-    first = tensor.storage_offset()
+    first = int(tensor.storage_offset())
     return first, first + sum((n - 1) * step for n, step in zip(tensor.size(), tensor.stride(), strict=True))
 
 

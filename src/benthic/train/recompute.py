@@ -228,8 +228,8 @@ class _Keeping:
             attend = sockets.attend
             operands = None
             if "up_projections" in self.pieces:
-                sources = self.keeper.source(compressed_TX), self.keeper.source(kv_TCr)
-                operands = Recipe(lambda: _operands(meet, *(s() for s in sources), angles, sockets))
+                query, latent = self.keeper.source(compressed_TX), self.keeper.source(kv_TCr)
+                operands = Recipe(lambda: _operands(meet, query(), latent(), angles, sockets))
             core = functools.partial(self._core, _core_of(attend), operands)
             return meet(compressed_TX, kv_TCr, angles, replace(sockets, attend=_with_core(attend, core)))
 

@@ -8,9 +8,7 @@ from torch import Tensor
 from benthic.errors import ShapeError
 from benthic.kernels.table import Case, Op, device_type, reference
 
-QUANTISE_E5M6 = Op(
-    "quantise_e5m6", (reference("benthic.kernels.reference.e5m6:quantise"),), trains=False
-)
+QUANTISE_E5M6 = Op("quantise_e5m6", (reference("benthic.kernels.reference.e5m6:quantise"),), trains=False)
 DEQUANTISE_E5M6 = Op(
     "dequantise_e5m6", (reference("benthic.kernels.reference.e5m6:dequantise"),), trains=False
 )
@@ -24,7 +22,9 @@ def quantise_e5m6(x_TD: Tensor, *, impl: str | None = None) -> tuple[Tensor, Ten
     Raises: ShapeError when x is not a matrix.
     """
     if x_TD.dim() != 2:
-        msg = f"E5M6 tiles are cut from a matrix; got {x_TD.dim()} dims: {tuple(x_TD.shape)}. Flatten it first."
+        msg = (
+            f"E5M6 tiles are cut from a matrix; got {x_TD.dim()} dims: {tuple(x_TD.shape)}. Flatten it first."
+        )
         raise ShapeError(msg)
     out: tuple[Tensor, Tensor] = QUANTISE_E5M6.choose(Case(device_type(x_TD), x_TD.dtype), impl)(x_TD)
     return out
