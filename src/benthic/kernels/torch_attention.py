@@ -30,7 +30,7 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `benthic.kernels.ops.attention`; CPU, float32 and float64.
+    """See `benthic.kernels.ops.attention`; CPU, float32, float64 and bfloat16.
 
     Packs of equal lengths are one batched call, others one call a sequence. Values are padded to the width of
     keys, because the fused CPU kernel takes one width (about twice as fast at (192, 128) as the unfused one).

@@ -12,6 +12,7 @@ import torch
 
 from benthic.kernels.grouped_mm import GroupedMm
 from benthic.kernels.reference.moe import Permuted, RowMaps, row_maps
+from benthic.kernels.reference.norm import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
 
 
 def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
-    """See `benthic.kernels.ops.unpermute`; float32 and float64 (narrower rows would be summed narrowly)."""
+    """See `benthic.kernels.ops.unpermute`; narrow rows are summed in float32."""
     out_TD: Tensor = _WeightedSum.apply(rows_RD, weight_TK, maps.row_TK, maps.copy_R)
     return out_TD
 
@@ -56,7 +57,7 @@ class _Gather(torch.autograd.Function):
         """Sum the gradients of a token's copies."""
         (row_TK,) = ctx.saved_tensors
         drows_TKD = grads[0].index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape)
-        return drows_TKD.sum(dim=1), None, None
+        return drows_TKD.sum(dim=1, dtype=wide(drows_TKD.dtype)).to(drows_TKD.dtype), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -66,22 +67,29 @@ class _WeightedSum(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, row_TK: Tensor, copy_R: Tensor) -> Tensor:
         """Save rows and weights."""
         ctx.save_for_backward(rows_RD, weight_TK, row_TK, copy_R)
-        rows_TKD = rows_RD.index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape)
-        return torch.bmm(weight_TK.unsqueeze(1).to(rows_RD.dtype), rows_TKD).squeeze(1)
+        rows_TKD, acc = _copies(rows_RD, row_TK), wide(rows_RD.dtype)
+        return torch.bmm(weight_TK.unsqueeze(1).to(acc), rows_TKD).squeeze(1).to(rows_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Gradients of rows and weights."""
         rows_RD, weight_TK, row_TK, copy_R = ctx.saved_tensors
-        (dout_TD,) = grads
+        acc = wide(rows_RD.dtype)
+        dout_TD = grads[0].to(acc)
         drows_RD = dweight_TK = None
         if ctx.needs_input_grad[0]:
-            weight_R = weight_TK.flatten().index_select(0, copy_R).to(rows_RD.dtype)
+            weight_R = weight_TK.flatten().index_select(0, copy_R).to(acc)
             drows_RD = dout_TD.index_select(0, copy_R // row_TK.shape[1]).mul_(weight_R.unsqueeze(1))
+            drows_RD = drows_RD.to(rows_RD.dtype)
         if ctx.needs_input_grad[1]:
-            rows_TKD = rows_RD.index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape)
+            rows_TKD = _copies(rows_RD, row_TK)
             dweight_TK = torch.bmm(rows_TKD, dout_TD.unsqueeze(2)).squeeze(2).to(weight_TK.dtype)
         return drows_RD, dweight_TK, None, None
+
+
+def _copies(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
+    """Each token's rows side by side, in what they are summed in."""
+    return rows_RD.index_select(0, row_TK.flatten()).unflatten(0, row_TK.shape).to(wide(rows_RD.dtype))
 
 
 def zero_tail(rows: Tensor, ends_E: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Autograd of the definitions saves every intermediate and walks the rows ten times; the hand-written gradients
 of the `differentiable_` versions save the inputs. A wrapper for autograd costs 10 us a call (two AVX2 cores),
-which the plain versions for inference do without.
+which the plain versions for inference do without. Narrow rows are computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+
+from benthic.kernels.reference.norm import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +24,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def differentiable_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """See `benthic.kernels.ops.rms_norm`; float32 and float64."""
+    """See `benthic.kernels.ops.rms_norm`; float32, float64 and bfloat16."""
     out: Tensor = _RmsNorm.apply(x, weight_D, eps)
     return out
 
@@ -36,7 +38,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
 def differentiable_add_rms_norm(
     x: Tensor, residual: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """See `benthic.kernels.ops.add_rms_norm`; float32 and float64."""
+    """See `benthic.kernels.ops.add_rms_norm`; float32, float64 and bfloat16."""
     total = x + residual
     out: Tensor = _RmsNorm.apply(total, weight_D, eps)
     return out, total
@@ -49,7 +51,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def differentiable_swiglu(gate_up: Tensor) -> Tensor:
-    """See `benthic.kernels.ops.swiglu`; float32 and float64."""
+    """See `benthic.kernels.ops.swiglu`; float32, float64 and bfloat16."""
     out: Tensor = _SwiGlu.apply(gate_up)
     return out
 
@@ -60,7 +62,7 @@ def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
 
 
 def differentiable_rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
-    """See `benthic.kernels.ops.rope`; float32 and float64."""
+    """See `benthic.kernels.ops.rope`; float32, float64 and bfloat16."""
     out: Tensor = _Rope.apply(x, *_by_head(x, cos_Tr2, sin_Tr2))
     return out
 
@@ -73,11 +75,11 @@ def _by_head(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> tuple[Tensor, Tenso
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
     """Rotate by the angle (sign 1) or back (sign -1)."""
     half = x.shape[-1] // 2
-    x_1, x_2 = x[..., :half], x[..., half:]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x_1, x_2 = (part.to(wide(x.dtype)) for part in (x[..., :half], x[..., half:]))
+    out = torch.empty(x.shape, dtype=x_1.dtype)
     torch.mul(x_1, cos, out=out[..., :half]).addcmul_(x_2, sin, value=-sign)
     torch.mul(x_2, cos, out=out[..., half:]).addcmul_(x_1, sin, value=sign)
-    return out
+    return out.to(x.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -86,23 +88,23 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """Save x and the reciprocal root mean square of each row."""
-        rstd = (
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        )
+        acc = wide(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=acc)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, rstd)
-        return (x * rstd).mul_(weight_D)
+        return (x * rstd).mul_(weight_D).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of x and weight."""
         x, weight_D, rstd = ctx.saved_tensors
-        (dy,) = grads
+        dy, wide_D = grads[0].to(rstd.dtype), weight_D.to(rstd.dtype)
         x_hat = x * rstd
         weighted = dy * x_hat
         dweight_D = weighted.flatten(0, -2).sum(dim=0)
-        mean = torch.mv(weighted.flatten(0, -2), weight_D).view_as(rstd).div_(x.shape[-1])
-        dx = (dy * weight_D).sub_(x_hat.mul_(mean)).mul_(rstd)
-        return dx, dweight_D, None
+        mean = torch.mv(weighted.flatten(0, -2), wide_D).view_as(rstd).div_(x.shape[-1])
+        dx = (dy * wide_D).sub_(x_hat.mul_(mean)).mul_(rstd)
+        return dx.to(x.dtype), dweight_D.to(weight_D.dtype), None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -112,20 +114,21 @@ class _SwiGlu(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         """Save the input alone."""
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        gate, up = gate_up.to(wide(gate_up.dtype)).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up).to(gate_up.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """Gradient of both halves, side by side."""
         (gate_up,) = ctx.saved_tensors
-        (dy,) = grads
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
+        acc = wide(gate_up.dtype)
+        dy = grads[0].to(acc)
+        gate, up = gate_up.to(acc).chunk(2, dim=-1)
+        out = torch.empty(gate_up.shape, dtype=acc)
         dgate, dup = out.chunk(2, dim=-1)
         torch.mul(dy, F.silu(gate), out=dup)
         dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-        return out
+        return out.to(gate_up.dtype)
 
 
 class _Rope(torch.autograd.Function):

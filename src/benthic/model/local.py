@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -32,6 +32,26 @@ class PlainLinear:
 plain_linear: Final = PlainLinear()
 
 
+class Core(Protocol):
+    """The attention itself, as `ops.attention` does it."""
+
+    def __call__(  # noqa: PLR0913 (packed attention has five operands and its lengths)
+        self,
+        q_THd: Tensor,
+        k_THd: Tensor,
+        v_THv: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        *,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        scale: float,
+        causal: bool = True,
+    ) -> Tensor:
+        """`softmax(q k^T * scale) v` within each sequence of a pack."""
+        ...
+
+
 @dataclass(frozen=True)
 class PackedAttend:
     """Causal attention inside each of several packed sequences, with expanded keys and values.
@@ -42,6 +62,7 @@ class PackedAttend:
 
     cu_seqlens: Tensor
     max_seqlen: int
+    core: Core = ops.attention
 
     def __call__(
         self,
@@ -57,7 +78,7 @@ class PackedAttend:
         """DeepSeek-V3 report eq. (10), every head with keys and values of its own."""
         lengths = Lengths(self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen)
         q_THnr = torch.cat((q_nope_THn, q_rope_THr), dim=-1)
-        return attend_expanded(q_THnr, latent_TC, k_rope_Tr, up, lengths, scale=scale)
+        return attend_expanded(self.core, q_THnr, latent_TC, k_rope_Tr, up, lengths, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -74,12 +95,19 @@ class Lengths:
 
 
 def attend_expanded(
-    q_THnr: Tensor, latent_TC: Tensor, k_rope_Tr: Tensor, up: LatentUp, lengths: Lengths, *, scale: float
+    core: Core,
+    q_THnr: Tensor,
+    latent_TC: Tensor,
+    k_rope_Tr: Tensor,
+    up: LatentUp,
+    lengths: Lengths,
+    *,
+    scale: float,
 ) -> Tensor:
     """Causal attention after expanding the latents: `out_THv`, one row for each query."""
     k_nope_THn, v_THv = up.expand(latent_TC)
     k_rope_THr = k_rope_Tr[:, None].expand(-1, k_nope_THn.shape[1], -1)
-    return ops.attention(
+    return core(
         q_THnr,
         torch.cat((k_nope_THn, k_rope_THr), dim=-1),
         v_THv,
@@ -94,28 +122,31 @@ def attend_expanded(
 
 @dataclass(frozen=True)
 class LocalExchange:
-    """All experts live here: dispatch sorts rows by expert, combine sorts them back."""
+    """All experts live here: rows are sorted by expert when they have arrived, and combine sorts them back.
+
+    Nothing travels, so between dispatch and arrival there is one row a token, not one a copy.
+    """
 
     n_routed_experts: int
 
     def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
-        """Copy every token to each of its experts."""
-        rows_RD, ends_E, maps = ops.permute(x_TD, expert_TK, self.n_routed_experts)
-        return InFlight((rows_RD, weight_TK), (ends_E, maps))
+        """The rows stay where they are."""
+        return InFlight((x_TD, weight_TK), expert_TK)
 
     def finish_dispatch(self, flight: InFlight) -> Arrived:
-        """The rows are here already."""
-        (rows_RD, weight_TK), (ends_E, maps) = flight.tensors, flight.handle
+        """Copy every token to each of its experts."""
+        x_TD, weight_TK = flight.tensors
+        rows_RD, ends_E, maps = ops.permute(x_TD, flight.handle, self.n_routed_experts)
         return Arrived(rows_RD, ends_E, weight_TK, maps)
 
     def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
-        """Nothing has to travel."""
-        return InFlight((rows_RD, arrived.weight), arrived.handle)
+        """Sum each token's rows with their weights, in a fixed order; nothing has to travel."""
+        return InFlight((ops.unpermute(rows_RD, arrived.handle, arrived.weight),), None)
 
     def finish_combine(self, flight: InFlight) -> Tensor:
-        """Sum each token's rows with their weights, in a fixed order."""
-        rows_RD, weight_TK = flight.tensors
-        return ops.unpermute(rows_RD, flight.handle, weight_TK)
+        """The sums are here already."""
+        (out_TD,) = flight.tensors
+        return out_TD
 
 
 def packed_sockets(

@@ -73,16 +73,27 @@ class Attention(nn.Module, ABC):
         self.o = Linear(config.hidden_size, heads * config.v_head_dim)
 
     @abstractmethod
-    def query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
+    def compress_query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
+        """What queries are made of."""
+
+    @abstractmethod
+    def query(self, compressed_TX: Tensor, linear: LinearSocket) -> Tensor:
         """All heads' queries before rotation: `[tokens, heads * (n + r)]`."""
 
     def forward(self, x_TD: Tensor, angles: Angles, sockets: Sockets) -> Tensor:
         """Attend from every row of the normed `x_TD`: `[tokens, hidden_size]`, residual not yet added."""
         linear = sockets.linear
-        q_THnr = self.query(x_TD, linear).unflatten(-1, (-1, sum(self.query_split)))
+        compressed_TX = self.compress_query(x_TD, linear)
+        out_THv = self.meet(compressed_TX, self.kv_a(x_TD, linear), angles, sockets)
+        return self.o(out_THv.flatten(1), linear)
+
+    def meet(self, compressed_TX: Tensor, kv_TCr: Tensor, angles: Angles, sockets: Sockets) -> Tensor:
+        """From the compressed query and the unnormed latent with its key to the attention's output."""
+        linear = sockets.linear
+        q_THnr = self.query(compressed_TX, linear).unflatten(-1, (-1, sum(self.query_split)))
         q_nope_THn, q_rope_THr = q_THnr.split(self.query_split, -1)
-        latent_TC, k_rope_Tr = self.kv_a(x_TD, linear).split(self.latent_split, -1)
-        out_THv = sockets.attend(
+        latent_TC, k_rope_Tr = kv_TCr.split(self.latent_split, -1)
+        return sockets.attend(
             q_nope_THn,
             ops.rope(q_rope_THr, angles.cos_Tr2, angles.sin_Tr2),
             self.kv_a_norm(latent_TC),
@@ -91,7 +102,6 @@ class Attention(nn.Module, ABC):
             layer=self.layer,
             scale=self.scale,
         )
-        return self.o(out_THv.flatten(1), linear)
 
 
 class DirectAttention(Attention):
@@ -101,9 +111,13 @@ class DirectAttention(Attention):
         super().__init__(config, layer)
         self.q = Linear(config.num_attention_heads * config.qk_head_dim, config.hidden_size)
 
-    def query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
+    def compress_query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:  # noqa: ARG002 (nothing to do)
+        """The hidden state itself."""
+        return x_TD
+
+    def query(self, compressed_TX: Tensor, linear: LinearSocket) -> Tensor:
         """`W^Q h`."""
-        return self.q(x_TD, linear)
+        return self.q(compressed_TX, linear)
 
 
 class LowRankAttention(Attention):
@@ -115,9 +129,13 @@ class LowRankAttention(Attention):
         self.q_a_norm = Norm(rank, LATENT_NORM_EPS)
         self.q_b = Linear(config.num_attention_heads * config.qk_head_dim, rank)
 
-    def query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
-        """`W^UQ norm(W^DQ h)`."""
-        return self.q_b(self.q_a_norm(self.q_a(x_TD, linear)), linear)
+    def compress_query(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
+        """`W^DQ h`."""
+        return self.q_a(x_TD, linear)
+
+    def query(self, compressed_TX: Tensor, linear: LinearSocket) -> Tensor:
+        """`W^UQ norm(c)`."""
+        return self.q_b(self.q_a_norm(compressed_TX), linear)
 
 
 def attention_for(config: ModelConfig, layer: int) -> Attention:

@@ -31,6 +31,8 @@ class GateUp(nn.Module):
 class Mlp(nn.Module):
     """`down(silu(gate(x)) * up(x))`."""
 
+    activate = staticmethod(ops.swiglu)
+
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
         self.gate_up = GateUp(width, hidden_size)
@@ -38,4 +40,4 @@ class Mlp(nn.Module):
 
     def forward(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
         """Feed `x_TD` forward."""
-        return self.down(ops.swiglu(self.gate_up(x_TD, linear)), linear)
+        return self.down(self.activate(self.gate_up(x_TD, linear)), linear)

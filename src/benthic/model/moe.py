@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -40,9 +40,8 @@ class Gate(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         """Route every row of the normed `x_TD`; logits, scores and weights are float32."""
         config = self.config
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
         return ops.route(
-            logits_TE,
+            _logits(x_TD, self.weight),
             self.bias,
             scoring_func=config.scoring_func,
             topk_method=config.topk_method,
@@ -62,8 +61,36 @@ class Gate(nn.Module):
         return self
 
 
+def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """The gate's product in float32, for whose gradient x is kept as it came and not in float32."""
+    if x_TD.dtype.itemsize >= 4 or not torch.is_grad_enabled():
+        return F.linear(x_TD.float(), weight_ED.float())
+    logits_TE: Tensor = _WideLinear.apply(x_TD, weight_ED)
+    return logits_TE
+
+
+class _WideLinear(torch.autograd.Function):
+    """`x W^T` of narrow operands, product and gradients in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        """Save the narrow operands."""
+        ctx.save_for_backward(x_TD, weight_ED)
+        return F.linear(x_TD.float(), weight_ED.float())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Both gradients, rounded once."""
+        x_TD, weight_ED = ctx.saved_tensors
+        dlogits_TE = grads[0]
+        dx_TD = (dlogits_TE @ weight_ED.float()).to(x_TD.dtype)
+        return dx_TD, (dlogits_TE.t() @ x_TD.float()).to(weight_ED.dtype)
+
+
 class Experts(nn.Module):
     """The routed experts of this rank: every matrix of all experts in one tensor."""
+
+    activate = staticmethod(ops.swiglu)
 
     def __init__(self, experts: int, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -72,7 +99,11 @@ class Experts(nn.Module):
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor, linear: LinearSocket) -> Tensor:
         """Each expert's SwiGLU network on its own rows, as two grouped products."""
-        hidden_RF = ops.swiglu(linear.grouped(rows_RD, self.gate_up.flatten(1, 2), ends_E))
+        hidden_RF = self.activate(linear.grouped(rows_RD, self.gate_up.flatten(1, 2), ends_E))
+        return self.project_down(hidden_RF, ends_E, linear)
+
+    def project_down(self, hidden_RF: Tensor, ends_E: Tensor, linear: LinearSocket) -> Tensor:
+        """The second product."""
         return linear.grouped(hidden_RF, self.down, ends_E)
 
 

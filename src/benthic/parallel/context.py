@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from benthic.kernels import ops
 from benthic.model.local import Lengths, attend_expanded
 from benthic.parallel.collectives import gather_tokens
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from benthic.model.local import Core
     from benthic.model.sockets import LatentUp
     from benthic.parallel.mesh import Group
     from benthic.parallel.tokens import TokenShare
@@ -67,6 +69,7 @@ class ContextAttend:
     lengths: Lengths
     key_K: Tensor
     group: Group
+    core: Core = ops.attention
 
     @classmethod
     def of(
@@ -100,6 +103,7 @@ class ContextAttend:
         all_TX = gather_tokens(own_TX, self.group)
         latent_AC, k_rope_Ar = all_TX.split((latent_TC.shape[-1], k_rope_Tr.shape[-1]), dim=-1)
         return attend_expanded(
+            self.core,
             torch.cat((q_nope_THn, q_rope_THr), dim=-1),
             latent_AC.index_select(0, self.key_K),
             k_rope_Ar.index_select(0, self.key_K),

@@ -275,8 +275,9 @@ class Executor:
         """Keep what the neighbour needs; forget what nobody needs any more."""
         key = (action.stage, action.microbatch)
         if action.kind == "F":
+            output = chunk.take_output()
             if action.stage + 1 < self.table.stages:
-                self._results[action] = chunk.state.value.detach()
+                self._results[action] = output.value.detach()
             return
         if action.stage > 0:
             (gradient,) = chunk.input_gradients()

@@ -11,6 +11,17 @@ from benthic.train.curve import Curve
 
 Auto = Literal["auto"]
 Phase = Literal["attention", "dispatch", "experts", "combine"]
+Recomputed = Literal[
+    "attention",
+    "dispatch",
+    "experts",
+    "combine",
+    "norms",
+    "up_projections",
+    "swiglu",
+    "expert_outputs",
+    "deepseek-v3",
+]
 FloatType = Literal["float32", "bfloat16"]
 NumberType = Literal["float32", "bfloat16", "fp8"]
 
@@ -127,11 +138,17 @@ class PrecisionConfig:
     matmul: precision of the products of linear layers; weights are cast or quantised on the way in. With
         "fp8" the layers that the report keeps wide (section 3.3.1) multiply in bfloat16.
     power_of_two_scales: round the FP8 scales of activations and gradients up to powers of two.
+    fp8_swiglu: keep the input of every SwiGLU for backward as FP8 with 1 x 128 scales, and compute its output
+        again from that (report section 3.3.3).
+    e5m6_attention: keep the output of attention for backward in the 12 bits of E5M6, for the gradients of
+        attention and of the projection after it (report section 3.3.3).
     """
 
     weights: NumberType | Auto = "auto"
     matmul: NumberType | Auto = "auto"
     power_of_two_scales: bool = False
+    fp8_swiglu: bool = False
+    e5m6_attention: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +229,11 @@ class RunConfig:
 
     device: "auto" takes a CUDA GPU where there is one.
     layout: how the ranks divide the work; one rank by default.
-    recompute: phases of each block whose activations are computed again in the backward pass.
+    recompute: what is computed again in the backward pass instead of kept: whole phases of each block, or
+        pieces (`train.rebuild`): "norms", "up_projections" (with what else stands between the latents and
+        attention), "swiglu" outputs, "expert_outputs" (the rows that combine weighs); "deepseek-v3" stands
+        for these four. No number changes.
+    offload: phases of each block whose kept activations wait for the backward pass in host memory.
     init_from: folder of a Hugging Face checkpoint whose weights the run starts from; empty starts from random
         ones.
     init_mtp: "checkpoint" takes its MTP layers too, which it must have if the model does; "fresh" begins with
@@ -231,6 +252,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     layout: Layout = field(default_factory=Layout)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    recompute: tuple[Phase, ...] = ()
+    recompute: tuple[Recomputed, ...] = ()
+    offload: tuple[Phase, ...] = ()
     init_from: str = ""
     init_mtp: Literal["checkpoint", "fresh"] = "checkpoint"

@@ -13,8 +13,8 @@ from benthic.parallel.stages import holders_of, kind_of, parts_of, stages_of, un
 from benthic.sched.pipeline.simulate import peak_activations
 from benthic.spec.layout import box
 from benthic.spec.parameters import parameters
+from benthic.train.activations import peak_bytes
 from benthic.train.muon import PARTS
-from benthic.train.resolve import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 _BYTES: Final = {"float32": 4, "bfloat16": 2}
 TERMS: Final = ("weights", "masters", "gradients", "moments", "activations")
 ACTIVATIONS_RULE: Final = (
-    "activations are estimated: for every block in flight the tensors between its phases (residual stream, "
-    "rows sent to experts and back), and unless recomputed what attention (q, k, v, output) and experts "
-    "(gate, up, product) keep, in the weights' type; without logits, workspace, gathered weights"
+    "activations are what the microbatches in flight keep for their backward, every saved tensor counted "
+    "(benthic.train.activations); beside what is listed a rank needs room for logits, for one block's "
+    "backward, for transfers and, under ZeRO-3, for gathered weights"
 )
 
 
@@ -67,7 +67,7 @@ def _footprint(config: RunConfig, table: Table, pp: int) -> Footprint:
         found["gradients"] += 4 * (flat if layout.zero_stage == 1 else shard)
         found["moments"] += _BYTES[config.optimizer.moment_dtype] * _moments(config, params, counts, shard)
     peak = peak_activations(table)[pp]
-    found["activations"] = _activations(config, table, pp, peak)
+    found["activations"] = peak_bytes(config, table, pp)
     return Footprint(rank, sum(_numel(param, layout, rank) for param in held), found, peak)
 
 
@@ -125,30 +125,3 @@ def _weight_bytes(config: RunConfig, *, narrow: bool) -> int:
     if narrow:
         return 2
     return 5 if config.precision.weights == "fp8" else 4
-
-
-def _activations(config: RunConfig, table: Table, pp: int, peak: int) -> int:
-    model, layout = config.model, config.layout
-    size = 4 if config.precision.weights == "float32" else 2
-    tokens = number(config.train.local_batch_size) * number(config.train.seq_len) // layout.token_shards
-    stages = stages_of(table, pp)
-    parts = parts_of(model, layout, table.stages)
-    blocks = [layer for stage in stages for layer in parts[stage].layers]
-    blocks += [model.num_hidden_layers + depth for stage in stages for depth in parts[stage].mtp]
-    per_token = sum(_kept(config, layer) for layer in blocks) / len(stages)
-    return int(peak * tokens * size * per_token)
-
-
-def _kept(config: RunConfig, layer: int) -> float:
-    """Elements that one block keeps of a token between forward and backward."""
-    model = config.model
-    moe = model.is_moe(layer)
-    rows = model.num_experts_per_tok if moe else 0
-    kept = 4.0 * model.hidden_size + 2.0 * rows * model.hidden_size
-    if "attention" not in config.recompute:
-        heads = model.num_attention_heads / config.layout.tp_degree
-        kept += heads * (2 * (model.qk_nope_head_dim + model.qk_rope_head_dim) + 2 * model.v_head_dim)
-    if "experts" not in config.recompute:
-        width = model.moe_intermediate_size * (rows + model.n_shared_experts)
-        kept += 3.0 * (width if moe else model.intermediate_size)
-    return kept

@@ -33,7 +33,7 @@ from benthic.train.muon import Muon
 from benthic.train.numerics import check_gradients, check_losses
 from benthic.train.optimizer import AdamW
 from benthic.train.precision import keep_weights, linear_socket
-from benthic.train.recompute import recompute_phases
+from benthic.train.recompute import recompute
 from benthic.train.resolve import number
 from benthic.train.spikes import Spikes
 
@@ -335,7 +335,7 @@ def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
     for model in stages.models.values():
         row_part = number(config.train.seq_len) // config.layout.token_shards
         divide_products(model, mesh.tensor, row_part=row_part)
-        recompute_phases(model, config.recompute)
+        recompute(model, config)
     return stages
 
 

@@ -18,6 +18,7 @@ from benthic.kernels.ops.copies import (
     sum_copies_backward,
 )
 from benthic.kernels.ops.decode import MLA_DECODE, STORE_LATENT, mla_decode, store_latent
+from benthic.kernels.ops.e5m6 import DEQUANTISE_E5M6, QUANTISE_E5M6, dequantise_e5m6, quantise_e5m6
 from benthic.kernels.ops.fp8 import (
     DEQUANTISE_FP8,
     QUANTISE_FP8,
@@ -89,6 +90,7 @@ __all__ = [
     "adamw",
     "add_rms_norm",
     "attention",
+    "dequantise_e5m6",
     "dequantise_fp8",
     "dequantise_fp8_rows",
     "explain",
@@ -100,6 +102,7 @@ __all__ = [
     "linear_cross_entropy",
     "mla_decode",
     "permute",
+    "quantise_e5m6",
     "quantise_fp8_blocks",
     "quantise_fp8_columns",
     "quantise_fp8_rows",
@@ -137,6 +140,8 @@ OPS: tuple[Op, ...] = (
     LINEAR_CROSS_ENTROPY,
     QUANTISE_FP8,
     DEQUANTISE_FP8,
+    QUANTISE_E5M6,
+    DEQUANTISE_E5M6,
     QUANTISE_FP8_WEIGHT,
     QUANTISE_FP8_COLUMNS,
     RETILE_FP8,

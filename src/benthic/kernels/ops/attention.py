@@ -23,7 +23,13 @@ from benthic.kernels.table import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SDPA = on("cpu", torch.float32, torch.float64, reason="torch's fused CPU attention, one call a length")
+_SDPA = on(
+    "cpu",
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    reason="torch's fused CPU attention, one call a length",
+)
 
 _TRITON = triton_runs(
     torch.bfloat16,

@@ -29,7 +29,13 @@ from benthic.kernels.table import (
 if TYPE_CHECKING:
     from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
 
-_GATHERS = on("cpu", torch.float32, torch.float64, reason="gathers both ways, hand-written gradients")
+_GATHERS = on(
+    "cpu",
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    reason="gathers both ways, float32 sums, hand-written gradients",
+)
 _LOOP = on("cpu", reason="one product an expert that has rows: widths that grouped_mm refuses")
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PLAIN = inference_only(on("cpu", torch.float32, torch.float64, reason="few torch calls"))
-_DIFFERENTIABLE = on("cpu", torch.float32, torch.float64, reason="few torch calls, hand-written gradients")
+_DIFFERENTIABLE = on(
+    "cpu", torch.float32, torch.float64, torch.bfloat16, reason="few torch calls, hand-written gradients"
+)
 
 _TRITON = triton_runs(
     torch.bfloat16, torch.float16, torch.float32, reason="one kernel that reads and writes every row once"
