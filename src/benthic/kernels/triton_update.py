@@ -8,7 +8,7 @@ import triton.language as tl
 _BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _adamw(
     master_ptr, gradient_ptr, first_ptr, second_ptr, count,
     fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
