@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benthic.cli.settings import apply
-from benthic.train.config import RunConfig
+from benthic.errors import ConfigError
+from benthic.train.config import PIECES, RunConfig, expanded
 from benthic.train.rebuild import Keeper
-from benthic.train.recompute import PIECES, expanded
 from benthic.train.trainer import Trainer
 
 Make = Callable[[RunConfig], Trainer]
@@ -21,7 +21,7 @@ CASES = [
     ["recompute=deepseek-v3,experts"],
     [OFFLOAD],
     ["recompute=deepseek-v3", OFFLOAD],
-    ["recompute=norms,attention", "offload=attention,experts"],
+    ["recompute=norms,attention", "offload=dispatch,experts"],
 ]
 
 
@@ -71,6 +71,12 @@ def test_fp8_training_with_narrow_activations_learns_as_float32_does(trainer: Ma
 
 def test_preset_stands_for_the_pieces_of_the_report() -> None:
     assert expanded(("deepseek-v3", "dispatch")) == {*PIECES, "dispatch"}
+
+
+def test_phase_cannot_be_recomputed_and_offloaded(trainer: Make, nano: RunConfig) -> None:
+    both = apply(nano, ["recompute=deepseek-v3,experts", "offload=attention,experts"])
+    with pytest.raises(ConfigError, match="both name experts: a phase that is computed again keeps nothing"):
+        trainer(both)
 
 
 def test_noted_tensor_is_rebuilt_once_and_its_views_with_it() -> None:

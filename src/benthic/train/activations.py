@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from benthic.parallel.stages import parts_of, stages_of
-from benthic.train.recompute import expanded
+from benthic.train.config import expanded
 from benthic.train.resolve import number
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -29,10 +29,11 @@ from benthic.model.local import PackedAttend
 from benthic.model.mla import LowRankAttention
 from benthic.model.products import Kept, Products, SplitLinear
 from benthic.parallel.context import ContextAttend
+from benthic.train.config import PIECES, expanded
 from benthic.train.rebuild import Keeper, Recipe, as_before
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -47,14 +48,6 @@ if TYPE_CHECKING:
     from benthic.model.sockets import Attend, Linear, Sockets
     from benthic.train.config import PrecisionConfig, RunConfig
 
-PIECES: Final = ("norms", "up_projections", "swiglu", "expert_outputs")
-PRESETS: Final[dict[str, tuple[str, ...]]] = {"deepseek-v3": PIECES}
-
-
-def expanded(recompute: Sequence[str]) -> frozenset[str]:
-    """Phases and pieces, presets replaced by what they stand for."""
-    return frozenset(part for name in recompute for part in PRESETS.get(name, (name,)))
-
 
 def recompute(model: DeepSeek, config: RunConfig) -> None:
     """Let every block, MTP blocks included, keep for backward what the config says and no more.
@@ -68,7 +61,7 @@ def recompute(model: DeepSeek, config: RunConfig) -> None:
     depths = range(len(model.mtp))
     for block in [*model.blocks, *(model.mtp_module(depth).block for depth in depths)]:
         if keeps:
-            _Keeping(frozenset(pieces), precision, frozenset(config.offload) - wanted).apply(block, wanted)
+            _Keeping(frozenset(pieces), precision, frozenset(config.offload)).apply(block, wanted)
         for phase in PHASES:
             if phase in wanted:
                 setattr(block, phase, _checkpointed(getattr(block, phase)))
