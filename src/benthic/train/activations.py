@@ -122,9 +122,9 @@ class _Block:
         size, again, tp = self.model.hidden_size, self.again, self.layout.tp_degree
         yield Kept("x", self._wide(size), ("attention",))
         later = [phase for phase in ("dispatch", "experts") if phase in again]
-        if not self.moe:  # its dispatch reads nothing
-            later = [phase for phase in later if phase == "experts"]
         readers = [p for p in ("dispatch", "experts") if p not in again] if "norms" in again else []
+        if not self.moe:  # its dispatch reads nothing
+            later, readers = ([p for p in phases if p == "experts"] for phases in (later, readers))
         own = [] if "attention" in again else ["attention"]
         yield Kept("residual", self._wide(size), (*own, *later, *readers))
         if "norms" not in again:
