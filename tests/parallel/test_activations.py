@@ -31,7 +31,17 @@ HOST_COPIES = (
 )
 PHASES = ("attention", "dispatch", "experts", "combine")
 V3 = ("deepseek-v3",)
-ALONE = ("norms", "up_projections", "swiglu", "expert_outputs", "attention", "dispatch", "experts", "combine")
+ALONE = (
+    "norms",
+    "up_projections",
+    "swiglu",
+    "expert_inputs",
+    "expert_outputs",
+    "attention",
+    "dispatch",
+    "experts",
+    "combine",
+)
 
 
 def config(
@@ -121,7 +131,12 @@ def test_estimate_knows_narrow_formats_and_queries_without_a_latent(
 def on_two_ranks(rank: int, data: str) -> None:
     """Routing decides which of the two ranks keeps more; what is estimated is the mean."""
     for layout in (Layout(dp_degree=2, ep_degree=2), Layout(tp_degree=2)):
-        for dtype, recompute in (("float32", ()), ("bfloat16", ("experts",)), ("fp8", ()), ("fp8", V3)):
+        for dtype, recompute in (
+            ("float32", ()),
+            ("bfloat16", ("experts",)),
+            ("fp8", (*V3, "expert_inputs")),
+            ("fp8", V3),
+        ):
             own = with_layout(config(dtype, recompute), layout)
             own = dataclasses.replace(
                 own, train=dataclasses.replace(own.train, global_batch_size=8 * layout.dp_degree)

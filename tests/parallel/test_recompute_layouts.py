@@ -28,5 +28,7 @@ def test_recomputed_pieces_and_offloading_give_serial_gradients_on_every_layout(
     plain = small_run(layers=4, rows=1, microbatches=8)
     data = write_documents(tmp_path / "data")
     serial = save(train(trainer_of(plain, data), 2, keep=(1, 2)), tmp_path / "serial.pt")
-    pieces = dataclasses.replace(plain, recompute=("deepseek-v3",), offload=("attention", "experts"))
+    pieces = dataclasses.replace(
+        plain, recompute=("deepseek-v3", "expert_inputs"), offload=("attention", "experts")
+    )
     spawn(run_layouts, 4, pieces, LAYOUTS, str(data), str(serial), (1e-6, 1e-5), seconds=240)

@@ -29,7 +29,10 @@ _TILE: Final = 128
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes of one tensor per token, and the phases that keep it; all being offloaded, it is on the host."""
+    """Bytes of one tensor per token, and the phases that keep it; all being offloaded, it is on the host.
+
+    Phase "none" stands for what is not moved.
+    """
 
     name: str
     bytes: float
@@ -130,6 +133,8 @@ class _Block:
         if "norms" not in again:
             if self.moe and "dispatch" not in again:
                 later.append("dispatch")  # the gate
+            if self.moe and "expert_inputs" in again and "experts" not in again:
+                later += ["experts"] if self.layout.ep_degree == 1 else []
             if self.shares and tp == 1 and "experts" not in again:
                 later.append("experts")
         yield Kept("normed", self._wide(size), tuple(dict.fromkeys(later)))
@@ -192,12 +197,15 @@ class _Block:
         return reached * (1 - math.comb(max(experts - here, 0), top_k) / math.comb(experts, top_k))
 
     def _rows_arrived(self) -> Iterator[Kept]:
-        """What recomputing the experts starts from, beside `normed`: rows as they came, once a rank."""
-        top_k, phase = self.model.num_experts_per_tok, ("experts",)
-        yield Kept("expert numbers", 4 * top_k, phase)
+        """What recomputing the experts or their inputs starts from, beside `normed`: rows as they came.
+
+        The exchange holds them, so they stay on the device.
+        """
+        top_k = self.model.num_experts_per_tok
+        yield Kept("expert numbers", 4 * top_k, ("none",))
         if self.layout.ep_degree > 1:
             arrived = self._wide(self.model.hidden_size) + 8 * top_k
-            yield Kept("arrived rows", self._arrivals() * arrived, phase)
+            yield Kept("arrived rows", self._arrivals() * arrived, ("none",))
 
     def _shared(self) -> Iterator[Kept]:
         shared = self.model.n_shared_experts * self.model.moe_intermediate_size
@@ -206,7 +214,10 @@ class _Block:
 
     def _routed(self) -> Iterator[Kept]:
         model, top_k, phase = self.model, self.model.num_experts_per_tok, ("experts",)
-        yield Kept("expert rows", top_k * self._row(model.hidden_size), phase)
+        if "expert_inputs" in self.again:
+            yield from self._rows_arrived()
+        else:
+            yield Kept("expert rows", top_k * self._row(model.hidden_size), phase)
         yield from self._gated("experts", model.moe_intermediate_size, top_k)
         if "expert_outputs" not in self.again:
             yield Kept("expert outputs", top_k * self._wide(model.hidden_size), phase)

@@ -22,11 +22,12 @@ Recomputed = Literal[
     "norms",
     "up_projections",
     "swiglu",
+    "expert_inputs",
     "expert_outputs",
     "deepseek-v3",
 ]
-PIECES: Final = ("norms", "up_projections", "swiglu", "expert_outputs")
-PRESETS: Final[dict[str, tuple[str, ...]]] = {"deepseek-v3": PIECES}
+PIECES: Final = ("norms", "up_projections", "swiglu", "expert_inputs", "expert_outputs")
+PRESETS: Final = {"deepseek-v3": ("norms", "up_projections", "swiglu", "expert_outputs")}
 FloatType = Literal["float32", "bfloat16"]
 NumberType = Literal["float32", "bfloat16", "fp8"]
 
@@ -220,8 +221,8 @@ class RunConfig:
     layout: how the ranks divide the work; one rank by default.
     recompute: what is computed again in the backward pass instead of kept: whole phases of each block, or
         pieces (`train.recompute`): "norms", "up_projections" (with what else stands between the latents and
-        attention), "swiglu" outputs, "expert_outputs" (the rows that combine weighs); "deepseek-v3" stands
-        for these four. No number changes.
+        attention), "swiglu" outputs, "expert_outputs" (the rows that combine weighs), for which
+        "deepseek-v3" stands, and "expert_inputs" (a token's copies, from its one row). No number changes.
     offload: phases of each block whose kept activations wait for the backward pass in host memory.
     init_from: folder of a Hugging Face checkpoint whose weights the run starts from; empty starts from random
         ones.
