@@ -124,8 +124,8 @@ class _Block:
         """The residual stream where it enters, after attention, and its norm."""
         size, again, tp = self.model.hidden_size, self.again, self.layout.tp_degree
         yield Kept("x", self._wide(size), ("attention",))
-        later = [phase for phase in ("dispatch", "experts") if phase in again]
-        readers = [p for p in ("dispatch", "experts") if p not in again] if "norms" in again else []
+        later: list[str] = [phase for phase in ("dispatch", "experts") if phase in again]
+        readers: list[str] = [p for p in ("dispatch", "experts") if p not in again and "norms" in again]
         if not self.moe:  # its dispatch reads nothing
             later, readers = ([p for p in phases if p == "experts"] for phases in (later, readers))
         own = [] if "attention" in again else ["attention"]
