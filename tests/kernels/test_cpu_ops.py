@@ -57,6 +57,57 @@ def test_rope_and_its_gradient_equal_the_definition(shape):
     compare(lambda x, c, s, impl: ops.rope(x, c, s, impl=impl), [made(*shape), angle.cos(), angle.sin()])
 
 
+def summed(x, weight, choice, impl):
+    rows, _, maps = ops.permute(x, choice, 5, impl=impl)
+    return ops.unpermute(rows, maps, weight, impl=impl)
+
+
+def attended(q, k, v, impl):
+    starts = torch.tensor([0, 20, TOKENS], dtype=torch.int32)
+    return ops.attention(
+        q, k, v, starts, starts, max_seqlen_q=43, max_seqlen_k=43, scale=0.3, causal=True, impl=impl
+    )
+
+
+NARROW = {
+    "rms_norm": (lambda x, w, impl: ops.rms_norm(x, w, 1e-6, impl=impl), [(TOKENS, DIM), (DIM,)]),
+    "add_rms_norm": (
+        lambda x, r, w, impl: ops.add_rms_norm(x, r, w, 1e-6, impl=impl),
+        [(TOKENS, DIM), (TOKENS, DIM), (DIM,)],
+    ),
+    "swiglu": (ops.swiglu, [(TOKENS, 2 * DIM)]),
+    "attention": (attended, [(TOKENS, 3, 12), (TOKENS, 3, 12), (TOKENS, 3, 8)]),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_bfloat16_values_and_gradients_are_the_definition_rounded(name):
+    function, shapes = NARROW[name]
+    narrow(function, [made(*shape, seed=i) for i, shape in enumerate(shapes)])
+
+
+def test_bfloat16_rotations_and_sums_of_experts_rows_are_the_definition_rounded():
+    angle = made(TOKENS, 6, seed=3, grad=False)
+    narrow(lambda x, impl: ops.rope(x, angle.cos(), angle.sin(), impl=impl), [made(TOKENS, 7, 12)])
+    choice = torch.rand(TOKENS, 5, generator=torch.Generator().manual_seed(4)).argsort(1)[:, :3]
+    weight = made(TOKENS, 3, seed=5, grad=False)
+    narrow(lambda x, impl: summed(x, weight, choice, impl), [made(TOKENS, DIM)])
+
+
+def narrow(function, inputs):
+    """The implementation that runs in bfloat16 against the definition in float64 of the same inputs."""
+    inputs, found = [x.detach().bfloat16() for x in inputs], []
+    for impl, dtype in ((None, torch.bfloat16), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        outputs = function(*leaves, impl=impl)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = sum((out * made(*out.shape, seed=9, grad=False).to(dtype)).sum() for out in outputs)
+        found.append([*outputs, *torch.autograd.grad(loss, leaves)])
+    for fast, slow in zip(*found, strict=True):
+        assert fast.dtype == torch.bfloat16
+        assert (fast.double() - slow).norm() < 0.01 * slow.norm()
+
+
 def test_row_ops_give_the_same_values_with_and_without_gradients():
     x, weight, wide = made(TOKENS, DIM), made(DIM, seed=1), made(TOKENS, 2 * DIM)
     angle = made(TOKENS, DIM // 2, seed=3, grad=False)

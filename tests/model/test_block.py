@@ -55,7 +55,8 @@ def test_checkpointing_any_phase_from_outside_changes_no_gradient_and_no_count(p
             setattr(block, phase, partial(checkpoint, inner, use_reentrant=False))
     expected, gradients = run(plain)
     actual, again = run(wrapped)
-    assert ran > 3 * len(phases), "nothing was recomputed"
+    if phases != ("combine",):  # it keeps nothing for backward, so there is nothing to compute again
+        assert ran > 3 * len(phases), "nothing was recomputed"
     torch.testing.assert_close(actual.hidden_TD, expected.hidden_TD, rtol=0, atol=0)
     assert gradients.keys() == again.keys()
     for name, gradient in gradients.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,10 +13,11 @@ from benthic.errors import ConfigError
 from benthic.spec import hardware
 from benthic.spec.parameters import parameters
 from benthic.spec.totals import total
-from benthic.train import recipes
+from benthic.train import large, recipes
 from benthic.train.checkpoint import FolderStore
 from benthic.train.data.shards import Meta, SplitInfo
 from benthic.train.fields import flatten
+from benthic.train.footprint import footprints
 from benthic.train.hardware import HardwareFacts
 from benthic.train.resolve import number, resolve
 from benthic.train.trainer import learning_rate, planned_tokens, rows_at, table_of
@@ -101,6 +103,33 @@ def test_v3_follows_the_reports_schedules() -> None:
     assert [config.loss.bias_update_speed.at(t) for t in (0, 144 * 10**11)] == [0.001, 0.0]
     assert rows_at(config, 469 * 10**9 + 10**6) == 15360
     assert config.layout.expert_dp_degree == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "spare"),
+    [
+        ("moonlight_16b_2xh200", "h200", 0.2),
+        ("moonlight_16b_8xh100", "h100", 0.4),
+        ("v2_lite_8xh100", "h100", 0.4),
+        ("deepseek_v3_2048_h800", "h800", 0.0),  # of 80 GB; the card has 85.5
+    ],
+)
+def test_everything_that_a_rank_keeps_fits_the_gpu(name: str, gpu: str, spare: float) -> None:
+    config = resolved(name)
+    found = footprints(config, table_of(config, rows_at(config, 0)))
+    assert max(one.total for one in found) < (1 - spare) * hardware.get(gpu).hbm_bytes
+
+
+def test_v3_keeps_what_its_docstring_says() -> None:
+    config = resolved("deepseek_v3_2048_h800")
+    table = table_of(config, rows_at(config, 0))
+    most = max(footprints(config, table), key=lambda one: one.total)
+    said = large.deepseek_v3_2048_h800.__doc__ or ""
+    assert f"{most.total / 2**30:.1f} GiB ({most.total / 1e9:.1f} GB)" in said
+    assert f"{most.bytes['activations'] / 2**30:.1f} of them activations" in said
+    narrow = replace(config, precision=replace(config.precision, e5m6_attention=True))
+    freed = most.bytes["activations"] - footprints(narrow, table)[1].bytes["activations"]
+    assert f"free {freed / 2**30:.1f}" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(

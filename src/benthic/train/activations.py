@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from benthic.parallel.stages import parts_of, stages_of
-from benthic.train.recompute import expanded
+from benthic.train.config import expanded
 from benthic.train.resolve import number
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ _TILE: Final = 128
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes of one tensor per token, and the phases that keep it; all being offloaded, it is on the host."""
+    """Bytes of one tensor per token, and the phases that keep it; all being offloaded, it is on the host.
+
+    Phase "none" stands for what is not moved.
+    """
 
     name: str
     bytes: float
@@ -121,15 +124,17 @@ class _Block:
         """The residual stream where it enters, after attention, and its norm."""
         size, again, tp = self.model.hidden_size, self.again, self.layout.tp_degree
         yield Kept("x", self._wide(size), ("attention",))
-        later = [phase for phase in ("dispatch", "experts") if phase in again]
+        later: list[str] = [phase for phase in ("dispatch", "experts") if phase in again]
+        readers: list[str] = [p for p in ("dispatch", "experts") if p not in again and "norms" in again]
         if not self.moe:  # its dispatch reads nothing
-            later = [phase for phase in later if phase == "experts"]
-        readers = [p for p in ("dispatch", "experts") if p not in again] if "norms" in again else []
+            later, readers = ([p for p in phases if p == "experts"] for phases in (later, readers))
         own = [] if "attention" in again else ["attention"]
         yield Kept("residual", self._wide(size), (*own, *later, *readers))
         if "norms" not in again:
             if self.moe and "dispatch" not in again:
                 later.append("dispatch")  # the gate
+            if self.moe and "expert_inputs" in again and "experts" not in again:
+                later += ["experts"] if self.layout.ep_degree == 1 else []
             if self.shares and tp == 1 and "experts" not in again:
                 later.append("experts")
         yield Kept("normed", self._wide(size), tuple(dict.fromkeys(later)))
@@ -192,12 +197,15 @@ class _Block:
         return reached * (1 - math.comb(max(experts - here, 0), top_k) / math.comb(experts, top_k))
 
     def _rows_arrived(self) -> Iterator[Kept]:
-        """What recomputing the experts starts from, beside `normed`: rows as they came, once a rank."""
-        top_k, phase = self.model.num_experts_per_tok, ("experts",)
-        yield Kept("expert numbers", 4 * top_k, phase)
+        """What recomputing the experts or their inputs starts from, beside `normed`: rows as they came.
+
+        The exchange holds them, so they stay on the device.
+        """
+        top_k = self.model.num_experts_per_tok
+        yield Kept("expert numbers", 4 * top_k, ("none",))
         if self.layout.ep_degree > 1:
             arrived = self._wide(self.model.hidden_size) + 8 * top_k
-            yield Kept("arrived rows", self._arrivals() * arrived, phase)
+            yield Kept("arrived rows", self._arrivals() * arrived, ("none",))
 
     def _shared(self) -> Iterator[Kept]:
         shared = self.model.n_shared_experts * self.model.moe_intermediate_size
@@ -206,7 +214,10 @@ class _Block:
 
     def _routed(self) -> Iterator[Kept]:
         model, top_k, phase = self.model, self.model.num_experts_per_tok, ("experts",)
-        yield Kept("expert rows", top_k * self._row(model.hidden_size), phase)
+        if "expert_inputs" in self.again:
+            yield from self._rows_arrived()
+        else:
+            yield Kept("expert rows", top_k * self._row(model.hidden_size), phase)
         yield from self._gated("experts", model.moe_intermediate_size, top_k)
         if "expert_outputs" not in self.again:
             yield Kept("expert outputs", top_k * self._wide(model.hidden_size), phase)

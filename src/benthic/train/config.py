@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from benthic.spec.layout import Layout
 from benthic.spec.model import ModelConfig  # noqa: TC001 (fields.field_types resolves it)
 from benthic.train.curve import Curve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Auto = Literal["auto"]
 Phase = Literal["attention", "dispatch", "experts", "combine"]
@@ -19,9 +22,12 @@ Recomputed = Literal[
     "norms",
     "up_projections",
     "swiglu",
+    "expert_inputs",
     "expert_outputs",
     "deepseek-v3",
 ]
+PIECES: Final = ("norms", "up_projections", "swiglu", "expert_inputs", "expert_outputs")
+PRESETS: Final = {"deepseek-v3": ("norms", "up_projections", "swiglu", "expert_outputs")}
 FloatType = Literal["float32", "bfloat16"]
 NumberType = Literal["float32", "bfloat16", "fp8"]
 
@@ -230,9 +236,9 @@ class RunConfig:
     device: "auto" takes a CUDA GPU where there is one.
     layout: how the ranks divide the work; one rank by default.
     recompute: what is computed again in the backward pass instead of kept: whole phases of each block, or
-        pieces (`train.rebuild`): "norms", "up_projections" (with what else stands between the latents and
-        attention), "swiglu" outputs, "expert_outputs" (the rows that combine weighs); "deepseek-v3" stands
-        for these four. No number changes.
+        pieces (`train.recompute`): "norms", "up_projections" (with what else stands between the latents and
+        attention), "swiglu" outputs, "expert_outputs" (the rows that combine weighs), for which
+        "deepseek-v3" stands, and "expert_inputs" (a token's copies, from its one row). No number changes.
     offload: phases of each block whose kept activations wait for the backward pass in host memory.
     init_from: folder of a Hugging Face checkpoint whose weights the run starts from; empty starts from random
         ones.
@@ -256,3 +262,8 @@ class RunConfig:
     offload: tuple[Phase, ...] = ()
     init_from: str = ""
     init_mtp: Literal["checkpoint", "fresh"] = "checkpoint"
+
+
+def expanded(recompute: Sequence[str]) -> frozenset[str]:
+    """Phases and pieces, presets replaced by what they stand for."""
+    return frozenset(part for name in recompute for part in PRESETS.get(name, (name,)))

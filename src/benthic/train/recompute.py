@@ -8,6 +8,7 @@ A whole phase goes through torch's checkpoint, which keeps what enters it. Piece
 |                  | layers make of them (FP8 tiles)          |                                        |
 | "up_projections" | queries, keys and values                 | the two latents before their norms     |
 | "swiglu"         | outputs of SwiGLU                        | its input                              |
+| "expert_inputs"  | a token's copies for its experts here    | its one row that arrived               |
 | "expert_outputs" | rows that combine weighs                 | one more down-projection               |
 
 The blocks do not know: their modules and phases are replaced by ones that tell the block's `Keeper`.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -28,11 +29,13 @@ from benthic.model.fp8_products import MixedLinear
 from benthic.model.local import PackedAttend
 from benthic.model.mla import LowRankAttention
 from benthic.model.products import Kept, Products, SplitLinear
+from benthic.model.sockets import InFlight
 from benthic.parallel.context import ContextAttend
+from benthic.train.config import PIECES, expanded
 from benthic.train.rebuild import Keeper, Recipe, as_before
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -44,16 +47,8 @@ if TYPE_CHECKING:
     from benthic.model.network import DeepSeek
     from benthic.model.norm import Norm
     from benthic.model.rope import Angles
-    from benthic.model.sockets import Attend, Linear, Sockets
+    from benthic.model.sockets import Arrived, Attend, Exchange, Linear, Sockets
     from benthic.train.config import PrecisionConfig, RunConfig
-
-PIECES: Final = ("norms", "up_projections", "swiglu", "expert_outputs")
-PRESETS: Final[dict[str, tuple[str, ...]]] = {"deepseek-v3": PIECES}
-
-
-def expanded(recompute: Sequence[str]) -> frozenset[str]:
-    """Phases and pieces, presets replaced by what they stand for."""
-    return frozenset(part for name in recompute for part in PRESETS.get(name, (name,)))
 
 
 def recompute(model: DeepSeek, config: RunConfig) -> None:
@@ -68,7 +63,7 @@ def recompute(model: DeepSeek, config: RunConfig) -> None:
     depths = range(len(model.mtp))
     for block in [*model.blocks, *(model.mtp_module(depth).block for depth in depths)]:
         if keeps:
-            _Keeping(frozenset(pieces), precision, frozenset(config.offload) - wanted).apply(block, wanted)
+            _Keeping(frozenset(pieces), precision, frozenset(config.offload)).apply(block, wanted)
         for phase in PHASES:
             if phase in wanted:
                 setattr(block, phase, _checkpointed(getattr(block, phase)))
@@ -120,6 +115,37 @@ class _Products:
         return self.inner.weight_gradient(dy, rows, ends_E)
 
 
+@dataclass(frozen=True)
+class _Exchange:
+    """An exchange whose arrived rows are copied to the experts again for backward; nothing travels twice."""
+
+    inner: Exchange
+    keeper: Keeper
+
+    def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
+        """As the exchange does."""
+        return self.inner.start_dispatch(x_TD, expert_TK, weight_TK)
+
+    def finish_dispatch(self, flight: InFlight) -> Arrived:
+        """The rows, which are noted."""
+        arrived = self.inner.finish_dispatch(flight)
+        if self.keeper.running:
+            sources, handle = [self.keeper.source(tensor) for tensor in flight.tensors], flight.handle
+            self.keeper.note(
+                arrived.rows_RD,
+                lambda: self.inner.finish_dispatch(InFlight(tuple(s() for s in sources), handle)).rows_RD,
+            )
+        return arrived
+
+    def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
+        """As the exchange does."""
+        return self.inner.start_combine(rows_RD, arrived)
+
+    def finish_combine(self, flight: InFlight) -> Tensor:
+        """As the exchange does."""
+        return self.inner.finish_combine(flight)
+
+
 @dataclass
 class _Keeping:
     """Puts a `Keeper` round the phases of one block and tells it what can be made again."""
@@ -167,7 +193,10 @@ class _Keeping:
             self.keeper.note(attended.normed_TD, self._normed(norm, attended.residual_TD))
 
     def _sockets(self, sockets: Sockets) -> Sockets:
-        return replace(sockets, linear=self._linear(sockets.linear))
+        exchange: Exchange = sockets.exchange
+        if "expert_inputs" in self.pieces:
+            exchange = _Exchange(exchange, self.keeper)
+        return replace(sockets, exchange=exchange, linear=self._linear(sockets.linear))
 
     def _linear(self, linear: Linear) -> Linear:
         if isinstance(linear, MixedLinear):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from benthic.errors import ConfigError
 from benthic.parallel.exchange_choice import GPUS_OF_A_HOST, assumed_spots, choose_exchange, facts_among
 from benthic.spec.parameters import parameters
+from benthic.train.config import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -250,6 +251,7 @@ def number(value: int | str) -> int:
 def _problems(config: RunConfig, facts: HardwareFacts, data: Meta) -> Iterator[str]:
     yield from _loop_problems(config.train, config.model)
     yield from _optimizer_problems(config)
+    yield from _memory_problems(config)
     yield from _model_problems(config.model, data)
     if config.init_from:
         yield from _continued_problems(config.model, data)
@@ -329,6 +331,15 @@ def _optimizer_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"optimizer.name=muon needs whole matrices, but layout.tp_degree={config.layout.tp_degree} cuts "
             "them. Set tp_degree=1 and divide tokens with cp_degree or dp_degree, or optimizer.name=adamw."
+        )
+
+
+def _memory_problems(config: RunConfig) -> Iterator[str]:
+    both = sorted(expanded(config.recompute) & set(config.offload))
+    if both:
+        yield (
+            f"recompute and offload both name {', '.join(both)}: a phase that is computed again keeps "
+            "nothing to move to the host. Leave each in one of the two."
         )
 
 
