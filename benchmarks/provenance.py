@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DESTINATIONS = ("--out", "--spans")
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
@@ -36,7 +37,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _relative(words: list[str]) -> list[str]:
-    return [word.replace(f"{ROOT}/", "") for word in words]
+    """The command without where its results went, which changes nothing that was measured."""
+    kept = [w for i, w in enumerate(words) if w not in DESTINATIONS and words[i - 1] not in DESTINATIONS]
+    return [word.replace(f"{ROOT}/", "") for word in kept]
 
 
 def _cpu_name() -> str:
