@@ -143,6 +143,10 @@ class DecodeGraphs:
         """Device memory that captures took; they share intermediate results, the largest comes first."""
         return sum(captured.num_bytes for captured in self._graphs.values())
 
+    def bytes_of(self, size: int) -> int:
+        """What the capture of one size took beyond what it found."""
+        return self._graphs[size].num_bytes
+
     @torch.inference_mode()
     def capture(self, progress: Progress) -> None:
         """Capture every size, the largest first so that the smaller ones find its memory.

@@ -8,6 +8,8 @@ from typing import Literal
 from benthic.errors import ConfigError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+CacheDtypeName = Literal["auto", "fp8", "fp8_e4m3"]
+QuantizationName = Literal["auto", "fp8", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,9 @@ class EngineOptions:
     Attributes:
         device: torch device, e.g. "cpu" or "cuda:0".
         dtype: of weights and cache; "auto" keeps the checkpoint's on a GPU and takes float32 on a CPU.
+        quantization: "auto" keeps the FP8 weights of a checkpoint as they are on a GPU and widens them on a
+            CPU; "fp8" keeps them anywhere, and quantises others (128 x 128 blocks); "none" widens them.
+        kv_cache_dtype: "auto" stores latents as activations are; "fp8" (or "fp8_e4m3") in E4M3, unscaled.
         max_model_len: longest prompt plus output; None takes the model's `max_position_embeddings`.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: token budget of one step (prefill chunks are cut to it).
@@ -42,6 +47,8 @@ class EngineOptions:
 
     device: str = "cpu"
     dtype: DtypeName = "auto"
+    quantization: QuantizationName = "auto"
+    kv_cache_dtype: CacheDtypeName = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
