@@ -86,7 +86,7 @@ def test_a_block_scaled_checkpoint_is_served_as_it_is_stored(tmp_path: Path) -> 
     sizes = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 32, "block_size": 16}
     kept = Engine.from_pretrained(tmp_path / "nano", EngineOptions(quantization="fp8", **sizes))
     widened = Engine.from_pretrained(tmp_path / "nano", EngineOptions(**sizes))
-    bytes_of = [sum(p.nbytes for p in e._runner._model.layers.parameters()) for e in (kept, widened)]
+    bytes_of = [sum(p.nbytes for p in e._runner.model.layers.parameters()) for e in (kept, widened)]
     assert bytes_of[0] < 0.5 * bytes_of[1]
     asked = request("a", prompts(1, seed=5)[0], prompt_logprobs=0)
     rows = [serve(e, [asked])["a"].deltas[0].prompt_logprobs[1:] for e in (kept, widened)]

@@ -56,6 +56,7 @@ class Engine:
         *,
         clock: Clock = time.monotonic,
     ) -> None:
+        self.parts = parts
         self._runner = parts.runner
         self._scheduler = parts.scheduler
         self._ready = parts.ready

@@ -68,7 +68,7 @@ class Runner:
         graph_sizes: tuple[int, ...] = (),
     ) -> None:
         self.cache = cache
-        self._model = model.eval()
+        self.model = model.eval()
         self._linear = fastest_linear(model) if linear is None else linear
         self._exchange = LocalExchange(model.config.n_routed_experts)
         self.tapes: DecodeTapes | None = None  # None: every step runs as it is written
@@ -106,16 +106,16 @@ class Runner:
         if replayed is not None:
             return StepResult(replayed[1], replayed[0], step.chunk_rows)
         sockets = Sockets(PagedAttend(self.cache, step.layout), self._exchange, self._linear)
-        hidden_TD = self._model(step.tokens_T, step.positions_T, sockets).hidden_TD
+        hidden_TD = self.model(step.tokens_T, step.positions_T, sockets).hidden_TD
         sampled_SD = hidden_TD if step.sampled_S is None else hidden_TD.index_select(0, step.sampled_S)
-        return StepResult(self._model.logits(sampled_SD, self._linear), hidden_TD, step.chunk_rows)
+        return StepResult(self.model.logits(sampled_SD, self._linear), hidden_TD, step.chunk_rows)
 
     @torch.inference_mode()
     def row_logits(self, result: StepResult, rows: range) -> Iterator[Tensor]:
         """Logits of some rows of a step, `LOGIT_ROWS` at a time (for prompt log-probabilities)."""
         for start in range(rows.start, rows.stop, LOGIT_ROWS):
             some_TD = result.hidden_TD[start : min(start + LOGIT_ROWS, rows.stop)]
-            yield self._model.logits(some_TD, self._linear)
+            yield self.model.logits(some_TD, self._linear)
 
     @torch.inference_mode()
     def remember(self, slots: tuple[int, ...], token_S: Tensor) -> None:
