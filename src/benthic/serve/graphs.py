@@ -13,6 +13,8 @@ Shape suffixes: S sequences of a graph, T = S * queries rows, P block-table colu
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -22,7 +24,7 @@ from benthic.model.sockets import Sockets
 from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -86,6 +88,19 @@ class Buffers:
         if used < sequences:
             self.slot_T[rows : sequences * decode.queries].fill_(-1)
             self.context_S[used:sequences].zero_()
+
+
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """Collect garbage now and not again inside: freeing another graph would break off a capture."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Captured(NamedTuple):
@@ -153,8 +168,9 @@ class DecodeGraphs:
 
         Cost: two forward passes a size; the first compiles kernels that were not compiled before.
         """
-        for size in progress(self._sizes[::-1]):
-            self._graphs[size] = self._capture(size)
+        with collection_paused():
+            for size in progress(self._sizes[::-1]):
+                self._graphs[size] = self._capture(size)
 
     def run(self, step: StepTensors) -> tuple[Tensor, Tensor] | None:
         """`(hidden_TD, logits_TV)` of a step of decode rows alone; None if the plain loop has to run it.

@@ -197,7 +197,8 @@ class PenaltyTable:
         slot = self._free.pop()
         self._counts_NV[slot] = 0
         self._in_prompt_NV[slot] = False
-        self._in_prompt_NV[slot, _tensor(prompt, np.int64, self._counts_NV.device)] = True
+        token_P = _tensor(prompt, np.int64, self._counts_NV.device)
+        self._in_prompt_NV[slot].index_fill_(0, token_P, value=True)
         return slot
 
     def release(self, slot: int) -> None:
@@ -335,7 +336,8 @@ class Sampler:
         early = [(i, t) for i, least, stops in batch.min_tokens if positions[i] < least for t in stops]
         if early:
             rows, tokens = (_tensor(column, np.int64, self._device) for column in zip(*early, strict=True))
-            logits_SV[rows, tokens] = -torch.inf
+            # not `logits_SV[rows, tokens] = -torch.inf`: that number would cross, and the host wait for it
+            logits_SV.index_put_((rows, tokens), logits_SV.new_full((), -torch.inf))
         if batch.penalties is not None:
             self._table.apply(logits_SV, batch.penalties)
 
