@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from small_engine import random_model
 
 from benthic.serve.attend import DecodeRows, StepLayout
-from benthic.serve.graphs import Buffers, padded_sizes
+from benthic.serve.graphs import Buffers, collection_paused, padded_sizes
 from benthic.serve.steps import StepTensors
 
 
@@ -63,3 +64,19 @@ def test_no_graph_is_asked_for_without_a_gpu_or_against_the_options(device: str)
     assert graph_sizes(EngineOptions(max_cudagraph_capture_size=0), where) == ()
     some = graph_sizes(EngineOptions(max_num_seqs=4, max_num_batched_tokens=8), where)
     assert some == (() if device == "cpu" else (1, 2, 4))
+
+
+def test_garbage_is_collected_before_a_capture_and_not_within() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            gone.append(gc.isenabled())
+
+    gone: list[bool] = []
+    Ring()
+    with collection_paused():
+        assert gone == [True]
+        assert not gc.isenabled()
+    assert gc.isenabled()
