@@ -13,7 +13,6 @@ from benthic.model.local import LocalExchange, plain_linear
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
-from benthic.serve.columns import StreamedLinear
 from benthic.serve.graphs import DecodeGraphs
 from benthic.serve.steps import StepTensors
 
@@ -114,17 +113,6 @@ def test_a_graph_of_verification_rows_computes_what_the_plain_step_does(queries)
         torch.testing.assert_close(found[0], hidden, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found[1], model.logits(hidden, plain_linear), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(caches[0].pages_LPBW, caches[1].pages_LPBW, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("rows", [6, 250, 3000])
-def test_streamed_experts_multiply_as_the_library_does(rows):
-    weight = torch.randn(8, 96, 64, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(rows, 64, device="cuda", dtype=torch.bfloat16)
-    ends = (torch.tensor([0, 1, 1, 2, 4, 4, 5, 5], device="cuda") * (rows // 6)).to(torch.int32)
-    with torch.inference_mode():
-        found = StreamedLinear().grouped(x, weight, ends)
-        expected = plain_linear.grouped(x.float(), weight.float(), ends)
-    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def in_error_mode(engine):

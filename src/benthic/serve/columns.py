@@ -1,6 +1,4 @@
-"""The `linear` sockets of a server: products of few rows, where reading the weights is what takes time.
-
-A CPU server wants weights stored column by column, and a socket that reads them so.
+"""Weights as a CPU server wants them: stored column by column, and a `linear` socket that reads them so.
 
 The native product multiplies such weights without copying them first (`kernels/native_c/product.c`); tapes
 copy them into panels once. Shapes and values of the parameters do not change, only their strides.
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
 
 FEW_ROWS: Final = 16
 """Up to here the native product is as fast as the blocked one of torch's library, which is called above."""
-
-FEW_ROWS_AN_EXPERT: Final = 32
-"""Up to this mean the grouped kernel takes tiles of 16 rows."""
 
 SOCKET_WEIGHTS: Final = (
     "attn.q.weight",
@@ -59,32 +54,12 @@ class ColumnLinear:
         return ops.grouped_linear(rows_RI, weight_EOI, ends_E)
 
 
-class StreamedLinear:
-    """Products on a GPU in bfloat16; experts with few rows each are streamed by our own grouped kernel.
-
-    A decode step reads the weights of its experts once and multiplies little: there small tiles of rows leave
-    more loads in flight than the library's grouped product, which is made for many rows.
-    """
-
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`x_..I @ weight_OI.T`."""
-        return F.linear(x, weight)
-
-    def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        """Each expert's rows times its own `weight_OI.T`."""
-        few = rows_RI.shape[0] <= FEW_ROWS_AN_EXPERT * weight_EOI.shape[0]
-        return ops.grouped_linear(rows_RI, weight_EOI, ends_E, impl="triton" if few else None)
-
-
 def fastest_linear(model: DeepSeek) -> Linear:
     """The `linear` socket for serving this model where it is.
 
-    On a CPU in float32, with a C compiler, its weights are laid out anew; on a GPU in bfloat16 it is
-    `StreamedLinear`; elsewhere it is `plain_linear`.
+    On a CPU in float32, with a C compiler, its weights are laid out anew; elsewhere it is `plain_linear`.
     """
     weight = model.head_weight()
-    if weight.device.type == "cuda" and weight.dtype == torch.bfloat16:
-        return StreamedLinear()
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or build_refusal() is not None:
         return plain_linear
     lay_out(model)
