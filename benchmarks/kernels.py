@@ -249,7 +249,7 @@ def experts(bench: Bench) -> None:
     """Grouped products at the shapes of V3 and Moonlight, with permute and unpermute."""
     shapes = [(4, 32, 64, 32)] if bench.small else [
         (8, 4096, 7168, 4096), (8, 4096, 2048, 7168), (32, 256, 7168, 4096), (64, 768, 2048, 2816), (64,
-        768, 1408, 2048),
+        768, 1408, 2048), (64, 6, 2048, 2816), (64, 6, 1408, 2048),
     ]  # fmt: skip
     for count, rows, width, out in shapes:
         ends = (torch.arange(1, count + 1, device=bench.device) * rows).to(torch.int32)

@@ -148,10 +148,11 @@ def test_attention_backward_uses_wgmma_without_spills(kernel, d, v, tmp_path):
     assert used.wgmma > 0
 
 
+@pytest.mark.parametrize("cache", ["bf16", "fp8e4nv"])
 @pytest.mark.parametrize("rows", [16, 32, 128])
-def test_mla_decode_does_not_spill_and_uses_wgmma_from_64_rows(rows, tmp_path):
+def test_mla_decode_does_not_spill_and_uses_wgmma_from_64_rows(rows, cache, tmp_path):
     block_h, block_n, warps, stages = importlib.import_module("benthic.kernels.triton_mla").tiles(
-        torch.bfloat16, rows
+        torch.bfloat16, rows, fp8_cache=cache == "fp8e4nv"
     )
     constants = {
         "C": 512,
@@ -164,7 +165,12 @@ def test_mla_decode_does_not_spill_and_uses_wgmma_from_64_rows(rows, tmp_path):
         "PRECISION": "ieee",
     }
     built = compiled(
-        "triton_mla", "_decode", constants, warps=warps, stages=stages, overrides={"out_ptr": "*fp32"}
+        "triton_mla",
+        "_decode",
+        constants,
+        warps=warps,
+        stages=stages,
+        overrides={"out_ptr": "*fp32", "cache_ptr": f"*{cache}"},
     )
     used = resources(built, tmp_path)
     assert_fits(used)
@@ -228,7 +234,16 @@ MEMORY_BOUND = [
     ("triton_permute", "_sum_rows_backward", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_moe", "_zero_rows", {"ROWS": 32, "WIDTH": 128}, 4, {}),
     ("triton_mla", "_combine", {"C": 512, "C_PAD": 512, "SPLITS": 8}, 4, {"part_ptr": "*fp32"}),
-    ("triton_mla", "_store", {"C": 512, "C_PAD": 512, "R": 64, "R_PAD": 64, "ROWS": 4}, 4, {}),
+    *(
+        (
+            "triton_mla",
+            "_store",
+            {"C": 512, "C_PAD": 512, "R": 64, "R_PAD": 64, "ROWS": 4, "FP8": fp8},
+            4,
+            kind,
+        )
+        for fp8, kind in ((False, {}), (True, {"cache_ptr": "*fp8e4nv"}))
+    ),
     (
         "triton_attention_backward",
         "_row_dots",

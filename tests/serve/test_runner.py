@@ -40,7 +40,7 @@ def builder() -> StepBuilder:
     steps = StepBuilder(max_num_seqs=4, max_model_len=32, block_size=4, device=torch.device("cpu"))
     steps.write([TableWrite(0, 0, (10, 11, 12)), TableWrite(1, 0, (20, 21)), TableWrite(2, 0, (30, 31, 32))])
     steps.write([TableWrite(1, 2, (22,))])
-    steps.remember([0, 1, 2], [100, 101, 102])
+    steps.remember((0, 1, 2), torch.tensor([100, 101, 102]))
     return steps
 
 

@@ -30,6 +30,22 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Quantization(StrEnum):
+    """What becomes of FP8 weights."""
+
+    auto = "auto"
+    fp8 = "fp8"
+    none = "none"
+
+
+class CacheDtype(StrEnum):
+    """What the latent cache stores."""
+
+    auto = "auto"
+    fp8 = "fp8"
+    fp8_e4m3 = "fp8_e4m3"
+
+
 class LogLevel(StrEnum):
     """How much uvicorn says."""
 
@@ -96,6 +112,41 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     dtype: Annotated[
         Dtype, typer.Option(help="auto: the checkpoint's on a GPU, float32 on a CPU.", rich_help_panel=ENGINE)
     ] = Dtype.auto,
+    quantization: Annotated[
+        Quantization,
+        typer.Option(
+            "--quantization",
+            "-q",
+            help="auto: FP8 weights stay FP8 on a GPU; fp8: everywhere, others are quantised; none: widen.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = Quantization.auto,
+    enforce_eager: Annotated[
+        bool,
+        typer.Option("--enforce-eager", help="No CUDA graphs, no CPU tapes.", rich_help_panel=ENGINE),
+    ] = False,
+    async_scheduling: Annotated[
+        bool | None,
+        typer.Option(
+            "--async-scheduling/--no-async-scheduling",
+            help="Prepare a step while the one before runs (default: on a GPU).",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
+    cudagraph_capture_sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--cudagraph-capture-sizes",
+            "--cuda-graph-sizes",
+            min=1,
+            help="Batch size that gets a CUDA graph. Repeat for more (default: 1, 2, 4, 8, 16, 24, …).",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
+    max_cudagraph_capture_size: Annotated[
+        int,
+        typer.Option(min=0, help="Largest batch that gets a CUDA graph; 0 for none.", rich_help_panel=ENGINE),
+    ] = 512,
     device: Annotated[
         str,
         typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU if there is one.", rich_help_panel=ENGINE),
@@ -113,6 +164,10 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     block_size: Annotated[
         int, typer.Option(min=1, help="Tokens in a cache block.", rich_help_panel=CACHE)
     ] = 64,
+    kv_cache_dtype: Annotated[
+        CacheDtype,
+        typer.Option(help="auto: as activations; fp8: E4M3, half the bytes.", rich_help_panel=CACHE),
+    ] = CacheDtype.auto,
     num_gpu_blocks_override: Annotated[
         int | None,
         typer.Option(
@@ -185,6 +240,12 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     options = EngineOptions(
         device=device,
         dtype=dtype.value,
+        quantization=quantization.value,
+        kv_cache_dtype=kv_cache_dtype.value,
+        enforce_eager=enforce_eager,
+        async_scheduling=async_scheduling,
+        cudagraph_capture_sizes=tuple(cudagraph_capture_sizes or ()),
+        max_cudagraph_capture_size=max_cudagraph_capture_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

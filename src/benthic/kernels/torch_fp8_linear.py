@@ -24,7 +24,9 @@ def linear(x: Fp8, weight: Fp8, ends_E: None, *, dtype: torch.dtype) -> Tensor: 
     values, scale = x.values, x.scale
     if rows % 4:
         values, scale = (F.pad(t, (0, 0, 0, -rows % 4)) for t in (values, scale))
-    padded = F.pad(weight.scale, (0, -weight.scale.shape[1] % 4))
+    padded = weight.scale
+    if padded.shape[1] % 4:  # padding by nothing would copy
+        padded = F.pad(padded, (0, -padded.shape[1] % 4))
     out: Tensor = F.scaled_mm(
         values,
         weight.values.contiguous().t(),

@@ -101,21 +101,30 @@ def _combine(
     tl.store(out_ptr + row * C + latent, out.to(out_ptr.dtype.element_ty), mask=latent < C)
 
 
+@triton.jit
+def _fitting(x, FP8: tl.constexpr):
+    """`x`, bounded to what E4M3 can hold when the cache is in FP8."""
+    if FP8:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+    return x
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _store(
     cache_ptr, latent_ptr, rope_ptr, slot_ptr, tokens, stride_slot, stride_latent, stride_rope,
     C: tl.constexpr, C_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, ROWS: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
     """cache[slot[t]] = latent[t], rope[t]; tokens with slot -1 are skipped."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slot_ptr + token, mask=token < tokens, other=-1).to(tl.int64)
     latent, rope = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
     mask = (slot >= 0)[:, None] & (latent < C)[None, :]
-    x = tl.load(latent_ptr + token[:, None] * stride_latent + latent[None, :], mask=mask)
+    x = _fitting(tl.load(latent_ptr + token[:, None] * stride_latent + latent[None, :], mask=mask), FP8)
     place = cache_ptr + (slot * stride_slot)[:, None]
     tl.store(place + latent[None, :], x.to(cache_ptr.dtype.element_ty), mask=mask)
     mask = (slot >= 0)[:, None] & (rope < R)[None, :]
-    x = tl.load(rope_ptr + token[:, None] * stride_rope + rope[None, :], mask=mask)
+    x = _fitting(tl.load(rope_ptr + token[:, None] * stride_rope + rope[None, :], mask=mask), FP8)
     tl.store(place + C + rope[None, :], x.to(cache_ptr.dtype.element_ty), mask=mask)
 
 
@@ -133,7 +142,8 @@ def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S,
     out = torch.empty(q_latent_SQHC.shape, dtype=q_latent_SQHC.dtype, device=cache_PBW.device)
     if out.numel() == 0:
         return out
-    block_h, block_n, warps, stages = tiles(q_latent_SQHC.dtype, rows)
+    fp8_cache = cache_PBW.dtype == torch.float8_e4m3fn
+    block_h, block_n, warps, stages = tiles(q_latent_SQHC.dtype, rows, fp8_cache=fp8_cache)
     row_blocks = triton.cdiv(rows, block_h)
     if splits is None:
         splits = split_count(cache_PBW.device, sequences * row_blocks, block_table_SP.shape[1] * page)
@@ -154,10 +164,15 @@ def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S,
     return out
 
 
-def tiles(dtype, rows):
-    """`(block_h, block_n, warps, stages)` for `rows` query-head pairs of a sequence."""
+def tiles(dtype, rows, *, fp8_cache=False):
+    """`(block_h, block_n, warps, stages)` for `rows` query-head pairs of a sequence.
+
+    Widening FP8 pages takes registers: 64 rows spill then.
+    """
     if dtype == torch.float32:
         return 16, 16, 4, 1
+    if fp8_cache and rows > 16:
+        return 32, 32, 8, 2
     if rows <= 32:
         return (16 if rows <= 16 else 32), 64, 8, 2
     return 64, 16, 8, 2
@@ -184,5 +199,5 @@ def store_latent(cache_PBW, latent_TC, rope_Tr, slot_T):
             cache_PBW, latent_TC, rope_Tr, slot_T, tokens, cache_PBW.stride(1),
             latent_TC.stride(0), rope_Tr.stride(0),
             C=latent, C_PAD=triton.next_power_of_2(latent),
-            R=rope, R_PAD=triton.next_power_of_2(rope), ROWS=4,
+            R=rope, R_PAD=triton.next_power_of_2(rope), ROWS=4, FP8=cache_PBW.dtype == torch.float8_e4m3fn,
         )  # fmt: skip

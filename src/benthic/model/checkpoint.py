@@ -73,7 +73,7 @@ def load_pretrained(
         total = sum(stored_bytes(source.tensors[t.name]) for p in held for t in p.hf if not t.duplicate)
         state, done = {}, 0
         for param in held:
-            state[param.name] = _assemble(source, param, opened.config, torch.device(device), dtype)
+            state[param.name] = assemble(source, param, opened.config, torch.device(device), dtype)
             done += sum(stored_bytes(source.tensors[t.name]) for t in param.hf if not t.duplicate)
             if progress is not None:
                 progress(Progress(param.name, done, total))
@@ -164,10 +164,10 @@ def read_weight(source: Source, name: str, dtype: torch.dtype, device: torch.dev
     return ops.dequantise_fp8(stored, scale, block=FP8_BLOCK, dtype=dtype)
 
 
-def _assemble(
+def assemble(
     source: Source, param: Param, config: ModelConfig, device: torch.device, dtype: torch.dtype | None
 ) -> Tensor:
-    """The parameter, filled from its tensors."""
+    """The parameter, filled from its tensors, dequantised where they are FP8."""
     own = [t for t in param.hf if not t.duplicate]
     kind = _loaded_dtype(source, own[0], dtype)
     value = torch.empty(param.shape, dtype=kind, device=device)

@@ -119,7 +119,7 @@ class PagedAttend:
         if prefill.context_slot_M is None:
             border = 0 if decode is None else decode.rows
             return latent_TC[border:], k_rope_Tr[border:]
-        rows_MW = self._cache.slots(layer).index_select(0, prefill.context_slot_M).to(latent_TC.dtype)
+        rows_MW = self._cache.read(layer, prefill.context_slot_M).to(latent_TC.dtype)
         latent_dim = latent_TC.shape[-1]
         return rows_MW[:, :latent_dim], rows_MW[:, latent_dim:]
 

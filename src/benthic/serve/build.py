@@ -10,17 +10,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from benthic.errors import CheckpointError, ConfigError
 from benthic.kernels import native_build
+from benthic.model.block_scaled import (
+    block_scaled_linear,
+    load_block_scaled,
+    narrow,
+    stored_in_fp8,
+)
 from benthic.model.checkpoint import load_pretrained
 from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
 from benthic.serve.cache import CacheLayout, CacheSize, LatentCache, size_by_bytes, size_by_utilization
+from benthic.serve.columns import fastest_linear
+from benthic.serve.graphs import padded_sizes
+from benthic.serve.memory import MemoryUse, measure_use
 from benthic.serve.messages import Ready
 from benthic.serve.runner import Runner
+from benthic.units import binary_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from benthic.model.block_scaled import Scales
     from benthic.model.network import DeepSeek
     from benthic.serve.options import EngineOptions
     from benthic.spec.model import ModelConfig
@@ -31,19 +46,20 @@ CPU_CACHE_BYTES = 1 << 30
 """Most that the cache takes on a CPU when nothing says otherwise."""
 
 ACTIVATION_BYTES = 2 << 30
-"""Kept free on a GPU for the activations of a step and for library workspaces."""
+"""Kept free on a GPU for the activations of a step and for library workspaces where nothing was measured."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an engine is made of; `cache_size` says why the cache is as large as it is."""
+    """What an engine is made of; `cache_size` and, on a GPU, `memory` say why the cache is as it is."""
 
     runner: Runner
     scheduler: Scheduler
     ready: Ready
     cache_size: CacheSize
+    memory: MemoryUse | None = None
 
 
 def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
@@ -61,24 +77,60 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
     elif device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     dtype = DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else None)
-    model = load_pretrained(path, device=device, dtype=dtype, mtp=False)
+    model, scales = load_weights(path, options, device, dtype)
     eos = eos_token_ids(path, model.config)
-    return assemble(model, options, model_name=path.name, eos=eos)
+    return assemble(model, options, model_name=path.name, eos=eos, scales=scales)
 
 
-def assemble(model: DeepSeek, options: EngineOptions, *, model_name: str, eos: tuple[int, ...]) -> Parts:
+def load_weights(
+    path: Path, options: EngineOptions, device: torch.device, dtype: torch.dtype | None
+) -> tuple[DeepSeek, Scales]:
+    """The model, and the scales of weights that stay in FP8.
+
+    A checkpoint's FP8 weights stay as they are on a GPU and are widened on a CPU, unless `quantization` says
+    otherwise.
+
+    Raises: as `load_pretrained`.
+    """
+    kept = options.quantization == "fp8" or (options.quantization == "auto" and device.type == "cuda")
+    if kept and stored_in_fp8(path):
+        return load_block_scaled(path, device=device, dtype=dtype)
+    return load_pretrained(path, device=device, dtype=dtype, mtp=False), {}
+
+
+def assemble(
+    model: DeepSeek,
+    options: EngineOptions,
+    *,
+    model_name: str,
+    eos: tuple[int, ...],
+    scales: Scales | None = None,
+) -> Parts:
     """Size the cache and make runner and scheduler for a loaded model.
+
+    `scales` belong to weights that are in FP8 already; with `quantization = "fp8"` and none, they are
+    quantised here, in place.
 
     Raises:
         ConfigError: `max_model_len` is longer than the model's context, or the cache does not fit.
     """
+    if not scales and options.quantization == "fp8":
+        scales = narrow(model)
     config = model.config
     weight = model.head_weight()
     max_model_len = longest(config, options)
-    layout = CacheLayout.of(config, block_size=options.block_size, dtype=weight.dtype)
-    size = cache_size(layout, options, max_model_len, weight.device)
+    layout = CacheLayout.of(config, block_size=options.block_size, dtype=cache_dtype(options, weight.dtype))
+    linear = block_scaled_linear(model, scales) if scales else fastest_linear(model)
+    sizes = graph_sizes(options, weight.device)
+    use: MemoryUse | None = None
+    if weight.device.type == "cuda":
+        use = measure_use(
+            model, layout, options, linear=linear, graph_sizes=sizes, max_model_len=max_model_len
+        )
+    reserve = ACTIVATION_BYTES if use is None else use.reserve
+    size = cache_size(layout, options, max_model_len, weight.device, reserve=reserve)
     cache = LatentCache(layout, size.num_blocks, weight.device)
-    logger.info("latent cache: %s", size.reason)
+    report(size, use, options, cache)
     batching = BatchingConfig(
         num_blocks=size.num_blocks,
         block_size=options.block_size,
@@ -102,9 +154,51 @@ def assemble(model: DeepSeek, options: EngineOptions, *, model_name: str, eos: t
         cache,
         max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
+        linear=linear,
         enforce_eager=options.enforce_eager,
+        graph_sizes=sizes,
     )
-    return Parts(runner, scheduler, ready, size)
+    capture(runner)
+    return Parts(runner, scheduler, ready, size, use)
+
+
+def report(size: CacheSize, use: MemoryUse | None, options: EngineOptions, cache: LatentCache) -> None:
+    """Log where memory goes and why the cache is as large as it is."""
+    logger.info("latent cache: %s", size.reason)
+    for line in [] if use is None else use.lines(options.gpu_memory_utilization, cache.num_bytes):
+        logger.info("memory: %s", line)
+
+
+def capture(runner: Runner) -> None:
+    """Capture the runner's CUDA graphs, if it is to have any."""
+    graphs = runner.graphs
+    if graphs is None:
+        return
+    graphs.capture(capture_progress)
+    took = binary_bytes(graphs.num_bytes)
+    logger.info("CUDA graphs: %d batch sizes up to %d took %s", len(graphs), graphs.sizes[-1], took)
+
+
+def cache_dtype(options: EngineOptions, weights: torch.dtype) -> torch.dtype:
+    """What the latent cache stores: as the activations are, or E4M3 without scales."""
+    return torch.float8_e4m3fn if options.kv_cache_dtype.startswith("fp8") else weights
+
+
+def graph_sizes(options: EngineOptions, device: torch.device) -> tuple[int, ...]:
+    """Padded batch sizes that get a CUDA graph; none on a CPU, with `enforce_eager` or a limit of 0."""
+    if device.type != "cuda" or options.enforce_eager or not options.max_cudagraph_capture_size:
+        return ()
+    return padded_sizes(
+        options.max_num_seqs,
+        limit=options.max_cudagraph_capture_size,
+        sizes=options.cudagraph_capture_sizes,
+    )
+
+
+def capture_progress(sizes: Sequence[int]) -> Iterable[int]:
+    """A bar on the terminal while graphs are captured; nothing where there is no terminal."""
+    console = Console(stderr=True)
+    return track(sizes, "capturing CUDA graphs", console=console, disable=not console.is_terminal)
 
 
 def make_scheduler(config: BatchingConfig, record: str | None) -> Scheduler:
@@ -132,9 +226,14 @@ def longest(config: ModelConfig, options: EngineOptions) -> int:
 
 
 def cache_size(
-    layout: CacheLayout, options: EngineOptions, max_model_len: int, device: torch.device
+    layout: CacheLayout,
+    options: EngineOptions,
+    max_model_len: int,
+    device: torch.device,
+    *,
+    reserve: int = ACTIVATION_BYTES,
 ) -> CacheSize:
-    """How many blocks the cache gets: given, by bytes, or (on a GPU) by what the weights leave free.
+    """How many blocks the cache gets: given, by bytes, or (on a GPU) by what weights and `reserve` leave.
 
     Raises:
         ConfigError: not one block fits.
@@ -145,7 +244,7 @@ def cache_size(
         return size_by_bytes(layout, options.kv_cache_memory, source="kv_cache_memory")
     if device.type == "cuda":
         return size_by_utilization(
-            layout, device, utilization=options.gpu_memory_utilization, reserve=ACTIVATION_BYTES
+            layout, device, utilization=options.gpu_memory_utilization, reserve=reserve
         )
     blocks = options.max_num_seqs * -(-max_model_len // layout.block_size)
     budget = min(blocks * layout.block_bytes, CPU_CACHE_BYTES)

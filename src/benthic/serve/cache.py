@@ -125,3 +125,10 @@ class LatentCache:
     def slots(self, index: int) -> Tensor:
         """One layer's pages as rows, [blocks * block_size, latent + rope], addressed by slot."""
         return self._layers[index].view(-1, self.layout.latent_dim)
+
+    def read(self, index: int, slot_M: Tensor) -> Tensor:
+        """Rows of one layer by slot, as they are stored; torch moves FP8 by index as bytes alone."""
+        rows = self.slots(index)
+        if rows.dtype != torch.float8_e4m3fn:
+            return rows.index_select(0, slot_M)
+        return rows.view(torch.uint8).index_select(0, slot_M).view(rows.dtype)

@@ -1,6 +1,9 @@
 """The engine: plan, run, sample, commit. Requests go in as messages and tokens come out as messages.
 
-The scheduler decides everything; this loop only carries its plans to the device and the tokens back. A
+The scheduler decides everything; this loop only carries its plans to the device and the tokens back. Steps
+are launched and landed apart: the plain loop lands each step before it plans the next; the overlapped loop
+plans and launches step n + 1 while the device runs n, whose tokens stay there and feed n + 1. The host learns
+them one step late, so a request that a stop token ends has one surplus row in flight, which is dropped. A
 request that the device cannot serve (its distribution is not finite, its step does not fit in memory) ends
 with an error of its own and frees its blocks; the others go on.
 """
@@ -8,39 +11,33 @@ with an error of its own and frees its blocks; the others go on.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from benthic.errors import BenthicError
 from benthic.sched.batching import Request, Started
 from benthic.serve.admission import check
 from benthic.serve.build import Parts, assemble, from_checkpoint
+from benthic.serve.launched import InFlight, Launched, PromptRows
 from benthic.serve.messages import Delta, Generate, Ready, Stats
-from benthic.serve.sample import NO_TOKEN, Logprobs, logprobs_of, splitmix64, to_int64
-from benthic.serve.sampler import Sampled, Sampler
+from benthic.serve.sample import NO_TOKEN, Logprobs, measure, splitmix64, to_int64
+from benthic.serve.sampler import Sampler
+from benthic.serve.transit import to_device
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from benthic.model.network import DeepSeek
     from benthic.sched.batching import Finished, StepPlan
     from benthic.serve.options import EngineOptions
     from benthic.serve.runner import StepResult
 
 Clock = Callable[[], float]
-
-
-@dataclass
-class InFlight:
-    """What the engine remembers of a request: how much it put out, and what its first delta will carry."""
-
-    request: Generate
-    produced: int = 0
-    announced: bool = False
-    cached_tokens: int = 0
-    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
 
 
 class Engine:
@@ -59,13 +56,18 @@ class Engine:
         *,
         clock: Clock = time.monotonic,
     ) -> None:
+        self.parts = parts
         self._runner = parts.runner
         self._scheduler = parts.scheduler
         self._ready = parts.ready
         self._options = options
         self._clock = clock
-        self._sampler = Sampler(parts.ready.vocab_size, parts.runner.cache.pages_LPBW.device)
+        self._device = parts.runner.cache.pages_LPBW.device
+        self._sampler = Sampler(parts.ready.vocab_size, self._device)
         self._in_flight: dict[str, InFlight] = {}
+        overlapped = options.async_scheduling
+        self._depth = 2 if (self._device.type == "cuda" if overlapped is None else overlapped) else 1
+        self._launched: deque[Launched] = deque()
         self._num_added = 0
         self._step_seconds = 0.0
 
@@ -136,32 +138,20 @@ class Engine:
         self._forget(request_id)
 
     def step(self) -> list[Delta]:
-        """Run one step; returns what is new, at most one delta a request.
+        """Launch what is planned and land the oldest step; returns what is new, at most one delta a request.
 
-        Errors that belong to requests become deltas. Others (a bug, a lost device) are raised: the engine's
-        state is then undefined and its process should end.
+        The overlapped loop returns nothing at its first call and goes on until nothing is in flight
+        (`has_work`). Errors that belong to requests become deltas. Others (a bug, a lost device) are raised:
+        the engine's state is then undefined and its process should end.
         """
         began = self._clock()
         plan = self._scheduler.plan(began)
-        if plan.number < 0:
+        if plan.number >= 0:
+            self._launched.append(self._launch(plan))
+        if not self._launched:
             return []
-        for event in plan.events:
-            if isinstance(event, Started) and not event.resumed:
-                self._in_flight[event.request_id].cached_tokens = event.cached_tokens
-        try:
-            result = self._runner.run(plan)
-            sampled = self._sample(plan, result)
-        except (BenthicError, torch.OutOfMemoryError) as error:
-            return self._fail(plan, error)
-        self._read_prompts(plan, result)
-        rows = [(max(token, 0),) for token in sampled.tokens]
-        now = self._clock()
-        broken = [i for i, token in enumerate(sampled.tokens) if token == NO_TOKEN]
-        for i in broken:
-            self._scheduler.abort(plan.sampled_ids[i], now)
-        ended = {event.request_id: event for event in self._scheduler.commit(plan, rows, now)}
-        self._remember(plan, sampled)
-        deltas = self._deltas(plan, sampled, ended)
+        full = len(self._launched) >= self._depth
+        deltas = self._land(self._launched.popleft()) if full or plan.number < 0 else []
         self._step_seconds += self._clock() - began
         return deltas
 
@@ -193,32 +183,46 @@ class Engine:
         word = torch.tensor([to_int64(self._options.seed + (self._num_added << 32))])
         return int(splitmix64(word))
 
-    def _sample(self, plan: StepPlan, result: StepResult) -> Sampled:
-        ids = plan.sampled_ids
-        if not ids:
-            return Sampled([])
-        in_flight = self._in_flight
-        return self._sampler.sample(result.logits_SV, ids, [in_flight[each].produced for each in ids])
+    def _launch(self, plan: StepPlan) -> Launched:
+        """Queue a step's work and note whose it is; nothing waits for the device."""
+        for event in plan.events:
+            if isinstance(event, Started) and not event.resumed:
+                self._in_flight[event.request_id].cached_tokens = event.cached_tokens
+        entries = tuple(self._in_flight[request_id] for request_id in plan.sampled_ids)
+        try:
+            result = self._runner.run(plan)
+            prompts = self._measure_prompts(plan, result)
+            if not entries:
+                return Launched(plan, entries, prompts=prompts)
+            drawing = self._sampler.start(result.logits_SV, plan.sampled_ids, _positions(plan, entries))
+            self._runner.remember(_sampled_slots(plan), drawing.token_S)
+        except (BenthicError, torch.OutOfMemoryError) as error:
+            return Launched(plan, entries, error=error)
+        return Launched(plan, entries, drawing=drawing, prompts=prompts)
 
-    def _remember(self, plan: StepPlan, sampled: Sampled) -> None:
-        slots = (*plan.decode_slots, *(chunk.slot for chunk in plan.prefills if chunk.samples))
-        if slots:
-            self._runner.remember(slots, sampled.tokens)
-
-    def _deltas(self, plan: StepPlan, sampled: Sampled, ended: dict[str, Finished]) -> list[Delta]:
+    def _land(self, launched: Launched) -> list[Delta]:
+        """Wait for a step's tokens, commit them and say what is new."""
+        plan = launched.plan
+        if launched.error is not None:
+            return self._fail(plan, launched.error)
+        sampled = launched.collect()
+        now = self._clock()
+        # An id may have ended, and even come back, while its row was in flight: the row is then nobody's.
+        kept = [self._in_flight.get(entry.request.request_id) is entry for entry in launched.entries]
+        for request_id, token, mine in zip(plan.sampled_ids, sampled.tokens, kept, strict=True):
+            if mine and token == NO_TOKEN:
+                self._scheduler.abort(request_id, now)
+        rows = [(max(token, 0),) for token in sampled.tokens]
+        ended = {event.request_id: event for event in self._scheduler.commit(plan, rows, now)}
         deltas = []
         for i, request_id in enumerate(plan.sampled_ids):
+            if not kept[i]:
+                continue
             if sampled.tokens[i] == NO_TOKEN:
                 deltas.append(self._error(request_id, "the model's next-token distribution is not finite"))
                 continue
-            deltas.append(
-                self._delta(
-                    request_id,
-                    sampled.tokens[i : i + 1],
-                    ended.pop(request_id, None),
-                    sampled.logprobs.get(i),
-                )
-            )
+            end, tokens = ended.pop(request_id, None), sampled.tokens[i : i + 1]
+            deltas.append(self._delta(request_id, tokens, end, sampled.logprobs.get(i)))
         deltas.extend(self._delta(request_id, [], event, None) for request_id, event in ended.items())
         return deltas
 
@@ -226,7 +230,6 @@ class Engine:
         self, request_id: str, tokens: list[int], end: Finished | None, logprobs: Logprobs | None
     ) -> Delta:
         entry = self._in_flight[request_id]
-        entry.produced += len(tokens)
         first = not entry.announced
         entry.announced = True
         if end is not None:
@@ -245,8 +248,8 @@ class Engine:
         self._forget(request_id)
         return Delta(request_id=request_id, tokens=(), finish_reason="error", error=message)
 
-    def _fail(self, plan: StepPlan, error: BenthicError | torch.OutOfMemoryError) -> list[Delta]:
-        """End every request of a step that could not run."""
+    def _fail(self, plan: StepPlan, error: Exception) -> list[Delta]:
+        """End every request of a step that could not run, and that has not ended meanwhile."""
         message = f"the step of {plan.num_tokens} tokens failed: {error}"
         return [self._error(event.request_id, message) for event in self._scheduler.fail(plan, self._clock())]
 
@@ -254,25 +257,43 @@ class Engine:
         self._in_flight.pop(request_id, None)
         self._sampler.release(request_id)
 
-    def _read_prompts(self, plan: StepPlan, result: StepResult) -> None:
-        """Take log-probabilities of the prompt tokens that this step's chunks predict, where asked for."""
+    @torch.inference_mode()
+    def _measure_prompts(self, plan: StepPlan, result: StepResult) -> list[PromptRows]:
+        """Start log-probabilities of the prompt tokens that this step's chunks predict, where asked for."""
+        measured: list[PromptRows] = []
         for chunk, rows in zip(plan.prefills, result.chunk_rows, strict=True):
             entry = self._in_flight[chunk.request_id]
             if entry.prompt_logprobs:
-                self._read_prompt(entry, chunk.start, rows, result)
+                measured += self._measure_prompt(entry, chunk.start, rows, result)
+        return measured
 
-    def _read_prompt(self, entry: InFlight, start: int, rows: range, result: StepResult) -> None:
+    def _measure_prompt(
+        self, entry: InFlight, start: int, rows: range, result: StepResult
+    ) -> Iterator[PromptRows]:
         """Row i of a chunk stands at position `start + i` and predicts the prompt token one further on."""
         prompt, best = entry.request.prompt, entry.request.params.prompt_logprobs or 0
         length = min(len(rows), len(prompt) - 1 - start)
         if length <= 0:
             return
-        found: list[Logprobs] = []
+        first = start + 1
         for logits_LV in self._runner.row_logits(result, rows[:length]):
-            first = start + 1 + len(found)
-            tokens = prompt[first : first + logits_LV.shape[0]]
-            found += logprobs_of(logits_LV, tokens, [best] * len(tokens))
-        entry.prompt_logprobs[start + 1 : start + 1 + length] = found
+            tokens = np.array(prompt[first : first + logits_LV.shape[0]], dtype=np.int64)
+            measured = measure(logits_LV, to_device(tokens, self._device), best)
+            yield PromptRows.start(entry, first, measured)
+            first += len(tokens)
+
+
+def _positions(plan: StepPlan, entries: tuple[InFlight, ...]) -> list[int]:
+    """How many tokens each sampled request has put out when this step's row is drawn."""
+    ends = [position + 1 for position in plan.decode_positions]
+    ends += [chunk.start + chunk.length for chunk in plan.prefills if chunk.samples]
+    return [end - len(entry.request.prompt) for end, entry in zip(ends, entries, strict=True)]
+
+
+def _sampled_slots(plan: StepPlan) -> tuple[int, ...]:
+    """The slots of `plan.sampled_ids`; the scheduler's own tuple while only decodes run."""
+    drawing = tuple(chunk.slot for chunk in plan.prefills if chunk.samples)
+    return plan.decode_slots + drawing if drawing else plan.decode_slots
 
 
 def _complete(rows: list[Logprobs | None]) -> tuple[Logprobs, ...]:

@@ -8,6 +8,8 @@ from typing import Literal
 from benthic.errors import ConfigError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+CacheDtypeName = Literal["auto", "fp8", "fp8_e4m3"]
+QuantizationName = Literal["auto", "fp8", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,9 @@ class EngineOptions:
     Attributes:
         device: torch device, e.g. "cpu" or "cuda:0".
         dtype: of weights and cache; "auto" keeps the checkpoint's on a GPU and takes float32 on a CPU.
+        quantization: "auto" keeps the FP8 weights of a checkpoint as they are on a GPU and widens them on a
+            CPU; "fp8" keeps them anywhere, and quantises others (128 x 128 blocks); "none" widens them.
+        kv_cache_dtype: "auto" stores latents as activations are; "fp8" (or "fp8_e4m3") in E4M3, unscaled.
         max_model_len: longest prompt plus output; None takes the model's `max_position_embeddings`.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: token budget of one step (prefill chunks are cut to it).
@@ -31,13 +36,19 @@ class EngineOptions:
         max_logprobs: the most log-probabilities a request may ask for at one position.
         num_threads: CPU threads of torch; None takes all cores but one, which HTTP and clients need, when the
             engine runs on a CPU, and torch's choice on a GPU.
-        enforce_eager: run every step as it is written, without tapes (CPU) or graphs.
+        enforce_eager: run every step as it is written, without tapes (CPU) or graphs (GPU).
+        async_scheduling: plan and launch a step while the one before runs; None does so on a GPU.
+        cudagraph_capture_sizes: padded batch sizes of the graphs; empty takes 1, 2, 4, then every 8th (above
+            256 every 16th).
+        max_cudagraph_capture_size: largest batch that has a graph; larger ones run as written. 0: no graphs.
         native_folder: where compiled CPU kernels are kept; None leaves it to `kernels.native_build`.
         record: file that gets every call to the scheduler as a JSON line, for `benthic.sched.replay`.
     """
 
     device: str = "cpu"
     dtype: DtypeName = "auto"
+    quantization: QuantizationName = "auto"
+    kv_cache_dtype: CacheDtypeName = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -50,6 +61,9 @@ class EngineOptions:
     max_logprobs: int = 20
     num_threads: int | None = None
     enforce_eager: bool = False
+    async_scheduling: bool | None = None
+    cudagraph_capture_sizes: tuple[int, ...] = ()
+    max_cudagraph_capture_size: int = 512
     native_folder: str | None = None
     record: str | None = None
 
@@ -71,8 +85,17 @@ class EngineOptions:
             problems.append(
                 f"gpu_memory_utilization = {self.gpu_memory_utilization}, but it must lie in (0, 1]"
             )
-        if self.max_logprobs < 0:
-            problems.append(f"max_logprobs = {self.max_logprobs}, but it must be at least 0")
+        problems += [
+            f"{name} = {value}, but it must be at least 0"
+            for name, value in (
+                ("max_logprobs", self.max_logprobs),
+                ("max_cudagraph_capture_size", self.max_cudagraph_capture_size),
+            )
+            if value < 0
+        ]
+        if any(size < 1 for size in self.cudagraph_capture_sizes):
+            least = min(self.cudagraph_capture_sizes)
+            problems.append(f"cudagraph_capture_sizes holds {least}, but a batch has at least 1 sequence")
         if self.num_blocks is not None and self.kv_cache_memory is not None:
             problems.append(
                 f"num_blocks = {self.num_blocks} and kv_cache_memory = {self.kv_cache_memory} both size the "

@@ -11,11 +11,12 @@ from benthic.model.local import LocalExchange
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend
 from benthic.serve.columns import ColumnLinear, fastest_linear
+from benthic.serve.graphs import DecodeGraphs
 from benthic.serve.steps import StepBuilder
 from benthic.serve.tapes import DecodeTapes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -52,6 +53,7 @@ class Runner:
         linear: how matrices are multiplied; None takes the fastest exact way here, see
         `benthic.serve.columns`.
         enforce_eager: run every step as it is written, without tapes.
+        graph_sizes: padded batch sizes for which `capture` makes CUDA graphs.
     """
 
     def __init__(
@@ -63,21 +65,30 @@ class Runner:
         max_model_len: int,
         linear: Linear | None = None,
         enforce_eager: bool = False,
+        graph_sizes: tuple[int, ...] = (),
     ) -> None:
         self.cache = cache
-        self._model = model.eval()
+        self.model = model.eval()
         self._linear = fastest_linear(model) if linear is None else linear
         self._exchange = LocalExchange(model.config.n_routed_experts)
         self.tapes: DecodeTapes | None = None  # None: every step runs as it is written
-        if isinstance(self._linear, ColumnLinear) and not enforce_eager:
+        self.graphs: DecodeGraphs | None = None  # on a GPU what tapes are on a CPU
+        columns = -(-max_model_len // cache.layout.block_size)
+        taped = isinstance(self._linear, ColumnLinear) and cache.layout.dtype == torch.float32
+        if taped and not enforce_eager:
             self.tapes = DecodeTapes(
+                model, cache, linear=self._linear, exchange=self._exchange, columns=columns
+            )
+            self.tapes.warm_up()
+        if graph_sizes and not enforce_eager:
+            self.graphs = DecodeGraphs(
                 model,
                 cache,
                 linear=self._linear,
                 exchange=self._exchange,
-                columns=-(-max_model_len // cache.layout.block_size),
+                columns=columns,
+                sizes=graph_sizes,
             )
-            self.tapes.warm_up()
         self._steps = StepBuilder(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -90,21 +101,23 @@ class Runner:
         """Compute one step. Cost: one forward pass of `plan.num_tokens` rows."""
         self._steps.write(plan.tables)
         step = self._steps.build(plan)
-        taped = None if self.tapes is None else self.tapes.run(step)
-        if taped is not None:
-            return StepResult(taped[1], taped[0], step.chunk_rows)
+        recorded = self.tapes if self.graphs is None else self.graphs
+        replayed = None if recorded is None else recorded.run(step)
+        if replayed is not None:
+            return StepResult(replayed[1], replayed[0], step.chunk_rows)
         sockets = Sockets(PagedAttend(self.cache, step.layout), self._exchange, self._linear)
-        hidden_TD = self._model(step.tokens_T, step.positions_T, sockets).hidden_TD
+        hidden_TD = self.model(step.tokens_T, step.positions_T, sockets).hidden_TD
         sampled_SD = hidden_TD if step.sampled_S is None else hidden_TD.index_select(0, step.sampled_S)
-        return StepResult(self._model.logits(sampled_SD, self._linear), hidden_TD, step.chunk_rows)
+        return StepResult(self.model.logits(sampled_SD, self._linear), hidden_TD, step.chunk_rows)
 
     @torch.inference_mode()
     def row_logits(self, result: StepResult, rows: range) -> Iterator[Tensor]:
         """Logits of some rows of a step, `LOGIT_ROWS` at a time (for prompt log-probabilities)."""
         for start in range(rows.start, rows.stop, LOGIT_ROWS):
             some_TD = result.hidden_TD[start : min(start + LOGIT_ROWS, rows.stop)]
-            yield self._model.logits(some_TD, self._linear)
+            yield self.model.logits(some_TD, self._linear)
 
-    def remember(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Note the newest token of each slot, which its next decode row feeds."""
-        self._steps.remember(slots, tokens)
+    @torch.inference_mode()
+    def remember(self, slots: tuple[int, ...], token_S: Tensor) -> None:
+        """Note the newest token of each slot, which its next decode row feeds; nothing waits."""
+        self._steps.remember(slots, token_S)

@@ -9,7 +9,7 @@ Shape suffixes: S rows that sample this step, V vocabulary, L rows that want log
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -100,26 +100,34 @@ def keep_probable(
     return torch.where(kept_SV, probs_SV, 0.0)
 
 
-def logprobs_of(logits_LV: Tensor, tokens: Sequence[int], best: Sequence[int]) -> list[Logprobs]:
-    """Natural-log probabilities under the raw logits: for each row `tokens[i]`, then the `best[i]` likeliest.
+class Measured(NamedTuple):
+    """Log-probabilities of given tokens and of the likeliest ones, as tensors of any device.
 
-    A rank counts from 1; equals share the better rank of their group's first member only by token order among
-    the best, while the given token's rank is one more than the number of strictly likelier tokens.
+    Shapes: token, logprob and rank [L]; best_value and best_token [L, most].
+    """
+
+    token_L: Tensor
+    logprob_L: Tensor
+    rank_L: Tensor
+    best_value_LM: Tensor
+    best_token_LM: Tensor
+
+
+def measure(logits_LV: Tensor, token_L: Tensor, most: int) -> Measured:
+    """Natural-log probabilities under the raw logits of `token_L` (int64) and of the `most` likeliest tokens.
+
+    A rank is one more than the number of strictly likelier tokens.
     """
     logprob_LV = logits_LV.to(torch.float32).log_softmax(-1)
-    token_L1 = torch.tensor(tokens, device=logits_LV.device).unsqueeze(-1)
-    chosen_L1 = logprob_LV.gather(-1, token_L1)
+    chosen_L1 = logprob_LV.gather(-1, token_L.unsqueeze(-1))
     rank_L = (logprob_LV > chosen_L1).sum(-1) + 1
-    top = logprob_LV.topk(max(best), dim=-1)
-    rows = zip(
-        tokens,
-        chosen_L1.squeeze(-1).tolist(),
-        rank_L.tolist(),
-        top.values.tolist(),
-        top.indices.tolist(),
-        best,
-        strict=True,
-    )
+    best = logprob_LV.topk(most, dim=-1)
+    return Measured(token_L, chosen_L1.squeeze(-1), rank_L, best.values, best.indices)
+
+
+def logprobs_from(measured: Measured, best: Sequence[int]) -> list[Logprobs]:
+    """For each row its token, then the `best[i]` likeliest, whose ranks count from 1 in that order."""
+    rows = zip(*(column.tolist() for column in measured), best, strict=True)
     return [
         (
             TokenLogprob(token, logprob, rank),
@@ -127,3 +135,9 @@ def logprobs_of(logits_LV: Tensor, tokens: Sequence[int], best: Sequence[int]) -
         )
         for token, logprob, rank, values, ids, count in rows
     ]
+
+
+def logprobs_of(logits_LV: Tensor, tokens: Sequence[int], best: Sequence[int]) -> list[Logprobs]:
+    """`measure` and `logprobs_from` in one go, waiting for the device: `best[i]` likeliest of row i."""
+    token_L = torch.tensor(tokens, device=logits_LV.device)
+    return logprobs_from(measure(logits_LV, token_L, max(best)), best)

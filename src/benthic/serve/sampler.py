@@ -1,5 +1,8 @@
 """From logits to tokens: every row of a batch with its own settings, in a handful of tensor operations.
 
+Nothing here waits for the device but `Drawing.collect`: settings go there through pinned memory, tokens and
+log-probabilities come back the same way.
+
 Order of the steps, as in vLLM: raw log-probabilities are taken; logit bias; min_tokens; repetition, frequency
 and presence penalties; then argmax, or temperature, min-p, top-k, top-p and the draw.
 
@@ -15,7 +18,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from benthic.serve.sample import NO_TOKEN, Logprobs, draw, keep_probable, logprobs_of, to_int64, uniform
+from benthic.serve.sample import (
+    NO_TOKEN,
+    Logprobs,
+    Measured,
+    draw,
+    keep_probable,
+    logprobs_from,
+    measure,
+    to_int64,
+    uniform,
+)
+from benthic.serve.transit import Homeward, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +68,7 @@ class Batch:
     bias: tuple[Tensor, Tensor, Tensor] | None
     penalties: Penalties | None
     min_tokens: tuple[tuple[int, int, tuple[int, ...]], ...]
-    logprobs: tuple[tuple[int, int], ...]
+    logprobs: LogprobRows | None
 
     @classmethod
     def of(cls, rows: Sequence[Row], vocab_size: int, device: torch.device) -> Batch:
@@ -63,18 +77,14 @@ class Batch:
         greedy = [p.greedy for p in params]
         all_greedy = all(greedy)
 
-        def floats(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
+        temperatures = _temperatures(params)
         return cls(
             all_greedy=all_greedy,
-            greedy_S=torch.tensor(greedy, device=device) if any(greedy) and not all_greedy else None,
+            greedy_S=_tensor(greedy, np.bool_, device) if any(greedy) and not all_greedy else None,
             temperature_S1=None
-            if all(t == 1.0 for t in _temperatures(params))
-            else floats(_temperatures(params)).unsqueeze(-1),
-            seed_S=None
-            if all_greedy
-            else torch.tensor([to_int64(row.seed) for row in rows], dtype=torch.int64, device=device),
+            if all(t == 1.0 for t in temperatures)
+            else _tensor(temperatures, np.float32, device).unsqueeze(-1),
+            seed_S=None if all_greedy else _tensor([to_int64(row.seed) for row in rows], np.int64, device),
             filters=None if all_greedy else _filters(params, vocab_size, device),
             bias=_bias(params, device),
             penalties=Penalties.of(rows, device),
@@ -83,8 +93,30 @@ class Batch:
                 for i, row in enumerate(rows)
                 if row.params.min_tokens > 0 and row.stop_tokens
             ),
-            logprobs=tuple((i, p.logprobs) for i, p in enumerate(params) if p.logprobs is not None),
+            logprobs=LogprobRows.of(params, device),
         )
+
+
+@dataclass(frozen=True)
+class LogprobRows:
+    """Rows that want log-probabilities: their places in the batch, also on the device, and how many each."""
+
+    rows: tuple[int, ...]
+    row_L: Tensor
+    best: tuple[int, ...]
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> LogprobRows | None:
+        """The rows that ask; None when there are none."""
+        asking = [(i, p.logprobs) for i, p in enumerate(params) if p.logprobs is not None]
+        if not asking:
+            return None
+        rows, best = zip(*asking, strict=True)
+        return cls(rows, _tensor(rows, np.int64, device), best)
+
+
+def _tensor(values: Sequence[float], dtype: type[np.generic], device: torch.device) -> Tensor:
+    return to_device(np.array(values, dtype=dtype), device)
 
 
 def _temperatures(params: Sequence[SamplingParams]) -> list[float]:
@@ -98,9 +130,9 @@ def _filters(
         return None
     top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     return (
-        torch.tensor(top_k, dtype=torch.int64, device=device),
-        torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+        _tensor(top_k, np.int64, device),
+        _tensor([p.top_p for p in params], np.float32, device),
+        _tensor([p.min_p for p in params], np.float32, device),
         max(top_k),
     )
 
@@ -111,9 +143,9 @@ def _bias(params: Sequence[SamplingParams], device: torch.device) -> tuple[Tenso
         return None
     rows, tokens, values = zip(*entries, strict=True)
     return (
-        torch.tensor(rows, device=device),
-        torch.tensor(tokens, device=device),
-        torch.tensor(values, dtype=torch.float32, device=device),
+        _tensor(rows, np.int64, device),
+        _tensor(tokens, np.int64, device),
+        _tensor(values, np.float32, device),
     )
 
 
@@ -136,11 +168,11 @@ class Penalties:
         params = [rows[i].params for i in chosen]
 
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(-1)
+            return _tensor(values, np.float32, device).unsqueeze(-1)
 
         return cls(
-            row_L=torch.tensor(chosen, device=device),
-            slot_L=torch.tensor([rows[i].slot for i in chosen], device=device),
+            row_L=_tensor(chosen, np.int64, device),
+            slot_L=_tensor([rows[i].slot for i in chosen], np.int64, device),
             repetition_L1=column([p.repetition_penalty for p in params]),
             frequency_L1=column([p.frequency_penalty for p in params]),
             presence_L1=column([p.presence_penalty for p in params]),
@@ -165,7 +197,8 @@ class PenaltyTable:
         slot = self._free.pop()
         self._counts_NV[slot] = 0
         self._in_prompt_NV[slot] = False
-        self._in_prompt_NV[slot, torch.tensor(prompt, device=self._counts_NV.device)] = True
+        token_P = _tensor(prompt, np.int64, self._counts_NV.device)
+        self._in_prompt_NV[slot].index_fill_(0, token_P, value=True)
         return slot
 
     def release(self, slot: int) -> None:
@@ -209,6 +242,24 @@ class Sampled:
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """Tokens that are being drawn: `token_S` on the device, and their way home."""
+
+    token_S: Tensor
+    homeward: Homeward
+    asked: LogprobRows | None = None
+
+    def collect(self) -> Sampled:
+        """Wait for the tokens."""
+        token_S, *measured = self.homeward.wait()
+        tokens = token_S.tolist()
+        if self.asked is None:
+            return Sampled(tokens)
+        found = logprobs_from(Measured(*measured), self.asked.best)
+        return Sampled(tokens, dict(zip(self.asked.rows, found, strict=True)))
+
+
 class Sampler:
     """Draws tokens for the requests that were admitted to it."""
 
@@ -241,9 +292,13 @@ class Sampler:
         if request_id in self._batch_of:
             self._batch_of, self._batch = (), None
 
-    @torch.inference_mode()
     def sample(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Sampled:
-        """Draw one token a row.
+        """`start`, then wait for the tokens."""
+        return self.start(logits_SV, request_ids, positions).collect()
+
+    @torch.inference_mode()
+    def start(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Drawing:
+        """Draw one token a row, without waiting for the device.
 
         Args:
             logits_SV: raw logits of any float dtype; left unchanged only when float32 is not its dtype.
@@ -255,17 +310,17 @@ class Sampler:
         """
         batch = self._batch_for(request_ids)
         logits_SV = logits_SV.to(torch.float32)
-        raw_LV = logits_SV[[i for i, _ in batch.logprobs]] if batch.logprobs else None
+        asked = batch.logprobs
+        raw_LV = None if asked is None else logits_SV.index_select(0, asked.row_L)
         self._adjust(logits_SV, batch, positions)
         token_S = _choose(logits_SV, batch, positions)
         if batch.penalties is not None:
             self._table.count(token_S, batch.penalties)
-        tokens = token_S.tolist()
-        if raw_LV is None:
-            return Sampled(tokens)
-        chosen = [max(tokens[i], 0) for i, _ in batch.logprobs]
-        found = logprobs_of(raw_LV, chosen, [n for _, n in batch.logprobs])
-        return Sampled(tokens, {i: entry for (i, _), entry in zip(batch.logprobs, found, strict=True)})
+        if asked is None or raw_LV is None:
+            return Drawing(token_S, Homeward.start(token_S))
+        token_L = token_S.index_select(0, asked.row_L).clamp(min=0)
+        measured = measure(raw_LV, token_L, max(asked.best))
+        return Drawing(token_S, Homeward.start(token_S, *measured), asked)
 
     def _batch_for(self, request_ids: tuple[str, ...]) -> Batch:
         if self._batch is None or self._batch_of != request_ids:
@@ -280,8 +335,9 @@ class Sampler:
             logits_SV.index_put_((rows, tokens), values, accumulate=True)
         early = [(i, t) for i, least, stops in batch.min_tokens if positions[i] < least for t in stops]
         if early:
-            rows, tokens = (torch.tensor(column, device=self._device) for column in zip(*early, strict=True))
-            logits_SV[rows, tokens] = -torch.inf
+            rows, tokens = (_tensor(column, np.int64, self._device) for column in zip(*early, strict=True))
+            # not `logits_SV[rows, tokens] = -torch.inf`: that number would cross, and the host wait for it
+            logits_SV.index_put_((rows, tokens), logits_SV.new_full((), -torch.inf))
         if batch.penalties is not None:
             self._table.apply(logits_SV, batch.penalties)
 
@@ -297,7 +353,7 @@ def _choose(logits_SV: Tensor, batch: Batch, positions: Sequence[int]) -> Tensor
     if batch.filters is not None:
         top_k_S, top_p_S, min_p_S, most_k = batch.filters
         probs_SV = keep_probable(probs_SV, top_k_S, top_p_S, min_p_S, most_k=most_k)
-    position_S = torch.tensor(positions, dtype=torch.int64, device=logits_SV.device)
+    position_S = _tensor(positions, np.int64, logits_SV.device)
     assert batch.seed_S is not None  # noqa: S101 (Batch.of sets it unless all rows are greedy)
     token_S = draw(probs_SV, uniform(batch.seed_S, position_S))
     if batch.greedy_S is not None:

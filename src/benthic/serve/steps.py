@@ -1,7 +1,8 @@
 """From a plan to tensors: which tokens, at which positions, in which slots, seen by whom.
 
 Everything is computed with numpy on preallocated tables (a handful of array operations a step, no loop over
-decoding sequences) and crosses to the device once.
+decoding sequences) and crosses to the device without the host waiting. The newest token of each slot alone
+lives on the device: a step that is prepared while the one before still runs gathers its tokens there.
 
 Shape suffixes: T rows of the step, S sequences, N scheduler slots, P block-table columns, M context tokens of
 all prefill chunks.
@@ -10,15 +11,16 @@ all prefill chunks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from benthic.serve.attend import DecodeRows, PrefillRows, StepLayout
+from benthic.serve.transit import to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -58,18 +60,18 @@ class StepBuilder:
         self._device = device
         self._on_cpu = device.type == "cpu"
         self._table_NP = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
-        self._newest_N = np.zeros(max_num_seqs, dtype=np.int64)
-        self._decoding_slots: tuple[int, ...] = ()
-        self._decoding_S = np.zeros(0, dtype=np.int64)
+        self._newest_N = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._newest_here = self._newest_N.numpy() if self._on_cpu else None
+        self._decoding = Slots.of((), device)
 
     def write(self, tables: Iterable[TableWrite]) -> None:
         """Apply a plan's block-table writes."""
         for slot, first, blocks in tables:
             self._table_NP[slot, first : first + len(blocks)] = blocks
 
-    def remember(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Note each slot's newest token: what its next decode row feeds."""
-        self._newest_N[list(slots)] = tokens
+    def remember(self, slots: tuple[int, ...], token_S: Tensor) -> None:
+        """Note each slot's newest token: what its next decode row feeds (0 for `NO_TOKEN`)."""
+        self._newest_N.index_copy_(0, self._slots_of(slots).on_device, token_S.clamp(min=0))
 
     def build(self, plan: StepPlan) -> StepTensors:
         """The tensors of a plan whose table writes were applied.
@@ -78,42 +80,36 @@ class StepBuilder:
         """
         singles = [chunk for chunk in plan.prefills if chunk.length == 1]
         chunks = [chunk for chunk in plan.prefills if chunk.length > 1]
-        slot_S = self._decoding(plan.decode_slots)
-        position_S = np.array(plan.decode_positions, dtype=np.int64)
+        decoding = self._slots_of(plan.decode_slots)
+        slot_S, position_S = decoding.here, np.array(plan.decode_positions, dtype=np.int64)
+        given = [np.array(_tokens(chunk), dtype=np.int64) for chunk in (*singles, *chunks)]
         if singles:
             slot_S = np.append(slot_S, [chunk.slot for chunk in singles])
             position_S = np.append(position_S, [chunk.start for chunk in singles])
-        token_S = self._newest_N[slot_S]
-        if singles:
-            token_S[len(plan.decode_slots) :] = [_tokens(chunk)[0] for chunk in singles]
-        decode_slot_S = self._slots(slot_S, position_S)
-        decode = self._decode(slot_S, position_S) if slot_S.size else None
-        if not chunks:
-            return StepTensors(
-                tokens_T=self._to_device(token_S),
-                positions_T=self._to_device(position_S),
-                layout=StepLayout(self._to_device(decode_slot_S), decode, None),
-                sampled_S=self._sampled(plan, singles, chunks),
-                chunk_rows=_chunk_rows(plan),
-            )
         positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
         slots = [self._slots(chunk.slot, row) for chunk, row in zip(chunks, positions, strict=True)]
-        tokens = [np.array(_tokens(chunk), dtype=np.int64) for chunk in chunks]
+        decode = self._decode(slot_S, position_S) if slot_S.size else None
+        slot_T = np.concatenate([self._slots(slot_S, position_S), *slots])
         return StepTensors(
-            tokens_T=self._to_device(np.concatenate([token_S, *tokens])),
+            tokens_T=self._fed(decoding, given),
             positions_T=self._to_device(np.concatenate([position_S, *positions])),
-            layout=StepLayout(
-                self._to_device(np.concatenate([decode_slot_S, *slots])), decode, self._prefill(chunks)
-            ),
+            layout=StepLayout(self._to_device(slot_T), decode, self._prefill(chunks) if chunks else None),
             sampled_S=self._sampled(plan, singles, chunks),
             chunk_rows=_chunk_rows(plan),
         )
 
-    def _decoding(self, slots: tuple[int, ...]) -> NDArray[np.int64]:
+    def _fed(self, decoding: Slots, given: list[NDArray[np.int64]]) -> Tensor:
+        """The newest tokens of the decoding slots, then those `given` by the plan."""
+        if self._newest_here is not None:
+            return torch.from_numpy(np.concatenate([self._newest_here[decoding.here], *given]))
+        newest_S = self._newest_N.index_select(0, decoding.on_device)
+        return torch.cat((newest_S, self._to_device(np.concatenate(given)))) if given else newest_S
+
+    def _slots_of(self, slots: tuple[int, ...]) -> Slots:
         """The slots of the decoding sequences; the scheduler hands out one tuple until one comes or goes."""
-        if slots is not self._decoding_slots:
-            self._decoding_slots, self._decoding_S = slots, np.array(slots, dtype=np.int64)
-        return self._decoding_S
+        if slots is not self._decoding.slots:
+            self._decoding = Slots.of(slots, self._device)
+        return self._decoding
 
     def _slots(self, row: NDArray[np.int64] | int, position: NDArray[np.int64]) -> NDArray[np.int64]:
         """Cache slots of positions of the sequences in table rows `row`."""
@@ -153,8 +149,21 @@ class StepBuilder:
         return self._to_device(np.array([*range(num_decodes), *last], dtype=np.int64))
 
     def _to_device(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self._on_cpu else tensor.to(self._device, non_blocking=True)
+        return to_device(array, self._device)
+
+
+class Slots(NamedTuple):
+    """Rows of the block table as the scheduler gave them, as numpy has them, and on the device."""
+
+    slots: tuple[int, ...]
+    here: NDArray[np.int64]
+    on_device: Tensor
+
+    @classmethod
+    def of(cls, slots: tuple[int, ...], device: torch.device) -> Slots:
+        """Send them to the device."""
+        here = np.array(slots, dtype=np.int64)
+        return cls(slots, here, to_device(here, device))
 
 
 def _tokens(chunk: Prefill) -> tuple[int, ...]:

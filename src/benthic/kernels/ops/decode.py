@@ -37,12 +37,19 @@ _TRITON_DECODE = inference_only(
         torch.bfloat16,
         torch.float16,
         torch.float32,
+        torch.float8_e4m3fn,
         reason="our paged kernel: pages read once for all heads, contexts split to fill the GPU",
         dot=True,
     )
 )
 _TRITON_STORE = inference_only(
-    triton_runs(torch.bfloat16, torch.float16, torch.float32, reason="one kernel, nothing waits for the host")
+    triton_runs(
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float8_e4m3fn,
+        reason="one kernel, nothing waits for the host",
+    )
 )
 
 MLA_DECODE = Op(
@@ -86,6 +93,7 @@ def mla_decode(
     the latent first; block_table int32 [S, P], whose entries past the context are never read; context int32
     [S] counts all cached tokens including these Q, so query j sees `context - (Q - 1 - j)` of them.
     `context = 0` gives zeros.
+    A cache in E4M3 is widened to the queries' dtype as it is read.
     Returns: out [S, Q, H, C] in the queries' dtype; multiply by W^UV for values.
     For inference: where autograd records, only the definition runs.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
@@ -115,6 +123,7 @@ def store_latent(
 
     Shapes: cache [pages, block, C + r] contiguous; latent [T, C]; rope [T, r]; slot integer [T] =
     `page * block + offset`, and -1 for tokens that are not kept (padding). Slots must differ.
+    A cache in E4M3 takes what lies beyond 448 as 448: it has no infinity.
     For inference: where autograd records, only the definition runs.
     Raises: ShapeError when widths or tokens disagree or the cache has gaps; BackendError when `impl` cannot
     run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from benthic.kernels.reference.fp8 import E4M3_MAX
 from benthic.kernels.reference.norm import wide
 
 
@@ -85,15 +86,26 @@ def mla_decode(
         if context == 0:
             continue
         pages = block_table_SP[sequence, : -(-context // cache_PBW.shape[1])].long()
-        key_T1W = cache_PBW[pages].flatten(0, 1)[:context].unsqueeze(1).to(query_SQHW.dtype)
+        key_T1W = take_rows(cache_PBW, pages).flatten(0, 1)[:context].unsqueeze(1).to(query_SQHW.dtype)
         out[sequence] = attend_one(
             query_SQHW[sequence], key_T1W, key_T1W[..., :latent_dim], scale=scale, causal=True
         )[0]
     return out
 
 
+def take_rows(source: Tensor, index: Tensor) -> Tensor:
+    """`source[index]` along the first dim, also for FP8, which torch moves as bytes."""
+    if source.dtype != torch.float8_e4m3fn:
+        return source[index]
+    return source.view(torch.uint8)[index].view(source.dtype)
+
+
 def store_latent(cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: Tensor) -> None:
     """Write each token's latent and rotary key into its slot (`page * B + offset`); slot -1 is skipped."""
     kept_T = slot_T >= 0
-    rows_TW = torch.cat((latent_TC, rope_Tr), dim=-1).to(cache_PBW.dtype)
-    cache_PBW.view(-1, cache_PBW.shape[-1])[slot_T[kept_T].long()] = rows_TW[kept_T]
+    rows_TW = torch.cat((latent_TC, rope_Tr), dim=-1)
+    if cache_PBW.dtype == torch.float8_e4m3fn:
+        # bytes, since torch moves FP8 rows by index on no device
+        rows_TW = rows_TW.clamp(-E4M3_MAX, E4M3_MAX).to(cache_PBW.dtype).view(torch.uint8)
+        cache_PBW = cache_PBW.view(torch.uint8)
+    cache_PBW.view(-1, cache_PBW.shape[-1])[slot_T[kept_T].long()] = rows_TW[kept_T].to(cache_PBW.dtype)

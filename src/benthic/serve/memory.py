@@ -1,0 +1,131 @@
+"""Where a GPU's memory goes: weights, activations of the largest step, graphs; the cache gets the rest.
+
+What activations and graphs take is measured, on this model and this GPU, before the cache is allocated: one
+prefill step of `max_num_batched_tokens` rows and the logits of `max_num_seqs` rows, then the captures of the
+two largest graphs over a cache of one block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from benthic.model.local import LocalExchange
+from benthic.model.sockets import Sockets
+from benthic.serve.attend import PagedAttend, PrefillRows, StepLayout
+from benthic.serve.cache import CacheLayout, LatentCache
+from benthic.serve.graphs import DecodeGraphs
+from benthic.units import binary_bytes, percent
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benthic.model.network import DeepSeek
+    from benthic.model.sockets import Linear
+    from benthic.serve.options import EngineOptions
+
+SAMPLING_COPIES = 6
+"""Float32 copies of the logits that a sampling step holds at once, its float64 sums counted as two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Bytes of one GPU; `in_use` is all that is there before the cache, weights and other processes too."""
+
+    total: int
+    in_use: int
+    weights: int
+    activations: int
+    graphs: int
+
+    @property
+    def reserve(self) -> int:
+        """What the cache must leave free."""
+        return self.activations + self.graphs
+
+    def lines(self, utilization: float, cache: int) -> list[str]:
+        """The account, one line for each use."""
+        left = self.total - self.in_use - self.reserve - cache
+        return [
+            f"{binary_bytes(self.total)} on the GPU, of which {percent(utilization)} may be used",
+            f"{binary_bytes(self.weights)} weights",
+            f"{binary_bytes(self.in_use - self.weights)} libraries, context, other processes",
+            f"{binary_bytes(self.activations)} activations (peak of the largest step)",
+            f"{binary_bytes(self.graphs)} CUDA graphs (from the two largest)",
+            f"{binary_bytes(cache)} latent cache",
+            f"{binary_bytes(left)} left free",
+        ]
+
+
+def measure_use(
+    model: DeepSeek,
+    layout: CacheLayout,
+    options: EngineOptions,
+    *,
+    linear: Linear,
+    graph_sizes: Sequence[int],
+    max_model_len: int,
+) -> MemoryUse:
+    """Run the largest step and capture the two largest graphs over a cache of one block; keep nothing.
+
+    Cost: one prefill step and four decode steps.
+    """
+    device = model.head_weight().device
+    weights = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
+    cache = LatentCache(layout, 1, device)
+    activations = peak_of_step(model, cache, options, linear=linear, max_model_len=max_model_len)
+    graphs = 0
+    if graph_sizes:
+        columns = -(-max_model_len // layout.block_size)
+        graphs = graph_bytes(model, cache, linear=linear, sizes=graph_sizes, columns=columns)
+    del cache
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return MemoryUse(
+        total=total, in_use=total - free, weights=weights, activations=activations, graphs=graphs
+    )
+
+
+@torch.inference_mode()
+def peak_of_step(
+    model: DeepSeek, cache: LatentCache, options: EngineOptions, *, linear: Linear, max_model_len: int
+) -> int:
+    """Bytes that a step of fresh prompts adds at its peak, or sampling `max_num_seqs` rows after it."""
+    device = model.head_weight().device
+    rows, longest = options.max_num_batched_tokens, min(options.max_num_batched_tokens, max_model_len)
+    starts = [*range(0, rows, longest), rows]
+    bounds = torch.tensor(starts, dtype=torch.int32, device=device)
+    prefill = PrefillRows(bounds, bounds, longest, longest, None)
+    tokens_T = torch.arange(rows, device=device) % model.config.vocab_size
+    attend = PagedAttend(cache, StepLayout(torch.full_like(tokens_T, -1), None, prefill))
+    sockets = Sockets(attend, LocalExchange(model.config.n_routed_experts), linear)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    hidden_TD = model(tokens_T, tokens_T % longest, sockets).hidden_TD
+    logits_SV = model.logits(hidden_TD[: options.max_num_seqs], linear)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return max(peak, logits_SV.numel() * 4 * SAMPLING_COPIES)
+
+
+def graph_bytes(
+    model: DeepSeek, cache: LatentCache, *, linear: Linear, sizes: Sequence[int], columns: int
+) -> int:
+    """Bytes that graphs of all sizes will take: those of the two largest, and for each other the second's."""
+    torch.cuda.empty_cache()
+    before, _ = torch.cuda.mem_get_info()
+    graphs = DecodeGraphs(
+        model,
+        cache,
+        linear=linear,
+        exchange=LocalExchange(model.config.n_routed_experts),
+        columns=columns,
+        sizes=sizes[-2:],
+    )
+    graphs.capture(iter)
+    after, _ = torch.cuda.mem_get_info()
+    others = (len(sizes) - len(graphs)) * graphs.bytes_of(graphs.sizes[0])
+    return max(0, before - after) + others

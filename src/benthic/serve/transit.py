@@ -1,0 +1,52 @@
+"""Small arrays on their way to the device, and results on their way back, without the host waiting.
+
+Only pinned memory crosses while the host goes on; torch's pinned allocator gives a block out again when the
+copies that were queued from it are done, so nobody has to keep one alive. On a CPU nothing crosses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+def to_device(array: NDArray, device: torch.device) -> Tensor:
+    """The array on `device`: shared on a CPU, queued behind the device's work elsewhere."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Homeward(NamedTuple):
+    """Tensors whose copies to the host are queued behind the work that computes them.
+
+    `wait` is the one place where a serving step waits for the device.
+    """
+
+    copies: tuple[Tensor, ...]
+    done: torch.cuda.Event | None
+
+    @classmethod
+    def start(cls, *tensors: Tensor) -> Self:
+        """Queue the copies; CPU tensors are taken as they are."""
+        if not tensors or not tensors[0].is_cuda:
+            return cls(tensors, None)
+        copies = tuple(
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            for tensor in tensors
+        )
+        done = torch.cuda.Event()
+        done.record()
+        return cls(copies, done)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The copies, complete."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.copies

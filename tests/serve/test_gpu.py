@@ -1,0 +1,197 @@
+"""The engine on a GPU: graphs, overlap and FP8 beside the plain loop, and no wait in a step but the last."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_engine import NANO, is_empty, prompts, random_model, request, serve, small_engine
+from test_overlap import mixed_requests
+
+from benthic.model.local import LocalExchange, plain_linear
+from benthic.model.sockets import Sockets
+from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
+from benthic.serve.cache import CacheLayout, LatentCache
+from benthic.serve.graphs import DecodeGraphs
+from benthic.serve.steps import StepTensors
+
+pytestmark = pytest.mark.gpu
+
+# Widths that GPU kernels take, gate and up of whole FP8 blocks.
+ROUND = replace(
+    NANO,
+    hidden_size=128,
+    intermediate_size=256,
+    moe_intermediate_size=128,
+    q_lora_rank=64,
+    kv_lora_rank=64,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    initializer_range=0.08,
+)
+
+
+def gpu_model(dtype=torch.float32):
+    return random_model(ROUND).cuda().to(dtype)
+
+
+def tokens(engine, asked=None):
+    answers = serve(engine, asked or mixed_requests())
+    assert is_empty(engine)
+    return {name: answer.tokens for name, answer in answers.items()}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    engine = small_engine(gpu_model(), enforce_eager=True, async_scheduling=False)
+    assert engine._runner.graphs is None
+    return tokens(engine)
+
+
+def test_plain_steps_give_the_tokens_of_the_cpu(plain):
+    assert tokens(small_engine(random_model(ROUND))) == plain
+
+
+@pytest.mark.parametrize("overlapped", [False, True], ids=["plain loop", "overlapped"])
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 24}, {"cudagraph_capture_sizes": (3,)}], ids=str)
+def test_graphs_and_overlap_give_the_tokens_of_the_plain_loop(plain, overlapped, options):
+    engine = small_engine(gpu_model(), async_scheduling=overlapped, **options)
+    graphs, replayed = engine._runner.graphs, []
+    replay = graphs.replay
+    graphs.replay = lambda size: (replayed.append(size), replay(size))
+    assert tokens(engine) == plain
+    assert len(graphs) == len(graphs.sizes)
+    assert len(set(replayed)) >= 2
+
+
+def test_overlapped_bfloat16_equals_its_plain_loop_when_batches_are_alike():
+    asked = [
+        request(str(i), p, max_tokens=24) for i, p in enumerate(prompts(8, seed=3, shortest=20, longest=20))
+    ]
+    options = {"max_num_batched_tokens": 256}
+    loops = [
+        tokens(small_engine(gpu_model(torch.bfloat16), async_scheduling=o, **options), asked)
+        for o in (False, True)
+    ]
+    assert loops[0] == loops[1]
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_graph_of_verification_rows_computes_what_the_plain_step_does(queries):
+    model = gpu_model()
+    layout = CacheLayout.of(ROUND, block_size=4, dtype=torch.float32)
+    contexts = torch.tensor([9, 4, 17], dtype=torch.int32, device="cuda")
+    table = torch.randperm(20, device="cuda")[:15].view(3, 5).to(torch.int32)
+    last = torch.arange(queries, device="cuda") - queries
+    positions = (contexts[:, None] + last).flatten().long()
+    owner = torch.arange(3, device="cuda").repeat_interleave(queries)
+    slots = table[owner, positions // 4].long() * 4 + positions % 4
+    step = StepTensors(
+        torch.arange(3 * queries, device="cuda") + 7,
+        positions,
+        StepLayout(slots, DecodeRows(queries, table, contexts), None),
+        None,
+        (),
+    )
+    caches = [LatentCache(layout, 20, torch.device("cuda")) for _ in range(2)]
+    for cache in caches:
+        filling = torch.Generator("cuda").manual_seed(0)
+        cache.pages_LPBW.normal_(generator=filling)
+    exchange = LocalExchange(ROUND.n_routed_experts)
+    graphs = DecodeGraphs(
+        model, caches[0], linear=plain_linear, exchange=exchange, columns=8, sizes=(2, 4), queries=queries
+    )
+    graphs.capture(iter)
+    assert torch.equal(caches[0].pages_LPBW, caches[1].pages_LPBW), "capturing wrote to the cache"
+    with torch.inference_mode():
+        found = graphs.run(step)
+        assert found is not None
+        sockets = Sockets(PagedAttend(caches[1], step.layout), exchange, plain_linear)
+        hidden = model(step.tokens_T, step.positions_T, sockets).hidden_TD
+        torch.testing.assert_close(found[0], hidden, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[1], model.logits(hidden, plain_linear), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(caches[0].pages_LPBW, caches[1].pages_LPBW, rtol=1e-4, atol=1e-4)
+
+
+def in_error_mode(engine):
+    """A step raises from now on where the host waits for the device, `Homeward.wait` excepted."""
+    step = engine.step
+
+    def checked():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine.step = checked
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("how", [{}, {"quantization": "fp8", "kv_cache_dtype": "fp8"}], ids=["wide", "fp8"])
+def test_no_step_waits_for_the_device_before_its_tokens_come_home(eager, how):
+    engine = small_engine(gpu_model(torch.bfloat16), enforce_eager=eager, num_blocks=64, **how)
+    serve(engine, mixed_requests())  # kernels are compiled
+    in_error_mode(engine)
+    answers = serve(engine, mixed_requests())
+    assert all(answer.finish in ("length", "stop") for answer in answers.values())
+
+
+def test_a_wait_inside_a_step_would_be_caught():
+    engine = small_engine(gpu_model())
+    in_error_mode(engine)
+    run = engine._runner.run
+
+    def waiting(plan):
+        result = run(plan)
+        result.logits_SV.max().item()
+        return result
+
+    engine._runner.run = waiting
+    engine.add(request("a", [3, 4, 5]))
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        engine.step()
+
+
+def first_logprobs(engine):
+    asked = [request(str(i), p, prompt_logprobs=0) for i, p in enumerate(prompts(6, seed=4, shortest=30))]
+    rows = [a.deltas[0].prompt_logprobs[1:] for a in serve(engine, asked).values()]
+    return torch.tensor([row[0].logprob for each in rows for row in each])
+
+
+@pytest.mark.parametrize(
+    ("how", "bound"),
+    [
+        ({}, 0.05),
+        ({"kv_cache_dtype": "fp8"}, 0.15),
+        ({"quantization": "fp8"}, 0.3),
+        ({"quantization": "fp8", "kv_cache_dtype": "fp8"}, 0.3),
+    ],
+    ids=str,
+)
+def test_bfloat16_and_fp8_stay_near_float32_on_the_cpu(how, bound):
+    budget = {"max_num_batched_tokens": 8}  # chunks read what the cache kept
+    exact = first_logprobs(small_engine(random_model(ROUND), **budget))
+    found = first_logprobs(small_engine(gpu_model(torch.bfloat16), **budget, **how))
+    off = float((found - exact).abs().median())
+    assert 0 < off < bound
+
+
+def test_the_account_of_memory_adds_up_and_the_cache_keeps_to_it():
+    engine = small_engine(
+        gpu_model(torch.bfloat16), num_blocks=None, gpu_memory_utilization=0.3, max_num_batched_tokens=512
+    )
+    size, use = engine.parts.cache_size, engine.parts.memory
+    cache = engine._runner.cache.num_bytes
+    assert use is not None
+    assert use.weights == sum(p.nbytes for p in engine._runner.model.parameters()) + sum(
+        b.nbytes for b in engine._runner.model.buffers()
+    )
+    assert use.activations > 0
+    free, total = torch.cuda.mem_get_info()
+    assert use.in_use + use.reserve + cache <= 0.3 * total
+    assert total - free <= 0.3 * total + (64 << 20)
+    assert "for activations" in size.reason
+    assert "latent cache" in " ".join(use.lines(0.3, cache))
