@@ -1,7 +1,8 @@
 """The HTTP side of a load test: one streamed request to an OpenAI-compatible server, with times.
 
 aiohttp, because a load generator must cost less than what it measures: its parser is compiled, and a chunk
-costs a fraction of what httpx takes for it. Nothing is retried: a second try is not the request that was due.
+costs half of what httpx takes for it (docs/adr/0011-bench-room.md). Nothing is retried: a second try is not
+the request that was due.
 """
 
 from __future__ import annotations

@@ -65,13 +65,15 @@ class ChatJob:
         service: the server's state.
         body: the request.
         prompt: the rendered conversation.
+        grammar: what the answer must follow, or None.
     Raises: ApiError 400 for what only the model's sizes can tell.
     """
 
-    def __init__(self, service: Service, body: ChatBody, prompt: Prompt) -> None:
+    def __init__(self, service: Service, body: ChatBody, prompt: Prompt, grammar: str | None = None) -> None:
         self._service = service
         self._body = body
         self._prompt = prompt
+        self._grammar = grammar
         self._names = TokenNames(service.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._tally = Tally([prompt], body.n or 1)
         self._id = new_id("chatcmpl")
@@ -126,6 +128,7 @@ class ChatJob:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
             nth=index,
+            grammar=self._grammar,
         )
         return Asked(
             index=index,

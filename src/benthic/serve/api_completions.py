@@ -51,13 +51,21 @@ class CompletionJob:
         service: the server's state.
         body: the request.
         prompts: its prompts, tokenized.
+        grammar: what every answer must follow, or None.
     Raises: ApiError 400 for what only the model's sizes can tell.
     """
 
-    def __init__(self, service: Service, body: CompletionBody, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        body: CompletionBody,
+        prompts: Sequence[Prompt],
+        grammar: str | None = None,
+    ) -> None:
         self._service = service
         self._body = body
         self._prompts = prompts
+        self._grammar = grammar
         self._n = body.n or 1
         self._names = TokenNames(service.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._writers: dict[int, CompletionLogprobWriter] = {}
@@ -103,6 +111,7 @@ class CompletionJob:
             logprobs=body.logprobs,
             prompt_logprobs=self._prompt_logprobs(),
             nth=number,
+            grammar=self._grammar,
         )
         return Asked(
             index=index,

@@ -78,7 +78,8 @@ def generation_routes(service: Service) -> APIRouter:
         arrival_s = service.clock()
         service.check_model(body.model)
         service.check_health()
-        job = CompletionJob(service, body, await read_prompts(service, body))
+        grammar = await service.grammar(body)
+        job = CompletionJob(service, body, await read_prompts(service, body), grammar)
         return await answer(service, request, job, arrival_s, stream=bool(body.stream))
 
     @router.post("/v1/chat/completions", **_streams(ChatCompletion, ChatChunk))
@@ -93,9 +94,8 @@ def generation_routes(service: Service) -> APIRouter:
             add_generation_prompt=body.add_generation_prompt,
             variables=body.chat_template_kwargs,
         )
-        return await answer(
-            service, request, ChatJob(service, body, prompt), arrival_s, stream=bool(body.stream)
-        )
+        job = ChatJob(service, body, prompt, await service.grammar(body))
+        return await answer(service, request, job, arrival_s, stream=bool(body.stream))
 
     return router
 

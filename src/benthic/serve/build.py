@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from benthic.model.checkpoint import load_pretrained
 from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
 from benthic.serve.cache import CacheLayout, CacheSize, LatentCache, size_by_bytes, size_by_utilization
+from benthic.serve.grammar import Grammars
 from benthic.serve.messages import Ready
 from benthic.serve.runner import Runner
 
@@ -38,12 +39,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Parts:
-    """What an engine is made of; `cache_size` says why the cache is as large as it is."""
+    """What an engine is made of; `cache_size` says why the cache is as large as it is.
+
+    `grammars` is None where no tokenizer is at hand: requests with structured output are then refused.
+    """
 
     runner: Runner
     scheduler: Scheduler
     ready: Ready
     cache_size: CacheSize
+    grammars: Grammars | None = None
 
 
 def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
@@ -63,7 +68,8 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
     dtype = DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else None)
     model = load_pretrained(path, device=device, dtype=dtype, mtp=False)
     eos = eos_token_ids(path, model.config)
-    return assemble(model, options, model_name=path.name, eos=eos)
+    parts = assemble(model, options, model_name=path.name, eos=eos)
+    return replace(parts, grammars=Grammars.from_folder(path, vocab_size=model.config.vocab_size, eos=eos))
 
 
 def assemble(model: DeepSeek, options: EngineOptions, *, model_name: str, eos: tuple[int, ...]) -> Parts:

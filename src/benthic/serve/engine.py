@@ -19,6 +19,7 @@ from benthic.errors import BenthicError
 from benthic.sched.batching import Request, Started
 from benthic.serve.admission import check
 from benthic.serve.build import Parts, assemble, from_checkpoint
+from benthic.serve.grammar import matcher_for
 from benthic.serve.messages import Delta, Generate, Ready, Stats
 from benthic.serve.sample import NO_TOKEN, Logprobs, logprobs_of, splitmix64, to_int64
 from benthic.serve.sampler import Sampled, Sampler
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from benthic.serve.runner import StepResult
 
 Clock = Callable[[], float]
+NOT_FINITE = "the model's next-token distribution is not finite"
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Engine:
         self._runner = parts.runner
         self._scheduler = parts.scheduler
         self._ready = parts.ready
+        self._grammars = parts.grammars
         self._options = options
         self._clock = clock
         self._sampler = Sampler(parts.ready.vocab_size, parts.runner.cache.pages_LPBW.device)
@@ -116,6 +119,7 @@ class Engine:
             priority=request.priority,
             reuse_prefix=params.prompt_logprobs is None,
         )
+        matcher = matcher_for(self._grammars, params.grammar)
         self._scheduler.add(wanted, self._clock())
         eos = () if params.ignore_eos else self._ready.eos_token_ids
         self._sampler.admit(
@@ -124,6 +128,7 @@ class Engine:
             request.prompt,
             seed=self._next_seed() if params.seed is None else params.seed,
             stop_tokens=tuple({*params.stop_token_ids, *eos}),
+            matcher=matcher,
         )
         self._in_flight[request.request_id] = InFlight(
             request,
@@ -209,7 +214,7 @@ class Engine:
         deltas = []
         for i, request_id in enumerate(plan.sampled_ids):
             if sampled.tokens[i] == NO_TOKEN:
-                deltas.append(self._error(request_id, "the model's next-token distribution is not finite"))
+                deltas.append(self._error(request_id, sampled.failures.get(i, NOT_FINITE)))
                 continue
             deltas.append(
                 self._delta(

@@ -13,6 +13,13 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from benthic.serve.protocol_structured import (  # noqa: TC001 (pydantic reads the annotations)
+    Choices,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+)
+
 
 def _utf8(text: str) -> str:
     """JSON can write half of a surrogate pair, which is no character."""
@@ -46,10 +53,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
@@ -58,8 +63,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_embeds": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -112,6 +115,12 @@ class SamplingBody(Body):
     return_tokens_as_token_ids: bool | None = Field(
         None, description="Write tokens of log-probabilities as `token_id:7`."
     )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | Text | None = Field(None, description="Older name of structured_outputs.json.")
+    guided_regex: Text | None = Field(None, description="Older name of structured_outputs.regex.")
+    guided_choice: Choices | None = Field(None, description="Older name of structured_outputs.choice.")
+    guided_grammar: Text | None = Field(None, description="Older name of structured_outputs.grammar.")
     priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="Lower goes first.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None

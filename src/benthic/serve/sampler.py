@@ -1,7 +1,7 @@
 """From logits to tokens: every row of a batch with its own settings, in a handful of tensor operations.
 
 Order of the steps, as in vLLM: raw log-probabilities are taken; logit bias; min_tokens; repetition, frequency
-and presence penalties; then argmax, or temperature, min-p, top-k, top-p and the draw.
+and presence penalties; what a grammar forbids; then argmax, or temperature, min-p, top-k, top-p and the draw.
 
 Shape suffixes: S rows that sample this step, V vocabulary, N slots of the penalty table, L rows that a step
 singles out (those with penalties, or those that want log-probabilities).
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from benthic.serve.grammar import GrammarMasks
 from benthic.serve.sample import NO_TOKEN, Logprobs, draw, keep_probable, logprobs_of, to_int64, uniform
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llguidance import LLMatcher
     from torch import Tensor
 
     from benthic.serve.messages import SamplingParams
@@ -203,10 +205,14 @@ class PenaltyTable:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One token a row, `NO_TOKEN` where the distribution was not finite; log-probabilities by row."""
+    """One token a row, `NO_TOKEN` where the distribution was not finite; log-probabilities by row.
+
+    `failures` says, by row, what else left a row without a token.
+    """
 
     tokens: list[int]
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
 
 
 class Sampler:
@@ -217,6 +223,7 @@ class Sampler:
         self._device = device
         self._rows: dict[str, Row] = {}
         self._table = PenaltyTable(vocab_size, device)
+        self._grammars = GrammarMasks(device)
         self._batch_of: tuple[str, ...] = ()
         self._batch: Batch | None = None
 
@@ -228,13 +235,17 @@ class Sampler:
         *,
         seed: int,
         stop_tokens: tuple[int, ...],
+        matcher: LLMatcher | None = None,
     ) -> None:
-        """Register a request; `stop_tokens` are the ids that would end it."""
+        """Register a request; `stop_tokens` are the ids that would end it, `matcher` its grammar."""
+        if matcher is not None:
+            self._grammars.admit(request_id, matcher)
         slot = self._table.admit(prompt) if _has_penalty(params) else -1
         self._rows[request_id] = Row(params, seed, stop_tokens, slot)
 
     def release(self, request_id: str) -> None:
         """Forget a request; unknown ids are ignored."""
+        self._grammars.release(request_id)
         row = self._rows.pop(request_id, None)
         if row is not None and row.slot >= 0:
             self._table.release(row.slot)
@@ -257,15 +268,18 @@ class Sampler:
         logits_SV = logits_SV.to(torch.float32)
         raw_LV = logits_SV[[i for i, _ in batch.logprobs]] if batch.logprobs else None
         self._adjust(logits_SV, batch, positions)
+        self._grammars.apply(logits_SV, request_ids)
         token_S = _choose(logits_SV, batch, positions)
         if batch.penalties is not None:
             self._table.count(token_S, batch.penalties)
         tokens = token_S.tolist()
+        failures = self._grammars.accept(request_ids, tokens)
         if raw_LV is None:
-            return Sampled(tokens)
+            return Sampled(tokens, failures=failures)
         chosen = [max(tokens[i], 0) for i, _ in batch.logprobs]
         found = logprobs_of(raw_LV, chosen, [n for _, n in batch.logprobs])
-        return Sampled(tokens, {i: entry for (i, _), entry in zip(batch.logprobs, found, strict=True)})
+        by_row = {i: entry for (i, _), entry in zip(batch.logprobs, found, strict=True)}
+        return Sampled(tokens, by_row, failures)
 
     def _batch_for(self, request_ids: tuple[str, ...]) -> Batch:
         if self._batch is None or self._batch_of != request_ids:

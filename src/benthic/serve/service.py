@@ -15,6 +15,7 @@ from benthic.serve import api_errors
 from benthic.serve.generation import Asked, Generation, Piece
 from benthic.serve.protocol_responses import PromptTokensDetails, Usage
 from benthic.serve.sampling_defaults import SamplingDefaults, check_ids
+from benthic.serve.structured import grammar_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from benthic.serve.client import EngineClient
     from benthic.serve.messages import Ready
     from benthic.serve.metrics import Metrics
+    from benthic.serve.protocol_requests import SamplingBody
     from benthic.serve.tokenizer import Tokenizer
 
 logger = logging.getLogger("benthic.serve.api")
@@ -127,6 +129,10 @@ class Service:
         """Tokenize one prompt."""
         ids = await self.in_thread(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         return Prompt(ids=tuple(ids), text=text)
+
+    async def grammar(self, body: SamplingBody) -> str | None:
+        """What the answer must follow; None for free text. Raises: ApiError 400."""
+        return await self.in_thread(lambda: grammar_of(body))
 
     def token_prompt(self, ids: Sequence[int], *, field: str = "prompt") -> Prompt:
         """A prompt that came as token ids. Raises: ApiError 400 for ids outside the vocabulary."""
