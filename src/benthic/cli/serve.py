@@ -30,6 +30,23 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class ToolParser(StrEnum):
+    """How the model writes tool calls."""
+
+    auto = "auto"
+    none = "none"
+    deepseek_v3 = "deepseek_v3"
+    deepseek_v31 = "deepseek_v31"
+
+
+class ReasoningParser(StrEnum):
+    """How the model writes reasoning."""
+
+    auto = "auto"
+    none = "none"
+    deepseek_r1 = "deepseek_r1"
+
+
 class LogLevel(StrEnum):
     """How much uvicorn says."""
 
@@ -160,6 +177,14 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             rich_help_panel=REQUESTS,
         ),
     ] = "auto",
+    tool_call_parser: Annotated[
+        ToolParser,
+        typer.Option(help="auto reads the format off the chat template.", rich_help_panel=REQUESTS),
+    ] = ToolParser.auto,
+    reasoning_parser: Annotated[
+        ReasoningParser,
+        typer.Option(help="auto looks for <think> in the chat template.", rich_help_panel=REQUESTS),
+    ] = ReasoningParser.auto,
     disable_log_requests: Annotated[
         bool,
         typer.Option(
@@ -210,15 +235,17 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     bound = launch.bind(host, port)
     launch.check_checkpoint(folder)
     tokenizer = Tokenizer.from_folder(folder)
+    template = launch.read_template(tokenizer, chat_template)
     parts = server.Parts(
         tokenizer=tokenizer,
-        template=launch.read_template(tokenizer, chat_template),
+        template=template,
         settings=ServiceSettings(
             served_names=tuple(served_model_name or [str(folder)]),
             root=str(folder),
             max_num_seqs=max_num_seqs,
             max_waiting=max_waiting,
             defaults=launch.read_sampling_defaults(folder, generation_config),
+            formats=launch.answer_formats(template, tool_call_parser.value, reasoning_parser.value),
             log_requests=not disable_log_requests,
         ),
         options=http,

@@ -36,6 +36,7 @@ from benthic.serve.protocol_responses import (
     Version,
 )
 from benthic.serve.sse import ClientGoneError, EventStream, until_disconnect
+from benthic.serve.tools import shown_tools
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,8 +94,9 @@ def generation_routes(service: Service) -> APIRouter:
             body.messages,
             add_generation_prompt=body.add_generation_prompt,
             variables=body.chat_template_kwargs,
+            tools=shown_tools(body, service.settings.formats),
         )
-        job = ChatJob(service, body, prompt, await service.grammar(body))
+        job = ChatJob(service, body, prompt, await service.tool_plan(body, prompt))
         return await answer(service, request, job, arrival_s, stream=bool(body.stream))
 
     return router

@@ -13,7 +13,10 @@ DeepSeek's formats (markers shortened here; below they are as the checkpoints' c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 CALLS_BEGIN: Final = "<｜tool▁calls▁begin｜>"  # noqa: RUF001
 CALLS_END: Final = "<｜tool▁calls▁end｜>"  # noqa: RUF001
@@ -190,3 +193,16 @@ def _overlap(text: str, marker: str) -> int:
         if text.endswith(marker[:length]):
             return length
     return 0
+
+
+def joined(parts: Iterable[Parts]) -> Parts:
+    """One after another; pieces of one call become one."""
+    whole = Parts()
+    for each in parts:
+        whole.reasoning += each.reasoning
+        whole.content += each.content
+        for call in each.calls:
+            known = whole.call(call.index)
+            known.name = known.name if call.name is None else call.name
+            known.arguments += call.arguments
+    return whole

@@ -19,6 +19,7 @@ from benthic.serve.protocol_structured import (  # noqa: TC001 (pydantic reads t
     Schema,
     StructuredOutputs,
 )
+from benthic.serve.protocol_tools import CalledTool, Tool, ToolChoice  # noqa: TC001
 
 
 def _utf8(text: str) -> str:
@@ -59,13 +60,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_embeds": (),
     "reasoning_effort": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": (),
@@ -187,23 +185,31 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
     name: Text | None = None
+    tool_calls: list[CalledTool] | None = Field(None, description="Of an assistant's earlier turn.")
+    tool_call_id: Text | None = Field(None, description="Which call a tool's message answers.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_tools(cls, data: Any) -> Any:
-        if isinstance(data, dict) and (data.get("role") in ("tool", "function") or data.get("tool_calls")):
-            _refuse("messages", "tool messages are not supported by this server")
-        return data
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            _refuse("messages", f"a message of role {self.role} has tool_calls, but only an assistant calls")
+        if self.content is None and not self.tool_calls:
+            _refuse("messages", f"a message of role {self.role} has neither content nor tool_calls")
+        return self
 
-    def as_template_input(self) -> dict[str, str]:
-        """Role and plain text (and the name, where there is one) as chat templates expect them."""
+    def as_template_input(self) -> dict[str, Any]:
+        """Role and plain text, and what else there is, as chat templates expect them."""
         parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": text, **named}
+        text = "".join(part.text for part in parts) if isinstance(parts, list) else parts
+        others = {
+            "name": self.name,
+            "tool_calls": [call.model_dump() for call in self.tool_calls or ()] or None,
+            "tool_call_id": self.tool_call_id,
+        }
+        given = {key: value for key, value in others.items() if value is not None}
+        return {"role": self.role, "content": text, **given}
 
 
 class TemplateBody(BaseModel):
@@ -223,6 +229,12 @@ class ChatBody(SamplingBody, TemplateBody):
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Older name of max_completion_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: ToolChoice | None = Field(None, description="Default auto where there are tools.")
+    parallel_tool_calls: bool | None = Field(
+        None,
+        description="False bounds tool_choice=required to one call; what the model does freely is its own.",
+    )
     echo: bool | None = Field(None, description="Only false: a conversation is not echoed.")
 
     @model_validator(mode="after")

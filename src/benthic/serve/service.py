@@ -16,6 +16,7 @@ from benthic.serve.generation import Asked, Generation, Piece
 from benthic.serve.protocol_responses import PromptTokensDetails, Usage
 from benthic.serve.sampling_defaults import SamplingDefaults, check_ids
 from benthic.serve.structured import grammar_of
+from benthic.serve.tools import AnswerFormats, ToolPlan, plan_tools
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from benthic.serve.client import EngineClient
     from benthic.serve.messages import Ready
     from benthic.serve.metrics import Metrics
-    from benthic.serve.protocol_requests import SamplingBody
+    from benthic.serve.protocol_requests import ChatBody, SamplingBody
     from benthic.serve.tokenizer import Tokenizer
 
 logger = logging.getLogger("benthic.serve.api")
@@ -41,6 +42,7 @@ class ServiceSettings:
         max_num_seqs: sequences the engine runs at once.
         max_waiting: sequences that may wait beyond those; more are answered with 503.
         defaults: sampling values for fields a request leaves out.
+        formats: how the model writes tool calls and reasoning.
         log_requests: one line when a request starts and one when it ends.
     """
 
@@ -49,6 +51,7 @@ class ServiceSettings:
     max_num_seqs: int
     max_waiting: int
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    formats: AnswerFormats = field(default_factory=AnswerFormats)
     log_requests: bool = True
 
 
@@ -133,6 +136,12 @@ class Service:
     async def grammar(self, body: SamplingBody) -> str | None:
         """What the answer must follow; None for free text. Raises: ApiError 400."""
         return await self.in_thread(lambda: grammar_of(body))
+
+    async def tool_plan(self, body: ChatBody, prompt: Prompt) -> ToolPlan:
+        """What binds a chat's answers and how they are read. Raises: ApiError 400."""
+        return await self.in_thread(
+            lambda: plan_tools(body, self.settings.formats, grammar=grammar_of(body), prompt_text=prompt.text)
+        )
 
     def token_prompt(self, ids: Sequence[int], *, field: str = "prompt") -> Prompt:
         """A prompt that came as token ids. Raises: ApiError 400 for ids outside the vocabulary."""
