@@ -82,6 +82,14 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     max_body_bytes: Annotated[
         int, typer.Option(min=1024, help="Largest request body; larger ones get 413.", rich_help_panel=HTTP)
     ] = 16 << 20,
+    max_requests_per_minute: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of one API key, or one address; more get 429.", rich_help_panel=HTTP),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Seconds from arrival to the end of an answer.", rich_help_panel=HTTP),
+    ] = None,
     uvicorn_log_level: Annotated[
         LogLevel, typer.Option(help="How much uvicorn says.", rich_help_panel=HTTP)
     ] = LogLevel.info,
@@ -226,6 +234,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     http = server.ServerOptions(
         api_keys=_api_keys(api_key),
         max_body_bytes=max_body_bytes,
+        requests_per_minute=max_requests_per_minute,
         drain_s=shutdown_timeout,
         report_s=0.0 if disable_log_stats else 10.0,
         stall_s=engine_stall_timeout,
@@ -245,6 +254,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             max_num_seqs=max_num_seqs,
             max_waiting=max_waiting,
             defaults=launch.read_sampling_defaults(folder, generation_config),
+            request_timeout_s=request_timeout,
             formats=launch.answer_formats(template, tool_call_parser.value, reasoning_parser.value),
             log_requests=not disable_log_requests,
         ),

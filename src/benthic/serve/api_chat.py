@@ -92,7 +92,7 @@ class ChatJob:
     async def collect(self, arrival_s: float) -> ChatCompletion:
         """The whole answer."""
         parts: dict[int, list[Piece]] = {asked.index: [] for asked in self.asked}
-        async with aclosing(self._service.generate(self.asked, arrival_s)) as pieces:
+        async with aclosing(self._generate(arrival_s)) as pieces:
             async for piece in pieces:
                 self._tally.take(piece)
                 parts[piece.index].append(piece)
@@ -114,7 +114,7 @@ class ChatJob:
         include_usage = options is not None and options.include_usage
         continuous = options is not None and options.continuous_usage_stats
         greeted: set[int] = set()
-        async with aclosing(self._service.generate(self.asked, arrival_s)) as pieces:
+        async with aclosing(self._generate(arrival_s)) as pieces:
             async for piece in pieces:
                 self._tally.take(piece)
                 if piece.index not in greeted:
@@ -125,6 +125,9 @@ class ChatJob:
                     yield self._chunk([choice], usage=continuous)
         if include_usage:
             yield self._chunk([], usage=True)
+
+    def _generate(self, arrival_s: float) -> AsyncGenerator[Piece]:
+        return self._service.generate(self.asked, arrival_s, timeout_s=self._body.timeout_s)
 
     def _ask(self, index: int) -> Asked:
         body = self._body

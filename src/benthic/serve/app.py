@@ -35,6 +35,7 @@ from benthic.serve.protocol_responses import (
     Tokenized,
     Version,
 )
+from benthic.serve.rate_limit import RateLimit
 from benthic.serve.sse import ClientGoneError, EventStream, until_disconnect
 from benthic.serve.tools import shown_tools
 
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
 CLIENT_CLOSED_REQUEST = 499
 
 
-def create_app(service: Service, *, api_keys: Sequence[str], max_body_bytes: int) -> InFlight:
+def create_app(
+    service: Service, *, api_keys: Sequence[str], max_body_bytes: int, requests_per_minute: int | None = None
+) -> InFlight:
     """The whole ASGI application; its outermost layer counts the requests in flight."""
     app = FastAPI(
         title="benthic",
@@ -64,6 +67,8 @@ def create_app(service: Service, *, api_keys: Sequence[str], max_body_bytes: int
     _add_openapi(app, service.settings.served_names)
     _add_error_handlers(app, service)
     layers: Any = BodyLimit(app, max_body_bytes)
+    if requests_per_minute is not None:
+        layers = RateLimit(layers, requests_per_minute, service.clock)
     if api_keys:
         layers = ApiKeys(layers, api_keys)
     return InFlight(RequestIds(layers))
@@ -72,6 +77,12 @@ def create_app(service: Service, *, api_keys: Sequence[str], max_body_bytes: int
 def generation_routes(service: Service) -> APIRouter:
     """`/v1/completions` and `/v1/chat/completions`."""
     router = APIRouter(tags=["generate"])
+
+    @router.post("/v1/embeddings", include_in_schema=False)
+    async def embed() -> Response:
+        """Refused in words: clients that ask find out why."""
+        msg = "this server generates text; it computes no embeddings"
+        raise api_errors.ApiError(404, msg, code="embeddings_not_offered")
 
     @router.post("/v1/completions", **_streams(Completion, Completion))
     async def complete(body: CompletionBody, request: Request) -> Response:
@@ -205,7 +216,7 @@ def _json(body: BaseModel) -> Response:
 
 def _answers(model: type[BaseModel], *errors: int) -> dict[str, Any]:
     """Route arguments that declare the answer and the errors it may be."""
-    statuses = errors or (400, 401, 404, 413)
+    statuses = errors or (400, 401, 404, 413, 429)
     return {
         "response_model": model,
         "responses": {status: {"model": ErrorBody} for status in statuses},
@@ -214,7 +225,7 @@ def _answers(model: type[BaseModel], *errors: int) -> dict[str, Any]:
 
 def _streams(model: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
     """The same for a route that also streams chunks."""
-    declared = _answers(model, 400, 401, 404, 413, 500, 503)
+    declared = _answers(model, 400, 401, 404, 413, 429, 500, 503, 504)
     schema = {"type": "string", "description": f"Events `data: {chunk.__name__}`, then `data: [DONE]`."}
     declared["responses"][200] = {"content": {"text/event-stream": {"schema": schema}}}
     return declared

@@ -38,6 +38,7 @@ class ServerOptions:
     Attributes:
         api_keys: any of these opens the guarded paths; none means that no path is guarded.
         max_body_bytes: larger request bodies are answered with 413.
+        requests_per_minute: of one key (or address); more are answered with 429. None sets no limit.
         drain_s: how long requests in flight may go on after SIGTERM.
         report_s: seconds between the log lines that report throughput; 0 writes none.
         stall_s: an engine silent for so long is killed.
@@ -47,6 +48,7 @@ class ServerOptions:
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
+    requests_per_minute: int | None = None
     drain_s: float = 30.0
     report_s: float = 10.0
     stall_s: float = 300.0
@@ -138,7 +140,12 @@ async def _serve(client: EngineClient, bound: socket.socket, parts: Parts, stop:
         clock=time.monotonic,
         wall=parts.wall,
     )
-    app = create_app(service, api_keys=options.api_keys, max_body_bytes=options.max_body_bytes)
+    app = create_app(
+        service,
+        api_keys=options.api_keys,
+        max_body_bytes=options.max_body_bytes,
+        requests_per_minute=options.requests_per_minute,
+    )
     server = QuietServer(
         uvicorn.Config(
             app,
