@@ -199,6 +199,13 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             "--disable-log-requests", help="No lines when requests start and end.", rich_help_panel=REQUESTS
         ),
     ] = False,
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Latency targets in ms that /metrics counts, as 'ttft:500 tpot:50'.",
+            rich_help_panel=REQUESTS,
+        ),
+    ] = None,
     disable_log_stats: Annotated[
         bool,
         typer.Option(
@@ -212,6 +219,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     from benthic.serve.options import EngineOptions  # noqa: PLC0415
     from benthic.serve.service import ServiceSettings  # noqa: PLC0415
     from benthic.serve.tokenizer import Tokenizer  # noqa: PLC0415
+    from benthic.spec.objectives import Objectives  # noqa: PLC0415
 
     folder = _one_model(model, model_flag)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
@@ -236,6 +244,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         max_body_bytes=max_body_bytes,
         requests_per_minute=max_requests_per_minute,
         drain_s=shutdown_timeout,
+        objectives=Objectives.parse(goodput or ()),
         report_s=0.0 if disable_log_stats else 10.0,
         stall_s=engine_stall_timeout,
         log_level=uvicorn_log_level.value,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from benthic.serve.middleware import InFlight
     from benthic.serve.process import EngineFactory
     from benthic.serve.tokenizer import Tokenizer
+    from benthic.spec.objectives import Objectives
 
 logger = logging.getLogger("benthic.serve")
 
@@ -40,6 +41,7 @@ class ServerOptions:
         max_body_bytes: larger request bodies are answered with 413.
         requests_per_minute: of one key (or address); more are answered with 429. None sets no limit.
         drain_s: how long requests in flight may go on after SIGTERM.
+        objectives: latency targets for the goodput counter.
         report_s: seconds between the log lines that report throughput; 0 writes none.
         stall_s: an engine silent for so long is killed.
         log_level: of uvicorn.
@@ -51,6 +53,7 @@ class ServerOptions:
     requests_per_minute: int | None = None
     drain_s: float = 30.0
     report_s: float = 10.0
+    objectives: Objectives | None = None
     stall_s: float = 300.0
     log_level: str = "info"
     access_log: bool = True
@@ -135,7 +138,7 @@ async def _serve(client: EngineClient, bound: socket.socket, parts: Parts, stop:
         ready=ready,
         tokenizer=parts.tokenizer,
         template=parts.template,
-        metrics=Metrics(settings.served_names[0], ready, lambda: client.stats),
+        metrics=Metrics(settings.served_names[0], ready, lambda: client.stats, options.objectives),
         settings=settings,
         clock=time.monotonic,
         wall=parts.wall,
