@@ -225,7 +225,7 @@ def _answers(model: type[BaseModel], *errors: int) -> dict[str, Any]:
 
 def _streams(model: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
     """The same for a route that also streams chunks."""
-    declared = _answers(model, 400, 401, 404, 413, 429, 500, 503, 504)
+    declared = _answers(model, 400, 401, 404, 408, 413, 429, 500, 503)
     schema = {"type": "string", "description": f"Events `data: {chunk.__name__}`, then `data: [DONE]`."}
     declared["responses"][200] = {"content": {"text/event-stream": {"schema": schema}}}
     return declared
@@ -243,8 +243,11 @@ def _add_openapi(app: FastAPI, served_names: Sequence[str]) -> None:
         schemas = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        for name in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody):
-            schemas[name.__name__]["properties"]["model"] = {"type": "string", "enum": list(served_names)}
+        served = {"type": "string", "enum": list(served_names)}
+        for name in (CompletionBody, ChatBody):
+            schemas[name.__name__]["properties"]["model"] = served
+        for name in (TokenizeBody, DetokenizeBody):
+            schemas[name.__name__]["properties"]["model"] = {"anyOf": [served, {"type": "null"}]}
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ async def until_deadline(
     """The items that come within `timeout_s` of `arrival_s`; None waits for ever.
 
     Raises:
-        ApiError: 504 when the time is over; whoever owns `items` closes them.
+        ApiError: 408 when the time is over; whoever owns `items` closes them.
     """
     if timeout_s is None:
         async for item in items:
@@ -32,5 +32,5 @@ async def until_deadline(
             return
         except TimeoutError:
             msg = f"the answer was not complete within {timeout_s:g} s of the request's arrival (timeout_s)"
-            raise ApiError(504, msg, param="timeout_s", code="deadline_exceeded") from None
+            raise ApiError(408, msg, param="timeout_s", code="deadline_exceeded") from None
         yield item

@@ -121,7 +121,7 @@ class SamplingBody(Body):
     guided_grammar: Text | None = Field(None, description="Older name of structured_outputs.grammar.")
     priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="Lower goes first.")
     timeout_s: float | None = Field(
-        None, gt=0, le=86400, allow_inf_nan=False, description="Seconds from arrival; then 504."
+        None, gt=0, le=86400, allow_inf_nan=False, description="Seconds from arrival; then 408."
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None

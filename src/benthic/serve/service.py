@@ -183,7 +183,7 @@ class Service:
             timeout_s: after which it ends; None takes the server's own limit, if there is one.
 
         Raises:
-            ApiError: 503 when draining, full or without an engine; 504 when the time is over.
+            ApiError: 503 when draining, full or without an engine; 408 when the time is over.
             BenthicError: see `Generation.pieces`.
         """
         self.check_health()
