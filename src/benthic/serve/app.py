@@ -244,10 +244,10 @@ def _add_openapi(app: FastAPI, served_names: Sequence[str]) -> None:
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         served = {"type": "string", "enum": list(served_names)}
-        for name in (CompletionBody, ChatBody):
-            schemas[name.__name__]["properties"]["model"] = served
-        for name in (TokenizeBody, DetokenizeBody):
-            schemas[name.__name__]["properties"]["model"] = {"anyOf": [served, {"type": "null"}]}
+        for needed in (CompletionBody, ChatBody):
+            schemas[needed.__name__]["properties"]["model"] = served
+        for optional in (TokenizeBody, DetokenizeBody):
+            schemas[optional.__name__]["properties"]["model"] = {"anyOf": [served, {"type": "null"}]}
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
