@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benthic.serve.messages import Ready, Stats
 from benthic.serve.metrics import Metrics
 from benthic.serve.server import report_line
+from benthic.spec.objectives import Objectives
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "serving.md"
 READY = Ready(
@@ -33,7 +35,7 @@ def samples(metrics: Metrics) -> dict[str, float]:
 
 def test_the_guide_lists_exactly_the_metrics_there_are() -> None:
     metrics = Metrics("m", READY, stats)
-    metrics.finished("stop", prompt=1, generated=2, whole_s=1.0, decode_s=0.5)
+    metrics.finished("stop", prompt=1, generated=2, whole_s=1.0, decode_s=0.5, ttft_s=0.5)
     metrics.refused(400)
     text = metrics.render().decode()
     kinds = dict(re.findall(r"^# TYPE (benthic:\w+) (\w+)", text, re.MULTILINE))
@@ -41,6 +43,30 @@ def test_the_guide_lists_exactly_the_metrics_there_are() -> None:
     rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| `benthic:")]
     listed = {name: row[2].strip() for row in rows for name in re.findall(r"benthic:\w+", row[1])}
     assert listed == exposed
+
+
+def test_the_dashboard_asks_for_metrics_there_are() -> None:
+    dashboard = json.loads((PAGE.parent / "grafana.json").read_text())
+    metrics = Metrics("m", READY, stats)
+    text = metrics.render().decode()
+    exprs = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name.removesuffix("_bucket") for expr in exprs for name in re.findall(r"benthic:\w+", expr)}
+    there = set(re.findall(r"^# TYPE (benthic:\w+)", text, re.MULTILINE))
+    assert asked <= there
+    assert len(exprs) > 20
+
+
+def test_goodput_counts_what_met_every_target() -> None:
+    metrics = Metrics("m", READY, stats, Objectives(ttft_s=0.5, tpot_s=0.1))
+    ended = {"prompt": 1, "generated": 11, "whole_s": 2.0}
+    metrics.finished("stop", **ended, decode_s=0.9, ttft_s=0.4)
+    metrics.finished("stop", **ended, decode_s=1.1, ttft_s=0.4)
+    metrics.finished("length", **ended, decode_s=0.9, ttft_s=0.6)
+    metrics.finished("error", **ended, decode_s=0.9, ttft_s=0.4)
+    metrics.finished("abort", **ended, decode_s=9.0, ttft_s=9.0)
+    found = samples(metrics)
+    assert found["benthic:request_attained_total{yes}"] == 1
+    assert found["benthic:request_attained_total{no}"] == 3
 
 
 def test_engine_gauges_and_counters_are_those_of_its_latest_report() -> None:
@@ -63,8 +89,8 @@ def test_latencies_follow_their_definitions() -> None:
     metrics = Metrics("m", READY, lambda: None)
     metrics.first_token(0.25)
     metrics.next_tokens(0.6, 3)
-    metrics.finished("length", prompt=7, generated=4, whole_s=0.85, decode_s=0.6)
-    metrics.finished("abort", prompt=7, generated=1, whole_s=0.3, decode_s=0.0)
+    metrics.finished("length", prompt=7, generated=4, whole_s=0.85, decode_s=0.6, ttft_s=0.25)
+    metrics.finished("abort", prompt=7, generated=1, whole_s=0.3, decode_s=0.0, ttft_s=0.2)
     found = samples(metrics)
     assert found["benthic:time_to_first_token_seconds_sum"] == 0.25
     assert found["benthic:inter_token_latency_seconds_count"] == 3

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from benthic.cli import chat, convert, data, doctor, draw, evaluate, plan, serve, train
+from benthic.cli import bench, chat, convert, data, doctor, draw, evaluate, plan, serve, train
 from benthic.cli.folders import user_cache
 from benthic.errors import BenthicError
 from benthic.kernels import native_build
@@ -29,6 +29,7 @@ app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.add_typer(bench.app, name="bench")
 app.command("chat")(chat.chat)
 
 

@@ -46,6 +46,23 @@ class CacheDtype(StrEnum):
     fp8_e4m3 = "fp8_e4m3"
 
 
+class ToolParser(StrEnum):
+    """How the model writes tool calls."""
+
+    auto = "auto"
+    none = "none"
+    deepseek_v3 = "deepseek_v3"
+    deepseek_v31 = "deepseek_v31"
+
+
+class ReasoningParser(StrEnum):
+    """How the model writes reasoning."""
+
+    auto = "auto"
+    none = "none"
+    deepseek_r1 = "deepseek_r1"
+
+
 class LogLevel(StrEnum):
     """How much uvicorn says."""
 
@@ -81,6 +98,14 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     max_body_bytes: Annotated[
         int, typer.Option(min=1024, help="Largest request body; larger ones get 413.", rich_help_panel=HTTP)
     ] = 16 << 20,
+    max_requests_per_minute: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of one API key, or one address; more get 429.", rich_help_panel=HTTP),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Seconds from arrival to the end of an answer.", rich_help_panel=HTTP),
+    ] = None,
     uvicorn_log_level: Annotated[
         LogLevel, typer.Option(help="How much uvicorn says.", rich_help_panel=HTTP)
     ] = LogLevel.info,
@@ -215,12 +240,27 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             rich_help_panel=REQUESTS,
         ),
     ] = "auto",
+    tool_call_parser: Annotated[
+        ToolParser,
+        typer.Option(help="auto reads the format off the chat template.", rich_help_panel=REQUESTS),
+    ] = ToolParser.auto,
+    reasoning_parser: Annotated[
+        ReasoningParser,
+        typer.Option(help="auto looks for <think> in the chat template.", rich_help_panel=REQUESTS),
+    ] = ReasoningParser.auto,
     disable_log_requests: Annotated[
         bool,
         typer.Option(
             "--disable-log-requests", help="No lines when requests start and end.", rich_help_panel=REQUESTS
         ),
     ] = False,
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Latency targets in ms that /metrics counts, as 'ttft:500 tpot:50'.",
+            rich_help_panel=REQUESTS,
+        ),
+    ] = None,
     disable_log_stats: Annotated[
         bool,
         typer.Option(
@@ -234,6 +274,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     from benthic.serve.options import EngineOptions  # noqa: PLC0415
     from benthic.serve.service import ServiceSettings  # noqa: PLC0415
     from benthic.serve.tokenizer import Tokenizer  # noqa: PLC0415
+    from benthic.spec.objectives import Objectives  # noqa: PLC0415
 
     folder = _one_model(model, model_flag)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
@@ -262,7 +303,9 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     http = server.ServerOptions(
         api_keys=_api_keys(api_key),
         max_body_bytes=max_body_bytes,
+        requests_per_minute=max_requests_per_minute,
         drain_s=shutdown_timeout,
+        objectives=Objectives.parse(goodput or ()),
         report_s=0.0 if disable_log_stats else 10.0,
         stall_s=engine_stall_timeout,
         log_level=uvicorn_log_level.value,
@@ -271,15 +314,18 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     bound = launch.bind(host, port)
     launch.check_checkpoint(folder)
     tokenizer = Tokenizer.from_folder(folder)
+    template = launch.read_template(tokenizer, chat_template)
     parts = server.Parts(
         tokenizer=tokenizer,
-        template=launch.read_template(tokenizer, chat_template),
+        template=template,
         settings=ServiceSettings(
             served_names=tuple(served_model_name or [str(folder)]),
             root=str(folder),
             max_num_seqs=max_num_seqs,
             max_waiting=max_waiting,
             defaults=launch.read_sampling_defaults(folder, generation_config),
+            request_timeout_s=request_timeout,
+            formats=launch.answer_formats(template, tool_call_parser.value, reasoning_parser.value),
             log_requests=not disable_log_requests,
         ),
         options=http,

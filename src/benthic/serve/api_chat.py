@@ -6,6 +6,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from benthic.serve import api_errors
+from benthic.serve.chat_parts import CallPart, Parts, joined
 from benthic.serve.detokenize import StopRule
 from benthic.serve.generation import Asked, Piece
 from benthic.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
@@ -18,14 +19,20 @@ from benthic.serve.protocol_responses import (
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
+    FunctionCall,
+    FunctionDelta,
+    ToolCall,
+    ToolCallDelta,
 )
 from benthic.serve.sampling_defaults import sampling_params
-from benthic.serve.service import Prompt, Service, Tally, new_id, says_nothing
+from benthic.serve.service import Prompt, Service, Tally, new_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
 
     from benthic.serve.protocol_requests import ChatBody, ChatMessage
+    from benthic.serve.protocol_responses import ChatFinishReason
+    from benthic.serve.tools import ToolPlan
 
 
 async def render_prompt(
@@ -34,6 +41,7 @@ async def render_prompt(
     *,
     add_generation_prompt: bool | None,
     variables: Mapping[str, Any] | None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     add_special_tokens: bool = False,
 ) -> Prompt:
     """Messages through the chat template and the tokenizer; the template writes the special tokens itself.
@@ -52,7 +60,7 @@ async def render_prompt(
     plain = [message.as_template_input() for message in messages]
     text = await service.in_thread(
         lambda: template.render(
-            plain, add_generation_prompt=add_generation_prompt is not False, variables=variables
+            plain, add_generation_prompt=add_generation_prompt is not False, variables=variables, tools=tools
         )
     )
     return await service.encode(text, add_special_tokens=add_special_tokens)
@@ -65,23 +73,26 @@ class ChatJob:
         service: the server's state.
         body: the request.
         prompt: the rendered conversation.
+        plan: what binds the answers and how they are read.
     Raises: ApiError 400 for what only the model's sizes can tell.
     """
 
-    def __init__(self, service: Service, body: ChatBody, prompt: Prompt) -> None:
+    def __init__(self, service: Service, body: ChatBody, prompt: Prompt, plan: ToolPlan) -> None:
         self._service = service
         self._body = body
         self._prompt = prompt
+        self._plan = plan
         self._names = TokenNames(service.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._tally = Tally([prompt], body.n or 1)
         self._id = new_id("chatcmpl")
         self._created = int(service.wall())
+        self._readers = [plan.reader() for _ in range(body.n or 1)]
         self.asked = [self._ask(index) for index in range(body.n or 1)]
 
     async def collect(self, arrival_s: float) -> ChatCompletion:
         """The whole answer."""
         parts: dict[int, list[Piece]] = {asked.index: [] for asked in self.asked}
-        async with aclosing(self._service.generate(self.asked, arrival_s)) as pieces:
+        async with aclosing(self._generate(arrival_s)) as pieces:
             async for piece in pieces:
                 self._tally.take(piece)
                 parts[piece.index].append(piece)
@@ -103,16 +114,20 @@ class ChatJob:
         include_usage = options is not None and options.include_usage
         continuous = options is not None and options.continuous_usage_stats
         greeted: set[int] = set()
-        async with aclosing(self._service.generate(self.asked, arrival_s)) as pieces:
+        async with aclosing(self._generate(arrival_s)) as pieces:
             async for piece in pieces:
                 self._tally.take(piece)
                 if piece.index not in greeted:
                     greeted.add(piece.index)
                     yield self._chunk([_greeting(piece.index)], usage=continuous)
-                if not says_nothing(piece):
-                    yield self._chunk([self._chunk_choice(piece)], usage=continuous)
+                choice = self._chunk_choice(piece)
+                if choice is not None:
+                    yield self._chunk([choice], usage=continuous)
         if include_usage:
             yield self._chunk([], usage=True)
+
+    def _generate(self, arrival_s: float) -> AsyncGenerator[Piece]:
+        return self._service.generate(self.asked, arrival_s, timeout_s=self._body.timeout_s)
 
     def _ask(self, index: int) -> Asked:
         body = self._body
@@ -126,6 +141,7 @@ class ChatJob:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
             nth=index,
+            grammar=self._plan.grammar,
         )
         return Asked(
             index=index,
@@ -136,7 +152,8 @@ class ChatJob:
                 priority=body.priority or 0,
             ),
             stop=StopRule(strings=body.stop_strings, include=bool(body.include_stop_str_in_output)),
-            skip_special_tokens=body.skip_special_tokens is not False,
+            # the markers of tool calls are control symbols in some vocabularies
+            skip_special_tokens=body.skip_special_tokens is not False and self._plan.rules.tools is None,
         )
 
     def _logprobs(self, pieces: Sequence[Piece]) -> ChatLogprobs | None:
@@ -146,20 +163,37 @@ class ChatJob:
         return chat_logprobs(rows, self._names, self._body.top_logprobs or 0)
 
     def _merge(self, pieces: Sequence[Piece]) -> ChatChoice:
+        reader = self._readers[pieces[0].index]
+        whole = joined([*(reader.push(piece.text) for piece in pieces), reader.finish()])
+        calls = [
+            ToolCall(id=new_id("call"), function=FunctionCall(name=call.name or "", arguments=call.arguments))
+            for call in whole.calls
+        ]
         return ChatChoice(
             index=pieces[0].index,
-            message=AssistantMessage(content="".join(piece.text for piece in pieces)),
+            message=AssistantMessage(
+                content=whole.content or (None if calls else ""),
+                reasoning_content=whole.reasoning or None,
+                tool_calls=calls or None,
+            ),
             logprobs=self._logprobs(pieces),
-            finish_reason=pieces[-1].finish_reason,  # type: ignore[arg-type]
+            finish_reason=_reason(pieces[-1], called=reader.called),
             stop_reason=pieces[-1].stop_reason,
         )
 
-    def _chunk_choice(self, piece: Piece) -> ChatChunkChoice:
+    def _chunk_choice(self, piece: Piece) -> ChatChunkChoice | None:
+        """What a piece shows; None when its text is held back and it carries nothing else."""
+        reader = self._readers[piece.index]
+        parts = reader.push(piece.text)
+        if piece.finish_reason is not None:
+            parts = joined([parts, reader.finish()])
+        if not parts and piece.logprobs is None and piece.finish_reason is None:
+            return None
         return ChatChunkChoice(
             index=piece.index,
-            delta=ChatDelta(content=piece.text),
+            delta=_delta(parts),
             logprobs=self._logprobs([piece]),
-            finish_reason=piece.finish_reason,  # type: ignore[arg-type]
+            finish_reason=_reason(piece, called=reader.called),
             stop_reason=piece.stop_reason,
         )
 
@@ -179,3 +213,29 @@ class ChatJob:
 def _greeting(index: int) -> ChatChunkChoice:
     delta = ChatDelta(role="assistant", content="")
     return ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+
+
+def _reason(piece: Piece, *, called: bool) -> ChatFinishReason | None:
+    """Why the answer ended: a model that stops after a call has called a tool."""
+    if called and piece.finish_reason == "stop":
+        return "tool_calls"
+    return piece.finish_reason  # type: ignore[return-value]
+
+
+def _delta(parts: Parts) -> ChatDelta:
+    """Only what is new is set; a chunk without anything new carries an empty text."""
+    delta = ChatDelta()
+    if parts.reasoning:
+        delta.reasoning_content = parts.reasoning
+    if parts.calls:
+        delta.tool_calls = [_call_delta(call) for call in parts.calls]
+    if parts.content or not parts:
+        delta.content = parts.content
+    return delta
+
+
+def _call_delta(call: CallPart) -> ToolCallDelta:
+    if call.name is None:
+        return ToolCallDelta(index=call.index, function=FunctionDelta(arguments=call.arguments))
+    function = FunctionDelta(name=call.name, arguments=call.arguments)
+    return ToolCallDelta(index=call.index, id=new_id("call"), type="function", function=function)

@@ -51,13 +51,21 @@ class CompletionJob:
         service: the server's state.
         body: the request.
         prompts: its prompts, tokenized.
+        grammar: what every answer must follow, or None.
     Raises: ApiError 400 for what only the model's sizes can tell.
     """
 
-    def __init__(self, service: Service, body: CompletionBody, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        body: CompletionBody,
+        prompts: Sequence[Prompt],
+        grammar: str | None = None,
+    ) -> None:
         self._service = service
         self._body = body
         self._prompts = prompts
+        self._grammar = grammar
         self._n = body.n or 1
         self._names = TokenNames(service.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._writers: dict[int, CompletionLogprobWriter] = {}
@@ -69,7 +77,7 @@ class CompletionJob:
     async def collect(self, arrival_s: float) -> Completion:
         """The whole answer."""
         parts: dict[int, list[CompletionChoice]] = {asked.index: [] for asked in self.asked}
-        async with aclosing(self._service.generate(self.asked, arrival_s)) as pieces:
+        async with aclosing(self._generate(arrival_s)) as pieces:
             async for piece in pieces:
                 parts[piece.index].append(self._choice(piece))
         return self._wrap([_merge(choices) for choices in parts.values()])
@@ -79,7 +87,7 @@ class CompletionJob:
         options = self._body.stream_options
         include_usage = options is not None and options.include_usage
         continuous = options is not None and options.continuous_usage_stats
-        async with aclosing(self._service.generate(self.asked, arrival_s)) as pieces:
+        async with aclosing(self._generate(arrival_s)) as pieces:
             async for piece in pieces:
                 choice = self._choice(piece)
                 if says_nothing(piece) and not choice.text:
@@ -90,6 +98,9 @@ class CompletionJob:
                 yield chunk.model_dump_json().encode()
         if include_usage:
             yield self._wrap([]).model_dump_json().encode()
+
+    def _generate(self, arrival_s: float) -> AsyncGenerator[Piece]:
+        return self._service.generate(self.asked, arrival_s, timeout_s=self._body.timeout_s)
 
     def _ask(self, index: int) -> Asked:
         body, number = self._body, index % self._n
@@ -103,6 +114,7 @@ class CompletionJob:
             logprobs=body.logprobs,
             prompt_logprobs=self._prompt_logprobs(),
             nth=number,
+            grammar=self._grammar,
         )
         return Asked(
             index=index,

@@ -26,7 +26,9 @@ KINDS = {
     401: "authentication_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     413: "invalid_request_error",
+    429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
 }
@@ -41,6 +43,7 @@ class ApiError(ServeError):
         param: the request field at fault.
         code: for a program.
         retry_after_s: when trying again may help.
+        allow: methods that the path does take, for a 405.
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class ApiError(ServeError):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.allow = allow
 
     def body(self) -> bytes:
         """The JSON body; what is not valid text in it is replaced."""
@@ -71,6 +76,8 @@ class ApiError(ServeError):
     def response(self) -> Response:
         """The whole answer."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.allow is not None:
+            headers["Allow"] = self.allow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(self.body(), self.status, headers, media_type="application/json")
@@ -136,7 +143,7 @@ def of_http(error: HTTPException) -> ApiError:
         return invalid(f"the body is not valid UTF-8 (at byte {cause.start})", code="bad_json")
     if isinstance(cause, RecursionError):
         return invalid("the body is nested too deeply", code="bad_json")
-    return ApiError(error.status_code, str(error.detail))
+    return ApiError(error.status_code, str(error.detail), allow=(error.headers or {}).get("Allow"))
 
 
 def _shown(value: Any) -> str:

@@ -35,7 +35,9 @@ from benthic.serve.protocol_responses import (
     Tokenized,
     Version,
 )
+from benthic.serve.rate_limit import RateLimit
 from benthic.serve.sse import ClientGoneError, EventStream, until_disconnect
+from benthic.serve.tools import shown_tools
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,7 +49,9 @@ if TYPE_CHECKING:
 CLIENT_CLOSED_REQUEST = 499
 
 
-def create_app(service: Service, *, api_keys: Sequence[str], max_body_bytes: int) -> InFlight:
+def create_app(
+    service: Service, *, api_keys: Sequence[str], max_body_bytes: int, requests_per_minute: int | None = None
+) -> InFlight:
     """The whole ASGI application; its outermost layer counts the requests in flight."""
     app = FastAPI(
         title="benthic",
@@ -63,6 +67,8 @@ def create_app(service: Service, *, api_keys: Sequence[str], max_body_bytes: int
     _add_openapi(app, service.settings.served_names)
     _add_error_handlers(app, service)
     layers: Any = BodyLimit(app, max_body_bytes)
+    if requests_per_minute is not None:
+        layers = RateLimit(layers, requests_per_minute, service.clock)
     if api_keys:
         layers = ApiKeys(layers, api_keys)
     return InFlight(RequestIds(layers))
@@ -72,13 +78,20 @@ def generation_routes(service: Service) -> APIRouter:
     """`/v1/completions` and `/v1/chat/completions`."""
     router = APIRouter(tags=["generate"])
 
+    @router.post("/v1/embeddings", include_in_schema=False)
+    async def embed() -> Response:
+        """Refused in words: clients that ask find out why."""
+        msg = "this server generates text; it computes no embeddings"
+        raise api_errors.ApiError(404, msg, code="embeddings_not_offered")
+
     @router.post("/v1/completions", **_streams(Completion, Completion))
     async def complete(body: CompletionBody, request: Request) -> Response:
         """Continue one or several prompts."""
         arrival_s = service.clock()
         service.check_model(body.model)
         service.check_health()
-        job = CompletionJob(service, body, await read_prompts(service, body))
+        grammar = await service.grammar(body)
+        job = CompletionJob(service, body, await read_prompts(service, body), grammar)
         return await answer(service, request, job, arrival_s, stream=bool(body.stream))
 
     @router.post("/v1/chat/completions", **_streams(ChatCompletion, ChatChunk))
@@ -92,10 +105,10 @@ def generation_routes(service: Service) -> APIRouter:
             body.messages,
             add_generation_prompt=body.add_generation_prompt,
             variables=body.chat_template_kwargs,
+            tools=shown_tools(body, service.settings.formats),
         )
-        return await answer(
-            service, request, ChatJob(service, body, prompt), arrival_s, stream=bool(body.stream)
-        )
+        job = ChatJob(service, body, prompt, await service.tool_plan(body, prompt))
+        return await answer(service, request, job, arrival_s, stream=bool(body.stream))
 
     return router
 
@@ -203,7 +216,7 @@ def _json(body: BaseModel) -> Response:
 
 def _answers(model: type[BaseModel], *errors: int) -> dict[str, Any]:
     """Route arguments that declare the answer and the errors it may be."""
-    statuses = errors or (400, 401, 404, 413)
+    statuses = errors or (400, 401, 404, 413, 429)
     return {
         "response_model": model,
         "responses": {status: {"model": ErrorBody} for status in statuses},
@@ -212,7 +225,7 @@ def _answers(model: type[BaseModel], *errors: int) -> dict[str, Any]:
 
 def _streams(model: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
     """The same for a route that also streams chunks."""
-    declared = _answers(model, 400, 401, 404, 413, 500, 503)
+    declared = _answers(model, 400, 401, 404, 408, 413, 429, 500, 503)
     schema = {"type": "string", "description": f"Events `data: {chunk.__name__}`, then `data: [DONE]`."}
     declared["responses"][200] = {"content": {"text/event-stream": {"schema": schema}}}
     return declared
@@ -230,8 +243,11 @@ def _add_openapi(app: FastAPI, served_names: Sequence[str]) -> None:
         schemas = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        for name in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody):
-            schemas[name.__name__]["properties"]["model"] = {"type": "string", "enum": list(served_names)}
+        served = {"type": "string", "enum": list(served_names)}
+        for needed in (CompletionBody, ChatBody):
+            schemas[needed.__name__]["properties"]["model"] = served
+        for optional in (TokenizeBody, DetokenizeBody):
+            schemas[optional.__name__]["properties"]["model"] = {"anyOf": [served, {"type": "null"}]}
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
 from benthic.serve.cache import CacheLayout, CacheSize, LatentCache, size_by_bytes, size_by_utilization
 from benthic.serve.columns import fastest_linear
+from benthic.serve.grammar import Grammars
 from benthic.serve.graphs import padded_sizes
 from benthic.serve.memory import MemoryUse, measure_use
 from benthic.serve.messages import Ready
@@ -53,13 +54,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Parts:
-    """What an engine is made of; `cache_size` and, on a GPU, `memory` say why the cache is as it is."""
+    """What an engine is made of; `cache_size` and, on a GPU, `memory` say why the cache is as it is.
+
+    `grammars` is None where no tokenizer is at hand: requests with structured output are then refused.
+    """
 
     runner: Runner
     scheduler: Scheduler
     ready: Ready
     cache_size: CacheSize
     memory: MemoryUse | None = None
+    grammars: Grammars | None = None
 
 
 def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
@@ -79,7 +84,8 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
     dtype = DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else None)
     model, scales = load_weights(path, options, device, dtype)
     eos = eos_token_ids(path, model.config)
-    return assemble(model, options, model_name=path.name, eos=eos, scales=scales)
+    parts = assemble(model, options, model_name=path.name, eos=eos, scales=scales)
+    return replace(parts, grammars=Grammars.from_folder(path, vocab_size=model.config.vocab_size, eos=eos))
 
 
 def load_weights(

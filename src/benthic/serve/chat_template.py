@@ -43,6 +43,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             msg = f"the chat template is not valid Jinja (line {error.lineno}): {error.message}"
             raise ConfigError(msg) from error
+        self.source = source
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -51,6 +52,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt text.
 
@@ -61,6 +63,7 @@ class ChatTemplate:
             **self._special_tokens,
             **(variables or {}),
             "messages": list(messages),
+            **({} if tools is None else {"tools": list(tools)}),
             "add_generation_prompt": add_generation_prompt,
         }
         try:

@@ -23,6 +23,7 @@ from benthic.errors import BenthicError
 from benthic.sched.batching import Request, Started
 from benthic.serve.admission import check
 from benthic.serve.build import Parts, assemble, from_checkpoint
+from benthic.serve.grammar import matcher_for
 from benthic.serve.launched import InFlight, Launched, PromptRows
 from benthic.serve.messages import Delta, Generate, Ready, Stats
 from benthic.serve.sample import NO_TOKEN, Logprobs, measure, splitmix64, to_int64
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from benthic.serve.runner import StepResult
 
 Clock = Callable[[], float]
+NOT_FINITE = "the model's next-token distribution is not finite"
 
 
 class Engine:
@@ -60,6 +62,7 @@ class Engine:
         self._runner = parts.runner
         self._scheduler = parts.scheduler
         self._ready = parts.ready
+        self._grammars = parts.grammars
         self._options = options
         self._clock = clock
         self._device = parts.runner.cache.pages_LPBW.device
@@ -118,6 +121,7 @@ class Engine:
             priority=request.priority,
             reuse_prefix=params.prompt_logprobs is None,
         )
+        matcher = matcher_for(self._grammars, params.grammar)
         self._scheduler.add(wanted, self._clock())
         eos = () if params.ignore_eos else self._ready.eos_token_ids
         self._sampler.admit(
@@ -126,6 +130,7 @@ class Engine:
             request.prompt,
             seed=self._next_seed() if params.seed is None else params.seed,
             stop_tokens=tuple({*params.stop_token_ids, *eos}),
+            matcher=matcher,
         )
         self._in_flight[request.request_id] = InFlight(
             request,
@@ -141,16 +146,22 @@ class Engine:
         """Launch what is planned and land the oldest step; returns what is new, at most one delta a request.
 
         The overlapped loop returns nothing at its first call and goes on until nothing is in flight
-        (`has_work`). Errors that belong to requests become deltas. Others (a bug, a lost device) are raised:
-        the engine's state is then undefined and its process should end.
+        (`has_work`). While some request follows a grammar, no step is launched before the one before has
+        landed: a grammar must see a token before it says what may come next. Errors that belong to requests
+        become deltas. Others (a bug, a lost device) are raised: the engine's state is then undefined and its
+        process should end.
         """
         began = self._clock()
+        if self._launched and self._sampler.follows_grammars:
+            deltas = self._land(self._launched.popleft())
+            self._step_seconds += self._clock() - began
+            return deltas
         plan = self._scheduler.plan(began)
         if plan.number >= 0:
             self._launched.append(self._launch(plan))
         if not self._launched:
             return []
-        full = len(self._launched) >= self._depth
+        full = self._sampler.follows_grammars or len(self._launched) >= self._depth
         deltas = self._land(self._launched.popleft()) if full or plan.number < 0 else []
         self._step_seconds += self._clock() - began
         return deltas
@@ -219,7 +230,7 @@ class Engine:
             if not kept[i]:
                 continue
             if sampled.tokens[i] == NO_TOKEN:
-                deltas.append(self._error(request_id, "the model's next-token distribution is not finite"))
+                deltas.append(self._error(request_id, sampled.failures.get(i, NOT_FINITE)))
                 continue
             end, tokens = ended.pop(request_id, None), sampled.tokens[i : i + 1]
             deltas.append(self._delta(request_id, tokens, end, sampled.logprobs.get(i)))

@@ -225,4 +225,5 @@ class Generation:
             generated=text.count,
             whole_s=self._clock() - self._arrival_s,
             decode_s=timer.latest_s - first_s,
+            ttft_s=None if timer.first_s is None else timer.first_s - self._arrival_s,
         )

@@ -6,11 +6,12 @@ import logging
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from benthic.errors import ConfigError, NotACheckpointError, ServeError
 from benthic.serve.chat_template import ChatTemplate
 from benthic.serve.sampling_defaults import SamplingDefaults
+from benthic.serve.tools import AnswerFormats
 from benthic.spec import hf
 
 if TYPE_CHECKING:
@@ -94,6 +95,18 @@ def read_template(tokenizer: Tokenizer, given: str | None) -> ChatTemplate | Non
             raise ConfigError(msg)
         source = given if "{" in given else file.read_text(encoding="utf-8")
     return None if source is None else ChatTemplate(source, tokenizer.special_tokens)
+
+
+def answer_formats(
+    template: ChatTemplate | None,
+    tools: Literal["auto", "none", "deepseek_v3", "deepseek_v31"],
+    reasoning: Literal["auto", "none", "deepseek_r1"],
+) -> AnswerFormats:
+    """How the model writes tool calls and reasoning: as named, or ("auto") as its chat template shows."""
+    formats = AnswerFormats.of_template(None if template is None else template.source)
+    if tools != "auto":
+        formats = replace(formats, tools=None if tools == "none" else tools)
+    return formats if reasoning == "auto" else replace(formats, reasoning=reasoning != "none")
 
 
 def read_sampling_defaults(model: Path, source: str) -> SamplingDefaults:

@@ -22,7 +22,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     A `temperature` below 1e-5 is greedy. `top_k=0` keeps every token. `logprobs=n` returns the n best and the
     chosen one; `prompt_logprobs=n` does so for every prompt position but the first. `max_tokens=0` generates
-    nothing (used for echo). `seed=None` lets the engine choose one.
+    nothing (used for echo). `seed=None` lets the engine choose one. `grammar` is what the whole output must
+    be, as llguidance writes it.
     """
 
     temperature: float = 1.0
@@ -40,6 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     @property
     def greedy(self) -> bool:

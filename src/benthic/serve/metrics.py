@@ -14,10 +14,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from benthic.spec.objectives import Latencies
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from benthic.serve.messages import FinishReason, Ready, Stats
+    from benthic.spec.objectives import Objectives
 
 # fmt: off
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
@@ -66,15 +69,26 @@ class Metrics:
         model_name: value of the `model_name` label.
         ready: what the engine said of its cache.
         stats: gives the engine's latest report, or None.
+        objectives: latency targets that make goodput countable, or None.
     """
 
-    def __init__(self, model_name: str, ready: Ready, stats: Callable[[], Stats | None]) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        ready: Ready,
+        stats: Callable[[], Stats | None],
+        objectives: Objectives | None = None,
+    ) -> None:
+        self._objectives = objectives
         self._registry = CollectorRegistry(auto_describe=False)
         self._model_name = model_name
         self._registry.register(_EngineCollector(model_name, ready, stats))
         self._finished = self._counter("request_success", "Sequences ended, by reason.", "finished_reason")
         self._refused = self._counter(
             "request_refused", "Requests answered with an error, by status.", "status"
+        )
+        self._attained = self._counter(
+            "request_attained", "Sequences by whether they met every latency target (--goodput).", "met"
         )
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_S)
         self._itl = self._histogram("inter_token_latency_seconds", "Time between tokens.", PER_TOKEN_S)
@@ -111,9 +125,25 @@ class Metrics:
             self._itl.observe(interval_s / tokens)
 
     def finished(
-        self, reason: FinishReason, *, prompt: int, generated: int, whole_s: float, decode_s: float
+        self,
+        reason: FinishReason,
+        *,
+        prompt: int,
+        generated: int,
+        whole_s: float,
+        decode_s: float,
+        ttft_s: float | None,
     ) -> None:
-        """A sequence ended; seconds from arrival (`whole_s`) and from its first token (`decode_s`)."""
+        """A sequence ended; seconds from arrival (`whole_s`) and from its first token (`decode_s`).
+
+        A sequence that failed missed its targets; one that its client left says nothing of the server.
+        """
+        if self._objectives is not None and reason != "abort":
+            met = ttft_s is not None and reason != "error"
+            if met:
+                tpot_s = decode_s / (generated - 1) if generated > 1 else None
+                met = self._objectives.met(Latencies(ttft_s=ttft_s or 0.0, tpot_s=tpot_s, e2e_s=whole_s))
+            self._attained.labels(self._model_name, "yes" if met else "no").inc()
         self._finished.labels(self._model_name, reason).inc()
         self._prompt.observe(prompt)
         self._generation.observe(generated)

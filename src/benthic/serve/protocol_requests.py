@@ -13,6 +13,14 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from benthic.serve.protocol_structured import (  # noqa: TC001 (pydantic reads the annotations)
+    Choices,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+)
+from benthic.serve.protocol_tools import CalledTool, Tool, ToolChoice  # noqa: TC001
+
 
 def _utf8(text: str) -> str:
     """JSON can write half of a surrogate pair, which is no character."""
@@ -46,23 +54,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "prompt_embeds": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": (),
@@ -112,7 +113,16 @@ class SamplingBody(Body):
     return_tokens_as_token_ids: bool | None = Field(
         None, description="Write tokens of log-probabilities as `token_id:7`."
     )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | Text | None = Field(None, description="Older name of structured_outputs.json.")
+    guided_regex: Text | None = Field(None, description="Older name of structured_outputs.regex.")
+    guided_choice: Choices | None = Field(None, description="Older name of structured_outputs.choice.")
+    guided_grammar: Text | None = Field(None, description="Older name of structured_outputs.grammar.")
     priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="Lower goes first.")
+    timeout_s: float | None = Field(
+        None, gt=0, le=86400, allow_inf_nan=False, description="Seconds from arrival; then 408."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, description="Accepted for compatibility; not used.")
@@ -178,23 +188,31 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
     name: Text | None = None
+    tool_calls: list[CalledTool] | None = Field(None, description="Of an assistant's earlier turn.")
+    tool_call_id: Text | None = Field(None, description="Which call a tool's message answers.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_tools(cls, data: Any) -> Any:
-        if isinstance(data, dict) and (data.get("role") in ("tool", "function") or data.get("tool_calls")):
-            _refuse("messages", "tool messages are not supported by this server")
-        return data
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            _refuse("messages", f"a message of role {self.role} has tool_calls, but only an assistant calls")
+        if self.content is None and not self.tool_calls:
+            _refuse("messages", f"a message of role {self.role} has neither content nor tool_calls")
+        return self
 
-    def as_template_input(self) -> dict[str, str]:
-        """Role and plain text (and the name, where there is one) as chat templates expect them."""
+    def as_template_input(self) -> dict[str, Any]:
+        """Role and plain text, and what else there is, as chat templates expect them."""
         parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": text, **named}
+        text = "".join(part.text for part in parts) if isinstance(parts, list) else parts
+        others = {
+            "name": self.name,
+            "tool_calls": [call.model_dump() for call in self.tool_calls or ()] or None,
+            "tool_call_id": self.tool_call_id,
+        }
+        given = {key: value for key, value in others.items() if value is not None}
+        return {"role": self.role, "content": text, **given}
 
 
 class TemplateBody(BaseModel):
@@ -214,6 +232,12 @@ class ChatBody(SamplingBody, TemplateBody):
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Older name of max_completion_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: ToolChoice | None = Field(None, description="Default auto where there are tools.")
+    parallel_tool_calls: bool | None = Field(
+        None,
+        description="False bounds tool_choice=required to one call; what the model does freely is its own.",
+    )
     echo: bool | None = Field(None, description="Only false: a conversation is not echoed.")
 
     @model_validator(mode="after")

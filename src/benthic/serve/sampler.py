@@ -4,7 +4,7 @@ Nothing here waits for the device but `Drawing.collect`: settings go there throu
 log-probabilities come back the same way.
 
 Order of the steps, as in vLLM: raw log-probabilities are taken; logit bias; min_tokens; repetition, frequency
-and presence penalties; then argmax, or temperature, min-p, top-k, top-p and the draw.
+and presence penalties; what a grammar forbids; then argmax, or temperature, min-p, top-k, top-p and the draw.
 
 Shape suffixes: S rows that sample this step, V vocabulary, N slots of the penalty table, L rows that a step
 singles out (those with penalties, or those that want log-probabilities).
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from benthic.serve.grammar import GrammarMasks, accept
 from benthic.serve.sample import (
     NO_TOKEN,
     Logprobs,
@@ -34,6 +35,7 @@ from benthic.serve.transit import Homeward, to_device
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llguidance import LLMatcher
     from torch import Tensor
 
     from benthic.serve.messages import SamplingParams
@@ -236,28 +238,34 @@ class PenaltyTable:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One token a row, `NO_TOKEN` where the distribution was not finite; log-probabilities by row."""
+    """One token a row, `NO_TOKEN` where the distribution was not finite; log-probabilities by row.
+
+    `failures` says, by row, what else left a row without a token.
+    """
 
     tokens: list[int]
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Tokens that are being drawn: `token_S` on the device, and their way home."""
+    """Tokens that are being drawn: `token_S` on the device, their way home, and the grammars that wait."""
 
     token_S: Tensor
     homeward: Homeward
+    following: dict[int, LLMatcher] = field(default_factory=dict)
     asked: LogprobRows | None = None
 
     def collect(self) -> Sampled:
-        """Wait for the tokens."""
+        """Wait for the tokens, and move grammars past theirs."""
         token_S, *measured = self.homeward.wait()
         tokens = token_S.tolist()
+        failures = accept(self.following, tokens) if self.following else {}
         if self.asked is None:
-            return Sampled(tokens)
+            return Sampled(tokens, failures=failures)
         found = logprobs_from(Measured(*measured), self.asked.best)
-        return Sampled(tokens, dict(zip(self.asked.rows, found, strict=True)))
+        return Sampled(tokens, dict(zip(self.asked.rows, found, strict=True)), failures)
 
 
 class Sampler:
@@ -268,6 +276,7 @@ class Sampler:
         self._device = device
         self._rows: dict[str, Row] = {}
         self._table = PenaltyTable(vocab_size, device)
+        self._grammars = GrammarMasks(device)
         self._batch_of: tuple[str, ...] = ()
         self._batch: Batch | None = None
 
@@ -279,13 +288,22 @@ class Sampler:
         *,
         seed: int,
         stop_tokens: tuple[int, ...],
+        matcher: LLMatcher | None = None,
     ) -> None:
-        """Register a request; `stop_tokens` are the ids that would end it."""
+        """Register a request; `stop_tokens` are the ids that would end it, `matcher` its grammar."""
+        if matcher is not None:
+            self._grammars.admit(request_id, matcher)
         slot = self._table.admit(prompt) if _has_penalty(params) else -1
         self._rows[request_id] = Row(params, seed, stop_tokens, slot)
 
+    @property
+    def follows_grammars(self) -> bool:
+        """Whether some request here has a grammar."""
+        return self._grammars.any
+
     def release(self, request_id: str) -> None:
         """Forget a request; unknown ids are ignored."""
+        self._grammars.release(request_id)
         row = self._rows.pop(request_id, None)
         if row is not None and row.slot >= 0:
             self._table.release(row.slot)
@@ -313,14 +331,15 @@ class Sampler:
         asked = batch.logprobs
         raw_LV = None if asked is None else logits_SV.index_select(0, asked.row_L)
         self._adjust(logits_SV, batch, positions)
+        following = self._grammars.apply(logits_SV, request_ids)
         token_S = _choose(logits_SV, batch, positions)
         if batch.penalties is not None:
             self._table.count(token_S, batch.penalties)
         if asked is None or raw_LV is None:
-            return Drawing(token_S, Homeward.start(token_S))
+            return Drawing(token_S, Homeward.start(token_S), following)
         token_L = token_S.index_select(0, asked.row_L).clamp(min=0)
         measured = measure(raw_LV, token_L, max(asked.best))
-        return Drawing(token_S, Homeward.start(token_S, *measured), asked)
+        return Drawing(token_S, Homeward.start(token_S, *measured), following, asked)
 
     def _batch_for(self, request_ids: tuple[str, ...]) -> Batch:
         if self._batch is None or self._batch_of != request_ids:

@@ -58,6 +58,7 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     nth: int = 0,
+    grammar: str | None = None,
 ) -> SamplingParams:
     """What the engine is told for the `nth` of a prompt's `n` sequences; each draws from its own seed.
 
@@ -86,6 +87,7 @@ def sampling_params(
         stop_token_ids=stop_ids,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from benthic.serve.middleware import InFlight
     from benthic.serve.process import EngineFactory
     from benthic.serve.tokenizer import Tokenizer
+    from benthic.spec.objectives import Objectives
 
 logger = logging.getLogger("benthic.serve")
 
@@ -38,7 +39,9 @@ class ServerOptions:
     Attributes:
         api_keys: any of these opens the guarded paths; none means that no path is guarded.
         max_body_bytes: larger request bodies are answered with 413.
+        requests_per_minute: of one key (or address); more are answered with 429. None sets no limit.
         drain_s: how long requests in flight may go on after SIGTERM.
+        objectives: latency targets for the goodput counter.
         report_s: seconds between the log lines that report throughput; 0 writes none.
         stall_s: an engine silent for so long is killed.
         log_level: of uvicorn.
@@ -47,8 +50,10 @@ class ServerOptions:
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
+    requests_per_minute: int | None = None
     drain_s: float = 30.0
     report_s: float = 10.0
+    objectives: Objectives | None = None
     stall_s: float = 300.0
     log_level: str = "info"
     access_log: bool = True
@@ -133,12 +138,17 @@ async def _serve(client: EngineClient, bound: socket.socket, parts: Parts, stop:
         ready=ready,
         tokenizer=parts.tokenizer,
         template=parts.template,
-        metrics=Metrics(settings.served_names[0], ready, lambda: client.stats),
+        metrics=Metrics(settings.served_names[0], ready, lambda: client.stats, options.objectives),
         settings=settings,
         clock=time.monotonic,
         wall=parts.wall,
     )
-    app = create_app(service, api_keys=options.api_keys, max_body_bytes=options.max_body_bytes)
+    app = create_app(
+        service,
+        api_keys=options.api_keys,
+        max_body_bytes=options.max_body_bytes,
+        requests_per_minute=options.requests_per_minute,
+    )
     server = QuietServer(
         uvicorn.Config(
             app,

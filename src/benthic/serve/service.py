@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from benthic.serve import api_errors
+from benthic.serve.deadline import until_deadline
 from benthic.serve.generation import Asked, Generation, Piece
 from benthic.serve.protocol_responses import PromptTokensDetails, Usage
 from benthic.serve.sampling_defaults import SamplingDefaults, check_ids
+from benthic.serve.structured import grammar_of
+from benthic.serve.tools import AnswerFormats, ToolPlan, plan_tools
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from benthic.serve.client import EngineClient
     from benthic.serve.messages import Ready
     from benthic.serve.metrics import Metrics
+    from benthic.serve.protocol_requests import ChatBody, SamplingBody
     from benthic.serve.tokenizer import Tokenizer
 
 logger = logging.getLogger("benthic.serve.api")
@@ -39,6 +43,8 @@ class ServiceSettings:
         max_num_seqs: sequences the engine runs at once.
         max_waiting: sequences that may wait beyond those; more are answered with 503.
         defaults: sampling values for fields a request leaves out.
+        request_timeout_s: a request that is not complete so long after its arrival ends; None sets no limit.
+        formats: how the model writes tool calls and reasoning.
         log_requests: one line when a request starts and one when it ends.
     """
 
@@ -47,6 +53,8 @@ class ServiceSettings:
     max_num_seqs: int
     max_waiting: int
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    request_timeout_s: float | None = None
+    formats: AnswerFormats = field(default_factory=AnswerFormats)
     log_requests: bool = True
 
 
@@ -128,6 +136,16 @@ class Service:
         ids = await self.in_thread(lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         return Prompt(ids=tuple(ids), text=text)
 
+    async def grammar(self, body: SamplingBody) -> str | None:
+        """What the answer must follow; None for free text. Raises: ApiError 400."""
+        return await self.in_thread(lambda: grammar_of(body))
+
+    async def tool_plan(self, body: ChatBody, prompt: Prompt) -> ToolPlan:
+        """What binds a chat's answers and how they are read. Raises: ApiError 400."""
+        return await self.in_thread(
+            lambda: plan_tools(body, self.settings.formats, grammar=grammar_of(body), prompt_text=prompt.text)
+        )
+
     def token_prompt(self, ids: Sequence[int], *, field: str = "prompt") -> Prompt:
         """A prompt that came as token ids. Raises: ApiError 400 for ids outside the vocabulary."""
         check_ids(field, tuple(ids), self.ready.vocab_size)
@@ -154,11 +172,18 @@ class Service:
             raise api_errors.invalid(msg, param=param, code="context_length_exceeded")
         return wanted
 
-    async def generate(self, asked: Sequence[Asked], arrival_s: float) -> AsyncGenerator[Piece]:
+    async def generate(
+        self, asked: Sequence[Asked], arrival_s: float, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[Piece]:
         """Pieces of all the sequences of one request.
 
+        Args:
+            asked: the sequences.
+            arrival_s: when the request came, on the service's clock.
+            timeout_s: after which it ends; None takes the server's own limit, if there is one.
+
         Raises:
-            ApiError: 503 when draining, full or without an engine.
+            ApiError: 503 when draining, full or without an engine; 408 when the time is over.
             BenthicError: see `Generation.pieces`.
         """
         self.check_health()
@@ -181,8 +206,15 @@ class Service:
         )
         try:
             async with aclosing(generation.pieces()) as pieces:
-                async for piece in pieces:
-                    yield piece
+                limited = until_deadline(
+                    pieces,
+                    arrival_s=arrival_s,
+                    timeout_s=timeout_s or self.settings.request_timeout_s,
+                    clock=self.clock,
+                )
+                async with aclosing(limited) as timely:
+                    async for piece in timely:
+                        yield piece
         finally:
             if self.settings.log_requests:
                 logger.info("%s: %s", first.request_id, generation.summary())

@@ -1,0 +1,94 @@
+"""So many requests a minute for each key: a token bucket a key, as a plain ASGI layer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers
+
+from benthic.serve.api_errors import ApiError
+from benthic.serve.middleware import OPEN_PATHS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+MOST_BUCKETS = 10_000
+"""Full buckets are forgotten beyond this many: they say nothing."""
+
+
+@dataclass
+class Bucket:
+    """What a key has left, and when that was counted."""
+
+    tokens: float
+    at_s: float
+
+
+class RateLimit:
+    """429 with `Retry-After` beyond `per_minute` requests of one key, or of one address without a key.
+
+    A key that was idle may send `per_minute` at once; what it used comes back evenly over the minute.
+
+    Args:
+        app: the next layer.
+        per_minute: at least 1.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, app: ASGIApp, per_minute: int, clock: Callable[[], float]) -> None:
+        self._app = app
+        self._per_minute = per_minute
+        self._clock = clock
+        self._buckets: dict[str, Bucket] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 429."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            wait_s = self.take(_who(scope))
+            if wait_s > 0.0:
+                await self._refusal(wait_s).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def take(self, who: str) -> float:
+        """Use one of a key's requests; returns 0, or the seconds until it has one."""
+        now = self._clock()
+        if len(self._buckets) >= MOST_BUCKETS:
+            self._forget_full(now)
+        bucket = self._buckets.setdefault(who, Bucket(self._per_minute, now))
+        bucket.tokens, bucket.at_s = self._refilled(bucket, now), now
+        if bucket.tokens < 1.0:
+            return (1.0 - bucket.tokens) * 60.0 / self._per_minute
+        bucket.tokens -= 1.0
+        return 0.0
+
+    def _refilled(self, bucket: Bucket, now: float) -> float:
+        return min(self._per_minute, bucket.tokens + (now - bucket.at_s) * self._per_minute / 60.0)
+
+    def _forget_full(self, now: float) -> None:
+        kept = {
+            who: each for who, each in self._buckets.items() if self._refilled(each, now) < self._per_minute
+        }
+        self._buckets = kept
+
+    def _refusal(self, wait_s: float) -> ApiError:
+        return ApiError(
+            429,
+            f"more than {self._per_minute} requests a minute with this key. Wait {wait_s:.1f} s.",
+            code="rate_limit_exceeded",
+            retry_after_s=math.ceil(wait_s),
+        )
+
+
+def _who(scope: Scope) -> str:
+    """The key, hashed so that it is not kept; else the client's address."""
+    given = Headers(scope=scope).get("authorization")
+    if given is not None:
+        return hashlib.sha256(given.encode("latin-1", errors="replace")).hexdigest()
+    client = scope.get("client")
+    return f"address {client[0] if client else 'unknown'}"

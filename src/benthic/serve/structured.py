@@ -1,0 +1,110 @@
+"""From request fields to a grammar that the engine can follow; a grammar that is none is refused here.
+
+llguidance parses JSON schemas, regular expressions, Lark and GBNF into one form, which crosses to the engine
+process as text. It is checked without the vocabulary, in a tokenizing thread: a schema may take a while.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from benthic.serve import api_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llguidance import GrammarFormat
+
+    from benthic.serve.protocol_requests import SamplingBody
+
+ANY_OBJECT = {"type": "object"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What one field asks for; `compact` is JSON without white space."""
+
+    field: str
+    kind: GrammarFormat
+    text: str
+    compact: bool = False
+
+
+def grammar_of(body: SamplingBody) -> str | None:
+    """The grammar that the answer must follow, as llguidance writes it; None for free text.
+
+    Raises:
+        ApiError: 400 for more than one form, a form that is no grammar, or a field that contradicts it.
+    """
+    try:
+        forms = list(_forms(body))
+    except RecursionError:
+        msg = "the schema is nested too deeply"
+        raise api_errors.invalid(msg, code="bad_json") from None
+    if not forms:
+        return None
+    if len(forms) > 1:
+        names = ", ".join(form.field for form in forms)
+        msg = f"{names} each fix the form of the answer, but there is one answer. Give one of them."
+        raise api_errors.invalid(msg, param=forms[1].field)
+    _check_endings(body, forms[0].field)
+    return compile_form(forms[0])
+
+
+def compile_form(form: Form) -> str:
+    """Text of the grammar. Raises: ApiError 400 with the parser's words."""
+    from llguidance import LLMatcher, grammar_from  # noqa: PLC0415 (only such requests need it)
+
+    try:
+        if form.compact:
+            grammar = LLMatcher.grammar_from_json_schema(form.text, overrides={"whitespace_flexible": False})
+        else:
+            grammar = grammar_from(form.kind, form.text)
+        problem = LLMatcher.validate_grammar(grammar)
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    if problem and not problem.startswith("WARNING"):
+        msg = f"{form.field} is not a {form.kind} that can be followed: {problem[:300]}"
+        raise api_errors.invalid(msg, param=form.field)
+    return grammar
+
+
+def _forms(body: SamplingBody) -> Iterator[Form]:
+    if body.response_format is not None and body.response_format.type != "text":
+        named = body.response_format.json_schema
+        yield _json("response_format", ANY_OBJECT if named is None else named.schema_)
+    asked = body.structured_outputs
+    if asked is not None:
+        compact = asked.disable_any_whitespace
+        if asked.json_ is not None or asked.json_object:
+            yield _json("structured_outputs", asked.json_ or ANY_OBJECT, compact=compact)
+        yield from _plain("structured_outputs", asked.regex, asked.choice, asked.grammar)
+    if body.guided_json is not None:
+        yield _json("guided_json", body.guided_json)
+    yield from _plain("guided_regex", body.guided_regex, None, None)
+    yield from _plain("guided_choice", None, body.guided_choice, None)
+    yield from _plain("guided_grammar", None, None, body.guided_grammar)
+
+
+def _json(field: str, schema: dict[str, Any] | str, *, compact: bool = False) -> Form:
+    text = schema if isinstance(schema, str) else json.dumps(schema)
+    return Form(field=field, kind="json", text=text, compact=compact)
+
+
+def _plain(field: str, regex: str | None, choice: list[str] | None, grammar: str | None) -> Iterator[Form]:
+    if regex is not None:
+        yield Form(field=field, kind="regex", text=regex)
+    if choice is not None:
+        yield Form(field=field, kind="choice", text=json.dumps(choice))
+    if grammar is not None:
+        yield Form(field=field, kind="grammar", text=grammar)
+
+
+def _check_endings(body: SamplingBody, field: str) -> None:
+    """A grammar says where the answer ends; fields that say otherwise cannot be obeyed as well."""
+    for name, value in (("ignore_eos", body.ignore_eos), ("min_tokens", body.min_tokens)):
+        if value:
+            msg = f"{name} = {value}, but {field} says where the answer ends. Leave one of them out."
+            raise api_errors.invalid(msg, param=name)

@@ -1,0 +1,204 @@
+"""What tools mean for one chat request: what the template sees, what binds the answer, how it is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from benthic.serve import api_errors
+from benthic.serve.chat_parts import SEPARATOR, THINK, THINK_END, CallPart, PartReader, PartRules, Parts
+from benthic.serve.protocol_tools import NamedTool
+from benthic.serve.structured import Form, compile_form
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benthic.serve.chat_parts import ToolFormat
+    from benthic.serve.protocol_requests import ChatBody
+    from benthic.serve.protocol_tools import Tool
+
+ANY_ARGUMENTS = {"type": "object"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFormats:
+    """How the served model writes tool calls and reasoning; None and False mean that it does not.
+
+    Attributes:
+        tools: the format of calls that the model makes by itself.
+        reasoning: whether `<think>` begins reasoning.
+        renders_tools: whether the chat template shows the model which tools there are.
+    """
+
+    tools: ToolFormat | None = None
+    reasoning: bool = False
+    renders_tools: bool = False
+
+    @classmethod
+    def of_template(cls, source: str | None) -> AnswerFormats:
+        """Read off a chat template: DeepSeek's writes markers of earlier calls and strips old reasoning."""
+        if source is None:
+            return cls()
+        fenced = "```json" in source or "```' + 'json" in source
+        format_: ToolFormat | None = "deepseek_v3" if fenced else "deepseek_v31"
+        return cls(
+            tools=format_ if SEPARATOR in source else None,
+            reasoning=THINK in source or THINK_END in source,
+            renders_tools="tools" in source,
+        )
+
+
+Manner = Literal["free", "one", "some"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolPlan:
+    """How one request's answers come about.
+
+    Attributes:
+        manner: `free` answers may call; `one` is the arguments of `name`; `some` is a JSON list of calls.
+        name: the function that must be called.
+        grammar: what binds the answer, or None.
+        rules: how a free answer is read.
+    """
+
+    manner: Manner
+    name: str | None
+    grammar: str | None
+    rules: PartRules
+
+    def reader(self) -> AnswerParts:
+        """Reads one answer."""
+        if self.manner == "one":
+            return NamedCall(self.name or "")
+        return CallList() if self.manner == "some" else PartReader(self.rules)
+
+
+def shown_tools(body: ChatBody, formats: AnswerFormats) -> list[dict[str, Any]] | None:
+    """What the template is given.
+
+    Raises:
+        ApiError: 400 for tools that the template cannot show, or whose calls nobody could read.
+    """
+    if not body.tools or body.tool_choice == "none":
+        return None
+    if not formats.renders_tools:
+        msg = (
+            "the served model's chat template shows no tools, so the model would not know them. Start the "
+            "server with --chat-template FILE of one that does."
+        )
+        raise api_errors.invalid(msg, param="tools", code="no_tool_template")
+    if formats.tools is None and body.tool_choice in (None, "auto"):
+        msg = (
+            "the format of the served model's tool calls is unknown. Start the server with "
+            "--tool-call-parser, or set tool_choice to required or a function."
+        )
+        raise api_errors.invalid(msg, param="tool_choice", code="no_tool_parser")
+    return [tool.as_template_input() for tool in body.tools]
+
+
+def plan_tools(
+    body: ChatBody, formats: AnswerFormats, *, grammar: str | None, prompt_text: str | None
+) -> ToolPlan:
+    """How to bind and read the answers.
+
+    Raises:
+        ApiError: 400 when a forced call meets structured output, names no tool, or has a schema that is none.
+    """
+    thinking = formats.reasoning and (prompt_text or "").rstrip().endswith(THINK)
+    calls = formats.tools if body.tools and body.tool_choice != "none" else None
+    rules = PartRules(tools=calls, reasoning=formats.reasoning and grammar is None, thinking=thinking)
+    choice = body.tool_choice
+    if choice in (None, "none", "auto"):
+        return ToolPlan(manner="free", name=None, grammar=grammar, rules=rules)
+    if grammar is not None:
+        msg = "tool_choice forces a call, but the answer's form is given too. Leave one of them out."
+        raise api_errors.invalid(msg, param="tool_choice")
+    tools = list(body.tools or ())
+    if isinstance(choice, NamedTool):
+        named = _named(tools, choice.function.name)
+        schema = named.function.parameters or ANY_ARGUMENTS
+        return ToolPlan(manner="one", name=named.function.name, grammar=_compiled(schema), rules=rules)
+    if not tools:
+        msg = "tool_choice is required, but there are 0 tools"
+        raise api_errors.invalid(msg, param="tool_choice")
+    schema = {"type": "array", "minItems": 1, "items": {"anyOf": [_call_schema(tool) for tool in tools]}}
+    if body.parallel_tool_calls is False:
+        schema["maxItems"] = 1
+    return ToolPlan(manner="some", name=None, grammar=_compiled(schema), rules=rules)
+
+
+def _named(tools: Sequence[Tool], name: str) -> Tool:
+    for tool in tools:
+        if tool.function.name == name:
+            return tool
+    known = ", ".join(tool.function.name for tool in tools) or "none"
+    msg = f"tool_choice names {name}, but the tools are: {known}"
+    raise api_errors.invalid(msg, param="tool_choice")
+
+
+def _call_schema(tool: Tool) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": tool.function.name},
+            "parameters": tool.function.parameters or ANY_ARGUMENTS,
+        },
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }
+
+
+def _compiled(schema: dict[str, Any]) -> str:
+    return compile_form(Form(field="tools", kind="json", text=json.dumps(schema), compact=True))
+
+
+class NamedCall:
+    """An answer that is the arguments of one function: its text streams as they come."""
+
+    def __init__(self, name: str) -> None:
+        self._name: str | None = name
+
+    called = True
+
+    def push(self, text: str) -> Parts:
+        """More of the arguments, with the name the first time."""
+        if not text and self._name is None:
+            return Parts()
+        part, self._name = CallPart(0, name=self._name, arguments=text), None
+        return Parts(calls=[part])
+
+    def finish(self) -> Parts:
+        """Nothing is held back, but the name when there was no text at all."""
+        return Parts() if self._name is None else self.push("")
+
+
+class CallList:
+    """An answer that is a JSON list of calls: shown when it is whole, or as text when cut short."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self.called = False
+
+    def push(self, text: str) -> Parts:
+        """Nothing yet."""
+        self._text += text
+        return Parts()
+
+    def finish(self) -> Parts:
+        """Every call, arguments written as compact JSON."""
+        try:
+            found = json.loads(self._text)
+        except ValueError:
+            return Parts(content=self._text)
+        self.called = True
+        return Parts(calls=[_call_part(index, call) for index, call in enumerate(found)])
+
+
+def _call_part(index: int, call: dict[str, Any]) -> CallPart:
+    arguments = json.dumps(call["parameters"], ensure_ascii=False)
+    return CallPart(index, name=call["name"], arguments=arguments)
+
+
+AnswerParts = PartReader | NamedCall | CallList

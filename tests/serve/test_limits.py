@@ -1,0 +1,137 @@
+"""Rate limits, deadlines, and what is refused in words."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+from running import fake_server
+
+from benthic.serve.rate_limit import RateLimit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from running import Running
+
+
+def bucket(per_minute: int, at: list[float]) -> RateLimit:
+    async def app(scope, receive, send) -> None:
+        raise AssertionError
+
+    return RateLimit(app, per_minute, lambda: at[0])
+
+
+def test_a_key_may_send_a_minutes_worth_at_once_and_then_waits_for_one() -> None:
+    at = [0.0]
+    limit = bucket(3, at)
+    assert [limit.take("a") for _ in range(3)] == [0.0, 0.0, 0.0]
+    assert limit.take("a") == pytest.approx(20.0)
+    assert limit.take("b") == 0.0
+    at[0] = 19.0
+    assert limit.take("a") == pytest.approx(1.0)
+    at[0] = 20.0
+    assert limit.take("a") == 0.0
+    at[0] = 1000.0
+    assert [limit.take("a") for _ in range(3)] == [0.0, 0.0, 0.0]
+    assert limit.take("a") > 0.0
+
+
+def test_keys_that_have_nothing_to_remember_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benthic.serve import rate_limit
+
+    monkeypatch.setattr(rate_limit, "MOST_BUCKETS", 10)
+    at = [0.0]
+    limit = bucket(60, at)
+    for i in range(100):
+        at[0] = 2.0 * i
+        limit.take(f"key {i}")
+    assert len(limit._buckets) <= 10
+
+
+@pytest.fixture(scope="module")
+def limited(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    log = tmp_path_factory.mktemp("limited") / "log"
+    with fake_server(tokenizer_folder, log, requests_per_minute=3) as started:
+        yield started
+
+
+def test_beyond_the_limit_a_key_gets_429_and_others_do_not(limited: Running) -> None:
+    body = {"model": "fake", "prompt": "a", "max_tokens": 1}
+    with limited.http() as http:
+        answers = [
+            http.post("/v1/completions", json=body, headers={"Authorization": "Bearer one"}) for _ in range(4)
+        ]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+        error = answers[-1].json()["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+        assert 1 <= int(answers[-1].headers["retry-after"]) <= 20
+        assert answers[-1].headers["x-request-id"]
+        other = http.post("/v1/completions", json=body, headers={"Authorization": "Bearer two"})
+        assert other.status_code == 200
+        assert all(http.get("/health").status_code == 200 for _ in range(5))
+
+
+@pytest.fixture(scope="module")
+def slow(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    log = tmp_path_factory.mktemp("slow") / "log"
+    with fake_server(tokenizer_folder, log, step_seconds=0.05) as started:
+        yield started
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_request_past_its_deadline_ends_with_408_and_frees_its_blocks(slow: Running, path: str) -> None:
+    body = {"model": "fake", "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    late = {"max_tokens": 200, "ignore_eos": True, "timeout_s": 0.3}
+    with slow.http() as http:
+        answer = http.post(path, json=body | late)
+        assert answer.status_code == 408
+        assert answer.json()["error"]["code"] == "deadline_exceeded"
+        in_time = http.post(path, json=body | {"max_tokens": 2, "timeout_s": 20})
+        assert in_time.status_code == 200
+    slow.wait_idle()
+
+
+def test_a_stream_past_its_deadline_ends_with_an_error_event(slow: Running) -> None:
+    body = {"model": "fake", "prompt": "a", "max_tokens": 200, "ignore_eos": True, "timeout_s": 0.5}
+    with slow.http() as http, http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+        assert answer.status_code == 200
+        lines = [line for line in answer.iter_lines() if line]
+    assert len(lines) > 2
+    assert "deadline_exceeded" in lines[-2]
+    assert lines[-1] == "data: [DONE]"
+    slow.wait_idle()
+
+
+def test_embeddings_are_refused_in_words(slow: Running) -> None:
+    answer = httpx.post(f"{slow.url}/v1/embeddings", json={"model": "fake", "input": "a"}, timeout=10)
+    assert answer.status_code == 404
+    assert "computes no embeddings" in answer.json()["error"]["message"]
+
+
+def test_time_that_is_over_closes_what_is_waited_for() -> None:
+    from benthic.serve.api_errors import ApiError
+    from benthic.serve.deadline import until_deadline
+
+    closed = []
+
+    async def items():
+        try:
+            yield 1
+            await asyncio.sleep(60)
+        finally:
+            closed.append(True)
+
+    async def scenario() -> list[int]:
+        loop = asyncio.get_running_loop()
+        timely = until_deadline(items(), arrival_s=loop.time(), timeout_s=0.05, clock=loop.time)
+        first = await anext(timely)
+        with pytest.raises(ApiError, match=r"within 0\.05 s"):
+            await anext(timely)
+        return [first]
+
+    assert asyncio.run(scenario()) == [1]
+    assert closed == [True]
