@@ -19,6 +19,7 @@ from benthic.sched.replay import RecordingScheduler
 from benthic.serve.cache import CacheLayout, CacheSize, LatentCache, size_by_bytes, size_by_utilization
 from benthic.serve.messages import Ready
 from benthic.serve.runner import Runner
+from benthic.serve.transfer.memory import MappedPages
 
 if TYPE_CHECKING:
     from benthic.model.network import DeepSeek
@@ -77,7 +78,9 @@ def assemble(model: DeepSeek, options: EngineOptions, *, model_name: str, eos: t
     max_model_len = longest(config, options)
     layout = CacheLayout.of(config, block_size=options.block_size, dtype=weight.dtype)
     size = cache_size(layout, options, max_model_len, weight.device)
-    cache = LatentCache(layout, size.num_blocks, weight.device)
+    shared = options.share_pages and weight.device.type == "cpu"
+    memory = MappedPages(size.num_blocks * layout.block_bytes) if shared else None
+    cache = LatentCache(layout, size.num_blocks, weight.device, memory)
     logger.info("latent cache: %s", size.reason)
     batching = BatchingConfig(
         num_blocks=size.num_blocks,
@@ -87,6 +90,7 @@ def assemble(model: DeepSeek, options: EngineOptions, *, model_name: str, eos: t
         max_num_batched_tokens=options.max_num_batched_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
         eos_token_ids=eos,
+        lease_seconds=options.lease_seconds,
     )
     scheduler = make_scheduler(batching, options.record)
     ready = Ready(

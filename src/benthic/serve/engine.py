@@ -103,20 +103,11 @@ class Engine:
 
         Raises:
             AdmissionError: it could never be served; names the fields, the values and their bounds.
+            OverloadedError: it is to be held, and there is no room for that now.
         """
         params = request.params
         check(request, vocab_size=self._ready.vocab_size, max_logprobs=self._options.max_logprobs)
-        wanted = Request(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            max_tokens=params.max_tokens,
-            min_tokens=params.min_tokens,
-            stop_token_ids=params.stop_token_ids,
-            ignore_eos=params.ignore_eos,
-            priority=request.priority,
-            reuse_prefix=params.prompt_logprobs is None,
-        )
-        self._scheduler.add(wanted, self._clock())
+        self._scheduler.add(_wanted(request), self._clock())
         eos = () if params.ignore_eos else self._ready.eos_token_ids
         self._sampler.admit(
             request.request_id,
@@ -124,10 +115,14 @@ class Engine:
             request.prompt,
             seed=self._next_seed() if params.seed is None else params.seed,
             stop_tokens=tuple({*params.stop_token_ids, *eos}),
+            output=request.output,
         )
+        told = bool(request.output) or params.prompt_logprobs is None
         self._in_flight[request.request_id] = InFlight(
             request,
-            prompt_logprobs=[] if params.prompt_logprobs is None else [None] * len(request.prompt),
+            produced=len(request.output),
+            announced=bool(request.output),
+            prompt_logprobs=[] if told else [None] * len(request.prompt),
         )
 
     def abort(self, request_id: str) -> None:
@@ -143,11 +138,9 @@ class Engine:
         """
         began = self._clock()
         plan = self._scheduler.plan(began)
+        self._observe(plan)
         if plan.number < 0:
             return []
-        for event in plan.events:
-            if isinstance(event, Started) and not event.resumed:
-                self._in_flight[event.request_id].cached_tokens = event.cached_tokens
         try:
             result = self._runner.run(plan)
             sampled = self._sample(plan, result)
@@ -165,6 +158,12 @@ class Engine:
         self._step_seconds += self._clock() - began
         return deltas
 
+    def _observe(self, plan: StepPlan) -> None:
+        """Note what planning decided about requests."""
+        for event in plan.events:
+            if isinstance(event, Started) and not event.resumed:
+                self._in_flight[event.request_id].cached_tokens = event.cached_tokens
+
     def stats(self) -> Stats:
         """Totals since the start and gauges of this instant."""
         totals = self._scheduler.totals
@@ -180,6 +179,8 @@ class Engine:
             preemptions=totals.preemptions,
             steps=totals.steps,
             step_seconds=self._step_seconds,
+            leased_blocks=self._scheduler.leases.num_blocks,
+            pulled_blocks=totals.pulled_blocks,
         )
 
     def profile_tapes(self, clock: Clock) -> dict[int, dict[str, float]]:
@@ -273,6 +274,23 @@ class Engine:
             tokens = prompt[first : first + logits_LV.shape[0]]
             found += logprobs_of(logits_LV, tokens, [best] * len(tokens))
         entry.prompt_logprobs[start + 1 : start + 1 + length] = found
+
+
+def _wanted(request: Generate) -> Request:
+    """What the scheduler needs to know; tokens put out elsewhere count as prompt."""
+    params, before = request.params, len(request.output)
+    return Request(
+        request_id=request.request_id,
+        prompt=request.prompt + request.output,
+        max_tokens=params.max_tokens - before,
+        min_tokens=max(0, params.min_tokens - before),
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        priority=request.priority,
+        reuse_prefix=params.prompt_logprobs is None or before > 0,
+        hold=request.hold,
+        pull=request.pull is not None,
+    )
 
 
 def _complete(rows: list[Logprobs | None]) -> tuple[Logprobs, ...]:

@@ -11,7 +11,7 @@ from benthic.serve.detokenize import Detokenizer, StopMatcher, StopRule
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from benthic.serve.client import EngineClient
+    from benthic.serve.client import Client
     from benthic.serve.messages import Delta, FinishReason, Generate, TokenLogprob
     from benthic.serve.metrics import Metrics
     from benthic.serve.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ class Generation:
         self,
         asked: Sequence[Asked],
         *,
-        client: EngineClient,
+        client: Client,
         tokenizer: Tokenizer,
         metrics: Metrics,
         eos_ids: frozenset[int],

@@ -33,6 +33,8 @@ class EngineOptions:
             engine runs on a CPU, and torch's choice on a GPU.
         enforce_eager: run every step as it is written, without tapes (CPU) or graphs.
         native_folder: where compiled CPU kernels are kept; None leaves it to `kernels.native_build`.
+        share_pages: lay the cache where other processes on this host can read it.
+        lease_seconds: how long a held request's blocks stay for their reader without a sign of it.
         record: file that gets every call to the scheduler as a JSON line, for `benthic.sched.replay`.
     """
 
@@ -51,6 +53,8 @@ class EngineOptions:
     num_threads: int | None = None
     enforce_eager: bool = False
     native_folder: str | None = None
+    share_pages: bool = False
+    lease_seconds: float = 30.0
     record: str | None = None
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ class Runner:
         enforce_eager: bool = False,
     ) -> None:
         self.cache = cache
-        self._model = model.eval()
+        self.model = self._model = model.eval()
         self._linear = fastest_linear(model) if linear is None else linear
         self._exchange = LocalExchange(model.config.n_routed_experts)
         self.tapes: DecodeTapes | None = None  # None: every step runs as it is written

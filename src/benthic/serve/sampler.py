@@ -158,14 +158,16 @@ class PenaltyTable:
         self._in_prompt_NV = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
         self._free: list[int] = []
 
-    def admit(self, prompt: Sequence[int]) -> int:
-        """Take a slot and note the prompt's tokens in it."""
+    def admit(self, prompt: Sequence[int], output: Sequence[int] = ()) -> int:
+        """Take a slot and note the prompt's tokens in it, and those put out before."""
         if not self._free:
             self._grow()
         slot = self._free.pop()
         self._counts_NV[slot] = 0
         self._in_prompt_NV[slot] = False
         self._in_prompt_NV[slot, torch.tensor(prompt, device=self._counts_NV.device)] = True
+        for token in output:
+            self._counts_NV[slot, token] += 1
         return slot
 
     def release(self, slot: int) -> None:
@@ -228,9 +230,10 @@ class Sampler:
         *,
         seed: int,
         stop_tokens: tuple[int, ...],
+        output: Sequence[int] = (),
     ) -> None:
-        """Register a request; `stop_tokens` are the ids that would end it."""
-        slot = self._table.admit(prompt) if _has_penalty(params) else -1
+        """Register a request; `stop_tokens` are the ids that would end it, `output` is there already."""
+        slot = self._table.admit(prompt, output) if _has_penalty(params) else -1
         self._rows[request_id] = Row(params, seed, stop_tokens, slot)
 
     def release(self, request_id: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from benthic.serve.chat_template import ChatTemplate
-    from benthic.serve.client import EngineClient
+    from benthic.serve.client import Client
     from benthic.serve.messages import Ready
     from benthic.serve.metrics import Metrics
     from benthic.serve.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ class Service:
     def __init__(
         self,
         *,
-        client: EngineClient,
+        client: Client,
         ready: Ready,
         tokenizer: Tokenizer,
         template: ChatTemplate | None,

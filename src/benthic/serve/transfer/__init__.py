@@ -1,1 +1,1 @@
-"""Moving cache blocks between instances: who may read (desk), how (memory) and what is on its way (reader)."""
+"""Moving cache blocks between instances: who may read (desk), how (memory), what is under way (reader)."""

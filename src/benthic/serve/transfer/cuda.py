@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def region_of(pages_LPBW: Tensor) -> Region:
     """The IPC handle of a cache on a GPU; its owner must keep the tensor."""
-    shared = pages_LPBW.untyped_storage()._share_cuda_()  # noqa: SLF001 (torch.multiprocessing's own way)
+    shared = pages_LPBW.untyped_storage()._share_cuda_()
     return Region(kind="cuda", num_blocks=pages_LPBW.shape[1], handle=pickle.dumps(shared))
 
 

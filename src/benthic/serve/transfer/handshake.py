@@ -46,7 +46,9 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 def disagreements(reader: Terms, owner: Terms) -> str:
     """Every term that differs, with both values; empty when the two may share blocks."""
     pairs = [(name, getattr(reader, name), getattr(owner, name)) for name in Terms.__struct_fields__]
-    return "; ".join([f"{name} is {mine!r} here and {theirs!r} there" for name, mine, theirs in pairs if mine != theirs])
+    return "; ".join(
+        [f"{name} is {mine!r} here and {theirs!r} there" for name, mine, theirs in pairs if mine != theirs]
+    )
 
 
 class Region(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """Pages that another process on this host can read: an anonymous file that both map.
 
-The file has no name in any folder, so nothing is left behind however its owner ends; a reader opens it through
-the owner's process (`/proc/PID/fd/N`, which the kernel permits to the same user alone).
+The file has no name in any folder, so nothing is left behind however its owner ends; a reader opens it
+through the owner's process (`/proc/PID/fd/N`, which the kernel permits to the same user alone).
 """
 
 from __future__ import annotations

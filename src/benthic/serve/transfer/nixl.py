@@ -84,7 +84,9 @@ class NixlSource:
             TransferError: NIXL reports an error, or nothing within `PATIENCE_S`.
         """
         mine, agent = self._mine, self._mine.agent
-        near = self._pieces(mine.pages_LPBW.data_ptr(), mine.pages_LPBW.shape[1], local_blocks, mine.device_id)
+        near = self._pieces(
+            mine.pages_LPBW.data_ptr(), mine.pages_LPBW.shape[1], local_blocks, mine.device_id
+        )
         far = self._pieces(self._handle.address, self._num_blocks, remote_blocks, self._handle.device_id)
         transfer = agent.initialize_xfer(
             "READ",
@@ -98,7 +100,7 @@ class NixlSource:
         finally:
             agent.release_xfer_handle(transfer)
 
-    def _wait(self, transfer: Any) -> None:  # noqa: ANN401 (NIXL has no types)
+    def _wait(self, transfer: Any) -> None:
         agent, until = self._mine.agent, time.monotonic() + PATIENCE_S
         state = agent.transfer(transfer)
         while state == "PROC" and time.monotonic() < until:
@@ -116,7 +118,7 @@ class NixlSource:
         return [(address + row * size, size, device_id) for row in rows]
 
 
-def _nixl() -> Any:  # noqa: ANN401 (NIXL has no types)
+def _nixl() -> Any:
     try:
         return importlib.import_module("nixl._api")
     except ImportError as error:
