@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import pytest
 from fake_device import EOS, FakeDevice, alone, check_empty, check_plan
@@ -13,13 +14,20 @@ from hypothesis import strategies as st
 
 from benthic.errors import ConfigError, OverloadedError, ServeError
 from benthic.sched.batching import BatchingConfig, Finished, Request, Scheduler, Started
-from benthic.sched.leases import Lease
-from benthic.sched.pulls import TransferPlan
 from benthic.sched.replay import RecordingScheduler, replay
 from benthic.sched.request import Phase
 
+if TYPE_CHECKING:
+    from benthic.sched.leases import Lease
+    from benthic.sched.pulls import TransferPlan
+
 CONFIG = BatchingConfig(
-    num_blocks=12, block_size=4, max_model_len=40, max_num_seqs=4, max_num_batched_tokens=16, lease_seconds=5.0
+    num_blocks=12,
+    block_size=4,
+    max_model_len=40,
+    max_num_seqs=4,
+    max_num_batched_tokens=16,
+    lease_seconds=5.0,
 )
 
 
@@ -153,7 +161,9 @@ class World:
     def _hand_over(self, trip: Trip, now: float) -> None:
         prompt = (*trip.request.prompt, *trip.output)
         request = replace(trip.request, prompt=prompt, prompt_len=-1, max_tokens=trip.request.max_tokens - 1)
-        self.reader.scheduler.add(replace(request, pull=trip.request.request_id not in self.trouble.silent), now)
+        self.reader.scheduler.add(
+            replace(request, pull=trip.request.request_id not in self.trouble.silent), now
+        )
         if not self.reader.scheduler._requests[trip.request.request_id].request.pull:
             return  # its reader computes for itself, and its lease runs out
 
@@ -315,7 +325,9 @@ def test_a_transfer_that_comes_back_twice_is_refused() -> None:
     reader = Side(CONFIG)
     (plan,) = waiting_pull(reader, tuple(range(1, 15)))
     reader.scheduler.pulls.commit(plan)
-    with pytest.raises(ServeError, match="transfer 0 of 'a' came back, but the oldest of it in flight is none"):
+    with pytest.raises(
+        ServeError, match="transfer 0 of 'a' came back, but the oldest of it in flight is none"
+    ):
         reader.scheduler.pulls.commit(plan)
 
 

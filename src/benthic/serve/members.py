@@ -158,9 +158,7 @@ class Members:
         """End every instance; requests in flight fail. Once."""
         self._closing = True
         await asyncio.gather(*(member.client.close() for member in self))
-        for task in self._watchers:
-            task.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await asyncio.gather(*self._watchers)  # they end with their instances
 
     async def _watch(self, member: Member) -> None:
         """Admit an instance when it is up; when it is gone, forget it and perhaps start another."""
