@@ -148,9 +148,9 @@ def test_a_waiting_reader_keeps_its_lease_alive() -> None:
         while not both.owner._desk._renewed:
             assert time.monotonic() < until, "no renewal came"
             time.sleep(0.001)
-        clock.now += 29.0
+        clock.now += 25.0
         both.owner.step()
-        clock.now += 29.0
+        clock.now += 25.0
         both.owner.step()
         assert both.owner.stats().leased_blocks == 8
 

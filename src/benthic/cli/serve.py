@@ -19,6 +19,7 @@ ENGINE = "Engine"
 CACHE = "KV cache"
 REQUESTS = "Requests"
 HTTP = "HTTP"
+FLEET = "Prefill and decode instances"
 
 
 class Dtype(StrEnum):
@@ -160,6 +161,21 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             rich_help_panel=REQUESTS,
         ),
     ] = "auto",
+    prefill: Annotated[
+        int, typer.Option(min=0, help="Instances that prefill for others.", rich_help_panel=FLEET)
+    ] = 0,
+    decode: Annotated[
+        int, typer.Option(min=0, help="Instances that pull and decode.", rich_help_panel=FLEET)
+    ] = 0,
+    prefill_policy: Annotated[
+        str, typer.Option(help="prefix_affinity or shortest_queue.", rich_help_panel=FLEET)
+    ] = "prefix_affinity",
+    local_prefill_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Prompts with at most so many new tokens skip the transfer.", rich_help_panel=FLEET
+        ),
+    ] = 0,
     disable_log_requests: Annotated[
         bool,
         typer.Option(
@@ -176,6 +192,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     """Serve a checkpoint over an OpenAI-compatible API."""
     # imported here so that `benthic --help` needs neither FastAPI nor tokenizers
     from benthic.serve import launch, server  # noqa: PLC0415
+    from benthic.serve.fleet import Fleet, FleetOptions  # noqa: PLC0415
     from benthic.serve.options import EngineOptions  # noqa: PLC0415
     from benthic.serve.service import ServiceSettings  # noqa: PLC0415
     from benthic.serve.tokenizer import Tokenizer  # noqa: PLC0415
@@ -216,7 +233,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         settings=ServiceSettings(
             served_names=tuple(served_model_name or [str(folder)]),
             root=str(folder),
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=max_num_seqs * max(1, decode),
             max_waiting=max_waiting,
             defaults=launch.read_sampling_defaults(folder, generation_config),
             log_requests=not disable_log_requests,
@@ -224,7 +241,13 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         options=http,
         wall=time.time,
     )
-    raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
+    if not prefill and not decode:
+        raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
+    spread = FleetOptions(
+        prefill=prefill, decode=decode, prefill_policy=prefill_policy, local_tokens=local_prefill_tokens
+    )
+    fleet = Fleet(checkpoint=folder, engine=options, options=spread)
+    raise typer.Exit(server.run(fleet, bound, parts))
 
 
 def _one_model(positional: Path | None, flag: Path | None) -> Path:

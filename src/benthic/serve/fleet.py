@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benthic.errors import ConfigError
+from benthic.errors import ConfigError, UnknownFieldError
 from benthic.sched.routing import RANKINGS, Policy
 from benthic.serve.router import Router, RouterOptions
 
@@ -32,6 +32,7 @@ class FleetOptions:
         decode_policy: ranks the latter.
         local_tokens: prompts with at most so many tokens to compute are prefilled where they decode.
         retries: how often a request is moved when its instance dies.
+        restarts: how many instances that died are replaced, in all.
 
     Raises:
         ConfigError: a count is below 1, or a policy is unknown.
@@ -43,6 +44,7 @@ class FleetOptions:
     decode_policy: str = "least_loaded"
     local_tokens: int = 0
     retries: int = 3
+    restarts: int = 16
 
     def __post_init__(self) -> None:
         if self.prefill < 1 or self.decode < 1:
@@ -53,8 +55,8 @@ class FleetOptions:
             raise ConfigError(msg)
         for name in (self.prefill_policy, self.decode_policy):
             if name not in RANKINGS:
-                msg = f"policy {name!r} is unknown. Known: {', '.join(RANKINGS)}."
-                raise ConfigError(msg)
+                kind = "policy"
+                raise UnknownFieldError(kind, name, RANKINGS)
 
     @property
     def policy(self) -> Policy:
@@ -66,17 +68,34 @@ class FleetOptions:
         )
 
 
-def start_router(path: Path, options: EngineOptions, fleet: FleetOptions, router: RouterOptions) -> Router:
-    """Start `fleet.prefill + fleet.decode` instances of the checkpoint in `path` and a router before them."""
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """A checkpoint served by several instances on one host. `engine` holds for each of them."""
+
+    checkpoint: Path
+    engine: EngineOptions
+    options: FleetOptions
+
+
+def start_router(fleet: Fleet, *, stall_s: float, log_level: int) -> Router:
+    """Start the instances of a fleet, and a router before them."""
     folder = Path(tempfile.mkdtemp(prefix="benthic-desks-"))
-    count = fleet.prefill + fleet.decode
-    each = replace(options, share_pages=True, num_threads=_threads(options, count))
+    options = fleet.options
+    threads = _threads(fleet.engine, options.prefill + options.decode)
+    each = replace(fleet.engine, share_pages=True, num_threads=threads)
 
     def factory(name: str, index: int) -> EngineFactory:
-        address = f"ipc://{folder}/{name}"
-        return functools.partial(load_instance, path, each, address, index)
+        return functools.partial(load_instance, fleet.checkpoint, each, f"ipc://{folder}/{name}", index)
 
-    return Router(factory, {"prefill": fleet.prefill, "decode": fleet.decode}, router, folder=folder)
+    router = RouterOptions(
+        policy=options.policy,
+        retries=options.retries,
+        restarts=options.restarts,
+        stall_s=stall_s,
+        seed=fleet.engine.seed,
+        log_level=log_level,
+    )
+    return Router(factory, {"prefill": options.prefill, "decode": options.decode}, router, folder=folder)
 
 
 def load_instance(path: Path, options: EngineOptions, address: str, index: int) -> EngineLike:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from benthic import __version__
 from benthic.errors import TransferError
 from benthic.sched.batching import Started
 from benthic.serve.engine import Clock, Engine
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from benthic.model.network import DeepSeek
     from benthic.sched.batching import Finished, StepPlan
     from benthic.serve.build import Parts
-    from benthic.serve.cache import LatentCache
+    from benthic.serve.cache import CacheLayout, LatentCache
     from benthic.serve.messages import Delta, Generate
     from benthic.serve.options import EngineOptions
     from benthic.serve.sample import Logprobs
@@ -75,7 +76,7 @@ class Instance(Engine):
     ) -> None:
         super().__init__(parts, options, clock=clock)
         cache = parts.runner.cache
-        terms = Terms.of(transfer.model, cache.layout)
+        terms = terms_of(transfer.model, cache.layout)
         pages = NixlPages(cache.pages_LPBW) if transfer.nixl else None
         region = region_of(cache, pages)
         self.instance_id = uuid.uuid4().hex
@@ -172,6 +173,18 @@ class Instance(Engine):
             num_tokens=lease.num_tokens,
         )
         return msgspec.structs.replace(delta, remote=remote)
+
+
+def terms_of(model: str, layout: CacheLayout) -> Terms:
+    """The terms of an instance that serves the model of that digest from a cache of this layout."""
+    return Terms(
+        version=__version__,
+        model=model,
+        layers=layout.layers,
+        latent_dim=layout.latent_dim,
+        block_size=layout.block_size,
+        dtype=str(layout.dtype).removeprefix("torch."),
+    )
 
 
 def region_of(cache: LatentCache, nixl: NixlPages | None) -> Region:

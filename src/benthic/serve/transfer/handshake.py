@@ -6,14 +6,7 @@ the owner's memory without its help, and then asks whether the lease held until 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
-
-from benthic import __version__
-
-if TYPE_CHECKING:
-    from benthic.serve.cache import CacheLayout
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,18 +22,6 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     dtype: str
     layout: str = "layer, block, token, latent + rope"
-
-    @classmethod
-    def of(cls, model: str, layout: CacheLayout) -> Terms:
-        """The terms of an instance that serves `model` from a cache of this layout."""
-        return cls(
-            version=__version__,
-            model=model,
-            layers=layout.layers,
-            latent_dim=layout.latent_dim,
-            block_size=layout.block_size,
-            dtype=str(layout.dtype).removeprefix("torch."),
-        )
 
 
 def disagreements(reader: Terms, owner: Terms) -> str:

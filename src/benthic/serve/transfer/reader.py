@@ -29,9 +29,13 @@ logger = logging.getLogger("benthic.serve.transfer")
 
 @dataclass(eq=False)
 class Owner:
-    """One other instance: its socket, and its pages once it has welcomed this one."""
+    """One other instance: its socket, and its pages once it has welcomed this one.
+
+    `hang_up` is readable when the connection has ended.
+    """
 
     socket: zmq.Socket
+    hang_up: zmq.Socket
     instance_id: str
     greeted_s: float
     source: Source | None = None
@@ -127,7 +131,7 @@ class Reader:
     def shut(self) -> None:
         """Close every connection."""
         for owner in self._owners.values():
-            owner.socket.close(linger=0)
+            self._part(owner)
         self._context.term()
 
     def _meet(self, remote: Remote, now: float) -> Owner:
@@ -135,15 +139,22 @@ class Reader:
         if known is not None and known.instance_id == remote.instance_id and known.trouble is None:
             return known
         if known is not None:  # another life of the process at that address, or one that failed before
-            self._poller.unregister(known.socket)
-            known.socket.close(linger=0)
-        owner = Owner(self._context.socket(zmq.DEALER), remote.instance_id, now)
-        owner.socket.setsockopt(zmq.LINGER, 0)
-        owner.socket.connect(remote.address)
-        self._poller.register(owner.socket, zmq.POLLIN)
+            self._part(known)
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        owner = Owner(socket, socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), remote.instance_id, now)
+        socket.connect(remote.address)
+        for each in (owner.socket, owner.hang_up):
+            self._poller.register(each, zmq.POLLIN)
         self._owners[remote.address] = owner
         self._send(owner, Greet(self._terms))
         return owner
+
+    def _part(self, owner: Owner) -> None:
+        for each in (owner.socket, owner.hang_up):
+            self._poller.unregister(each)
+        owner.socket.disable_monitor()
+        owner.socket.close(linger=0)
 
     def _send(self, owner: Owner, message: Greet | Renew | Done) -> None:
         if not owner.socket.closed:
@@ -154,6 +165,9 @@ class Reader:
         for owner in self._owners.values():
             while owner.socket in ready and owner.socket.poll(0):
                 self._hear(owner, self._decode(owner.socket.recv()))
+            if owner.hang_up in ready:
+                owner.hang_up.recv_multipart()
+                owner.trouble = f"the connection to instance {owner.instance_id} has ended"
 
     def _hear(self, owner: Owner, answer: FromDesk) -> None:
         if isinstance(answer, Held):
@@ -191,12 +205,14 @@ class Reader:
         if not each.waiting and not each.copied:
             return None
         owner = each.owner
+        if each.verdict is True:
+            return None
         if owner.trouble is not None:
             return owner.trouble
         if each.verdict is False:
             return f"the lease {each.remote.lease_id!r} ended before it was read"
         since = owner.greeted_s if owner.source is None else each.asked_s
-        if each.verdict is None and since is not None and now - since > self._patience_s:
+        if since is not None and now - since > self._patience_s:
             owner.trouble = f"instance {owner.instance_id} has not answered for {now - since:.1f} s"
             return owner.trouble
         return None

@@ -1,0 +1,74 @@
+"""`benthic serve --prefill --decode`: the same API, and instances that join and drain over HTTP."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from running import benthic_server
+
+from benthic.errors import ConfigError, UnknownFieldError
+from benthic.serve.fleet import FleetOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import httpx
+
+ENGINE = ("--num-blocks", "128", "--block-size", "4", "--max-model-len", "256", "--max-num-seqs", "8")
+
+
+def ask(http: httpx.Client, prompt: list[int], **fields: object) -> dict:
+    body = {"model": "nano", "prompt": prompt, "max_tokens": 8, "seed": 5, "ignore_eos": True}
+    answer = http.post("/v1/completions", json=body | fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def wait_for(http: httpx.Client, statuses: dict[str, str]) -> None:
+    until = time.monotonic() + 60
+    while True:
+        found = {each["name"]: each["status"] for each in http.get("/instances").json()["data"]}
+        if found == statuses:
+            return
+        assert time.monotonic() < until, found
+        time.sleep(0.05)
+
+
+def test_a_fleet_answers_like_one_engine_and_instances_join_and_drain(
+    nano_checkpoint: Path, tmp_path: Path
+) -> None:
+    prompts = [list(range(20 + i, 60 + 2 * i)) for i in range(6)]
+    names = ("--served-model-name", "nano", *ENGINE)
+    with benthic_server(nano_checkpoint, tmp_path / "one.log", *names) as one, one.http() as http:
+        expected = [ask(http, prompt)["choices"][0]["text"] for prompt in prompts]
+    fleet = ("--prefill", "1", "--decode", "1", *names)
+    with benthic_server(nano_checkpoint, tmp_path / "fleet.log", *fleet) as running, running.http() as http:
+        assert [ask(http, prompt)["choices"][0]["text"] for prompt in prompts] == expected
+        usage = ask(http, prompts[0], n=2, temperature=1.0)["usage"]
+        assert usage["prompt_tokens"] == 40
+        assert usage["completion_tokens"] == 16
+        joined = http.post("/instances", json={"role": "decode"})
+        assert (joined.status_code, joined.json()["status"]) == (202, "starting")
+        wait_for(http, dict.fromkeys(("prefill-0", "decode-1", "decode-2"), "serving"))
+        assert http.delete("/instances/decode-1").status_code == 202
+        wait_for(http, dict.fromkeys(("prefill-0", "decode-2"), "serving"))
+        assert ask(http, prompts[1])["choices"][0]["text"] == expected[1]
+        missing = http.delete("/instances/decode-1")
+        assert missing.status_code == 404
+        assert "no instance 'decode-1'" in missing.json()["error"]["message"]
+        assert http.post("/instances", json={"role": "cook"}).status_code == 400
+        assert "/instances" in http.get("/openapi.json").json()["paths"]
+        running.wait_idle()
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(0, 1), (2, 0)])
+def test_a_fleet_with_one_side_alone_is_refused(prefill: int, decode: int) -> None:
+    with pytest.raises(ConfigError, match="each side needs 1 instance at least"):
+        FleetOptions(prefill=prefill, decode=decode)
+
+
+def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UnknownFieldError, match="Did you mean 'shortest_queue'"):
+        FleetOptions(prefill=1, decode=1, prefill_policy="shortest_queu")
