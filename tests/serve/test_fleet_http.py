@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import httpx
+    from running import Running
 
 ENGINE = ("--num-blocks", "128", "--block-size", "4", "--max-model-len", "256", "--max-num-seqs", "8")
 
@@ -72,3 +74,54 @@ def test_a_fleet_with_one_side_alone_is_refused(prefill: int, decode: int) -> No
 def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UnknownFieldError, match="Did you mean 'shortest_queue'"):
         FleetOptions(prefill=1, decode=1, prefill_policy="shortest_queu")
+
+
+def test_two_servers_hand_a_request_over_in_the_words_of_a_vllm_router(
+    nano_checkpoint: Path, tmp_path: Path
+) -> None:
+    names = ("--served-model-name", "nano", *ENGINE, "--kv-port")
+    prompt = list(range(20, 70))
+    with (
+        benthic_server(nano_checkpoint, tmp_path / "p.log", *names, str(free_port())) as first,
+        benthic_server(nano_checkpoint, tmp_path / "d.log", *names, str(free_port())) as second,
+        first.http() as prefill,
+        second.http() as decode,
+    ):
+        alone = ask(decode, prompt[:-1] + [9])["choices"][0]["text"]
+        assert alone
+        expected = ask(prefill, prompt)["choices"][0]["text"]
+        wanted = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None}
+        kept = ask(prefill, prompt, max_tokens=1, kv_transfer_params=wanted)["kv_transfer_params"]
+        assert len(kept["remote_block_ids"]) == 13
+        assert first.metrics()["benthic:kv_blocks_free"] < 128
+        assert ask(decode, prompt, kv_transfer_params=kept)["choices"][0]["text"] == expected
+        first.wait_idle()
+        again = ask(decode, prompt, kv_transfer_params=kept)
+        assert again["choices"][0]["text"] == expected
+        message = [{"role": "user", "content": "hi " * 20}]
+        chat = {"model": "nano", "messages": message, "max_tokens": 1, "kv_transfer_params": wanted}
+        answer = prefill.post("/v1/chat/completions", json=chat).json()
+        handed = chat | {"max_tokens": 4, "kv_transfer_params": answer["kv_transfer_params"]}
+        assert decode.post("/v1/chat/completions", json=handed).status_code == 200
+        broken = decode.post(
+            "/v1/chat/completions", json=chat | {"kv_transfer_params": {"do_remote_prefill": True}}
+        )
+        assert broken.status_code == 400
+        assert "kv_transfer_params cannot be read" in broken.json()["error"]["message"]
+        assert prefill.post("/v1/chat/completions", json=chat | {"n": 2}).status_code == 400
+        first.wait_idle()
+        second.wait_idle()
+
+
+def test_a_server_without_transfers_refuses_a_hand_over(server: Running) -> None:
+    body = {"model": "fake", "prompt": [5], "kv_transfer_params": {"do_remote_decode": True}}
+    with server.http() as http:
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 400
+        assert "--kv-port" in answer.json()["error"]["message"]
+        assert http.post("/v1/completions", json=body | {"kv_transfer_params": None}).status_code == 200
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]

@@ -176,6 +176,18 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             min=0, help="Prompts with at most so many new tokens skip the transfer.", rich_help_panel=FLEET
         ),
     ] = 0,
+    kv_host: Annotated[
+        str, typer.Option(help="Where other servers reach --kv-port.", rich_help_panel=FLEET)
+    ] = "127.0.0.1",
+    kv_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Take part in transfers with other servers here.", rich_help_panel=FLEET
+        ),
+    ] = None,
+    kv_nixl: Annotated[
+        bool, typer.Option("--kv-nixl", help="Move blocks between hosts by NIXL.", rich_help_panel=FLEET)
+    ] = False,
     disable_log_requests: Annotated[
         bool,
         typer.Option(
@@ -192,7 +204,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     """Serve a checkpoint over an OpenAI-compatible API."""
     # imported here so that `benthic --help` needs neither FastAPI nor tokenizers
     from benthic.serve import launch, server  # noqa: PLC0415
-    from benthic.serve.fleet import Fleet, FleetOptions  # noqa: PLC0415
+    from benthic.serve.fleet import Fleet, FleetOptions, load_instance  # noqa: PLC0415
     from benthic.serve.options import EngineOptions  # noqa: PLC0415
     from benthic.serve.service import ServiceSettings  # noqa: PLC0415
     from benthic.serve.tokenizer import Tokenizer  # noqa: PLC0415
@@ -224,6 +236,12 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         log_level=uvicorn_log_level.value,
         access_log=not disable_uvicorn_access_log,
     )
+    if kv_port is not None and (prefill or decode):
+        msg = (
+            f"--kv-port {kv_port} makes one engine part of others' fleets, but --prefill {prefill} and "
+            f"--decode {decode} start a fleet of its own. Choose one."
+        )
+        raise ConfigError(msg)
     bound = launch.bind(host, port)
     launch.check_checkpoint(folder)
     tokenizer = Tokenizer.from_folder(folder)
@@ -237,10 +255,15 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             max_waiting=max_waiting,
             defaults=launch.read_sampling_defaults(folder, generation_config),
             log_requests=not disable_log_requests,
+            kv_transfer=kv_port is not None,
         ),
         options=http,
         wall=time.time,
     )
+    if kv_port is not None:
+        address = f"tcp://{kv_host}:{kv_port}"
+        build = functools.partial(load_instance, folder, options, address, 0, nixl=kv_nixl)
+        raise typer.Exit(server.run(build, bound, parts))
     if not prefill and not decode:
         raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
     spread = FleetOptions(

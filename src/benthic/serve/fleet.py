@@ -82,7 +82,7 @@ def start_router(fleet: Fleet, *, stall_s: float, log_level: int) -> Router:
     folder = Path(tempfile.mkdtemp(prefix="benthic-desks-"))
     options = fleet.options
     threads = _threads(fleet.engine, options.prefill + options.decode)
-    each = replace(fleet.engine, share_pages=True, num_threads=threads)
+    each = replace(fleet.engine, num_threads=threads)
 
     def factory(name: str, index: int) -> EngineFactory:
         return functools.partial(load_instance, fleet.checkpoint, each, f"ipc://{folder}/{name}", index)
@@ -98,7 +98,9 @@ def start_router(fleet: Fleet, *, stall_s: float, log_level: int) -> Router:
     return Router(factory, {"prefill": options.prefill, "decode": options.decode}, router, folder=folder)
 
 
-def load_instance(path: Path, options: EngineOptions, address: str, index: int) -> EngineLike:
+def load_instance(
+    path: Path, options: EngineOptions, address: str, index: int, *, nixl: bool = False
+) -> EngineLike:
     """Build one instance, in its own process; on GPUs, instance `index` takes the GPU of that number."""
     import torch  # noqa: PLC0415 (the router's process imports this module and must stay light)
 
@@ -107,10 +109,12 @@ def load_instance(path: Path, options: EngineOptions, address: str, index: int) 
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    options = replace(options, device=_device(options.device, index, torch.cuda.device_count()))
+    device = _device(options.device, index, torch.cuda.device_count())
+    options = replace(options, device=device, share_pages=not nixl)
     logger.info("device: %s", options.device)
     parts = from_checkpoint(path, options)
-    return Instance(parts, options, TransferOptions(address=address, model=digest_of(parts.runner.model)))
+    transfer = TransferOptions(address=address, model=digest_of(parts.runner.model), nixl=nixl)
+    return Instance(parts, options, transfer)
 
 
 def _device(asked: str, index: int, gpus: int) -> str:

@@ -50,7 +50,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "modalities": (["text"],),
@@ -113,6 +112,9 @@ class SamplingBody(Body):
         None, description="Write tokens of log-probabilities as `token_id:7`."
     )
     priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="Lower goes first.")
+    kv_transfer_params: dict[str, Any] | None = Field(
+        None, description="Hand-over between a prefill and a decode server, in vLLM's words."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, description="Accepted for compatibility; not used.")

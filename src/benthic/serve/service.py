@@ -39,6 +39,7 @@ class ServiceSettings:
         max_num_seqs: sequences the engine runs at once.
         max_waiting: sequences that may wait beyond those; more are answered with 503.
         defaults: sampling values for fields a request leaves out.
+        kv_transfer: `kv_transfer_params` are taken.
         log_requests: one line when a request starts and one when it ends.
     """
 
@@ -47,6 +48,7 @@ class ServiceSettings:
     max_num_seqs: int
     max_waiting: int
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    kv_transfer: bool = False
     log_requests: bool = True
 
 

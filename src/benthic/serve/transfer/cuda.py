@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 Shared = tuple[int, bytes, int, int, bytes, int, bytes, bool]
-"""What `UntypedStorage._share_cuda_` gives: device, memory handle, bytes, offset, the reference counter's handle
-and offset, event handle, and whether to wait for it."""
+"""What `UntypedStorage._share_cuda_` gives: device, memory handle, bytes, offset, the reference counter's
+handle and offset, event handle, and whether to wait for it."""
 
 
 def region_of(pages_LPBW: Tensor) -> Region:
