@@ -87,8 +87,6 @@ def test_two_servers_hand_a_request_over_in_the_words_of_a_vllm_router(
         first.http() as prefill,
         second.http() as decode,
     ):
-        alone = ask(decode, prompt[:-1] + [9])["choices"][0]["text"]
-        assert alone
         expected = ask(prefill, prompt)["choices"][0]["text"]
         wanted = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None}
         kept = ask(prefill, prompt, max_tokens=1, kv_transfer_params=wanted)["kv_transfer_params"]
