@@ -154,6 +154,7 @@ class Reader:
         for each in (owner.socket, owner.hang_up):
             self._poller.unregister(each)
         owner.socket.disable_monitor()
+        owner.hang_up.close(linger=0)
         owner.socket.close(linger=0)
 
     def _send(self, owner: Owner, message: Greet | Renew | Done) -> None:
