@@ -15,6 +15,8 @@
     ├── NumericsError                   a loss or a tensor is no longer finite; step and tensor are named
     └── ServeError                      the server cannot do what was asked
         ├── AdmissionError (ValueError) a request that could never be served; the two numbers are named
+        ├── OverloadedError             no room for a request now; it may be sent again
+        ├── TransferError               blocks cannot be read from another instance; both sides are named
         └── EngineDeadError             the engine process ended; requests in flight are lost
 
 A message says what is wrong, the two numbers that disagree and where they came from; then the remedy.
@@ -98,6 +100,14 @@ class ServeError(BenthicError):
 
 class AdmissionError(ServeError, ValueError):
     """A request that could never be served; the two numbers that disagree are named."""
+
+
+class OverloadedError(ServeError):
+    """There is no room for a request now; it may be sent again."""
+
+
+class TransferError(ServeError):
+    """Blocks cannot be read from another instance; what the two sides say is named."""
 
 
 class EngineDeadError(ServeError):

@@ -115,11 +115,12 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     resident = [
         seq
         for seq in scheduler._requests.values()
-        if seq.phase in (Phase.PREFILLING, Phase.DECODING, Phase.DRAINING)
+        if seq.phase in (Phase.PULLING, Phase.PREFILLING, Phase.DECODING, Phase.DRAINING)
     ]
     assert len(resident) == scheduler.num_running
     users = [0] * config.num_blocks
-    for table in scheduler._residency.holdings(resident):
+    elsewhere = scheduler.leases.tables + scheduler.pulls.tables
+    for table in scheduler._residency.holdings(resident) + elsewhere:
         assert len(set(table)) == len(table)
         for block in table:
             users[block] += 1
@@ -151,3 +152,7 @@ def check_empty(scheduler: Scheduler) -> None:
     assert not home.prefix._parked
     assert not scheduler._prefills.running
     assert len(scheduler._prefills._queue) == 0
+    assert not scheduler.pulls._pulls
+    assert not scheduler.pulls._flying
+    assert not scheduler.leases._promised
+    assert not len(scheduler.leases)

@@ -19,6 +19,7 @@ ENGINE = "Engine"
 CACHE = "KV cache"
 REQUESTS = "Requests"
 HTTP = "HTTP"
+FLEET = "Prefill and decode instances"
 
 
 class Dtype(StrEnum):
@@ -248,6 +249,33 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         ReasoningParser,
         typer.Option(help="auto looks for <think> in the chat template.", rich_help_panel=REQUESTS),
     ] = ReasoningParser.auto,
+    prefill: Annotated[
+        int, typer.Option(min=0, help="Instances that prefill for others.", rich_help_panel=FLEET)
+    ] = 0,
+    decode: Annotated[
+        int, typer.Option(min=0, help="Instances that pull and decode.", rich_help_panel=FLEET)
+    ] = 0,
+    prefill_policy: Annotated[
+        str, typer.Option(help="prefix_affinity or shortest_queue.", rich_help_panel=FLEET)
+    ] = "prefix_affinity",
+    local_prefill_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Prompts with at most so many new tokens skip the transfer.", rich_help_panel=FLEET
+        ),
+    ] = 0,
+    kv_host: Annotated[
+        str, typer.Option(help="Where other servers reach --kv-port.", rich_help_panel=FLEET)
+    ] = "127.0.0.1",
+    kv_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Take part in transfers with other servers here.", rich_help_panel=FLEET
+        ),
+    ] = None,
+    kv_nixl: Annotated[
+        bool, typer.Option("--kv-nixl", help="Move blocks between hosts by NIXL.", rich_help_panel=FLEET)
+    ] = False,
     disable_log_requests: Annotated[
         bool,
         typer.Option(
@@ -271,6 +299,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     """Serve a checkpoint over an OpenAI-compatible API."""
     # imported here so that `benthic --help` needs neither FastAPI nor tokenizers
     from benthic.serve import launch, server  # noqa: PLC0415
+    from benthic.serve.fleet import Fleet, FleetOptions, load_instance  # noqa: PLC0415
     from benthic.serve.options import EngineOptions  # noqa: PLC0415
     from benthic.serve.service import ServiceSettings  # noqa: PLC0415
     from benthic.serve.tokenizer import Tokenizer  # noqa: PLC0415
@@ -311,6 +340,12 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         log_level=uvicorn_log_level.value,
         access_log=not disable_uvicorn_access_log,
     )
+    if kv_port is not None and (prefill or decode):
+        msg = (
+            f"--kv-port {kv_port} makes one engine part of others' fleets, but --prefill {prefill} and "
+            f"--decode {decode} start a fleet of its own. Choose one."
+        )
+        raise ConfigError(msg)
     bound = launch.bind(host, port)
     launch.check_checkpoint(folder)
     tokenizer = Tokenizer.from_folder(folder)
@@ -321,17 +356,28 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         settings=ServiceSettings(
             served_names=tuple(served_model_name or [str(folder)]),
             root=str(folder),
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=max_num_seqs * max(1, decode),
             max_waiting=max_waiting,
             defaults=launch.read_sampling_defaults(folder, generation_config),
             request_timeout_s=request_timeout,
             formats=launch.answer_formats(template, tool_call_parser.value, reasoning_parser.value),
             log_requests=not disable_log_requests,
+            kv_transfer=kv_port is not None,
         ),
         options=http,
         wall=time.time,
     )
-    raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
+    if kv_port is not None:
+        address = f"tcp://{kv_host}:{kv_port}"
+        build = functools.partial(load_instance, folder, options, address, 0, nixl=kv_nixl)
+        raise typer.Exit(server.run(build, bound, parts))
+    if not prefill and not decode:
+        raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
+    spread = FleetOptions(
+        prefill=prefill, decode=decode, prefill_policy=prefill_policy, local_tokens=local_prefill_tokens
+    )
+    fleet = Fleet(checkpoint=folder, engine=options, options=spread)
+    raise typer.Exit(server.run(fleet, bound, parts))
 
 
 def _one_model(positional: Path | None, flag: Path | None) -> Path:

@@ -36,6 +36,7 @@ What the scheduler promises
     ignored.
   * Slots and blocks of an ended request come free when the newest plan in flight at its end is committed.
   * Blocks are conserved: `num_free_blocks == num_blocks` once nothing is left.
+  * Between instances, `leases` keeps a held request's blocks for a reader and `pulls` plans such reading.
 
 While a sequence has uncommitted drafts, how many held decides its next position, so it sits out until they
 are committed; without drafts, any number of plans may be made ahead.
@@ -49,6 +50,7 @@ from benthic.errors import AdmissionError, ServeError
 from benthic.sched.admission import refuse_impossible, total_limit
 from benthic.sched.decodes import Decodes
 from benthic.sched.flights import Chunk, Flight, Flights
+from benthic.sched.leases import Leases
 from benthic.sched.plans import (
     BatchingConfig,
     Finished,
@@ -61,6 +63,7 @@ from benthic.sched.plans import (
     Totals,
 )
 from benthic.sched.prefills import Prefills
+from benthic.sched.pulls import Pulls
 from benthic.sched.request import Phase, Request, SequenceState
 from benthic.sched.residency import Residency
 
@@ -94,7 +97,9 @@ class Scheduler:
         self._eos = frozenset(config.eos_token_ids)
         self._requests: dict[str, SequenceState] = {}
         self._residency = Residency(config)
-        self._prefills = Prefills(config, self._residency, self.totals)
+        self.leases = Leases(config, self._residency.pool)
+        self.pulls = Pulls(config, self._residency, self.totals, self._begin_prefilling)
+        self._prefills = Prefills(config, self._residency, self.totals, self.pulls)
         self._decodes = Decodes(config, self._residency)
         self._flights = Flights()
         self._finished: list[Finished] = []
@@ -102,8 +107,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is unfinished or a plan uncommitted."""
-        return bool(self._requests or self._flights)
+        """Whether a request is unfinished, or a plan or transfer uncommitted."""
+        return bool(self._requests or self._flights or self.pulls.num_in_flight)
 
     @property
     def num_running(self) -> int:
@@ -138,6 +143,7 @@ class Scheduler:
 
         Raises:
             AdmissionError: it can never fit, its id is taken, or it is counted where token ids are needed.
+            OverloadedError: it is to be held, and what is held already leaves no room.
         """
         known = self._requests.get(request.request_id)
         if known is not None:
@@ -147,6 +153,7 @@ class Scheduler:
             )
             raise AdmissionError(msg)
         refuse_impossible(request, self.config)
+        self.leases.promise(request)
         stops = frozenset(request.stop_token_ids)
         seq = SequenceState(
             request,
@@ -218,6 +225,11 @@ class Scheduler:
         self.totals.preemptions += 1
         self._prefills.wait([*self._residency.evict(seq), seq])
         self._prefills.close()
+
+    def _begin_prefilling(self, seq: SequenceState, woken: list[SequenceState]) -> None:
+        """A pull has ended: compute what it did not bring, at least the last known token."""
+        self._prefills.resume(seq)
+        self._prefills.wait(woken)
 
     def _begin_decoding(self, chunks: list[Chunk]) -> None:
         done = [chunk.seq for chunk in chunks if chunk.seq.phase is Phase.DECODING]
@@ -363,6 +375,8 @@ class Scheduler:
         self.totals.finished += 1
         del self._requests[seq.request.request_id]
         self._prefills.leave(seq)
+        self.pulls.leave(seq)
+        self.leases.grant(seq, now, keep=reason == "length")
         if seq.phase is not Phase.WAITING:
             self._let_go(seq, keep=reason in ("stop", "length"))
         seq.phase = Phase.FINISHED

@@ -13,6 +13,15 @@ from benthic.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+_COUNTS = (
+    "num_blocks",
+    "block_size",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "transfer_blocks",
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchingConfig:
@@ -36,6 +45,9 @@ class BatchingConfig:
             into it.
         counted: requests carry lengths instead of token ids (a simulator has none); commit with
             `commit_counts`.
+        lease_seconds: how long a held request's blocks stay for their reader without a sign of it.
+        lease_share: most of the blocks that held requests may occupy together, leased or being computed.
+        transfer_blocks: most blocks pulled in one `Pulls.plan`.
 
     Raises:
         ConfigError: a number is out of range, or a step cannot hold one token of every sequence.
@@ -52,9 +64,12 @@ class BatchingConfig:
     priority_seconds: float = 60.0
     watermark: float = 0.01
     counted: bool = False
+    lease_seconds: float = 30.0
+    lease_share: float = 0.5
+    transfer_blocks: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 msg = f"{name} = {getattr(self, name)}, but at least 1 is needed."
                 raise ConfigError(msg)
@@ -70,6 +85,12 @@ class BatchingConfig:
             raise ConfigError(msg)
         if not 0.0 <= self.watermark < 1.0:
             msg = f"watermark = {self.watermark} is not a share in [0, 1)."
+            raise ConfigError(msg)
+        if not 0.0 < self.lease_share <= 1.0:
+            msg = f"lease_share = {self.lease_share} is not a share in (0, 1]."
+            raise ConfigError(msg)
+        if not self.lease_seconds > 0.0:
+            msg = f"lease_seconds = {self.lease_seconds}; nobody can read in 0 s."
             raise ConfigError(msg)
         if not self.priority_seconds >= 0.0:
             msg = f"priority_seconds = {self.priority_seconds}; a level cannot be worth less than 0 s."
@@ -191,7 +212,8 @@ class Totals:
     """Counters since the scheduler was made (tokens unless named otherwise).
 
     `prefix_queries` and `prefix_hits` count prompt tokens looked up and found at first starts; `recomputed`
-    counts tokens computed again after preemptions (those not found in the prefix cache).
+    counts tokens computed again after preemptions (those not found in the prefix cache). Pulled requests
+    count in `pulled_blocks` instead: their prompts were looked up and computed elsewhere.
     """
 
     steps: int = 0
@@ -206,3 +228,4 @@ class Totals:
     recomputed: int = 0
     drafted: int = 0
     accepted_drafts: int = 0
+    pulled_blocks: int = 0

@@ -13,6 +13,7 @@ from benthic.sched.waiting import WaitingQueue
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from benthic.sched.pulls import Pulls
     from benthic.sched.residency import Residency
 
 
@@ -25,7 +26,8 @@ class Prefills:
     door for the rest of the plan, so later ones cannot starve it of slots and blocks.
     """
 
-    def __init__(self, config: BatchingConfig, residency: Residency, totals: Totals) -> None:
+    def __init__(self, config: BatchingConfig, residency: Residency, totals: Totals, pulls: Pulls) -> None:
+        self._pulls = pulls
         self._counted = config.counted
         self._caching = config.enable_prefix_caching
         self._residency = residency
@@ -51,6 +53,11 @@ class Prefills:
         for seq in seqs:
             if seq.phase is Phase.WAITING:
                 self._queue.push(seq)
+
+    def resume(self, seq: SequenceState) -> None:
+        """Compute what a pull did not bring of a sequence that has its slot and blocks."""
+        seq.phase = Phase.PREFILLING
+        self._running.append(seq)
 
     def leave(self, seq: SequenceState) -> None:
         """Forget a sequence that waits or prefills (it ended or was preempted)."""
@@ -90,6 +97,7 @@ class Prefills:
         samples = done and seq.limit > seq.num_tokens
         tokens = None if self._counted else tuple(seq.tokens[start:end])
         seq.planned = end
+        self._residency.write(seq)
         if done:
             self._running.remove(seq)
             seq.phase = Phase.DECODING
@@ -126,7 +134,10 @@ class Prefills:
         return quota - left
 
     def _start(self, seq: SequenceState, landed: int, now: float) -> bool:
-        """Give a waiting request a slot and blocks; otherwise park it or close the door for this plan."""
+        """Give a waiting request a slot and blocks; otherwise park it or close the door for this plan.
+
+        True when it has tokens to compute now.
+        """
         home = self._residency
         if not home.has_slot or seq.ready_after > landed or self._still_blocked(seq):
             self._open = False
@@ -142,11 +153,12 @@ class Prefills:
             self._blocked = (seq.ticket, home.pool.num_free)
             return False
         self._queue.remove(seq)
-        self._running.append(seq)
-        seq.phase = Phase.PREFILLING
         self.started.append(Started(seq.request.request_id, seq.slot, seq.planned, seq.started is not None))
+        pulling = seq.request.pull and seq.started is None and self._pulls.start(seq)
         self._count_start(seq, now)
-        return True
+        if not pulling:
+            self.resume(seq)
+        return not pulling
 
     def _still_blocked(self, seq: SequenceState) -> bool:
         """Whether `seq` did not fit before and no block came free since (spares matching its prefix anew)."""
@@ -160,6 +172,8 @@ class Prefills:
             return
         seq.started = now
         seq.cached_tokens = seq.planned
+        if seq.request.pull:
+            return
         totals.prompt_tokens += seq.request.prompt_len
         if self._caching and seq.request.reuse_prefix:
             totals.prefix_queries += seq.request.prompt_len

@@ -18,6 +18,8 @@ from benthic.sched.batching import BatchingConfig, Finished, Request, Scheduler,
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from benthic.sched.pulls import TransferPlan
+
 VERSION = 1
 
 
@@ -34,6 +36,7 @@ class RecordingScheduler(Scheduler):
     def __init__(self, config: BatchingConfig, write: Callable[[str], object]) -> None:
         super().__init__(config)
         self._write = write
+        self.leases.journal = self.pulls.journal = self._put
         self._put({"version": VERSION, "config": asdict(config)})
 
     def add(self, request: Request, now: float) -> None:
@@ -117,6 +120,7 @@ class _Player:
         self.scheduler = Scheduler(config)
         self.num_plans = 0
         self._plans: dict[int, StepPlan] = {}
+        self._transfers: dict[int, TransferPlan] = {}
 
     def play(self, line: int, event: dict[str, Any]) -> None:
         kind = next(iter(event), "nothing")
@@ -128,6 +132,11 @@ class _Player:
             "commit": self._commit,
             "commit_counts": self._commit_counts,
             "fail": self._fail,
+            "renew": self._renew,
+            "release": self._release,
+            "transfers": self._plan_transfers,
+            "pulled": self._pulled,
+            "pull_failed": self._pull_failed,
         }
         if kind not in actions:
             msg = f"line {line} of the recording is a {kind!r}, but only {sorted(actions)} are known."
@@ -170,6 +179,25 @@ class _Player:
         plan = self._plans.pop(event["fail"])
         ended = self.scheduler.fail(plan, event["now"])
         _insist(line, f"ends of plan {plan.number}", event["ended"], _digest(ended))
+
+    def _renew(self, line: int, event: dict[str, Any]) -> None:
+        found = self.scheduler.leases.renew(event["renew"], event["now"])
+        _insist(line, f"lease {event['renew']!r}", "there", "there" if found else "missing")
+
+    def _release(self, line: int, event: dict[str, Any]) -> None:
+        found = self.scheduler.leases.release(event["release"])
+        _insist(line, f"lease {event['release']!r}", "there", "there" if found else "missing")
+
+    def _plan_transfers(self, line: int, event: dict[str, Any]) -> None:
+        plans = self.scheduler.pulls.plan()
+        self._transfers.update({plan.number: plan for plan in plans})
+        _insist(line, "transfers", event["transfers"], json.loads(json.dumps([list(plan) for plan in plans])))
+
+    def _pulled(self, line: int, event: dict[str, Any]) -> None:  # noqa: ARG002 (one signature for all)
+        self.scheduler.pulls.commit(self._transfers.pop(event["pulled"]))
+
+    def _pull_failed(self, line: int, event: dict[str, Any]) -> None:  # noqa: ARG002 (one signature for all)
+        self.scheduler.pulls.fail(self._transfers.pop(event["pull_failed"]))
 
 
 def _insist(line: int, what: str, recorded: object, replayed: object) -> None:

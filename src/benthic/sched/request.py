@@ -26,6 +26,8 @@ class Request:
         reuse_prefix: False computes every prompt token (prompt log-probabilities need all of them).
         block_keys: for counted requests, one key per full prompt block; equal keys at equal places mean equal
             tokens. The prefix cache works on them as on hashes of tokens.
+        hold: when it ends by length, its computed blocks stay under a lease for another instance.
+        pull: another instance has computed all but the last token of the prompt; see `benthic.sched.pulls`.
 
     Raises:
         AdmissionError: the prompt is empty, a count is negative, or the lengths contradict each other.
@@ -42,6 +44,8 @@ class Request:
     salt: str = ""
     reuse_prefix: bool = True
     block_keys: tuple[int, ...] = ()
+    hold: bool = False
+    pull: bool = False
 
     def __post_init__(self) -> None:
         if self.prompt is not None:
@@ -71,6 +75,8 @@ class Phase(Enum):
 
     WAITING = auto()
     """Has no slot: in the queue, or parked behind a request that computes its prefix."""
+    PULLING = auto()
+    """Has a slot and blocks, whose contents come from another instance."""
     PREFILLING = auto()
     """Has a slot and blocks for its known tokens; some of them are not planned yet."""
     DECODING = auto()
@@ -117,6 +123,7 @@ class SequenceState:
         "table",
         "ticket",
         "tokens",
+        "unwritten",
     )
 
     def __init__(
@@ -145,6 +152,7 @@ class SequenceState:
         self.ticket = -1
         self.cached_tokens = 0
         self.preemptions = 0
+        self.unwritten = False
         self.started: float | None = None
         self.first_token: float | None = None
 

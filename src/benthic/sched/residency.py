@@ -54,10 +54,16 @@ class Residency:
         seq.planned = len(cached) * self._block_size
         seq.num_registered = len(cached)
         self._set_horizon(seq)
-        self.writes.append(TableWrite(seq.slot, 0, tuple(seq.table)))
+        seq.unwritten = True
         self.prefix.begin(seq, len(cached))
         self.num_running += 1
         return True
+
+    def write(self, seq: SequenceState) -> None:
+        """Put the whole table of `seq` into the plan, unless an earlier plan has it."""
+        if seq.unwritten:
+            self.writes.append(TableWrite(seq.slot, 0, tuple(seq.table)))
+            seq.unwritten = False
 
     def covered(self, seq: SequenceState) -> int:
         """Positions that the blocks of `seq` can hold."""

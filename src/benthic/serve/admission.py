@@ -23,6 +23,7 @@ def check(request: Generate, *, vocab_size: int, max_logprobs: int) -> None:
     params = request.params
     problems = [
         *_outside("prompt", request.prompt, vocab_size),
+        *_outside("output", request.output, vocab_size),
         *_outside("stop_token_ids", params.stop_token_ids, vocab_size),
         *_outside("logit_bias", params.logit_bias, vocab_size),
         *_ranges(params),

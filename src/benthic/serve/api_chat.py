@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from benthic.serve import api_errors
+from benthic.serve import api_errors, kv_params
 from benthic.serve.chat_parts import CallPart, Parts, joined
 from benthic.serve.detokenize import StopRule
 from benthic.serve.generation import Asked, Piece
@@ -96,6 +96,7 @@ class ChatJob:
             async for piece in pieces:
                 self._tally.take(piece)
                 parts[piece.index].append(piece)
+        remote = parts[0][-1].remote
         rows, best = parts[0][0].prompt_logprobs, self._body.prompt_logprobs
         return ChatCompletion(
             id=self._id,
@@ -106,6 +107,7 @@ class ChatJob:
             prompt_logprobs=None
             if rows is None or best is None
             else prompt_logprobs(rows, self._names, best),
+            kv_transfer_params=kv_params.write(remote),
         )
 
     async def events(self, arrival_s: float) -> AsyncGenerator[bytes]:
@@ -143,6 +145,11 @@ class ChatJob:
             nth=index,
             grammar=self._plan.grammar,
         )
+        hold, pull = kv_params.read(
+            body.kv_transfer_params,
+            offered=self._service.settings.kv_transfer,
+            sequences=body.n or 1,
+        )
         return Asked(
             index=index,
             request=Generate(
@@ -150,6 +157,8 @@ class ChatJob:
                 prompt=self._prompt.ids,
                 params=params,
                 priority=body.priority or 0,
+                hold=hold,
+                pull=pull,
             ),
             stop=StopRule(strings=body.stop_strings, include=bool(body.include_stop_str_in_output)),
             # the markers of tool calls are control symbols in some vocabularies

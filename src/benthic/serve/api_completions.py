@@ -6,6 +6,7 @@ import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from benthic.serve import kv_params
 from benthic.serve.detokenize import StopRule
 from benthic.serve.generation import Asked, Piece
 from benthic.serve.logprobs import CompletionLogprobWriter, TokenNames, join, prompt_logprobs
@@ -77,10 +78,14 @@ class CompletionJob:
     async def collect(self, arrival_s: float) -> Completion:
         """The whole answer."""
         parts: dict[int, list[CompletionChoice]] = {asked.index: [] for asked in self.asked}
+        remote = None
         async with aclosing(self._generate(arrival_s)) as pieces:
             async for piece in pieces:
                 parts[piece.index].append(self._choice(piece))
-        return self._wrap([_merge(choices) for choices in parts.values()])
+                remote = piece.remote
+        answer = self._wrap([_merge(choices) for choices in parts.values()])
+        answer.kv_transfer_params = kv_params.write(remote)
+        return answer
 
     async def events(self, arrival_s: float) -> AsyncGenerator[bytes]:
         """The answer's chunks as JSON."""
@@ -116,6 +121,11 @@ class CompletionJob:
             nth=number,
             grammar=self._grammar,
         )
+        hold, pull = kv_params.read(
+            body.kv_transfer_params,
+            offered=self._service.settings.kv_transfer,
+            sequences=len(self._prompts) * self._n,
+        )
         return Asked(
             index=index,
             request=Generate(
@@ -123,6 +133,8 @@ class CompletionJob:
                 prompt=prompt.ids,
                 params=params,
                 priority=body.priority or 0,
+                hold=hold,
+                pull=pull,
             ),
             stop=StopRule(strings=body.stop_strings, include=bool(body.include_stop_str_in_output)),
             skip_special_tokens=body.skip_special_tokens is not False,

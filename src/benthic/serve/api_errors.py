@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
-from benthic.errors import AdmissionError, BenthicError, EngineDeadError, ServeError
+from benthic.errors import AdmissionError, BenthicError, EngineDeadError, OverloadedError, ServeError
 from benthic.serve.chat_template import TemplateRenderError
 from benthic.serve.protocol_responses import ErrorBody, ErrorDetail
 
@@ -99,6 +99,8 @@ def of(error: BenthicError) -> ApiError:
         return error
     if isinstance(error, AdmissionError):
         return invalid(str(error))
+    if isinstance(error, OverloadedError):
+        return overloaded(str(error))
     if isinstance(error, TemplateRenderError):
         return invalid(str(error), param="messages")
     code = "engine_dead" if isinstance(error, EngineDeadError) else None

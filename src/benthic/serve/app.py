@@ -16,6 +16,7 @@ from benthic.errors import BenthicError
 from benthic.serve import api_errors
 from benthic.serve.api_chat import ChatJob, render_prompt
 from benthic.serve.api_completions import CompletionJob, read_prompts
+from benthic.serve.fleet_routes import fleet_routes
 from benthic.serve.middleware import ApiKeys, BodyLimit, InFlight, RequestIds
 from benthic.serve.protocol_requests import (
     ChatBody,
@@ -36,6 +37,7 @@ from benthic.serve.protocol_responses import (
     Version,
 )
 from benthic.serve.rate_limit import RateLimit
+from benthic.serve.router import Router
 from benthic.serve.sse import ClientGoneError, EventStream, until_disconnect
 from benthic.serve.tools import shown_tools
 
@@ -64,6 +66,8 @@ def create_app(
     app.include_router(generation_routes(service))
     app.include_router(token_routes(service))
     app.include_router(status_routes(service))
+    if isinstance(service.client, Router):
+        app.include_router(fleet_routes(service.client.members))
     _add_openapi(app, service.settings.served_names)
     _add_error_handlers(app, service)
     layers: Any = BodyLimit(app, max_body_bytes)

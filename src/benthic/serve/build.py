@@ -31,6 +31,7 @@ from benthic.serve.graphs import padded_sizes
 from benthic.serve.memory import MemoryUse, measure_use
 from benthic.serve.messages import Ready
 from benthic.serve.runner import Runner
+from benthic.serve.transfer.memory import MappedPages
 from benthic.units import binary_bytes
 
 if TYPE_CHECKING:
@@ -135,7 +136,9 @@ def assemble(
         )
     reserve = ACTIVATION_BYTES if use is None else use.reserve
     size = cache_size(layout, options, max_model_len, weight.device, reserve=reserve)
-    cache = LatentCache(layout, size.num_blocks, weight.device)
+    shared = options.share_pages and weight.device.type == "cpu"
+    memory = MappedPages(size.num_blocks * layout.block_bytes) if shared else None
+    cache = LatentCache(layout, size.num_blocks, weight.device, memory)
     report(size, use, options, cache)
     batching = BatchingConfig(
         num_blocks=size.num_blocks,
@@ -145,6 +148,7 @@ def assemble(
         max_num_batched_tokens=options.max_num_batched_tokens,
         enable_prefix_caching=options.enable_prefix_caching,
         eos_token_ids=eos,
+        lease_seconds=options.lease_seconds,
     )
     scheduler = make_scheduler(batching, options.record)
     ready = Ready(

@@ -19,6 +19,7 @@ from benthic.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from benthic.serve.transfer.memory import MappedPages
     from benthic.spec.model import ModelConfig
 
 
@@ -104,13 +105,24 @@ class LatentCache:
         num_blocks: how many there are.
         device: where they live. The memory is zeroed: an unwritten slot is masked, never multiplied by
         garbage NaNs.
+        memory: where the pages lie, if other processes are to read them (on a CPU; on a GPU all can be read).
     """
 
-    def __init__(self, layout: CacheLayout, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: CacheLayout,
+        num_blocks: int,
+        device: torch.device,
+        memory: MappedPages | None = None,
+    ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
+        self.memory = memory
         shape = (layout.layers, num_blocks, layout.block_size, layout.latent_dim)
-        self.pages_LPBW = torch.zeros(shape, dtype=layout.dtype, device=device)
+        if memory is None:
+            self.pages_LPBW = torch.zeros(shape, dtype=layout.dtype, device=device)
+        else:
+            self.pages_LPBW = memory.tensor(shape, layout.dtype)
         self._layers = tuple(self.pages_LPBW.unbind(0))
 
     @property

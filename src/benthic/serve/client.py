@@ -7,13 +7,13 @@ import contextlib
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from benthic.errors import AdmissionError, EngineDeadError
+from benthic.errors import AdmissionError, EngineDeadError, OverloadedError
 from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
 from benthic.serve.process import EngineFactory, Pipes, Reply, Request, as_pipe, start_engine
 
@@ -23,13 +23,52 @@ if TYPE_CHECKING:
 logger = logging.getLogger("benthic.serve.client")
 
 
+class Aborter(Protocol):
+    """Whoever runs the requests of a stream."""
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request; an id that is not in flight is ignored."""
+        ...
+
+
+class Client(Aborter, Protocol):
+    """What the HTTP side needs of whoever computes: one engine, or a router before several."""
+
+    @property
+    def stats(self) -> Stats | None:
+        """The latest report; None before the first."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted that have neither finished nor been aborted."""
+        ...
+
+    @property
+    def trouble(self) -> str | None:
+        """Why requests cannot be served now; None when all is well."""
+        ...
+
+    async def wait_ready(self) -> Ready:
+        """Wait until requests can be served. Raises: EngineDeadError."""
+        ...
+
+    def open(self, requests: Sequence[Generate]) -> EngineStream:
+        """Submit requests that belong together. Raises: EngineDeadError."""
+        ...
+
+    async def close(self) -> None:
+        """End everything."""
+        ...
+
+
 class EngineStream:
     """Deltas of one request or of several that belong together, in order of arrival.
 
     Ends when the last of them has finished. Close it (or use `async with`): what has not finished is aborted.
     """
 
-    def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
+    def __init__(self, client: Aborter, request_ids: Sequence[str]) -> None:
         self._client = client
         self._open = set(request_ids)
         self._items: deque[Delta | Exception] = deque()
@@ -49,6 +88,7 @@ class EngineStream:
 
         Raises:
             AdmissionError: the engine could never serve one of the requests.
+            OverloadedError: it cannot serve it now.
             EngineDeadError: the engine process ended.
         """
         while not self._items:
@@ -121,6 +161,7 @@ class EngineClient:
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._stats: Stats | None = None
         self._death: str | None = None
+        self._dead = asyncio.Event()
         self._fatal: str | None = None
         self._closing = False
         self._clock = clock
@@ -191,6 +232,16 @@ class EngineClient:
         if self._streams.pop(request_id, None) is not None and self._death is None:
             self._send(Abort(request_id=request_id))
 
+    def release(self, lease_id: str) -> None:
+        """Let the engine hand on the blocks of a held request that has ended; unknown names are ignored."""
+        if self._death is None:
+            self._send(Abort(request_id=lease_id))
+
+    async def wait_dead(self) -> str:
+        """Wait until the engine is gone; returns why."""
+        await self._dead.wait()
+        return self._death or ""
+
     async def close(self, timeout_s: float = 5.0) -> None:
         """Ask the engine to leave, kill it after `timeout_s`, and fail what was still in flight; once."""
         if self._closing:
@@ -247,7 +298,8 @@ class EngineClient:
     def _reject(self, rejected: Rejected) -> None:
         stream = self._streams.pop(rejected.request_id, None)
         if stream is not None:
-            stream.fail(AdmissionError(rejected.message))
+            error = OverloadedError if rejected.now else AdmissionError
+            stream.fail(error(rejected.message))
 
     async def _watch(self) -> None:
         """Notice the end of the process at once, and an engine that says nothing within `stall_s`."""
@@ -289,6 +341,7 @@ class EngineClient:
         if self._death is not None:
             return
         self._death = cause
+        self._dead.set()
         if self._ready.done() and not self._closing:
             logger.error("%s; %d requests in flight are lost", cause, len(self._streams))
         error = EngineDeadError(cause)

@@ -108,21 +108,12 @@ class Engine:
 
         Raises:
             AdmissionError: it could never be served; names the fields, the values and their bounds.
+            OverloadedError: it is to be held, and there is no room for that now.
         """
         params = request.params
         check(request, vocab_size=self._ready.vocab_size, max_logprobs=self._options.max_logprobs)
-        wanted = Request(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            max_tokens=params.max_tokens,
-            min_tokens=params.min_tokens,
-            stop_token_ids=params.stop_token_ids,
-            ignore_eos=params.ignore_eos,
-            priority=request.priority,
-            reuse_prefix=params.prompt_logprobs is None,
-        )
         matcher = matcher_for(self._grammars, params.grammar)
-        self._scheduler.add(wanted, self._clock())
+        self._scheduler.add(_wanted(request), self._clock())
         eos = () if params.ignore_eos else self._ready.eos_token_ids
         self._sampler.admit(
             request.request_id,
@@ -131,10 +122,13 @@ class Engine:
             seed=self._next_seed() if params.seed is None else params.seed,
             stop_tokens=tuple({*params.stop_token_ids, *eos}),
             matcher=matcher,
+            output=request.output,
         )
+        told = bool(request.output) or params.prompt_logprobs is None
         self._in_flight[request.request_id] = InFlight(
             request,
-            prompt_logprobs=[] if params.prompt_logprobs is None else [None] * len(request.prompt),
+            announced=bool(request.output),
+            prompt_logprobs=[] if told else [None] * len(request.prompt),
         )
 
     def abort(self, request_id: str) -> None:
@@ -157,6 +151,7 @@ class Engine:
             self._step_seconds += self._clock() - began
             return deltas
         plan = self._scheduler.plan(began)
+        self._observe(plan)
         if plan.number >= 0:
             self._launched.append(self._launch(plan))
         if not self._launched:
@@ -165,6 +160,12 @@ class Engine:
         deltas = self._land(self._launched.popleft()) if full or plan.number < 0 else []
         self._step_seconds += self._clock() - began
         return deltas
+
+    def _observe(self, plan: StepPlan) -> None:
+        """Note what planning decided about requests."""
+        for event in plan.events:
+            if isinstance(event, Started) and not event.resumed:
+                self._in_flight[event.request_id].cached_tokens = event.cached_tokens
 
     def stats(self) -> Stats:
         """Totals since the start and gauges of this instant."""
@@ -181,6 +182,8 @@ class Engine:
             preemptions=totals.preemptions,
             steps=totals.steps,
             step_seconds=self._step_seconds,
+            leased_blocks=self._scheduler.leases.num_blocks,
+            pulled_blocks=totals.pulled_blocks,
         )
 
     def profile_tapes(self, clock: Clock) -> dict[int, dict[str, float]]:
@@ -196,9 +199,6 @@ class Engine:
 
     def _launch(self, plan: StepPlan) -> Launched:
         """Queue a step's work and note whose it is; nothing waits for the device."""
-        for event in plan.events:
-            if isinstance(event, Started) and not event.resumed:
-                self._in_flight[event.request_id].cached_tokens = event.cached_tokens
         entries = tuple(self._in_flight[request_id] for request_id in plan.sampled_ids)
         try:
             result = self._runner.run(plan)
@@ -305,6 +305,23 @@ def _sampled_slots(plan: StepPlan) -> tuple[int, ...]:
     """The slots of `plan.sampled_ids`; the scheduler's own tuple while only decodes run."""
     drawing = tuple(chunk.slot for chunk in plan.prefills if chunk.samples)
     return plan.decode_slots + drawing if drawing else plan.decode_slots
+
+
+def _wanted(request: Generate) -> Request:
+    """What the scheduler needs to know; tokens put out elsewhere count as prompt."""
+    params, before = request.params, len(request.output)
+    return Request(
+        request_id=request.request_id,
+        prompt=request.prompt + request.output,
+        max_tokens=params.max_tokens - before,
+        min_tokens=max(0, params.min_tokens - before),
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        priority=request.priority,
+        reuse_prefix=params.prompt_logprobs is None or before > 0,
+        hold=request.hold,
+        pull=request.pull is not None,
+    )
 
 
 def _complete(rows: list[Logprobs | None]) -> tuple[Logprobs, ...]:

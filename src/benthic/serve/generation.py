@@ -11,8 +11,8 @@ from benthic.serve.detokenize import Detokenizer, StopMatcher, StopRule
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from benthic.serve.client import EngineClient
-    from benthic.serve.messages import Delta, FinishReason, Generate, TokenLogprob
+    from benthic.serve.client import Client
+    from benthic.serve.messages import Delta, FinishReason, Generate, Remote, TokenLogprob
     from benthic.serve.metrics import Metrics
     from benthic.serve.tokenizer import Tokenizer
 
@@ -41,8 +41,8 @@ class Piece:
 
     `logprobs[i]` belongs to `tokens[i]`. Text may lag behind tokens: incomplete characters and possible
     beginnings of stop strings are held back. `stop_reason` is the stop string or the stop token id; None for
-    the model's own end. `prompt_logprobs` and `cached_tokens` come with the first piece; `completion_tokens`
-    is the running count.
+    the model's own end. `prompt_logprobs` and `cached_tokens` come with the first piece, `remote` with the
+    last one of a held request; `completion_tokens` is the running count.
     """
 
     index: int
@@ -54,6 +54,7 @@ class Piece:
     prompt_logprobs: Rows | None
     cached_tokens: int
     completion_tokens: int
+    remote: Remote | None = None
 
 
 class SequenceText:
@@ -91,6 +92,7 @@ class SequenceText:
             prompt_logprobs=delta.prompt_logprobs,
             cached_tokens=delta.cached_tokens,
             completion_tokens=self.count,
+            remote=delta.remote,
         )
 
     def _read(self, delta: Delta) -> tuple[str, int]:
@@ -149,7 +151,7 @@ class Generation:
         self,
         asked: Sequence[Asked],
         *,
-        client: EngineClient,
+        client: Client,
         tokenizer: Tokenizer,
         metrics: Metrics,
         eos_ids: frozenset[int],

@@ -49,13 +49,34 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.temperature < LEAST_TEMPERATURE
 
 
+class Remote(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt's cache blocks in another instance, under a lease.
+
+    `address` is its desk and `instance_id` this life of its process; `blocks` hold `num_tokens` positions.
+    """
+
+    instance_id: str
+    address: str
+    lease_id: str
+    blocks: tuple[int, ...]
+    num_tokens: int
+
+
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Ask for one sequence. `priority`: lower numbers go first."""
+    """Ask for one sequence. `priority`: lower numbers go first.
+
+    `output` was put out before, by another engine: generation goes on behind it (`params` still speak of the
+    whole). `hold` keeps the blocks for another instance when the request ends by length; `pull` says where
+    another instance keeps those of the prompt.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams
     priority: int = 0
+    output: tuple[int, ...] = ()
+    hold: bool = False
+    pull: Remote | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -78,6 +99,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     `logprobs[i]` belongs to `tokens[i]`: the chosen token first, then the best ones.
     `prompt_logprobs` comes once, with the first delta; its first entry is empty.
     `cached_tokens` counts the prompt tokens found in the prefix cache (first delta).
+    `remote` comes with the end of a held request: where its blocks are, and until when (a lease).
     """
 
     request_id: str
@@ -88,6 +110,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
     cached_tokens: int = 0
+    remote: Remote | None = None
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -104,6 +127,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     preemptions: int
     steps: int
     step_seconds: float
+    leased_blocks: int = 0
+    pulled_blocks: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -122,10 +147,11 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request that could never be served (`AdmissionError` text)."""
+    """A request that could never be served (`AdmissionError` text), or not `now` (`OverloadedError` text)."""
 
     request_id: str
     message: str
+    now: bool = False
 
 
 class Fatal(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -42,6 +42,8 @@ class EngineOptions:
             256 every 16th).
         max_cudagraph_capture_size: largest batch that has a graph; larger ones run as written. 0: no graphs.
         native_folder: where compiled CPU kernels are kept; None leaves it to `kernels.native_build`.
+        share_pages: lay the cache where other processes on this host can read it.
+        lease_seconds: how long a held request's blocks stay for their reader without a sign of it.
         record: file that gets every call to the scheduler as a JSON line, for `benthic.sched.replay`.
     """
 
@@ -65,6 +67,8 @@ class EngineOptions:
     cudagraph_capture_sizes: tuple[int, ...] = ()
     max_cudagraph_capture_size: int = 512
     native_folder: str | None = None
+    share_pages: bool = False
+    lease_seconds: float = 30.0
     record: str | None = None
 
     def __post_init__(self) -> None:

@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 import zmq
 
-from benthic.errors import AdmissionError, BenthicError
+from benthic.errors import AdmissionError, BenthicError, OverloadedError
 from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class EngineLike(Protocol):
         ...
 
     def add(self, request: Generate) -> None:
-        """Queue a request. Raises: AdmissionError when it could never be served."""
+        """Queue a request. Raises: AdmissionError (never) or OverloadedError (not now)."""
         ...
 
     def abort(self, request_id: str) -> None:
@@ -66,6 +66,20 @@ class EngineLike(Protocol):
 
     def stats(self) -> Stats:
         """Totals since the start and gauges of this instant."""
+        ...
+
+
+@runtime_checkable
+class Wakeable(Protocol):
+    """An engine that others can wake while it has no work."""
+
+    @property
+    def wake_fd(self) -> int:
+        """A descriptor that is readable when `wake` should be called."""
+        ...
+
+    def wake(self) -> None:
+        """Do what is due."""
         ...
 
 
@@ -169,6 +183,8 @@ class EngineLoop:
     def run(self, factory: EngineFactory) -> bool:
         """Build the engine and serve until drained; True when the HTTP process disappeared instead."""
         engine = factory()
+        if isinstance(engine, Wakeable):
+            self._poller.register(engine.wake_fd, zmq.POLLIN)
         self.send([engine.ready(), engine.stats()])
         was_busy = False
         while True:
@@ -196,6 +212,8 @@ class EngineLoop:
         events = dict(self._poller.poll(wait_ms))
         if self._parent_fd is not None and self._parent_fd in events:
             return [], True
+        if isinstance(engine, Wakeable) and engine.wake_fd in events:
+            engine.wake()
         replies: list[Reply] = []
         while self._inbox.poll(0):
             replies.extend(self._apply(engine, self._decode(self._inbox.recv())))
@@ -211,6 +229,8 @@ class EngineLoop:
                 engine.add(message)
             except AdmissionError as error:
                 return [Rejected(request_id=message.request_id, message=str(error))]
+            except OverloadedError as error:
+                return [Rejected(request_id=message.request_id, message=str(error), now=True)]
         return []
 
     def _stats_due(self, *, busy: bool, was_busy: bool) -> bool:

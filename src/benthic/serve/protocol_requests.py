@@ -56,7 +56,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
-    "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "modalities": (["text"],),
@@ -122,6 +121,9 @@ class SamplingBody(Body):
     priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="Lower goes first.")
     timeout_s: float | None = Field(
         None, gt=0, le=86400, allow_inf_nan=False, description="Seconds from arrival; then 408."
+    )
+    kv_transfer_params: dict[str, Any] | None = Field(
+        None, description="Hand-over between a prefill and a decode server, in vLLM's words."
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -192,15 +192,17 @@ class PenaltyTable:
         self._in_prompt_NV = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
         self._free: list[int] = []
 
-    def admit(self, prompt: Sequence[int]) -> int:
-        """Take a slot and note the prompt's tokens in it."""
+    def admit(self, prompt: Sequence[int], output: Sequence[int] = ()) -> int:
+        """Take a slot and note the prompt's tokens in it, and those put out before."""
         if not self._free:
             self._grow()
         slot = self._free.pop()
         self._counts_NV[slot] = 0
         self._in_prompt_NV[slot] = False
-        token_P = _tensor(prompt, np.int64, self._counts_NV.device)
-        self._in_prompt_NV[slot].index_fill_(0, token_P, value=True)
+        device = self._counts_NV.device
+        self._in_prompt_NV[slot].index_fill_(0, _tensor(prompt, np.int64, device), value=True)
+        for token in output:
+            self._counts_NV[slot, token] += 1
         return slot
 
     def release(self, slot: int) -> None:
@@ -289,11 +291,18 @@ class Sampler:
         seed: int,
         stop_tokens: tuple[int, ...],
         matcher: LLMatcher | None = None,
+        output: Sequence[int] = (),
     ) -> None:
-        """Register a request; `stop_tokens` are the ids that would end it, `matcher` its grammar."""
+        """Register a request.
+
+        `stop_tokens` are the ids that would end it, `matcher` its grammar, and `output` what it has put out
+        already, elsewhere.
+        """
         if matcher is not None:
+            for token in output:
+                matcher.consume_token(token)
             self._grammars.admit(request_id, matcher)
-        slot = self._table.admit(prompt) if _has_penalty(params) else -1
+        slot = self._table.admit(prompt, output) if _has_penalty(params) else -1
         self._rows[request_id] = Row(params, seed, stop_tokens, slot)
 
     @property

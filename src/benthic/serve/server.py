@@ -14,6 +14,7 @@ import uvicorn
 from benthic.errors import EngineDeadError, ServeError
 from benthic.serve.app import create_app
 from benthic.serve.client import EngineClient
+from benthic.serve.fleet import Fleet, start_router
 from benthic.serve.metrics import Metrics, kv_usage
 from benthic.serve.service import Service, ServiceSettings
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from benthic.serve.chat_template import ChatTemplate
+    from benthic.serve.client import Client
     from benthic.serve.messages import Stats
     from benthic.serve.middleware import InFlight
     from benthic.serve.process import EngineFactory
@@ -95,7 +97,7 @@ class Parts:
     wall: Callable[[], float]
 
 
-async def serve(factory: EngineFactory, bound: socket.socket, parts: Parts) -> int:
+async def serve(engines: EngineFactory | Fleet, bound: socket.socket, parts: Parts) -> int:
     """Serve until a signal; returns the exit status: 0 after a clean drain, 1 when the engine was lost.
 
     Raises:
@@ -103,7 +105,7 @@ async def serve(factory: EngineFactory, bound: socket.socket, parts: Parts) -> i
     """
     stop = Stop()
     stop.install()
-    client = EngineClient(factory, stall_s=parts.options.stall_s, log_level=logger.getEffectiveLevel())
+    client = _start(engines, parts.options)
     try:
         if not await _loaded(client, stop):
             return 0
@@ -113,7 +115,15 @@ async def serve(factory: EngineFactory, bound: socket.socket, parts: Parts) -> i
         bound.close()
 
 
-async def _loaded(client: EngineClient, stop: Stop) -> bool:
+def _start(engines: EngineFactory | Fleet, options: ServerOptions) -> Client:
+    """One engine, or a router before the instances of a fleet."""
+    level = logger.getEffectiveLevel()
+    if isinstance(engines, Fleet):
+        return start_router(engines, stall_s=options.stall_s, log_level=level)
+    return EngineClient(engines, stall_s=options.stall_s, log_level=level)
+
+
+async def _loaded(client: Client, stop: Stop) -> bool:
     """Wait for the model; False when a signal came first. Raises: ServeError when it cannot be loaded."""
     loading = asyncio.ensure_future(client.wait_ready())
     stopped = asyncio.ensure_future(stop.drain.wait())
@@ -130,7 +140,7 @@ async def _loaded(client: EngineClient, stop: Stop) -> bool:
     return True
 
 
-async def _serve(client: EngineClient, bound: socket.socket, parts: Parts, stop: Stop) -> int:
+async def _serve(client: Client, bound: socket.socket, parts: Parts, stop: Stop) -> int:
     ready = await client.wait_ready()
     settings, options = parts.settings, parts.options
     service = Service(
@@ -208,7 +218,7 @@ async def _drain_when_asked(
     server.should_exit = True
 
 
-async def _report(client: EngineClient, every_s: float) -> None:
+async def _report(client: Client, every_s: float) -> None:
     """One line every `every_s` seconds while something happens, and one when it has stopped."""
     before, was_busy = client.stats, False
     while True:
@@ -234,6 +244,6 @@ def report_line(before: Stats, now: Stats, seconds: float) -> str:
     )
 
 
-def run(factory: EngineFactory, bound: socket.socket, parts: Parts) -> int:
+def run(engines: EngineFactory | Fleet, bound: socket.socket, parts: Parts) -> int:
     """`serve` on a new event loop."""
-    return asyncio.run(serve(factory, bound, parts))
+    return asyncio.run(serve(engines, bound, parts))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from benthic.serve.chat_template import ChatTemplate
-    from benthic.serve.client import EngineClient
+    from benthic.serve.client import Client
     from benthic.serve.messages import Ready
     from benthic.serve.metrics import Metrics
     from benthic.serve.protocol_requests import ChatBody, SamplingBody
@@ -45,6 +45,7 @@ class ServiceSettings:
         defaults: sampling values for fields a request leaves out.
         request_timeout_s: a request that is not complete so long after its arrival ends; None sets no limit.
         formats: how the model writes tool calls and reasoning.
+        kv_transfer: `kv_transfer_params` are taken.
         log_requests: one line when a request starts and one when it ends.
     """
 
@@ -55,6 +56,7 @@ class ServiceSettings:
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     request_timeout_s: float | None = None
     formats: AnswerFormats = field(default_factory=AnswerFormats)
+    kv_transfer: bool = False
     log_requests: bool = True
 
 
@@ -79,7 +81,7 @@ class Service:
     def __init__(
         self,
         *,
-        client: EngineClient,
+        client: Client,
         ready: Ready,
         tokenizer: Tokenizer,
         template: ChatTemplate | None,

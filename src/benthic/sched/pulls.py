@@ -1,0 +1,179 @@
+"""The decode side of a transfer: a request that holds its blocks while their contents are on the way.
+
+A request that another instance has prefilled starts like any other: it waits its turn, gets a slot and all
+its blocks, and keeps what the prefix cache has. The rest is pulled column by column:
+
+    for transfer in scheduler.pulls.plan():         # TransferPlan, a value
+        copy(transfer)                               # remote blocks of the same columns -> transfer.blocks
+        scheduler.pulls.commit(transfer)             # or .fail(transfer)
+
+When all is there, the last known token is computed as a prefill of one, which gives the next token. What did
+not arrive is computed instead: a failed transfer costs time, never a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from benthic.errors import ServeError
+from benthic.sched.leases import Journal, ignore
+from benthic.sched.request import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from benthic.sched.plans import BatchingConfig, Totals
+    from benthic.sched.request import SequenceState
+    from benthic.sched.residency import Residency
+
+
+class TransferPlan(NamedTuple):
+    """Fill `blocks` with columns `first`, `first + 1`, … of what the request's lease holds.
+
+    `last` marks the transfer that ends its request's pull. Transfers are numbered from 0; those of one
+    request come back in order.
+    """
+
+    number: int
+    request_id: str
+    first: int
+    blocks: tuple[int, ...]
+    last: bool
+
+
+@dataclass(eq=False)
+class Pull:
+    """One request's pull: columns up to `next_column` are planned, those from `end` on will not come."""
+
+    seq: SequenceState
+    next_column: int
+    end: int
+    flying: list[int] = field(default_factory=list)
+    kept: list[int] | None = None
+
+
+class Pulls:
+    """Plans transfers and takes them back; blocks of an aborted request stay until its last one is back.
+
+    A transfer that is still running would otherwise write into blocks that belong to somebody else by then.
+    """
+
+    def __init__(
+        self,
+        config: BatchingConfig,
+        residency: Residency,
+        totals: Totals,
+        arrived: Callable[[SequenceState, list[SequenceState]], None],
+    ) -> None:
+        self._block_size = config.block_size
+        self._most = config.transfer_blocks
+        self._residency = residency
+        self._totals = totals
+        self._arrived = arrived
+        self._pulls: dict[str, Pull] = {}
+        self._flying: dict[int, tuple[TransferPlan, Pull]] = {}
+        self._next_number = 0
+        self.journal: Journal = ignore
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._pulls
+
+    @property
+    def num_in_flight(self) -> int:
+        """Transfers planned and not back."""
+        return len(self._flying)
+
+    @property
+    def tables(self) -> list[list[int]]:
+        """Blocks that wait for a transfer of an aborted request (for checking that blocks are conserved)."""
+        pulls = {id(pull): pull for _, pull in self._flying.values()}
+        return [pull.kept for pull in pulls.values() if pull.kept is not None]
+
+    def start(self, seq: SequenceState) -> bool:
+        """Begin to pull what `seq`, which has its blocks, does not have; False when it has everything."""
+        first = seq.planned // self._block_size
+        end = -(-(seq.num_tokens - 1) // self._block_size)
+        if first >= end:
+            return False
+        seq.phase = Phase.PULLING
+        self._pulls[seq.request.request_id] = Pull(seq, first, end)
+        return True
+
+    def plan(self) -> tuple[TransferPlan, ...]:
+        """The transfers to start now: at most `transfer_blocks` blocks, the longest-pulling request first."""
+        plans: list[TransferPlan] = []
+        left = self._most
+        for request_id, pull in self._pulls.items():
+            count = min(left, pull.end - pull.next_column)
+            if count <= 0:
+                continue
+            first, left = pull.next_column, left - count
+            pull.next_column += count
+            blocks = tuple(pull.seq.table[first : pull.next_column])
+            last = pull.next_column == pull.end
+            plan = TransferPlan(self._next_number, request_id, first, blocks, last)
+            self._next_number += 1
+            self._flying[plan.number] = (plan, pull)
+            pull.flying.append(plan.number)
+            plans.append(plan)
+        if plans:
+            self.journal({"transfers": [list(plan) for plan in plans]})
+        return tuple(plans)
+
+    def commit(self, plan: TransferPlan) -> None:
+        """Report that a transfer's blocks are filled.
+
+        Raises:
+            ServeError: it is not the oldest of its request in flight.
+        """
+        pull = self._land(plan)
+        if plan.first < pull.end:
+            self._totals.pulled_blocks += len(plan.blocks)
+        self.journal({"pulled": plan.number})
+        self._end_if_done(pull)
+
+    def fail(self, plan: TransferPlan) -> None:
+        """Report that a transfer did not happen: its columns and those behind it are computed instead.
+
+        Raises:
+            ServeError: it is not the oldest of its request in flight.
+        """
+        pull = self._land(plan)
+        pull.end = min(pull.end, plan.first)
+        self.journal({"pull_failed": plan.number})
+        self._end_if_done(pull)
+
+    def leave(self, seq: SequenceState) -> None:
+        """Forget a request that ended; its blocks gain a user until its transfers are back."""
+        pull = self._pulls.pop(seq.request.request_id, None)
+        if pull is None or not pull.flying:
+            return
+        pull.kept = list(seq.table)
+        for block in pull.kept:
+            self._residency.pool.share(block)
+
+    def _land(self, plan: TransferPlan) -> Pull:
+        _, pull = self._flying.get(plan.number, (plan, None))
+        if pull is None or pull.flying[0] != plan.number:
+            oldest = "none" if pull is None else f"transfer {pull.flying[0]}"
+            msg = (
+                f"transfer {plan.number} of {plan.request_id!r} came back, but the oldest of it in flight "
+                f"is {oldest}. Report each once and in order."
+            )
+            raise ServeError(msg)
+        pull.flying.pop(0)
+        del self._flying[plan.number]
+        return pull
+
+    def _end_if_done(self, pull: Pull) -> None:
+        if pull.flying:
+            return
+        if pull.kept is not None:
+            self._residency.pool.give_back(pull.kept)
+            pull.kept = None
+        elif pull.next_column >= pull.end:
+            seq = pull.seq
+            del self._pulls[seq.request.request_id]
+            seq.planned = max(seq.planned, min(pull.end * self._block_size, seq.num_tokens - 1))
+            self._arrived(seq, self._residency.settle(seq, seq.planned))

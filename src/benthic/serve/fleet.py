@@ -1,0 +1,134 @@
+"""Builds the instances that a router starts: one engine each, with a desk in a private folder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benthic.errors import ConfigError, UnknownFieldError
+from benthic.sched.routing import RANKINGS, Policy
+from benthic.serve.router import Router, RouterOptions
+
+if TYPE_CHECKING:
+    from benthic.serve.options import EngineOptions
+    from benthic.serve.process import EngineFactory, EngineLike
+
+logger = logging.getLogger("benthic.serve.engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetOptions:
+    """How many instances of which kind, and how requests are spread over them.
+
+    Attributes:
+        prefill: instances that prefill.
+        decode: instances that decode.
+        prefill_policy: ranks the former, by its name in `benthic.sched.routing.RANKINGS`.
+        decode_policy: ranks the latter.
+        local_tokens: prompts with at most so many tokens to compute are prefilled where they decode.
+        retries: how often a request is moved when its instance dies.
+        restarts: how many instances that died are replaced, in all.
+
+    Raises:
+        ConfigError: a count is below 1, or a policy is unknown.
+    """
+
+    prefill: int
+    decode: int
+    prefill_policy: str = "prefix_affinity"
+    decode_policy: str = "least_loaded"
+    local_tokens: int = 0
+    retries: int = 3
+    restarts: int = 16
+
+    def __post_init__(self) -> None:
+        if self.prefill < 1 or self.decode < 1:
+            msg = (
+                f"--prefill {self.prefill} and --decode {self.decode}, but each side needs 1 instance at "
+                "least. Leave both out to serve from one instance that does everything."
+            )
+            raise ConfigError(msg)
+        for name in (self.prefill_policy, self.decode_policy):
+            if name not in RANKINGS:
+                kind = "policy"
+                raise UnknownFieldError(kind, name, RANKINGS)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of these names."""
+        return Policy(
+            prefill=RANKINGS[self.prefill_policy],
+            decode=RANKINGS[self.decode_policy],
+            local_tokens=self.local_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """A checkpoint served by several instances on one host. `engine` holds for each of them."""
+
+    checkpoint: Path
+    engine: EngineOptions
+    options: FleetOptions
+
+
+def start_router(fleet: Fleet, *, stall_s: float, log_level: int) -> Router:
+    """Start the instances of a fleet, and a router before them."""
+    folder = Path(tempfile.mkdtemp(prefix="benthic-desks-"))
+    options = fleet.options
+    threads = _threads(fleet.engine, options.prefill + options.decode)
+    each = replace(fleet.engine, num_threads=threads)
+
+    def factory(name: str, index: int) -> EngineFactory:
+        return functools.partial(load_instance, fleet.checkpoint, each, f"ipc://{folder}/{name}", index)
+
+    router = RouterOptions(
+        policy=options.policy,
+        retries=options.retries,
+        restarts=options.restarts,
+        stall_s=stall_s,
+        seed=fleet.engine.seed,
+        log_level=log_level,
+    )
+    return Router(factory, {"prefill": options.prefill, "decode": options.decode}, router, folder=folder)
+
+
+def load_instance(
+    path: Path, options: EngineOptions, address: str, index: int, *, nixl: bool = False
+) -> EngineLike:
+    """Build one instance, in its own process; on GPUs, instance `index` takes the GPU of that number."""
+    import torch  # noqa: PLC0415 (the router's process imports this module and must stay light)
+
+    from benthic.serve.build import from_checkpoint  # noqa: PLC0415
+    from benthic.serve.instance import Instance, TransferOptions, digest_of  # noqa: PLC0415
+
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    device = _device(options.device, index, torch.cuda.device_count())
+    options = replace(options, device=device, share_pages=not nixl)
+    logger.info("device: %s", options.device)
+    parts = from_checkpoint(path, options)
+    transfer = TransferOptions(address=address, model=digest_of(parts.runner.model), nixl=nixl)
+    return Instance(parts, options, transfer)
+
+
+def _device(asked: str, index: int, gpus: int) -> str:
+    """The device of instance `index`. Raises: ConfigError when GPUs are asked for and there is none."""
+    if asked == "cuda" and not gpus:
+        msg = "device = cuda, but torch sees 0 GPUs here. Use --device cpu."
+        raise ConfigError(msg)
+    if asked in ("auto", "cuda"):
+        return f"cuda:{index % gpus}" if gpus else "cpu"
+    return asked
+
+
+def _threads(options: EngineOptions, count: int) -> int | None:
+    """CPU threads of one instance: what was asked, else an equal share of all cores but one."""
+    if options.num_threads is not None or options.device.startswith("cuda"):
+        return options.num_threads
+    return max(1, ((os.cpu_count() or 1) - 1) // count)

@@ -1,0 +1,1 @@
+"""Moving cache blocks between instances: who may read (desk), how (memory), what is under way (reader)."""

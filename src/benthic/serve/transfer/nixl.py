@@ -1,0 +1,126 @@
+"""Pages on another host: NIXL reads them over RDMA, or over TCP where there is none.
+
+NIXL is optional (`pip install nixl`). Its agent of the owner registers the pages; the reader's agent issues
+one read of all the pieces of a transfer, a piece being one block of one layer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from benthic.errors import TransferError
+from benthic.serve.transfer.handshake import Region
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+PATIENCE_S = 30.0
+"""A read that takes longer has lost its other side."""
+
+
+class Handle(msgspec.Struct, frozen=True):
+    """An owner's agent and its pages."""
+
+    metadata: bytes
+    address: int
+    device_id: int
+    memory: str
+
+
+class NixlPages:
+    """An agent that has registered this instance's pages, as their owner and as the reader of others'.
+
+    Raises:
+        TransferError: NIXL is not installed, or refuses to register the pages.
+    """
+
+    def __init__(self, pages_LPBW: Tensor) -> None:
+        api = _nixl()
+        self.pages_LPBW = pages_LPBW
+        self.agent = api.nixl_agent(f"benthic-{uuid.uuid4().hex}", api.nixl_agent_config(backends=["UCX"]))
+        if not self.agent.register_memory(pages_LPBW.flatten(1)):
+            msg = f"NIXL did not register {pages_LPBW.nbytes:,} bytes of pages on {pages_LPBW.device}."
+            raise TransferError(msg)
+
+    @property
+    def memory(self) -> str:
+        """NIXL's name for where the pages are."""
+        return "VRAM" if self.pages_LPBW.device.type == "cuda" else "DRAM"
+
+    @property
+    def device_id(self) -> int:
+        """The GPU's index; 0 on a CPU."""
+        return self.pages_LPBW.device.index or 0
+
+    def region(self) -> Region:
+        """What a reader needs."""
+        handle = Handle(
+            self.agent.get_agent_metadata(), self.pages_LPBW.data_ptr(), self.device_id, self.memory
+        )
+        encoded = msgspec.msgpack.encode(handle)
+        return Region(kind="nixl", num_blocks=self.pages_LPBW.shape[1], handle=encoded)
+
+
+class NixlSource:
+    """Reads the pages of an instance on another host."""
+
+    def __init__(self, region: Region, mine: NixlPages) -> None:
+        self._mine = mine
+        self._handle = msgspec.msgpack.decode(region.handle, type=Handle)
+        self._num_blocks = region.num_blocks
+        self._peer = mine.agent.add_remote_agent(self._handle.metadata)
+
+    def pull(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> None:
+        """Copy blocks, all layers of them.
+
+        Raises:
+            TransferError: NIXL reports an error, or nothing within `PATIENCE_S`.
+        """
+        mine, agent = self._mine, self._mine.agent
+        near = self._pieces(
+            mine.pages_LPBW.data_ptr(), mine.pages_LPBW.shape[1], local_blocks, mine.device_id
+        )
+        far = self._pieces(self._handle.address, self._num_blocks, remote_blocks, self._handle.device_id)
+        transfer = agent.initialize_xfer(
+            "READ",
+            agent.get_xfer_descs(near, mem_type=mine.memory),
+            agent.get_xfer_descs(far, mem_type=self._handle.memory),
+            self._peer,
+            b"",
+        )
+        try:
+            self._wait(transfer)
+        finally:
+            agent.release_xfer_handle(transfer)
+
+    def _wait(self, transfer: Any) -> None:
+        agent, until = self._mine.agent, time.monotonic() + PATIENCE_S
+        state = agent.transfer(transfer)
+        while state == "PROC" and time.monotonic() < until:
+            state = agent.check_xfer_state(transfer)
+        if state != "DONE":
+            msg = f"NIXL's read ended as {state!r} (waited at most {PATIENCE_S:.0f} s)."
+            raise TransferError(msg)
+
+    def _pieces(
+        self, address: int, num_blocks: int, blocks: Iterable[int], device_id: int
+    ) -> list[tuple[int, int, int]]:
+        layers, _, block_size, width = self._mine.pages_LPBW.shape
+        size = block_size * width * self._mine.pages_LPBW.element_size()
+        rows = [(layer * num_blocks + block) for block in blocks for layer in range(layers)]
+        return [(address + row * size, size, device_id) for row in rows]
+
+
+def _nixl() -> Any:
+    try:
+        return importlib.import_module("nixl._api")
+    except ImportError as error:
+        msg = f"transfers between hosts need NIXL, which is not installed ({error}). Install nixl."
+        raise TransferError(msg) from error

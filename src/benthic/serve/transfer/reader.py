@@ -1,0 +1,241 @@
+"""A reader's side: greets owners, keeps leases alive, copies what the scheduler planned, and asks if it held.
+
+Nothing here waits: every call does what can be done now. An owner that does not answer within `patience_s`
+is given up for the transfers that wait for it, which then fail and are computed instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from benthic.errors import TransferError
+from benthic.serve.transfer.handshake import Done, FromDesk, Greet, Held, Refuse, Renew, Welcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from benthic.sched.pulls import TransferPlan
+    from benthic.serve.messages import Remote
+    from benthic.serve.transfer.handshake import Region, Terms
+    from benthic.serve.transfer.memory import Source
+
+logger = logging.getLogger("benthic.serve.transfer")
+
+
+@dataclass(eq=False)
+class Owner:
+    """One other instance: its socket, and its pages once it has welcomed this one.
+
+    `hang_up` is readable when the connection has ended.
+    """
+
+    socket: zmq.Socket
+    hang_up: zmq.Socket
+    instance_id: str
+    greeted_s: float
+    source: Source | None = None
+    trouble: str | None = None
+
+
+@dataclass(eq=False)
+class Incoming:
+    """One request's blocks on their way: transfers to copy, then transfers copied and not confirmed."""
+
+    remote: Remote
+    owner: Owner
+    waiting: list[TransferPlan] = field(default_factory=list)
+    copied: list[TransferPlan] = field(default_factory=list)
+    asked_s: float | None = None
+    verdict: bool | None = None
+
+
+class Reader:
+    """Everything that one instance is reading from others.
+
+    Args:
+        terms: this instance's.
+        open_source: maps an owner's pages; see `benthic.serve.transfer.memory.Source`.
+        lease_s: how long an owner keeps blocks without a renewal; renewals go out four times as often.
+        patience_s: how long an answer may take.
+    """
+
+    def __init__(
+        self, terms: Terms, open_source: Callable[[Region], Source], *, lease_s: float, patience_s: float
+    ) -> None:
+        self._terms = terms
+        self._open_source = open_source
+        self._renew_s = lease_s / 4
+        self._patience_s = patience_s
+        self._context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._owners: dict[str, Owner] = {}
+        self._incoming: dict[str, Incoming] = {}
+        self._renewed_s = 0.0
+        self._decode = msgspec.msgpack.Decoder(FromDesk).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+        self.copied_blocks = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an answer is due."""
+        return any(each.waiting or each.asked_s is not None for each in self._incoming.values())
+
+    def expect(self, request_id: str, remote: Remote, now: float) -> None:
+        """A request came whose blocks another instance holds: greet it, and keep the lease from now on."""
+        owner = self._meet(remote, now)
+        self._incoming[request_id] = Incoming(remote, owner)
+        self._send(owner, Renew((remote.lease_id,)))
+
+    def forget(self, request_id: str) -> list[TransferPlan]:
+        """The request needs nothing (more): let its lease go; returns transfers that did not end."""
+        each = self._incoming.pop(request_id, None)
+        if each is None:
+            return []
+        if each.asked_s is None:
+            self._send(each.owner, Done(each.remote.lease_id))
+        return [*each.copied, *each.waiting]
+
+    def take(self, plans: Iterable[TransferPlan]) -> list[TransferPlan]:
+        """Accept transfers that the scheduler planned; returns those of requests given up already."""
+        stray = []
+        for plan in plans:
+            each = self._incoming.get(plan.request_id)
+            if each is None:
+                stray.append(plan)
+            else:
+                each.waiting.append(plan)
+        return stray
+
+    def advance(self, now: float) -> list[tuple[TransferPlan, bool]]:
+        """Take answers, copy, ask; returns transfers that came to an end, and whether they brought data."""
+        self._receive()
+        self._renew(now)
+        ended: list[tuple[TransferPlan, bool]] = []
+        for request_id, each in list(self._incoming.items()):
+            trouble = self._trouble(each, now) or self._copy(each, now)
+            if trouble is not None:
+                logger.warning("%s: %s; the prompt is computed here", request_id, trouble)
+            if trouble is not None or each.verdict is not None:
+                ended += [(plan, trouble is None) for plan in self.forget(request_id)]
+        return ended
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until an owner says something, at most so long."""
+        self._poller.poll(int(seconds * 1000))
+
+    def shut(self) -> None:
+        """Close every connection."""
+        for owner in self._owners.values():
+            self._part(owner)
+        self._context.term()
+
+    def _meet(self, remote: Remote, now: float) -> Owner:
+        known = self._owners.get(remote.address)
+        if known is not None and known.instance_id == remote.instance_id and known.trouble is None:
+            return known
+        if known is not None:  # another life of the process at that address, or one that failed before
+            self._part(known)
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        owner = Owner(socket, socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), remote.instance_id, now)
+        socket.connect(remote.address)
+        for each in (owner.socket, owner.hang_up):
+            self._poller.register(each, zmq.POLLIN)
+        self._owners[remote.address] = owner
+        self._send(owner, Greet(self._terms))
+        return owner
+
+    def _part(self, owner: Owner) -> None:
+        for each in (owner.socket, owner.hang_up):
+            self._poller.unregister(each)
+        owner.socket.disable_monitor()
+        owner.hang_up.close(linger=0)
+        owner.socket.close(linger=0)
+
+    def _send(self, owner: Owner, message: Greet | Renew | Done) -> None:
+        if not owner.socket.closed:
+            owner.socket.send(self._encode(message), zmq.NOBLOCK)
+
+    def _receive(self) -> None:
+        ready = {socket for socket, _ in self._poller.poll(0)}
+        for owner in self._owners.values():
+            while owner.socket in ready and owner.socket.poll(0):
+                self._hear(owner, self._decode(owner.socket.recv()))
+            if owner.hang_up in ready:
+                owner.hang_up.recv_multipart()
+                owner.trouble = f"the connection to instance {owner.instance_id} has ended"
+
+    def _hear(self, owner: Owner, answer: FromDesk) -> None:
+        if isinstance(answer, Held):
+            for each in self._incoming.values():
+                if each.owner is owner and each.remote.lease_id == answer.lease_id:
+                    each.verdict = answer.valid
+        elif isinstance(answer, Refuse):
+            owner.trouble = f"the other instance refuses: {answer.reason}"
+        else:
+            self._enter(owner, answer)
+
+    def _enter(self, owner: Owner, welcome: Welcome) -> None:
+        if welcome.instance_id != owner.instance_id:
+            owner.trouble = (
+                f"instance {owner.instance_id} is gone; {welcome.instance_id} has taken its address"
+            )
+            return
+        try:
+            owner.source = self._open_source(welcome.region)
+        except TransferError as error:
+            owner.trouble = str(error)
+
+    def _renew(self, now: float) -> None:
+        if now - self._renewed_s < self._renew_s:
+            return
+        self._renewed_s = now
+        wanted: dict[int, tuple[Owner, list[str]]] = {}
+        for each in self._incoming.values():
+            if each.asked_s is None:
+                wanted.setdefault(id(each.owner), (each.owner, []))[1].append(each.remote.lease_id)
+        for owner, lease_ids in wanted.values():
+            self._send(owner, Renew(tuple(lease_ids)))
+
+    def _trouble(self, each: Incoming, now: float) -> str | None:
+        if not each.waiting and not each.copied:
+            return None
+        owner = each.owner
+        if each.verdict is True:
+            return None
+        if owner.trouble is not None:
+            return owner.trouble
+        if each.verdict is False:
+            return f"the lease {each.remote.lease_id!r} ended before it was read"
+        since = owner.greeted_s if owner.source is None else each.asked_s
+        if since is not None and now - since > self._patience_s:
+            owner.trouble = f"instance {owner.instance_id} has not answered for {now - since:.1f} s"
+            return owner.trouble
+        return None
+
+    def _copy(self, each: Incoming, now: float) -> str | None:
+        """Copy what waits; after the last transfer, ask whether the lease still holds."""
+        source = each.owner.source
+        if source is None:
+            return None
+        while each.waiting:
+            plan = each.waiting[0]
+            blocks = each.remote.blocks[plan.first : plan.first + len(plan.blocks)]
+            if len(blocks) != len(plan.blocks):
+                return f"the lease holds {len(each.remote.blocks)} blocks, but the prompt needs more"
+            try:
+                source.pull(blocks, plan.blocks)
+            except TransferError as error:
+                each.owner.trouble = str(error)
+                return each.owner.trouble
+            self.copied_blocks += len(blocks)
+            each.copied.append(each.waiting.pop(0))
+            if plan.last:
+                each.asked_s = now
+                self._send(each.owner, Done(each.remote.lease_id))
+        return None

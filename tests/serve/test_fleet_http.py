@@ -1,0 +1,125 @@
+"""`benthic serve --prefill --decode`: the same API, and instances that join and drain over HTTP."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from running import benthic_server
+
+from benthic.errors import ConfigError, UnknownFieldError
+from benthic.serve.fleet import FleetOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import httpx
+    from running import Running
+
+ENGINE = ("--num-blocks", "128", "--block-size", "4", "--max-model-len", "256", "--max-num-seqs", "8")
+
+
+def ask(http: httpx.Client, prompt: list[int], **fields: object) -> dict:
+    body = {"model": "nano", "prompt": prompt, "max_tokens": 8, "seed": 5, "ignore_eos": True}
+    answer = http.post("/v1/completions", json=body | fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def wait_for(http: httpx.Client, statuses: dict[str, str]) -> None:
+    until = time.monotonic() + 60
+    while True:
+        found = {each["name"]: each["status"] for each in http.get("/instances").json()["data"]}
+        if found == statuses:
+            return
+        assert time.monotonic() < until, found
+        time.sleep(0.05)
+
+
+def test_a_fleet_answers_like_one_engine_and_instances_join_and_drain(
+    nano_checkpoint: Path, tmp_path: Path
+) -> None:
+    prompts = [list(range(20 + i, 60 + 2 * i)) for i in range(6)]
+    names = ("--served-model-name", "nano", *ENGINE)
+    with benthic_server(nano_checkpoint, tmp_path / "one.log", *names) as one, one.http() as http:
+        expected = [ask(http, prompt)["choices"][0]["text"] for prompt in prompts]
+    fleet = ("--prefill", "1", "--decode", "1", *names)
+    with benthic_server(nano_checkpoint, tmp_path / "fleet.log", *fleet) as running, running.http() as http:
+        assert [ask(http, prompt)["choices"][0]["text"] for prompt in prompts] == expected
+        usage = ask(http, prompts[0], n=2, temperature=1.0)["usage"]
+        assert usage["prompt_tokens"] == 40
+        assert usage["completion_tokens"] == 16
+        joined = http.post("/instances", json={"role": "decode"})
+        assert (joined.status_code, joined.json()["status"]) == (202, "starting")
+        wait_for(http, dict.fromkeys(("prefill-0", "decode-1", "decode-2"), "serving"))
+        assert http.delete("/instances/decode-1").status_code == 202
+        wait_for(http, dict.fromkeys(("prefill-0", "decode-2"), "serving"))
+        assert ask(http, prompts[1])["choices"][0]["text"] == expected[1]
+        missing = http.delete("/instances/decode-1")
+        assert missing.status_code == 404
+        assert "no instance 'decode-1'" in missing.json()["error"]["message"]
+        assert http.post("/instances", json={"role": "cook"}).status_code == 400
+        assert "/instances" in http.get("/openapi.json").json()["paths"]
+        running.wait_idle()
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(0, 1), (2, 0)])
+def test_a_fleet_with_one_side_alone_is_refused(prefill: int, decode: int) -> None:
+    with pytest.raises(ConfigError, match="each side needs 1 instance at least"):
+        FleetOptions(prefill=prefill, decode=decode)
+
+
+def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UnknownFieldError, match="Did you mean 'shortest_queue'"):
+        FleetOptions(prefill=1, decode=1, prefill_policy="shortest_queu")
+
+
+def test_two_servers_hand_a_request_over_in_the_words_of_a_vllm_router(
+    nano_checkpoint: Path, tmp_path: Path
+) -> None:
+    names = ("--served-model-name", "nano", *ENGINE, "--kv-port")
+    prompt = list(range(20, 70))
+    with (
+        benthic_server(nano_checkpoint, tmp_path / "p.log", *names, str(free_port())) as first,
+        benthic_server(nano_checkpoint, tmp_path / "d.log", *names, str(free_port())) as second,
+        first.http() as prefill,
+        second.http() as decode,
+    ):
+        expected = ask(prefill, prompt)["choices"][0]["text"]
+        wanted = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None}
+        kept = ask(prefill, prompt, max_tokens=1, kv_transfer_params=wanted)["kv_transfer_params"]
+        assert len(kept["remote_block_ids"]) == 13
+        assert first.metrics()["benthic:kv_blocks_free"] < 128
+        assert ask(decode, prompt, kv_transfer_params=kept)["choices"][0]["text"] == expected
+        first.wait_idle()
+        again = ask(decode, prompt, kv_transfer_params=kept)
+        assert again["choices"][0]["text"] == expected
+        message = [{"role": "user", "content": "hi " * 20}]
+        chat = {"model": "nano", "messages": message, "max_tokens": 1, "kv_transfer_params": wanted}
+        answer = prefill.post("/v1/chat/completions", json=chat).json()
+        handed = chat | {"max_tokens": 4, "kv_transfer_params": answer["kv_transfer_params"]}
+        assert decode.post("/v1/chat/completions", json=handed).status_code == 200
+        broken = decode.post(
+            "/v1/chat/completions", json=chat | {"kv_transfer_params": {"do_remote_prefill": True}}
+        )
+        assert broken.status_code == 400
+        assert "kv_transfer_params cannot be read" in broken.json()["error"]["message"]
+        assert prefill.post("/v1/chat/completions", json=chat | {"n": 2}).status_code == 400
+        first.wait_idle()
+        second.wait_idle()
+
+
+def test_a_server_without_transfers_refuses_a_hand_over(server: Running) -> None:
+    body = {"model": "fake", "prompt": [5], "kv_transfer_params": {"do_remote_decode": True}}
+    with server.http() as http:
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 400
+        assert "--kv-port" in answer.json()["error"]["message"]
+        assert http.post("/v1/completions", json=body | {"kv_transfer_params": None}).status_code == 200
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]

@@ -1,0 +1,270 @@
+"""Instances in processes of their own behind a router: the tokens of one engine, whoever comes or dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+from small_engine import prompts, request
+from small_fleet import colocated, fleet_folder, small_router
+
+from benthic.errors import AdmissionError, EngineDeadError, ServeError
+from benthic.sched.replay import replay
+from benthic.sched.routing import Policy, shortest_queue
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+    from pathlib import Path
+
+    from benthic.serve.messages import Generate
+    from benthic.serve.router import Router
+
+LIMIT_S = 200
+
+
+def run(coroutine: Coroutine) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, LIMIT_S))
+
+
+@asynccontextmanager
+async def fleet(prefill: int, decode: int, **settings: object) -> AsyncIterator[Router]:
+    with fleet_folder() as folder:
+        router = small_router(folder, prefill, decode, **settings)
+        try:
+            await router.wait_ready()
+            yield router
+        finally:
+            await router.close()
+
+
+def seeded(count: int, *, seed: int = 0, longest: int = 40, most: int = 12) -> list[Generate]:
+    """Random prompts, lengths and sampling settings; every third is greedy."""
+    rng = random.Random(seed)  # noqa: S311 (not a secret)
+    asked = []
+    for i, prompt in enumerate(prompts(count, seed=seed, longest=longest)):
+        params = {"temperature": 0.0 if i % 3 == 0 else 1.0, "seed": rng.randrange(1 << 60)}
+        if i % 5 == 0:
+            params |= {"top_k": 20, "frequency_penalty": 0.3}
+        if i % 7 == 0:
+            params |= {"ignore_eos": False}
+        asked.append(request(f"r{i}", prompt, max_tokens=rng.randint(1, most), **params))
+    return asked
+
+
+def renamed(asked: Generate) -> Generate:
+    return msgspec.structs.replace(asked, request_id=f"again-{asked.request_id}")
+
+
+async def tokens_of(router: Router, asked: Generate) -> list[int]:
+    tokens, ends = [], 0
+    async with router.open([asked]) as stream:
+        async for delta in stream:
+            assert delta.request_id == asked.request_id
+            assert delta.remote is None
+            tokens += delta.tokens
+            ends += delta.finish_reason is not None
+    assert ends == 1
+    return tokens
+
+
+async def all_of(router: Router, asked: list[Generate]) -> dict[str, list[int]]:
+    answers = await asyncio.gather(*(tokens_of(router, each) for each in asked))
+    return {each.request_id: tokens for each, tokens in zip(asked, answers, strict=True)}
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
+        await asyncio.sleep(0.01)
+
+
+async def nothing_left(router: Router) -> None:
+    """No request is known to anybody, and every block of every instance is free."""
+
+    def empty() -> bool:
+        reports = [member.client.stats for member in router.members]
+        return router.in_flight == 0 and all(
+            report is not None
+            and report.num_free_blocks == report.num_blocks
+            and report.num_running == report.num_waiting == report.leased_blocks == 0
+            for report in reports
+        )
+
+    await until(empty)
+    assert all(not member.loads for member in router.members)
+
+
+def test_one_prefill_and_one_decode_instance_answer_200_requests_like_one_engine(tmp_path: Path) -> None:
+    asked = seeded(200)
+    expected = colocated(asked)
+
+    async def scenario() -> None:
+        async with fleet(1, 1, engine={"record_in": str(tmp_path)}) as router:
+            assert await all_of(router, asked) == expected
+            await nothing_left(router)
+            assert router.stats.pulled_blocks > 500
+            assert router.retried == 0
+
+    run(scenario())
+    recordings = sorted(tmp_path.iterdir())
+    assert [path.name for path in recordings] == ["decode-1", "prefill-0"]
+    for path in recordings:
+        assert replay(path.read_text().splitlines()).requests > 100
+
+
+def test_two_prefill_instances_answer_200_requests_like_one_engine_while_others_join_and_drain() -> None:
+    asked = seeded(200, seed=1)
+    expected = colocated(asked)
+
+    async def scenario() -> None:
+        async with fleet(2, 1, policy=Policy(prefill=shortest_queue, local_tokens=6)) as router:
+            first = asyncio.create_task(all_of(router, asked[:120]))
+            joined = [router.members.join("decode"), router.members.join("prefill")]
+            await until(lambda: all(router.members[name].open for name in joined))
+            second = asyncio.create_task(all_of(router, asked[120:]))
+            await asyncio.sleep(0.05)
+            await asyncio.gather(router.members.drain("decode-2"), router.members.drain("prefill-0"))
+            assert sorted(member.name for member in router.members) == [
+                "decode-3",
+                "prefill-1",
+                "prefill-4",
+            ]
+            assert await first | await second == expected
+            await nothing_left(router)
+            assert router.retried == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("victim", ["prefill", "decode"])
+def test_when_an_instance_is_killed_its_requests_go_on_with_the_same_tokens(victim: str) -> None:
+    asked = seeded(40, seed=2, longest=150, most=30)
+    expected = colocated(asked)
+
+    async def scenario() -> None:
+        async with fleet(1, 1) as router:
+            running = asyncio.create_task(all_of(router, asked))
+            member = next(each for each in router.members if each.role == victim)
+            await until(lambda: member.client.in_flight > 3 and router.stats.generation_tokens > 5)
+            os.kill(member.client.pid, signal.SIGKILL)
+            assert await running == expected
+            assert router.retried > 0
+            await until(lambda: sum(each.open for each in router.members) == 2)
+            again = await all_of(router, [renamed(each) for each in asked[:5]])
+            assert list(again.values()) == [expected[each.request_id] for each in asked[:5]]
+            await nothing_left(router)
+
+    run(scenario())
+
+
+def test_when_the_link_to_an_instance_goes_dead_its_requests_go_on_elsewhere() -> None:
+    asked = seeded(20, seed=3, most=30)
+    expected = colocated(asked)
+
+    async def scenario() -> None:
+        async with fleet(1, 2, stall_s=3.0, restarts=0) as router:
+            running = asyncio.create_task(all_of(router, asked))
+            member = router.members["decode-1"]
+            await until(lambda: len(member.loads) > 2 and router.stats.generation_tokens > 10)
+            os.kill(member.client.pid, signal.SIGSTOP)
+            assert await running == expected
+            assert router.retried > 0
+            assert [each.name for each in router.members] == ["prefill-0", "decode-2"]
+            await nothing_left(router)
+
+    run(scenario())
+
+
+def test_aborts_at_any_moment_leave_nothing_behind() -> None:
+    asked = seeded(60, seed=4, most=30)
+
+    async def some_of(router: Router, each: Generate, count: int) -> None:
+        async with aclosing(deltas_of(router, each)) as deltas:
+            async for _ in deltas:
+                count -= 1
+                if count <= 0:
+                    return
+
+    async def scenario() -> None:
+        async with fleet(1, 1) as router:
+            tasks = [asyncio.create_task(some_of(router, each, i % 4)) for i, each in enumerate(asked)]
+            for task in tasks[::5]:
+                await asyncio.sleep(0.01)
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await nothing_left(router)
+
+    run(scenario())
+
+
+async def deltas_of(router: Router, asked: Generate) -> AsyncIterator:
+    async with router.open([asked]) as stream:
+        async for delta in stream:
+            yield delta
+
+
+def test_what_can_never_be_served_is_refused_and_the_end_of_all_instances_is_said() -> None:
+    async def scenario() -> None:
+        async with fleet(1, 1, restarts=0) as router:
+            with pytest.raises(AdmissionError, match="max_model_len"):
+                await tokens_of(router, request("long", [5] * 5000, max_tokens=4))
+            with pytest.raises(ServeError, match=r"no instance 'decode-9'\. There are: prefill-0"):
+                await router.members.drain("decode-9")
+            unseeded = request("u", [5, 6, 7], max_tokens=5, temperature=1.0)
+            assert len(await tokens_of(router, unseeded)) == 5
+            asked = request("slow", range(2, 30), max_tokens=400)
+            running = asyncio.create_task(tokens_of(router, asked))
+            await until(lambda: router.stats.num_running > 0)
+            for member in router.members:
+                os.kill(member.client.pid, signal.SIGKILL)
+            with pytest.raises(EngineDeadError, match="was killed by signal 9"):
+                await running
+            await until(lambda: len(router.members) == 0)
+            assert "no instance is left" in router.trouble
+            with pytest.raises(EngineDeadError, match="no instance is left"):
+                router.open([request("late", [5])])
+
+    run(scenario())
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_no_request_and_no_block() -> None:
+    rng = random.Random(11)  # noqa: S311 (not a secret)
+
+    async def kill_sometimes(router: Router, kills: list[str]) -> None:
+        while len(kills) < 20:
+            await asyncio.sleep(rng.uniform(0.05, 1.5))
+            await until(lambda: sum(each.open for each in router.members) >= 2, 60)
+            member = rng.choice([each for each in router.members if each.open])
+            how = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
+            os.kill(member.client.pid, how)
+            kills.append(f"{member.role} {how.name}")
+
+    async def scenario() -> None:
+        async with fleet(2, 2, stall_s=3.0, restarts=100, retries=20) as router:
+            kills: list[str] = []
+            killer = asyncio.create_task(kill_sometimes(router, kills))
+            wave = 0
+            while not killer.done():
+                asked = [renamed_in(wave, each) for each in seeded(60, seed=wave, most=40)]
+                assert await all_of(router, asked) == colocated(asked)
+                wave += 1
+            await killer
+            assert {kill.split()[0] for kill in kills} == {"prefill", "decode"}
+            assert router.retried > 20
+            await until(lambda: all(each.open for each in router.members), 60)
+            await nothing_left(router)
+
+    run(scenario())
+
+
+def renamed_in(wave: int, asked: Generate) -> Generate:
+    return msgspec.structs.replace(asked, request_id=f"w{wave}-{asked.request_id}")
