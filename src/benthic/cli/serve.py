@@ -6,13 +6,20 @@ import functools
 import logging
 import os
 import time
-from enum import StrEnum
 from pathlib import Path  # noqa: TC003 (typer reads the annotations)
 from typing import Annotated
 
 import typer
 
 from benthic.cli.folders import user_cache
+from benthic.cli.serve_words import (
+    CacheDtype,
+    Dtype,
+    LogLevel,
+    Quantization,
+    ReasoningParser,
+    ToolParser,
+)
 from benthic.errors import ConfigError
 
 ENGINE = "Engine"
@@ -20,59 +27,6 @@ CACHE = "KV cache"
 REQUESTS = "Requests"
 HTTP = "HTTP"
 FLEET = "Prefill and decode instances"
-
-
-class Dtype(StrEnum):
-    """Precision of weights and cache."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Quantization(StrEnum):
-    """What becomes of FP8 weights."""
-
-    auto = "auto"
-    fp8 = "fp8"
-    none = "none"
-
-
-class CacheDtype(StrEnum):
-    """What the latent cache stores."""
-
-    auto = "auto"
-    fp8 = "fp8"
-    fp8_e4m3 = "fp8_e4m3"
-
-
-class ToolParser(StrEnum):
-    """How the model writes tool calls."""
-
-    auto = "auto"
-    none = "none"
-    deepseek_v3 = "deepseek_v3"
-    deepseek_v31 = "deepseek_v31"
-
-
-class ReasoningParser(StrEnum):
-    """How the model writes reasoning."""
-
-    auto = "auto"
-    none = "none"
-    deepseek_r1 = "deepseek_r1"
-
-
-class LogLevel(StrEnum):
-    """How much uvicorn says."""
-
-    critical = "critical"
-    error = "error"
-    warning = "warning"
-    info = "info"
-    debug = "debug"
-    trace = "trace"
 
 
 def serve(  # noqa: PLR0913 (one parameter a flag)

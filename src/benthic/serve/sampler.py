@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from benthic.serve.grammar import GrammarMasks, accept
+from benthic.serve.penalties import Penalties, PenaltyTable
 from benthic.serve.sample import (
     NO_TOKEN,
     Logprobs,
@@ -30,7 +31,7 @@ from benthic.serve.sample import (
     to_int64,
     uniform,
 )
-from benthic.serve.transit import Homeward, to_device
+from benthic.serve.transit import Homeward, tensor_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,11 +83,11 @@ class Batch:
         temperatures = _temperatures(params)
         return cls(
             all_greedy=all_greedy,
-            greedy_S=_tensor(greedy, np.bool_, device) if any(greedy) and not all_greedy else None,
+            greedy_S=tensor_of(greedy, np.bool_, device) if any(greedy) and not all_greedy else None,
             temperature_S1=None
             if all(t == 1.0 for t in temperatures)
-            else _tensor(temperatures, np.float32, device).unsqueeze(-1),
-            seed_S=None if all_greedy else _tensor([to_int64(row.seed) for row in rows], np.int64, device),
+            else tensor_of(temperatures, np.float32, device).unsqueeze(-1),
+            seed_S=None if all_greedy else tensor_of([to_int64(row.seed) for row in rows], np.int64, device),
             filters=None if all_greedy else _filters(params, vocab_size, device),
             bias=_bias(params, device),
             penalties=Penalties.of(rows, device),
@@ -114,11 +115,7 @@ class LogprobRows:
         if not asking:
             return None
         rows, best = zip(*asking, strict=True)
-        return cls(rows, _tensor(rows, np.int64, device), best)
-
-
-def _tensor(values: Sequence[float], dtype: type[np.generic], device: torch.device) -> Tensor:
-    return to_device(np.array(values, dtype=dtype), device)
+        return cls(rows, tensor_of(rows, np.int64, device), best)
 
 
 def _temperatures(params: Sequence[SamplingParams]) -> list[float]:
@@ -132,9 +129,9 @@ def _filters(
         return None
     top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     return (
-        _tensor(top_k, np.int64, device),
-        _tensor([p.top_p for p in params], np.float32, device),
-        _tensor([p.min_p for p in params], np.float32, device),
+        tensor_of(top_k, np.int64, device),
+        tensor_of([p.top_p for p in params], np.float32, device),
+        tensor_of([p.min_p for p in params], np.float32, device),
         max(top_k),
     )
 
@@ -145,97 +142,10 @@ def _bias(params: Sequence[SamplingParams], device: torch.device) -> tuple[Tenso
         return None
     rows, tokens, values = zip(*entries, strict=True)
     return (
-        _tensor(rows, np.int64, device),
-        _tensor(tokens, np.int64, device),
-        _tensor(values, np.float32, device),
+        tensor_of(rows, np.int64, device),
+        tensor_of(tokens, np.int64, device),
+        tensor_of(values, np.float32, device),
     )
-
-
-@dataclass(frozen=True)
-class Penalties:
-    """Rows with penalties: `row_L` in the batch, `slot_L` in the table, and their three strengths."""
-
-    row_L: Tensor
-    slot_L: Tensor
-    repetition_L1: Tensor
-    frequency_L1: Tensor
-    presence_L1: Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> Penalties | None:
-        """Stack the rows that have a slot in the penalty table; None when there are none."""
-        chosen = [i for i, row in enumerate(rows) if row.slot >= 0]
-        if not chosen:
-            return None
-        params = [rows[i].params for i in chosen]
-
-        def column(values: list[float]) -> Tensor:
-            return _tensor(values, np.float32, device).unsqueeze(-1)
-
-        return cls(
-            row_L=_tensor(chosen, np.int64, device),
-            slot_L=_tensor([rows[i].slot for i in chosen], np.int64, device),
-            repetition_L1=column([p.repetition_penalty for p in params]),
-            frequency_L1=column([p.frequency_penalty for p in params]),
-            presence_L1=column([p.presence_penalty for p in params]),
-        )
-
-
-class PenaltyTable:
-    """Which tokens each penalised request has seen: counts of its output, and what was in its prompt.
-
-    Rows are allocated for requests with penalties alone and doubled in number when they run out.
-    """
-
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._counts_NV = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
-        self._in_prompt_NV = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
-        self._free: list[int] = []
-
-    def admit(self, prompt: Sequence[int], output: Sequence[int] = ()) -> int:
-        """Take a slot and note the prompt's tokens in it, and those put out before."""
-        if not self._free:
-            self._grow()
-        slot = self._free.pop()
-        self._counts_NV[slot] = 0
-        self._in_prompt_NV[slot] = False
-        device = self._counts_NV.device
-        self._in_prompt_NV[slot].index_fill_(0, _tensor(prompt, np.int64, device), value=True)
-        for token in output:
-            self._counts_NV[slot, token] += 1
-        return slot
-
-    def release(self, slot: int) -> None:
-        """Give a slot back."""
-        self._free.append(slot)
-
-    def apply(self, logits_SV: Tensor, penalties: Penalties) -> None:
-        """Penalise in place: repetition divides (or multiplies negative) logits, the others subtract."""
-        logits_LV = logits_SV[penalties.row_L]
-        counts_LV = self._counts_NV[penalties.slot_L]
-        in_output_LV = counts_LV > 0
-        seen_LV = in_output_LV | self._in_prompt_NV[penalties.slot_L]
-        factor_LV = torch.where(seen_LV, penalties.repetition_L1, 1.0)
-        logits_LV = torch.where(logits_LV > 0, logits_LV / factor_LV, logits_LV * factor_LV)
-        logits_LV -= penalties.frequency_L1 * counts_LV
-        logits_LV -= penalties.presence_L1 * in_output_LV
-        logits_SV[penalties.row_L] = logits_LV
-
-    def count(self, token_S: Tensor, penalties: Penalties) -> None:
-        """Count the tokens just drawn."""
-        token_L = token_S[penalties.row_L]
-        self._counts_NV[penalties.slot_L, token_L.clamp(min=0)] += (token_L >= 0).to(torch.int32)
-
-    def _grow(self) -> None:
-        old = self._counts_NV.shape[0]
-        extra = max(8, old)
-        self._counts_NV = torch.cat(
-            [self._counts_NV, self._counts_NV.new_zeros((extra, self._counts_NV.shape[1]))]
-        )
-        self._in_prompt_NV = torch.cat(
-            [self._in_prompt_NV, self._in_prompt_NV.new_zeros((extra, self._in_prompt_NV.shape[1]))]
-        )
-        self._free.extend(range(old, old + extra))
 
 
 @dataclass(frozen=True)
@@ -363,7 +273,7 @@ class Sampler:
             logits_SV.index_put_((rows, tokens), values, accumulate=True)
         early = [(i, t) for i, least, stops in batch.min_tokens if positions[i] < least for t in stops]
         if early:
-            rows, tokens = (_tensor(column, np.int64, self._device) for column in zip(*early, strict=True))
+            rows, tokens = (tensor_of(column, np.int64, self._device) for column in zip(*early, strict=True))
             # not `logits_SV[rows, tokens] = -torch.inf`: that number would cross, and the host wait for it
             logits_SV.index_put_((rows, tokens), logits_SV.new_full((), -torch.inf))
         if batch.penalties is not None:
@@ -381,7 +291,7 @@ def _choose(logits_SV: Tensor, batch: Batch, positions: Sequence[int]) -> Tensor
     if batch.filters is not None:
         top_k_S, top_p_S, min_p_S, most_k = batch.filters
         probs_SV = keep_probable(probs_SV, top_k_S, top_p_S, min_p_S, most_k=most_k)
-    position_S = _tensor(positions, np.int64, logits_SV.device)
+    position_S = tensor_of(positions, np.int64, logits_SV.device)
     assert batch.seed_S is not None  # noqa: S101 (Batch.of sets it unless all rows are greedy)
     token_S = draw(probs_SV, uniform(batch.seed_S, position_S))
     if batch.greedy_S is not None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -21,6 +24,11 @@ def to_device(array: NDArray, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def tensor_of(values: Sequence[float], dtype: type[np.generic], device: torch.device) -> Tensor:
+    """Some numbers on `device`."""
+    return to_device(np.array(values, dtype=dtype), device)
 
 
 class Homeward(NamedTuple):
