@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from benthic.serve.sampler import Row
+    from benthic.serve.messages import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,21 @@ class Penalties:
     presence_L1: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> Penalties | None:
-        """Stack the rows that have a slot in the penalty table; None when there are none."""
-        chosen = [i for i, row in enumerate(rows) if row.slot >= 0]
+    def of(
+        cls, slots: Sequence[int], settings: Sequence[SamplingParams], device: torch.device
+    ) -> Penalties | None:
+        """Stack the rows whose slot in the penalty table is not -1; None when there are none."""
+        chosen = [i for i, slot in enumerate(slots) if slot >= 0]
         if not chosen:
             return None
-        params = [rows[i].params for i in chosen]
+        params = [settings[i] for i in chosen]
 
         def column(values: list[float]) -> Tensor:
             return tensor_of(values, np.float32, device).unsqueeze(-1)
 
         return cls(
             row_L=tensor_of(chosen, np.int64, device),
-            slot_L=tensor_of([rows[i].slot for i in chosen], np.int64, device),
+            slot_L=tensor_of([slots[i] for i in chosen], np.int64, device),
             repetition_L1=column([p.repetition_penalty for p in params]),
             frequency_L1=column([p.frequency_penalty for p in params]),
             presence_L1=column([p.presence_penalty for p in params]),

@@ -90,7 +90,7 @@ class Batch:
             seed_S=None if all_greedy else tensor_of([to_int64(row.seed) for row in rows], np.int64, device),
             filters=None if all_greedy else _filters(params, vocab_size, device),
             bias=_bias(params, device),
-            penalties=Penalties.of(rows, device),
+            penalties=Penalties.of([row.slot for row in rows], params, device),
             min_tokens=tuple(
                 (i, row.params.min_tokens, row.stop_tokens)
                 for i, row in enumerate(rows)
