@@ -7,7 +7,7 @@ RUN ?= runs/demo
 JOBS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint types fmt bench docs clean
+.PHONY: help demo test drill test-gpu lint types fmt bench docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,7 +22,10 @@ demo: $(STAMP)  ## train a small model on this machine's Python sources, serve i
 	$(BIN)/python examples/demo.py --run $(RUN)
 
 test: $(STAMP)  ## run every test that needs no GPU
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not multigpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not multigpu and not drill"
+
+drill: $(STAMP)  ## kill serving instances at random moments, for minutes
+	$(BIN)/python -m pytest -m "drill"
 
 test-gpu: $(STAMP)  ## run the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m "gpu"

@@ -235,7 +235,7 @@ def test_what_can_never_be_served_is_refused_and_the_end_of_all_instances_is_sai
     run(scenario())
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_twenty_kills_at_random_moments_lose_no_request_and_no_block() -> None:
     rng = random.Random(11)  # noqa: S311 (not a secret)
 
