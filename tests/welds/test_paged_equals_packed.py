@@ -119,7 +119,7 @@ class Server:
             text = self.known.texts[int(request_id.rstrip("abc"))]
             token = text[position + 1] if position + 1 < len(text) else 0
             rows.append((token,))
-            self.runner.remember([slot], [token])
+            self.runner.remember((slot,), torch.tensor([token]))
         self.scheduler.commit(plan, rows, now)
 
     def compare(self, request_id: str, positions: range, logits: torch.Tensor) -> None:
