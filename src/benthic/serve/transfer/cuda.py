@@ -1,4 +1,4 @@
-"""Pages on another GPU of this host: an IPC handle opens them, and the copy runs on the reader's GPU."""
+"""Pages on another GPU of this host, opened by an IPC handle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def region_of(pages_LPBW: Tensor) -> Region:
 class CudaSource:
     """Reads the pages of another process on this host, over NVLink or PCIe.
 
-    The gather runs as one kernel on the reader's stream, whose loads cross the link; no copy lies in between.
+    Cost: the pages are gathered on the owner's GPU, and that copy then crosses the link.
 
     Args:
         region: what its owner said.
