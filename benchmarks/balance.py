@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from interval import STUDENT, mean_over_seeds
 from provenance import ROOT, write_result
 from stdlib_corpus import make_data
 
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from benthic.train.config import RunConfig
 
 BLUE, ORANGE = "#1f6fb2", "#d9822b"
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5 % quantile of Student's t for the mean of so many values."""
 
 
 def main() -> None:
@@ -81,17 +79,13 @@ def summarised(off: list[dict[str, Any]], on: list[dict[str, Any]]) -> dict[str,
     """Ratios of MaxVio by seed, and how much more held-out loss there is with the bias on."""
     pairs = list(zip(off, on, strict=True))
     more = [b["held_out"]["loss"] - a["held_out"]["loss"] for a, b in pairs]
-    mean, half = statistics.fmean(more), None
-    if len(more) > 1:
-        half = STUDENT[len(more)] * statistics.stdev(more) / len(more) ** 0.5
     return {
         **{
             f"{kind}_on_over_off": [round(b[kind] / a[kind], 4) for a, b in pairs]
             for kind in ("max_vio_global", "max_vio_batch")
         },
         "held_out_loss_on_minus_off": [round(each, 5) for each in more],
-        "mean": round(mean, 5),
-        "interval_95": None if half is None else [round(mean - half, 5), round(mean + half, 5)],
+        **mean_over_seeds(more, 5),
     }
 
 

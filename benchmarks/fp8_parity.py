@@ -1,12 +1,13 @@
-"""FP8 against bfloat16 training: two runs of one mixture-of-experts model from one seed on real text.
+"""FP8 against bfloat16 training: pairs of runs of one mixture-of-experts model on real text.
 
-    python benchmarks/fp8_parity.py [--data DIR] [--steps 1000] [--noise] [--set train.lr=1e-3 ...]
+    python benchmarks/fp8_parity.py [--data DIR] [--steps 1000] [--seeds 4] [--set train.lr=1e-3 ...]
     python benchmarks/fp8_parity.py --smoke        # small sizes on a CPU, to see that the script works
 
-Both runs have the same rows, settings and initial weights (up to the rounding of bfloat16 weights); moments
-are bfloat16 in both, so that only the numbers of the linear layers differ. `--noise` adds bfloat16 from
-another seed, whose distance says how much of a difference is chance. The DeepSeek-V3 report (section 3.3)
-gives less than 0.25 % of relative loss error.
+Both runs of a pair have the same rows, settings and initial weights (up to the rounding of bfloat16 weights);
+moments are bfloat16 in both, so that only the numbers of the linear layers differ. After some hundred steps
+one pair's difference is chance, since any rounding sends a run elsewhere, so the difference is read from
+several seeds: its mean with a 95 % interval (Student's t over seeds), beside how far bfloat16 runs of two
+seeds are apart. The DeepSeek-V3 report (section 3.3) gives less than 0.25 % of relative loss error.
 Writes benchmarks/results/fp8_parity.json and docs/pictures/fp8_parity.svg|png.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from interval import STUDENT, mean_over_seeds
 from provenance import ROOT, write_result
 from stdlib_corpus import make_data
 
@@ -40,11 +43,19 @@ from benthic.train.resolve import resolve
 from benthic.train.trainer import Trainer
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from benthic.train.hardware import HardwareFacts
 
 BLUE, ORANGE, GREY = "#1f6fb2", "#d9822b", "#8a8f98"
 PACKAGES = ("torch", "numpy", "transformers")
 """Beside the standard library, whose 3 M tokens a thousand steps would read almost three times."""
+MEASURES = {
+    "whole_run": lambda row: statistics.mean(row["loss_by_step"]),
+    "last_fifth": lambda row: statistics.mean(row["loss_by_step"][-max(1, len(row["loss_by_step"]) // 5) :]),
+    "held_out": lambda row: row["held_out"]["loss"],
+}
+"""Losses that are compared, in nats per token."""
 BFLOAT16 = ("precision.weights=bfloat16", "precision.matmul=bfloat16")
 FP8 = ("precision.weights=fp8", "precision.matmul=fp8")
 
@@ -96,6 +107,7 @@ class Case:
 
     name: str
     settings: tuple[str, ...]
+    seed: int
 
 
 def main() -> None:
@@ -103,22 +115,27 @@ def main() -> None:
     words = parse()
     config = configured(words)
     facts = detect("cpu" if words.smoke else "auto")
-    cases = [Case("bfloat16", BFLOAT16), Case("fp8", FP8)]
-    if words.noise:
-        cases.append(Case("bfloat16, another seed", (*BFLOAT16, "train.seed=1")))
+    kinds = (("bfloat16", BFLOAT16), ("fp8", FP8))
+    cases = [Case(*kind, seed) for seed in range(words.seeds) for kind in kinds]
     with tempfile.TemporaryDirectory() as folder:
         parts = ("json", "email") if words.smoke else (".",)
         data = words.data or make_data(
             Path(folder), config.model.vocab_size, parts=parts, packages=() if words.smoke else PACKAGES
         )
         rows = side_by_side(cases, data, config, facts)
-    base = rows[0]
+    found = summary(rows)
     for row in rows:
-        row["against_bfloat16"] = distance(base, row)
         print(line(row))
+    for name, words_of in found.items():
+        print(f"{name}: {words_of}")
     out = Path(tempfile.gettempdir()) if words.smoke else None
     path = write_result(
-        "fp8_parity", rows, out=out and out / "fp8_parity.json", steps=words.steps, overrides=words.set
+        "fp8_parity",
+        {"summary": found, "runs": rows},
+        out=out and out / "fp8_parity.json",
+        steps=words.steps,
+        seeds=words.seeds,
+        overrides=words.set,
     )
     stem = (out or ROOT / "docs" / "pictures") / "fp8_parity"
     print(f"wrote {path} and {', '.join(map(str, draw(rows, stem)))}")
@@ -143,7 +160,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="dataset folder (default: made from the standard library)")
     parser.add_argument("--steps", type=int, default=None, help="default: 1000, with --smoke 4")
-    parser.add_argument("--noise", action="store_true", help="also bfloat16 from another seed")
+    parser.add_argument("--seeds", type=int, default=4, choices=(1, *STUDENT), help="pairs of runs")
     parser.add_argument("--smoke", action="store_true", help="small model, few steps, CPU, results to /tmp")
     parser.add_argument("--set", action="append", default=[], help="override of the config")
     words = parser.parse_args()
@@ -177,7 +194,8 @@ def run(case: Case, data: Path, config: RunConfig, facts: HardwareFacts, number:
     if facts.device == "cuda":
         torch.cuda.set_device(number % torch.cuda.device_count())
     meta = read_meta(data)
-    resolved = resolve(apply(config, list(case.settings)), facts, meta).config
+    settings = [*case.settings, f"train.seed={case.seed}"]
+    resolved = resolve(apply(config, settings), facts, meta).config
     trainer = Trainer(resolved, TokenShards(data, meta, "train"))
     if facts.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -187,7 +205,7 @@ def run(case: Case, data: Path, config: RunConfig, facts: HardwareFacts, number:
         results.append(trainer.step())  # waits for the device: the loss is read
         seconds.append(time.perf_counter() - start)
         if results[-1].step % 100 == 0:
-            print(f"  {case.name}: step {results[-1].step} loss {results[-1].loss:.4f}")
+            print(f"  {case.name}, seed {case.seed}: step {results[-1].step} loss {results[-1].loss:.4f}")
     held_out = evaluate(
         trainer.executor.score,
         TokenShards(data, meta, "held_out"),
@@ -201,6 +219,7 @@ def run(case: Case, data: Path, config: RunConfig, facts: HardwareFacts, number:
     steady = float(np.median(seconds[len(seconds) // 4 :]))
     return {
         "name": case.name,
+        "seed": case.seed,
         "parameters": kept.parameters,
         "tokens": results[-1].tokens,
         "loss_by_step": [round(r.loss, 6) for r in results],
@@ -220,43 +239,45 @@ def products(device: str) -> dict[str, str]:
     return {c.op: c.implementation for c in ops.explain(device, torch.bfloat16) if "fp8" in c.op}
 
 
-def distance(base: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
-    """Relative differences of the loss: of single steps, of the smoothed curve, of the held-out loss."""
-    exact, found = (np.array(r["loss_by_step"]) for r in (base, row))
-    smoothed = (smooth(found) - smooth(exact)) / smooth(exact)
-    last = slice(-max(1, len(exact) // 5), None)
-    return {
-        "mean_of_last_fifth": float(found[last].mean() / exact[last].mean() - 1.0),
-        "largest_smoothed": float(np.abs(smoothed).max()),
-        "mean_absolute_of_steps": float(np.abs(found / exact - 1.0).mean()),
-        "held_out": row["held_out"]["loss"] / base["held_out"]["loss"] - 1.0,
-    }
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Relative differences of the loss: FP8 from bfloat16 by seed and on average; bfloat16 from its mean."""
+    exact, narrow = ([r for r in rows if r["name"] == name] for name in ("bfloat16", "fp8"))
+    found: dict[str, Any] = {}
+    for key, of in MEASURES.items():
+        pairs = [of(two) / of(one) - 1.0 for one, two in zip(exact, narrow, strict=True)]
+        losses = [of(row) for row in exact]
+        found[key] = {
+            "fp8_against_bfloat16": [round(pair, 6) for pair in pairs],
+            **mean_over_seeds(pairs, 6),
+            "bfloat16_across_seeds": round((max(losses) - min(losses)) / statistics.mean(losses), 6),
+        }
+    return found
 
 
 def line(row: dict[str, Any]) -> str:
     """One run in words."""
-    against = row["against_bfloat16"]
     return (
-        f"{row['name']:<23} {row['parameters'] / 1e6:.1f} M parameters  loss {row['loss_by_step'][-1]:.4f}  "
-        f"held-out {row['held_out']['loss']:.4f} ({100 * against['held_out']:+.3f} %)  "
-        f"last fifth {100 * against['mean_of_last_fifth']:+.3f} %  "
+        f"{row['name']:<9} seed {row['seed']} {row['parameters'] / 1e6:.1f} M parameters  "
+        f"last fifth {MEASURES['last_fifth'](row):.4f}  held-out {row['held_out']['loss']:.4f}  "
         f"{row['tokens_per_second']:,.0f} tokens/s  {row['bytes_per_parameter']:.2f} B/parameter"
     )
 
 
 def draw(rows: list[dict[str, Any]], stem: Path) -> list[Path]:
-    """Left: loss of every step. Right: relative difference of the smoothed loss from bfloat16's."""
+    """Left: smoothed loss of every run. Right: relative differences of pairs and of bfloat16 seeds."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     figure = new_figure(10.5, 4.0)
     curve, apart = figure.subplots(1, 2)
-    base = smooth(rows[0]["loss_by_step"])
-    for row, colour in zip(rows, (BLUE, ORANGE, GREY), strict=False):
-        steps = range(1, len(base) + 1)
-        curve.plot(steps, row["loss_by_step"], color=colour, alpha=0.2, linewidth=0.8)
-        curve.plot(steps, smooth(row["loss_by_step"]), color=colour, linewidth=1.6, label=row["name"])
-        if row is not rows[0]:
-            difference = 100 * (smooth(row["loss_by_step"]) / base - 1.0)
-            apart.plot(steps, difference, color=colour, linewidth=1.4, label=row["name"])
+    exact, narrow = (
+        [smooth(r["loss_by_step"]) for r in rows if r["name"] == name] for name in ("bfloat16", "fp8")
+    )
+    pairs = [100 * (two / one - 1.0) for one, two in zip(exact, narrow, strict=True)]
+    seeds = [100 * (other / exact[0] - 1.0) for other in exact[1:]]
+    bundle(curve, exact, BLUE, "bfloat16")
+    bundle(curve, narrow, ORANGE, "FP8")
+    bundle(apart, seeds, GREY, "two seeds of bfloat16")
+    bundle(apart, pairs, ORANGE, "FP8 and bfloat16 of one seed")
+    bundle(apart, [np.mean(pairs, axis=0)], "black", f"mean of {len(pairs)} seeds")
     apart.axhspan(-0.25, 0.25, color="black", alpha=0.06, linewidth=0)
     apart.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
     tidy(curve, "step", "loss (nats per token)")
@@ -264,6 +285,12 @@ def draw(rows: list[dict[str, Any]], stem: Path) -> list[Path]:
     for axes in (curve, apart):
         axes.legend(frameon=False)
     return save(figure, stem)
+
+
+def bundle(axes: Axes, curves: list[np.ndarray], colour: str, name: str) -> None:
+    """Curves of one kind under one name."""
+    for i, values in enumerate(curves):
+        axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.1, label=None if i else name)
 
 
 if __name__ == "__main__":
