@@ -247,6 +247,21 @@ def test_store_latent_skips_slot_minus_one(dtype):
     assert torch.equal(*caches)
 
 
+@pytest.mark.parametrize("block", [4, 100])
+def test_latent_blocks_are_copied_to_where_they_belong_and_nowhere_else(dtype, block):
+    source = made(3 * 7 * block * 43, dtype=dtype).detach().view(3, 7, block, 43)
+    caches = [torch.full((3, 5, block, 43), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
+    came, went = torch.tensor([6, 0, 6], device=DEVICE), torch.tensor([1, 4, 3], device=DEVICE)
+    for cache, impl in zip(caches, ("triton", "reference"), strict=True):
+        ops.copy_blocks(source, came, cache, went, impl=impl)
+        assert torch.equal(cache[:, went], source[:, came])
+        assert cache[:, [0, 2]].isnan().all()
+    narrow = source.to(torch.float8_e4m3fn)
+    target = torch.zeros_like(narrow)
+    ops.copy_blocks(narrow, came, target, went, impl="triton")
+    assert torch.equal(target.view(torch.uint8)[:, went], narrow.view(torch.uint8)[:, came])
+
+
 def test_an_fp8_latent_cache_is_stored_within_range_and_widened_as_mla_decode_reads_it(dtype):
     rows, slots = made(40, 24, dtype=dtype).detach(), torch.arange(40, device=DEVICE)
     rows[3, 5], rows[4, 21] = 1000.0, -1000.0  # beyond what E4M3 holds

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+_COPY_CHUNK = 4096
 _SPLIT_TARGET = 2  # programs a multiprocessor: enough to hide the latency of page loads
 
 
@@ -128,6 +129,19 @@ def _store(
     tl.store(place + C + rope[None, :], x.to(cache_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["source_stride", "target_stride"])
+def _copy(
+    source_ptr, target_ptr, from_ptr, to_ptr, source_stride, target_stride, size, CHUNK: tl.constexpr
+):  # fmt: skip
+    """One chunk of one block of one layer; strides in blocks of `size` elements."""
+    block, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    place = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
+    source = (layer * source_stride + tl.load(from_ptr + block)) * size
+    target = (layer * target_stride + tl.load(to_ptr + block)) * size
+    value = tl.load(source_ptr + source + place, mask=place < size)
+    tl.store(target_ptr + target + place, value, mask=place < size)
+
+
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale, splits=None):
     """See `benthic.kernels.ops.mla_decode`.
 
@@ -200,4 +214,17 @@ def store_latent(cache_PBW, latent_TC, rope_Tr, slot_T):
             latent_TC.stride(0), rope_Tr.stride(0),
             C=latent, C_PAD=triton.next_power_of_2(latent),
             R=rope, R_PAD=triton.next_power_of_2(rope), ROWS=4, FP8=cache_PBW.dtype == torch.float8_e4m3fn,
+        )  # fmt: skip
+
+
+def copy_blocks(source_LPBW, from_R, target_LPBW, to_R):
+    """See `benthic.kernels.ops.copy_blocks`."""
+    if target_LPBW.element_size() == 1:
+        source_LPBW, target_LPBW = source_LPBW.view(torch.uint8), target_LPBW.view(torch.uint8)
+    layers, pages, block, width = target_LPBW.shape
+    size, count = block * width, to_R.shape[0]
+    if size and count and layers:
+        _copy[(count, layers, triton.cdiv(size, _COPY_CHUNK))](
+            source_LPBW, target_LPBW, from_R, to_R, source_LPBW.shape[1], pages, size,
+            CHUNK=_COPY_CHUNK, num_warps=4,
         )  # fmt: skip

@@ -17,7 +17,14 @@ from benthic.kernels.ops.copies import (
     sum_copies,
     sum_copies_backward,
 )
-from benthic.kernels.ops.decode import MLA_DECODE, STORE_LATENT, mla_decode, store_latent
+from benthic.kernels.ops.decode import (
+    COPY_BLOCKS,
+    MLA_DECODE,
+    STORE_LATENT,
+    copy_blocks,
+    mla_decode,
+    store_latent,
+)
 from benthic.kernels.ops.e5m6 import DEQUANTISE_E5M6, QUANTISE_E5M6, dequantise_e5m6, quantise_e5m6
 from benthic.kernels.ops.fp8 import (
     DEQUANTISE_FP8,
@@ -90,6 +97,7 @@ __all__ = [
     "adamw",
     "add_rms_norm",
     "attention",
+    "copy_blocks",
     "dequantise_e5m6",
     "dequantise_fp8",
     "dequantise_fp8_rows",
@@ -127,6 +135,7 @@ OPS: tuple[Op, ...] = (
     ATTENTION,
     MLA_DECODE,
     STORE_LATENT,
+    COPY_BLOCKS,
     ROUTE,
     PERMUTE,
     UNPERMUTE,

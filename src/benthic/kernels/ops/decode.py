@@ -1,4 +1,4 @@
-"""Public ops on the paged latent cache: store this step's tokens, attend to all of them."""
+"""Public ops on the paged latent cache: store this step's tokens, attend to all, copy from another cache."""
 
 from __future__ import annotations
 
@@ -69,6 +69,15 @@ STORE_LATENT = Op(
         Implementation("native", _NATIVE_STORE, "benthic.kernels.native_ops:store_latent"),
         Implementation("triton", _TRITON_STORE, "benthic.kernels.triton_mla:store_latent"),
         reference("benthic.kernels.reference.attention:store_latent"),
+    ),
+    typical_dims=(576,),
+    trains=False,
+)
+COPY_BLOCKS = Op(
+    "copy_blocks",
+    (
+        Implementation("triton", _TRITON_STORE, "benthic.kernels.triton_mla:copy_blocks"),
+        reference("benthic.kernels.reference.attention:copy_blocks"),
     ),
     typical_dims=(576,),
     trains=False,
@@ -157,6 +166,36 @@ def store_latent(
         mixed=latent_TC.dtype is not dtype or rope_Tr.dtype is not dtype,
     )
     STORE_LATENT.choose(case, impl)(cache_PBW, latent_TC, rope_Tr, slot_T)
+
+
+def copy_blocks(
+    source_LPBW: Tensor, from_R: Tensor, target_LPBW: Tensor, to_R: Tensor, *, impl: str | None = None
+) -> None:
+    """`target[:, to_r] = source[:, from_r]` for all layers, in place: blocks of another instance's cache.
+
+    Shapes: source [L, P, block, W] and target [L, P', block, W], both contiguous and of one dtype; from, to
+    integer [R] on the target's device. On GPUs the source may be the memory of another GPU that the target's
+    can read; one kernel then loads over the link and nothing is kept in between. Blocks in `to` must differ.
+    For inference: not differentiable.
+    Raises: ShapeError when the caches' layers, blocks or dtypes disagree, or one has gaps; BackendError when
+    `impl` cannot run.
+    """
+    shapes = [(x.shape[0], *x.shape[2:], x.dtype) for x in (source_LPBW, target_LPBW)]
+    if shapes[0] != shapes[1] or from_R.shape != to_R.shape:
+        msg = (
+            f"copy_blocks: from {tuple(source_LPBW.shape)} {source_LPBW.dtype} to "
+            f"{tuple(target_LPBW.shape)} {target_LPBW.dtype}, blocks {tuple(from_R.shape)} to "
+            f"{tuple(to_R.shape)}; only the number of pages may differ"
+        )
+        raise ShapeError(msg)
+    if not (source_LPBW.is_contiguous() and target_LPBW.is_contiguous()):
+        msg = (
+            f"copy_blocks: strides {source_LPBW.stride()} and {target_LPBW.stride()}; both caches must be "
+            "contiguous, since a block is copied in one go"
+        )
+        raise ShapeError(msg)
+    case = Case(device_type(target_LPBW), target_LPBW.dtype, (target_LPBW.shape[3],))
+    COPY_BLOCKS.choose(case, impl)(source_LPBW, from_R, target_LPBW, to_R)
 
 
 def _check_decode(

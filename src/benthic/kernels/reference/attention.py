@@ -109,3 +109,9 @@ def store_latent(cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: 
         rows_TW = rows_TW.clamp(-E4M3_MAX, E4M3_MAX).to(cache_PBW.dtype).view(torch.uint8)
         cache_PBW = cache_PBW.view(torch.uint8)
     cache_PBW.view(-1, cache_PBW.shape[-1])[slot_T[kept_T].long()] = rows_TW[kept_T].to(cache_PBW.dtype)
+
+
+def copy_blocks(source_LPBW: Tensor, from_R: Tensor, target_LPBW: Tensor, to_R: Tensor) -> None:
+    """`target[:, to_r] = source[:, from_r]`; bytes, since torch moves FP8 rows by index on no device."""
+    raw = target_LPBW.view(torch.uint8)
+    raw[:, to_R.long()] = source_LPBW.view(torch.uint8)[:, from_R.long()].to(raw.device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from benthic.errors import TransferError
+from benthic.kernels.ops import copy_blocks
 from benthic.serve.transfer.handshake import Region
 
 if TYPE_CHECKING:
@@ -30,7 +32,9 @@ def region_of(pages_LPBW: Tensor) -> Region:
 class CudaSource:
     """Reads the pages of another process on this host, over NVLink or PCIe.
 
-    Cost: the pages are gathered on the owner's GPU, and that copy then crosses the link.
+    The pages are mapped into this instance's GPU, whichever GPU they are on, so that one kernel here loads
+    them over the link and stores them where they belong: nothing is gathered first, and no context is opened
+    on the owner's GPU.
 
     Args:
         region: what its owner said.
@@ -42,26 +46,31 @@ class CudaSource:
 
     def __init__(self, region: Region, pages_LPBW: Tensor) -> None:
         self._local_LPBW = pages_LPBW
+        near = pages_LPBW.device
         layers, _, block_size, width = pages_LPBW.shape
         shape = (layers, region.num_blocks, block_size, width)
-        shared = msgspec.msgpack.decode(region.handle, type=Shared)
+        _, *handle = msgspec.msgpack.decode(region.handle, type=Shared)
         try:
-            storage = torch.UntypedStorage._new_shared_cuda(*shared)  # noqa: SLF001
+            storage = torch.UntypedStorage._new_shared_cuda(near.index, *handle)  # noqa: SLF001
         except RuntimeError as error:
-            msg = f"the other instance's pages cannot be opened on {pages_LPBW.device}: {error}."
+            msg = f"the other instance's pages cannot be opened on {near}: {error}."
             raise TransferError(msg) from error
-        remote = torch.empty(0, dtype=pages_LPBW.dtype, device=storage.device).set_(storage)
-        if remote.numel() < layers * region.num_blocks * block_size * width:
+        remote = torch.empty(0, dtype=pages_LPBW.dtype, device=near).set_(storage)
+        if remote.numel() < math.prod(shape):
             msg = f"the other instance shares {remote.numel():,} elements, but its terms make {shape}."
             raise TransferError(msg)
-        self._remote_LPBW = remote[: layers * region.num_blocks * block_size * width].view(shape)
+        self._remote_LPBW = remote[: math.prod(shape)].view(shape)
+        self._stream = torch.cuda.Stream(near)
 
     @torch.inference_mode()
     def pull(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> None:
-        """Copy blocks, all layers of them."""
-        far, near = self._remote_LPBW.device, self._local_LPBW.device
-        remote_R = torch.tensor(remote_blocks, device=far)
-        local_R = torch.tensor(local_blocks, device=near)
-        moved_LRBW = self._remote_LPBW.index_select(1, remote_R).to(near)
-        self._local_LPBW.index_copy_(1, local_R, moved_LRBW)
-        torch.cuda.synchronize(near)
+        """Copy blocks, all layers of them.
+
+        After the step in flight, which may still write to a block that changed hands; beside the next one.
+        """
+        near = self._local_LPBW.device
+        self._stream.wait_stream(torch.cuda.current_stream(near))
+        with torch.cuda.device(near), torch.cuda.stream(self._stream):
+            blocks_2R = torch.tensor([list(remote_blocks), list(local_blocks)], device=near)
+            copy_blocks(self._remote_LPBW, blocks_2R[0], self._local_LPBW, blocks_2R[1])
+        self._stream.synchronize()
