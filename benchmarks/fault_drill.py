@@ -1,6 +1,7 @@
 """Kill ranks of a running job, let torchrun restart it, and compare its losses with an undisturbed run's.
 
-    python benchmarks/fault_drill.py DATA --kills 5 --out benchmarks/results/fault_drill.json
+    python benchmarks/fault_drill.py [--data DIR] [--kills 5]
+    python benchmarks/fault_drill.py --cuda        # two ranks on two GPUs and NCCL
 
 Four ranks (2 pipeline ranks x 2 data ranks, experts over the two) train `nano_test` on a CPU. SIGKILL hits a
 random rank, in turn during a step and during a save. Nobody helps: `torchrun --max-restarts` starts all ranks
@@ -23,11 +24,29 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LAYOUT = ("layout.pp_degree=2", "layout.dp_degree=2", "layout.ep_degree=2")
+from provenance import write_result
+from stdlib_corpus import make_data
+
 BATCH = ("train.seq_len=32", "train.local_batch_size=1", "train.global_batch_size=4")
 QUIET = ("evaluate.max_tokens=64", "log.every=1")
 COMPARED = ("step", "loss", "mtp_loss", "balance", "grad_norm", "lr", "tokens", "max_vio")
 STALE = "step-999.tmp"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How many ranks, and the settings that lay them out."""
+
+    words: str
+    ranks: int
+    settings: tuple[str, ...]
+
+
+FOUR_RANKS = Cluster(
+    "pp 2 x dp 2, ep 2", 4, ("layout.pp_degree=2", "layout.dp_degree=2", "layout.ep_degree=2")
+)
+TWO_RANKS = Cluster("pp 2", 2, ("layout.pp_degree=2",))
+TWO_GPUS = Cluster("pp 2 on two GPUs", 2, (*TWO_RANKS.settings, "device=cuda"))
 
 
 @dataclass(frozen=True)
@@ -58,8 +77,7 @@ class Job:
     steps: int
     every: int
     restarts: int = 0
-    settings: tuple[str, ...] = LAYOUT
-    ranks: int = 4
+    cluster: Cluster = FOUR_RANKS
     _agent: subprocess.Popen[str] | None = field(default=None)
 
     def start(self) -> None:
@@ -72,11 +90,11 @@ class Job:
             "--monitor-interval",
             "0.05",
         ]
-        sizes = ["--nproc-per-node", str(self.ranks), "--max-restarts", str(self.restarts)]
+        sizes = ["--nproc-per-node", str(self.cluster.ranks), "--max-restarts", str(self.restarts)]
         train = ["-m", "--", "benthic", "train", "nano_test", "--resume"]
         where = ["--run", str(self.folder), "--data", str(self.data)]
         loop = (f"train.steps={self.steps}", f"checkpoint.every={self.every}")
-        options = [word for s in (*loop, *BATCH, *QUIET, *self.settings) for word in ("--set", s)]
+        options = [word for s in (*loop, *BATCH, *QUIET, *self.cluster.settings) for word in ("--set", s)]
         with self.printed.open("w") as out:
             self._agent = subprocess.Popen(
                 [*launcher, *sizes, *train, *where, *options],
@@ -191,13 +209,15 @@ def kill(job: Job, rng: random.Random, number: int, during: str, after: int) -> 
 def _restarted(job: Job, times: int) -> bool:
     """Whether all ranks of before are gone and new ones are there."""
     workers = job.workers()
-    return len(workers) == job.ranks and {again for _, again in workers.values()} == {times}
+    return len(workers) == job.cluster.ranks and {again for _, again in workers.values()} == {times}
 
 
-def drill(folder: Path, data: Path, *, kills: int, steps: int, every: int, seed: int) -> dict[str, object]:
+def drill(
+    folder: Path, data: Path, *, kills: int, steps: int, every: int, seed: int, cluster: Cluster = FOUR_RANKS
+) -> dict[str, object]:
     """An undisturbed job and one that is killed `kills` times, compared; raises where they differ."""
-    straight = Job(folder / "straight", data, steps, every)
-    broken = Job(folder / "broken", data, steps, every, restarts=kills)
+    straight = Job(folder / "straight", data, steps, every, cluster=cluster)
+    broken = Job(folder / "broken", data, steps, every, restarts=kills, cluster=cluster)
     rng, done = random.Random(seed), []  # noqa: S311 (moments to kill at, not a secret)
     (broken.folder / "checkpoint" / STALE).mkdir(parents=True)
     try:
@@ -214,7 +234,7 @@ def drill(folder: Path, data: Path, *, kills: int, steps: int, every: int, seed:
         broken.stop()
     check(straight, broken, done, printed)
     return {
-        "layout": "pp 2 x dp 2, ep 2",
+        "layout": cluster.words,
         "steps": steps,
         "kills": [dataclasses.asdict(one) for one in done],
         "losses_equal": True,
@@ -237,7 +257,8 @@ def check(straight: Job, broken: Job, kills: list[Kill], printed: str) -> None:
 def main() -> None:
     """Run the drill and print what happened."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("data", type=Path, help="dataset of a tokenizer with at most 320 tokens")
+    parser.add_argument("--data", type=Path, help="dataset of at most 320 tokens (default: standard library)")
+    parser.add_argument("--cuda", action="store_true", help="two pipeline ranks on two GPUs")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=10)
@@ -246,13 +267,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
     sizes = {"kills": words.kills, "steps": words.steps, "every": words.every, "seed": words.seed}
+    cluster = TWO_GPUS if words.cuda else FOUR_RANKS
     with tempfile.TemporaryDirectory() as temporary:
-        found = drill(words.folder or Path(temporary), words.data, **sizes)
+        data = words.data or make_data(Path(temporary) / "data", 320, parts=("json", "email"))
+        found = drill(words.folder or Path(temporary), data, **sizes, cluster=cluster)
     print(json.dumps(found, indent=2))
-    if words.out is not None:
-        from provenance import write_result
-
-        print(f"wrote {write_result('fault_drill', found, out=words.out, **sizes)}")
+    print(f"wrote {write_result('fault_drill', found, out=words.out, **sizes, cluster=cluster.words)}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ FLOATS = {
     "sign",
     "step_size",
 }
-INT64 = {"row_ptr", "copy_ptr", "slot_ptr"}
+INT64 = {"row_ptr", "copy_ptr", "slot_ptr", "from_ptr", "to_ptr"}
 INT32 = {"ends_ptr", "table_ptr", "context_ptr", "starts_q_ptr", "starts_k_ptr"}
 FLOAT32 = {
     "gradient_ptr",
@@ -234,6 +234,7 @@ MEMORY_BOUND = [
     ("triton_permute", "_sum_rows_backward", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_moe", "_zero_rows", {"ROWS": 32, "WIDTH": 128}, 4, {}),
     ("triton_mla", "_combine", {"C": 512, "C_PAD": 512, "SPLITS": 8}, 4, {"part_ptr": "*fp32"}),
+    ("triton_mla", "_copy", {"CHUNK": 4096}, 4, {}),
     *(
         (
             "triton_mla",

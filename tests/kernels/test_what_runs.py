@@ -60,6 +60,12 @@ def store_latent(made, impl):
     return cache
 
 
+def copy_blocks(made, impl):
+    cache = torch.zeros(2, 3, 8, WIDTH)
+    ops.copy_blocks(made(2, 5, 8, WIDTH), torch.tensor([4]), cache, torch.tensor([2]), impl=impl)
+    return cache
+
+
 def permute(made, impl):
     return ops.permute(made(TOKENS, WIDTH), integers(*[[0, 2]] * TOKENS), EXPERTS, impl=impl).rows_RD
 
@@ -91,6 +97,7 @@ CALLS = {
     "attention": attention,
     "mla_decode": mla_decode,
     "store_latent": store_latent,
+    "copy_blocks": copy_blocks,
     "route": lambda made, impl: ops.route(made(TOKENS, EXPERTS), None, impl=impl, **GATE).weight_TK,
     "permute": permute,
     "unpermute": unpermute,

@@ -176,7 +176,7 @@ def copy_blocks(
     Shapes: source [L, P, block, W] and target [L, P', block, W], both contiguous and of one dtype; from, to
     integer [R] on the target's device. On GPUs the source may be the memory of another GPU that the target's
     can read; one kernel then loads over the link and nothing is kept in between. Blocks in `to` must differ.
-    For inference: not differentiable.
+    For inference: where autograd records, only the definition runs.
     Raises: ShapeError when the caches' layers, blocks or dtypes disagree, or one has gaps; BackendError when
     `impl` cannot run.
     """
@@ -194,7 +194,12 @@ def copy_blocks(
             "contiguous, since a block is copied in one go"
         )
         raise ShapeError(msg)
-    case = Case(device_type(target_LPBW), target_LPBW.dtype, (target_LPBW.shape[3],))
+    case = Case(
+        device_type(target_LPBW),
+        target_LPBW.dtype,
+        (target_LPBW.shape[3],),
+        grad=torch.is_grad_enabled() and source_LPBW.requires_grad,
+    )
     COPY_BLOCKS.choose(case, impl)(source_LPBW, from_R, target_LPBW, to_R)
 
 

@@ -112,6 +112,7 @@ def store_latent(cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: 
 
 
 def copy_blocks(source_LPBW: Tensor, from_R: Tensor, target_LPBW: Tensor, to_R: Tensor) -> None:
-    """`target[:, to_r] = source[:, from_r]`; bytes, since torch moves FP8 rows by index on no device."""
-    raw = target_LPBW.view(torch.uint8)
-    raw[:, to_R.long()] = source_LPBW.view(torch.uint8)[:, from_R.long()].to(raw.device)
+    """`target[:, to_r] = source[:, from_r]`."""
+    if source_LPBW.dtype == torch.float8_e4m3fn:  # bytes, since torch moves FP8 rows by index on no device
+        source_LPBW, target_LPBW = source_LPBW.view(torch.uint8), target_LPBW.view(torch.uint8)
+    target_LPBW[:, to_R.long()] = source_LPBW[:, from_R.long()].to(target_LPBW.device)
