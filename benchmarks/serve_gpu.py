@@ -29,9 +29,8 @@ import torch
 from provenance import write_result
 from serve_gpu_peer import Peer
 
-from benthic.model.initialise import initialise
+from benthic.model.dummy import random_weights
 from benthic.model.local import LocalExchange, plain_linear
-from benthic.model.network import DeepSeek
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend, PrefillRows, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
@@ -42,6 +41,7 @@ from benthic.spec import presets
 from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
+    from benthic.model.network import DeepSeek
     from benthic.spec.model import ModelConfig
 
 
@@ -103,30 +103,6 @@ def main() -> None:
     print(path)
 
 
-def balanced_model(config: ModelConfig, device: str, dtype: torch.dtype) -> DeepSeek:
-    """Random weights under which the residual stream stays near the token's own embedding."""
-    with torch.device("meta"):
-        model = DeepSeek(config).to(dtype)
-    model.to_empty(device=device)
-    if device == "cpu":
-        initialise(model, 0)
-        return model
-    state = model.state_dict()
-    generator = torch.Generator(device).manual_seed(0)
-    last = 0.02 / (2 * config.num_hidden_layers) ** 0.5
-    for param in parameters(config):
-        tensor = state[param.name]
-        if param.part == "norms":
-            tensor.fill_(1.0)
-        elif not param.trainable:
-            tensor.zero_()
-        else:
-            ends = param.name.endswith((".o.weight", ".down.weight", "experts.down"))
-            std = {"embed.weight": 1.0, "head.weight": 0.01}.get(param.name, last if ends else 0.02)
-            tensor.normal_(0.0, std, generator=generator)
-    return model
-
-
 @torch.inference_mode()
 def balance(model: DeepSeek, device: str, tokens: int) -> dict[str, float]:
     """How evenly random tokens spread: load of the busiest expert over the mean, worst layer and mean."""
@@ -147,7 +123,9 @@ def balance(model: DeepSeek, device: str, tokens: int) -> dict[str, float]:
 def our_rows(sizes: Sizes, part: str, roofs: dict[str, float]) -> list[dict[str, Any]]:
     """Prefill and decode of the engine with weights and cache in bfloat16, or both in FP8."""
     on_gpu = sizes.device == "cuda"
-    model = balanced_model(sizes.config, sizes.device, torch.bfloat16 if on_gpu else torch.float32)
+    model = random_weights(
+        sizes.config, torch.device(sizes.device), torch.bfloat16 if on_gpu else torch.float32, seed=0
+    )
     spread = balance(model, sizes.device, sizes.prompt)
     options = EngineOptions(
         device=sizes.device,

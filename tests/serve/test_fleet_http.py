@@ -66,8 +66,8 @@ def test_a_fleet_answers_like_one_engine_and_instances_join_and_drain(
 
 
 @pytest.mark.parametrize(("prefill", "decode"), [(0, 1), (2, 0)])
-def test_a_fleet_with_one_side_alone_is_refused(prefill: int, decode: int) -> None:
-    with pytest.raises(ConfigError, match="each side needs 1 instance at least"):
+def test_a_fleet_of_one_or_without_a_decoding_instance_is_refused(prefill: int, decode: int) -> None:
+    with pytest.raises(ConfigError, match="a fleet has 2 instances at least, one of them decoding"):
         FleetOptions(prefill=prefill, decode=decode)
 
 

@@ -15,6 +15,7 @@ from benthic.cli.folders import user_cache
 from benthic.cli.serve_words import (
     CacheDtype,
     Dtype,
+    LoadFormat,
     LogLevel,
     Quantization,
     ReasoningParser,
@@ -92,6 +93,13 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     dtype: Annotated[
         Dtype, typer.Option(help="auto: the checkpoint's on a GPU, float32 on a CPU.", rich_help_panel=ENGINE)
     ] = Dtype.auto,
+    load_format: Annotated[
+        LoadFormat,
+        typer.Option(
+            help="dummy: random weights; MODEL needs config.json and tokenizer.json alone.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = LoadFormat.auto,
     quantization: Annotated[
         Quantization,
         typer.Option(
@@ -264,6 +272,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     options = EngineOptions(
         device=device,
         dtype=dtype.value,
+        load_format=load_format.value,
         quantization=quantization.value,
         kv_cache_dtype=kv_cache_dtype.value,
         enforce_eager=enforce_eager,
@@ -301,7 +310,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         )
         raise ConfigError(msg)
     bound = launch.bind(host, port)
-    launch.check_checkpoint(folder)
+    launch.check_checkpoint(folder, weights=load_format is LoadFormat.auto)
     tokenizer = Tokenizer.from_folder(folder)
     template = launch.read_template(tokenizer, chat_template)
     parts = server.Parts(

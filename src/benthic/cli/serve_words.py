@@ -14,6 +14,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class LoadFormat(StrEnum):
+    """Where weights come from."""
+
+    auto = "auto"
+    dummy = "dummy"
+
+
 class Quantization(StrEnum):
     """What becomes of FP8 weights."""
 

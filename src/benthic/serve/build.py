@@ -22,6 +22,7 @@ from benthic.model.block_scaled import (
     stored_in_fp8,
 )
 from benthic.model.checkpoint import load_pretrained
+from benthic.model.dummy import random_weights
 from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
 from benthic.serve.cache import CacheLayout, CacheSize, LatentCache, size_by_bytes, size_by_utilization
@@ -32,6 +33,7 @@ from benthic.serve.memory import MemoryUse, measure_use
 from benthic.serve.messages import Ready
 from benthic.serve.runner import Runner
 from benthic.serve.transfer.memory import MappedPages
+from benthic.spec import hf
 from benthic.units import binary_bytes
 
 if TYPE_CHECKING:
@@ -83,7 +85,10 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
     elif device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     dtype = DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else None)
-    model, scales = load_weights(path, options, device, dtype)
+    if options.load_format == "dummy":
+        model, scales = random_weights(hf.read(path).config, device, dtype, seed=options.seed), {}
+    else:
+        model, scales = load_weights(path, options, device, dtype)
     eos = eos_token_ids(path, model.config)
     parts = assemble(model, options, model_name=path.name, eos=eos, scales=scales)
     return replace(parts, grammars=Grammars.from_folder(path, vocab_size=model.config.vocab_size, eos=eos))

@@ -26,7 +26,7 @@ class FleetOptions:
     """How many instances of which kind, and how requests are spread over them.
 
     Attributes:
-        prefill: instances that prefill.
+        prefill: instances that prefill; with none, every other one prefills for itself.
         decode: instances that decode.
         prefill_policy: ranks the former, by its name in `benthic.sched.routing.RANKINGS`.
         decode_policy: ranks the latter.
@@ -35,7 +35,7 @@ class FleetOptions:
         restarts: how many instances that died are replaced, in all.
 
     Raises:
-        ConfigError: a count is below 1, or a policy is unknown.
+        ConfigError: there is one instance alone or none that decodes, or a policy is unknown.
     """
 
     prefill: int
@@ -47,10 +47,10 @@ class FleetOptions:
     restarts: int = 16
 
     def __post_init__(self) -> None:
-        if self.prefill < 1 or self.decode < 1:
+        if self.prefill < 0 or self.decode < 1 or self.prefill + self.decode < 2:
             msg = (
-                f"--prefill {self.prefill} and --decode {self.decode}, but each side needs 1 instance at "
-                "least. Leave both out to serve from one instance that does everything."
+                f"--prefill {self.prefill} and --decode {self.decode}, but a fleet has 2 instances at least, "
+                "one of them decoding. Leave both out to serve from one instance that does everything."
             )
             raise ConfigError(msg)
         for name in (self.prefill_policy, self.decode_policy):

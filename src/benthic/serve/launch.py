@@ -37,8 +37,8 @@ def load_engine(path: Path, options: EngineOptions) -> EngineLike:
     return Engine.from_pretrained(path, options)
 
 
-def check_checkpoint(path: Path) -> ModelConfig:
-    """Look before loading: a folder with a `config.json` of this architecture and safetensors.
+def check_checkpoint(path: Path, *, weights: bool = True) -> ModelConfig:
+    """Look before loading: a folder with a fitting `config.json` and, with `weights`, safetensors.
 
     Raises:
         NotACheckpointError: the folder, the config or the weights are not there.
@@ -49,7 +49,7 @@ def check_checkpoint(path: Path) -> ModelConfig:
         raise NotACheckpointError(msg)
     wanted = {"config.json": path / "config.json", "tokenizer.json": path / "tokenizer.json"}
     missing = [name for name, file in wanted.items() if not file.is_file()]
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
         there = sorted(entry.name for entry in path.iterdir())[:8]

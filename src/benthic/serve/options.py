@@ -9,6 +9,7 @@ from benthic.errors import ConfigError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 CacheDtypeName = Literal["auto", "fp8", "fp8_e4m3"]
+LoadFormatName = Literal["auto", "dummy"]
 QuantizationName = Literal["auto", "fp8", "none"]
 
 
@@ -19,6 +20,8 @@ class EngineOptions:
     Attributes:
         device: torch device, e.g. "cpu" or "cuda:0".
         dtype: of weights and cache; "auto" keeps the checkpoint's on a GPU and takes float32 on a CPU.
+        load_format: "auto" reads the checkpoint's weights; "dummy" reads only its config and tokenizer and
+            draws weights by `seed`, the same in every instance, to measure speed without a checkpoint.
         quantization: "auto" keeps the FP8 weights of a checkpoint as they are on a GPU and widens them on a
             CPU; "fp8" keeps them anywhere, and quantises others (128 x 128 blocks); "none" widens them.
         kv_cache_dtype: "auto" stores latents as activations are; "fp8" (or "fp8_e4m3") in E4M3, unscaled.
@@ -49,6 +52,7 @@ class EngineOptions:
 
     device: str = "cpu"
     dtype: DtypeName = "auto"
+    load_format: LoadFormatName = "auto"
     quantization: QuantizationName = "auto"
     kv_cache_dtype: CacheDtypeName = "auto"
     max_model_len: int | None = None

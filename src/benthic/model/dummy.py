@@ -1,0 +1,49 @@
+"""Random weights for measuring speed: tokens spread over the experts as they do in a trained model.
+
+Not for training, which starts from `benthic.model.initialise`: with those weights, far below the embeddings,
+most tokens of a step go to the same experts, which flatters decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from benthic.model.network import DeepSeek
+from benthic.spec.parameters import parameters
+
+if TYPE_CHECKING:
+    from benthic.spec.model import ModelConfig
+
+EMBED_STD, HEAD_STD, STD = 1.0, 0.01, 0.02
+
+
+@torch.no_grad()
+def random_weights(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype | None, *, seed: int
+) -> DeepSeek:
+    """A model without MTP modules whose residual stream stays near the token's own embedding.
+
+    Matrices N(0, 0.02), those that write to the residual stream divided by sqrt(2 layers) (GPT-2 report,
+    section 2.3), embeddings N(0, 1); norms 1 and router biases 0. `dtype` None is bfloat16. The same seed
+    gives the same weights on devices of one kind.
+    """
+    with torch.device("meta"):
+        model = DeepSeek(replace(config, num_nextn_predict_layers=0)).to(dtype or torch.bfloat16)
+    model.to_empty(device=device)
+    state = model.state_dict()
+    generator = torch.Generator(device).manual_seed(seed)
+    last = STD / (2 * config.num_hidden_layers) ** 0.5
+    for param in parameters(model.config):
+        tensor = state[param.name]
+        if param.part == "norms":
+            tensor.fill_(1.0)
+        elif not param.trainable:
+            tensor.zero_()
+        else:
+            ends = param.name.endswith((".o.weight", ".down.weight", "experts.down"))
+            std = {"embed.weight": EMBED_STD, "head.weight": HEAD_STD}.get(param.name, last if ends else STD)
+            tensor.normal_(0.0, std, generator=generator)
+    return model
