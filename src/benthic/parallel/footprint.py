@@ -9,26 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from benthic.parallel.stages import holders_of, kind_of, parts_of, stages_of, unit_of
+from benthic.parallel.activations import peak_bytes
+from benthic.parallel.parts import holders_of, kind_of, parts_of, stages_of, unit_of
+from benthic.parallel.setup import MUON_PARTS
 from benthic.sched.pipeline.simulate import peak_activations
 from benthic.spec.layout import box
 from benthic.spec.parameters import parameters
-from benthic.train.activations import peak_bytes
-from benthic.train.muon import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from benthic.parallel.setup import Setup
     from benthic.sched.pipeline.table import Table
     from benthic.spec.layout import Layout
     from benthic.spec.parameters import Param
-    from benthic.train.config import RunConfig
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2}
 TERMS: Final = ("weights", "masters", "gradients", "moments", "activations")
 ACTIVATIONS_RULE: Final = (
     "activations are what the microbatches in flight keep for their backward, every saved tensor counted "
-    "(benthic.train.activations); beside what is listed a rank needs room for logits, for one block's "
+    "(benthic.parallel.activations); beside what is listed a rank needs room for logits, for one block's "
     "backward, for transfers and, under ZeRO-3, for gathered weights"
 )
 
@@ -48,12 +48,12 @@ class Footprint:
         return sum(self.bytes.values())
 
 
-def footprints(config: RunConfig, table: Table) -> tuple[Footprint, ...]:
+def footprints(config: Setup, table: Table) -> tuple[Footprint, ...]:
     """The first rank of every pipeline rank; its neighbours keep as much, but for ends of shards."""
     return tuple(_footprint(config, table, pp) for pp in range(table.ranks))
 
 
-def _footprint(config: RunConfig, table: Table, pp: int) -> Footprint:
+def _footprint(config: Setup, table: Table, pp: int) -> Footprint:
     layout = config.layout
     rank = layout.rank_at(pp, 0)
     held = list(_held(config, table, pp))
@@ -71,7 +71,7 @@ def _footprint(config: RunConfig, table: Table, pp: int) -> Footprint:
     return Footprint(rank, sum(_numel(param, layout, rank) for param in held), found, peak)
 
 
-def _held(config: RunConfig, table: Table, pp: int) -> Iterator[Param]:
+def _held(config: Setup, table: Table, pp: int) -> Iterator[Param]:
     """The trainable parameters of a pipeline rank's stages, each once."""
     parts = parts_of(config.model, config.layout, table.stages)
     here = [parts[stage] for stage in stages_of(table, pp)]
@@ -80,7 +80,7 @@ def _held(config: RunConfig, table: Table, pp: int) -> Iterator[Param]:
             yield param
 
 
-def _buckets(config: RunConfig, held: list[Param], table: Table) -> Iterator[tuple[list[Param], int, bool]]:
+def _buckets(config: Setup, held: list[Param], table: Table) -> Iterator[tuple[list[Param], int, bool]]:
     """The parameters of each bucket, its replicas here, and whether it is rounded from masters."""
     holders = holders_of(parameters(config.model), parts_of(config.model, config.layout, table.stages), table)
     found: dict[tuple[str, tuple[int, ...], str, bool], list[Param]] = {}
@@ -91,11 +91,11 @@ def _buckets(config: RunConfig, held: list[Param], table: Table) -> Iterator[tup
         yield params, replicas_of(config.layout, kind), narrow
 
 
-def _moments(config: RunConfig, params: list[Param], counts: list[int], shard: int) -> int:
+def _moments(config: Setup, params: list[Param], counts: list[int], shard: int) -> int:
     """Elements of moments for the first shard, which the first rank updates: Muon keeps one, AdamW two."""
     at = elements = 0
     for param, count in zip(params, counts, strict=True):
-        one = config.optimizer.name == "muon" and param.part in PARTS
+        one = config.optimizer.name == "muon" and param.part in MUON_PARTS
         elements += max(0, min(at + count, shard) - at) * (1 if one else 2)
         at += count
     return elements
@@ -114,13 +114,13 @@ def _numel(param: Param, layout: Layout, rank: int) -> int:
     return count
 
 
-def _narrow(config: RunConfig, param: Param) -> bool:
+def _narrow(config: Setup, param: Param) -> bool:
     """Whether its weights are rounded from a master; under FP8 the master is the weight of linear layers."""
     weights = config.precision.weights
     return weights == "bfloat16" or (weights == "fp8" and not param.fp8)
 
 
-def _weight_bytes(config: RunConfig, *, narrow: bool) -> int:
+def _weight_bytes(config: Setup, *, narrow: bool) -> int:
     """Of one element, with the FP8 copy beside the master that is the weight."""
     if narrow:
         return 2
