@@ -12,8 +12,7 @@ on each stage, and on the first 2 + 0.0001 t for its scheduler.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.errors import ConfigError, UnknownFieldError
@@ -26,11 +25,11 @@ from benthic.sched.routing import Policy, least_loaded, shortest_queue
 from benthic.spec.objectives import Objectives
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from benthic.plan.serving.demand import Lengths
+    from benthic.plan.serving.demand import Demand, Lengths
     from benthic.plan.serving.outcome import Outcome
-    from benthic.plan.serving.steps import StepLoad
+    from benthic.plan.serving.steps import StepLoad, StepTime
     from benthic.sched.routing import Role
 
 Coefficients = tuple[float, float, float]
@@ -132,7 +131,7 @@ class FittedStep:
 class DecodeAlone:
     """As if prompts came computed: what a decode instance does once its blocks are there."""
 
-    step: FittedStep
+    step: StepTime
 
     def __call__(self, loads: Sequence[StepLoad]) -> float:
         """Seconds of the decodes in the step."""
@@ -197,44 +196,48 @@ class Study:
 
     def prefill_goodput(self, degrees: Degrees) -> Goodput:
         """Highest rate at which one prefill instance alone keeps TTFT."""
-        only = Targets(
-            objectives=Objectives(ttft_s=self.targets.objectives.ttft_s), attainment=self.targets.attainment
-        )
-        return self._search([self._alone("prefill", degrees)], only, output=1)
+        spec = instance(self.model, "prefill", degrees)
+        objectives = Objectives(ttft_s=self.targets.objectives.ttft_s)
+        return self._search(objectives, lambda rate: Cluster([spec]).play(_prompts(self._demand(rate))))
 
     def decode_goodput(self, degrees: Degrees) -> Goodput:
         """Highest rate at which one decode instance alone, given computed prompts, keeps TPOT."""
-        only = Targets(
-            objectives=Objectives(tpot_s=self.targets.objectives.tpot_s), attainment=self.targets.attainment
+        spec = instance(self.model, "decode", degrees)
+        alone = replace(spec, step=DecodeAlone(step=spec.step))
+        objectives = Objectives(tpot_s=self.targets.objectives.tpot_s)
+        return self._search(
+            objectives, lambda rate: from_arrival(Cluster([alone]).play(self._demand(rate)))
         )
-        return self._search([self._alone("decode", degrees)], only)
 
     def joint_goodput(self, prefill: Degrees, decode: Degrees) -> Goodput:
         """Highest rate at which a pair of instances keeps both targets; blocks move at once."""
         pair = [instance(self.model, "prefill", prefill), instance(self.model, "decode", decode)]
-        return self._search(pair, self.targets)
+        return self._search(
+            self.targets.objectives, lambda rate: Cluster(pair, policy=POLICY).play(self._demand(rate))
+        )
 
-    def _alone(self, role: Role, degrees: Degrees) -> GroupSpec:
-        spec = instance(self.model, role, degrees)
-        if role == "prefill":
-            return spec
-        return GroupSpec(batching=spec.batching, step=DecodeAlone(step=_fitted(spec)), depth=1)
+    def _demand(self, rate: float) -> Demand:
+        return drawn(self.lengths, self.requests, rate=rate, seed=self.seed)
 
-    def _search(self, specs: list[GroupSpec], targets: Targets, output: int | None = None) -> Goodput:
-        gpus_guess = 2.0
-        run = partial(self._run, specs, output)
-        return find_goodput(run, targets, start=gpus_guess, precision=self.precision)
-
-    def _run(self, specs: list[GroupSpec], output: int | None, rate: float) -> Outcome:
-        demand = drawn(self.lengths, self.requests, rate=rate, seed=self.seed)
-        if output is not None:
-            demand = tuple([ask._replace(output_tokens=output) for ask in demand])
-        return Cluster(specs, policy=POLICY).play(demand)
+    def _search(self, objectives: Objectives, run: Callable[[float], Outcome]) -> Goodput:
+        targets = Targets(objectives=objectives, attainment=self.targets.attainment)
+        return find_goodput(run, targets, start=2.0, precision=self.precision, most=1024.0)
 
 
-def _fitted(spec: GroupSpec) -> FittedStep:
-    assert isinstance(spec.step, FittedStep)  # noqa: S101 (`instance` made it)
-    return spec.step
+def from_arrival(outcome: Outcome) -> Outcome:
+    """TPOT counted from the arrival of a computed prompt: waiting for blocks is decoding time (DistServe's)."""
+    served = [
+        each._replace(
+            ttft_s=0.0,
+            tpot_s=None if each.tpot_s is None else each.e2e_s / (each.output_tokens - 1),
+        )
+        for each in outcome.served
+    ]
+    return replace(outcome, served=tuple(served))
+
+
+def _prompts(demand: Demand) -> Demand:
+    return tuple([ask._replace(output_tokens=1) for ask in demand])
 
 
 class Placement(NamedTuple):
@@ -307,7 +310,7 @@ def _pairs(model: str, gpus: int) -> Iterator[tuple[Degrees, Degrees]]:
                 yield prefill, decode
 
 
-def _best(choices: list[Degrees], goodput) -> tuple[Degrees, float]:  # type: ignore[no-untyped-def]
+def _best(choices: list[Degrees], goodput: Callable[[Degrees], float]) -> tuple[Degrees, float]:
     scored = [(goodput(each), each) for each in choices]
     rate, best = max(scored, key=lambda one: one[0] / one[1].gpus, default=(0.0, Degrees(1, 1)))
     if not rate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from benthic.spec.objectives import Latencies
@@ -68,8 +68,13 @@ class Outcome:
 
     @property
     def output_rate(self) -> float:
-        """Output tokens a second over the whole run, its drain included."""
-        return sum([each.output_tokens for each in self.served]) / self.end_s
+        """Output tokens a second from the first arrival that counts to the end, the drain included."""
+        began = self.served[0].at_s if self.served else 0.0
+        return sum([each.output_tokens for each in self.served]) / max(self.end_s - began, 1e-9)
+
+    def without_first(self, count: int) -> Outcome:
+        """The run without its first `count` requests, which found an empty deployment."""
+        return replace(self, served=self.served[count:])
 
     @property
     def steps(self) -> int:
@@ -79,7 +84,7 @@ class Outcome:
     def attainment(self, objectives: Objectives) -> float:
         """Share of requests that met every bound together (DistServe section 2); refused ones did not."""
         met = sum([each.meets(objectives) for each in self.served])
-        return met / (len(self.served) + self.refused)
+        return met / max(1, len(self.served) + self.refused)
 
     def quantile(self, measure: Measure, share: float) -> float:
         """The `share` quantile of a time, as `numpy.quantile` interpolates; nan when no request has it."""

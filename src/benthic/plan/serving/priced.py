@@ -1,14 +1,16 @@
 """Seconds of a step from prices of its operations, fast enough to be asked a hundred thousand times.
 
-Prices are made at sizes on a grid (eight to a doubling) and interpolated between; each grid point is priced
+Prices are made at sizes on a grid (four to a doubling) and interpolated between; each grid point is priced
 once. What a step costs is therefore piecewise linear in what it holds, and never falls when it holds more.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.plan.cost.price import price
 from benthic.plan.cost.priced import Total, total
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from benthic.plan.serving.steps import StepLoad
     from benthic.spec.model import ModelConfig
 
-_PER_DOUBLING = 8
+_PER_DOUBLING = 4
 
 
 class Grid:
@@ -79,6 +81,15 @@ TUNED = Engine()
 """Kernels as fast as those that were measured, launched without a gap."""
 
 
+class Rank(NamedTuple):
+    """One rank's part of a step: rows, and seconds of what it does alone, whole or in one of two halves."""
+
+    tokens: int
+    prefill_tokens: int
+    whole_s: float
+    half_s: float
+
+
 @dataclass(eq=False)
 class PricedStep:
     """A `StepTime` for instances of one layout on one kind of machine.
@@ -100,58 +111,74 @@ class PricedStep:
         dense = min(self.model.first_k_dense_replace, layers) if self.model.n_routed_experts else layers
         moe = layers - dense
         self._layers, self._moe = layers, moe
-        self._dense_rows = Grid(
+        self._blocks = Grid(
             lambda t: layers * self._seconds(ops.projections(t))
             + dense * self._seconds(ops.dense(t))
             + (moe * self._seconds(ops.shared(t)) if moe else 0.0)
         )
-        self._experts = Grid(lambda t: moe * self._seconds(ops.experts(t)) if moe else 0.0)
-        self._exchange = Grid(lambda t: moe * self._seconds(ops.exchange(t)) if moe else 0.0)
-        self._absorb = Grid(lambda t: layers * self._seconds(ops.absorb(t)))
+        self._expert_grid = Grid(lambda t: moe * self._seconds(ops.experts(t)) if moe else 0.0)
+        self._exchange_grid = Grid(lambda t: moe * self._seconds(ops.exchange(t)) if moe else 0.0)
         # latents of earlier chunks are expanded again
         self._expand = Grid(lambda t: layers * self._seconds(ops.prefill(t, t, t)[:1]))
         self._head = Grid(lambda rows: self._seconds(ops.head(rows)))
-        self._decodes: dict[tuple[int, int], Grid] = {}
         self._prefills: dict[int, Grid] = {}
+        self._rows = lru_cache(1 << 16)(self._row_seconds)
+        self._experts = lru_cache(1 << 16)(self._expert_seconds)
+        self._decode = lru_cache(1 << 12)(self._decode_grid)
+        self._decode_grids = lru_cache(1 << 12)(self._decode_at)
 
     def __call__(self, loads: Sequence[StepLoad]) -> float:
         """Seconds on the device, or of the host where that is slower."""
+        return self.together([self.rank(load) for load in loads])
+
+    def rank(self, load: StepLoad) -> Rank:
+        """What one rank does before it meets the others."""
+        halves = self._rank(load, 2) if self.layout.overlap else 0.0
+        return Rank(load.tokens, load.prefill_tokens, self._rank(load, 1), halves)
+
+    def together(self, ranks: Sequence[Rank]) -> float:
+        """Seconds of a step of all ranks; their tokens spread over all experts."""
         engine = self.engine
-        halves = [1, 2] if self.layout.overlap else [1]
-        device = engine.stretch * min([self._device(loads, parts) for parts in halves])
-        device += engine.graph_layer_s * self._layers
-        if any([load.prefill_tokens for load in loads]):
+        mean = sum([rank.tokens for rank in ranks]) / len(ranks)
+        products, exchanges = self._experts(mean)
+        device = products + exchanges + max([rank.whole_s for rank in ranks])
+        if self.layout.overlap:
+            products, exchanges = self._experts(mean / 2.0)
+            products += max([rank.half_s for rank in ranks])
+            device = min(device, 2.0 * max(products, exchanges))
+        device = engine.stretch * device + engine.graph_layer_s * self._layers
+        if engine.eager_layer_s and any([rank.prefill_tokens for rank in ranks]):
             return max(device, engine.eager_layer_s * self._layers)
         return device
 
-    def _device(self, loads: Sequence[StepLoad], parts: int) -> float:
-        """Seconds in so many equal parts; with two, exchanges run beside products."""
-        mean = sum([load.tokens for load in loads]) / (len(loads) * parts)
-        products = parts * (max([self._rank(load, parts) for load in loads]) + self._experts(mean))
-        exchanges = parts * self._exchange(mean)
-        return products + exchanges if parts == 1 else max(products, exchanges)
-
     def _rank(self, load: StepLoad, parts: int) -> float:
-        seconds = self._dense_rows(load.tokens / parts) + self._head(load.samples / parts)
+        seconds = self._rows(load.decode_tokens + load.prefill_tokens, load.samples, parts)
         if load.decodes:
-            seconds += self._absorb(load.decode_tokens / parts)
-            seconds += self._decode(load, parts)
+            queries = round(load.decode_tokens / load.decodes)
+            seconds += self._decode(load.decodes, queries, parts)(load.decode_context / parts)
         if load.prefill_tokens:
             seconds += self._prefill(load, parts)
         return seconds
 
-    def _decode(self, load: StepLoad, parts: int) -> float:
-        """Sequences are rounded up to a step of the grid, their context is interpolated."""
-        index = math.ceil(math.log2(max(1.0, load.decodes / parts)) * _PER_DOUBLING)
-        queries = round(load.decode_tokens / load.decodes)
-        grid = self._decodes.get((index, queries))
-        if grid is None:
-            sequences = 2.0 ** (index / _PER_DOUBLING)
-            grid = self._decodes[index, queries] = Grid(
-                lambda context: self._layers
-                * self._seconds(self.operations.decode(sequences, queries * sequences, max(context, sequences)))
-            )
-        return grid(load.decode_context / parts)
+    def _row_seconds(self, tokens: int, samples: int, parts: int) -> float:
+        return self._blocks(tokens / parts) + self._head(samples / parts)
+
+    def _expert_seconds(self, tokens: float) -> tuple[float, float]:
+        return self._expert_grid(tokens), self._exchange_grid(tokens)
+
+    def _decode_grid(self, decodes: int, queries: int, parts: int) -> Grid:
+        """Of the context of so many sequences, rounded up to a step of the grid of sequences."""
+        index = math.ceil(math.log2(max(1.0, decodes / parts)) * _PER_DOUBLING)
+        return self._decode_grids(index, queries)
+
+    def _decode_at(self, index: int, queries: int) -> Grid:
+        ops, sequences = self.operations, 2.0 ** (index / _PER_DOUBLING)
+        rows = queries * sequences
+        absorbed = self._seconds(ops.absorb(rows))
+        return Grid(
+            lambda context: self._layers
+            * (absorbed + self._seconds(ops.decode(sequences, rows, max(context, sequences))))
+        )
 
     def _prefill(self, load: StepLoad, parts: int) -> float:
         """By tokens and by how many keys each meets, on a coarse grid of the latter."""
@@ -194,3 +221,24 @@ class PricedStep:
 
     def _sum(self, ops: Sequence[Op]) -> Total:
         return total([price(op, self.machine) for op in ops])
+
+
+class Echo:
+    """A `StepTime` of an instance of which only some ranks are simulated.
+
+    The others are taken to do what the simulated ones did in the steps before: equal ranks that serve equal
+    requests at other moments. So a step waits for a prompt as often as one of all ranks has one.
+
+    Args:
+        step: of the whole instance.
+        copies: simulated ranks times this are all ranks.
+    """
+
+    def __init__(self, step: PricedStep, copies: int) -> None:
+        self._step = step
+        self._seen: deque[Sequence[Rank]] = deque(maxlen=copies)
+
+    def __call__(self, loads: Sequence[StepLoad]) -> float:
+        """Seconds."""
+        self._seen.append([self._step.rank(load) for load in loads])
+        return self._step.together([rank for ranks in self._seen for rank in ranks])
