@@ -129,7 +129,12 @@ class Cluster:
 
     def _outcome(self) -> Outcome:
         uses = [
-            GroupUse(group.lanes[0].name, group.steps, group.busy_s, tuple([lane.scheduler.totals for lane in group.lanes]))
+            GroupUse(
+                group.lanes[0].name,
+                group.steps,
+                group.busy_s,
+                tuple([lane.scheduler.totals for lane in group.lanes]),
+            )
             for group in self._groups
         ]
         return Outcome(

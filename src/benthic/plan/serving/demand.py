@@ -90,7 +90,7 @@ class LogNormal:
         return [self._pair(generator) for _ in range(count)]
 
     def _pair(self, generator: random.Random) -> tuple[int, int]:
-        shift = -self.spread**2 / 2.0
+        shift = -(self.spread**2) / 2.0
         prompt, output = (
             max(1, round(mean * generator.lognormvariate(shift, self.spread)))
             for mean in (self.prompt_tokens, self.output_tokens)
@@ -179,10 +179,7 @@ def recorded(trace: Trace, block_size: int) -> Demand:
         )
         raise ConfigError(msg)
     return check(
-        [
-            Ask(each.at_s, each.prompt_tokens, each.output_tokens, _keys(each, block_size))
-            for each in trace
-        ]
+        [Ask(each.at_s, each.prompt_tokens, each.output_tokens, _keys(each, block_size)) for each in trace]
     )
 
 

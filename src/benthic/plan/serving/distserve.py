@@ -177,9 +177,7 @@ def instance(model: str, role: Role, degrees: Degrees) -> GroupSpec:
     return GroupSpec(role=role, batching=batching, step=step, depth=stages, stages=stages)
 
 
-POLICY: Final = Policy(
-    prefill=shortest_queue, decode=least_loaded, prefill_share=1.0, decode_share=0.9
-)
+POLICY: Final = Policy(prefill=shortest_queue, decode=least_loaded, prefill_share=1.0, decode_share=0.9)
 """Shortest queue, then least loaded, and the back-pressure of its simulator."""
 
 
@@ -205,9 +203,7 @@ class Study:
         spec = instance(self.model, "decode", degrees)
         alone = replace(spec, step=DecodeAlone(step=spec.step))
         objectives = Objectives(tpot_s=self.targets.objectives.tpot_s)
-        return self._search(
-            objectives, lambda rate: from_arrival(Cluster([alone]).play(self._demand(rate)))
-        )
+        return self._search(objectives, lambda rate: from_arrival(Cluster([alone]).play(self._demand(rate))))
 
     def joint_goodput(self, prefill: Degrees, decode: Degrees) -> Goodput:
         """Highest rate at which a pair of instances keeps both targets; blocks move at once."""

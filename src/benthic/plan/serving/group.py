@@ -149,7 +149,9 @@ class Group:
 
     def __init__(self, index: int, spec: GroupSpec, listener: Listener) -> None:
         self.spec = spec
-        names = [f"{spec.role}-{index}" + (f".{lane}" if spec.lanes > 1 else "") for lane in range(spec.lanes)]
+        names = [
+            f"{spec.role}-{index}" + (f".{lane}" if spec.lanes > 1 else "") for lane in range(spec.lanes)
+        ]
         self.lanes = tuple([Lane(name, spec.role, spec.make(spec.batching), self) for name in names])
         self.flights: deque[Flight] = deque()
         self.woken = False

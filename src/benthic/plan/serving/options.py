@@ -142,7 +142,9 @@ class Option:
         """Seconds of a step that decodes `batch` sequences a rank, half way through their answers."""
         prompt, output = self.question.lengths.mean
         rows = batch * (1 + self.question.drafts)
-        load = StepLoad(round(batch), round(rows), round(batch * (prompt + output / 2.0)), 0, 0, 0, round(rows))
+        load = StepLoad(
+            round(batch), round(rows), round(batch * (prompt + output / 2.0)), 0, 0, 0, round(rows)
+        )
         return self.step([load])
 
     @cached_property
@@ -182,7 +184,9 @@ class Option:
             chunk = min(float(budget - rows), prompt)
             part = 1.0 - (1.0 - min(1.0, fresh / chunk)) ** self.layout.dp_degree
             mixed = decoding._replace(
-                prefill_tokens=round(chunk), prefill_pairs=round(chunk * prompt / 2.0), prefill_context=round(prompt)
+                prefill_tokens=round(chunk),
+                prefill_pairs=round(chunk * prompt / 2.0),
+                prefill_context=round(prompt),
             )
             seconds = part * self.step([mixed]) + (1.0 - part) * self.step([decoding])
             chunks = math.ceil(prompt / max(1.0, budget - rows))
@@ -194,7 +198,9 @@ class Option:
 
     def _decoded(self, batch: float, step_s: float) -> float:
         output = self.question.lengths.mean[1]
-        return self.layout.dp_degree * batch * self.question.tokens_per_step / (max(1.0, output - 1.0) * step_s)
+        return (
+            self.layout.dp_degree * batch * self.question.tokens_per_step / (max(1.0, output - 1.0) * step_s)
+        )
 
     def _largest_batch(self, seconds: Callable[[float], float]) -> int:
         bound = self.question.targets.objectives.tpot_s
@@ -219,9 +225,7 @@ def options(question: Question) -> tuple[Option, ...]:
     found, least = [], math.inf
     prompt, output = question.lengths.mean
     for layout in _layouts(question):
-        memory = layouts.memory_of(
-            question.model, layout, question.machine.hardware, mtp=question.drafts > 0
-        )
+        memory = layouts.memory_of(question.model, layout, question.machine.hardware, mtp=question.drafts > 0)
         need = memory.weights + memory.reserve + (prompt + output + BLOCK_SIZE) * memory.token_bytes
         if need > memory.total:
             least = min(least, need)

@@ -112,9 +112,11 @@ class PricedStep:
         moe = layers - dense
         self._layers, self._moe = layers, moe
         self._blocks = Grid(
-            lambda t: layers * self._seconds(ops.projections(t))
-            + dense * self._seconds(ops.dense(t))
-            + (moe * self._seconds(ops.shared(t)) if moe else 0.0)
+            lambda t: (
+                layers * self._seconds(ops.projections(t))
+                + dense * self._seconds(ops.dense(t))
+                + (moe * self._seconds(ops.shared(t)) if moe else 0.0)
+            )
         )
         self._expert_grid = Grid(lambda t: moe * self._seconds(ops.experts(t)) if moe else 0.0)
         self._exchange_grid = Grid(lambda t: moe * self._seconds(ops.exchange(t)) if moe else 0.0)
@@ -176,8 +178,10 @@ class PricedStep:
         rows = queries * sequences
         absorbed = self._seconds(ops.absorb(rows))
         return Grid(
-            lambda context: self._layers
-            * (absorbed + self._seconds(ops.decode(sequences, rows, max(context, sequences))))
+            lambda context: (
+                self._layers
+                * (absorbed + self._seconds(ops.decode(sequences, rows, max(context, sequences))))
+            )
         )
 
     def _prefill(self, load: StepLoad, parts: int) -> float:

@@ -109,7 +109,11 @@ def plan_serving(question: Question, on_answer: Callable[[Answer], None] = lambd
     answers.sort(key=lambda answer: (-answer.rate, answer.candidate.gpus))
     if not answers[0].rate:
         raise ConfigError(_nearest(question, choices))
-    left = [Rejected(each.name, f"estimated at {each.rate:.3g} requests/s") for each in found if each not in chosen]
+    left = [
+        Rejected(each.name, f"estimated at {each.rate:.3g} requests/s")
+        for each in found
+        if each not in chosen
+    ]
     best = answers[0].candidate
     return ServingPlan(
         question=question,
