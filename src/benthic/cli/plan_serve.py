@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +72,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
 ) -> None:
     """Find the deployment of highest goodput: instances, parallelism, prefill and decode together or apart.
 
-    Example: benthic plan serve deepseek-v3 --gpus 64 --hardware h200 --isl 4000 --osl 500 --ttft 2 --tpot 0.03
+    Example: benthic plan serve deepseek-v3 --gpus 64 --hardware h200 --ttft 2 --tpot 0.03
     """
     question = Question(
         model=_config(model),
@@ -194,6 +195,6 @@ def _finite(value: Any) -> Any:
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

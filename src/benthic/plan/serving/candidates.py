@@ -15,8 +15,8 @@ from benthic.plan.serving.acceptance import Geometric
 from benthic.plan.serving.cluster import Cluster, Link
 from benthic.plan.serving.demand import drawn
 from benthic.plan.serving.group import GroupSpec
-from benthic.plan.serving.priced import Echo
 from benthic.plan.serving.options import BLOCK_SIZE, MOST_SEQUENCES
+from benthic.plan.serving.priced import Echo
 from benthic.plan.serving.queueing import Phases
 from benthic.sched.plans import BatchingConfig
 from benthic.sched.routing import Policy, shortest_queue
@@ -190,7 +190,7 @@ class Slice:
         return [*_groups("prefill", candidate.prefill, self.prefill_lanes, budget), *decodes]
 
     def link(self) -> Link:
-        """NVLink where the whole deployment shares a node, else the network; a rank's GPUs pull side by side."""
+        """NVLink where the whole deployment shares a node, else the network; a rank's GPUs pull together."""
         option, machine = self.candidate.decode, self.candidate.decode.question.machine
         hardware = machine.hardware
         inside = self.candidate.strategy == "distserve-2" or self.candidate.gpus <= machine.gpus_per_node

@@ -1,4 +1,4 @@
-"""Curves and stacked bars as SVG, readable on light and dark pages, with a title on everything to hover over."""
+"""Curves and stacked bars as SVG, readable on light and dark pages; everything has a title to hover over."""
 
 from __future__ import annotations
 

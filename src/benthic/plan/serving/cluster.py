@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """How blocks get from a prefill rank to a decode rank: each has one port, which carries one after another.
+    """How blocks get from a prefill to a decode rank: each has one port, which carries one after another.
 
     Raises:
         ConfigError: the bandwidth is not above 0, or a size is negative.
@@ -113,7 +113,7 @@ class Cluster:
             DataError: the demand cannot be played; see `demand.check`.
         """
         asks = check(demand)
-        if len(self._lanes) > 1 and any([ask.keys for ask in asks]):
+        if len(self._lanes) > 1 and any(ask.keys for ask in asks):
             self._places = PrefixMap(block_size=self.specs[0].batching.block_size)
         upcoming, total = 0, len(asks)
         while upcoming < total or self._events:

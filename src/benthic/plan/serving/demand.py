@@ -1,4 +1,4 @@
-"""What is asked of a deployment and when: requests as lengths, drawn from a seed or taken from a recording."""
+"""What is asked of a deployment and when: lengths of requests, drawn from a seed or as recorded."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ SHAREGPT = Deciles(
     output_tokens=(1, 9, 14, 22, 37, 77, 161, 256, 352, 491, 1809),
     most=2048,
 )
-"""Chats as DistServe sampled them from ShareGPT: deciles of 900 recorded requests (LLMServe/DistServe, Apache-2.0)."""
+"""ShareGPT's chats as DistServe drew them: deciles of 900 of its recorded requests (Apache-2.0)."""
 
 
 @dataclass(frozen=True)

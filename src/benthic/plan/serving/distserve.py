@@ -183,7 +183,7 @@ POLICY: Final = Policy(prefill=shortest_queue, decode=least_loaded, prefill_shar
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is placed: a model, the lengths of its requests, the targets, and how finely rates are searched."""
+    """What is placed: a model, lengths of requests, targets, and how finely rates are searched."""
 
     model: str
     lengths: Lengths
@@ -221,7 +221,7 @@ class Study:
 
 
 def from_arrival(outcome: Outcome) -> Outcome:
-    """TPOT counted from the arrival of a computed prompt: waiting for blocks is decoding time (DistServe's)."""
+    """TPOT counted from the arrival of a computed prompt: waiting for blocks counts (DistServe's)."""
     served = [
         each._replace(
             ttft_s=0.0,
@@ -274,11 +274,11 @@ def algorithm_2(study: Study, *, rate: float, nodes: int, gpus_per_node: int) ->
     best: tuple[float, float, Degrees, Degrees] | None = None
     for across in range(1, nodes + 1):
         for prefill, decode in _pairs(study.model, gpus_per_node):
-            wide = [Degrees(d.tp, d.pp * across) for d in (prefill, decode)]
-            found = study.joint_goodput(*wide).rate
-            per_gpu = found / sum([d.gpus for d in wide])
+            p, d = (Degrees(each.tp, each.pp * across) for each in (prefill, decode))
+            found = study.joint_goodput(p, d).rate
+            per_gpu = found / (p.gpus + d.gpus)
             if found and (best is None or per_gpu > best[0]):
-                best = (per_gpu, found, *wide)
+                best = (per_gpu, found, p, d)
     if best is None:
         msg = (
             f"no pair of {study.model} instances on {gpus_per_node} GPUs a node keeps the targets. "

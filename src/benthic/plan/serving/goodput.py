@@ -96,7 +96,7 @@ def find_goodput(
         return trials[rate].attainment >= targets.attainment
 
     low, high = _bracket(passes, min(start, most), start / 1000.0 if least is None else least, most)
-    while 0.0 < low and high < math.inf and high - low > precision * high:
+    while low > 0.0 and high < math.inf and high - low > precision * high:
         middle = (low + high) / 2.0
         low, high = (middle, high) if passes(middle) else (low, middle)
     return Goodput(low, high, tuple(sorted(trials.values())))

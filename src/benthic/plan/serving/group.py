@@ -1,4 +1,4 @@
-"""Ranks that step together, and the loop round their schedulers: the live engine's, with a clock that jumps."""
+"""Ranks that step together, and the live engine's loop round their schedulers, with a clock that jumps."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class Group:
             self._land(self.flights.popleft().plans, now)
         while len(self.flights) < self.spec.depth:
             plans = tuple([lane.scheduler.plan(now) for lane in self.lanes])
-            if not any([plan.num_tokens for plan in plans]):
+            if not any(plan.num_tokens for plan in plans):
                 break
             self._launch(plans, now)
         return self.flights[0].end_s if self.flights else math.inf

@@ -1,7 +1,7 @@
 """The operations of one serving step on one GPU, per layer, from what the step holds.
 
-Letters as in `benthic.spec.flops`. Sizes are those of one rank under its layout; `tokens` are rows of the step
-on that rank. Products that checkpoints keep in FP8 run in the layout's dtype, the rest in BF16.
+Letters as in `benthic.spec.flops`. Sizes are those of one rank under its layout; `tokens` are its rows of
+the step. Products that checkpoints keep in FP8 run in the layout's dtype, the rest in BF16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from benthic.spec.model import ModelConfig
 
 FEW_TOKENS = 256
-"""Up to so many tokens a rank, an exchange sends every copy by itself, for latency; above, one copy a rank."""
+"""Up to so many tokens a rank, an exchange sends every copy by itself, for latency; above, one a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class StepOperations:
         ]
 
     def prefill(self, tokens: float, pairs: float, context: float) -> list[Op]:
-        """Expanded attention of one layer: latents of all positions in sight to keys and values, then pairs."""
+        """Expanded attention of one layer: latents in sight to keys and values, then pairs."""
         model, heads = self.model, self._heads
         width = heads * (model.qk_nope_head_dim + model.v_head_dim)
         requests = max(1.0, context * tokens / max(2.0 * pairs, 1.0)) if context else 1.0
@@ -176,7 +176,7 @@ class StepOperations:
         return [Collective(name="all-reduce", bytes=size, ranks=tp, per_node=min(tp, self.gpus_per_node))]
 
     def _all_to_all(self, tokens: float, size: float) -> Op:
-        """What leaves a rank: one copy an expert when there are few tokens, else one a node and one a rank."""
+        """What leaves a rank: one copy an expert for few tokens, else one a node and one a rank."""
         model, ranks = self.model, self.layout.gpus
         nodes = max(1, ranks // self.gpus_per_node)
         k = model.num_experts_per_tok

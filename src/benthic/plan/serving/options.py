@@ -158,8 +158,8 @@ class Option:
 
     @cached_property
     def decode(self) -> Estimate:
-        """What it bears when it only decodes: the largest batch whose steps keep TPOT and whose cache fits."""
-        batch = self._largest_batch(lambda batch: self.decode_s(batch))
+        """What it bears when it only decodes: the largest batch that keeps TPOT and fits the cache."""
+        batch = self._largest_batch(self.decode_s)
         rate = 0.0 if batch < 1 else self._decoded(batch, self.decode_s(batch))
         return Estimate(rate, max(MOST_SEQUENCES * (1 + self.question.drafts), 2048))
 

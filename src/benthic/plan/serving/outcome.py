@@ -20,7 +20,7 @@ Measure = Literal["ttft_s", "tpot_s", "e2e_s"]
 class Served(NamedTuple):
     """One request: when it came, what it asked, and its times in seconds.
 
-    `tpot_s` is the mean gap behind the first token, None for one token. `prefill` and `decode` name the lanes.
+    `tpot_s` is the mean gap behind the first token, None for one token. `prefill` and `decode` name lanes.
     """
 
     at_s: float

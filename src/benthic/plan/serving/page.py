@@ -58,7 +58,7 @@ def _summary(plan: ServingPlan) -> Iterator[str]:
     yield (
         f"<p><b>{escape(best.candidate.name)}</b> bears {best.rate:.3g} requests/s of {asked}, "
         f"{escape(str(question.targets.objectives))} (ms) kept by {question.targets.attainment:.0%}: "
-        f"{best.output_per_gpu:.0f} output tokens/s a GPU, ${best.dollars:.3g} for a million output tokens.</p>"
+        f"{best.output_per_gpu:.0f} output tokens/s a GPU, ${best.dollars:.3g} for a million of them.</p>"
     )
 
 
@@ -123,7 +123,8 @@ def _pareto(plan: ServingPlan) -> Iterator[str]:
 def _words(trial: Trial) -> str:
     return (
         f"{trial.rate:.3g} requests/s, {trial.attainment:.0%} in target, TTFT P50 {trial.ttft_p50_s:.3g} s, "
-        f"P90 {trial.ttft_p90_s:.3g} s, TPOT P50 {1e3 * trial.tpot_p50_s:.3g} ms, P90 {1e3 * trial.tpot_p90_s:.3g} ms"
+        f"P90 {trial.ttft_p90_s:.3g} s, TPOT P50 {1e3 * trial.tpot_p50_s:.3g} ms, "
+        f"P90 {1e3 * trial.tpot_p90_s:.3g} ms"
     )
 
 

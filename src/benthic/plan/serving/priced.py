@@ -149,7 +149,7 @@ class PricedStep:
             products += max([rank.half_s for rank in ranks])
             device = min(device, 2.0 * max(products, exchanges))
         device = engine.stretch * device + engine.graph_layer_s * self._layers
-        if engine.eager_layer_s and any([rank.prefill_tokens for rank in ranks]):
+        if engine.eager_layer_s and any(rank.prefill_tokens for rank in ranks):
             return max(device, engine.eager_layer_s * self._layers)
         return device
 

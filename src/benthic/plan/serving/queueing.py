@@ -45,7 +45,7 @@ def mean_ttft_intra(service_s: float, rate: float, speedup: float) -> float:
 def load_for_wait(service_s: float, wait_s: float, share: float) -> float:
     """The load at which `share` of the prompts wait at most `wait_s` for a server of constant time.
 
-    From the heavy-traffic tail `P(wait > t) = rho exp(-2 (1 - rho) t / (rho D))`; 0 when `wait_s` is negative.
+    From the heavy-traffic tail `P(wait > t) = rho exp(-2 (1 - rho) t / (rho D))`; 0 for a negative wait.
     """
     if wait_s < 0.0:
         return 0.0

@@ -187,7 +187,7 @@ def capacity(answer: Answer, rate: float) -> Capacity:
 
 
 def _nearest(question: Question, choices: Sequence[Option]) -> str:
-    """What a single request gets at best, where the targets ask for more; else what there is too little of."""
+    """What a request gets at best, where the targets ask for more; else what there is too little of."""
     objectives = question.targets.objectives
     tpot, fastest = min([(each.decode_s(1) / question.tokens_per_step, each.name) for each in choices])
     ttft, first = min([(each.prompt_s, each.name) for each in choices])
@@ -204,8 +204,8 @@ def _nearest(question: Question, choices: Sequence[Option]) -> str:
         return " ".join(missed)
     sizes = f"{question.gpus} {question.machine.name}"
     return (
-        f"no deployment on {sizes} keeps {objectives} for {question.targets.attainment:.0%} of the requests at "
-        f"any rate; a request alone gets ttft {ttft:.3g} s ({first}) and tpot {tpot:.3g} s ({fastest}). "
+        f"no deployment on {sizes} keeps {objectives} for {question.targets.attainment:.0%} of the requests "
+        f"at any rate; a request alone gets ttft {ttft:.3g} s ({first}) and tpot {tpot:.3g} s ({fastest}). "
         "Relax the tighter target or give more GPUs."
     )
 

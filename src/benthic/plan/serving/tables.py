@@ -1,8 +1,9 @@
-"""A serving plan for the terminal: deployments side by side, goodput curves, what is not beaten, where time goes."""
+"""A serving plan for the terminal: deployments, goodput curves, what is not beaten, where time goes."""
 
 from __future__ import annotations
 
 import math
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from benthic.plan.serving.goodput import Trial
     from benthic.plan.serving.search import Answer, ServingPlan
 
-_BAR = 20
+_BAR = 10
 
 
 def tables(plan: ServingPlan, rate: float | None = None) -> Iterator[RenderableType]:
@@ -146,21 +147,16 @@ def _grid(title: str, left: str, *right: str) -> Table:
 
 def _answers(plan: ServingPlan) -> Table:
     title = f"Deployments simulated, of {plan.screened} screened"
-    table = _grid(
-        title, "deployment", "GPUs", "goodput", "a GPU", "tokens/s/GPU", "$/M out", "TTFT P90", "TPOT P90"
-    )
-    for answer in plan.answers:
+    table = _grid(title, "", "GPUs", "requests/s", "tokens/s/GPU", "$/M out", "TTFT P90", "TPOT P90")
+    for letter, answer in zip(ascii_uppercase, plan.answers, strict=False):
         at = answer.goodput.at_best
         times = ("-", "-") if at is None else (_seconds(at.ttft_p90_s), _seconds(at.tpot_p90_s))
-        table.add_row(
-            f"{answer.candidate.name}  [dim]{answer.candidate.strategy}[/]",
-            str(answer.candidate.gpus),
-            f"{answer.rate:.3g}/s",
-            f"{answer.per_gpu:.3g}/s",
-            f"{answer.output_per_gpu:.0f}",
-            f"{answer.dollars:.3g}" if answer.rate else "-",
-            *times,
-        )
+        rates = (f"{answer.rate:.3g}", f"{answer.output_per_gpu:.0f}")
+        dollars = f"{answer.dollars:.3g}" if answer.rate else "-"
+        table.add_row(letter, str(answer.candidate.gpus), *rates, dollars, *times)
+    named = zip(ascii_uppercase, plan.answers, strict=False)
+    table.caption = "\n".join([f"{letter}  {a.candidate.name} ({a.candidate.strategy})" for letter, a in named])
+    table.caption_justify = "left"
     return table
 
 
@@ -223,7 +219,8 @@ def _capacity(plan: ServingPlan, rate: float) -> Text:
     )
     return Text.assemble(
         (f"\n{rate:g} requests/s need {found.gpus} GPUs", "bold"),
-        f": {phases} instances as in {plan.best.candidate.name}; ${found.dollars:.3g} for a million output tokens",
+        f": {phases} instances as in {plan.best.candidate.name}; "
+        f"${found.dollars:.3g} for a million output tokens",
     )
 
 
