@@ -155,7 +155,9 @@ def _answers(plan: ServingPlan) -> Table:
         dollars = f"{answer.dollars:.3g}" if answer.rate else "-"
         table.add_row(letter, str(answer.candidate.gpus), *rates, dollars, *times)
     named = zip(ascii_uppercase, plan.answers, strict=False)
-    table.caption = "\n".join([f"{letter}  {a.candidate.name} ({a.candidate.strategy})" for letter, a in named])
+    table.caption = "\n".join(
+        [f"{letter}  {a.candidate.name} ({a.candidate.strategy})" for letter, a in named]
+    )
     table.caption_justify = "left"
     return table
 
