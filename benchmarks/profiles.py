@@ -129,10 +129,11 @@ def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
         yield MlaDecode(requests=requests, context=requests * context, heads=heads), 1.0
     elif name == "linear_cross_entropy":
         tokens, width, vocabulary = numbers
-        once = Gemm(
-            m=tokens, n=vocabulary, k=width, name="cross entropy backward" if backward else "cross entropy"
-        )
-        yield once, 1.0
+        sizes = {"m": tokens, "n": vocabulary, "k": width}
+        for side in ("input", "weight") if backward else ():  # the two gradients, about equal
+            yield Gemm(name=f"cross entropy {side}", **sizes), 0.5
+        if not backward:
+            yield Gemm(name="cross entropy", **sizes), 1.0
     elif row["unit"] == "TB/s" and name != "mla_decode":
         moved = row["rate"] * row["microseconds"] * 1e6
         label = {"roof: copy": "copy", "permute (with sort)": "permute"}.get(name, name)

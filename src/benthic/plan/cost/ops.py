@@ -35,6 +35,11 @@ class Gemm:
     name: str = "gemm"
 
     @property
+    def portable(self) -> bool:
+        """Whether another machine's measurements speak for this one: a named whole is one implementation."""
+        return self.name == "gemm"
+
+    @property
     def kind(self) -> str:
         """By name and dtype."""
         return f"{self.name} {self.dtype}"
@@ -75,6 +80,8 @@ class GroupedGemm:
     k: float
     dtype: Dtype = "bf16"
     skew: float = 1.0
+
+    portable: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:
@@ -118,6 +125,7 @@ class Attention:
     backward: bool = False
 
     dtype: ClassVar[Dtype] = "bf16"
+    portable: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:
@@ -164,6 +172,7 @@ class ChunkedPrefill:
     v_dim: int = 128
 
     dtype: ClassVar[Dtype] = "bf16"
+    portable: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:
@@ -209,6 +218,7 @@ class MlaDecode:
     cache_dtype: Dtype = "bf16"
 
     dtype: ClassVar[Dtype] = "bf16"
+    portable: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:
@@ -248,6 +258,7 @@ class MemoryBound:
 
     dtype: ClassVar[Dtype] = "bf16"
     flops: ClassVar[float] = 0.0
+    portable: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:
@@ -275,6 +286,8 @@ class AllToAll:
     nvlink: float
     network: float = 0.0
     ranks: int
+
+    portable: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:
@@ -308,6 +321,8 @@ class PointToPoint:
 
     bytes: float
     tier: Tier = "network"
+
+    portable: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:
@@ -351,6 +366,8 @@ class Collective:
     bytes: float
     ranks: int
     per_node: int
+
+    portable: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from benthic.errors import ConfigError, ScheduleError
 from benthic.sched.pipeline.dependencies import needs
@@ -84,6 +84,19 @@ class Costs:
         )
 
 
+class SlotCosts(Protocol):
+    """What a simulation asks of costs; `Costs` are one answer, a planner's prices another."""
+
+    @property
+    def transfer(self) -> float:
+        """From the end of an action to the arrival of its result on another rank."""
+        ...
+
+    def of_slot(self, slot: Slot) -> float:
+        """What a slot takes."""
+        ...
+
+
 class Timed(NamedTuple):
     """A slot with its start and end."""
 
@@ -132,7 +145,7 @@ class Timeline:
         return idle / busy if busy else 0.0
 
 
-def simulate(table: Table, costs: Costs) -> Timeline:
+def simulate(table: Table, costs: SlotCosts) -> Timeline:
     """Run every slot as early as its rank's order and the actions it needs allow.
 
     Raises:
