@@ -1,7 +1,7 @@
 """What one block of the network does on one rank, operation by operation, for one microbatch.
 
 The phases are those of `benthic.model.block`; sizes with tensor and context parallelism as in
-`benthic.parallel.tensor` and `benthic.parallel.context`; what is computed again as in `benthic.train.recompute`.
+`benthic.parallel.tensor` and `.context`; what is computed again as in `benthic.train.recompute`.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def _exchange(shape: Shape) -> Iterator[Step]:
 
 
 def travel(shape: Shape, width: float) -> AllToAll:
-    """One way of the exchange, rows of `width` bytes: once a node over the network, once a rank over NVLink."""
+    """One way of the exchange: rows of `width` bytes, once a node by network, once a rank by NVLink."""
     model, ep = shape.model, shape.ep
     per_node = min(ep, shape.gpus_per_node)
     nodes = math.ceil(ep / per_node)

@@ -1,6 +1,6 @@
 """One way to train a model: everything that its memory and its time depend on, as a hashable value.
 
-A `Candidate` is a `benthic.parallel.setup.Setup`, so that its memory is counted by the trainer's own arithmetic.
+A `Candidate` is a `benthic.parallel.setup.Setup`, so the trainer's own arithmetic counts its memory.
 """
 
 from __future__ import annotations
@@ -46,15 +46,16 @@ class Numbers:
 
 @dataclass(frozen=True, kw_only=True)
 class Updates:
-    """The optimizer's state."""
+    """The optimizer's state. `fused`: whether an update is one kernel, as on GPUs."""
 
     name: str = "adamw"
     moment_dtype: str = "bfloat16"
+    fused: bool = True
 
 
 PRECISIONS: Final[dict[str, Numbers]] = {
     "bf16": Numbers(),
-    "fp8": Numbers(weights="fp8", matmul="fp8", fp8_swiglu=True),
+    "fp8": Numbers(weights="fp8", matmul="fp8", fp8_swiglu=True, e5m6_attention=True),
 }
 RECOMPUTES: Final[dict[str, tuple[str, ...]]] = {
     "none": (),

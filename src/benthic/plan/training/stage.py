@@ -25,20 +25,23 @@ if TYPE_CHECKING:
 EXCHANGE_SMS: Final = 20
 """Streaming multiprocessors that the exchange takes while it is overlapped (DeepSeek-V3, section 3.2.2)."""
 OVERLAP_BUSY: Final = 0.916
-"""Part of an overlapped pair during which products run (DeepSeek's published training trace: EP64, TP1, 4K)."""
+"""Part of an overlapped pair during which products run (DeepSeek's training trace: EP64, TP1, 4K)."""
 EXCHANGE: Final = "exchange"
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A forward, a backward to the input and the weights' part; what of the first two is exchange; blocks."""
+    """A forward, a backward to the input and the weights' part; what of the first two is exchange.
+
+    `host` are the seconds of a forward and of a backward in which the GPU waits for the host.
+    """
 
     forward: Total = Total()  # noqa: RUF009 (frozen)
     input: Total = Total()  # noqa: RUF009
     weight: Total = Total()  # noqa: RUF009
     forward_exchange: Total = Total()  # noqa: RUF009
     input_exchange: Total = Total()  # noqa: RUF009
-    blocks: int = 0
+    host: tuple[float, float] = (0.0, 0.0)
 
     def __add__(self, other: Work) -> Work:
         """Both."""
@@ -48,7 +51,7 @@ class Work:
             self.weight + other.weight,
             self.forward_exchange + other.forward_exchange,
             self.input_exchange + other.input_exchange,
-            self.blocks + other.blocks,
+            (self.host[0] + other.host[0], self.host[1] + other.host[1]),
         )
 
     def times(self, count: int) -> Work:
@@ -59,7 +62,7 @@ class Work:
             self.weight.times(count),
             self.forward_exchange.times(count),
             self.input_exchange.times(count),
-            self.blocks * count,
+            (self.host[0] * count, self.host[1] * count),
         )
 
     @property
@@ -135,16 +138,27 @@ def _pieces(shape: Shape, part: Part) -> Iterator[tuple[Iterable[Step], int]]:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _block(shape: Shape, machine: Machine, *, moe: bool) -> Work:
-    return _work(block(shape, moe=moe), machine, blocks=1)
+    return _work(block(shape, moe=moe), machine, host=_host(shape, machine, moe=moe))
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _ends(shape: Shape, machine: Machine, name: str) -> Work:
     steps = {"embedding": embedding, "head": head, "projection": projection}[name](shape)
-    return _work(steps, machine, blocks=0)
+    host = machine.overhead(f"host {name} forward"), machine.overhead(f"host {name} backward")
+    return _work(steps, machine, host=host)
 
 
-def _work(steps: Iterable[Step], machine: Machine, *, blocks: int) -> Work:
+def _host(shape: Shape, machine: Machine, *, moe: bool) -> tuple[float, float]:
+    """Seconds in which the GPU waits for the host to launch a block, by what the profile knows."""
+    forward, backward = machine.overhead("host block forward"), machine.overhead("host block backward")
+    collectives = (5 if shape.tp > 1 else 0) + (1 if shape.cp > 1 else 0)
+    exchanges = 1 if moe and shape.ep > 1 else 0
+    beside = collectives * machine.overhead("host collective") + exchanges * machine.overhead("host exchange")
+    again = forward if {"attention", "experts"} & shape.again else 0.0
+    return forward + beside, backward + beside + again
+
+
+def _work(steps: Iterable[Step], machine: Machine, *, host: tuple[float, float]) -> Work:
     priced = [(step.part, step.name == EXCHANGE, price(step.op, machine)) for step in steps]
 
     def of(part: str, *, exchange: bool) -> Total:
@@ -156,7 +170,7 @@ def _work(steps: Iterable[Step], machine: Machine, *, blocks: int) -> Work:
         of("W", exchange=False),
         of("F", exchange=True),
         of("I", exchange=True),
-        blocks,
+        host,
     )
 
 
@@ -167,15 +181,14 @@ class Prices:
     beside the other's products, which have the other SMs for as long as the pair lasts: it takes the longer
     of C/(1 - s) and N, of C seconds of products and N of exchange, s being the share of the SMs that the
     exchange holds; and the part of it in which products cannot run on top, as in DeepSeek's trace. Pairs
-    without exchange take what their actions take. No slot is shorter than the host needs to launch it.
+    without exchange take what their actions take. What the GPU waits for the host comes on top.
     """
 
     def __init__(self, work: tuple[Work, ...], machine: Machine, *, transfer: float) -> None:
         self.work = work
         self._transfer = transfer
         self.taken = EXCHANGE_SMS / machine.hardware.sms
-        host = machine.overhead("host block forward"), machine.overhead("host block backward")
-        self._actions = {kind: tuple(_of(one, kind, host) for one in work) for kind in ("F", "B", "I", "W")}
+        self._actions = {kind: tuple(_of(one, kind) for one in work) for kind in ("F", "B", "I", "W")}
 
     @property
     def transfer(self) -> float:
@@ -186,30 +199,34 @@ class Prices:
         """Seconds of one action or of an overlapped pair."""
         products, exchange, host = self._actions[slot.first.kind][slot.first.stage]
         if slot.second is None:
-            return max(products + exchange, host)
+            return products + exchange + host
         more, beside, besides = self._actions[slot.second.kind][slot.second.stage]
-        products, exchange = products + more, exchange + beside
+        products, exchange, host = products + more, exchange + beside, host + besides
         if not exchange:
-            return max(products, host + besides)
-        return max(max(products / (1 - self.taken), exchange) / OVERLAP_BUSY, host + besides)
+            return products + host
+        return max(products / (1 - self.taken), exchange) / OVERLAP_BUSY + host
 
     def lanes(self, action: Action) -> tuple[float, float]:
         """Seconds of products and of exchange of one action."""
         products, exchange, _ = self._actions[action.kind][action.stage]
         return products, exchange
 
+    def host(self, action: Action) -> float:
+        """Seconds in which the GPU waits for the host during one action."""
+        return self._actions[action.kind][action.stage][2]
 
-def _of(work: Work, kind: str, host: tuple[float, float]) -> tuple[float, float, float]:
-    """Products, exchange and host of one action; the host's part of a W is a quarter of a backward's."""
-    forward, backward = host
+
+def _of(work: Work, kind: str) -> tuple[float, float, float]:
+    """Products, exchange and host of one action; a third of a backward's waiting is with the weights."""
+    forward, backward = work.host
     if kind == "F":
-        return work.forward.seconds, work.forward_exchange.seconds, forward * work.blocks
+        return work.forward.seconds, work.forward_exchange.seconds, forward
     if kind == "W":
-        return work.weight.seconds, 0.0, backward * work.blocks / 4
+        return work.weight.seconds, 0.0, backward / 3
     inputs, exchange = work.input.seconds, work.input_exchange.seconds
     if kind == "I":
-        return inputs, exchange, backward * work.blocks * 3 / 4
-    return inputs + work.weight.seconds, exchange, backward * work.blocks
+        return inputs, exchange, backward * 2 / 3
+    return inputs + work.weight.seconds, exchange, backward
 
 
 def transfer(candidate: Candidate, machine: Machine) -> float:

@@ -103,10 +103,11 @@ def waterfall(found: Step) -> dict[str, float]:
         lanes = [prices.lanes(action) for action in timed.slot.actions]
         computed, travelled = sum(c for c, _ in lanes), sum(n for _, n in lanes)
         products += computed
-        took = timed.end - timed.start
+        waited = sum(prices.host(action) for action in timed.slot.actions)
+        host += waited
+        took = timed.end - timed.start - waited
         if timed.slot.second is None:
             exposed += travelled
-            host += took - computed - travelled
         else:
             slow = min(took - computed, computed * prices.taken / (1 - prices.taken)) if travelled else 0.0
             slowed += slow

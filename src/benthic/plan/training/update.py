@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from benthic.sched.pipeline.table import Table
 
 _GRADIENT: Final = 4.0
+_PASSES: Final = 112.0  # bytes an element that AdamW's expressions read and write one by one
 _MOMENT: Final = {"float32": 4.0, "bfloat16": 2.0}
 
 
@@ -98,7 +99,8 @@ def _once(candidate: Candidate, machine: Machine, held: dict[str, Held], table: 
         if ranks > 1 and stage < 3:
             yield _collective("all-gather", _running(candidate, one), ranks, per_node)
         if twice:  # the partner's copies of the same stages, shard by shard
-            yield _collective("all-reduce", _GRADIENT * one.elements / ranks, 2, 1)
+            near = 2 if candidate.layout.ranks <= machine.gpus_per_node else 1
+            yield _collective("all-reduce", _GRADIENT * one.elements / ranks, 2, near)
 
 
 def _every_microbatch(candidate: Candidate, machine: Machine, held: dict[str, Held]) -> Iterator[Op]:
@@ -121,7 +123,8 @@ def _arithmetic(candidate: Candidate, held: dict[str, Held]) -> Iterator[Op]:
         shard = one.elements / replicas_of(candidate.layout, kind)
         cleared = one.elements if candidate.layout.zero_stage == 1 else shard
         yield MemoryBound(bytes=_GRADIENT * (cleared + shard), name="clear and norm")
-        yield MemoryBound(bytes=shard * (8.0 + _GRADIENT + 2 * moments + 2.0), name="adamw")
+        passes = 8.0 + _GRADIENT + 2 * moments if candidate.optimizer.fused else _PASSES
+        yield MemoryBound(bytes=shard * (passes + 6.0), name="adamw")
         if candidate.precision.weights == "fp8":
             yield MemoryBound(bytes=5.0 * one.narrow, name="quantise 128x128")
 
