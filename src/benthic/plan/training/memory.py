@@ -10,18 +10,21 @@ import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from benthic.parallel.activations import block_bytes, stage_bytes
-from benthic.parallel.footprint import footprints, replicas_of
-from benthic.parallel.parts import kind_of, parts_of, stages_of
+from benthic.parallel.activations import block_bytes, peak_bytes, stage_bytes
+from benthic.parallel.footprint import kept_bytes, replicas_of
+from benthic.parallel.parts import held_by, kind_of, parts_of, stages_of
+from benthic.plan.training.candidate import Rows
+from benthic.sched.pipeline.table import Table
 from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
     from benthic.model.part import Part
     from benthic.plan.training.candidate import Candidate
     from benthic.plan.training.step import Step
-    from benthic.sched.pipeline.table import Table
     from benthic.spec.hardware import Hardware
     from benthic.spec.parameters import Param
+
+Routes = tuple[tuple[int, ...], ...]
 
 TERMS: Final = ("weights", "masters", "gradients", "moments", "activations", "working", "reserve")
 LOGITS: Final = 512 * 2**20  # bytes of one chunk of logits in `kernels.torch_loss` on a GPU
@@ -30,8 +33,8 @@ UPDATE: Final = 16  # bytes an element of the arrays of an AdamW that is not one
 
 _RESERVE: Final = 0.05  # of activations and working memory: rounding and holes of the allocator
 _GIB_OF_A_GB: Final = 2**30 / 1e9  # vendors' "80 GB" of HBM are GiB
-_DRIVER: Final = 0.005
-_CONTEXT: Final = 1.4e9  # CUDA context, modules and NCCL's buffers, in bytes
+_DRIVER: Final = 0.0044  # an 80 GB card shows 81,559 of 81,920 MiB
+_CONTEXT: Final = 0.95e9  # bytes of a CUDA context (0.55) and of NCCL's buffers (0.4)
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,30 @@ def usable(hardware: Hardware) -> float:
 
 def memory(candidate: Candidate, table: Table) -> tuple[Memory, ...]:
     """The peak of the first rank of every pipeline rank."""
-    parts = parts_of(candidate.model, candidate.layout, table.stages)
-    found = []
-    for pp, one in enumerate(footprints(candidate, table)):
-        here = tuple(parts[stage] for stage in stages_of(table, pp))
-        terms: dict[str, float] = {name: float(size) for name, size in one.bytes.items()}
-        backward, update = _backward(candidate, here), _update(candidate, here)
-        terms["working"] = max(backward, update - terms["activations"])
-        terms["reserve"] = _RESERVE * (terms["activations"] + max(backward, 0.0))
-        found.append(Memory(pp, terms))
-    return tuple(found)
+    return tuple(
+        Memory(pp, kept(candidate, table.routes, pp, peak_bytes(candidate, table, pp)))
+        for pp in range(table.ranks)
+    )
+
+
+def kept(candidate: Candidate, routes: Routes, pp: int, activations: float) -> dict[str, float]:
+    """The terms of one pipeline rank whose activations are known."""
+    parts = parts_of(candidate.model, candidate.layout, len(routes[0]))
+    here = tuple(parts[stage] for stage in range(len(parts)) if any(route[stage] == pp for route in routes))
+    terms = dict(_static(replace(candidate, train=Rows(), rows=1, recompute=(), offload=()), routes, pp))
+    backward, update = _backward(candidate, here), _update(candidate, here)
+    terms["activations"] = float(activations)
+    terms["working"] = max(backward, update - activations)
+    terms["reserve"] = _RESERVE * (activations + backward)
+    return terms
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _static(candidate: Candidate, routes: Routes, pp: int) -> tuple[tuple[str, float], ...]:
+    """What no microbatch changes."""
+    ranks = 1 + max(map(max, routes))
+    empty = Table(name="", slots=((),) * ranks, routes=routes, route_of=())
+    return tuple((name, float(size)) for name, size in kept_bytes(candidate, empty, pp).items())
 
 
 def worst(candidate: Candidate, table: Table) -> Memory:
@@ -154,5 +171,5 @@ def _update(candidate: Candidate, here: tuple[Part, ...]) -> float:
     if candidate.optimizer.fused:
         return 0.0
     layout = candidate.layout
-    held = (p for p in parameters(candidate.model) if any(part.holds(p.name) for part in here))
+    held = held_by(candidate.model, here)
     return UPDATE * max(_numel(p, candidate) / replicas_of(layout, kind_of(p)) for p in held)

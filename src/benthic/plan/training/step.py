@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,12 @@ from benthic.parallel.parts import parts_of, stages_of
 from benthic.plan.cost.priced import Total
 from benthic.plan.training.stage import EXCHANGE, Prices, named, stages, transfer
 from benthic.plan.training.update import update
-from benthic.sched.pipeline.simulate import simulate
+from benthic.sched.pipeline.simulate import Order
 
 if TYPE_CHECKING:
     from benthic.plan.cost.machine import Machine
     from benthic.plan.training.candidate import Candidate
+    from benthic.plan.training.stage import Work
     from benthic.plan.training.update import Update
     from benthic.sched.pipeline.simulate import Timeline
     from benthic.sched.pipeline.table import Table
@@ -52,17 +53,18 @@ class Step:
         return self.candidate.step_tokens / self.seconds
 
 
-def step(candidate: Candidate, machine: Machine, table: Table | None = None) -> Step:
-    """Simulate one step.
+def step(candidate: Candidate, machine: Machine, order: Order | None = None) -> Step:
+    """Simulate one step; `order` is that of the candidate's table, where it is known.
 
     Raises:
         ConfigError: no such schedule, or fewer layers than stages.
     """
-    table = candidate.table() if table is None else table
+    order = Order.of(candidate.table()) if order is None else order
+    table = order.table
     work = stages(candidate, machine, table.stages)
     prices = Prices(work, machine, transfer=transfer(candidate, machine))
-    timeline = simulate(table, prices)
-    ending = update(candidate, machine, table)
+    timeline = order.run(prices)
+    ending = update(candidate, machine, table.routes)
     sync = ending.each_microbatch.seconds * candidate.microbatches
     seconds = timeline.makespan + sync + ending.end.seconds
     spent = _spent(table, work) + ending.end + ending.each_microbatch.times(candidate.microbatches)
@@ -70,14 +72,14 @@ def step(candidate: Candidate, machine: Machine, table: Table | None = None) -> 
     return Step(candidate, machine, price, timeline, prices, ending, sync)
 
 
-def _spent(table: Table, work: tuple[object, ...]) -> Total:
+def _spent(table: Table, work: tuple[Work, ...]) -> Total:
     """Everything that the first rank's stages take for all of their microbatches, nothing hidden."""
     found = Total()
-    for stage in stages_of(table, 0):
-        count = sum(
-            action.kind == "F" and action.stage == stage for rank, action in table.actions() if rank == 0
-        )
-        found += work[stage].whole.times(count)  # type: ignore[attr-defined]
+    forwards = Counter(
+        action.stage for slot in table.slots[0] for action in slot.actions if action.kind == "F"
+    )
+    for stage, count in forwards.items():
+        found += work[stage].whole.times(count)
     return found
 
 

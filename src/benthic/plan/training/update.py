@@ -6,24 +6,27 @@ reduced after every microbatch; under ZeRO-3 weights are also gathered before ev
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.parallel.footprint import replicas_of
-from benthic.parallel.parts import kind_of, parts_of, stages_of
+from benthic.parallel.parts import held_by, kind_of, parts_of
 from benthic.plan.cost.ops import Collective, MemoryBound
 from benthic.plan.cost.price import price
 from benthic.plan.cost.priced import Total, total
-from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from benthic.model.part import Part
     from benthic.plan.cost.machine import Machine
     from benthic.plan.cost.ops import Op
     from benthic.plan.training.candidate import Candidate
-    from benthic.sched.pipeline.table import Table
+    from benthic.spec.model import ModelConfig
+
+Routes = tuple[tuple[int, ...], ...]
 
 _GRADIENT: Final = 4.0
 _PASSES: Final = 112.0  # bytes an element that AdamW's expressions read and write one by one
@@ -51,12 +54,18 @@ class Update:
         return self.collectives + self.optimizer
 
 
-def update(candidate: Candidate, machine: Machine, table: Table) -> Update:
+def update(candidate: Candidate, machine: Machine, routes: Routes) -> Update:
     """What summing, updating and gathering takes."""
-    held = max((_held(candidate, table, pp) for pp in range(table.ranks)), key=_size)
+    model, layout = candidate.model, candidate.layout
+    parts = parts_of(model, layout, len(routes[0]))
+    held_on = [
+        tuple(part for stage, part in enumerate(parts) if any(route[stage] == pp for route in routes))
+        for pp in range(layout.pp_degree)
+    ]
+    held = max((_held(model, here, layout.ep_degree, layout.tp_degree) for here in held_on), key=_size)
     every = list(_every_microbatch(candidate, machine, held))
     return Update(
-        collectives=total(price(op, machine) for op in _once(candidate, machine, held, table)),
+        collectives=total(price(op, machine) for op in _once(candidate, machine, held, routes)),
         optimizer=total(price(op, machine) for op in _arithmetic(candidate, held)),
         each_microbatch=total(price(op, machine) for op in every),
     )
@@ -66,16 +75,14 @@ def _size(held: dict[str, Held]) -> float:
     return sum(one.elements for one in held.values())
 
 
-def _held(candidate: Candidate, table: Table, pp: int) -> dict[str, Held]:
-    """Elements by kind on a pipeline rank, each parameter once."""
-    model, layout = candidate.model, candidate.layout
-    parts = parts_of(model, layout, table.stages)
-    here = [parts[stage] for stage in stages_of(table, pp)]
+@functools.lru_cache(maxsize=1 << 12)
+def _held(model: ModelConfig, here: tuple[Part, ...], ep: int, tp: int) -> dict[str, Held]:
+    """Elements by kind on a pipeline rank with these stages, each parameter once."""
     found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for param in parameters(model):
-        if param.trainable and any(part.holds(param.name) for part in here):
+    for param in held_by(model, here):
+        if param.trainable:
             kind = kind_of(param)
-            count = param.numel / {"expert": layout.ep_degree, "sharded": layout.tp_degree}.get(kind, 1)
+            count = param.numel / {"expert": ep, "sharded": tp}.get(kind, 1)
             found[kind][0] += count
             found[kind][1] += count if param.fp8 else 0.0
     return {kind: Held(*counts) for kind, counts in found.items()}
@@ -89,9 +96,9 @@ def _group(candidate: Candidate, machine: Machine, kind: str) -> tuple[int, int]
     return ranks, max(1, min(ranks, machine.gpus_per_node // apart))
 
 
-def _once(candidate: Candidate, machine: Machine, held: dict[str, Held], table: Table) -> Iterator[Op]:
+def _once(candidate: Candidate, machine: Machine, held: dict[str, Held], routes: Routes) -> Iterator[Op]:
     """Collectives once a step."""
-    stage, twice = candidate.layout.zero_stage, len(table.routes) > 1
+    stage, twice = candidate.layout.zero_stage, len(routes) > 1
     for kind, one in held.items():
         ranks, per_node = _group(candidate, machine, kind)
         if ranks > 1 and stage == 1:

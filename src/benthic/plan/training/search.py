@@ -1,0 +1,180 @@
+"""The fastest candidates that fit, found without looking closely at most.
+
+Candidates wait in order of a time that they cannot undercut. The first in line is looked at more closely:
+its bound is raised to what its busiest rank computes, its memory is counted exactly, at last its table is
+simulated. One that comes first with a simulated time is faster than anything behind it (A*, with admissible bounds).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from benthic.errors import ConfigError
+from benthic.parallel.activations import stage_bytes
+from benthic.parallel.parts import parts_of
+from benthic.plan.training.memory import Memory, kept, usable
+from benthic.plan.training.space import Space, candidate, walk
+from benthic.plan.training.stage import Prices, stages, transfer
+from benthic.plan.training.step import Step, step
+from benthic.plan.training.tables import digest
+from benthic.plan.training.update import update
+
+if TYPE_CHECKING:
+    from benthic.plan.training.candidate import Candidate
+    from benthic.plan.training.space import Bounded, Choice, Question
+    from benthic.plan.training.tables import Digest
+
+_ROUNDING: Final = 1 - 1e-9
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A candidate that fits, simulated; `memory` is that of the fullest rank."""
+
+    choice: Choice
+    step: Step
+    memory: Memory
+
+    @property
+    def candidate(self) -> Candidate:
+        """The candidate."""
+        return self.step.candidate
+
+
+class Refused(NamedTuple):
+    """A candidate that does not fit: bytes that it needs at least, and seconds that it takes at least."""
+
+    choice: Choice
+    bytes: float
+    seconds: float
+
+
+@dataclass
+class Found:
+    """What a search came to.
+
+    best: fastest first. screened: choices that were bounded. simulated: those whose table was run. too_large:
+    how many do not fit. fastest_refused: the least bounded time among them. smallest: the least memory seen.
+    """
+
+    best: list[Evaluated] = field(default_factory=list)
+    screened: int = 0
+    looked_at: int = 0
+    simulated: int = 0
+    too_large: int = 0
+    fastest_refused: Refused | None = None
+    smallest: Refused | None = None
+
+
+class _Waiting(NamedTuple):
+    seconds: float
+    number: int
+    closeness: int
+    choice: Choice
+    found: Evaluated | None
+    memory: Memory | None
+
+
+def search(question: Question, space: Space, *, keep: int = 5, capacity: float | None = None) -> Found:
+    """The `keep` fastest candidates that need at most `capacity` bytes (by default what the GPU has).
+
+    Raises:
+        ConfigError: there are no GPUs, or nothing divides.
+    """
+    if question.gpus < 1:
+        message = f"{question.gpus} GPUs train nothing. Ask for one or more."
+        raise ConfigError(message)
+    return _Search(question, capacity or usable(question.machine.hardware)).run(space, keep)
+
+
+class _Search:
+    def __init__(self, question: Question, capacity: float) -> None:
+        self.question, self.capacity = question, capacity
+        self.found = Found()
+        self.numbers = itertools.count()
+
+    def run(self, space: Space, keep: int) -> Found:
+        waiting = [
+            _Waiting(one.seconds, next(self.numbers), 0, one.choice, None, None)
+            for one in walk(self.question, space)
+            if self._may_fit(one)
+        ]
+        heapq.heapify(waiting)
+        while waiting and len(self.found.best) < keep:
+            first = heapq.heappop(waiting)
+            if first.found is not None:
+                self.found.best.append(first.found)
+                continue
+            closer = self._weigh(first) if first.closeness == 0 else self._simulate(first)
+            if closer is not None:
+                heapq.heappush(waiting, closer)
+        return self.found
+
+    def _may_fit(self, one: Bounded) -> bool:
+        self.found.screened += 1
+        return self._fits(one.choice, one.bytes, one.seconds)
+
+    def _fits(self, choice: Choice, size: float, seconds: float) -> bool:
+        found, refused = self.found, Refused(choice, size, seconds)
+        if found.smallest is None or size < found.smallest.bytes:
+            found.smallest = refused
+        if size <= self.capacity:
+            return True
+        found.too_large += 1
+        if found.fastest_refused is None or seconds < found.fastest_refused.seconds:
+            found.fastest_refused = refused
+        return False
+
+    def _weigh(self, first: _Waiting) -> _Waiting | None:
+        """Raise the bound to what the busiest rank computes, and count the memory."""
+        self.found.looked_at += 1
+        one, table = self._of(first.choice)
+        memory = fullest(one, table)
+        if not self._fits(first.choice, memory.total, first.seconds):
+            return None
+        machine = self.question.machine
+        work = stages(one, machine, table.table.stages)
+        prices = Prices(work, machine, transfer=transfer(one, machine))
+        ending = update(one, machine, table.table.routes)
+        seconds = table.least(prices, work) + ending.end.seconds
+        seconds += ending.each_microbatch.seconds * one.microbatches
+        bound = max(first.seconds, seconds * _ROUNDING)
+        return _Waiting(bound, first.number, 1, first.choice, None, memory)
+
+    def _simulate(self, first: _Waiting) -> _Waiting:
+        self.found.simulated += 1
+        one, table = self._of(first.choice)
+        assert first.memory is not None, "memory is counted before time"  # noqa: S101
+        taken = step(one, self.question.machine, table.order)
+        found = Evaluated(first.choice, taken, first.memory)
+        return _Waiting(taken.seconds, first.number, 2, first.choice, found, first.memory)
+
+    def _of(self, choice: Choice) -> tuple[Candidate, Digest]:
+        one = candidate(self.question, choice)
+        return one, digest(choice.schedule, choice.pp, one.microbatches, choice.virtual_stages)
+
+
+def fullest(one: Candidate, table: Digest) -> Memory:
+    """The pipeline rank that needs most memory."""
+    parts = parts_of(one.model, one.layout, table.table.stages)
+    size = [float(stage_bytes(one, part)) for part in parts]
+    ranks = range(table.table.ranks)
+    return max(
+        (Memory(pp, kept(one, table.table.routes, pp, table.activations(pp, size))) for pp in ranks),
+        key=lambda memory: memory.total,
+    )
+
+
+def pareto(question: Question, space: Space, first: Found, *, points: int = 4) -> list[Evaluated]:
+    """The fastest candidate at ever less memory, from what the fastest of all needs downwards."""
+    front = first.best[:1]
+    while front and len(front) < points:
+        capacity = front[-1].memory.total * 0.85
+        better = search(question, space, keep=1, capacity=capacity).best
+        if not better:
+            break
+        front += better
+    return front
