@@ -15,6 +15,7 @@ from benthic.parallel.footprint import kept_bytes, replicas_of
 from benthic.parallel.parts import held_by, kind_of, parts_of, stages_of
 from benthic.plan.training.candidate import Rows
 from benthic.sched.pipeline.table import Table
+from benthic.spec.layout import Layout
 from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from benthic.plan.training.candidate import Candidate
     from benthic.plan.training.step import Step
     from benthic.spec.hardware import Hardware
+    from benthic.spec.model import ModelConfig
     from benthic.spec.parameters import Param
 
 Routes = tuple[tuple[int, ...], ...]
@@ -67,7 +69,9 @@ def kept(candidate: Candidate, routes: Routes, pp: int, activations: float) -> d
     """The terms of one pipeline rank whose activations are known."""
     parts = parts_of(candidate.model, candidate.layout, len(routes[0]))
     here = tuple(parts[stage] for stage in range(len(parts)) if any(route[stage] == pp for route in routes))
-    terms = dict(_static(replace(candidate, train=Rows(), rows=1, recompute=(), offload=()), routes, pp))
+    bare = replace(candidate.layout, schedule="1f1b", virtual_stages=None)
+    still = replace(candidate, layout=bare, train=Rows(), rows=1, recompute=(), offload=())
+    terms = dict(_static(still, routes, pp))
     backward, update = _backward(candidate, here), _update(candidate, here)
     terms["activations"] = float(activations)
     terms["working"] = max(backward, update - activations)
@@ -77,10 +81,27 @@ def kept(candidate: Candidate, routes: Routes, pp: int, activations: float) -> d
 
 @functools.lru_cache(maxsize=1 << 14)
 def _static(candidate: Candidate, routes: Routes, pp: int) -> tuple[tuple[str, float], ...]:
-    """What no microbatch changes."""
+    """What no microbatch and no order of slots changes."""
     ranks = 1 + max(map(max, routes))
     empty = Table(name="", slots=((),) * ranks, routes=routes, route_of=())
     return tuple((name, float(size)) for name, size in kept_bytes(candidate, empty, pp).items())
+
+
+def stage_size(candidate: Candidate, part: Part) -> float:
+    """What one microbatch keeps in a stage."""
+    return _stage_size(_core(candidate), part)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _stage_size(core: Candidate, part: Part) -> float:
+    return float(stage_bytes(core, part))
+
+
+def _core(candidate: Candidate) -> Candidate:
+    """The candidate without what a block's activations do not depend on."""
+    layout = candidate.layout
+    inner = Layout(tp_degree=layout.tp_degree, cp_degree=layout.cp_degree, ep_degree=layout.ep_degree)
+    return replace(candidate, layout=inner, rows=1)
 
 
 def worst(candidate: Candidate, table: Table) -> Memory:
@@ -130,7 +151,9 @@ def _block(candidate: Candidate, layer: int) -> float:
     tokens = candidate.train.local_batch_size * candidate.train.seq_len // candidate.layout.token_shards
     copies = model.num_experts_per_tok if model.is_moe(layer) else 1
     rows = 2 * 2.0 * copies * model.hidden_size
-    return WEIGHT_GRADIENT * _largest(candidate, layer) + tokens * (rows + 3 * _keeping(candidate, layer))
+    return WEIGHT_GRADIENT * _largest(candidate, layer) + tokens * (
+        rows + 3 * _keeping(_core(candidate), layer)
+    )
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -140,18 +163,19 @@ def _keeping(candidate: Candidate, layer: int) -> float:
     return max(0.0, block_bytes(everything, layer) - block_bytes(candidate, layer))
 
 
-def _numel(param: Param, candidate: Candidate) -> float:
-    layout = candidate.layout
+def _numel(param: Param, layout: Layout) -> float:
     return param.numel / {"expert": layout.ep_degree, "sharded": layout.tp_degree}.get(kind_of(param), 1)
 
 
-@functools.lru_cache(maxsize=1 << 12)
-def _of_layer(candidate: Candidate, layer: int) -> tuple[tuple[str, float], ...]:
+@functools.lru_cache(maxsize=1 << 10)
+def _params_of(model: ModelConfig, layer: int) -> tuple[Param, ...]:
+    return tuple(param for param in parameters(model) if param.name.startswith(f"layers.{layer}."))
+
+
+def _of_layer(candidate: Candidate, layer: int) -> list[tuple[str, float]]:
     """Kind and elements of a layer's parameters on one rank."""
-    start = f"layers.{layer}."
-    return tuple(
-        (kind_of(p), _numel(p, candidate)) for p in parameters(candidate.model) if p.name.startswith(start)
-    )
+    params = _params_of(candidate.model, layer)
+    return [(kind_of(param), _numel(param, candidate.layout)) for param in params]
 
 
 def _largest(candidate: Candidate, layer: int) -> float:
@@ -172,4 +196,4 @@ def _update(candidate: Candidate, here: tuple[Part, ...]) -> float:
         return 0.0
     layout = candidate.layout
     held = held_by(candidate.model, here)
-    return UPDATE * max(_numel(p, candidate) / replicas_of(layout, kind_of(p)) for p in held)
+    return UPDATE * max(_numel(p, layout) / replicas_of(layout, kind_of(p)) for p in held)

@@ -2,7 +2,8 @@
 
 Candidates wait in order of a time that they cannot undercut. The first in line is looked at more closely:
 its bound is raised to what its busiest rank computes, its memory is counted exactly, at last its table is
-simulated. One that comes first with a simulated time is faster than anything behind it (A*, with admissible bounds).
+simulated. One that comes first with a simulated time is faster than anything behind it (A*, with bounds that
+are admissible).
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.errors import ConfigError
-from benthic.parallel.activations import stage_bytes
 from benthic.parallel.parts import parts_of
-from benthic.plan.training.memory import Memory, kept, usable
+from benthic.plan.training.memory import Memory, kept, stage_size, usable
 from benthic.plan.training.space import Space, candidate, walk
 from benthic.plan.training.stage import Prices, stages, transfer
 from benthic.plan.training.step import Step, step
@@ -23,9 +23,11 @@ from benthic.plan.training.tables import digest
 from benthic.plan.training.update import update
 
 if TYPE_CHECKING:
+    from benthic.model.part import Part
     from benthic.plan.training.candidate import Candidate
     from benthic.plan.training.space import Bounded, Choice, Question
     from benthic.plan.training.tables import Digest
+    from benthic.spec.model import ModelConfig
 
 _ROUNDING: Final = 1 - 1e-9
 
@@ -160,12 +162,21 @@ class _Search:
 def fullest(one: Candidate, table: Digest) -> Memory:
     """The pipeline rank that needs most memory."""
     parts = parts_of(one.model, one.layout, table.table.stages)
-    size = [float(stage_bytes(one, part)) for part in parts]
-    ranks = range(table.table.ranks)
-    return max(
-        (Memory(pp, kept(one, table.table.routes, pp, table.activations(pp, size))) for pp in ranks),
-        key=lambda memory: memory.total,
-    )
+    size = [stage_size(one, part) for part in parts]
+    routes = table.table.routes
+    alike: dict[object, tuple[float, int]] = {}
+    for pp in range(table.table.ranks):
+        here = [part for stage, part in enumerate(parts) if any(route[stage] == pp for route in routes)]
+        key = tuple((_kinds(one.model, part), part.embed, part.head, part.mtp) for part in here)
+        alike[key] = max(alike.get(key, (0.0, 0)), (table.activations(pp, size), pp))
+    found = (Memory(pp, kept(one, routes, pp, held)) for held, pp in alike.values())
+    return max(found, key=lambda memory: memory.total)
+
+
+def _kinds(model: ModelConfig, part: Part) -> tuple[int, int]:
+    """Dense and mixed layers of a stage."""
+    mixed = sum(model.is_moe(layer) for layer in part.layers)
+    return len(part.layers) - mixed, mixed
 
 
 def pareto(question: Question, space: Space, first: Found, *, points: int = 4) -> list[Evaluated]:

@@ -120,10 +120,8 @@ def walk(question: Question, space: Space) -> Iterator[Bounded]:
         for recompute in space.recomputes:
             for rows in space.local_batch_sizes:
                 for tp, cp, ep in _inner(question, space):
-                    part = _Part(
-                        question, space, Choice("1f1b", None, 1, ep, tp, cp, 1, rows, recompute, precision)
-                    )
-                    yield from part.choices()
+                    first = Choice("1f1b", None, 1, ep, tp, cp, 1, rows, recompute, precision)
+                    yield from _Part(question, space, first).choices()
 
 
 def divisors(number: int) -> tuple[int, ...]:
