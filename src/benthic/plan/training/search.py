@@ -1,7 +1,7 @@
 """The fastest candidates that fit, found without looking closely at most.
 
 Candidates wait in order of a time that they cannot undercut. The first in line is looked at more closely:
-its bound is raised to what its busiest rank computes, its memory is counted exactly, at last its table is
+its bound is raised to what its busiest rank computes; next time its memory is counted and its table
 simulated. One that comes first with a simulated time is faster than anything behind it (A*, with bounds that
 are admissible).
 """
@@ -76,8 +76,7 @@ class _Waiting(NamedTuple):
     number: int
     closeness: int
     choice: Choice
-    found: Evaluated | None
-    memory: Memory | None
+    found: Evaluated | None = None
 
 
 def search(question: Question, space: Space, *, keep: int = 5, capacity: float | None = None) -> Found:
@@ -100,7 +99,7 @@ class _Search:
 
     def run(self, space: Space, keep: int) -> Found:
         waiting = [
-            _Waiting(one.seconds, next(self.numbers), 0, one.choice, None, None)
+            _Waiting(one.seconds, next(self.numbers), 0, one.choice)
             for one in walk(self.question, space)
             if self._may_fit(one)
         ]
@@ -130,29 +129,27 @@ class _Search:
             found.fastest_refused = refused
         return False
 
-    def _weigh(self, first: _Waiting) -> _Waiting | None:
-        """Raise the bound to what the busiest rank computes, and count the memory."""
+    def _weigh(self, first: _Waiting) -> _Waiting:
+        """Raise the bound to what the busiest rank computes."""
         self.found.looked_at += 1
         one, table = self._of(first.choice)
-        memory = fullest(one, table)
-        if not self._fits(first.choice, memory.total, first.seconds):
-            return None
         machine = self.question.machine
         work = stages(one, machine, table.table.stages)
         prices = Prices(work, machine, transfer=transfer(one, machine))
         ending = update(one, machine, table.table.routes)
         seconds = table.least(prices, work) + ending.end.seconds
         seconds += ending.each_microbatch.seconds * one.microbatches
-        bound = max(first.seconds, seconds * _ROUNDING)
-        return _Waiting(bound, first.number, 1, first.choice, None, memory)
+        return first._replace(seconds=max(first.seconds, seconds * _ROUNDING), closeness=1)
 
-    def _simulate(self, first: _Waiting) -> _Waiting:
-        self.found.simulated += 1
+    def _simulate(self, first: _Waiting) -> _Waiting | None:
+        """Count the memory, and run the table of what fits."""
         one, table = self._of(first.choice)
-        assert first.memory is not None, "memory is counted before time"  # noqa: S101
+        memory = fullest(one, table)
+        if not self._fits(first.choice, memory.total, first.seconds):
+            return None
+        self.found.simulated += 1
         taken = step(one, self.question.machine, table.order)
-        found = Evaluated(first.choice, taken, first.memory)
-        return _Waiting(taken.seconds, first.number, 2, first.choice, found, first.memory)
+        return first._replace(seconds=taken.seconds, found=Evaluated(first.choice, taken, memory))
 
     def _of(self, choice: Choice) -> tuple[Candidate, Digest]:
         one = candidate(self.question, choice)

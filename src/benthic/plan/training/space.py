@@ -61,8 +61,8 @@ class Space:
         "dualpipe",
         "dualpipev",
     )
-    virtual_stages: tuple[int, ...] = (2, 3, 4)
-    local_batch_sizes: tuple[int, ...] = (1, 2, 4)
+    virtual_stages: tuple[int, ...] = (2,)
+    local_batch_sizes: tuple[int, ...] = (1, 2)
     recomputes: tuple[str, ...] = tuple(RECOMPUTES)
     precisions: tuple[str, ...] = tuple(PRECISIONS)
 
