@@ -23,6 +23,8 @@ from benthic.plan.training.tables import digest
 from benthic.plan.training.update import update
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from benthic.model.part import Part
     from benthic.plan.training.candidate import Candidate
     from benthic.plan.training.space import Bounded, Choice, Question
@@ -58,14 +60,14 @@ class Refused(NamedTuple):
 class Found:
     """What a search came to.
 
-    best: fastest first. screened: choices that were bounded. simulated: those whose table was run. too_large:
+    best: fastest first. evaluated: all that were simulated. screened: choices that were bounded. too_large:
     how many do not fit. fastest_refused: the least bounded time among them. smallest: the least memory seen.
     """
 
     best: list[Evaluated] = field(default_factory=list)
+    evaluated: list[Evaluated] = field(default_factory=list)
     screened: int = 0
     looked_at: int = 0
-    simulated: int = 0
     too_large: int = 0
     fastest_refused: Refused | None = None
     smallest: Refused | None = None
@@ -147,9 +149,9 @@ class _Search:
         memory = fullest(one, table)
         if not self._fits(first.choice, memory.total, first.seconds):
             return None
-        self.found.simulated += 1
         taken = step(one, self.question.machine, table.order)
-        return first._replace(seconds=taken.seconds, found=Evaluated(first.choice, taken, memory))
+        self.found.evaluated.append(Evaluated(first.choice, taken, memory))
+        return first._replace(seconds=taken.seconds, found=self.found.evaluated[-1])
 
     def _of(self, choice: Choice) -> tuple[Candidate, Digest]:
         one = candidate(self.question, choice)
@@ -176,13 +178,10 @@ def _kinds(model: ModelConfig, part: Part) -> tuple[int, int]:
     return len(part.layers) - mixed, mixed
 
 
-def pareto(question: Question, space: Space, first: Found, *, points: int = 4) -> list[Evaluated]:
-    """The fastest candidate at ever less memory, from what the fastest of all needs downwards."""
-    front = first.best[:1]
-    while front and len(front) < points:
-        capacity = front[-1].memory.total * 0.85
-        better = search(question, space, keep=1, capacity=capacity).best
-        if not better:
-            break
-        front += better
-    return front
+def front(evaluated: Iterable[Evaluated]) -> list[Evaluated]:
+    """Those that nothing beats in both time and memory, fastest first; cost goes with time."""
+    found: list[Evaluated] = []
+    for one in sorted(evaluated, key=lambda one: (one.step.seconds, one.memory.total)):
+        if not found or one.memory.total < found[-1].memory.total:
+            found.append(one)
+    return found
