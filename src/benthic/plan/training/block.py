@@ -86,14 +86,17 @@ def head(shape: Shape) -> Iterator[Step]:
     """The last norm, logits and cross-entropy, in BF16."""
     model, tokens = shape.model, shape.tokens
     size = 2.0 * tokens * model.hidden_size
-    sizes = {"m": tokens, "n": float(model.vocab_size), "k": float(model.hidden_size)}
+
+    def product(name: str) -> Gemm:
+        return Gemm(m=tokens, n=model.vocab_size, k=model.hidden_size, name=name)
+
     yield Step("F", "norms", MemoryBound(bytes=2 * size, name="rms_norm"))
     yield Step("I", "norms", MemoryBound(bytes=3 * size, name="rms_norm backward"))
-    yield Step("F", "head", Gemm(name="cross entropy", **sizes))
+    yield Step("F", "head", product("cross entropy"))
     yield Step("F", "head", MemoryBound(bytes=4.0 * tokens * model.vocab_size))
-    yield Step("I", "head", Gemm(name="cross entropy input", **sizes))
+    yield Step("I", "head", product("cross entropy input"))
     yield Step("I", "head", MemoryBound(bytes=4.0 * tokens * model.vocab_size))
-    yield Step("W", "head", Gemm(name="cross entropy weight", **sizes))
+    yield Step("W", "head", product("cross entropy weight"))
     yield Step("W", "gradients", _accumulate(shape, model.vocab_size * model.hidden_size))
 
 
