@@ -3,7 +3,7 @@
 DeepSeek-V3's published run on 2,048 H800, its hours and its step breakdown (DeepSeek-V3 report, table 1;
 Insights into DeepSeek-V3, table 4): nothing of the planner was fitted to them. Our own runs on H200, from
 `train_ranks.json`, `train_full.json` and `train_gpu.json`: the host's share was read from the slots of the
-zb-h1 run, which is therefore no test of itself; constants of working memory were set with these peaks in view.
+zb-h1 run, which is therefore no test of itself; constants of working memory were set in view of these peaks.
 """
 
 from __future__ import annotations
