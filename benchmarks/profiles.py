@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from benthic.plan import cost
-from benthic.plan.cost.machine import Measured, Profile, read
+from benthic.plan.cost.machine import Machine, Measured, Profile, read
 from benthic.plan.cost.ops import (
     AllToAll,
     Attention,
@@ -26,6 +29,11 @@ from benthic.plan.cost.ops import (
     Op,
     PointToPoint,
 )
+from benthic.plan.training.candidate import Candidate, Rows
+from benthic.plan.training.stage import stages
+from benthic.spec import hardware as gpus
+from benthic.spec import presets
+from benthic.spec.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +45,7 @@ LIBRARIES: Final = "cuBLAS, scaled_mm and NCCL 2.28.9 on two H200, medians, 2026
 DEEPGEMM: Final = "DeepGEMM README, February 2025, H800"
 DEEPEP: Final = "DeepEP README, H800: 4096 tokens, hidden 7168, top-8 of 4 groups, FP8 out and BF16 home"
 FLASHMLA: Final = "FlashMLA README, April 2025, H800"
+HOST: Final = "host: benchmarks/results/spans/zb-h1-rank-*.jsonl and exchange.json"
 
 # m, n, k and TFLOP/s
 CUBLAS: Final = (
@@ -71,15 +80,59 @@ def main() -> None:
     measured = RESULTS / "calibrate_h200.json"
     more = read(measured).points if measured.exists() else ()
     source = "benchmarks/results/kernels_h200.json; " + LIBRARIES
-    write("h200", [*kernels(), *libraries, *more], source)
-    write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {DEEPEP}; {FLASHMLA}")
+    write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {DEEPEP}; {FLASHMLA}", {})
+    bare = write("h200", [*kernels(), *libraries, *more], source, {})
+    write("h200", list(bare.points), f"{source}; {HOST}", {**host_of_blocks(bare), **host_of_exchange()})
 
 
-def write(name: str, points: list[Measured], source: str) -> None:
+def write(name: str, points: list[Measured], source: str, overheads: dict[str, float]) -> Profile:
     """One profile."""
     path = PROFILES / f"{name}.json"
-    path.write_text(Profile(hardware=name, source=source, points=tuple(points)).as_json())
-    print(f"wrote {path.name}: {len(points)} points")
+    profile = Profile(hardware=name, source=source, points=tuple(points), overheads=overheads)
+    path.write_text(profile.as_json())
+    print(f"wrote {path.name}: {len(points)} points, {len(overheads)} overheads")
+    return profile
+
+
+def host_of_blocks(profile: Profile) -> dict[str, float]:
+    """What the slots of a measured run last beyond the operations in them: the GPU waits for the host.
+
+    The run is zb-h1 on two ranks of `benchmarks/train_ranks.py`: two blocks on the first, two and the head on
+    the second. Per block the first stage's excess, for the head what the second has beyond its blocks'.
+    """
+    moonlight = replace(presets.get("moonlight-16b-a3b"), bos_token_id=0, eos_token_id=1)
+    model = replace(moonlight, num_hidden_layers=4, vocab_size=32768)
+    candidate = Candidate(model=model, layout=Layout(pp_degree=2, schedule="zb-h1"), train=Rows(), rows=8)
+    machine = Machine(hardware=gpus.get("h200"), profiles=(profile,))
+    excess = []
+    for rank, work in enumerate(stages(candidate, machine, 2)):
+        took: dict[str, list[float]] = defaultdict(list)
+        for line in (RESULTS / "spans" / f"zb-h1-rank-{rank}.jsonl").read_text().splitlines():
+            span = json.loads(line)
+            took[span["slot"][1]].append(span["end"] - span["start"])
+        forward, inputs, weights = (statistics.median(took[kind]) for kind in "FIW")
+        priced = work.forward.seconds, work.input.seconds + work.weight.seconds
+        excess.append((forward - priced[0], inputs + weights - priced[1]))
+    (forward, backward), (later, latest) = excess
+    return {
+        "host block forward": forward / 2,
+        "host block backward": backward / 2,
+        "host head forward": later - forward,
+        "host head backward": latest - backward,
+    }
+
+
+def host_of_exchange() -> dict[str, float]:
+    """A round trip of a few tokens, less the same from a CUDA graph; and one collective of a few bytes."""
+    rows = json.loads((RESULTS / "exchange.json").read_text())["rows"]
+    few = {
+        (row["exchange"], row["what"]): row["microseconds"] / 1e6
+        for row in rows
+        if row["tokens"] == 128 and row["wire"] == "bf16"
+    }
+    trip = few["nvlink", "dispatch"] + few["nvlink", "combine"]
+    graph = few["nvlink", "dispatch and combine, CUDA graph"]
+    return {"host exchange": trip - graph, "host collective": few["all_to_all", "combine"]}
 
 
 def kernels() -> Iterator[Measured]:
@@ -129,10 +182,11 @@ def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
         yield MlaDecode(requests=requests, context=requests * context, heads=heads), 1.0
     elif name == "linear_cross_entropy":
         tokens, width, vocabulary = numbers
-        once = Gemm(
-            m=tokens, n=vocabulary, k=width, name="cross entropy backward" if backward else "cross entropy"
-        )
-        yield once, 1.0
+        sizes = {"m": tokens, "n": vocabulary, "k": width}
+        for side in ("input", "weight") if backward else ():  # the two gradients, about equal
+            yield Gemm(name=f"cross entropy {side}", **sizes), 0.5
+        if not backward:
+            yield Gemm(name="cross entropy", **sizes), 1.0
     elif row["unit"] == "TB/s" and name != "mla_decode":
         moved = row["rate"] * row["microseconds"] * 1e6
         label = {"roof: copy": "copy", "permute (with sort)": "permute"}.get(name, name)

@@ -58,7 +58,9 @@ def stage_bytes(config: Setup, part: Part) -> int:
     model, layout = config.model, config.layout
     tokens = number(config.train.local_batch_size) * number(config.train.seq_len) // layout.token_shards
     layers = [*part.layers, *(model.num_hidden_layers + depth for depth in part.mtp)]
-    per_token = sum(block_bytes(config, layer) for layer in layers)
+    kinds = {model.is_moe(layer): layer for layer in layers}
+    size = {moe: block_bytes(config, layer) for moe, layer in kinds.items()}
+    per_token = sum(size[model.is_moe(layer)] for layer in layers)
     width = _BYTES[config.precision.weights] * model.hidden_size
     loss = 2 * width + 2 * _STATISTIC + _INDEX + 1  # input and output of the norm, targets, log-sum-exp
     if part.head:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from benthic.parallel.activations import peak_bytes
-from benthic.parallel.parts import holders_of, kind_of, parts_of, stages_of, unit_of
+from benthic.parallel.parts import held_by, holders_of, kind_of, parts_of, stages_of, unit_of
 from benthic.parallel.setup import MUON_PARTS
 from benthic.sched.pipeline.simulate import peak_activations
 from benthic.spec.layout import box
-from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,14 +49,25 @@ class Footprint:
 
 def footprints(config: Setup, table: Table) -> tuple[Footprint, ...]:
     """The first rank of every pipeline rank; its neighbours keep as much, but for ends of shards."""
-    return tuple(_footprint(config, table, pp) for pp in range(table.ranks))
+    peaks = peak_activations(table)
+    found = []
+    for pp in range(table.ranks):
+        kept = kept_bytes(config, table, pp) | {"activations": peak_bytes(config, table, pp)}
+        rank = config.layout.rank_at(pp, 0)
+        count = sum(_numel(param, config.layout, rank) for param in _held(config, table, pp))
+        found.append(Footprint(rank, count, kept, peaks[pp]))
+    return tuple(found)
 
 
-def _footprint(config: Setup, table: Table, pp: int) -> Footprint:
+def kept_bytes(config: Setup, table: Table, pp: int) -> dict[str, int]:
+    """What the first rank of a pipeline rank keeps whatever runs: all terms but activations.
+
+    Of the table only its routes matter.
+    """
     layout = config.layout
     rank = layout.rank_at(pp, 0)
     held = list(_held(config, table, pp))
-    found = dict.fromkeys(TERMS, 0)
+    found = dict.fromkeys(TERMS[:-1], 0)
     for params, replicas, narrow in _buckets(config, held, table):
         counts = [_numel(param, layout, rank) for param in params]
         shard = -(-sum(counts) // replicas)
@@ -66,23 +76,19 @@ def _footprint(config: Setup, table: Table, pp: int) -> Footprint:
         found["masters"] += 4 * shard if narrow else 0
         found["gradients"] += 4 * (flat if layout.zero_stage == 1 else shard)
         found["moments"] += _BYTES[config.optimizer.moment_dtype] * _moments(config, params, counts, shard)
-    peak = peak_activations(table)[pp]
-    found["activations"] = peak_bytes(config, table, pp)
-    return Footprint(rank, sum(_numel(param, layout, rank) for param in held), found, peak)
+    return found
 
 
 def _held(config: Setup, table: Table, pp: int) -> Iterator[Param]:
     """The trainable parameters of a pipeline rank's stages, each once."""
     parts = parts_of(config.model, config.layout, table.stages)
-    here = [parts[stage] for stage in stages_of(table, pp)]
-    for param in parameters(config.model):
-        if param.trainable and any(part.holds(param.name) for part in here):
-            yield param
+    here = tuple(parts[stage] for stage in stages_of(table, pp))
+    return (param for param in held_by(config.model, here) if param.trainable)
 
 
 def _buckets(config: Setup, held: list[Param], table: Table) -> Iterator[tuple[list[Param], int, bool]]:
     """The parameters of each bucket, its replicas here, and whether it is rounded from masters."""
-    holders = holders_of(parameters(config.model), parts_of(config.model, config.layout, table.stages), table)
+    holders = holders_of(config.model, parts_of(config.model, config.layout, table.stages), table.routes)
     found: dict[tuple[str, tuple[int, ...], str, bool], list[Param]] = {}
     for param in held:
         key = unit_of(param.name), holders[param.name], kind_of(param), _narrow(config, param)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from benthic.model.part import Part
+from benthic.spec.parameters import parameters
 from benthic.spec.stages import layers_of_stages
 
 if TYPE_CHECKING:
@@ -40,16 +42,22 @@ def stages_of(table: Table, pp_rank: int) -> tuple[int, ...]:
     return tuple(sorted({s for route in table.routes for s, rank in enumerate(route) if rank == pp_rank}))
 
 
+@functools.lru_cache(maxsize=256)
+def held_by(config: ModelConfig, parts: tuple[Part, ...]) -> tuple[Param, ...]:
+    """The parameters that live in any of `parts`, each once, in the order of the network."""
+    return tuple(p for p in parameters(config) if any(part.holds(p.name) for part in parts))
+
+
+@functools.lru_cache(maxsize=64)
 def holders_of(
-    params: tuple[Param, ...], parts: tuple[Part, ...], table: Table
+    config: ModelConfig, parts: tuple[Part, ...], routes: tuple[tuple[int, ...], ...]
 ) -> dict[str, tuple[int, ...]]:
-    """The pipeline ranks that hold each parameter."""
-    return {
-        param.name: tuple(
-            sorted({r[s] for r in table.routes for s, part in enumerate(parts) if part.holds(param.name)})
-        )
-        for param in params
-    }
+    """The pipeline ranks that hold each parameter; `routes` are a table's."""
+    found: dict[str, set[int]] = {param.name: set() for param in parameters(config)}
+    for stage, part in enumerate(parts):
+        for param in held_by(config, (part,)):
+            found[param.name].update(route[stage] for route in routes)
+    return {name: tuple(sorted(ranks)) for name, ranks in found.items()}
 
 
 def unit_of(name: str) -> str:

@@ -80,7 +80,7 @@ def build(
         _fill(model, seed, boxes)
     named = {n: p for model in models.values() for n, p in model.named_parameters()}
     held = [param for param in parameters(config) if param.name in named]
-    holders = holders_of(parameters(config), parts, table)
+    holders = holders_of(config, parts, table.routes)
     groups = {pps: mesh.partners(pps) for pps in sorted(set(holders.values()))}
     buckets: dict[str, list[Bucket]] = {}
     for (unit, pps, _, _), members in _grouped(held, holders, named).items():

@@ -100,8 +100,8 @@ class Machine:
         return tuple(Table.of(profile, self.hardware) for profile in self.profiles)
 
     def overhead(self, name: str) -> float:
-        """Seconds that the first profile that knows `name` gives; 0 if none does."""
-        return next((p.overheads[name] for p in self.profiles if name in p.overheads), 0.0)
+        """Seconds that the first profile gives, whose software it is; 0 if that does not know `name`."""
+        return self.profiles[0].overheads.get(name, 0.0) if self.profiles else 0.0
 
 
 @dataclass(frozen=True, eq=False)

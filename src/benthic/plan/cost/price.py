@@ -57,10 +57,10 @@ def _shares(op: Op, machine: Machine) -> Iterator[tuple[Found, Provenance]]:
         if found is None:
             continue
         if found.distance > REACH:
-            far.append(found)
+            far += [found] if table.own or op.portable else []
         elif table.own:
             yield found, "interpolated" if found.distance else "measured"
-        else:
+        elif op.portable:
             yield found, "transferred"
     if far:
         yield min(far, key=_distance), "transferred"

@@ -10,15 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benthic.plan.cost.ops import (
-    AllToAll,
-    ChunkedPrefill,
-    Collective,
-    Gemm,
-    GroupedGemm,
-    MemoryBound,
-    MlaDecode,
-)
+from benthic.plan.cost.ops import ChunkedPrefill, Gemm, GroupedGemm, MemoryBound, MlaDecode
+from benthic.plan.cost.transfers import AllToAll, Collective
 
 if TYPE_CHECKING:
     from benthic.plan.cost.ops import Op
