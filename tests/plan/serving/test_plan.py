@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from typer.testing import CliRunner
@@ -73,9 +74,7 @@ def test_the_estimate_is_near_what_the_simulation_finds(plan):
 
 def test_no_trial_on_the_front_is_beaten_in_both(plan):
     front = plan.pareto
-    assert all(
-        b.tpot_p90_s >= a.tpot_p90_s and b.rate > a.rate for a, b in zip(front, front[1:], strict=False)
-    )
+    assert all(b.tpot_p90_s >= a.tpot_p90_s and b.rate > a.rate for a, b in pairwise(front))
 
 
 def test_capacity_grows_with_the_rate_and_costs_about_the_same_a_token(plan):

@@ -130,7 +130,8 @@ def _deployment() -> Iterator[Worked]:
     )  # fmt: skip
     yield Worked(
         "load of DeepSeek's prefill GPUs", "9,200 x (1 - 0.563) / saturated",
-        9200 * (1 - 0.563) / prefilled, "", None, day, "9.2 k a GPU with 56.3 % cached is a day's mean, so it says less than what a GPU can do",
+        9200 * (1 - 0.563) / prefilled, "", None, day,
+        "9.2 k a GPU, 56.3 % of it cached, is a day's mean and no bound",
     )  # fmt: skip
 
 

@@ -181,12 +181,12 @@ class Option:
             decoding = StepLoad(
                 round(batch), round(rows), round(batch * (prompt + output / 2.0)), 0, 0, 0, round(rows)
             )
-            chunk = min(float(budget - rows), prompt)
+            chunk = min(float(budget - rows), max(prompt, fresh))
             part = 1.0 - (1.0 - min(1.0, fresh / chunk)) ** self.layout.dp_degree
             mixed = decoding._replace(
                 prefill_tokens=round(chunk),
                 prefill_pairs=round(chunk * prompt / 2.0),
-                prefill_context=round(prompt),
+                prefill_context=round(max(prompt, chunk)),
             )
             seconds = part * self.step([mixed]) + (1.0 - part) * self.step([decoding])
             chunks = math.ceil(prompt / max(1.0, budget - rows))
