@@ -2,8 +2,8 @@
 
     python benchmarks/plan_serve.py --measured serve_gpu.json --trace AzureLLMInferenceTrace2023_conv.csv
 
-steps      decode and prefill steps of our engine on one H200 (a result of `benchmarks/serve_gpu.py`): priced from
-           operations alone, and with two numbers of the engine fitted on the *other* rows (leave one out)
+steps      steps of our engine on one H200 (a result of `benchmarks/serve_gpu.py`): priced from operations
+           alone, and with the engine's own numbers fitted on the *other* rows (leave one out)
 deepseek   what DeepSeek published of its deployment
 distserve  OPT-13B on A100 by its published fit: goodput a GPU, mean of five seeds
 trace      one instance that serves a whole recorded trace, step by step, with the live scheduler
@@ -81,7 +81,7 @@ def step_rows(path: Path) -> list[Row]:
                 }
             )
     for name in ("priced_error", "fitted_error"):
-        errors = [abs(row[name]) for row in rows if row["decodes"]]
+        errors = [abs(row[name]) for row in rows if row.get("decodes")]
         rows.append({"case": f"decode steps, median |{name}|", "value": round(statistics.median(errors), 4)})
     return rows
 
