@@ -198,7 +198,7 @@ def test_a_fitted_engine_gives_its_own_steps_back():
         H200,
         Engine(name="x", graph_layer_s=5e-5, stretch=1.2, eager_layer_s=5e-3),
     )
-    loads = [decode(1), decode(64), prompt(100)]
+    loads = [decode(1), decode(64), prompt(100), prompt(16000)]
     fitted = fit_engine("x", truth, [MeasuredStep(load, truth([load])) for load in loads])
     again = PricedStep(MOONLIGHT, ServingLayout(), H200, fitted)
     for load in (decode(16), decode(200), prompt(300)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.errors import DataError
 from benthic.plan.serving.priced import TUNED, Engine, PricedStep
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benthic.plan.serving.steps import StepLoad
+
+
+_HOST_BOUND: Final = 1.15
 
 
 class MeasuredStep(NamedTuple):
@@ -25,7 +28,7 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     """Gap a layer and stretch of the kernels that fit decode steps best; relative squares, prices given.
 
     A negative gap or stretch is no engine: the gap is then 0 and the stretch alone is fitted. Host seconds of
-    a step with prompts in it are the shortest such step where that takes longer than its kernels.
+    a step with prompts in it are the shortest such step's, where kernels explain it worse than the longest.
 
     Raises:
         DataError: fewer than two decode steps.
@@ -39,11 +42,11 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     gap, stretch = _line([(plain([each.load]), each.seconds) for each in decodes])
     engine = Engine(name=name, graph_layer_s=gap / layers, stretch=stretch)
     fitted = replace_engine(step, engine)
-    prompts = [each for each in measured if each.load.prefill_tokens]
-    if prompts:
-        shortest = min(prompts, key=lambda each: each.seconds)
-        if shortest.seconds > fitted([shortest.load]):
-            engine = replace(engine, eager_layer_s=shortest.seconds / layers)
+    prompts = sorted([each for each in measured if each.load.prefill_tokens], key=lambda each: each.seconds)
+    if len(prompts) > 1:
+        slow = [each.seconds / fitted([each.load]) for each in (prompts[0], prompts[-1])]
+        if slow[0] > _HOST_BOUND * slow[1]:
+            engine = replace(engine, eager_layer_s=prompts[0].seconds / layers)
     return engine
 
 
