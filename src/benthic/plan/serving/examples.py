@@ -14,7 +14,7 @@ from benthic.plan.serving.steps import StepLoad
 from benthic.spec import kv, presets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 class Worked(NamedTuple):
@@ -40,6 +40,16 @@ class Worked(NamedTuple):
 def serving_examples() -> tuple[Worked, ...]:
     """Every example, in the order of reading."""
     return (*_kv(), *_disaggregation(), *_queues(), *_speculation(), *_deployment())
+
+
+def examples_as_lines(worked: Iterable[Worked]) -> Iterator[str]:
+    """Each example in two lines or three: what and how much; how and from where; what to know of it."""
+    for each in worked:
+        beside = "" if each.error is None else f"  (published {each.published:g}, {each.error:+.1%})"
+        yield f"{each.title}: {each.value:.6g} {each.unit}".rstrip() + beside
+        yield f"    {each.formula}  [{each.source}]"
+        if each.note:
+            yield f"    {each.note}"
 
 
 def _kv() -> Iterator[Worked]:
