@@ -1,7 +1,7 @@
 """How well the planner interpolates measured tables: `python benchmarks/leave_one_out.py TABLES`.
 
-TABLES is a folder of operator times measured on H200 (aiconfigurator's `gemm`, `mla`, `moe` and `comm` tables,
-as Parquet). Points drawn at random are left out one by one and foretold from all others of their table.
+TABLES is a folder of operator times measured on H200: aiconfigurator's `gemm`, `mla`, `moe` and `comm`, as
+Parquet. Points drawn at random are left out one by one and foretold from all others of their table.
 """
 
 from __future__ import annotations
