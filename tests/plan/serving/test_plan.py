@@ -244,8 +244,6 @@ def test_the_command_replays_a_trace(tmp_path):
     assert RUN.invoke(main.app, [*words[:4], "nowhere.csv", *words[5:]]).exception
 
 
-def test_the_command_prints_worked_examples_with_their_sources():
-    text = RUN.invoke(main.app, ["plan", "examples"]).output
-    assert "what that gains: 2.08333 x  (published 2.08, +0.2%)" in text
-    found = json.loads(RUN.invoke(main.app, ["plan", "examples", "--json"]).output)
-    assert all(each["formula"] and each["source"] for each in found)
+def test_the_command_prints_worked_examples_of_serving():
+    text = RUN.invoke(main.app, ["plan", "examples"], env={"COLUMNS": "300"}).output
+    assert "2.08333 x (+0.2%)" in text

@@ -6,6 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.plan.cost import machine as machines
+from benthic.plan.example import Example
 from benthic.plan.serving.acceptance import expected_tokens
 from benthic.plan.serving.layout import ServingLayout
 from benthic.plan.serving.priced import PricedStep
@@ -14,7 +15,7 @@ from benthic.plan.serving.steps import StepLoad
 from benthic.spec import kv, presets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
 
 class Worked(NamedTuple):
@@ -42,14 +43,18 @@ def serving_examples() -> tuple[Worked, ...]:
     return (*_kv(), *_disaggregation(), *_queues(), *_speculation(), *_deployment())
 
 
-def examples_as_lines(worked: Iterable[Worked]) -> Iterator[str]:
-    """Each example in two lines or three: what and how much; how and from where; what to know of it."""
-    for each in worked:
-        beside = "" if each.error is None else f"  (published {each.published:g}, {each.error:+.1%})"
-        yield f"{each.title}: {each.value:.6g} {each.unit}".rstrip() + beside
-        yield f"    {each.formula}  [{each.source}]"
-        if each.note:
-            yield f"    {each.note}"
+def examples() -> Iterator[Example]:
+    """The same as lines of `benthic plan examples`."""
+    for each in serving_examples():
+        error = "" if each.error is None else f" ({each.error:+.1%})"
+        yield Example(
+            topic=each.title,
+            formula=each.formula,
+            value=f"{each.value:.6g} {each.unit}".rstrip() + error,
+            printed="" if each.published is None else f"{each.published:g}",
+            source=each.source,
+            note=each.note,
+        )
 
 
 def _kv() -> Iterator[Worked]:

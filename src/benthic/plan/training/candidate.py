@@ -125,7 +125,7 @@ class Candidate:
         """Short: `PP16 dualpipe x DP128 x EP64, ZeRO-1, 1 row a microbatch, fp8, recompute deepseek-v3`."""
         layout = self.layout
         stages = "" if layout.virtual_stages is None else f" v{layout.virtual_stages}"
-        schedule = f" {layout.schedule}{stages}" if layout.pp_degree > 1 else ""
+        schedule = f" {layout.schedule}{stages}" if layout.pp_degree > 1 or layout.schedule != "1f1b" else ""
         degrees = [f"PP{layout.pp_degree}{schedule}", f"DP{layout.dp_degree}", f"EP{layout.ep_degree}"]
         degrees += [f"TP{layout.tp_degree}"] if layout.tp_degree > 1 else []
         degrees += [f"CP{layout.cp_degree}"] if layout.cp_degree > 1 else []

@@ -95,7 +95,7 @@ def flips(question: Question, found: Found) -> tuple[str, ...]:
 
 
 def _slower(first: Candidate, second: Candidate, machine: Machine) -> bool:
-    return step(first, machine).seconds > step(second, machine).seconds
+    return step(first, machine).seconds > step(second, machine).seconds * (1 + 1e-6)
 
 
 def _nothing(question: Question, space: Space, found: Found) -> str:

@@ -46,8 +46,8 @@ def _answer(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"{units.count(question.tokens)} tokens: {units.seconds(run.seconds)}, "
-        f"{run.gpu_hours / 1e3:,.0f} K GPU hours, "
-        f"${run.usd / 1e6:,.3f} M at ${plan.usd_per_gpu_hour:g} an hour, "
+        f"{run.gpu_hours:,.0f} GPU hours, "
+        f"${run.usd:,.0f} at ${plan.usd_per_gpu_hour:g} an hour, "
         f"goodput {units.percent(run.goodput)} under failures"
     )
 
