@@ -14,12 +14,12 @@ from live_memory import LiveMemory
 from small_runs import small_run, write_documents
 from spawn import spawn
 
+from benthic.parallel.activations import block_bytes, peak_bytes, stage_bytes
 from benthic.parallel.chunk import Chunk
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.pipeline import Flow
 from benthic.sched.pipeline import schedules
 from benthic.spec.layout import Layout
-from benthic.train.activations import block_bytes, peak_bytes, stage_bytes
 from benthic.train.losses import Weights
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from layouts import trainer_of, with_layout
 from small_runs import small_run, write_documents
 from spawn import spawn
 
+from benthic.parallel.footprint import footprints
 from benthic.parallel.mesh import Mesh
 from benthic.spec.layout import Layout
-from benthic.train.footprint import footprints
 from benthic.train.trainer import Trainer, rows_at, table_of
 
 if TYPE_CHECKING:

@@ -10,6 +10,8 @@ import pytest
 
 from benthic.cli.settings import apply
 from benthic.errors import ConfigError
+from benthic.parallel.footprint import footprints
+from benthic.parallel.setup import number
 from benthic.spec import hardware
 from benthic.spec.parameters import parameters
 from benthic.spec.totals import total
@@ -17,9 +19,8 @@ from benthic.train import large, recipes
 from benthic.train.checkpoint import FolderStore
 from benthic.train.data.shards import Meta, SplitInfo
 from benthic.train.fields import flatten
-from benthic.train.footprint import footprints
 from benthic.train.hardware import HardwareFacts
-from benthic.train.resolve import number, resolve
+from benthic.train.resolve import resolve
 from benthic.train.trainer import learning_rate, planned_tokens, rows_at, table_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import torch
 
 from benthic.cli.settings import apply
 from benthic.errors import ConfigError
-from benthic.train.config import PIECES, RunConfig, expanded
+from benthic.parallel.setup import PIECES, expanded
+from benthic.train.config import RunConfig
 from benthic.train.rebuild import Keeper
 from benthic.train.trainer import Trainer
 

@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING
 from rich.table import Table as Grid
 
 from benthic import units
-from benthic.parallel.stages import parts_of, stages_of
+from benthic.parallel.footprint import ACTIVATIONS_RULE, TERMS, footprints
+from benthic.parallel.parts import parts_of, stages_of
+from benthic.parallel.setup import number
 from benthic.plan.draw_text import draw_text
 from benthic.sched.pipeline.simulate import Costs, simulate
 from benthic.spec.parameters import parameters
 from benthic.train.data.shards import Meta
-from benthic.train.footprint import ACTIVATIONS_RULE, TERMS, footprints
 from benthic.train.hardware import HardwareFacts
-from benthic.train.resolve import number, resolve
+from benthic.train.resolve import resolve
 from benthic.train.trainer import planned_tokens, rows_at, table_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from benthic.model.part import Part
+    from benthic.parallel.footprint import Footprint
     from benthic.sched.pipeline.table import Table
     from benthic.train.config import RunConfig
-    from benthic.train.footprint import Footprint
     from benthic.train.resolve import Choice
 
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from benthic.cli import bench, chat, convert, data, doctor, draw, evaluate, plan, serve, train
+from benthic.cli import bench, calibrate, chat, convert, data, doctor, draw, evaluate, plan, serve, train
 from benthic.cli.folders import user_cache
 from benthic.errors import BenthicError
 from benthic.kernels import native_build
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.add_typer(plan.app, name="plan")
 app.add_typer(draw.app, name="draw")
 app.command("doctor")(doctor.doctor)
+app.command("calibrate")(calibrate.calibrate)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("convert")(convert.convert)

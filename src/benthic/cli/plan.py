@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from benthic.cli import plan_examples, plan_serve, plan_train
 from benthic.plan.model import as_dict, model_report
 from benthic.plan.model_tables import tables
 from benthic.spec import hf, presets
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Answer questions about models and layouts without running them.", no_args_is_help=True
 )
+
+
+app.command()(plan_train.train)
+app.command()(plan_serve.serve)
+app.command()(plan_serve.replay)
+app.command()(plan_examples.examples)
 
 
 @app.callback()

@@ -20,7 +20,7 @@ from benthic.model.export import Format, in_file_order
 from benthic.model.rope_layout import to_interleaved
 from benthic.model.shard_writer import ShardWriter
 from benthic.model.shards import CONFIG_FILE
-from benthic.parallel.stages import unit_of
+from benthic.parallel.parts import unit_of
 from benthic.spec.hf import to_hf
 from benthic.spec.layout import box
 from benthic.spec.parameters import parameters

@@ -10,48 +10,21 @@ from torch import nn
 
 from benthic.model.initialise import initialise
 from benthic.model.network import DeepSeek
-from benthic.model.part import Part
 from benthic.parallel.buckets import Bucket
+from benthic.parallel.parts import holders_of, kind_of, parts_of, stages_of, unit_of
 from benthic.spec.layout import box
 from benthic.spec.parameters import parameters
-from benthic.spec.stages import layers_of_stages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from benthic.model.part import Part
     from benthic.parallel.mesh import Group, Mesh
     from benthic.sched.pipeline.table import Table
-    from benthic.spec.layout import Layout
     from benthic.spec.model import ModelConfig
     from benthic.spec.parameters import Param
 
 Boxes = dict[str, tuple[slice, ...]]
-
-
-def parts_of(config: ModelConfig, layout: Layout, stages: int) -> tuple[Part, ...]:
-    """What each stage holds.
-
-    The first embeds. The last holds head and MTP modules, and for the latter a copy of the embedding, whose
-    gradients are summed with those of the first.
-    """
-    depths = tuple(range(config.num_nextn_predict_layers))
-    cut = layers_of_stages(config, stages, layout.layers_per_stage)
-    last = len(cut) - 1
-    copies = bool(depths) or config.tie_word_embeddings
-    return tuple(
-        Part(
-            layers=tuple(layers),
-            embed=k == 0 or (k == last and copies),
-            head=k == last,
-            mtp=depths if k == last else (),
-        )
-        for k, layers in enumerate(cut)
-    )
-
-
-def stages_of(table: Table, pp_rank: int) -> tuple[int, ...]:
-    """The stages that live on a pipeline rank."""
-    return tuple(sorted({s for route in table.routes for s, rank in enumerate(route) if rank == pp_rank}))
 
 
 @dataclass(frozen=True)
@@ -107,7 +80,7 @@ def build(
         _fill(model, seed, boxes)
     named = {n: p for model in models.values() for n, p in model.named_parameters()}
     held = [param for param in parameters(config) if param.name in named]
-    holders = holders_of(parameters(config), parts, table)
+    holders = holders_of(config, parts, table.routes)
     groups = {pps: mesh.partners(pps) for pps in sorted(set(holders.values()))}
     buckets: dict[str, list[Bucket]] = {}
     for (unit, pps, _, _), members in _grouped(held, holders, named).items():
@@ -157,18 +130,6 @@ def _share(models: Mapping[int, DeepSeek]) -> None:
                 _replace(model, name, seen[name])
 
 
-def holders_of(
-    params: tuple[Param, ...], parts: tuple[Part, ...], table: Table
-) -> dict[str, tuple[int, ...]]:
-    """The pipeline ranks that hold each parameter."""
-    return {
-        param.name: tuple(
-            sorted({r[s] for r in table.routes for s, part in enumerate(parts) if part.holds(param.name)})
-        )
-        for param in params
-    }
-
-
 Key = tuple[str, tuple[int, ...], str, torch.dtype]
 
 
@@ -183,21 +144,6 @@ def _grouped(
             key = (unit_of(param.name), holders[param.name], kind_of(param), dtype)
             found.setdefault(key, []).append(param)
     return found
-
-
-def unit_of(name: str) -> str:
-    """What is gathered together under ZeRO-3: embed, head (with the last norm), layers.N or mtp.K."""
-    top, _, rest = name.partition(".")
-    if top in {"layers", "mtp"}:
-        return f"{top}.{rest.partition('.')[0]}"
-    return "embed" if top == "embed" else "head"
-
-
-def kind_of(param: Param) -> str:
-    """Which ranks of a pipeline rank hold the same part: "expert", "sharded" (by tensor) or "dense" ones."""
-    if "expert" in param.axes:
-        return "expert"
-    return "sharded" if {"heads", "ffn"} & set(param.axes) else "dense"
 
 
 def _replicas(param: Param, mesh: Mesh) -> Group:

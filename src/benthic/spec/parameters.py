@@ -85,7 +85,7 @@ class Param:
     @property
     def fp8(self) -> bool:
         """Whether released checkpoints store it in FP8; its products are those that training runs in FP8."""
-        return all(tensor.precision == "fp8" for tensor in self.hf)
+        return self.hf[0].precision == "fp8"  # a parameter's tensors are stored alike
 
 
 @functools.lru_cache(maxsize=32)

@@ -35,6 +35,11 @@ def layers_of_stages(
             "Every stage needs a layer: lower pp_degree or virtual_stages."
         )
         raise ConfigError(message)
+    return _cut(config, stages)
+
+
+@functools.lru_cache(maxsize=256)
+def _cut(config: ModelConfig, stages: int) -> tuple[range, ...]:
     return _balanced(*work(config), stages)
 
 

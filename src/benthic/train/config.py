@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Literal
 
 from benthic.spec.layout import Layout
 from benthic.spec.model import ModelConfig  # noqa: TC001 (fields.field_types resolves it)
 from benthic.train.curve import Curve
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Auto = Literal["auto"]
 Phase = Literal["attention", "dispatch", "experts", "combine"]
@@ -26,8 +23,6 @@ Recomputed = Literal[
     "expert_outputs",
     "deepseek-v3",
 ]
-PIECES: Final = ("norms", "up_projections", "swiglu", "expert_inputs", "expert_outputs")
-PRESETS: Final = {"deepseek-v3": ("norms", "up_projections", "swiglu", "expert_outputs")}
 FloatType = Literal["float32", "bfloat16"]
 NumberType = Literal["float32", "bfloat16", "fp8"]
 
@@ -262,8 +257,3 @@ class RunConfig:
     offload: tuple[Phase, ...] = ()
     init_from: str = ""
     init_mtp: Literal["checkpoint", "fresh"] = "checkpoint"
-
-
-def expanded(recompute: Sequence[str]) -> frozenset[str]:
-    """Phases and pieces, presets replaced by what they stand for."""
-    return frozenset(part for name in recompute for part in PRESETS.get(name, (name,)))

@@ -9,7 +9,7 @@ import torch
 from benthic.errors import ConfigError
 from benthic.model.local import LocalExchange
 from benthic.parallel.exchange import AllToAllExchange
-from benthic.train.resolve import number
+from benthic.parallel.setup import number
 
 if TYPE_CHECKING:
     from benthic.model.sockets import Exchange

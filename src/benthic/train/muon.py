@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from benthic.parallel.setup import MUON_PARTS
 from benthic.parallel.whole_matrices import WholeMatrices, matrices_of
 from benthic.train.optimizer import AdamW
 from benthic.train.precision import DTYPES
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from benthic.parallel.buckets import Bucket, Piece
     from benthic.spec.parameters import Param
     from benthic.train.config import OptimizerConfig
-
-PARTS: Final = frozenset({"attention", "dense MLP", "routed experts", "shared experts", "MTP projection"})
-"""Parts of the network whose matrices are Muon's."""
 
 _COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 _STEPS: Final = 5
@@ -87,8 +85,8 @@ class Muon:
         found = (_part(bucket, params) for bucket in buckets)
         self._parts = tuple(part for part in found if part is not None)
         pieces = [piece for bucket in buckets for piece in bucket.pieces()]
-        self._rest = AdamW([p for p in pieces if params[p.name].part not in PARTS], config)
-        self._pieces = {p.name: p for p in pieces if params[p.name].part in PARTS}
+        self._rest = AdamW([p for p in pieces if params[p.name].part not in MUON_PARTS], config)
+        self._pieces = {p.name: p for p in pieces if params[p.name].part in MUON_PARTS}
         dtype = DTYPES[config.moment_dtype]
         self._momentum = {n: torch.zeros_like(p.master, dtype=dtype) for n, p in self._pieces.items()}
 
@@ -146,7 +144,7 @@ class Muon:
 
 
 def _part(bucket: Bucket, params: Mapping[str, Param]) -> _Part | None:
-    shapes = {n: tuple(p.shape) for n, p in bucket.params.items() if params[n].part in PARTS}
+    shapes = {n: tuple(p.shape) for n, p in bucket.params.items() if params[n].part in MUON_PARTS}
     if not shapes:
         return None
     whole = WholeMatrices.of(matrices_of(shapes, bucket.starts), bucket.length, bucket.group)

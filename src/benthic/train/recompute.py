@@ -31,7 +31,7 @@ from benthic.model.mla import LowRankAttention
 from benthic.model.products import Kept, Products, SplitLinear
 from benthic.model.sockets import InFlight
 from benthic.parallel.context import ContextAttend
-from benthic.train.config import PIECES, expanded
+from benthic.parallel.setup import PIECES, expanded
 from benthic.train.rebuild import Keeper, Recipe, as_before
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from benthic.errors import ConfigError
 from benthic.parallel.exchange_choice import GPUS_OF_A_HOST, assumed_spots, choose_exchange, facts_among
+from benthic.parallel.setup import expanded, number
 from benthic.spec.parameters import parameters
-from benthic.train.config import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -234,18 +234,6 @@ def _local_batch(loop: LoopConfig, facts: HardwareFacts, note: Callable[[Choice]
 
 def _divides(rows: int, loop: LoopConfig) -> bool:
     return number(loop.global_batch_size) % rows == 0
-
-
-def number(value: int | str) -> int:
-    """A field that `resolve` has made a number.
-
-    Raises:
-        ConfigError: it is still `auto`.
-    """
-    if isinstance(value, str):
-        message = f"{value!r} is not resolved; call train.resolve first."
-        raise ConfigError(message)
-    return value
 
 
 def _problems(config: RunConfig, facts: HardwareFacts, data: Meta) -> Iterator[str]:

@@ -14,6 +14,7 @@ from benthic.parallel.exchange_choice import spots_of
 from benthic.parallel.export import save_stages
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.peers import Peers
+from benthic.parallel.setup import number
 from benthic.parallel.start import Launch, anyone
 from benthic.parallel.watchdog import Watchdog
 from benthic.spec.parameters import parameters
@@ -28,7 +29,7 @@ from benthic.train.initial import open_initial
 from benthic.train.measure import Measures
 from benthic.train.precision import DTYPES
 from benthic.train.records import EVALUATIONS, Records
-from benthic.train.resolve import number, resolve
+from benthic.train.resolve import resolve
 from benthic.train.sample import sample
 from benthic.train.speed import Meter, console_line
 from benthic.train.trainer import Trainer, planned_tokens

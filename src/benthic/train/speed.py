@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic import units
+from benthic.parallel.setup import number
 from benthic.spec import flops
-from benthic.train.resolve import number
 
 if TYPE_CHECKING:
     from benthic.train.config import RunConfig

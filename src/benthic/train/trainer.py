@@ -14,6 +14,7 @@ from benthic.model.block import MoeBlock
 from benthic.model.products import WeightGradients
 from benthic.parallel.buckets import global_norm
 from benthic.parallel.mesh import Mesh
+from benthic.parallel.setup import number
 from benthic.parallel.stages import build
 from benthic.parallel.tensor import divide_products
 from benthic.sched.pipeline import schedules
@@ -34,7 +35,6 @@ from benthic.train.numerics import check_gradients, check_losses
 from benthic.train.optimizer import AdamW
 from benthic.train.precision import keep_weights, linear_socket
 from benthic.train.recompute import recompute
-from benthic.train.resolve import number
 from benthic.train.spikes import Spikes
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from benthic.errors import ConfigError, ScheduleError
 from benthic.sched.pipeline.dependencies import needs
@@ -84,6 +84,19 @@ class Costs:
         )
 
 
+class SlotCosts(Protocol):
+    """What a simulation asks of costs; `Costs` are one answer, a planner's prices another."""
+
+    @property
+    def transfer(self) -> float:
+        """From the end of an action to the arrival of its result on another rank."""
+        ...
+
+    def of_slot(self, slot: Slot) -> float:
+        """What a slot takes."""
+        ...
+
+
 class Timed(NamedTuple):
     """A slot with its start and end."""
 
@@ -132,33 +145,60 @@ class Timeline:
         return idle / busy if busy else 0.0
 
 
-def simulate(table: Table, costs: Costs) -> Timeline:
+@dataclass(frozen=True)
+class Order:
+    """A table with the order in which its slots may run and what each waits for: simulated again at no cost.
+
+    `steps` are rank, slot, what to wait for as (number of an action, whether it comes from another rank), and
+    the numbers of the slot's own actions.
+    """
+
+    table: Table
+    steps: tuple[tuple[int, Slot, tuple[tuple[int, bool], ...], tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, table: Table) -> Order:
+        """Work out the order.
+
+        Raises:
+            ScheduleError: the table deadlocks.
+        """
+        present = {action: number for number, (_, action) in enumerate(table.actions())}
+        steps = []
+        for rank, slot in run_in_order(table):
+            wanted = [n for action in slot.actions for n in needs(action, table.stages, present)]
+            waits = tuple((present[n], table.rank_of(n.stage, n.microbatch) != rank) for n in wanted)
+            steps.append((rank, slot, waits, tuple(present[action] for action in slot.actions)))
+        if len(steps) < (whole := sum(map(len, table.slots))):
+            wrong = f"table {table.name!r} deadlocks after {len(steps)} of {whole} slots"
+            message = f"{wrong}; see sched.pipeline.check"
+            raise ScheduleError(message)
+        return cls(table, tuple(steps))
+
+    def run(self, costs: SlotCosts) -> Timeline:
+        """Run every slot as early as its rank's order and the actions it needs allow."""
+        transfer, of_slot = costs.transfer, costs.of_slot
+        ended: list[float] = [0] * sum(len(own) for *_, own in self.steps)
+        slots: list[list[Timed]] = [[] for _ in range(self.table.ranks)]
+        for rank, slot, waits, own in self.steps:
+            start = slots[rank][-1].end if slots[rank] else 0
+            for number, far in waits:
+                start = max(start, ended[number] + transfer if far else ended[number])
+            end = start + of_slot(slot)
+            slots[rank].append(Timed(slot, start, end))
+            for number in own:
+                ended[number] = end
+        return Timeline(self.table, tuple(map(tuple, slots)))
+
+
+def simulate(table: Table, costs: SlotCosts) -> Timeline:
     """Run every slot as early as its rank's order and the actions it needs allow.
 
     Raises:
         ScheduleError: the table deadlocks.
         ConfigError: a cost is negative.
     """
-    present = {action for _, action in table.actions()}
-    ended: dict[Action, float] = {}
-    slots: list[list[Timed]] = [[] for _ in range(table.ranks)]
-
-    def arrival(need: Action, rank: int) -> float:
-        here = table.rank_of(need.stage, need.microbatch) == rank
-        return ended[need] if here else ended[need] + costs.transfer
-
-    for rank, slot in run_in_order(table):
-        free = slots[rank][-1].end if slots[rank] else 0
-        wanted = [n for action in slot.actions for n in needs(action, table.stages, present)]
-        start = max([free, *(arrival(need, rank) for need in wanted)])
-        end = start + costs.of_slot(slot)
-        slots[rank].append(Timed(slot, start, end))
-        ended.update(dict.fromkeys(slot.actions, end))
-    done = sum(map(len, slots))
-    if done < (whole := sum(map(len, table.slots))):
-        message = f"table {table.name!r} deadlocks after {done} of {whole} slots; see sched.pipeline.check"
-        raise ScheduleError(message)
-    return Timeline(table, tuple(map(tuple, slots)))
+    return Order.of(table).run(costs)
 
 
 def peak_activations(table: Table) -> tuple[int, ...]:

@@ -9,26 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from benthic.parallel.stages import holders_of, kind_of, parts_of, stages_of, unit_of
+from benthic.parallel.activations import peak_bytes
+from benthic.parallel.parts import held_by, holders_of, kind_of, parts_of, stages_of, unit_of
+from benthic.parallel.setup import MUON_PARTS
 from benthic.sched.pipeline.simulate import peak_activations
 from benthic.spec.layout import box
-from benthic.spec.parameters import parameters
-from benthic.train.activations import peak_bytes
-from benthic.train.muon import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from benthic.parallel.setup import Setup
     from benthic.sched.pipeline.table import Table
     from benthic.spec.layout import Layout
     from benthic.spec.parameters import Param
-    from benthic.train.config import RunConfig
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2}
 TERMS: Final = ("weights", "masters", "gradients", "moments", "activations")
 ACTIVATIONS_RULE: Final = (
     "activations are what the microbatches in flight keep for their backward, every saved tensor counted "
-    "(benthic.train.activations); beside what is listed a rank needs room for logits, for one block's "
+    "(benthic.parallel.activations); beside what is listed a rank needs room for logits, for one block's "
     "backward, for transfers and, under ZeRO-3, for gathered weights"
 )
 
@@ -48,16 +47,27 @@ class Footprint:
         return sum(self.bytes.values())
 
 
-def footprints(config: RunConfig, table: Table) -> tuple[Footprint, ...]:
+def footprints(config: Setup, table: Table) -> tuple[Footprint, ...]:
     """The first rank of every pipeline rank; its neighbours keep as much, but for ends of shards."""
-    return tuple(_footprint(config, table, pp) for pp in range(table.ranks))
+    peaks = peak_activations(table)
+    found = []
+    for pp in range(table.ranks):
+        kept = kept_bytes(config, table, pp) | {"activations": peak_bytes(config, table, pp)}
+        rank = config.layout.rank_at(pp, 0)
+        count = sum(_numel(param, config.layout, rank) for param in _held(config, table, pp))
+        found.append(Footprint(rank, count, kept, peaks[pp]))
+    return tuple(found)
 
 
-def _footprint(config: RunConfig, table: Table, pp: int) -> Footprint:
+def kept_bytes(config: Setup, table: Table, pp: int) -> dict[str, int]:
+    """What the first rank of a pipeline rank keeps whatever runs: all terms but activations.
+
+    Of the table only its routes matter.
+    """
     layout = config.layout
     rank = layout.rank_at(pp, 0)
     held = list(_held(config, table, pp))
-    found = dict.fromkeys(TERMS, 0)
+    found = dict.fromkeys(TERMS[:-1], 0)
     for params, replicas, narrow in _buckets(config, held, table):
         counts = [_numel(param, layout, rank) for param in params]
         shard = -(-sum(counts) // replicas)
@@ -66,23 +76,19 @@ def _footprint(config: RunConfig, table: Table, pp: int) -> Footprint:
         found["masters"] += 4 * shard if narrow else 0
         found["gradients"] += 4 * (flat if layout.zero_stage == 1 else shard)
         found["moments"] += _BYTES[config.optimizer.moment_dtype] * _moments(config, params, counts, shard)
-    peak = peak_activations(table)[pp]
-    found["activations"] = peak_bytes(config, table, pp)
-    return Footprint(rank, sum(_numel(param, layout, rank) for param in held), found, peak)
+    return found
 
 
-def _held(config: RunConfig, table: Table, pp: int) -> Iterator[Param]:
+def _held(config: Setup, table: Table, pp: int) -> Iterator[Param]:
     """The trainable parameters of a pipeline rank's stages, each once."""
     parts = parts_of(config.model, config.layout, table.stages)
-    here = [parts[stage] for stage in stages_of(table, pp)]
-    for param in parameters(config.model):
-        if param.trainable and any(part.holds(param.name) for part in here):
-            yield param
+    here = tuple(parts[stage] for stage in stages_of(table, pp))
+    return (param for param in held_by(config.model, here) if param.trainable)
 
 
-def _buckets(config: RunConfig, held: list[Param], table: Table) -> Iterator[tuple[list[Param], int, bool]]:
+def _buckets(config: Setup, held: list[Param], table: Table) -> Iterator[tuple[list[Param], int, bool]]:
     """The parameters of each bucket, its replicas here, and whether it is rounded from masters."""
-    holders = holders_of(parameters(config.model), parts_of(config.model, config.layout, table.stages), table)
+    holders = holders_of(config.model, parts_of(config.model, config.layout, table.stages), table.routes)
     found: dict[tuple[str, tuple[int, ...], str, bool], list[Param]] = {}
     for param in held:
         key = unit_of(param.name), holders[param.name], kind_of(param), _narrow(config, param)
@@ -91,11 +97,11 @@ def _buckets(config: RunConfig, held: list[Param], table: Table) -> Iterator[tup
         yield params, replicas_of(config.layout, kind), narrow
 
 
-def _moments(config: RunConfig, params: list[Param], counts: list[int], shard: int) -> int:
+def _moments(config: Setup, params: list[Param], counts: list[int], shard: int) -> int:
     """Elements of moments for the first shard, which the first rank updates: Muon keeps one, AdamW two."""
     at = elements = 0
     for param, count in zip(params, counts, strict=True):
-        one = config.optimizer.name == "muon" and param.part in PARTS
+        one = config.optimizer.name == "muon" and param.part in MUON_PARTS
         elements += max(0, min(at + count, shard) - at) * (1 if one else 2)
         at += count
     return elements
@@ -114,13 +120,13 @@ def _numel(param: Param, layout: Layout, rank: int) -> int:
     return count
 
 
-def _narrow(config: RunConfig, param: Param) -> bool:
+def _narrow(config: Setup, param: Param) -> bool:
     """Whether its weights are rounded from a master; under FP8 the master is the weight of linear layers."""
     weights = config.precision.weights
     return weights == "bfloat16" or (weights == "fp8" and not param.fp8)
 
 
-def _weight_bytes(config: RunConfig, *, narrow: bool) -> int:
+def _weight_bytes(config: Setup, *, narrow: bool) -> int:
     """Of one element, with the FP8 copy beside the master that is the weight."""
     if narrow:
         return 2

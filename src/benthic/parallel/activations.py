@@ -10,16 +10,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from benthic.parallel.stages import parts_of, stages_of
-from benthic.train.config import expanded
-from benthic.train.resolve import number
+from benthic.parallel.parts import parts_of, stages_of
+from benthic.parallel.setup import expanded, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benthic.model.part import Part
+    from benthic.parallel.setup import Setup
     from benthic.sched.pipeline.table import Table
-    from benthic.train.config import RunConfig
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "fp8": 2}
 _STATISTIC: Final = 4  # of a row, in float32: a norm's reciprocal root mean square, a log-sum-exp
@@ -39,7 +38,7 @@ class Kept:
     phases: tuple[str, ...]
 
 
-def peak_bytes(config: RunConfig, table: Table, pp: int) -> int:
+def peak_bytes(config: Setup, table: Table, pp: int) -> int:
     """The most that the microbatches in flight keep on a pipeline rank at once.
 
     As in `peak_activations`, the end of a backward gives back, a W if it is split.
@@ -54,12 +53,14 @@ def peak_bytes(config: RunConfig, table: Table, pp: int) -> int:
     return peak
 
 
-def stage_bytes(config: RunConfig, part: Part) -> int:
+def stage_bytes(config: Setup, part: Part) -> int:
     """What one microbatch keeps in a stage."""
     model, layout = config.model, config.layout
     tokens = number(config.train.local_batch_size) * number(config.train.seq_len) // layout.token_shards
     layers = [*part.layers, *(model.num_hidden_layers + depth for depth in part.mtp)]
-    per_token = sum(block_bytes(config, layer) for layer in layers)
+    kinds = {model.is_moe(layer): layer for layer in layers}
+    size = {moe: block_bytes(config, layer) for moe, layer in kinds.items()}
+    per_token = sum(size[model.is_moe(layer)] for layer in layers)
     width = _BYTES[config.precision.weights] * model.hidden_size
     loss = 2 * width + 2 * _STATISTIC + _INDEX + 1  # input and output of the norm, targets, log-sum-exp
     if part.head:
@@ -69,13 +70,13 @@ def stage_bytes(config: RunConfig, part: Part) -> int:
     return round(tokens * per_token)
 
 
-def block_bytes(config: RunConfig, layer: int) -> float:
+def block_bytes(config: Setup, layer: int) -> float:
     """What one block keeps of a token on the device."""
     away = set(config.offload)
     return sum(one.bytes for one in block_tensors(config, layer) if set(one.phases) - away)
 
 
-def block_tensors(config: RunConfig, layer: int) -> tuple[Kept, ...]:
+def block_tensors(config: Setup, layer: int) -> tuple[Kept, ...]:
     """Every tensor that one block keeps."""
     counted = _Block(config, layer)
     return tuple(one for one in counted.tensors() if one.bytes and one.phases)
@@ -84,7 +85,7 @@ def block_tensors(config: RunConfig, layer: int) -> tuple[Kept, ...]:
 class _Block:
     """The sizes of one block under one config."""
 
-    def __init__(self, config: RunConfig, layer: int) -> None:
+    def __init__(self, config: Setup, layer: int) -> None:
         self.model, self.layout, self.precision = config.model, config.layout, config.precision
         wanted = expanded(config.recompute)
         self.again = wanted | ({"swiglu"} if self.precision.fp8_swiglu else set())

@@ -1,0 +1,176 @@
+"""How far serving predictions are from what was measured, and how fast the simulation is.
+
+    python benchmarks/plan_serve.py --measured serve_gpu.json --trace AzureLLMInferenceTrace2023_conv.csv
+
+steps      steps of our engine on one H200 (a result of `benchmarks/serve_gpu.py`): priced from operations
+           alone, and with the engine's own numbers fitted on the *other* rows (leave one out)
+deepseek   what DeepSeek published of its deployment
+distserve  OPT-13B on A100 by its published fit: goodput a GPU, mean of five seeds
+trace      one instance that serves a whole recorded trace, step by step, with the live scheduler
+plan       `benthic plan serve deepseek-v3` on 64 H200
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from provenance import write_result
+
+from benthic.plan.cost import machine as machines
+from benthic.plan.serving.demand import SHAREGPT, Fixed
+from benthic.plan.serving.distserve import Degrees, Study
+from benthic.plan.serving.engine_fit import MeasuredStep, fit_engine, replace_engine
+from benthic.plan.serving.examples import serving_examples
+from benthic.plan.serving.goodput import Targets
+from benthic.plan.serving.layout import ServingLayout
+from benthic.plan.serving.options import Question
+from benthic.plan.serving.priced import PricedStep
+from benthic.plan.serving.recordings import play_recording, read_trace
+from benthic.plan.serving.search import plan_serving
+from benthic.plan.serving.steps import StepLoad
+from benthic.spec import presets
+from benthic.spec.objectives import Objectives
+
+Row = dict[str, Any]
+
+
+def measured_steps(path: Path, weights: str) -> list[MeasuredStep]:
+    """Steps of a result: the GPU's part of decode steps, and prompts that fit one step."""
+    found = []
+    for row in json.loads(path.read_text())["rows"]:
+        if row.get("weights") != weights:
+            continue
+        if row["what"] == "decode":
+            batch, context = row["batch"], row["context"]
+            load = StepLoad(batch, batch, batch * (context + 24), 0, 0, 0, batch)
+            found.append(MeasuredStep(load, row["step_ms"] / 1e3))
+        elif row["what"] == "prefill":
+            count, length = (int(word) for word in row["prompts"].split(" x "))
+            if count * length > 16384:
+                continue
+            tokens, pairs = count * length, count * length * (length + 1) // 2
+            load = StepLoad(0, 0, 0, tokens, pairs, tokens, count)
+            found.append(MeasuredStep(load, tokens / row["tokens_per_second"]))
+    return found
+
+
+def step_rows(path: Path) -> list[Row]:
+    """Errors of priced and of fitted steps; a row is never among those that its own engine was fitted on."""
+    rows = []
+    for weights in ("bf16", "fp8"):
+        layout = ServingLayout(weights=weights, cache=weights)
+        plain = PricedStep(presets.get("moonlight-16b-a3b"), layout, machines.get("h200"))
+        steps = measured_steps(path, weights)
+        for each in steps:
+            others = [other for other in steps if other is not each]
+            fitted = replace_engine(plain, fit_engine("benthic", plain, others))
+            rows.append(
+                {
+                    "case": "step",
+                    "weights": weights,
+                    "decodes": each.load.decodes,
+                    "prefill_tokens": each.load.prefill_tokens,
+                    "measured_ms": round(1e3 * each.seconds, 3),
+                    "priced_error": round(plain([each.load]) / each.seconds - 1, 4),
+                    "fitted_error": round(fitted([each.load]) / each.seconds - 1, 4),
+                }
+            )
+    for name in ("priced_error", "fitted_error"):
+        errors = [abs(row[name]) for row in rows if row.get("decodes")]
+        rows.append({"case": f"decode steps, median |{name}|", "value": round(statistics.median(errors), 4)})
+    return rows
+
+
+def published_rows() -> list[Row]:
+    """What was published, as `benthic.plan.serving.examples` works it out."""
+    return [
+        {"case": worked.title, "value": worked.value, "published": worked.published, "error": worked.error}
+        for worked in serving_examples()
+        if worked.unit == "tokens/s/GPU"
+    ]
+
+
+def distserve_row() -> Row:
+    """Goodput a GPU of prefill TP2 and decode TP1 at 200 and 100 ms for 90 %, 300 requests."""
+    targets = Targets(objectives=Objectives(ttft_s=0.2, tpot_s=0.1))
+    found = [
+        Study(model="opt-13b", lengths=SHAREGPT, targets=targets, seed=seed)
+        .joint_goodput(Degrees(2, 1), Degrees(1, 1))
+        .rate
+        / 3
+        for seed in range(5)
+    ]
+    mean = statistics.mean(found)
+    return {"case": "DistServe OPT-13B", "per_gpu": mean, "published": 1.5625, "error": mean / 1.5625 - 1}
+
+
+def trace_row(path: Path) -> Row:
+    """An hour of requests on one H200."""
+    began = time.process_time()
+    found = play_recording(
+        presets.get("moonlight-16b-a3b"),
+        machines.get("h200"),
+        read_trace(path),
+        tp_degree=1,
+        dp_degree=1,
+        weights="bf16",
+        cache="bf16",
+        speed=1.0,
+        max_num_batched_tokens=8192,
+        max_num_seqs=256,
+        objectives=Objectives(),
+    )
+    took = time.process_time() - began
+    return {
+        "case": path.name,
+        "cpu_s": round(took, 2),
+        "times_real_time": round(found["seconds"] / took),
+        **found,
+    }
+
+
+def plan_row() -> Row:
+    """Processor seconds of the whole question, and its answer."""
+    began = time.process_time()
+    plan = plan_serving(
+        Question(
+            model=presets.get("deepseek-v3"),
+            machine=machines.get("h200"),
+            gpus=64,
+            lengths=Fixed(prompt_tokens=4000, output_tokens=500),
+            targets=Targets(objectives=Objectives(ttft_s=2.0, tpot_s=0.03)),
+        )
+    )
+    return {
+        "case": "plan serve deepseek-v3, 64 h200",
+        "cpu_s": round(time.process_time() - began, 2),
+        "screened": plan.screened,
+        "best": plan.best.candidate.name,
+        "output_tokens_per_gpu": round(plan.best.output_per_gpu, 1),
+        "estimates": {a.candidate.name: round(a.candidate.rate / max(a.rate, 1e-9), 3) for a in plan.answers},
+    }
+
+
+def main() -> None:
+    """Print the rows and write `results/plan_serve.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measured", type=Path, help="a result of benchmarks/serve_gpu.py on one H200")
+    parser.add_argument("--trace", type=Path, help="an Azure trace")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rows = step_rows(arguments.measured) if arguments.measured else []
+    rows += [*published_rows(), distserve_row(), plan_row()]
+    if arguments.trace:
+        rows.append(trace_row(arguments.trace))
+    for row in rows:
+        print(row)
+    print(write_result("plan_serve", rows, out=arguments.out))
+
+
+if __name__ == "__main__":
+    main()

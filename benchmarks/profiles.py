@@ -1,0 +1,256 @@
+"""Writes the profiles that ship with the planner: `python benchmarks/profiles.py`.
+
+`h200.json` holds our own kernels, from `benchmarks/results/kernels_h200.json`, with products and collectives
+of the libraries that we call (cuBLAS, block-scaled FP8, NCCL; medians on two H200, torch 2.11, 2026-11-22).
+What `benthic calibrate` measured on an H200 is added if `benchmarks/results/calibrate_h200.json` is there.
+`h800.json` holds what DeepSeek published of its kernels on H800. Nothing here is a whole step or run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from benthic.plan import cost
+from benthic.plan.cost.machine import Machine, Measured, Profile, read
+from benthic.plan.cost.ops import (
+    AllToAll,
+    Attention,
+    Collective,
+    Gemm,
+    GroupedGemm,
+    MemoryBound,
+    MlaDecode,
+    Op,
+    PointToPoint,
+)
+from benthic.plan.training.candidate import Candidate, Rows
+from benthic.plan.training.stage import stages
+from benthic.spec import hardware as gpus
+from benthic.spec import presets
+from benthic.spec.layout import Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+RESULTS: Final = Path(__file__).parent / "results"
+PROFILES: Final = Path(cost.__file__).parent / "profiles"
+OURS: Final = {"cudnn", "triton", "grouped_mm_cuda", "chunked", "torch"}
+LIBRARIES: Final = "cuBLAS, scaled_mm and NCCL 2.28.9 on two H200, medians, 2026-11-22"
+DEEPGEMM: Final = "DeepGEMM README, February 2025, H800"
+DEEPEP: Final = "DeepEP README, H800: 4096 tokens, hidden 7168, top-8 of 4 groups, FP8 out and BF16 home"
+FLASHMLA: Final = "FlashMLA README, April 2025, H800"
+HOST: Final = "host: benchmarks/results/spans/zb-h1-rank-*.jsonl and exchange.json"
+
+# m, n, k and TFLOP/s
+CUBLAS: Final = (
+    (8192, 8192, 8192, 699), (4096, 7168, 2048, 712), (4096, 4096, 7168, 730), (4096, 24576, 1536, 648),
+    (4096, 2112, 7168, 715), (128, 7168, 2048, 227), (64, 24576, 1536, 158),
+)  # fmt: skip
+BLOCK_FP8: Final = (
+    (8192, 8192, 8192, 1150), (4096, 7168, 2048, 1085), (4096, 4096, 7168, 1161), (4096, 24576, 1536, 1028),
+    (4096, 2112, 7168, 1063), (128, 7168, 2048, 287), (64, 24576, 1536, 226),
+)  # fmt: skip
+NCCL_ROWS: Final = ((1024, 72), (8192, 82), (32768, 255), (131072, 905))  # rows of 4096 bytes, microseconds
+DEEPGEMM_DENSE: Final = {
+    64: (206, 289, 219, 336, 287, 295),
+    128: (352, 535, 358, 645, 533, 510),
+    4096: (1058, 990, 590, 1358, 1304, 1025),
+}
+DEEPGEMM_NK: Final = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+DEEPGEMM_GROUPED: Final = (  # experts, rows each, n, k, TFLOP/s: contiguous, then masked
+    (4, 8192, 4096, 7168, 1297), (4, 8192, 7168, 2048, 1099), (8, 4096, 4096, 7168, 1288),
+    (8, 4096, 7168, 2048, 1093), (1, 1024, 4096, 7168, 1233), (1, 1024, 7168, 2048, 925),
+    (2, 512, 4096, 7168, 1040), (2, 512, 7168, 2048, 916), (4, 256, 4096, 7168, 932),
+    (4, 256, 7168, 2048, 815),
+)  # fmt: skip
+DEEPEP_NORMAL: Final = ((8, 153, 158), (16, 43, 43), (32, 58, 57), (64, 51, 50))  # ranks, GB/s out and home
+
+
+def main() -> None:
+    """Write both."""
+    libraries = [
+        *products(CUBLAS, "bf16", LIBRARIES), *products(BLOCK_FP8, "fp8", LIBRARIES), *links()
+    ]  # fmt: skip
+    measured = RESULTS / "calibrate_h200.json"
+    more = read(measured).points if measured.exists() else ()
+    source = "benchmarks/results/kernels_h200.json; " + LIBRARIES
+    write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {DEEPEP}; {FLASHMLA}", {})
+    bare = write("h200", [*kernels(), *libraries, *more], source, {})
+    write("h200", list(bare.points), f"{source}; {HOST}", {**host_of_blocks(bare), **host_of_exchange()})
+
+
+def write(name: str, points: list[Measured], source: str, overheads: dict[str, float]) -> Profile:
+    """One profile."""
+    path = PROFILES / f"{name}.json"
+    profile = Profile(hardware=name, source=source, points=tuple(points), overheads=overheads)
+    path.write_text(profile.as_json())
+    print(f"wrote {path.name}: {len(points)} points, {len(overheads)} overheads")
+    return profile
+
+
+def host_of_blocks(profile: Profile) -> dict[str, float]:
+    """What the slots of a measured run last beyond the operations in them: the GPU waits for the host.
+
+    The run is zb-h1 on two ranks of `benchmarks/train_ranks.py`: two blocks on the first, two and the head on
+    the second. Per block the first stage's excess, for the head what the second has beyond its blocks'.
+    """
+    moonlight = replace(presets.get("moonlight-16b-a3b"), bos_token_id=0, eos_token_id=1)
+    model = replace(moonlight, num_hidden_layers=4, vocab_size=32768)
+    candidate = Candidate(model=model, layout=Layout(pp_degree=2, schedule="zb-h1"), train=Rows(), rows=8)
+    machine = Machine(hardware=gpus.get("h200"), profiles=(profile,))
+    excess = []
+    for rank, work in enumerate(stages(candidate, machine, 2)):
+        took: dict[str, list[float]] = defaultdict(list)
+        for line in (RESULTS / "spans" / f"zb-h1-rank-{rank}.jsonl").read_text().splitlines():
+            span = json.loads(line)
+            took[span["slot"][1]].append(span["end"] - span["start"])
+        forward, inputs, weights = (statistics.median(took[kind]) for kind in "FIW")
+        priced = work.forward.seconds, work.input.seconds + work.weight.seconds
+        excess.append((forward - priced[0], inputs + weights - priced[1]))
+    (forward, backward), (later, latest) = excess
+    return {
+        "host block forward": forward / 2,
+        "host block backward": backward / 2,
+        "host head forward": later - forward,
+        "host head backward": latest - backward,
+    }
+
+
+def host_of_exchange() -> dict[str, float]:
+    """A round trip of a few tokens, less the same from a CUDA graph; and one collective of a few bytes."""
+    rows = json.loads((RESULTS / "exchange.json").read_text())["rows"]
+    few = {
+        (row["exchange"], row["what"]): row["microseconds"] / 1e6
+        for row in rows
+        if row["tokens"] == 128 and row["wire"] == "bf16"
+    }
+    trip = few["nvlink", "dispatch"] + few["nvlink", "combine"]
+    graph = few["nvlink", "dispatch and combine, CUDA graph"]
+    return {"host exchange": trip - graph, "host collective": few["all_to_all", "combine"]}
+
+
+def kernels() -> Iterator[Measured]:
+    """Our kernels, each as the fastest implementation that may be chosen."""
+    record = json.loads((RESULTS / "kernels_h200.json").read_text())
+    best: dict[Op, float] = {}
+    for row in record["rows"]:
+        if row["implementation"] not in OURS:
+            continue
+        for op, part in operations(row):
+            taken = row["microseconds"] / 1e6 * part
+            best[op] = min(taken, best.get(op, taken))
+    source = f"kernels_h200.json, commit {record['settings'].get('commit') or record['commit']}"
+    for op, taken in best.items():
+        yield Measured(op, taken, source)
+
+
+def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
+    """The operation of one line, and the part of its time that one takes."""
+    name, backward = row["op"].removesuffix(" backward"), row["op"].endswith(" backward")
+    numbers = [int(n) for n in re.findall(r"\d+", row["shape"])]
+    if row["op"] == "roof: product":
+        yield Gemm(m=numbers[0], n=numbers[0], k=numbers[0]), 1.0
+    elif name == "attention" and not row["shape"].startswith("ragged"):
+        rows, seq_len, heads, qk_dim, v_dim = numbers
+        yield (
+            Attention(
+                rows=rows,
+                heads=heads,
+                seq_len=seq_len,
+                qk_dim=qk_dim,
+                v_dim=v_dim,
+                causal="causal" in row["shape"],
+                backward=backward,
+            ),
+            1.0,
+        )
+    elif name == "grouped_linear":
+        experts, each, k, n = numbers
+        sides = (k, n) if backward else (n, k)  # backward: the input's and the weights' gradient, about equal
+        yield (
+            GroupedGemm(rows=experts * each, experts=experts, n=sides[0], k=sides[1]),
+            0.5 if backward else 1.0,
+        )
+    elif name == "mla_decode" and row["unit"] == "TB/s":
+        requests, context, heads = numbers
+        yield MlaDecode(requests=requests, context=requests * context, heads=heads), 1.0
+    elif name == "linear_cross_entropy":
+        tokens, width, vocabulary = numbers
+        sizes = {"m": tokens, "n": vocabulary, "k": width}
+        for side in ("input", "weight") if backward else ():  # the two gradients, about equal
+            yield Gemm(name=f"cross entropy {side}", **sizes), 0.5
+        if not backward:
+            yield Gemm(name="cross entropy", **sizes), 1.0
+    elif row["unit"] == "TB/s" and name != "mla_decode":
+        moved = row["rate"] * row["microseconds"] * 1e6
+        label = {"roof: copy": "copy", "permute (with sort)": "permute"}.get(name, name)
+        yield MemoryBound(bytes=moved, name=f"{label}{' backward' if backward else ''}"), 1.0
+
+
+def products(rows: tuple[tuple[int, ...], ...], dtype: Any, source: str) -> Iterator[Measured]:
+    """Dense products."""
+    for m, n, k, rate in rows:
+        yield Measured(Gemm(m=m, n=n, k=k, dtype=dtype), 2 * m * n * k / (rate * 1e12), source)
+
+
+def links() -> Iterator[Measured]:
+    """Two H200 over NVLink."""
+    for rows, microseconds in NCCL_ROWS:
+        yield Measured(AllToAll(nvlink=rows * 4096 / 2, ranks=2), microseconds / 1e6, LIBRARIES)
+    half = 2.0**30
+    rates: tuple[tuple[Callable[[], Op], float], ...] = (
+        (lambda: Collective(name="all-gather", bytes=2 * half, ranks=2, per_node=2), 285e9),
+        (lambda: Collective(name="reduce-scatter", bytes=2 * half, ranks=2, per_node=2), 289e9),
+        (lambda: PointToPoint(bytes=half, tier="nvlink"), 359e9),
+    )
+    for op, rate in rates:
+        yield Measured(op(), half / rate, LIBRARIES)
+
+
+def deepgemm() -> Iterator[Measured]:
+    """DeepSeek's FP8 products."""
+    for m, rates in DEEPGEMM_DENSE.items():
+        rows = tuple((m, n, k, rate) for (n, k), rate in zip(DEEPGEMM_NK, rates, strict=True))
+        yield from products(rows, "fp8", DEEPGEMM)
+    for experts, each, n, k, rate in DEEPGEMM_GROUPED:
+        op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype="fp8")
+        yield Measured(op, op.flops / (rate * 1e12), DEEPGEMM)
+
+
+def deepep() -> Iterator[Measured]:
+    """DeepSeek's exchange. Rates count the local node's share, and NVLink's where there is one node."""
+    tokens, top_k, experts = 4096, 8, 256
+    for ranks, *rates in DEEPEP_NORMAL:
+        nodes = ranks // 8
+        reached = min(4, nodes)
+        here = experts // ranks
+        chosen = experts // 2 if nodes == 8 else experts  # 4 of 8 groups, a group a node
+        spread = ranks // 2 if nodes == 8 else ranks
+        miss = 1.0
+        for picked in range(top_k):
+            miss *= (chosen - here - picked) / (chosen - picked)
+        copies = spread * (1 - miss)
+        for rate, width in zip(rates, (7392, 14336), strict=True):
+            counted = tokens * (copies if nodes == 1 else reached) * width
+            network = tokens * reached * width * (nodes - 1) / nodes
+            nvlink = tokens * copies * width * 7 / 8
+            op = AllToAll(nvlink=nvlink, network=network, ranks=ranks)
+            yield Measured(op, counted / (rate * 1e9), DEEPEP)
+
+
+def flashmla() -> Iterator[Measured]:
+    """DeepSeek's decoding attention: bound by memory with 16 heads, by products with 128."""
+    thin = MlaDecode(requests=128, context=128 * 4096, heads=16)
+    wide = MlaDecode(requests=128, context=128 * 4096, heads=128)
+    yield Measured(thin, thin.bytes / 3000e9, FLASHMLA)
+    yield Measured(wide, wide.flops / 660e12, FLASHMLA)
+
+
+if __name__ == "__main__":
+    main()

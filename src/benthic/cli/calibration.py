@@ -1,0 +1,217 @@
+"""Measures this machine's operations for the planner: what `benthic calibrate` writes."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from benthic.errors import BackendError
+from benthic.kernels import ops
+from benthic.plan.cost.machine import Measured, Profile
+from benthic.plan.cost.ops import Attention, Gemm, GroupedGemm, MemoryBound
+from benthic.plan.cost.points import Points
+from benthic.plan.cost.roofline import ideal
+from benthic.spec import hardware as gpus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from benthic.plan.cost.ops import Dtype, Op
+    from benthic.spec.hardware import Hardware
+
+_REPEATS: Final = 7
+_HOST: Final = "a host"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: rows of products, (n, k) of their weights, bytes, (rows, tokens) of attention."""
+
+    rows: tuple[int, ...]
+    weights: tuple[tuple[int, int], ...]
+    bytes: tuple[int, ...]
+    attention: tuple[tuple[int, int], ...]
+    experts: tuple[int, ...]
+
+
+ON_GPU: Final = Sizes(
+    rows=(64, 96, 128, 256, 512, 1024, 2048, 3072, 4096, 8192, 16384),
+    weights=((2112, 7168), (24576, 1536), (4096, 7168), (7168, 2048), (2816, 2048), (3072, 2048)),
+    bytes=tuple(2**power for power in range(22, 32)),
+    attention=((1, 2048), (1, 4096), (4, 4096), (1, 8192)),
+    experts=(8, 32, 64),
+)
+ON_CPU: Final = Sizes(
+    rows=(16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512),
+    weights=((256, 256), (512, 256), (1024, 512)),
+    bytes=tuple(2**power for power in range(18, 26)),
+    attention=(),
+    experts=(4,),
+)
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Median seconds of a call on a device, after one that warms up."""
+
+    device: str
+    clock: Callable[[], float] = perf_counter
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Of one call; several are timed together where one is short."""
+        call()
+        once = self._time(call, 1)
+        count = max(1, min(50, int(2e-3 / max(once, 1e-7))))
+        return statistics.median(self._time(call, count) / count for _ in range(_REPEATS))
+
+    def _time(self, call: Callable[[], object], count: int) -> float:
+        self._wait()
+        start = self.clock()
+        for _ in range(count):
+            call()
+        self._wait()
+        return max(self.clock() - start, 1e-9)
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def calibrate(
+    device: str, *, sizes: Sizes | None = None, clock: Callable[[], float] = perf_counter
+) -> Profile:
+    """Time products, grouped products, streams and, on a GPU, attention: under two minutes.
+
+    Raises:
+        BackendError: "cuda" was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        message = "device=cuda, but torch sees 0 CUDA GPUs. Calibrate with --device cpu."
+        raise BackendError(message)
+    chosen = sizes or (ON_GPU if device == "cuda" else ON_CPU)
+    watch = Stopwatch(device, clock)
+    source = f"benthic calibrate, torch {torch.__version__}, {_threads(device)}"
+    points = [Measured(op, watch.seconds(call), source) for op, call in _calls(device, chosen)]
+    return Profile(hardware=_name(device), source=source, points=tuple(points))
+
+
+def errors(profile: Profile) -> dict[str, float]:
+    """Median relative error of each kind's points when each is foretold from the others; leave one out."""
+    hardware = machine_of(profile)
+    found: dict[str, float] = {}
+    for kind, points in profile.kinds.items():
+        shares = [(one.op.at, ideal(one.op, hardware) / one.seconds) for one in points]
+        table, off = Points(shares), []
+        for at, share in shares:
+            foretold = table.find(at, without=at)
+            if foretold is not None:
+                off.append(abs(share / foretold.utilisation - 1.0))
+        if off:
+            found[kind] = statistics.median(off)
+    return found
+
+
+def machine_of(profile: Profile) -> Hardware:
+    """The hardware of a profile: a known GPU's, else the best rates that were measured."""
+    if profile.hardware in gpus.names():
+        return gpus.get(profile.hardware)
+    flops = max(
+        (one.op.flops / one.seconds for one in profile.points if isinstance(one.op, Gemm)), default=1.0
+    )
+    moved = [one.op.bytes / one.seconds for one in profile.points if isinstance(one.op, MemoryBound)]
+    rate = max(moved, default=1.0)
+    return gpus.Hardware(
+        name=profile.hardware,
+        bf16_flops=2 * flops,  # FP32 products take half of it
+        fp8_flops=None,
+        hbm_bytes=1.0,
+        hbm_bandwidth=rate,
+        nvlink_bandwidth=rate,
+        network_bandwidth=rate,
+        pcie_bandwidth=rate,
+        sms=1,
+        smem_bytes=1,
+        l2_bytes=1,
+        watts=1.0,
+        source=profile.source,
+    )
+
+
+def _name(device: str) -> str:
+    if device != "cuda":
+        return _HOST
+    found = torch.cuda.get_device_properties(0).name.lower()
+    return next((name for name in sorted(gpus.names(), reverse=True) if name in found), found)
+
+
+def _threads(device: str) -> str:
+    return torch.cuda.get_device_name(0) if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+def _calls(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], object]]]:
+    """What is timed, each with its operands ready."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    yield from _products(device, sizes, dtype, "bf16" if device == "cuda" else "fp32")
+    yield from _streams(device, sizes, dtype)
+    yield from _attention(device, sizes, dtype)
+
+
+def _products(
+    device: str, sizes: Sizes, dtype: torch.dtype, word: Dtype
+) -> Iterator[tuple[Op, Callable[[], object]]]:
+    for n, k in sizes.weights:
+        weight = torch.randn(n, k, device=device, dtype=dtype)
+        for m in sizes.rows:
+            x = torch.randn(m, k, device=device, dtype=dtype)
+            yield Gemm(m=m, n=n, k=k, dtype=word), partial(torch.matmul, x, weight.t())
+    n, k = sizes.weights[-1]
+    for experts in sizes.experts:
+        weights = torch.randn(experts, n, k, device=device, dtype=dtype)
+        for each in sizes.rows[2:5]:
+            rows = torch.randn(experts * each, k, device=device, dtype=dtype)
+            ends = (torch.arange(1, experts + 1, device=device) * each).to(torch.int32)
+            op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype=word)
+            yield op, partial(ops.grouped_linear, rows, weights, ends)
+
+
+def _streams(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op, Callable[[], object]]]:
+    width = 1024
+    weight = torch.ones(width, device=device, dtype=dtype)
+    for size in sizes.bytes:
+        x = torch.randn(max(1, size // (2 * width * dtype.itemsize)), width, device=device, dtype=dtype)
+        y = torch.empty_like(x)
+        yield MemoryBound(bytes=2 * x.nbytes), partial(y.copy_, x)
+        yield MemoryBound(bytes=2 * x.nbytes, name="rms_norm"), partial(ops.rms_norm, x, weight, 1e-6)
+        yield MemoryBound(bytes=1.5 * x.nbytes, name="swiglu"), partial(ops.swiglu, x)
+
+
+def _attention(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op, Callable[[], object]]]:
+    heads, qk_dim, v_dim = 16, 192, 128
+    for rows, seq_len in sizes.attention:
+        shapes = (qk_dim, qk_dim, v_dim)
+        q, k, v = (
+            torch.randn(rows * seq_len, heads, d, device=device, dtype=dtype, requires_grad=True)
+            for d in shapes
+        )
+        cu = torch.arange(rows + 1, device=device, dtype=torch.int32) * seq_len
+
+        attend = partial(
+            ops.attention,
+            q, k, v, cu, cu,
+            max_seqlen_q=seq_len,
+            max_seqlen_k=seq_len,
+            scale=qk_dim**-0.5,
+            causal=True,
+        )  # fmt: skip
+        out = attend()
+        back = partial(torch.autograd.grad, out, (q, k, v), torch.randn_like(out), retain_graph=True)
+        for backward, call in ((False, attend), (True, back)):
+            op = Attention(
+                rows=rows, heads=heads, seq_len=seq_len, qk_dim=qk_dim, v_dim=v_dim, backward=backward
+            )
+            yield op, call

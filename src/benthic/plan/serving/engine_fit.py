@@ -1,0 +1,71 @@
+"""What an engine adds to its kernels' prices, from a few measured steps of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from benthic.errors import DataError
+from benthic.plan.serving.priced import TUNED, Engine, PricedStep
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benthic.plan.serving.steps import StepLoad
+
+
+_HOST_BOUND: Final = 1.15
+
+
+class MeasuredStep(NamedTuple):
+    """One step and its seconds."""
+
+    load: StepLoad
+    seconds: float
+
+
+def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> Engine:
+    """Gap a layer and stretch of the kernels that fit decode steps best; relative squares, prices given.
+
+    A negative gap or stretch is no engine: the gap is then 0 and the stretch alone is fitted. Host seconds of
+    a step with prompts in it are the shortest such step's, where kernels explain it worse than the longest.
+
+    Raises:
+        DataError: fewer than two decode steps.
+    """
+    decodes = [each for each in measured if not each.load.prefill_tokens]
+    if len(decodes) < 2:
+        msg = f"{len(decodes)} decode steps were measured, but 2 numbers are to be fitted. Measure 2 or more."
+        raise DataError(msg)
+    plain = replace_engine(step, TUNED)
+    layers = step.model.num_hidden_layers
+    gap, stretch = _line([(plain([each.load]), each.seconds) for each in decodes])
+    engine = Engine(name=name, graph_layer_s=gap / layers, stretch=stretch)
+    fitted = replace_engine(step, engine)
+    prompts = sorted([each for each in measured if each.load.prefill_tokens], key=lambda each: each.seconds)
+    if len(prompts) > 1:
+        slow = [each.seconds / fitted([each.load]) for each in (prompts[0], prompts[-1])]
+        if slow[0] > _HOST_BOUND * slow[1]:
+            engine = replace(engine, eager_layer_s=prompts[0].seconds / layers)
+    return engine
+
+
+def replace_engine(step: PricedStep, engine: Engine) -> PricedStep:
+    """The same steps under another engine."""
+    return PricedStep(step.model, step.layout, step.machine, engine)
+
+
+def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """`a`, `b` of `y = a + b x` with least squares of `(a + b x - y) / y`; `a` not below 0."""
+    w = [1.0 / (y * y) for _, y in pairs]
+    s = sum(w)
+    sx = sum([wi * x for wi, (x, _) in zip(w, pairs, strict=True)])
+    sy = sum([wi * y for wi, (_, y) in zip(w, pairs, strict=True)])
+    sxx = sum([wi * x * x for wi, (x, _) in zip(w, pairs, strict=True)])
+    sxy = sum([wi * x * y for wi, (x, y) in zip(w, pairs, strict=True)])
+    spread = s * sxx - sx * sx
+    b = (s * sxy - sx * sy) / spread if spread > 0.0 else 0.0
+    a = (sy - b * sx) / s
+    if a < 0.0 or b <= 0.0:
+        return 0.0, sxy / sxx
+    return a, b

@@ -1,0 +1,264 @@
+"""What is asked of a serving plan, and the instances that it could be made of, each with an estimate.
+
+An estimate is a steady state: closed forms over the step's price. It orders candidates and says where a
+simulated search should begin; what is reported comes from the simulation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from benthic.errors import ConfigError
+from benthic.plan.serving import layout as layouts
+from benthic.plan.serving.acceptance import expected_tokens
+from benthic.plan.serving.layout import GpuMemory, ServingLayout
+from benthic.plan.serving.priced import TUNED, Engine, PricedStep
+from benthic.plan.serving.queueing import load_for_wait
+from benthic.plan.serving.steps import StepLoad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from benthic.plan.cost.machine import Machine
+    from benthic.plan.serving.demand import Lengths
+    from benthic.plan.serving.goodput import Targets
+    from benthic.plan.serving.layout import WeightDtype
+    from benthic.spec.model import ModelConfig
+
+BLOCK_SIZE: Final = 64
+PREFILL_BUDGET: Final = 16384
+"""Tokens of a step on an instance that only prefills."""
+BUDGETS: Final = (512, 1024, 2048, 4096, 8192)
+"""Tokens of a step on an instance that does both: less keeps TPOT, more keeps TTFT."""
+MOST_SEQUENCES: Final = 512
+_SLACK: Final = 0.97
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a serving plan answers.
+
+    Attributes:
+        model: what is served.
+        machine: on which GPUs.
+        gpus: how many there are.
+        lengths: of the requests.
+        targets: what must be kept.
+        weights: dtype of matrices; None takes FP8 where the checkpoint and the GPU have it.
+        cache: dtype of latents.
+        engine: what the engine adds to its kernels.
+        burstiness: of arrivals; 1 is Poisson.
+        drafts: tokens that MTP drafts each step, `alpha` of which hold if those before them did.
+        alpha: see `drafts`.
+        skew: what the busiest GPU's experts get over the mean, where experts are spread.
+        dollars: of a GPU hour.
+        seed: of arrivals and lengths.
+    """
+
+    model: ModelConfig
+    machine: Machine
+    gpus: int
+    lengths: Lengths
+    targets: Targets
+    weights: WeightDtype | None = None
+    cache: WeightDtype = "bf16"
+    engine: Engine = TUNED
+    burstiness: float = 1.0
+    drafts: int = 0
+    alpha: float = 0.85
+    skew: float = 1.1
+    dollars: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            msg = f"gpus = {self.gpus}, but at least 1 GPU is needed to serve anything"
+            raise ConfigError(msg)
+        if self.drafts > 0 and not self.model.num_nextn_predict_layers:
+            msg = f"drafts = {self.drafts}, but {self.model.name} has 0 MTP layers. Set drafts to 0."
+            raise ConfigError(msg)
+
+    @property
+    def dtype(self) -> WeightDtype:
+        """The weights' dtype."""
+        if self.weights is not None:
+            return self.weights
+        native = self.model.num_nextn_predict_layers > 0 or self.model.n_routed_experts > 128
+        return "fp8" if native and self.machine.hardware.fp8_flops else "bf16"
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a decode row yields."""
+        return expected_tokens(self.alpha, self.drafts)
+
+
+class Estimate(NamedTuple):
+    """Requests a second that one instance bears, and the tokens of its steps."""
+
+    rate: float
+    budget: int
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """One way to lay an instance out, and what it can do."""
+
+    question: Question
+    layout: ServingLayout
+    step: PricedStep
+    memory: GpuMemory
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the instance."""
+        return self.layout.gpus
+
+    @cached_property
+    def blocks(self) -> int:
+        """Cache blocks of a rank."""
+        return self.memory.blocks(BLOCK_SIZE)
+
+    @property
+    def name(self) -> str:
+        """Its degrees."""
+        return self.layout.name
+
+    @cached_property
+    def sequences(self) -> int:
+        """Sequences of mean length that a rank's cache holds at once."""
+        prompt, output = self.question.lengths.mean
+        per_sequence = (prompt + output) / BLOCK_SIZE + 1.0
+        return min(MOST_SEQUENCES, int(0.95 * self.blocks / per_sequence))
+
+    @cached_property
+    def prompt_s(self) -> float:
+        """Seconds to compute one mean prompt on every rank at once."""
+        return self.step([self._prefill_load(self.question.lengths.mean[0])])
+
+    def decode_s(self, batch: float) -> float:
+        """Seconds of a step that decodes `batch` sequences a rank, half way through their answers."""
+        prompt, output = self.question.lengths.mean
+        rows = batch * (1 + self.question.drafts)
+        load = StepLoad(
+            round(batch), round(rows), round(batch * (prompt + output / 2.0)), 0, 0, 0, round(rows)
+        )
+        return self.step([load])
+
+    @cached_property
+    def prefill(self) -> Estimate:
+        """What it bears when it only prefills: the load at which enough prompts wait short enough."""
+        bound = self.question.targets.objectives.ttft_s
+        share = self.question.targets.attainment
+        wait = math.inf if bound is None else bound - self.prompt_s
+        load = 0.98 if wait == math.inf else min(0.98, load_for_wait(self.prompt_s, wait, share))
+        return Estimate(load * self.layout.dp_degree / self.prompt_s, PREFILL_BUDGET)
+
+    @cached_property
+    def decode(self) -> Estimate:
+        """What it bears when it only decodes: the largest batch that keeps TPOT and fits the cache."""
+        batch = self._largest_batch(self.decode_s)
+        rate = 0.0 if batch < 1 else self._decoded(batch, self.decode_s(batch))
+        return Estimate(rate, max(MOST_SEQUENCES * (1 + self.question.drafts), 2048))
+
+    @cached_property
+    def both(self) -> Estimate:
+        """What it bears when it does both, with the best token budget."""
+        return max([self._both(budget) for budget in BUDGETS])
+
+    def _both(self, budget: int) -> Estimate:
+        """Each step decodes a batch and computes the prompts of as many new requests as it ends."""
+        prompt, output = self.question.lengths.mean
+        bound = self.question.targets.objectives.ttft_s
+
+        def mixed_s(batch: float) -> float:
+            fresh = batch * self.question.tokens_per_step * prompt / output
+            rows = batch * (1 + self.question.drafts)
+            if fresh + rows > 0.95 * budget:
+                return math.inf
+            decoding = StepLoad(
+                round(batch), round(rows), round(batch * (prompt + output / 2.0)), 0, 0, 0, round(rows)
+            )
+            chunk = min(float(budget - rows), max(prompt, fresh))
+            part = 1.0 - (1.0 - min(1.0, fresh / chunk)) ** self.layout.dp_degree
+            mixed = decoding._replace(
+                prefill_tokens=round(chunk),
+                prefill_pairs=round(chunk * prompt / 2.0),
+                prefill_context=round(max(prompt, chunk)),
+            )
+            seconds = part * self.step([mixed]) + (1.0 - part) * self.step([decoding])
+            chunks = math.ceil(prompt / max(1.0, budget - rows))
+            late = bound is not None and (chunks + 1.0) * self.step([mixed]) > bound
+            return math.inf if late else seconds
+
+        batch = self._largest_batch(mixed_s)
+        return Estimate(0.0 if batch < 1 else self._decoded(batch, mixed_s(batch)), budget)
+
+    def _decoded(self, batch: float, step_s: float) -> float:
+        output = self.question.lengths.mean[1]
+        return (
+            self.layout.dp_degree * batch * self.question.tokens_per_step / (max(1.0, output - 1.0) * step_s)
+        )
+
+    def _largest_batch(self, seconds: Callable[[float], float]) -> int:
+        bound = self.question.targets.objectives.tpot_s
+        within = math.inf if bound is None else _SLACK * bound * self.question.tokens_per_step
+        low, high = 0, self.sequences + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if seconds(middle) <= within else (low, middle)
+        return low
+
+    def _prefill_load(self, prompt: float) -> StepLoad:
+        tokens = max(2, round(prompt))
+        return StepLoad(0, 0, 0, tokens, tokens * (tokens + 1) // 2, tokens, 1)
+
+
+def options(question: Question) -> tuple[Option, ...]:
+    """Every layout whose weights and one sequence fit, smallest first.
+
+    Raises:
+        ConfigError: none does; names the least memory that one of them would need a GPU.
+    """
+    found, least = [], math.inf
+    prompt, output = question.lengths.mean
+    for layout in _layouts(question):
+        memory = layouts.memory_of(question.model, layout, question.machine.hardware, mtp=question.drafts > 0)
+        need = memory.weights + memory.reserve + (prompt + output + BLOCK_SIZE) * memory.token_bytes
+        if need > memory.total:
+            least = min(least, need)
+            continue
+        step = PricedStep(question.model, layout, question.machine, question.engine)
+        found.append(Option(question, layout, step, memory))
+    if not found:
+        hardware = question.machine.hardware
+        msg = (
+            f"{question.model.name} in {question.dtype} needs {least / 1e9:.0f} GB a GPU spread over "
+            f"{question.gpus} {hardware.name} or fewer, but {0.9 * hardware.hbm_bytes / 1e9:.0f} of "
+            f"{hardware.hbm_bytes / 1e9:.0f} GB may be used. Give more GPUs."
+        )
+        raise ConfigError(msg)
+    return tuple(found)
+
+
+def _layouts(question: Question) -> Iterator[ServingLayout]:
+    """Tensor parallelism inside a node, data-parallel attention in powers of two, experts over all."""
+    node = question.machine.gpus_per_node
+    gpus = 1
+    while gpus <= question.gpus:
+        tp = 1
+        while tp <= min(node, gpus):
+            layout = ServingLayout(
+                tp_degree=tp,
+                dp_degree=gpus // tp,
+                weights=question.dtype,
+                cache=question.cache,
+                overlap=gpus > node,
+                skew=question.skew if gpus > 1 else 1.0,
+            )
+            if not any(layout.problems(question.model)):
+                yield layout
+            tp *= 2
+        gpus *= 2

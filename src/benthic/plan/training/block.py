@@ -1,0 +1,322 @@
+"""What one block of the network does on one rank, operation by operation, for one microbatch.
+
+The phases are those of `benthic.model.block`; sizes with tensor and context parallelism as in
+`benthic.parallel.tensor` and `.context`; what is computed again as in `benthic.train.recompute`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from benthic.plan.cost.ops import (
+    AllToAll,
+    Attention,
+    Collective,
+    Gemm,
+    GroupedGemm,
+    MemoryBound,
+    PointToPoint,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benthic.plan.cost.ops import Dtype, Op
+    from benthic.spec.model import ModelConfig
+
+Part = Literal["F", "I", "W"]
+
+
+class Step(NamedTuple):
+    """One operation: whether forward, backward to the input, or weights; what it is for; the operation."""
+
+    part: Part
+    name: str
+    op: Op
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of one microbatch on one rank. `tokens` are its own, between the layers."""
+
+    model: ModelConfig
+    rows: int
+    seq_len: int
+    tp: int
+    cp: int
+    ep: int
+    gpus_per_node: int
+    products: Dtype
+    again: frozenset[str]
+    skew: float = 1.0
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of this rank between the layers."""
+        return self.rows * self.seq_len / (self.tp * self.cp)
+
+    @property
+    def gathered(self) -> float:
+        """Tokens whose heads and columns this rank computes: those of its tensor group."""
+        return self.tokens * self.tp
+
+
+def block(shape: Shape, *, moe: bool) -> Iterator[Step]:
+    """Every operation of one block, forward and backward."""
+    yield from _attention(shape)
+    if moe:
+        yield from _routed(shape)
+        shared = shape.model.n_shared_experts * shape.model.moe_intermediate_size
+        if shared:
+            yield from _mlp(shape, shared, "shared experts")
+    else:
+        yield from _mlp(shape, shape.model.intermediate_size, "dense MLP")
+
+
+def embedding(shape: Shape) -> Iterator[Step]:
+    """Looking rows up, and adding their gradients."""
+    size = 2.0 * shape.tokens * shape.model.hidden_size
+    yield Step("F", "embedding", MemoryBound(bytes=2 * size))
+    yield Step("W", "embedding", MemoryBound(bytes=6 * size))
+
+
+def head(shape: Shape) -> Iterator[Step]:
+    """The last norm, logits and cross-entropy, in BF16."""
+    model, tokens = shape.model, shape.tokens
+    size = 2.0 * tokens * model.hidden_size
+
+    def product(name: str) -> Gemm:
+        return Gemm(m=tokens, n=model.vocab_size, k=model.hidden_size, name=name)
+
+    yield Step("F", "norms", MemoryBound(bytes=2 * size, name="rms_norm"))
+    yield Step("I", "norms", MemoryBound(bytes=3 * size, name="rms_norm backward"))
+    yield Step("F", "head", product("cross entropy"))
+    yield Step("F", "head", MemoryBound(bytes=4.0 * tokens * model.vocab_size))
+    yield Step("I", "head", product("cross entropy input"))
+    yield Step("I", "head", MemoryBound(bytes=4.0 * tokens * model.vocab_size))
+    yield Step("W", "head", product("cross entropy weight"))
+    yield Step("W", "gradients", _accumulate(shape, model.vocab_size * model.hidden_size))
+
+
+def projection(shape: Shape) -> Iterator[Step]:
+    """An MTP module's two norms and its projection of `[hidden; embedding]`, which stays in BF16."""
+    size = shape.model.hidden_size
+    row = 2.0 * shape.tokens * size
+    yield Step("F", "norms", MemoryBound(bytes=4 * row, name="rms_norm"))
+    yield Step("I", "norms", MemoryBound(bytes=6 * row, name="rms_norm backward"))
+    yield from _product(shape, "MTP projection", shape.tokens, size, 2 * size, dtype="bf16")
+
+
+def _attention(shape: Shape) -> Iterator[Step]:
+    model, tokens, wide = shape.model, shape.tokens, shape.gathered
+    size, heads = model.hidden_size, model.num_attention_heads / shape.tp
+    again = "attention" in shape.again
+    up = again or "up_projections" in shape.again
+    yield from _norm(shape, "rms_norm", 2.0, again=again or "norms" in shape.again)
+    yield from _narrowed(shape, tokens * size)
+    latent = model.kv_lora_rank + model.qk_rope_head_dim
+    yield from _product(shape, "attention products", tokens, latent, size, again=again)
+    q_width = heads * model.qk_head_dim
+    if model.q_lora_rank is None:
+        yield from _product(shape, "attention products", wide, q_width, size, again=up)
+    else:
+        yield from _product(shape, "attention products", tokens, model.q_lora_rank, size, again=again)
+        yield from _product(shape, "attention products", wide, q_width, model.q_lora_rank, again=up)
+        yield from _narrowed(shape, wide * model.q_lora_rank)
+    yield from _narrowed(shape, wide * model.kv_lora_rank)
+    kv_width = heads * (model.qk_nope_head_dim + model.v_head_dim)
+    yield from _product(shape, "attention products", wide * shape.cp, kv_width, model.kv_lora_rank, again=up)
+    moved = 4.0 * wide * heads * (2 * model.qk_head_dim)
+    yield from _twice("rotations", MemoryBound(bytes=moved, name="rope"), again=up)
+    for backward in (False, True):
+        core = Attention(
+            rows=shape.rows,
+            heads=heads / shape.cp,
+            seq_len=shape.seq_len,
+            qk_dim=model.qk_head_dim,
+            v_dim=model.v_head_dim,
+            backward=backward,
+        )
+        yield Step("I" if backward else "F", "attention core", core)
+        if again and not backward:
+            yield Step("I", "recomputation", core)
+    o_width = heads * model.v_head_dim
+    yield from _narrowed(shape, wide * o_width)
+    yield from _product(shape, "attention products", wide, size, o_width)
+    yield from _norm(shape, "add_rms_norm", 4.0, again="norms" in shape.again)
+    yield from _shared_tokens(shape, latent)
+
+
+def _shared_tokens(shape: Shape, latent: int) -> Iterator[Step]:
+    """What tensor and context parallelism move around attention: latents gathered, outputs summed."""
+    model, tokens = shape.model, shape.tokens
+    if shape.tp > 1:
+        q = model.q_lora_rank or model.hidden_size
+        moved = 2.0 * tokens * shape.tp * (latent + q + model.hidden_size)
+        yield from _twice("tensor parallelism", _collective(shape, "all-gather", moved, shape.tp))
+    if shape.cp > 1:
+        moved = 2.0 * tokens * shape.tp * shape.cp * latent
+        yield from _twice("context parallelism", _collective(shape, "all-gather", moved, shape.cp))
+
+
+def _mlp(shape: Shape, width: int, name: str) -> Iterator[Step]:
+    """A SwiGLU network on this rank's tokens, its columns divided by tensor parallelism."""
+    model, tokens, columns = shape.model, shape.gathered, width / shape.tp
+    again = "experts" in shape.again
+    if name == "dense MLP":
+        yield from _narrowed(shape, tokens * model.hidden_size)
+    yield from _product(shape, name, tokens, 2 * columns, model.hidden_size, again=again)
+    yield from _swiglu(shape, tokens, columns)
+    yield from _product(shape, name, tokens, model.hidden_size, columns)
+    if shape.tp > 1:
+        moved = 2 * 2.0 * tokens * model.hidden_size
+        yield from _twice("tensor parallelism", _collective(shape, "all-gather", moved, shape.tp))
+
+
+def _routed(shape: Shape) -> Iterator[Step]:
+    """Gate, exchange, and the experts of this rank on the rows that come to it."""
+    model, tokens = shape.model, shape.tokens
+    size, ffn, rows = model.hidden_size, model.moe_intermediate_size, tokens * model.num_experts_per_tok
+    again = "experts" in shape.again
+    yield from _product(shape, "router", tokens, model.n_routed_experts, size, dtype="bf16")
+    yield from _twice("router", MemoryBound(bytes=24.0 * tokens * model.n_routed_experts))
+    yield from _exchange(shape)
+    copies = 2.0 * size * (tokens + rows) * shape.skew
+    yield Step("F", "permutation", MemoryBound(bytes=copies, name="permute"))
+    yield Step("I", "permutation", MemoryBound(bytes=copies, name="permute backward"))
+    if again or "expert_inputs" in shape.again:
+        yield Step("I", "recomputation", MemoryBound(bytes=copies, name="permute"))
+    if shape.products == "fp8":
+        yield from _narrowed(shape, rows * size)
+    yield from _grouped(shape, 2 * ffn, size, again=again)
+    yield from _swiglu(shape, rows * shape.skew, ffn)
+    yield from _grouped(shape, size, ffn, again=again or "expert_outputs" in shape.again)
+    yield Step("F", "permutation", MemoryBound(bytes=copies, name="unpermute"))
+    yield Step("I", "permutation", MemoryBound(bytes=2 * copies, name="unpermute backward"))
+
+
+def _grouped(shape: Shape, n: float, k: float, *, again: bool) -> Iterator[Step]:
+    """A product of every expert here with its rows, and its two gradients."""
+    model = shape.model
+    rows, experts = shape.tokens * model.num_experts_per_tok, model.n_routed_experts / shape.ep
+
+    def product(n: float, k: float) -> GroupedGemm:
+        return GroupedGemm(rows=rows, experts=experts, n=n, k=k, dtype=shape.products, skew=shape.skew)
+
+    yield Step("F", "routed experts", product(n, k))
+    if again:
+        yield Step("I", "recomputation", product(n, k))
+    yield Step("I", "routed experts", product(k, n))
+    yield Step("W", "routed experts", product(n, k))
+    yield Step("W", "gradients", _accumulate(shape, experts * n * k))
+    yield from _gradients_narrowed(shape, rows * n)
+
+
+def _product(
+    shape: Shape, name: str, m: float, n: float, k: float, *, dtype: Dtype | None = None, again: bool = False
+) -> Iterator[Step]:
+    """A dense product and its two gradients."""
+    kind = dtype or shape.products
+    yield Step("F", name, Gemm(m=m, n=n, k=k, dtype=kind))
+    if again:
+        yield Step("I", "recomputation", Gemm(m=m, n=n, k=k, dtype=kind))
+    yield Step("I", name, Gemm(m=m, n=k, k=n, dtype=kind))
+    yield Step("W", name, Gemm(m=n, n=k, k=m, dtype=kind))
+    yield Step("W", "gradients", _accumulate(shape, n * k))
+    if kind == "fp8":
+        yield from _gradients_narrowed(shape, m * n)
+
+
+def _accumulate(shape: Shape, elements: float) -> MemoryBound:
+    """Adding a weight gradient to its FP32 sum, on the way out of the product in FP8."""
+    return MemoryBound(bytes=(8.0 if shape.products == "fp8" else 12.0) * elements, name="accumulate")
+
+
+def _narrowed(shape: Shape, elements: float) -> Iterator[Step]:
+    """Quantising what a product reads; for the weights' gradient it is turned round and quantised again."""
+    if shape.products == "fp8":
+        yield Step("F", "quantisation", MemoryBound(bytes=3.0 * elements, name="quantise 1x128"))
+        yield Step("W", "quantisation", MemoryBound(bytes=2.0 * elements, name="quantise 1x128"))
+
+
+def _gradients_narrowed(shape: Shape, elements: float) -> Iterator[Step]:
+    """Quantising an output's gradient along both of its dims."""
+    if shape.products == "fp8":
+        yield Step("I", "quantisation", MemoryBound(bytes=4.0 * elements, name="quantise 1x128"))
+
+
+def _swiglu(shape: Shape, rows: float, width: float) -> Iterator[Step]:
+    once = MemoryBound(bytes=6.0 * rows * width, name="swiglu")
+    yield Step("F", "SwiGLU", once)
+    yield Step("I", "SwiGLU", MemoryBound(bytes=10.0 * rows * width, name="swiglu backward"))
+    if {"swiglu", "experts"} & shape.again:
+        yield Step("I", "recomputation", once)
+    yield from _narrowed(shape, rows * width)
+
+
+def _norm(shape: Shape, name: str, passes: float, *, again: bool) -> Iterator[Step]:
+    size = 2.0 * shape.tokens * shape.model.hidden_size
+    yield Step("F", "norms", MemoryBound(bytes=passes * size, name=name))
+    yield Step("I", "norms", MemoryBound(bytes=1.5 * passes * size, name=f"{name} backward"))
+    if again:
+        yield Step("I", "recomputation", MemoryBound(bytes=2.0 * size, name="rms_norm"))
+
+
+def _twice(name: str, op: Op, *, again: bool = False) -> Iterator[Step]:
+    """The same forward and backward."""
+    yield Step("F", name, op)
+    yield Step("I", name, op)
+    if again:
+        yield Step("I", "recomputation", op)
+
+
+def _collective(shape: Shape, name: Literal["all-gather"], moved: float, ranks: int) -> Collective:
+    """Over neighbours; context ranks lie tensor groups apart."""
+    apart = shape.tp if ranks == shape.cp and shape.cp > 1 and shape.tp > 1 else 1
+    per_node = max(1, min(ranks, shape.gpus_per_node // apart))
+    return Collective(name=name, bytes=moved, ranks=ranks, per_node=per_node)
+
+
+def _exchange(shape: Shape) -> Iterator[Step]:
+    """Tokens to their experts and home; in FP8 what goes out is narrow, forward and backward."""
+    if shape.ep == 1:
+        return
+    size = shape.model.hidden_size
+    out = size + 4.0 * math.ceil(size / 128) if shape.products == "fp8" else 2.0 * size
+    yield from _twice("exchange", travel(shape, out))
+    yield from _twice("exchange", travel(shape, 2.0 * size))
+
+
+def travel(shape: Shape, width: float) -> AllToAll:
+    """One way of the exchange: rows of `width` bytes, once a node by network, once a rank by NVLink."""
+    model, ep = shape.model, shape.ep
+    per_node = min(ep, shape.gpus_per_node)
+    nodes = math.ceil(ep / per_node)
+    ranks = distinct(model, ep)
+    network = shape.tokens * distinct(model, nodes) * width * (nodes - 1) / nodes if nodes > 1 else 0.0
+    nvlink = shape.tokens * ranks * width * (per_node - 1) / per_node
+    return AllToAll(nvlink=nvlink * shape.skew, network=network * shape.skew, ranks=ep)
+
+
+def distinct(model: ModelConfig, bins: int) -> float:
+    """How many of `bins` equal holders of all experts a token goes to, its experts drawn evenly.
+
+    b (1 - C(E - E/b, k)/C(E, k)) over the b holders and E experts that its groups allow; DeepSeek-V3 and 8
+    nodes: 3.63 of the 4 allowed.
+    """
+    if bins == 1:
+        return 1.0
+    share = model.topk_group / model.n_group if model.n_group > 1 else 1.0
+    experts = round(model.n_routed_experts * share)
+    reached = bins * share if bins >= model.n_group else float(bins)
+    here = max(1, round(experts / reached))
+    top_k = model.num_experts_per_tok
+    return reached * (1 - math.comb(max(experts - here, 0), top_k) / math.comb(experts, top_k))
+
+
+def hop(shape: Shape, *, network: bool) -> PointToPoint:
+    """A microbatch's activations, or their gradient, from one stage to the next."""
+    moved = 2.0 * shape.tokens * shape.model.hidden_size
+    return PointToPoint(bytes=moved, tier="network" if network else "nvlink")

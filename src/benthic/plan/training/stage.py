@@ -1,0 +1,238 @@
+"""What a stage of the model takes for one microbatch, on a compute and on a network lane."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from benthic.parallel.parts import parts_of
+from benthic.parallel.setup import expanded
+from benthic.plan.cost.price import price
+from benthic.plan.cost.priced import Total, total
+from benthic.plan.training.block import Shape, block, embedding, head, hop, projection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from benthic.model.part import Part
+    from benthic.plan.cost.machine import Machine
+    from benthic.plan.training.block import Step
+    from benthic.plan.training.candidate import Candidate
+    from benthic.sched.pipeline.table import Action, Slot
+
+EXCHANGE_SMS: Final = 20
+"""Streaming multiprocessors that the exchange takes while it is overlapped (DeepSeek-V3, section 3.2.2)."""
+OVERLAP_BUSY: Final = 0.916
+"""Part of an overlapped pair during which products run (DeepSeek's training trace: EP64, TP1, 4K)."""
+EXCHANGE: Final = "exchange"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A forward, a backward to the input and the weights' part; what of the first two is exchange.
+
+    `host` are the seconds of a forward and of a backward in which the GPU waits for the host.
+    """
+
+    forward: Total = Total()  # noqa: RUF009 (frozen)
+    input: Total = Total()  # noqa: RUF009
+    weight: Total = Total()  # noqa: RUF009
+    forward_exchange: Total = Total()  # noqa: RUF009
+    input_exchange: Total = Total()  # noqa: RUF009
+    host: tuple[float, float] = (0.0, 0.0)
+
+    def __add__(self, other: Work) -> Work:
+        """Both."""
+        return Work(
+            self.forward + other.forward,
+            self.input + other.input,
+            self.weight + other.weight,
+            self.forward_exchange + other.forward_exchange,
+            self.input_exchange + other.input_exchange,
+            (self.host[0] + other.host[0], self.host[1] + other.host[1]),
+        )
+
+    def times(self, count: int) -> Work:
+        """`count` of them."""
+        return Work(
+            self.forward.times(count),
+            self.input.times(count),
+            self.weight.times(count),
+            self.forward_exchange.times(count),
+            self.input_exchange.times(count),
+            (self.host[0] * count, self.host[1] * count),
+        )
+
+    @property
+    def whole(self) -> Total:
+        """Everything, nothing hidden."""
+        return self.forward + self.input + self.weight + self.forward_exchange + self.input_exchange
+
+
+def shape_of(candidate: Candidate, machine: Machine) -> Shape:
+    """The sizes of one microbatch on one rank."""
+    layout = candidate.layout
+    again = expanded(candidate.recompute) | ({"swiglu"} if candidate.precision.fp8_swiglu else frozenset())
+    return Shape(
+        model=candidate.model,
+        rows=candidate.train.local_batch_size,
+        seq_len=candidate.train.seq_len,
+        tp=layout.tp_degree,
+        cp=layout.cp_degree,
+        ep=layout.ep_degree,
+        gpus_per_node=machine.gpus_per_node,
+        products=candidate.precision.products,
+        again=again,
+        skew=candidate.skew,
+    )
+
+
+def stages(candidate: Candidate, machine: Machine, count: int) -> tuple[Work, ...]:
+    """The work of each of `count` stages.
+
+    Raises:
+        ConfigError: fewer layers than stages.
+    """
+    shape = shape_of(candidate, machine)
+    parts = parts_of(candidate.model, candidate.layout, count)
+    return tuple(_stage(shape, part, machine) for part in parts)
+
+
+def named(candidate: Candidate, machine: Machine, part: Part) -> dict[str, float]:
+    """The seconds of a stage's operations by what they are for."""
+    found: dict[str, float] = defaultdict(float)
+    for steps, count in _pieces(shape_of(candidate, machine), part):
+        for step in steps:
+            found[step.name] += count * price(step.op, machine).seconds
+    return dict(found)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _stage(shape: Shape, part: Part, machine: Machine) -> Work:
+    layers = [*part.layers, *(shape.model.num_hidden_layers + depth for depth in part.mtp)]
+    mixed = sum(shape.model.is_moe(layer) for layer in layers)
+    found = _block(shape, machine, moe=True).times(mixed)
+    found += _block(shape, machine, moe=False).times(len(layers) - mixed)
+    if part.embed and part.layers[0] == 0:
+        found += _ends(shape, machine, "embedding")
+    if part.head:
+        found += _ends(shape, machine, "head")
+    for _ in part.mtp:
+        found += _ends(shape, machine, "embedding") + _ends(shape, machine, "projection")
+        found += _ends(shape, machine, "head")
+    return found
+
+
+def _pieces(shape: Shape, part: Part) -> Iterator[tuple[Iterable[Step], int]]:
+    """The operations of a stage, each group with how often it runs."""
+    layers = [*part.layers, *(shape.model.num_hidden_layers + depth for depth in part.mtp)]
+    mixed = sum(shape.model.is_moe(layer) for layer in layers)
+    yield block(shape, moe=True), mixed
+    yield block(shape, moe=False), len(layers) - mixed
+    yield embedding(shape), int(part.embed and part.layers[0] == 0) + len(part.mtp)
+    yield head(shape), int(part.head) + len(part.mtp)
+    yield projection(shape), len(part.mtp)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _block(shape: Shape, machine: Machine, *, moe: bool) -> Work:
+    return _work(block(shape, moe=moe), machine, host=_host(shape, machine, moe=moe))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _ends(shape: Shape, machine: Machine, name: str) -> Work:
+    steps = {"embedding": embedding, "head": head, "projection": projection}[name](shape)
+    host = machine.overhead(f"host {name} forward"), machine.overhead(f"host {name} backward")
+    return _work(steps, machine, host=host)
+
+
+def _host(shape: Shape, machine: Machine, *, moe: bool) -> tuple[float, float]:
+    """Seconds in which the GPU waits for the host to launch a block, by what the profile knows."""
+    forward, backward = machine.overhead("host block forward"), machine.overhead("host block backward")
+    collectives = (5 if shape.tp > 1 else 0) + (1 if shape.cp > 1 else 0)
+    exchanges = 1 if moe and shape.ep > 1 else 0
+    beside = collectives * machine.overhead("host collective") + exchanges * machine.overhead("host exchange")
+    again = forward if {"attention", "experts"} & shape.again else 0.0
+    return forward + beside, backward + beside + again
+
+
+def _work(steps: Iterable[Step], machine: Machine, *, host: tuple[float, float]) -> Work:
+    priced = [(step.part, step.name == EXCHANGE, price(step.op, machine)) for step in steps]
+
+    def of(part: str, *, exchange: bool) -> Total:
+        return total(one for its, travels, one in priced if its == part and travels == exchange)
+
+    return Work(
+        of("F", exchange=False),
+        of("I", exchange=False),
+        of("W", exchange=False),
+        of("F", exchange=True),
+        of("I", exchange=True),
+        host,
+    )
+
+
+class Prices:
+    """Costs of slots for `sched.pipeline.simulate`, from the work of stages.
+
+    An action alone computes and exchanges by turns, all SMs at either. In a pair one action's exchange runs
+    beside the other's products, which have the other SMs for as long as the pair lasts: it takes the longer
+    of C/(1 - s) and N, of C seconds of products and N of exchange, s being the share of the SMs that the
+    exchange holds; and the part of it in which products cannot run on top, as in DeepSeek's trace. Pairs
+    without exchange take what their actions take. What the GPU waits for the host comes on top.
+    """
+
+    def __init__(self, work: tuple[Work, ...], machine: Machine, *, transfer: float) -> None:
+        self.work = work
+        self._transfer = transfer
+        self.taken = EXCHANGE_SMS / machine.hardware.sms
+        self._actions = {kind: tuple(_of(one, kind) for one in work) for kind in ("F", "B", "I", "W")}
+
+    @property
+    def transfer(self) -> float:
+        """Seconds of a hop from stage to stage."""
+        return self._transfer
+
+    def of_slot(self, slot: Slot) -> float:
+        """Seconds of one action or of an overlapped pair."""
+        products, exchange, host = self._actions[slot.first.kind][slot.first.stage]
+        if slot.second is None:
+            return products + exchange + host
+        more, beside, besides = self._actions[slot.second.kind][slot.second.stage]
+        products, exchange, host = products + more, exchange + beside, host + besides
+        if not exchange:
+            return products + host
+        return max(products / (1 - self.taken), exchange) / OVERLAP_BUSY + host
+
+    def lanes(self, action: Action) -> tuple[float, float]:
+        """Seconds of products and of exchange of one action."""
+        products, exchange, _ = self._actions[action.kind][action.stage]
+        return products, exchange
+
+    def host(self, action: Action) -> float:
+        """Seconds in which the GPU waits for the host during one action."""
+        return self._actions[action.kind][action.stage][2]
+
+
+def _of(work: Work, kind: str) -> tuple[float, float, float]:
+    """Products, exchange and host of one action; a third of a backward's waiting is with the weights."""
+    forward, backward = work.host
+    if kind == "F":
+        return work.forward.seconds, work.forward_exchange.seconds, forward
+    if kind == "W":
+        return work.weight.seconds, 0.0, backward / 3
+    inputs, exchange = work.input.seconds, work.input_exchange.seconds
+    if kind == "I":
+        return inputs, exchange, backward * 2 / 3
+    return inputs + work.weight.seconds, exchange, backward
+
+
+def transfer(candidate: Candidate, machine: Machine) -> float:
+    """Seconds of a hop between stages, over the network where a stage fills a node."""
+    layout = candidate.layout
+    network = layout.ranks_per_stage * layout.pp_degree > machine.gpus_per_node and (
+        layout.ranks_per_stage >= machine.gpus_per_node
+    )
+    return price(hop(shape_of(candidate, machine), network=network), machine).seconds

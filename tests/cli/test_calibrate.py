@@ -1,0 +1,58 @@
+"""A calibration measures what it says, writes a profile that the planner reads, and judges itself."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from benthic.cli.calibration import ON_CPU, Sizes, calibrate, errors, machine_of
+from benthic.errors import BackendError
+from benthic.plan.cost import machine as machines
+from benthic.plan.cost.machine import Machine, Measured, Profile
+from benthic.plan.cost.ops import Gemm, MemoryBound
+from benthic.plan.cost.price import price
+
+FEW = Sizes(
+    rows=(16, 32, 64, 128), weights=((32, 32), (64, 32)), bytes=(2**14, 2**16), attention=(), experts=(2,)
+)
+
+
+def test_a_profile_of_this_cpu_is_read_by_the_planner(tmp_path):
+    ticks = itertools.count(step=0.25)
+    profile = calibrate("cpu", sizes=FEW, clock=lambda: next(ticks))
+    path = tmp_path / "profile.json"
+    path.write_text(profile.as_json())
+    read = machines.read(path)
+    assert read.points == profile.points
+    machine = Machine(hardware=machine_of(read), profiles=(read,))
+    found = price(Gemm(m=16, n=32, k=32, dtype="fp32"), machine)
+    assert (found.provenance, found.seconds) == ("measured", 0.25)
+    assert set(read.kinds) == {
+        "gemm fp32",
+        "grouped gemm fp32",
+        "memory copy",
+        "memory rms_norm",
+        "memory swiglu",
+    }
+
+
+def test_left_out_points_of_a_smooth_machine_are_foretold():
+    def seconds(op):
+        return 1e-5 + (op.flops / 1e11 if isinstance(op, Gemm) else op.bytes / 1e10)
+
+    ops = [Gemm(m=m, n=256, k=256, dtype="fp32") for m in (32, 64, 128, 256, 512)]
+    ops += [MemoryBound(bytes=2.0**i) for i in range(18, 26)]
+    profile = Profile(hardware="a test", source="", points=tuple(Measured(op, seconds(op)) for op in ops))
+    assert max(errors(profile).values()) < 0.15
+
+
+def test_sizes_of_a_cpu_are_measured_in_reasonable_memory():
+    assert max(ON_CPU.bytes) <= 2**26
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(BackendError, match="0 CUDA GPUs"):
+        calibrate("cuda")

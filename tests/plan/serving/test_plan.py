@@ -1,0 +1,249 @@
+"""A serving plan fits its GPUs, keeps its targets, names the nearest when nothing does, needs no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from typer.testing import CliRunner
+
+from benthic.cli import main
+from benthic.errors import ConfigError, UnknownFieldError
+from benthic.plan.cost import machine as machines
+from benthic.plan.serving.candidates import Slice, candidates
+from benthic.plan.serving.demand import Fixed
+from benthic.plan.serving.engine_fit import MeasuredStep, fit_engine
+from benthic.plan.serving.goodput import Targets
+from benthic.plan.serving.layout import ServingLayout, check, memory_of
+from benthic.plan.serving.options import Question, options
+from benthic.plan.serving.page import draw_page
+from benthic.plan.serving.priced import Echo, Engine, PricedStep
+from benthic.plan.serving.search import capacity, plan_serving
+from benthic.plan.serving.steps import StepLoad
+from benthic.plan.serving.tables import as_dict
+from benthic.spec import presets
+from benthic.spec.objectives import Objectives
+
+RUN = CliRunner(env={"COLUMNS": "100", "TERM": "dumb"})
+MOONLIGHT = presets.get("moonlight-16b-a3b")
+V3 = presets.get("deepseek-v3")
+H200 = machines.get("h200")
+
+
+def question(**changes) -> Question:
+    values = {
+        "model": MOONLIGHT,
+        "machine": H200,
+        "gpus": 2,
+        "lengths": Fixed(prompt_tokens=2000, output_tokens=60),
+        "targets": Targets(objectives=Objectives(ttft_s=1.0, tpot_s=0.03)),
+    }
+    return Question(**values | changes)
+
+
+def decode(batch: int, context: int = 1000) -> StepLoad:
+    return StepLoad(batch, batch, batch * context, 0, 0, 0, batch)
+
+
+def prompt(tokens: int) -> StepLoad:
+    return StepLoad(0, 0, 0, tokens, tokens * (tokens + 1) // 2, tokens, 1)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return plan_serving(question())
+
+
+def test_the_plan_fits_its_gpus_and_keeps_its_targets(plan):
+    assert plan.best.rate == max(answer.rate for answer in plan.answers)
+    for answer in plan.answers:
+        assert answer.candidate.gpus <= 2
+        at = answer.goodput.at_best
+        if at is not None:
+            assert at.attainment >= 0.9
+    assert {answer.candidate.strategy for answer in plan.answers} >= {"together"}
+    assert any(answer.candidate.prefill is not None for answer in plan.answers)
+
+
+def test_the_estimate_is_near_what_the_simulation_finds(plan):
+    assert plan.best.candidate.rate == pytest.approx(plan.best.rate, rel=0.3)
+
+
+def test_no_trial_on_the_front_is_beaten_in_both(plan):
+    front = plan.pareto
+    assert all(b.tpot_p90_s >= a.tpot_p90_s and b.rate > a.rate for a, b in pairwise(front))
+
+
+def test_capacity_grows_with_the_rate_and_costs_about_the_same_a_token(plan):
+    few, many = capacity(plan.best, 10.0), capacity(plan.best, 1000.0)
+    assert few.gpus < many.gpus
+    assert many.dollars == pytest.approx(plan.best.dollars, rel=0.2)
+    with pytest.raises(ConfigError, match="above 0"):
+        capacity(plan.best, 0.0)
+
+
+def test_the_page_is_whole_and_needs_no_network(plan):
+    class Balance(HTMLParser):
+        def __init__(self, page: str) -> None:
+            super().__init__()
+            self.open: list[str] = []
+            self.feed(page)
+
+        def handle_starttag(self, tag, attrs):
+            if tag != "meta":
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+        def handle_startendtag(self, tag, attrs):
+            pass
+
+    page = draw_page(plan)
+    assert Balance(page).open == []
+    assert not re.findall(r"\w+://", page)
+    assert page.count("<circle") >= sum(len(answer.goodput.trials) for answer in plan.answers)
+
+
+def test_the_plan_as_json_has_every_answer_with_its_coverage(plan):
+    found = json.loads(json.dumps(as_dict(plan, 50.0)))
+    assert [each["goodput"] for each in found["answers"]] == [answer.rate for answer in plan.answers]
+    assert found["capacity"]["gpus"] >= 1
+    for part in found["decode_step"].values():
+        assert sum(part["coverage"].values()) == pytest.approx(1.0)
+
+
+def test_impossible_targets_name_the_nearest_that_can_be_kept():
+    tight = Targets(objectives=Objectives(ttft_s=1e-4, tpot_s=1e-5))
+    with pytest.raises(ConfigError) as caught:
+        plan_serving(question(targets=tight))
+    ttft, tpot = (float(x) for x in re.findall(r">= ([\d.e-]+\d)", str(caught.value)))
+    assert ttft > 1e-4
+    assert tpot > 1e-5
+    nearest = Targets(objectives=Objectives(ttft_s=2 * ttft, tpot_s=2 * tpot))
+    assert plan_serving(question(targets=nearest)).best.rate > 0.0
+
+
+def test_a_model_that_does_not_fit_says_what_it_needs():
+    with pytest.raises(ConfigError, match=r"needs \d+ GB a GPU"):
+        options(question(model=V3, gpus=2))
+    with pytest.raises(ConfigError, match="at least 1 GPU"):
+        question(gpus=0)
+    with pytest.raises(ConfigError, match="0 MTP layers"):
+        question(drafts=1)
+
+
+def test_every_layout_divides_heads_and_experts():
+    assert list(ServingLayout(tp_degree=3).problems(V3))
+    with pytest.raises(ConfigError, match="experts"):
+        check(V3, ServingLayout(dp_degree=3))
+    for option in options(question(model=V3, gpus=32)):
+        check(V3, option.layout)
+
+
+def test_weights_of_one_gpu_are_those_of_the_checkpoint():
+    memory = memory_of(MOONLIGHT, ServingLayout(), H200.hardware)
+    assert memory.weights == pytest.approx(2 * 15_960_110_208, rel=1e-3)
+    deployed = ServingLayout(dp_degree=144, weights="fp8", redundant_experts=32)
+    assert memory_of(V3, deployed, machines.get("h800").hardware).weights == pytest.approx(24e9, rel=0.02)
+
+
+@pytest.mark.parametrize("layout", [ServingLayout(), ServingLayout(tp_degree=2, dp_degree=4, weights="fp8")])
+def test_a_step_that_holds_more_never_takes_less(layout):
+    step = PricedStep(MOONLIGHT, layout, H200)
+    batches = [step([decode(batch)]) for batch in (1, 2, 5, 16, 33, 64, 200, 256)]
+    contexts = [step([decode(64, context)]) for context in (10, 100, 1000, 5000, 20000)]
+    prompts = [step([prompt(tokens)]) for tokens in (2, 64, 500, 4096, 10000)]
+    for times in (batches, contexts, prompts):
+        assert times == sorted(times)
+
+
+def test_faster_hardware_never_slows_a_step():
+    import dataclasses
+
+    base = dataclasses.replace(H200, profiles=())
+    for name in ("bf16_flops", "hbm_bandwidth", "nvlink_bandwidth", "network_bandwidth"):
+        faster = dataclasses.replace(
+            base, hardware=dataclasses.replace(base.hardware, **{name: 2 * getattr(base.hardware, name)})
+        )
+        for layout in (ServingLayout(), ServingLayout(tp_degree=2, dp_degree=8)):
+            for load in (decode(64), prompt(4096)):
+                slow, fast = (PricedStep(MOONLIGHT, layout, m)([load]) for m in (base, faster))
+                assert fast <= slow * (1 + 1e-9)
+
+
+def test_the_host_sets_the_time_of_a_step_that_is_no_graph():
+    step = PricedStep(MOONLIGHT, ServingLayout(), H200, Engine(name="slow host", eager_layer_s=1.0))
+    assert step([prompt(100)]) == MOONLIGHT.num_hidden_layers
+    assert step([decode(8)]) < 1.0
+
+
+def test_an_echo_of_equal_ranks_is_the_step_of_all_of_them():
+    step = PricedStep(MOONLIGHT, ServingLayout(dp_degree=8), H200)
+    echo = Echo(step, 8)
+    for _ in range(8):
+        last = echo([decode(32)])
+    assert last == pytest.approx(step([decode(32)] * 8))
+    assert echo([prompt(4096)]) > last
+    assert echo([decode(32)]) > last, "another rank's prompt is in this step"
+
+
+def test_a_fitted_engine_gives_its_own_steps_back():
+    truth = PricedStep(
+        MOONLIGHT,
+        ServingLayout(),
+        H200,
+        Engine(name="x", graph_layer_s=5e-5, stretch=1.2, eager_layer_s=5e-3),
+    )
+    loads = [decode(1), decode(64), prompt(100), prompt(16000)]
+    fitted = fit_engine("x", truth, [MeasuredStep(load, truth([load])) for load in loads])
+    again = PricedStep(MOONLIGHT, ServingLayout(), H200, fitted)
+    for load in (decode(16), decode(200), prompt(300)):
+        assert again([load]) == pytest.approx(truth([load]), rel=0.01)
+
+
+def test_a_slice_holds_both_phases_nearly_in_proportion():
+    asked = question(model=V3, gpus=64, lengths=Fixed(prompt_tokens=4000, output_tokens=500))
+    for candidate in candidates(asked, options(asked))[:30]:
+        part = Slice.of(candidate)
+        lanes = sum(spec.lanes for spec in part.specs())
+        assert lanes == part.prefill_lanes + part.decode_lanes
+        if candidate.prefill is None:
+            continue
+        whole = candidate.prefills * candidate.prefill.layout.dp_degree
+        other = candidate.decodes * candidate.decode.layout.dp_degree
+        assert part.prefill_lanes / part.decode_lanes == pytest.approx(whole / other, rel=0.35)
+
+
+def test_the_command_prints_json_and_refuses_what_makes_no_sense(tmp_path):
+    words = "plan serve moonlight-16b-a3b --gpus 1 --hardware h200 --isl 1000 --osl 20 --ttft 1 --tpot 0.05"
+    page = tmp_path / "out.html"
+    done = RUN.invoke(main.app, [*words.split(), "--json", "--report", str(page)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["answers"][0]["goodput"] > 0.0
+    assert page.read_text().startswith("<!doctype html>")
+    for extra in (["--tpot", "-1"], ["--kv-cache-dtype", "int4"], ["--burstiness", "0"]):
+        assert isinstance(RUN.invoke(main.app, [*words.split(), *extra]).exception, ConfigError)
+    wrong = words.replace("h200", "h20000").split()
+    assert isinstance(RUN.invoke(main.app, wrong).exception, UnknownFieldError)
+
+
+def test_the_command_replays_a_trace(tmp_path):
+    trace = tmp_path / "trace.csv"
+    rows = [f"2023-11-16 18:15:{second:02d}.000000,{300 + second},{20}" for second in range(30)]
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows))
+    words = ["plan", "replay", "moonlight-16b-a3b", "--trace", str(trace), "--hardware", "h200"]
+    done = RUN.invoke(main.app, [*words, "--json", "--ttft", "1"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert (found["requests"], found["refused"], found["attainment"]) == (30, 0, 1.0)
+    assert "30 requests" in RUN.invoke(main.app, words).output
+    assert RUN.invoke(main.app, [*words[:4], "nowhere.csv", *words[5:]]).exception
+
+
+def test_the_command_prints_worked_examples_of_serving():
+    text = RUN.invoke(main.app, ["plan", "examples"], env={"COLUMNS": "300"}).output
+    assert "2.08333 x (+0.2%)" in text

@@ -1,0 +1,209 @@
+"""Training plans: steps that add up, bounds that hold, searches that miss nothing, bad questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from benthic.cli import plan as command
+from benthic.errors import BenthicError, ConfigError, UnknownFieldError
+from benthic.parallel.footprint import footprints
+from benthic.plan.cost import machine as machines
+from benthic.plan.training.candidate import PRECISIONS, RECOMPUTES, Candidate, Rows
+from benthic.plan.training.memory import memory, timeline
+from benthic.plan.training.plan import as_dict, plan
+from benthic.plan.training.report import report
+from benthic.plan.training.run import Failures
+from benthic.plan.training.search import front, fullest, search
+from benthic.plan.training.space import Question, Space, candidate, walk
+from benthic.plan.training.step import step, waterfall
+from benthic.plan.training.tables import digest
+from benthic.spec import presets
+from benthic.spec.layout import Layout
+
+RUN = CliRunner()
+V3 = Candidate(
+    model=presets.get("deepseek-v3"),
+    layout=Layout(pp_degree=16, dp_degree=128, ep_degree=64, schedule="dualpipe"),
+    train=Rows(),
+    rows=15360,
+    precision=PRECISIONS["fp8"],
+    recompute=("deepseek-v3",),
+)
+MOONLIGHT = presets.get("moonlight-16b-a3b")
+SMALL = Space(zero=(1, 3), recomputes=("none", "experts"), local_batch_sizes=(1, 2), tp=(1, 2), ep=(1, 4, 8))
+
+
+def question(gpus=8, rows=32, hardware="h200", **more):
+    return Question(model=MOONLIGHT, machine=machines.get(hardware), gpus=gpus, rows=rows, **more)
+
+
+def test_v3_on_2048_h800_takes_what_deepseek_published_within_ten_percent():
+    found = step(V3, machines.get("h800"))
+    assert found.seconds == pytest.approx(19.926, rel=0.1)
+    hours = found.seconds * 14.8e12 / V3.step_tokens * 2048 / 3600
+    assert hours == pytest.approx(2664e3, rel=0.1)
+    pairs = [
+        sum(t.end - t.start for t in slots if t.slot.second is not None) for slots in found.timeline.slots
+    ]
+    assert sorted(pairs)[8] == pytest.approx(13.95, rel=0.1)
+
+
+def test_the_waterfall_adds_up_to_the_step():
+    found = step(V3, machines.get("h800"))
+    assert sum(waterfall(found).values()) == pytest.approx(found.seconds, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "schedule", ["1f1b", "zb-h1", "zb-v", "dualpipe", "dualpipev", "interleaved", "chimera"]
+)
+def test_what_a_digest_foretells_is_what_the_table_does(schedule):
+    one = Candidate(
+        model=MOONLIGHT,
+        layout=Layout(pp_degree=4, dp_degree=2, ep_degree=2, schedule=schedule),
+        train=Rows(),
+        rows=32,
+        recompute=("experts",),
+    )
+    h200, table = machines.get("h200"), digest(schedule, 4, 16, None)
+    found = step(one, h200, table.order)
+    assert found.seconds == step(one, h200).seconds
+    assert table.least(found.prices, found.prices.work) <= found.timeline.makespan * (1 + 1e-9)
+    every = memory(one, one.table())
+    assert fullest(one, table).total == pytest.approx(max(rank.total for rank in every))
+    for rank, kept in zip(every, footprints(one, one.table()), strict=True):
+        assert {name: rank.terms[name] for name in kept.bytes} == kept.bytes
+        curve = timeline(found, rank.rank)
+        assert max(size for _, size in curve) <= kept.bytes["activations"] * (1 + 1e-9)
+        assert curve[-1][1] == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    factor=st.floats(1, 8),
+    rate=st.sampled_from(["nvlink_bandwidth", "network_bandwidth", "hbm_bandwidth", "bf16_flops"]),
+    schedule=st.sampled_from(["1f1b", "zb-h1", "dualpipe", "dualpipev"]),
+    zero=st.sampled_from([1, 2, 3]),
+)
+def test_faster_hardware_never_slows_a_plan(factor, rate, schedule, zero):
+    layout = Layout(pp_degree=2, dp_degree=8, ep_degree=8, schedule=schedule, zero_stage=zero)
+    one = Candidate(model=MOONLIGHT, layout=layout, train=Rows(), rows=64)
+    slow = machines.get("h200", gpus_per_node=4)
+    hardware = dataclasses.replace(slow.hardware, **{rate: getattr(slow.hardware, rate) * factor})
+    assert step(one, dataclasses.replace(slow, hardware=hardware)).seconds <= step(one, slow).seconds * (
+        1 + 1e-9
+    )
+
+
+@given(
+    schedule=st.sampled_from(["1f1b", "zb-h1", "dualpipe"]),
+    recompute=st.sampled_from(sorted(RECOMPUTES)),
+    zero=st.sampled_from([1, 2, 3]),
+    tp=st.sampled_from([1, 2]),
+)
+def test_a_larger_microbatch_never_needs_less_memory(schedule, recompute, zero, tp):
+    layout = Layout(pp_degree=2, dp_degree=4, tp_degree=tp, ep_degree=2, schedule=schedule, zero_stage=zero)
+    sizes = []
+    for rows in (1, 2, 4):
+        train = Rows(local_batch_size=rows)
+        one = Candidate(model=MOONLIGHT, layout=layout, train=train, rows=64, recompute=RECOMPUTES[recompute])
+        sizes.append(fullest(one, digest(schedule, 2, one.microbatches, None)).total)
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("capacity", [200e9, 80e9, 60e9])
+def test_pruning_never_drops_the_optimum(capacity):
+    asked = question(hardware="h100")
+    every = []
+    for bounded in walk(asked, SMALL):
+        one = candidate(asked, bounded.choice)
+        assert one.problems(gpus=8) == ()
+        table = digest(
+            bounded.choice.schedule, bounded.choice.pp, one.microbatches, bounded.choice.virtual_stages
+        )
+        size = fullest(one, table).total
+        seconds = step(one, asked.machine, table.order).seconds
+        assert bounded.seconds <= seconds
+        assert bounded.bytes <= size
+        if size <= capacity:
+            every.append(seconds)
+    found = search(asked, SMALL, keep=3, capacity=capacity)
+    assert [one.step.seconds for one in found.best] == pytest.approx(sorted(every)[:3])
+    assert len(found.evaluated) < found.screened / 10
+
+
+def test_a_front_only_trades_time_for_memory():
+    found = front(search(question(), SMALL, keep=8).evaluated)
+    times, sizes = [one.step.seconds for one in found], [one.memory.total for one in found]
+    assert times == sorted(times)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_failures_take_what_young_and_daly_say():
+    failures = Failures(gpu_mtbf_hours=1000, checkpoint_seconds=50, restart_seconds=0)
+    assert failures.interval(1000) == pytest.approx((2 * 50 * 3600) ** 0.5)
+    assert failures.goodput(1000) == pytest.approx(1 / (1 + 50 / 600 + 300 / 3600))
+    assert failures.goodput(10) > failures.goodput(1000)
+    with pytest.raises(ConfigError, match="gpu_mtbf_hours = 0"):
+        Failures(gpu_mtbf_hours=0)
+
+
+def test_a_plan_prints_as_text_as_json_and_as_a_page_without_network(tmp_path):
+    page = tmp_path / "plan.html"
+    words = ["train", "moonlight-16b-a3b", "--gpus", "8", "--hardware", "h200", "--global-batch-size", "64"]
+    words += ["--tokens", "10B", "--zero", "1", "--precision", "bf16", "--tp", "1", "--report", str(page)]
+    output = RUN.invoke(command.app, words).output
+    assert "where the step goes" in output
+    assert "measured" in output
+    assert set(re.findall(r"\w+://[^\s\"')<]+", page.read_text())) == set()
+    found = json.loads(RUN.invoke(command.app, [*words, "--json"]).output)
+    assert found["best"][0]["step_seconds_low"] <= found["best"][0]["step_seconds"]
+    assert sum(found["waterfall_seconds"].values()) == pytest.approx(found["best"][0]["step_seconds"])
+    assert sum(found["coverage"].values()) == pytest.approx(1)
+    assert found["run"]["gpu_hours"] == pytest.approx(found["run"]["seconds"] * 8 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "0"], "0 GPUs train nothing"),
+        (["--gpus", "8", "--hardware", "h2000"], "Did you mean 'h200'"),
+        (["--gpus", "7", "--pp", "2"], "divides"),
+        (["--gpus", "8", "--precision", "fp9"], "Did you mean 'fp8'"),
+        (["--gpus", "8", "--schedule", "dualpip"], "Did you mean 'dualpipe'"),
+        (["--gpus", "8", "--tokens", "many"], "no number of tokens"),
+    ],
+)
+def test_impossible_questions_are_refused_with_the_reason(words, message):
+    hardware = [] if "--hardware" in words else ["--hardware", "h200"]
+    result = RUN.invoke(command.app, ["train", "moonlight-16b-a3b", *words, *hardware])
+    assert isinstance(result.exception, BenthicError)
+    assert message in str(result.exception)
+
+
+def test_what_does_not_fit_is_answered_with_how_many_gpus_would_do():
+    narrow = Space(pp=(1,), tp=(1,), ep=(1, 2, 4, 8), zero=(1,), recomputes=("attention and experts",))
+    narrow = dataclasses.replace(narrow, precisions=("bf16",), schedules=("1f1b",), local_batch_sizes=(1,))
+    with pytest.raises(ConfigError, match=r"no layout .* on 1 h100 fits: .* of these GPUs are enough"):
+        plan(question(gpus=1, hardware="h100"), narrow, usd_per_gpu_hour=2, failures=Failures())
+
+
+def test_the_report_and_the_dictionary_hold_the_same_winner():
+    narrow = Space(pp=(1, 2), tp=(1,), ep=(8,), zero=(1,), precisions=("bf16",))
+    found = plan(question(gpus=16), narrow, usd_per_gpu_hour=2, failures=Failures())
+    words = as_dict(found)["best"][0]["words"]
+    assert words in report(found)
+    assert found.run.usd == pytest.approx(2 * found.run.gpu_hours)
+
+
+def test_unknown_precisions_are_refused():
+    from benthic.plan.training.candidate import precision
+
+    with pytest.raises(UnknownFieldError, match="Did you mean 'bf16'"):
+        precision("bf61")
