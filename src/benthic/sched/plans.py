@@ -213,6 +213,12 @@ class StepPlan:
         """Requests that draw tokens in this step, in the order `commit` takes them."""
         return self.decode_ids + tuple(chunk.request_id for chunk in self.prefills if chunk.samples)
 
+    @property
+    def sampled_slots(self) -> tuple[int, ...]:
+        """The slots of `sampled_ids`; the scheduler's own tuple while only decodes run."""
+        drawing = tuple(chunk.slot for chunk in self.prefills if chunk.samples)
+        return self.decode_slots + drawing if drawing else self.decode_slots
+
 
 @dataclass(kw_only=True, slots=True)
 class Totals:
