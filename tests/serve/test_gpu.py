@@ -144,8 +144,8 @@ def test_a_wait_inside_a_step_would_be_caught():
     in_error_mode(engine)
     run = engine._runner.run
 
-    def waiting(plan):
-        result = run(plan)
+    def waiting(plan, drafts):
+        result = run(plan, drafts)
         result.logits_SV.max().item()
         return result
 
