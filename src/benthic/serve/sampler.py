@@ -275,17 +275,11 @@ class Sampler:
         if batch.penalties is not None:
             kept_R = None if trial is None or verdict is None else trial.kept(verdict)
             self._table.count(token_R, batch.penalties, kept_R)
-        newest_S, home = (
-            (token_R, (token_R,))
-            if verdict is None
-            else (
-                verdict.newest_S,
-                (token_R, verdict.held_S),
-            )
-        )
+        home = [token_R] if verdict is None else [token_R, verdict.held_S]
         if asked is not None and raw_LV is not None:
             token_L = token_R.index_select(0, asked.row_L).clamp(min=0)
-            home += tuple(measure(raw_LV, token_L, max(asked.best)))
+            home += measure(raw_LV, token_L, max(asked.best))
+        newest_S = token_R if verdict is None else verdict.newest_S
         return Drawing(newest_S, token_R, Homeward.start(*home), following, asked, verdict)
 
     @torch.inference_mode()

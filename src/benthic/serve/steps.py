@@ -124,7 +124,7 @@ class StepBuilder:
         real = np.flatnonzero(place_DQ >= 0)
         plain = not chunks and real.size == place_DQ.size
         slot_T = self._to_device(np.concatenate([slot_DQ.ravel(), *slots]))
-        last_D = position_D + drafts.counts
+        last_D = position_D + np.array(drafts.counts)
         decode = self._decode(decoding.here, last_D, drafts.queries)
         return StepTensors(
             tokens_T=self._fed_drafts(decoding, drafts, place_DQ, given),
