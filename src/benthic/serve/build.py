@@ -163,6 +163,9 @@ def assemble(
         use = measure_use(
             model, layout, options, linear=linear, graph_sizes=sizes, max_model_len=max_model_len
         )
+    if use is not None and speculative is not None:
+        # each number of drafts has graphs of its own; they are taken to cost what those without drafts do
+        use = replace(use, graphs=use.graphs * (1 + speculative.num_speculative_tokens))
     reserve = ACTIVATION_BYTES if use is None else use.reserve
     size = cache_size(layout, options, max_model_len, weight.device, reserve=reserve)
     shared = options.share_pages and weight.device.type == "cpu"
@@ -199,6 +202,7 @@ def assemble(
         linear=linear,
         enforce_eager=options.enforce_eager,
         graph_sizes=sizes,
+        drafts=batching.num_speculative_tokens,
     )
     capture(runner)
     return Parts(runner, scheduler, ready, size, use)
@@ -218,12 +222,11 @@ def report(
 
 def capture(runner: Runner) -> None:
     """Capture the runner's CUDA graphs, if it is to have any."""
-    graphs = runner.graphs
-    if graphs is None:
-        return
-    graphs.capture(capture_progress)
-    took = binary_bytes(graphs.num_bytes)
-    logger.info("CUDA graphs: %d batch sizes up to %d took %s", len(graphs), graphs.sizes[-1], took)
+    for graphs in () if runner.graphs is None else (runner.graphs, *runner.trials.values()):
+        graphs.capture(capture_progress)
+        took = binary_bytes(graphs.num_bytes)
+        what = "CUDA graphs of %d rows a sequence: %d batch sizes up to %d took %s"
+        logger.info(what, graphs.queries, len(graphs), graphs.sizes[-1], took)
 
 
 def cache_dtype(options: EngineOptions, weights: torch.dtype) -> torch.dtype:

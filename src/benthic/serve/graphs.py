@@ -161,6 +161,11 @@ class DecodeGraphs:
         return self._sizes
 
     @property
+    def queries(self) -> int:
+        """Tokens of each sequence in a step."""
+        return self._queries
+
+    @property
     def num_bytes(self) -> int:
         """Device memory that captures took; they share intermediate results, the largest comes first."""
         return sum(captured.num_bytes for captured in self._graphs.values())

@@ -64,6 +64,7 @@ class Runner:
         `benthic.serve.columns`.
         enforce_eager: run every step as it is written, without tapes.
         graph_sizes: padded batch sizes for which `capture` makes CUDA graphs.
+        drafts: most drafts of a sequence; every number of them up to this gets graphs of its own.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Runner:
         linear: Linear | None = None,
         enforce_eager: bool = False,
         graph_sizes: tuple[int, ...] = (),
+        drafts: int = 0,
     ) -> None:
         self.cache = cache
         self.model = model.eval()
@@ -90,15 +92,21 @@ class Runner:
                 model, cache, linear=self._linear, exchange=self._exchange, columns=columns
             )
             self.tapes.warm_up()
+        self.trials: dict[int, DecodeGraphs] = {}  # graphs of decodes with drafts, by queries a sequence
         if graph_sizes and not enforce_eager:
-            self.graphs = DecodeGraphs(
-                model,
-                cache,
-                linear=self._linear,
-                exchange=self._exchange,
-                columns=columns,
-                sizes=graph_sizes,
-            )
+            made = [
+                DecodeGraphs(
+                    model,
+                    cache,
+                    linear=self._linear,
+                    exchange=self._exchange,
+                    columns=columns,
+                    sizes=graph_sizes,
+                    queries=queries,
+                )
+                for queries in range(1, drafts + 2)
+            ]
+            self.graphs, self.trials = made[0], dict(enumerate(made[1:], start=2))
         self.steps = StepBuilder(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -116,6 +124,8 @@ class Runner:
         self.write(plan.tables)
         step = self.steps.build(plan, drafts)
         recorded = self.tapes if self.graphs is None else self.graphs
+        if drafts is not None:
+            recorded = self.trials.get(drafts.queries)
         replayed = None if recorded is None else recorded.run(step)
         if replayed is not None:
             return StepResult(replayed.logits_TV, replayed.hidden_TD, replayed.previous_TD, step)
