@@ -18,7 +18,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,8 @@ def make_prompts(checkpoint: Path, count: int, length: int = 64) -> list[tuple[i
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files[:60])
-    pieces = list(batched(tokenizer.encode(text).ids, length))
+    ids = tokenizer.encode(text).ids
+    pieces = [ids[at : at + length] for at in range(0, len(ids) - length, length)]
     return [tuple(piece) for piece in pieces[:: max(1, len(pieces) // count)][:count]]
 
 
