@@ -657,6 +657,7 @@ def test_a_sequence_with_drafts_in_flight_sits_out() -> None:
     sched = scheduler(num_speculative_tokens=1)
     sched.add(ask("a", max_tokens=9), 0.0)
     sched.plan(0.0)
+    assert sched.plan(0.0).decode_drafts == (1,), "the first token is drawn, but not known yet"
     assert sched.plan(0.0).num_tokens == 0
 
 

@@ -46,6 +46,8 @@ def workloads(draw: st.DrawFn, *, trouble: bool = True) -> Workload:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 20)),
         num_speculative_tokens=draw(st.sampled_from([0, 0, 1, 3])),
+        adaptive_drafts=draw(st.booleans()),
+        mtp_depth=draw(st.integers(0, 2)),
         enable_prefix_caching=draw(st.booleans()),
         eos_token_ids=(EOS,),
         priority_seconds=draw(st.sampled_from([0.0, 5.0, 60.0])),
@@ -85,6 +87,7 @@ def _request(draw: st.DrawFn, name: str, trunk: tuple[int, ...], max_model_len: 
         priority=draw(st.integers(-1, 1)),
         salt=draw(st.sampled_from(["", "", "other"])),
         reuse_prefix=draw(st.sampled_from([True, True, True, False])),
+        speculate=draw(st.sampled_from([True, True, False])),
     )
 
 

@@ -95,8 +95,8 @@ def test_a_malformed_line_is_named(line: str, message: str) -> None:
     ("header", "message"),
     [
         ([], "version None"),
-        (['{"version":99}'], "version 99, but this replay reads version 1"),
-        (['{"version":1,"config":{"num_block":3}}'], "no scheduler configuration"),
+        (['{"version":99}'], "version 99, but this replay reads version 2"),
+        (['{"version":2,"config":{"num_block":3}}'], "no scheduler configuration"),
     ],
 )
 def test_a_recording_without_its_configuration_is_refused(header: list[str], message: str) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from benthic.sched.plans import StepPlan
+    from benthic.serve.drafts import Drafts
     from benthic.serve.runner import StepResult
     from benthic.spec.model import ModelConfig
 
@@ -109,11 +110,15 @@ def poison(engine: Engine, name: str) -> None:
     """From now on the model's logits for one request are NaN."""
     run = engine._runner.run
 
-    def poisoned(plan: StepPlan) -> StepResult:
-        result = run(plan)
+    def poisoned(plan: StepPlan, drafts: Drafts | None = None) -> StepResult:
+        result = run(plan, drafts)
         if name in plan.sampled_ids:
+            place = plan.sampled_ids.index(name)
+            counts = [0] * len(plan.sampled_ids)
+            counts[: len(plan.decode_ids)] = (0,) * len(plan.decode_ids) if drafts is None else drafts.counts
+            first = place + sum(counts[:place])
             with torch.inference_mode():
-                result.logits_SV[plan.sampled_ids.index(name)] = torch.nan
+                result.logits_SV[first : first + 1 + counts[place]] = torch.nan
         return result
 
     engine._runner.run = poisoned  # type: ignore[method-assign]

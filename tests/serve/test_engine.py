@@ -253,12 +253,12 @@ def test_a_step_that_runs_out_of_memory_ends_its_requests_and_the_next_ones_are_
     engine = small_engine(model)
     run, calls = engine._runner.run, []
 
-    def fail_once(plan: object) -> object:
+    def fail_once(plan: object, drafts: object) -> object:
         calls.append(plan)
         if len(calls) == 3:
             msg = "tried to allocate 20 GiB"
             raise torch.OutOfMemoryError(msg)
-        return run(plan)
+        return run(plan, drafts)
 
     monkeypatch.setattr(engine._runner, "run", fail_once)
     answers = serve(engine, [request(str(i), p) for i, p in enumerate(prompts(3, seed=2))])
@@ -272,7 +272,7 @@ def test_a_step_that_runs_out_of_memory_ends_its_requests_and_the_next_ones_are_
 def test_a_bug_is_not_swallowed(model: DeepSeek, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = small_engine(model)
 
-    def broken(_plan: object) -> None:
+    def broken(_plan: object, _drafts: object) -> None:
         msg = "index 7 is out of bounds"
         raise IndexError(msg)
 

@@ -14,6 +14,7 @@ from benthic.model.sockets import Sockets
 from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
 from benthic.serve.graphs import DecodeGraphs
+from benthic.serve.speculative import Speculative
 from benthic.serve.steps import StepTensors
 
 pytestmark = pytest.mark.gpu
@@ -66,6 +67,18 @@ def test_graphs_and_overlap_give_the_tokens_of_the_plain_loop(plain, overlapped,
     assert len(set(replayed)) >= 2
 
 
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("method", ["mtp", "ngram"])
+def test_verified_drafts_give_the_tokens_of_the_plain_loop_and_wait_for_nothing(method, eager, plain):
+    chosen = Speculative(method=method, num_speculative_tokens=2, adaptive=False)
+    engine = small_engine(gpu_model(), enforce_eager=eager, speculative=chosen)
+    assert tokens(engine) == plain
+    assert engine.stats().drafts > 0
+    assert sorted(engine._runner.trials) == ([] if eager else [2, 3])
+    in_error_mode(engine)
+    assert tokens(engine) == plain
+
+
 def test_overlapped_bfloat16_equals_its_plain_loop_when_batches_are_alike():
     asked = [
         request(str(i), p, max_tokens=24) for i, p in enumerate(prompts(8, seed=3, shortest=20, longest=20))
@@ -110,8 +123,8 @@ def test_a_graph_of_verification_rows_computes_what_the_plain_step_does(queries)
         assert found is not None
         sockets = Sockets(PagedAttend(caches[1], step.layout), exchange, plain_linear)
         hidden = model(step.tokens_T, step.positions_T, sockets).hidden_TD
-        torch.testing.assert_close(found[0], hidden, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found[1], model.logits(hidden, plain_linear), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.hidden_TD, hidden, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.logits_TV, model.logits(hidden, plain_linear), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(caches[0].pages_LPBW, caches[1].pages_LPBW, rtol=1e-4, atol=1e-4)
 
 
@@ -144,8 +157,8 @@ def test_a_wait_inside_a_step_would_be_caught():
     in_error_mode(engine)
     run = engine._runner.run
 
-    def waiting(plan):
-        result = run(plan)
+    def waiting(plan, drafts):
+        result = run(plan, drafts)
         result.logits_SV.max().item()
         return result
 

@@ -19,7 +19,8 @@ READY = Ready(
 
 
 def stats(**changes: float) -> Stats:
-    values = dict.fromkeys(Stats.__struct_fields__, 0) | {"num_blocks": 8, "num_free_blocks": 8} | changes
+    named = {"num_blocks": 8, "num_free_blocks": 8, "accepted_at": ()}
+    values = dict.fromkeys(Stats.__struct_fields__, 0) | named | changes
     return Stats(**values)
 
 

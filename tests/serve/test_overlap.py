@@ -95,9 +95,9 @@ def launches(engine: Engine) -> list[tuple[str, ...]]:
     """From now on, the requests that draw a token in each step that runs."""
     run, seen = engine._runner.run, []
 
-    def noted(plan):
+    def noted(plan, drafts):
         seen.append(plan.sampled_ids)
-        return run(plan)
+        return run(plan, drafts)
 
     engine._runner.run = noted
     return seen
@@ -182,12 +182,12 @@ def test_a_step_that_cannot_be_launched_ends_its_requests_after_the_step_before_
     engine = small_engine(model, async_scheduling=True)
     run, calls = engine._runner.run, []
 
-    def fail_once(plan: object) -> object:
+    def fail_once(plan: object, drafts: object) -> object:
         calls.append(plan)
         if len(calls) == 3:
             msg = "tried to allocate 20 GiB"
             raise torch.OutOfMemoryError(msg)
-        return run(plan)
+        return run(plan, drafts)
 
     monkeypatch.setattr(engine._runner, "run", fail_once)
     answers = serve(engine, [request(str(i), p) for i, p in enumerate(prompts(3, seed=2))])

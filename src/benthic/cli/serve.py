@@ -121,6 +121,13 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             rich_help_panel=ENGINE,
         ),
     ] = None,
+    speculative_config: Annotated[
+        str | None,
+        typer.Option(
+            help='JSON, as {"method": "mtp", "num_speculative_tokens": 2}; or "ngram".',
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
     cudagraph_capture_sizes: Annotated[
         list[int] | None,
         typer.Option(
@@ -260,7 +267,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API."""
     # imported here so that `benthic --help` needs neither FastAPI nor tokenizers
-    from benthic.serve import launch, server  # noqa: PLC0415
+    from benthic.serve import launch, server, speculative  # noqa: PLC0415
     from benthic.serve.fleet import Fleet, FleetOptions, load_instance  # noqa: PLC0415
     from benthic.serve.options import EngineOptions  # noqa: PLC0415
     from benthic.serve.service import ServiceSettings  # noqa: PLC0415
@@ -290,6 +297,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         seed=seed,
         max_logprobs=max_logprobs,
         num_threads=num_threads,
+        speculative=None if speculative_config is None else speculative.parse(speculative_config),
         native_folder=str(user_cache()),
     )
     http = server.ServerOptions(

@@ -120,16 +120,16 @@ def stored_in_fp8(folder: Path) -> bool:
 
 
 def load_block_scaled(
-    path: Path, *, device: torch.device, dtype: torch.dtype | None = None
+    path: Path, *, device: torch.device, dtype: torch.dtype | None = None, mtp: bool = False
 ) -> tuple[DeepSeek, Scales]:
-    """Load a block-scaled checkpoint without widening it: the model, its MTP modules left out, and scales.
+    """Load a block-scaled checkpoint without widening it: the model, with MTP modules if asked, and scales.
 
     A weight that the checkpoint stores in another type keeps that type, or takes `dtype`.
 
     Raises: as `benthic.model.checkpoint.load_pretrained`; CheckpointError also when rotary rows would have to
         move to another block.
     """
-    opened = open_checkpoint(path, mtp=False)
+    opened = open_checkpoint(path, mtp=mtp)
     with torch.device("meta"):
         model = DeepSeek(opened.config, Part.whole(opened.config))
     state, scales = {}, {}

@@ -35,6 +35,7 @@ What the scheduler promises
     of a row (`Finished.kept`) do not count. Rows of requests that ended or were aborted since the plan are
     ignored.
   * Slots and blocks of an ended request come free when the newest plan in flight at its end is committed.
+  * Blocks of rejected drafts are given back at the commit; only accepted tokens are ever hashed.
   * Blocks are conserved: `num_free_blocks == num_blocks` once nothing is left.
   * Between instances, `leases` keeps a held request's blocks for a reader and `pulls` plans such reading.
 
@@ -49,7 +50,8 @@ from typing import TYPE_CHECKING
 from benthic.errors import AdmissionError, ServeError
 from benthic.sched.admission import refuse_impossible, total_limit
 from benthic.sched.decodes import Decodes
-from benthic.sched.flights import Chunk, Flight, Flights
+from benthic.sched.drafting import DraftLength
+from benthic.sched.flights import Flight, Flights
 from benthic.sched.leases import Leases
 from benthic.sched.plans import (
     BatchingConfig,
@@ -100,7 +102,8 @@ class Scheduler:
         self.leases = Leases(config, self._residency.pool)
         self.pulls = Pulls(config, self._residency, self.totals, self._begin_prefilling)
         self._prefills = Prefills(config, self._residency, self.totals, self.pulls)
-        self._decodes = Decodes(config, self._residency)
+        self._drafting = DraftLength(config, self.totals)
+        self._decodes = Decodes(config, self._residency, self._drafting)
         self._flights = Flights()
         self._finished: list[Finished] = []
         self._num_added = 0
@@ -190,10 +193,11 @@ class Scheduler:
         num_tokens = len(rows.seqs) + sum(rows.drafts)
         prefills, chunks = self._prefills.plan(budget - num_tokens, landed=self._flights.landed, now=now)
         num_tokens += sum([chunk.length for chunk in prefills])
-        self._begin_decoding(chunks)
-        self._count_step(num_tokens, sum(rows.drafts))
+        self._decodes.join([chunk.seq for chunk in chunks if chunk.seq.phase is Phase.DECODING])
+        self.totals.steps += num_tokens > 0
+        self.totals.scheduled_tokens += num_tokens
         return StepPlan(
-            number=self._flights.depart(rows.seqs, chunks) if num_tokens else -1,
+            number=self._flights.depart(rows.seqs, rows.drafts, chunks) if num_tokens else -1,
             num_tokens=num_tokens,
             decode_ids=rows.ids,
             decode_slots=rows.slots,
@@ -231,21 +235,17 @@ class Scheduler:
         self._prefills.resume(seq)
         self._prefills.wait(woken)
 
-    def _begin_decoding(self, chunks: list[Chunk]) -> None:
-        done = [chunk.seq for chunk in chunks if chunk.seq.phase is Phase.DECODING]
-        for seq in done:
-            seq.busy = self.config.num_speculative_tokens > 0
-        self._decodes.join(done)
-
-    def _count_step(self, num_tokens: int, num_drafts: int) -> None:
-        self.totals.steps += num_tokens > 0
-        self.totals.scheduled_tokens += num_tokens
-        self.totals.drafted += num_drafts
-
-    def commit(self, plan: StepPlan, accepted: Sequence[Sequence[int]], now: float) -> tuple[Finished, ...]:
+    def commit(
+        self,
+        plan: StepPlan,
+        accepted: Sequence[Sequence[int]],
+        now: float,
+        given: Sequence[int] | None = None,
+    ) -> tuple[Finished, ...]:
         """Report the tokens of a plan that ran: one row for each of `plan.sampled_ids`.
 
-        A row holds one token, or up to `1 + drafts` when drafts held.
+        A row holds one token, or up to `1 + drafts` when drafts held. `given` says how many drafts each
+        decode really had, where that was fewer than `plan.decode_drafts`.
 
         Raises:
             ServeError: the plan is not the oldest in flight, or the rows do not fit it.
@@ -255,13 +255,12 @@ class Scheduler:
             raise ServeError(msg)
         self._finished = []
         flight = self._flights.arrive(plan, [len(row) for row in accepted])
-        split = len(flight.decodes)
-        if self.config.num_speculative_tokens:
-            for seq, row in zip(flight.decodes, accepted, strict=False):
-                self._settle(seq, row, now)
+        self._drafting.note(flight, map(len, accepted), flight.drafts if given is None else given, now)
+        if flight.drafted:
+            self._settle_drafted(flight, accepted, now)
         else:
             self._settle_decodes(flight.decodes, accepted, now)
-        return self._land(flight, accepted[split:], now)
+        return self._land(flight, accepted[len(flight.decodes) :], now)
 
     def commit_counts(
         self, plan: StepPlan, now: float, counts: Sequence[int] | None = None
@@ -276,13 +275,14 @@ class Scheduler:
             raise ServeError(msg)
         self._finished = []
         flight = self._flights.arrive(plan, counts)
-        split = len(flight.decodes)
+        if counts is None and self.config.num_speculative_tokens:
+            counts = [1] * flight.num_rows
         if counts is None:
             self._count_decodes(flight.decodes, now)
         else:
-            for seq, count in zip(flight.decodes, counts, strict=False):
-                self._settle(seq, range(count), now)
-        return self._land(flight, [(0,)] * (flight.num_rows - split), now)
+            self._drafting.note(flight, counts, flight.drafts, now)
+            self._settle_drafted(flight, [range(count) for count in counts], now)
+        return self._land(flight, [(0,)] * (flight.num_rows - len(flight.decodes)), now)
 
     def fail(self, plan: StepPlan, now: float) -> tuple[Finished, ...]:
         """Report that a plan could not be run: its requests end with "error", nothing it wrote is reused.
@@ -323,13 +323,21 @@ class Scheduler:
                 quick += 1
         self.totals.generated_tokens += quick
 
+    def _settle_drafted(self, flight: Flight, rows: Sequence[Sequence[int]], now: float) -> None:
+        """Any number of tokens a row; a sequence that had drafts goes on behind those that held."""
+        for seq, row, drafts in zip(flight.decodes, rows, flight.drafts, strict=False):
+            self._settle(seq, row, now)
+            if drafts and seq.phase is Phase.DECODING:
+                seq.planned = seq.num_tokens - 1
+                seq.busy = False
+                self._residency.trim(seq)
+
     def _settle(self, seq: SequenceState, row: Sequence[int], now: float) -> None:
         """Take the tokens of one row until one of them ends the sequence."""
         if seq.phase is Phase.FINISHED:
             return
         if seq.first_token is None:
             seq.first_token = now
-        self.totals.accepted_drafts += len(row) - 1
         counted = self.config.counted
         for kept, token in enumerate(row, start=1):
             seq.num_tokens += 1
@@ -344,9 +352,6 @@ class Scheduler:
                 return
         if seq.phase is Phase.DECODING or seq.phase is Phase.DRAINING:
             self._prefills.wait(self._residency.settle(seq, seq.num_tokens - 1))
-            if self.config.num_speculative_tokens:
-                seq.planned = seq.num_tokens - 1
-                seq.busy = False
 
     def _land(self, flight: Flight, rows: Sequence[Sequence[int]], now: float) -> tuple[Finished, ...]:
         """Settle the prefills of a plan, then hand on what waited for it."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from benthic.sched.request import Phase, SequenceState
 
 if TYPE_CHECKING:
+    from benthic.sched.drafting import DraftLength
     from benthic.sched.plans import BatchingConfig
     from benthic.sched.residency import Residency
 
@@ -24,8 +25,9 @@ class Rows(NamedTuple):
 class Decodes:
     """Keeps the rows between steps: ids and slots are rebuilt only when a sequence comes or goes."""
 
-    def __init__(self, config: BatchingConfig, residency: Residency) -> None:
+    def __init__(self, config: BatchingConfig, residency: Residency, drafting: DraftLength) -> None:
         self._config = config
+        self._drafting = drafting
         self._residency = residency
         self._seqs: list[SequenceState] = []
         self._ids: tuple[str, ...] = ()
@@ -69,24 +71,26 @@ class Decodes:
             self._slots = tuple([seq.slot for seq in self._seqs])
             self._stale = False
         if self._config.num_speculative_tokens:
-            return self._plan_drafted(draft_budget)
+            seqs = [seq for seq in self._seqs if not seq.busy]
+            wanted = self._drafting.choose(len(seqs))
+            share = min(wanted, max(0, draft_budget // len(seqs) - 1)) if seqs else 0
+            if share or len(seqs) < len(self._seqs):
+                return self._plan_drafted(seqs, share)
         seqs = self._seqs
         positions = tuple([seq.planned for seq in seqs])
         for seq in seqs:
             seq.planned += 1
         return Rows(seqs, self._ids, self._slots, positions, (0,) * len(seqs))
 
-    def _plan_drafted(self, budget: int) -> Rows:
-        """As many drafts as budget, length and free blocks allow, shared evenly."""
-        seqs = [seq for seq in self._seqs if not seq.busy]
-        share = max(0, budget // len(seqs) - 1) if seqs else 0
+    def _plan_drafted(self, seqs: list[SequenceState], share: int) -> Rows:
+        """Up to `share` drafts each; a sequence that has some sits out until it is known how many held."""
         positions, drafts = [], []
         for seq in seqs:
-            reserved = self._reserve(seq, min(share, self._config.num_speculative_tokens))
+            reserved = self._reserve(seq, share) if share and seq.request.speculate else 0
             positions.append(seq.planned)
             drafts.append(reserved)
             seq.planned += 1 + reserved
-            seq.busy = True
+            seq.busy = reserved > 0
         ids = tuple([seq.request.request_id for seq in seqs])
         return Rows(seqs, ids, tuple([seq.slot for seq in seqs]), tuple(positions), tuple(drafts))
 

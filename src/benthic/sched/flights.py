@@ -23,12 +23,18 @@ class Chunk(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """The sequences behind the rows of plan `number`."""
+    """The sequences behind the rows of plan `number`; `drafts` are reserved, one count a decode."""
 
     number: int
     decodes: list[SequenceState]
+    drafts: tuple[int, ...]
     chunks: list[Chunk]
     num_rows: int
+
+    @property
+    def drafted(self) -> bool:
+        """Whether some decode had drafts, so that its next position depends on how many held."""
+        return any(self.drafts)
 
 
 class Flights:
@@ -47,12 +53,12 @@ class Flights:
         """Number of the newest plan made; -1 before the first."""
         return self._next_number - 1
 
-    def depart(self, decodes: list[SequenceState], chunks: list[Chunk]) -> int:
+    def depart(self, decodes: list[SequenceState], drafts: tuple[int, ...], chunks: list[Chunk]) -> int:
         """Number a plan and remember its sequences."""
         number = self._next_number
         self._next_number += 1
         num_rows = len(decodes) + sum([chunk.samples for chunk in chunks])
-        self._queue.append(Flight(number, decodes, chunks, num_rows))
+        self._queue.append(Flight(number, decodes, drafts, chunks, num_rows))
         return number
 
     def arrive(self, plan: StepPlan, row_lengths: Sequence[int] | None) -> Flight:
@@ -72,7 +78,7 @@ class Flights:
 
     def _oldest(self, plan: StepPlan) -> Flight:
         if plan.number < 0:
-            return Flight(-1, [], [], 0)
+            return Flight(-1, [], (), [], 0)
         if self._queue and self._queue[0].number == plan.number:
             return self._queue[0]
         oldest = f"plan {self._queue[0].number}" if self._queue else "none"

@@ -6,7 +6,7 @@ ask for the same work; a recorded run is replayed by comparing them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from benthic.errors import ConfigError
@@ -35,7 +35,11 @@ class BatchingConfig:
         max_num_batched_tokens: most tokens computed in one step; at least `max_num_seqs`, so that every
             running
             sequence can always take its next token.
-        num_speculative_tokens: drafts reserved per decoding sequence and step.
+        num_speculative_tokens: most drafts per decoding sequence and step.
+        adaptive_drafts: choose their number from measured step times, see `benthic.sched.drafting`; False
+            always plans the most.
+        mtp_depth: prediction modules that follow the sequences: chunks carry so many known tokens past
+            their end.
         enable_prefix_caching: keep full blocks under the hash of everything before them and reuse them.
         eos_token_ids: tokens that end a sequence unless it ignores them.
         priority_seconds: one level of priority is worth this much waiting. A request of priority p is served
@@ -59,6 +63,8 @@ class BatchingConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     num_speculative_tokens: int = 0
+    adaptive_drafts: bool = False
+    mtp_depth: int = 0
     enable_prefix_caching: bool = True
     eos_token_ids: tuple[int, ...] = ()
     priority_seconds: float = 60.0
@@ -101,7 +107,7 @@ class Prefill(NamedTuple):
     """Compute `length` tokens of a sequence from position `start`; they attend to all positions before them.
 
     `tokens` are the ids at those positions (`None` when requests are counted). `samples` marks the chunk that
-    ends the known tokens: a token is drawn from its last position.
+    ends the known tokens: a token is drawn from its last position. `ahead` are known tokens behind the chunk.
     """
 
     request_id: str
@@ -110,6 +116,7 @@ class Prefill(NamedTuple):
     length: int
     tokens: tuple[int, ...] | None
     samples: bool
+    ahead: tuple[int, ...] = ()
 
 
 class TableWrite(NamedTuple):
@@ -206,6 +213,12 @@ class StepPlan:
         """Requests that draw tokens in this step, in the order `commit` takes them."""
         return self.decode_ids + tuple(chunk.request_id for chunk in self.prefills if chunk.samples)
 
+    @property
+    def sampled_slots(self) -> tuple[int, ...]:
+        """The slots of `sampled_ids`; the scheduler's own tuple while only decodes run."""
+        drawing = tuple(chunk.slot for chunk in self.prefills if chunk.samples)
+        return self.decode_slots + drawing if drawing else self.decode_slots
+
 
 @dataclass(kw_only=True, slots=True)
 class Totals:
@@ -213,7 +226,8 @@ class Totals:
 
     `prefix_queries` and `prefix_hits` count prompt tokens looked up and found at first starts; `recomputed`
     counts tokens computed again after preemptions (those not found in the prefix cache). Pulled requests
-    count in `pulled_blocks` instead: their prompts were looked up and computed elsewhere.
+    count in `pulled_blocks` instead: prompts were looked up and computed elsewhere. `drafts` counts rows
+    that had any, `drafted` and `accepted_drafts` their tokens, `accepted_at` those that held by place.
     """
 
     steps: int = 0
@@ -226,6 +240,8 @@ class Totals:
     prefix_queries: int = 0
     prefix_hits: int = 0
     recomputed: int = 0
+    drafts: int = 0
     drafted: int = 0
     accepted_drafts: int = 0
+    accepted_at: list[int] = field(default_factory=list)
     pulled_blocks: int = 0

@@ -29,6 +29,7 @@ class Prefills:
     def __init__(self, config: BatchingConfig, residency: Residency, totals: Totals, pulls: Pulls) -> None:
         self._pulls = pulls
         self._counted = config.counted
+        self._mtp_depth = config.mtp_depth
         self._caching = config.enable_prefix_caching
         self._residency = residency
         self._totals = totals
@@ -96,14 +97,14 @@ class Prefills:
         done = end == seq.num_tokens
         samples = done and seq.limit > seq.num_tokens
         tokens = None if self._counted else tuple(seq.tokens[start:end])
+        ahead = () if self._counted else tuple(seq.tokens[end : end + self._mtp_depth])
         seq.planned = end
         self._residency.write(seq)
         if done:
             self._running.remove(seq)
             seq.phase = Phase.DECODING
-        return Prefill(seq.request.request_id, seq.slot, start, length, tokens, samples), Chunk(
-            seq, end, samples
-        )
+        prefill = Prefill(seq.request.request_id, seq.slot, start, length, tokens, samples, ahead)
+        return prefill, Chunk(seq, end, samples)
 
     def _grant(
         self,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from benthic.sched.pulls import TransferPlan
 
-VERSION = 1
+VERSION = 2
 
 
 class RecordingScheduler(Scheduler):
@@ -63,11 +63,18 @@ class RecordingScheduler(Scheduler):
         self._put({"plan": _summary(plan), "now": now})
         return plan
 
-    def commit(self, plan: StepPlan, accepted: Sequence[Sequence[int]], now: float) -> tuple[Finished, ...]:
+    def commit(
+        self,
+        plan: StepPlan,
+        accepted: Sequence[Sequence[int]],
+        now: float,
+        given: Sequence[int] | None = None,
+    ) -> tuple[Finished, ...]:
         """As `Scheduler.commit`."""
-        ended = super().commit(plan, accepted, now)
+        ended = super().commit(plan, accepted, now, given)
         rows = [list(row) for row in accepted]
-        self._put({"commit": plan.number, "rows": rows, "now": now, "ended": _digest(ended)})
+        fewer = {} if given is None else {"given": list(given)}
+        self._put({"commit": plan.number, "rows": rows, **fewer, "now": now, "ended": _digest(ended)})
         return ended
 
     def commit_counts(
@@ -167,7 +174,7 @@ class _Player:
 
     def _commit(self, line: int, event: dict[str, Any]) -> None:
         plan = self._plans.pop(event["commit"])
-        ended = self.scheduler.commit(plan, event["rows"], event["now"])
+        ended = self.scheduler.commit(plan, event["rows"], event["now"], event.get("given"))
         _insist(line, f"ends of plan {plan.number}", event["ended"], _digest(ended))
 
     def _commit_counts(self, line: int, event: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ class Request:
         ignore_eos: eos does not end it.
         priority: lower numbers go first.
         salt: requests share cached blocks only under equal salts.
+        speculate: False plans no drafts for it.
         reuse_prefix: False computes every prompt token (prompt log-probabilities need all of them).
         block_keys: for counted requests, one key per full prompt block; equal keys at equal places mean equal
             tokens. The prefix cache works on them as on hashes of tokens.
@@ -43,6 +44,7 @@ class Request:
     priority: int = 0
     salt: str = ""
     reuse_prefix: bool = True
+    speculate: bool = True
     block_keys: tuple[int, ...] = ()
     hold: bool = False
     pull: bool = False

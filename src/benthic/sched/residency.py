@@ -76,6 +76,14 @@ class Residency:
         seq.table.append(block)
         self._set_horizon(seq)
 
+    def trim(self, seq: SequenceState) -> None:
+        """Give back the blocks behind the known tokens of `seq`: they held drafts that were rejected."""
+        known = -(-seq.num_tokens // self._block_size)
+        if known < len(seq.table):
+            self.pool.give_back(seq.table[known:])
+            del seq.table[known:]
+            self._set_horizon(seq)
+
     def evict(self, seq: SequenceState) -> list[SequenceState]:
         """Take slot and blocks away from a running sequence at once; returns whom this unparks.
 

@@ -105,9 +105,32 @@ def load_weights(
     Raises: as `load_pretrained`.
     """
     kept = options.quantization == "fp8" or (options.quantization == "auto" and device.type == "cuda")
+    mtp = drafts_with_mtp(options)
     if kept and stored_in_fp8(path):
-        return load_block_scaled(path, device=device, dtype=dtype)
-    return load_pretrained(path, device=device, dtype=dtype, mtp=False), {}
+        return load_block_scaled(path, device=device, dtype=dtype, mtp=mtp)
+    return load_pretrained(path, device=device, dtype=dtype, mtp=mtp), {}
+
+
+def drafts_with_mtp(options: EngineOptions) -> bool:
+    """Whether the model's prediction modules are needed."""
+    return options.speculative is not None and options.speculative.method == "mtp"
+
+
+def mtp_layers(config: ModelConfig, options: EngineOptions) -> int:
+    """Layers that the cache holds for drafting, one for each prediction module.
+
+    Raises:
+        ConfigError: the modules are to draft, and there are none.
+    """
+    if not drafts_with_mtp(options):
+        return 0
+    if not config.num_nextn_predict_layers:
+        msg = (
+            f'speculative method "mtp" needs prediction modules, but {config.name} has '
+            'num_nextn_predict_layers = 0. Use "ngram", or a checkpoint that has some.'
+        )
+        raise ConfigError(msg)
+    return config.num_nextn_predict_layers
 
 
 def assemble(
@@ -131,7 +154,13 @@ def assemble(
     config = model.config
     weight = model.head_weight()
     max_model_len = longest(config, options)
-    layout = CacheLayout.of(config, block_size=options.block_size, dtype=cache_dtype(options, weight.dtype))
+    ahead, speculative = mtp_layers(config, options), options.speculative
+    layout = CacheLayout.of(
+        config,
+        block_size=options.block_size,
+        dtype=cache_dtype(options, weight.dtype),
+        mtp_layers=ahead,
+    )
     linear = block_scaled_linear(model, scales) if scales else fastest_linear(model)
     sizes = graph_sizes(options, weight.device)
     use: MemoryUse | None = None
@@ -139,12 +168,15 @@ def assemble(
         use = measure_use(
             model, layout, options, linear=linear, graph_sizes=sizes, max_model_len=max_model_len
         )
+    if use is not None and speculative is not None:
+        # each number of drafts has graphs of its own; they are taken to cost what those without drafts do
+        use = replace(use, graphs=use.graphs * (1 + speculative.num_speculative_tokens))
     reserve = ACTIVATION_BYTES if use is None else use.reserve
     size = cache_size(layout, options, max_model_len, weight.device, reserve=reserve)
     shared = options.share_pages and weight.device.type == "cpu"
     memory = MappedPages(size.num_blocks * layout.block_bytes) if shared else None
     cache = LatentCache(layout, size.num_blocks, weight.device, memory)
-    report(size, use, options, cache)
+    report(size, use, options, cache, ahead)
     batching = BatchingConfig(
         num_blocks=size.num_blocks,
         block_size=options.block_size,
@@ -154,6 +186,9 @@ def assemble(
         enable_prefix_caching=options.enable_prefix_caching,
         eos_token_ids=eos,
         lease_seconds=options.lease_seconds,
+        num_speculative_tokens=0 if speculative is None else speculative.num_speculative_tokens,
+        adaptive_drafts=speculative is not None and speculative.adaptive,
+        mtp_depth=ahead,
     )
     scheduler = make_scheduler(batching, options.record)
     ready = Ready(
@@ -172,26 +207,31 @@ def assemble(
         linear=linear,
         enforce_eager=options.enforce_eager,
         graph_sizes=sizes,
+        drafts=batching.num_speculative_tokens,
     )
     capture(runner)
     return Parts(runner, scheduler, ready, size, use)
 
 
-def report(size: CacheSize, use: MemoryUse | None, options: EngineOptions, cache: LatentCache) -> None:
+def report(
+    size: CacheSize, use: MemoryUse | None, options: EngineOptions, cache: LatentCache, mtp: int
+) -> None:
     """Log where memory goes and why the cache is as large as it is."""
     logger.info("latent cache: %s", size.reason)
+    if mtp:
+        share = mtp * cache.layout.token_bytes // cache.layout.layers
+        logger.info("latent cache: %s B/token of it for %d prediction layers", f"{share:,}", mtp)
     for line in [] if use is None else use.lines(options.gpu_memory_utilization, cache.num_bytes):
         logger.info("memory: %s", line)
 
 
 def capture(runner: Runner) -> None:
     """Capture the runner's CUDA graphs, if it is to have any."""
-    graphs = runner.graphs
-    if graphs is None:
-        return
-    graphs.capture(capture_progress)
-    took = binary_bytes(graphs.num_bytes)
-    logger.info("CUDA graphs: %d batch sizes up to %d took %s", len(graphs), graphs.sizes[-1], took)
+    for graphs in () if runner.graphs is None else (runner.graphs, *runner.trials.values()):
+        graphs.capture(capture_progress)
+        took = binary_bytes(graphs.num_bytes)
+        what = "CUDA graphs of %d rows a sequence: %d batch sizes up to %d took %s"
+        logger.info(what, graphs.queries, len(graphs), graphs.sizes[-1], took)
 
 
 def cache_dtype(options: EngineOptions, weights: torch.dtype) -> torch.dtype:

@@ -23,10 +23,12 @@ from benthic.errors import BenthicError
 from benthic.sched.batching import Request, Started
 from benthic.serve.admission import check
 from benthic.serve.build import Parts, assemble, from_checkpoint
+from benthic.serve.drafters import drafter_for
+from benthic.serve.drafts import Trial
 from benthic.serve.grammar import matcher_for
-from benthic.serve.launched import InFlight, Launched, PromptRows
+from benthic.serve.launched import InFlight, Launched, PromptRows, Row
 from benthic.serve.messages import Delta, Generate, Ready, Stats
-from benthic.serve.sample import NO_TOKEN, Logprobs, measure, splitmix64, to_int64
+from benthic.serve.sample import Logprobs, measure, splitmix64, to_int64
 from benthic.serve.sampler import Sampler
 from benthic.serve.transit import to_device
 
@@ -37,9 +39,9 @@ if TYPE_CHECKING:
     from benthic.sched.batching import Finished, StepPlan
     from benthic.serve.options import EngineOptions
     from benthic.serve.runner import StepResult
+    from benthic.serve.sampler import Drawing
 
 Clock = Callable[[], float]
-NOT_FINITE = "the model's next-token distribution is not finite"
 
 
 class Engine:
@@ -67,9 +69,9 @@ class Engine:
         self._clock = clock
         self._device = parts.runner.cache.pages_LPBW.device
         self._sampler = Sampler(parts.ready.vocab_size, self._device)
+        self._drafter = drafter_for(options, parts.runner, self._sampler)
         self._in_flight: dict[str, InFlight] = {}
-        overlapped = options.async_scheduling
-        self._depth = 2 if (self._device.type == "cuda" if overlapped is None else overlapped) else 1
+        self._depth = 2 if overlaps(options, self._device) else 1
         self._launched: deque[Launched] = deque()
         self._num_added = 0
         self._step_seconds = 0.0
@@ -124,6 +126,8 @@ class Engine:
             matcher=matcher,
             output=request.output,
         )
+        if self._drafter is not None:
+            self._drafter.admit(request)
         told = bool(request.output) or params.prompt_logprobs is None
         self._in_flight[request.request_id] = InFlight(
             request,
@@ -184,6 +188,10 @@ class Engine:
             step_seconds=self._step_seconds,
             leased_blocks=self._scheduler.leases.num_blocks,
             pulled_blocks=totals.pulled_blocks,
+            drafts=totals.drafts,
+            draft_tokens=totals.drafted,
+            accepted_tokens=totals.accepted_drafts,
+            accepted_at=tuple(totals.accepted_at),
         )
 
     def profile_tapes(self, clock: Clock) -> dict[int, dict[str, float]]:
@@ -200,45 +208,61 @@ class Engine:
     def _launch(self, plan: StepPlan) -> Launched:
         """Queue a step's work and note whose it is; nothing waits for the device."""
         entries = tuple(self._in_flight[request_id] for request_id in plan.sampled_ids)
+        positions = _positions(plan, entries)
         try:
-            result = self._runner.run(plan)
+            drafts = None if self._drafter is None else self._drafter.draft(plan, positions)
+            trial = None if drafts is None else Trial.of(drafts, len(entries))
+            result = self._runner.run(plan, drafts)
             prompts = self._measure_prompts(plan, result)
-            if not entries:
-                return Launched(plan, entries, prompts=prompts)
-            drawing = self._sampler.start(result.logits_SV, plan.sampled_ids, _positions(plan, entries))
-            self._runner.remember(_sampled_slots(plan), drawing.token_S)
+            drawing = self._draw(plan, result, positions, trial) if entries else None
+            if self._drafter is not None:
+                self._drafter.learn(plan, result, drawing)
         except (BenthicError, torch.OutOfMemoryError) as error:
             return Launched(plan, entries, error=error)
-        return Launched(plan, entries, drawing=drawing, prompts=prompts)
+        return Launched(plan, entries, drawing=drawing, prompts=prompts, trial=trial)
+
+    def _draw(self, plan: StepPlan, result: StepResult, positions: list[int], trial: Trial | None) -> Drawing:
+        """Draw a token from every row of logits; each sequence's newest feeds its next step."""
+        ids = plan.sampled_ids
+        if trial is not None:
+            ids, positions = trial.spread(ids, positions)
+        drawing = self._sampler.start(result.logits_SV, ids, positions, trial)
+        self._runner.remember(plan.sampled_slots, drawing.token_S)
+        return drawing
 
     def _land(self, launched: Launched) -> list[Delta]:
         """Wait for a step's tokens, commit them and say what is new."""
         plan = launched.plan
         if launched.error is not None:
             return self._fail(plan, launched.error)
-        sampled = launched.collect()
+        rows = launched.collect()
         now = self._clock()
         # An id may have ended, and even come back, while its row was in flight: the row is then nobody's.
         kept = [self._in_flight.get(entry.request.request_id) is entry for entry in launched.entries]
-        for request_id, token, mine in zip(plan.sampled_ids, sampled.tokens, kept, strict=True):
-            if mine and token == NO_TOKEN:
+        for request_id, row, mine in zip(plan.sampled_ids, rows, kept, strict=True):
+            if mine and row.failure is not None:
                 self._scheduler.abort(request_id, now)
-        rows = [(max(token, 0),) for token in sampled.tokens]
-        ended = {event.request_id: event for event in self._scheduler.commit(plan, rows, now)}
+        accepted = [row.tokens or (0,) for row in rows]
+        commit = self._scheduler.commit(plan, accepted, now, launched.given)
+        ended = {event.request_id: event for event in commit}
         deltas = []
-        for i, request_id in enumerate(plan.sampled_ids):
-            if not kept[i]:
-                continue
-            if sampled.tokens[i] == NO_TOKEN:
-                deltas.append(self._error(request_id, sampled.failures.get(i, NOT_FINITE)))
-                continue
-            end, tokens = ended.pop(request_id, None), sampled.tokens[i : i + 1]
-            deltas.append(self._delta(request_id, tokens, end, sampled.logprobs.get(i)))
+        for request_id, row, mine in zip(plan.sampled_ids, rows, kept, strict=True):
+            if mine:
+                deltas.append(self._tell(request_id, row, ended.pop(request_id, None)))
         deltas.extend(self._delta(request_id, [], event, None) for request_id, event in ended.items())
         return deltas
 
+    def _tell(self, request_id: str, row: Row, end: Finished | None) -> Delta:
+        """What a row says, less the tokens behind its end."""
+        if row.failure is not None:
+            return self._error(request_id, row.failure)
+        kept = len(row.tokens) if end is None else end.kept
+        if self._drafter is not None:
+            self._drafter.told(request_id, row.tokens)
+        return self._delta(request_id, row.tokens[:kept], end, tuple(row.logprobs[:kept]) or None)
+
     def _delta(
-        self, request_id: str, tokens: list[int], end: Finished | None, logprobs: Logprobs | None
+        self, request_id: str, tokens: list[int], end: Finished | None, logprobs: tuple[Logprobs, ...] | None
     ) -> Delta:
         entry = self._in_flight[request_id]
         first = not entry.announced
@@ -250,7 +274,7 @@ class Engine:
             tokens=tuple(tokens),
             finish_reason=None if end is None else end.reason,
             stop_token=None if end is None else end.stop_token,
-            logprobs=None if logprobs is None else (logprobs,),
+            logprobs=logprobs,
             prompt_logprobs=_complete(entry.prompt_logprobs) if first and entry.prompt_logprobs else None,
             cached_tokens=entry.cached_tokens if first else 0,
         )
@@ -267,6 +291,8 @@ class Engine:
     def _forget(self, request_id: str) -> None:
         self._in_flight.pop(request_id, None)
         self._sampler.release(request_id)
+        if self._drafter is not None:
+            self._drafter.release(request_id)
 
     @torch.inference_mode()
     def _measure_prompts(self, plan: StepPlan, result: StepResult) -> list[PromptRows]:
@@ -301,10 +327,14 @@ def _positions(plan: StepPlan, entries: tuple[InFlight, ...]) -> list[int]:
     return [end - len(entry.request.prompt) for end, entry in zip(ends, entries, strict=True)]
 
 
-def _sampled_slots(plan: StepPlan) -> tuple[int, ...]:
-    """The slots of `plan.sampled_ids`; the scheduler's own tuple while only decodes run."""
-    drawing = tuple(chunk.slot for chunk in plan.prefills if chunk.samples)
-    return plan.decode_slots + drawing if drawing else plan.decode_slots
+def overlaps(options: EngineOptions, device: torch.device) -> bool:
+    """Whether a step is launched before the one before it has landed.
+
+    Prompt lookup has to see a token before it can draft behind it.
+    """
+    if options.speculative is not None and options.speculative.method == "ngram":
+        return False
+    return device.type == "cuda" if options.async_scheduling is None else options.async_scheduling
 
 
 def _wanted(request: Generate) -> Request:
@@ -319,6 +349,7 @@ def _wanted(request: Generate) -> Request:
         ignore_eos=params.ignore_eos,
         priority=request.priority,
         reuse_prefix=params.prompt_logprobs is None or before > 0,
+        speculate=params.grammar is None,
         hold=request.hold,
         pull=request.pull is not None,
     )

@@ -22,6 +22,7 @@ import torch
 
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
+from benthic.serve.steps import Replayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +60,7 @@ class Buffers:
     context_S: Tensor
     hidden_TD: Tensor
     logits_TV: Tensor
+    previous_TD: Tensor
 
     @classmethod
     def blank(cls, model: DeepSeek, sequences: int, queries: int, columns: int) -> Buffers:
@@ -74,7 +76,12 @@ class Buffers:
             context_S=table_SP.new_zeros(sequences),
             hidden_TD=weight.new_zeros(rows, model.config.hidden_size),
             logits_TV=weight.new_zeros(rows, model.config.vocab_size),
+            previous_TD=weight.new_zeros(rows, model.config.hidden_size),
         )
+
+    def outputs(self, rows: int) -> Replayed:
+        """The first rows of what a graph wrote."""
+        return Replayed(self.hidden_TD[:rows], self.logits_TV[:rows], self.previous_TD[:rows])
 
     def fill(self, step: StepTensors, decode: DecodeRows, sequences: int) -> None:
         """Take over a step's rows and blank those that pad it to `sequences`."""
@@ -154,6 +161,11 @@ class DecodeGraphs:
         return self._sizes
 
     @property
+    def queries(self) -> int:
+        """Tokens of each sequence in a step."""
+        return self._queries
+
+    @property
     def num_bytes(self) -> int:
         """Device memory that captures took; they share intermediate results, the largest comes first."""
         return sum(captured.num_bytes for captured in self._graphs.values())
@@ -172,8 +184,8 @@ class DecodeGraphs:
             for size in progress(self._sizes[::-1]):
                 self._graphs[size] = self._capture(size)
 
-    def run(self, step: StepTensors) -> tuple[Tensor, Tensor] | None:
-        """`(hidden_TD, logits_TV)` of a step of decode rows alone; None if the plain loop has to run it.
+    def run(self, step: StepTensors) -> Replayed | None:
+        """A step of decode rows alone; None if the plain loop has to run it.
 
         The next call overwrites what this one returned, in the order of the stream.
         """
@@ -181,7 +193,7 @@ class DecodeGraphs:
         if (
             decode is None
             or step.layout.prefill is not None
-            or step.sampled_S is not None
+            or step.chunk_rows
             or decode.queries != self._queries
         ):
             return None
@@ -190,7 +202,10 @@ class DecodeGraphs:
             return None
         self._buffers.fill(step, decode, size)
         self.replay(size)
-        return self._buffers.hidden_TD[: decode.rows], self._buffers.logits_TV[: decode.rows]
+        found = self._buffers.outputs(decode.rows)
+        if step.sampled_S is None:
+            return found
+        return found._replace(logits_TV=found.logits_TV.index_select(0, step.sampled_S))
 
     def size_for(self, sequences: int) -> int | None:
         """The smallest captured batch that holds so many; None when none does."""
@@ -216,6 +231,7 @@ class DecodeGraphs:
         decode = DecodeRows(self._queries, buffers.block_table_SP[:size], buffers.context_S[:size])
         attend = PagedAttend(self._cache, StepLayout(buffers.slot_T[:rows], decode, None))
         sockets = Sockets(attend, self._exchange, self._linear)
-        hidden_TD = self._model(buffers.tokens_T[:rows], buffers.positions_T[:rows], sockets).hidden_TD
-        buffers.hidden_TD[:rows].copy_(hidden_TD)
-        buffers.logits_TV[:rows].copy_(self._model.logits(hidden_TD, self._linear))
+        hidden = self._model(buffers.tokens_T[:rows], buffers.positions_T[:rows], sockets)
+        buffers.hidden_TD[:rows].copy_(hidden.hidden_TD)
+        buffers.previous_TD[:rows].copy_(self._model.mtp_input(hidden))
+        buffers.logits_TV[:rows].copy_(self._model.logits(hidden.hidden_TD, self._linear))

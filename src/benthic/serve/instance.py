@@ -158,7 +158,7 @@ class Instance(Engine):
                 leases.release(lease_id)
 
     def _delta(
-        self, request_id: str, tokens: list[int], end: Finished | None, logprobs: Logprobs | None
+        self, request_id: str, tokens: list[int], end: Finished | None, logprobs: tuple[Logprobs, ...] | None
     ) -> Delta:
         delta = super()._delta(request_id, tokens, end, logprobs)
         lease = None if end is None else self._scheduler.leases.get(request_id)

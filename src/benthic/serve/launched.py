@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
-from benthic.serve.sample import Logprobs, Measured, logprobs_from
-from benthic.serve.sampler import Sampled
+from benthic.serve.sample import NO_TOKEN, Logprobs, Measured, logprobs_from
 from benthic.serve.transit import Homeward
 
 if TYPE_CHECKING:
     from benthic.sched.batching import StepPlan
+    from benthic.serve.drafts import Trial
     from benthic.serve.messages import Generate
-    from benthic.serve.sampler import Drawing
+    from benthic.serve.sampler import Drawing, Sampled
+
+NOT_FINITE = "the model's next-token distribution is not finite"
 
 
 @dataclass(eq=False)
@@ -47,21 +49,58 @@ class PromptRows:
 
 
 @dataclass(frozen=True)
+class Row:
+    """What one sequence drew in a step: its tokens and, where asked for, the log-probabilities of each.
+
+    `failure` says why there is no token (or none behind these).
+    """
+
+    tokens: list[int]
+    logprobs: list[Logprobs]
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
 class Launched:
     """A step whose work is queued on the device.
 
     `entries` are the requests behind `plan.sampled_ids` as they were at the launch: ids may end and be used
-    again before the step lands. `error` says why it could not be launched.
+    again before the step lands. `trial` says which rows verify drafts. `error` says why it could not be
+    launched.
     """
 
     plan: StepPlan
     entries: tuple[InFlight, ...]
     drawing: Drawing | None = None
     prompts: list[PromptRows] = field(default_factory=list)
+    trial: Trial | None = None
     error: Exception | None = None
 
-    def collect(self) -> Sampled:
-        """Wait for the step: its tokens, and prompt log-probabilities handed to their requests."""
+    @property
+    def given(self) -> tuple[int, ...] | None:
+        """How many drafts each decode had, where that was not what was planned."""
+        counts = (0,) * len(self.plan.decode_ids) if self.trial is None else self.trial.drafts.counts
+        return None if counts == self.plan.decode_drafts else counts
+
+    def collect(self) -> list[Row]:
+        """Wait for the step: a row for each of its requests, prompt log-probabilities go to theirs."""
         for rows in self.prompts:
             rows.land()
-        return Sampled([]) if self.drawing is None else self.drawing.collect()
+        if self.drawing is None:
+            return []
+        sampled = self.drawing.collect()
+        if self.trial is None or sampled.held is None:
+            return [_row(sampled, i, 1) for i in range(len(sampled.tokens))]
+        spans = zip(self.trial.first, sampled.held, strict=True)
+        return [_row(sampled, first, held + 1) for first, held in spans]
+
+
+def _row(sampled: Sampled, first: int, count: int) -> Row:
+    """Rows of logits from `first` on as one row of tokens, up to the first that drew none."""
+    tokens = sampled.tokens[first : first + count]
+    logprobs = [sampled.logprobs[i] for i in range(first, first + count) if i in sampled.logprobs]
+    if NO_TOKEN in tokens:
+        lost = tokens.index(NO_TOKEN)
+        failure = sampled.failures.get(first + lost, NOT_FINITE)
+        return Row(tokens[:lost], logprobs[:lost], failure)
+    return Row(tokens, logprobs)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -79,7 +80,7 @@ class Members:
         self._members: dict[str, Member] = {}
         self._watchers: set[asyncio.Task[None]] = set()
         self._num_joined = 0
-        self._gone = Stats(**dict.fromkeys(Stats.__struct_fields__, 0))
+        self._gone = _sum(())
         self._last_words = "none was started"
         self._closing = False
 
@@ -197,8 +198,12 @@ class Members:
 
 
 def _sum(reports: Sequence[Stats]) -> Stats:
-    names = Stats.__struct_fields__
-    return Stats(**{name: sum([getattr(report, name) for report in reports]) for name in names})
+    numbers = [name for name in Stats.__struct_fields__ if name != "accepted_at"]
+    places = zip_longest(*(report.accepted_at for report in reports), fillvalue=0)
+    return Stats(
+        **{name: sum([getattr(report, name) for report in reports]) for name in numbers},
+        accepted_at=tuple(map(sum, places)),
+    )
 
 
 def _totals(stats: Stats) -> Stats:

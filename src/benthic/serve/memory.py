@@ -105,7 +105,8 @@ def peak_of_step(
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     hidden_TD = model(tokens_T, tokens_T % longest, sockets).hidden_TD
-    logits_SV = model.logits(hidden_TD[: options.max_num_seqs], linear)
+    drafts = 0 if options.speculative is None else options.speculative.num_speculative_tokens
+    logits_SV = model.logits(hidden_TD[: options.max_num_seqs * (1 + drafts)], linear)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return max(peak, logits_SV.numel() * 4 * SAMPLING_COPIES)

@@ -114,7 +114,11 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Totals and gauges of the engine at one instant (counters since the start)."""
+    """Totals and gauges of the engine at one instant (counters since the start).
+
+    `drafts` counts rows with drafts, `draft_tokens` and `accepted_tokens` drafts given and accepted,
+    `accepted_at[i]` those accepted at place i.
+    """
 
     num_running: int
     num_waiting: int
@@ -129,6 +133,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step_seconds: float
     leased_blocks: int = 0
     pulled_blocks: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_at: tuple[int, ...] = ()
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -56,6 +56,9 @@ COUNTERS: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
         lambda s: s.prefix_cache_queries,
     ),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda s: s.prefix_cache_hits),
+    ("spec_decode_num_drafts", "Rows of sequences that verified drafts.", lambda s: s.drafts),
+    ("spec_decode_num_draft_tokens", "Draft tokens verified.", lambda s: s.draft_tokens),
+    ("spec_decode_num_accepted_tokens", "Draft tokens accepted.", lambda s: s.accepted_tokens),
     ("num_preemptions", "Times a sequence gave its blocks back to be recomputed.", lambda s: s.preemptions),
     ("engine_steps", "Batches computed.", lambda s: s.steps),
     ("engine_step_seconds", "Seconds spent computing batches.", lambda s: s.step_seconds),
@@ -190,3 +193,11 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(f"benthic:{name}", text, labels=["model_name"])
             counter.add_metric([self._model_name], read(stats))
             yield counter
+        places = CounterMetricFamily(
+            "benthic:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by their place in the draft.",
+            labels=["model_name", "position"],
+        )
+        for place, accepted in enumerate(stats.accepted_at):
+            places.add_metric([self._model_name, str(place)], accepted)
+        yield places

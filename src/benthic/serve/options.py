@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from benthic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from benthic.serve.speculative import Speculative
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 CacheDtypeName = Literal["auto", "fp8", "fp8_e4m3"]
@@ -44,6 +47,7 @@ class EngineOptions:
         cudagraph_capture_sizes: padded batch sizes of the graphs; empty takes 1, 2, 4, then every 8th (above
             256 every 16th).
         max_cudagraph_capture_size: largest batch that has a graph; larger ones run as written. 0: no graphs.
+        speculative: who drafts tokens for the model to verify, and how many; None drafts nothing.
         native_folder: where compiled CPU kernels are kept; None leaves it to `kernels.native_build`.
         share_pages: lay the cache where other processes on this host can read it.
         lease_seconds: how long a held request's blocks stay for their reader without a sign of it.
@@ -70,6 +74,7 @@ class EngineOptions:
     async_scheduling: bool | None = None
     cudagraph_capture_sizes: tuple[int, ...] = ()
     max_cudagraph_capture_size: int = 512
+    speculative: Speculative | None = None
     native_folder: str | None = None
     share_pages: bool = False
     lease_seconds: float = 30.0

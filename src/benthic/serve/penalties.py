@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from benthic.serve.drafts import Trial
     from benthic.serve.messages import SamplingParams
 
 
@@ -81,10 +82,16 @@ class PenaltyTable:
         """Give a slot back."""
         self._free.append(slot)
 
-    def apply(self, logits_SV: Tensor, penalties: Penalties) -> None:
-        """Penalise in place: repetition divides (or multiplies negative) logits, the others subtract."""
+    def apply(self, logits_SV: Tensor, penalties: Penalties, trial: Trial | None = None) -> None:
+        """Penalise in place: repetition divides (or multiplies negative) logits, the others subtract.
+
+        A row that verifies a draft has put out, as far as it knows, the drafts before it.
+        """
         logits_LV = logits_SV[penalties.row_L]
         counts_LV = self._counts_NV[penalties.slot_L]
+        if trial is not None:
+            token_LK, counted_LK = trial.seen(penalties.row_L)
+            counts_LV.scatter_add_(1, token_LK, counted_LK.to(torch.int32))
         in_output_LV = counts_LV > 0
         seen_LV = in_output_LV | self._in_prompt_NV[penalties.slot_L]
         factor_LV = torch.where(seen_LV, penalties.repetition_L1, 1.0)
@@ -93,10 +100,16 @@ class PenaltyTable:
         logits_LV -= penalties.presence_L1 * in_output_LV
         logits_SV[penalties.row_L] = logits_LV
 
-    def count(self, token_S: Tensor, penalties: Penalties) -> None:
-        """Count the tokens just drawn."""
+    def count(self, token_S: Tensor, penalties: Penalties, kept_S: Tensor | None = None) -> None:
+        """Count the tokens just drawn; with several rows a request, those of the rows that are `kept_S`."""
         token_L = token_S[penalties.row_L]
-        self._counts_NV[penalties.slot_L, token_L.clamp(min=0)] += (token_L >= 0).to(torch.int32)
+        counted_L = (token_L >= 0).to(torch.int32)
+        if kept_S is None:
+            self._counts_NV[penalties.slot_L, token_L.clamp(min=0)] += counted_L
+            return
+        counted_L *= kept_S[penalties.row_L]
+        place = (penalties.slot_L, token_L.clamp(min=0))
+        self._counts_NV.index_put_(place, counted_L, accumulate=True)
 
     def _grow(self) -> None:
         old = self._counts_NV.shape[0]

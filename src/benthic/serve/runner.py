@@ -16,14 +16,17 @@ from benthic.serve.steps import StepBuilder
 from benthic.serve.tapes import DecodeTapes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
-    from benthic.model.network import DeepSeek
+    from benthic.model.network import DeepSeek, Hidden
     from benthic.model.sockets import Linear
-    from benthic.sched.plans import StepPlan
+    from benthic.sched.plans import StepPlan, TableWrite
+    from benthic.serve.attend import StepLayout
     from benthic.serve.cache import LatentCache
+    from benthic.serve.drafts import Drafts
+    from benthic.serve.steps import StepTensors
 
 LOGIT_ROWS = 256
 """Most rows of prompt logits that exist at one time: 256 rows of a 129,280-token vocabulary are 132 MB."""
@@ -33,13 +36,20 @@ LOGIT_ROWS = 256
 class StepResult:
     """What a forward pass leaves for the sampler.
 
-    `logits_SV` has one row for each of `StepPlan.sampled_ids`; `hidden_TD` and `chunk_rows` serve prompt
-    log-probabilities.
+    `logits_SV` has one row for each of `StepPlan.sampled_ids`, or with drafts `1 + d` for each decode;
+    `hidden_TD` and `chunk_rows` serve prompt log-probabilities, `previous_TD` feeds the first prediction
+    module.
     """
 
     logits_SV: Tensor
     hidden_TD: Tensor
-    chunk_rows: tuple[range, ...]
+    previous_TD: Tensor
+    step: StepTensors
+
+    @property
+    def chunk_rows(self) -> tuple[range, ...]:
+        """The rows of every prefill chunk, in plan order."""
+        return self.step.chunk_rows
 
 
 class Runner:
@@ -54,6 +64,7 @@ class Runner:
         `benthic.serve.columns`.
         enforce_eager: run every step as it is written, without tapes.
         graph_sizes: padded batch sizes for which `capture` makes CUDA graphs.
+        drafts: most drafts of a sequence; every number of them up to this gets graphs of its own.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class Runner:
         linear: Linear | None = None,
         enforce_eager: bool = False,
         graph_sizes: tuple[int, ...] = (),
+        drafts: int = 0,
     ) -> None:
         self.cache = cache
         self.model = model.eval()
@@ -80,44 +92,69 @@ class Runner:
                 model, cache, linear=self._linear, exchange=self._exchange, columns=columns
             )
             self.tapes.warm_up()
+        self.trials: dict[int, DecodeGraphs] = {}  # graphs of decodes with drafts, by queries a sequence
         if graph_sizes and not enforce_eager:
-            self.graphs = DecodeGraphs(
-                model,
-                cache,
-                linear=self._linear,
-                exchange=self._exchange,
-                columns=columns,
-                sizes=graph_sizes,
-            )
-        self._steps = StepBuilder(
+            made = [
+                DecodeGraphs(
+                    model,
+                    cache,
+                    linear=self._linear,
+                    exchange=self._exchange,
+                    columns=columns,
+                    sizes=graph_sizes,
+                    queries=queries,
+                )
+                for queries in range(1, drafts + 2)
+            ]
+            self.graphs, self.trials = made[0], dict(enumerate(made[1:], start=2))
+        self.steps = StepBuilder(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             block_size=cache.layout.block_size,
             device=cache.pages_LPBW.device,
         )
 
+    def write(self, tables: Iterable[TableWrite]) -> None:
+        """Apply a plan's block-table writes; a second time changes nothing."""
+        self.steps.write(tables)
+
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute one step. Cost: one forward pass of `plan.num_tokens` rows."""
-        self._steps.write(plan.tables)
-        step = self._steps.build(plan)
+    def run(self, plan: StepPlan, drafts: Drafts | None = None) -> StepResult:
+        """Compute one step, verifying `drafts`. Cost: one forward pass of `plan.num_tokens` rows."""
+        self.write(plan.tables)
+        step = self.steps.build(plan, drafts)
         recorded = self.tapes if self.graphs is None else self.graphs
+        if drafts is not None:
+            recorded = self.trials.get(drafts.queries)
         replayed = None if recorded is None else recorded.run(step)
         if replayed is not None:
-            return StepResult(replayed[1], replayed[0], step.chunk_rows)
-        sockets = Sockets(PagedAttend(self.cache, step.layout), self._exchange, self._linear)
-        hidden_TD = self.model(step.tokens_T, step.positions_T, sockets).hidden_TD
+            return StepResult(replayed.logits_TV, replayed.hidden_TD, replayed.previous_TD, step)
+        hidden = self.model(step.tokens_T, step.positions_T, self._sockets(step.layout))
+        hidden_TD = hidden.hidden_TD
         sampled_SD = hidden_TD if step.sampled_S is None else hidden_TD.index_select(0, step.sampled_S)
-        return StepResult(self.model.logits(sampled_SD, self._linear), hidden_TD, step.chunk_rows)
+        return StepResult(self.logits(sampled_SD), hidden_TD, self.model.mtp_input(hidden), step)
+
+    def ahead(
+        self, depth: int, previous_TD: Tensor, token_T: Tensor, position_T: Tensor, layout: StepLayout
+    ) -> Hidden:
+        """Run one prediction module over rows of a step or of a draft; see `DeepSeek.predict_ahead`."""
+        return self.model.predict_ahead(depth, previous_TD, token_T, position_T, self._sockets(layout))
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """Scores of the next token for some rows."""
+        return self.model.logits(hidden_SD, self._linear)
+
+    def _sockets(self, layout: StepLayout) -> Sockets:
+        return Sockets(PagedAttend(self.cache, layout), self._exchange, self._linear)
 
     @torch.inference_mode()
     def row_logits(self, result: StepResult, rows: range) -> Iterator[Tensor]:
         """Logits of some rows of a step, `LOGIT_ROWS` at a time (for prompt log-probabilities)."""
         for start in range(rows.start, rows.stop, LOGIT_ROWS):
             some_TD = result.hidden_TD[start : min(start + LOGIT_ROWS, rows.stop)]
-            yield self.model.logits(some_TD, self._linear)
+            yield self.logits(some_TD)
 
     @torch.inference_mode()
     def remember(self, slots: tuple[int, ...], token_S: Tensor) -> None:
         """Note the newest token of each slot, which its next decode row feeds; nothing waits."""
-        self._steps.remember(slots, token_S)
+        self.steps.remember(slots, token_S)

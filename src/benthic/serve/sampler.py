@@ -13,7 +13,7 @@ singles out (those with penalties, or those that want log-probabilities).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -39,7 +39,12 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
     from torch import Tensor
 
+    from benthic.serve.drafts import Trial, Verdict
     from benthic.serve.messages import SamplingParams
+
+
+KEPT_BATCHES: Final = 4
+"""Settings of batches that are kept: with drafts, a step asks for those of its sequences and of its rows."""
 
 
 @dataclass(frozen=True)
@@ -152,32 +157,40 @@ def _bias(params: Sequence[SamplingParams], device: torch.device) -> tuple[Tenso
 class Sampled:
     """One token a row, `NO_TOKEN` where the distribution was not finite; log-probabilities by row.
 
-    `failures` says, by row, what else left a row without a token.
+    `failures` says, by row, what else left a row without a token. With drafts, `held` counts those of each
+    sequence that held, whose rows are then one after another.
     """
 
     tokens: list[int]
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    held: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Tokens that are being drawn: `token_S` on the device, their way home, and the grammars that wait."""
+    """Tokens that are being drawn, their way home, and the grammars that wait.
+
+    `token_R` has one for each row of logits and `token_S` each sequence's newest: the same without drafts.
+    """
 
     token_S: Tensor
+    token_R: Tensor
     homeward: Homeward
     following: dict[int, LLMatcher] = field(default_factory=dict)
     asked: LogprobRows | None = None
+    verdict: Verdict | None = None
 
     def collect(self) -> Sampled:
         """Wait for the tokens, and move grammars past theirs."""
-        token_S, *measured = self.homeward.wait()
-        tokens = token_S.tolist()
+        token_R, *others = self.homeward.wait()
+        held = None if self.verdict is None else others.pop(0).tolist()
+        tokens = token_R.tolist()
         failures = accept(self.following, tokens) if self.following else {}
         if self.asked is None:
-            return Sampled(tokens, failures=failures)
-        found = logprobs_from(Measured(*measured), self.asked.best)
-        return Sampled(tokens, dict(zip(self.asked.rows, found, strict=True)), failures)
+            return Sampled(tokens, failures=failures, held=held)
+        found = logprobs_from(Measured(*others), self.asked.best)
+        return Sampled(tokens, dict(zip(self.asked.rows, found, strict=True)), failures, held)
 
 
 class Sampler:
@@ -189,8 +202,7 @@ class Sampler:
         self._rows: dict[str, Row] = {}
         self._table = PenaltyTable(vocab_size, device)
         self._grammars = GrammarMasks(device)
-        self._batch_of: tuple[str, ...] = ()
-        self._batch: Batch | None = None
+        self._batches: dict[tuple[str, ...], Batch] = {}
 
     def admit(
         self,
@@ -226,21 +238,28 @@ class Sampler:
         row = self._rows.pop(request_id, None)
         if row is not None and row.slot >= 0:
             self._table.release(row.slot)
-        if request_id in self._batch_of:
-            self._batch_of, self._batch = (), None
+        for ids in [ids for ids in self._batches if request_id in ids]:
+            del self._batches[ids]
 
     def sample(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Sampled:
         """`start`, then wait for the tokens."""
         return self.start(logits_SV, request_ids, positions).collect()
 
     @torch.inference_mode()
-    def start(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Drawing:
+    def start(
+        self,
+        logits_SV: Tensor,
+        request_ids: tuple[str, ...],
+        positions: Sequence[int],
+        trial: Trial | None = None,
+    ) -> Drawing:
         """Draw one token a row, without waiting for the device.
 
         Args:
             logits_SV: raw logits of any float dtype; left unchanged only when float32 is not its dtype.
             request_ids: whose row each is; all admitted.
             positions: how many tokens each has put out before this one.
+            trial: which rows verify drafts; a request with a grammar has none.
 
         Cost: one pass of argmax for greedy batches; softmax, cumulative sum and a binary search for plain
         temperature; filters add a sort of the greatest `top_k`, or of the vocabulary when a row sets none.
@@ -249,25 +268,40 @@ class Sampler:
         logits_SV = logits_SV.to(torch.float32)
         asked = batch.logprobs
         raw_LV = None if asked is None else logits_SV.index_select(0, asked.row_L)
-        self._adjust(logits_SV, batch, positions)
+        self._adjust(logits_SV, batch, positions, trial)
         following = self._grammars.apply(logits_SV, request_ids)
-        token_S = _choose(logits_SV, batch, positions)
+        token_R = _choose(logits_SV, batch, positions)
+        verdict = None if trial is None else trial.judge(token_R)
         if batch.penalties is not None:
-            self._table.count(token_S, batch.penalties)
-        if asked is None or raw_LV is None:
-            return Drawing(token_S, Homeward.start(token_S), following)
-        token_L = token_S.index_select(0, asked.row_L).clamp(min=0)
-        measured = measure(raw_LV, token_L, max(asked.best))
-        return Drawing(token_S, Homeward.start(token_S, *measured), following, asked)
+            kept_R = None if trial is None or verdict is None else trial.kept(verdict)
+            self._table.count(token_R, batch.penalties, kept_R)
+        home = [token_R] if verdict is None else [token_R, verdict.held_S]
+        if asked is not None and raw_LV is not None:
+            token_L = token_R.index_select(0, asked.row_L).clamp(min=0)
+            home += measure(raw_LV, token_L, max(asked.best))
+        newest_S = token_R if verdict is None else verdict.newest_S
+        return Drawing(newest_S, token_R, Homeward.start(*home), following, asked, verdict)
+
+    @torch.inference_mode()
+    def guess(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Tensor:
+        """What a drafter's logits make of the random numbers that `start` will use at these positions.
+
+        Temperature and filters apply; penalties, biases and grammars do not, which costs acceptance at most.
+        """
+        batch = self._batch_for(request_ids)
+        return _choose(logits_SV.to(torch.float32), batch, positions).clamp(min=0)
 
     def _batch_for(self, request_ids: tuple[str, ...]) -> Batch:
-        if self._batch is None or self._batch_of != request_ids:
+        batch = self._batches.pop(request_ids, None)
+        if batch is None:
             rows = [self._rows[request_id] for request_id in request_ids]
-            self._batch = Batch.of(rows, self._vocab_size, self._device)
-            self._batch_of = request_ids
-        return self._batch
+            batch = Batch.of(rows, self._vocab_size, self._device)
+        self._batches[request_ids] = batch
+        if len(self._batches) > KEPT_BATCHES:
+            del self._batches[next(iter(self._batches))]
+        return batch
 
-    def _adjust(self, logits_SV: Tensor, batch: Batch, positions: Sequence[int]) -> None:
+    def _adjust(self, logits_SV: Tensor, batch: Batch, positions: Sequence[int], trial: Trial | None) -> None:
         if batch.bias is not None:
             rows, tokens, values = batch.bias
             logits_SV.index_put_((rows, tokens), values, accumulate=True)
@@ -277,7 +311,7 @@ class Sampler:
             # not `logits_SV[rows, tokens] = -torch.inf`: that number would cross, and the host wait for it
             logits_SV.index_put_((rows, tokens), logits_SV.new_full((), -torch.inf))
         if batch.penalties is not None:
-            self._table.apply(logits_SV, batch.penalties)
+            self._table.apply(logits_SV, batch.penalties, trial)
 
 
 def _choose(logits_SV: Tensor, batch: Batch, positions: Sequence[int]) -> Tensor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.sched.plans import Prefill, StepPlan, TableWrite
+    from benthic.serve.drafts import Drafts
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class StepTensors:
     layout: StepLayout
     sampled_S: Tensor | None
     chunk_rows: tuple[range, ...]
+
+
+class Replayed(NamedTuple):
+    """What a recorded step leaves in its buffers; the next replay overwrites it."""
+
+    hidden_TD: Tensor
+    logits_TV: Tensor
+    previous_TD: Tensor
 
 
 class StepBuilder:
@@ -73,11 +82,14 @@ class StepBuilder:
         """Note each slot's newest token: what its next decode row feeds (0 for `NO_TOKEN`)."""
         self._newest_N.index_copy_(0, self._slots_of(slots).on_device, token_S.clamp(min=0))
 
-    def build(self, plan: StepPlan) -> StepTensors:
+    def build(self, plan: StepPlan, drafts: Drafts | None = None) -> StepTensors:
         """The tensors of a plan whose table writes were applied.
 
         Chunks of one token join the decode rows: absorbed attention reads their context without expanding it.
+        Not so beside drafts, where every decode has as many rows as the one with the most.
         """
+        if drafts is not None:
+            return self._build_drafted(plan, drafts)
         singles = [chunk for chunk in plan.prefills if chunk.length == 1]
         chunks = [chunk for chunk in plan.prefills if chunk.length > 1]
         decoding = self._slots_of(plan.decode_slots)
@@ -98,12 +110,52 @@ class StepBuilder:
             chunk_rows=_chunk_rows(plan),
         )
 
+    def _build_drafted(self, plan: StepPlan, drafts: Drafts) -> StepTensors:
+        """Decodes with their drafts, all padded to as many rows as the one with the most, then chunks."""
+        chunks, place_DQ = list(plan.prefills), drafts.places()
+        decoding, position_D = self._slots_of(plan.decode_slots), np.array(plan.decode_positions)
+        position_DQ = np.maximum(position_D[:, None] + place_DQ, 0)
+        slot_DQ = np.where(place_DQ < 0, -1, self._slots(decoding.here[:, None], position_DQ))
+        positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
+        slots = [self._slots(chunk.slot, row) for chunk, row in zip(chunks, positions, strict=True)]
+        given = [np.array(_tokens(chunk), dtype=np.int64) for chunk in chunks]
+        rows = range_rows(place_DQ.size, [chunk.length for chunk in chunks])
+        last = [row[-1] for chunk, row in zip(chunks, rows, strict=True) if chunk.samples]
+        real = np.flatnonzero(place_DQ >= 0)
+        plain = not chunks and real.size == place_DQ.size
+        slot_T = self._to_device(np.concatenate([slot_DQ.ravel(), *slots]))
+        last_D = position_D + np.array(drafts.counts)
+        decode = self._decode(decoding.here, last_D, drafts.queries)
+        return StepTensors(
+            tokens_T=self._fed_drafts(decoding, drafts, place_DQ, given),
+            positions_T=self._to_device(np.concatenate([position_DQ.ravel(), *positions])),
+            layout=StepLayout(slot_T, decode, self._prefill(chunks) if chunks else None),
+            sampled_S=None if plain else self._to_device(np.concatenate([real, np.array(last, np.int64)])),
+            chunk_rows=rows,
+        )
+
+    def _fed_drafts(
+        self, decoding: Slots, drafts: Drafts, place_DQ: NDArray[np.int64], given: list[NDArray[np.int64]]
+    ) -> Tensor:
+        """Each decode's newest token and its drafts, then the tokens `given` by the plan."""
+        newest_D1 = self._newest_N.index_select(0, decoding.on_device).unsqueeze(1)
+        fed_DQ = torch.cat((newest_D1, drafts.token_DK), dim=1)
+        if place_DQ.min() < 0:
+            fed_DQ = fed_DQ.gather(1, self._to_device(np.maximum(place_DQ, 0)))
+        elif not given:
+            return fed_DQ.flatten()
+        return torch.cat((fed_DQ.flatten(), *(self._to_device(tokens) for tokens in given)))
+
     def _fed(self, decoding: Slots, given: list[NDArray[np.int64]]) -> Tensor:
         """The newest tokens of the decoding slots, then those `given` by the plan."""
         if self._newest_here is not None:
             return torch.from_numpy(np.concatenate([self._newest_here[decoding.here], *given]))
         newest_S = self._newest_N.index_select(0, decoding.on_device)
         return torch.cat((newest_S, self._to_device(np.concatenate(given)))) if given else newest_S
+
+    def on_device(self, slots: tuple[int, ...]) -> Tensor:
+        """Some slots as indices on the device."""
+        return self._slots_of(slots).on_device
 
     def _slots_of(self, slots: tuple[int, ...]) -> Slots:
         """The slots of the decoding sequences; the scheduler hands out one tuple until one comes or goes."""
@@ -117,10 +169,32 @@ class StepBuilder:
         first = self._table_NP[row, column].astype(np.int64) - column
         return first * self._block_size + position
 
-    def _decode(self, slot_S: NDArray[np.int64], position_S: NDArray[np.int64]) -> DecodeRows:
+    def passes(self, plan: StepPlan, counts: tuple[int, ...]) -> list[tuple[Tensor, StepLayout]]:
+        """Positions and layouts of the passes that draft one token after another for the decodes of a plan.
+
+        Pass i writes position `decode_positions + i` of a prediction module, for sequences that get more
+        than i + 1 drafts; for the others it writes nothing, and what it computes means nothing.
+        """
+        decoding, count_D = self._slots_of(plan.decode_slots), np.array(counts, dtype=np.int64)
+        step_K1 = np.arange(max(counts) - 1)[:, None]
+        position_KD = np.array(plan.decode_positions) + np.minimum(step_K1, np.maximum(count_D - 2, 0))
+        slot_KD = np.where(step_K1 < count_D - 1, self._slots(decoding.here, position_KD), -1)
+        columns = int(position_KD.max(initial=0)) // self._block_size + 1
+        table_DP = self._to_device(self._table_NP[decoding.here, :columns])
+        context_KD = self._to_device((position_KD + 1).astype(np.int32))
+        rows = zip(self._to_device(position_KD), self._to_device(slot_KD), context_KD, strict=True)
+        return [
+            (position_D, StepLayout(slot_D, DecodeRows(1, table_DP, context_D), None))
+            for position_D, slot_D, context_D in rows
+        ]
+
+    def _decode(
+        self, slot_S: NDArray[np.int64], position_S: NDArray[np.int64], queries: int = 1
+    ) -> DecodeRows:
+        """Decode rows of sequences whose last query stands at `position_S`."""
         columns = int(position_S.max()) // self._block_size + 1
         return DecodeRows(
-            queries=1,
+            queries=queries,
             block_table_SP=self._to_device(self._table_NP[slot_S, :columns]),
             context_S=self._to_device((position_S + 1).astype(np.int32)),
         )
@@ -186,6 +260,12 @@ def _chunk_rows(plan: StepPlan) -> tuple[range, ...]:
         else:
             long += chunk.length
     return tuple(rows)
+
+
+def range_rows(first: int, lengths: list[int]) -> tuple[range, ...]:
+    """Rows of chunks that lie one after another from row `first` on."""
+    ends = (first + np.cumsum(lengths)).tolist()
+    return tuple(range(end - length, end) for end, length in zip(ends, lengths, strict=True))
 
 
 def _bounds(lengths: list[int]) -> NDArray[np.int32]:

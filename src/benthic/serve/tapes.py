@@ -18,6 +18,7 @@ from benthic.kernels.constants import Constants
 from benthic.kernels.tape import Tape, record
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
+from benthic.serve.steps import Replayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,8 +121,8 @@ class DecodeTapes:
         if self.refusal is not None:
             logger.info("decode steps run plainly: %s", self.refusal)
 
-    def run(self, step: StepTensors) -> tuple[Tensor, Tensor] | None:
-        """`(hidden_TD, logits_SV)` of a step of decode rows alone; None if the plain loop has to run it.
+    def run(self, step: StepTensors) -> Replayed | None:
+        """A step of decode rows alone; None if the plain loop has to run it.
 
         The next call overwrites what this one returned.
         """
@@ -138,8 +139,7 @@ class DecodeTapes:
             return None
         inputs, tape = found
         inputs.fill(step, decode)
-        hidden_TD, logits_SV = tape.replay()
-        return hidden_TD, logits_SV
+        return Replayed(*tape.replay())
 
     def _tape_for(self, sequences: int) -> tuple[Inputs, Tape] | None:
         if sequences in self._tapes:
@@ -156,9 +156,10 @@ class DecodeTapes:
         attend = PagedAttend(self._cache, StepLayout(inputs.slot_S, decode, None))
         sockets = Sockets(attend, self._exchange, self._linear)
 
-        def forward() -> tuple[Tensor, Tensor]:
-            hidden_TD = self._model(inputs.tokens_S, inputs.positions_S, sockets).hidden_TD
-            return hidden_TD, self._model.logits(hidden_TD, self._linear)
+        def forward() -> tuple[Tensor, Tensor, Tensor]:
+            hidden = self._model(inputs.tokens_S, inputs.positions_S, sockets)
+            logits_SV = self._model.logits(hidden.hidden_TD, self._linear)
+            return hidden.hidden_TD, logits_SV, self._model.mtp_input(hidden)
 
         try:
             tape = record(forward, self._constants)

@@ -1,0 +1,157 @@
+"""Speculation on a trained model: acceptance, tokens/s with and without, and that no greedy token changes.
+
+The model is a checkpoint with prediction modules (`--checkpoint`), or the `tiny` recipe trained here on the
+standard library (`--set` overrides it: `--set device=cuda --set train.steps=3000`). Prompts are pieces of the
+standard library's source. Tokens/s count whole runs of `--tokens` greedy tokens at each batch, prefills
+included, through `Engine.step`; the best of `--repeats`.
+
+    python benchmarks/speculate.py                    # trains tiny, then measures
+    python benchmarks/speculate.py --checkpoint runs/x/hf --device cuda
+    python benchmarks/speculate.py --small            # a rehearsal on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from provenance import write_result
+from stdlib_corpus import make_data
+from tokenizers import Tokenizer
+
+from benthic.serve.engine import Engine
+from benthic.serve.messages import Generate, SamplingParams
+from benthic.serve.options import EngineOptions
+from benthic.serve.speculative import Speculative
+from benthic.train import recipes
+
+
+def main() -> None:
+    """Train unless a checkpoint is given, then run every drafter at every batch."""
+    words = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = words.checkpoint or train(Path(folder), words)
+        rows = measure(checkpoint, words)
+    settings = {"small": words.small, "device": words.device, "overrides": words.set, "tokens": words.tokens}
+    print(write_result("speculate", rows, out=words.out, **settings))
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line; `--small` shrinks what was left at its default."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--set", action="append", default=[], help="override of the tiny_cpu recipe")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--drafts", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--out", type=Path)
+    words = parser.parse_args()
+    if words.small:
+        words.set += ["train.steps=60", "evaluate.every=0", "log.pictures=false"]
+        words.batches, words.tokens, words.prompts, words.repeats = [1, 4], 32, 12, 1
+    return words
+
+
+def train(folder: Path, words: argparse.Namespace) -> Path:
+    """Data, a run of the recipe, its exported checkpoint."""
+    parts = ("json", "email") if words.small else (".",)
+    data = make_data(folder, recipes.tiny_cpu().model.vocab_size, parts=parts)
+    overrides = [word for each in words.set for word in ("--set", each)]
+    command = ["train", "tiny_cpu", "--data", str(data), "--run", str(folder / "run"), *overrides]
+    subprocess.run([sys.executable, "-m", "benthic", *command], check=True)
+    return folder / "run" / "hf"
+
+
+def measure(checkpoint: Path, words: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each drafter and batch, and one that compares greedy outputs."""
+    prompts = make_prompts(checkpoint, words.prompts)
+    chosen = {
+        "none": None,
+        "mtp": Speculative(method="mtp", num_speculative_tokens=words.drafts),
+        "ngram": Speculative(method="ngram", num_speculative_tokens=words.drafts),
+    }
+    rows, outputs = [], {}
+    for name, speculative in chosen.items():
+        engine = make_engine(checkpoint, words, speculative)
+        outputs[name] = generate(engine, prompts, words.tokens)[0]
+        for batch in words.batches:
+            rows.append({"drafter": name, "batch": batch, **speed(engine, prompts[:batch], words)})
+            print(rows[-1], flush=True)
+    plain = {row["batch"]: row["tokens_per_second"] for row in rows if row["drafter"] == "none"}
+    for row in rows:
+        row["speedup"] = row["tokens_per_second"] / plain[row["batch"]]
+    same = {
+        name: sum(a == b for a, b in zip(outputs["none"], own, strict=True)) for name, own in outputs.items()
+    }
+    rows.append({"what": "identical greedy outputs", "prompts": len(prompts), **same})
+    print(rows[-1], flush=True)
+    return rows
+
+
+def make_engine(checkpoint: Path, words: argparse.Namespace, speculative: Speculative | None) -> Engine:
+    """An engine that differs from the others in its drafter alone."""
+    options = EngineOptions(
+        device=words.device,
+        max_model_len=512,
+        max_num_seqs=max(words.batches),
+        enable_prefix_caching=False,
+        speculative=speculative,
+    )
+    return Engine.from_pretrained(checkpoint, options)
+
+
+def make_prompts(checkpoint: Path, count: int, length: int = 64) -> list[tuple[int, ...]]:
+    """Beginnings of pieces of the standard library's source, in order."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files[:60])
+    ids = tokenizer.encode(text).ids
+    pieces = [ids[at : at + length] for at in range(0, len(ids) - length, length)]
+    return [tuple(piece) for piece in pieces[:: max(1, len(pieces) // count)][:count]]
+
+
+def generate(engine: Engine, prompts: list[tuple[int, ...]], tokens: int) -> tuple[list[list[int]], float]:
+    """Greedy outputs of all prompts, and the seconds they took together."""
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    found: dict[str, list[int]] = {}
+    began = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        engine.add(Generate(request_id=str(i), prompt=prompt, params=params))
+        found[str(i)] = []
+    while engine.has_work:
+        for delta in engine.step():
+            found[delta.request_id].extend(delta.tokens)
+    return list(found.values()), time.perf_counter() - began
+
+
+def speed(engine: Engine, prompts: list[tuple[int, ...]], words: argparse.Namespace) -> dict[str, Any]:
+    """Tokens/s of the best repeat after one to warm up, and what became of the drafts meanwhile."""
+    generate(engine, prompts, words.tokens)
+    before = engine.stats()
+    seconds = min(generate(engine, prompts, words.tokens)[1] for _ in range(words.repeats))
+    after = engine.stats()
+    drafts, given = after.drafts - before.drafts, after.draft_tokens - before.draft_tokens
+    places = zip(after.accepted_at, before.accepted_at, strict=True)
+    return {
+        "tokens_per_second": len(prompts) * words.tokens / seconds,
+        "tokens_a_step": words.repeats * len(prompts) * words.tokens / (after.steps - before.steps),
+        "rows_with_drafts": drafts,
+        "acceptance": (after.accepted_tokens - before.accepted_tokens) / given if given else None,
+        "acceptance_by_place": [(a - b) / drafts for a, b in places] if drafts else [],
+    }
+
+
+if __name__ == "__main__":
+    main()
