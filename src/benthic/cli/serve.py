@@ -252,6 +252,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API."""
     # imported here so that `benthic --help` needs neither FastAPI nor tokenizers
+    from benthic.dash.page import DashPage  # noqa: PLC0415
     from benthic.serve import launch, server  # noqa: PLC0415
     from benthic.serve.fleet import Fleet, FleetOptions, load_instance  # noqa: PLC0415
     from benthic.serve.options import EngineOptions  # noqa: PLC0415
@@ -320,6 +321,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         ),
         options=http,
         wall=time.time,
+        page=DashPage,
     )
     if kv_port is not None:
         address = f"tcp://{kv_host}:{kv_port}"

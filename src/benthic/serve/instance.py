@@ -17,8 +17,8 @@ import torch
 from benthic import __version__
 from benthic.errors import TransferError
 from benthic.sched.batching import Started
-from benthic.serve.engine import Clock, Engine
 from benthic.serve.messages import Remote
+from benthic.serve.timed import TimedEngine
 from benthic.serve.transfer import cuda
 from benthic.serve.transfer.desk import Desk
 from benthic.serve.transfer.handshake import Region, Terms, Welcome
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from benthic.sched.batching import Finished, StepPlan
     from benthic.serve.build import Parts
     from benthic.serve.cache import CacheLayout, LatentCache
+    from benthic.serve.engine import Clock
     from benthic.serve.messages import Delta, Generate
     from benthic.serve.options import EngineOptions
     from benthic.serve.sample import Logprobs
@@ -56,7 +57,7 @@ class TransferOptions:
     patience_s: float = 2.0
 
 
-class Instance(Engine):
+class Instance(TimedEngine):
     """An engine that takes part in prefill/decode disaggregation, on either side.
 
     Args:

@@ -27,14 +27,14 @@ def load_engine(path: Path, options: EngineOptions) -> EngineLike:
     """Build the engine; runs in the engine process, the only one that loads torch."""
     import torch  # noqa: PLC0415 (the HTTP process imports this module and must stay light)
 
-    from benthic.serve.engine import Engine  # noqa: PLC0415
+    from benthic.serve.timed import TimedEngine  # noqa: PLC0415
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     if options.device == "auto":
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
         logger.info("device: %s (chosen by --device auto)", options.device)
-    return Engine.from_pretrained(path, options)
+    return TimedEngine.from_pretrained(path, options)
 
 
 def check_checkpoint(path: Path) -> ModelConfig:
