@@ -243,6 +243,13 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             rich_help_panel=REQUESTS,
         ),
     ] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenTelemetry collector for traces, e.g. http://localhost:4318/v1/traces.",
+            rich_help_panel=REQUESTS,
+        ),
+    ] = None,
     disable_log_stats: Annotated[
         bool,
         typer.Option(
@@ -294,6 +301,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         stall_s=engine_stall_timeout,
         log_level=uvicorn_log_level.value,
         access_log=not disable_uvicorn_access_log,
+        otlp_traces_endpoint=otlp_traces_endpoint,
     )
     if kv_port is not None and (prefill or decode):
         msg = (

@@ -120,10 +120,14 @@ class Journal:
         self._active[request_id] = entry
 
     def enter(self, request_id: str, name: PhaseName, where: str = "") -> None:
-        """A phase begins now."""
+        """A phase begins now; a transfer began with the first token, which may have been seen before it."""
         entry = self._active.get(request_id)
-        if entry is not None:
-            entry.phases.append(Phase(name, self.clock(), where))
+        if entry is None:
+            return
+        start_s = self.clock()
+        if name == "transfer" and entry.phases[-1].name == "decode":
+            start_s = entry.phases.pop().start_s
+        entry.phases.append(Phase(name, start_s, where))
 
     def first_token(
         self, request_id: str, *, submitted_s: float, queued_s: float, cached_tokens: int

@@ -20,6 +20,7 @@ from benthic.serve.journal import Journal
 from benthic.serve.metrics import Metrics, kv_usage
 from benthic.serve.router import Router
 from benthic.serve.service import Service, ServiceSettings
+from benthic.serve.tracing import Traces, open_traces
 
 if TYPE_CHECKING:
     import socket
@@ -53,6 +54,7 @@ class ServerOptions:
         stall_s: an engine silent for so long is killed.
         log_level: of uvicorn.
         access_log: one line an HTTP request.
+        otlp_traces_endpoint: OpenTelemetry collector that gets a trace of every request; None writes none.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -64,6 +66,7 @@ class ServerOptions:
     stall_s: float = 300.0
     log_level: str = "info"
     access_log: bool = True
+    otlp_traces_endpoint: str | None = None
 
 
 class Stop:
@@ -121,10 +124,12 @@ async def serve(engines: EngineFactory | Fleet, bound: socket.socket, parts: Par
 
     Raises:
         ServeError: the model could not be loaded, or the port was taken meanwhile.
+        ConfigError: traces are asked for, but OpenTelemetry is not installed.
     """
     stop = Stop()
     stop.install()
     journal = Journal(time.monotonic)
+    traces = _trace(parts, journal)
     client = _start(engines, parts.options, journal)
     try:
         if not await _loaded(client, stop):
@@ -133,6 +138,19 @@ async def serve(engines: EngineFactory | Fleet, bound: socket.socket, parts: Par
     finally:
         await client.close()
         bound.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
+
+
+def _trace(parts: Parts, journal: Journal) -> Traces | None:
+    """Send a trace of every request that ends to the collector, if there is one. Raises: ConfigError."""
+    endpoint = parts.options.otlp_traces_endpoint
+    if endpoint is None:
+        return None
+    since_1970_s = parts.wall() - journal.clock()
+    traces = open_traces(endpoint, model_name=parts.settings.served_names[0], since_1970_s=since_1970_s)
+    journal.on_end(traces.write)
+    return traces
 
 
 def _start(engines: EngineFactory | Fleet, options: ServerOptions, journal: Journal) -> Client:

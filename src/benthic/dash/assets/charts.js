@@ -4,11 +4,10 @@ import { bound, html, svg } from "./elements.js";
 
 const LEFT = 52, RIGHT = 10, TOP = 8, BOTTOM = 20, HEIGHT = 168;
 
-// The next number of the form 1, 2, 2.5, 5 x 10^n.
-export function round(value) {
+// The next number whose half is short too: 1, 2, 4, 6, 8 x 10^n.
+function round(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  const step = [1, 2, 2.5, 5, 10].find((each) => each * power >= value * 0.9999);
-  return step * power;
+  return [1, 2, 4, 6, 8, 10].find((each) => each * power >= value * 0.9999) * power;
 }
 
 function ago(seconds) {
@@ -18,15 +17,15 @@ function ago(seconds) {
 
 export class Chart {
   // `lines` are {name, read(sample), style}; `write` turns a value into words; `target(opening)` is a dashed line;
-  // `most` fixes the axis; `empty(opening)` says why nothing is drawn.
-  constructor({ title, note = "", lines, write, target = () => null, most = null, empty = () => "No data yet." }) {
-    Object.assign(this, { title, lines, write, target, most, empty, width: 400 });
+  // `most` fixes the axis, `least` its end; `empty(opening)` says why nothing is drawn.
+  constructor({ title, note = "", lines, write, target = () => null, most = null, least = 1e-9, empty = () => "No data yet." }) {
+    Object.assign(this, { title, lines, write, target, most, least, empty, width: 400 });
     this.values = lines.map(() => html("b"));
     const keys = lines.map((line, index) => html("span", { class: `key ${line.style}` }, html("i"), line.name, this.values[index]));
     this.drawing = svg("svg", { role: "img", tabindex: "0", "aria-label": title });
     this.blank = html("p", { class: "blank" });
     this.element = html("article", { class: "card chart" },
-      html("header", {}, html("h2", {}, title), html("small", {}, note)),
+      html("h2", {}, title), html("small", {}, note),
       html("p", { class: "keys" }, ...keys), html("div", { class: "plot" }, this.drawing, this.blank));
   }
 
@@ -60,13 +59,13 @@ export class Chart {
     this.blank.textContent = nothing ? this.empty(opening) : "";
     this.drawing.classList.toggle("faint", nothing);
     this.width = this.element.querySelector(".plot").clientWidth || this.width;
-    const most = this.most ?? round(Math.max(...values, target ?? 0, 1e-9) * 1.08);
+    const most = this.most ?? round(Math.max(...values, target ?? 0, this.least) * 1.04);
     const inner = this.width - LEFT - RIGHT, height = HEIGHT - TOP - BOTTOM;
     const x = (at) => LEFT + (1 - (until - at) / span) * inner;
     const y = (value) => TOP + (1 - Math.min(value / most, 1)) * height;
     const parts = [...this.grid(most, y, span, inner, nothing)];
     if (target !== null && !nothing) parts.push(this.targetLine(target, y));
-    this.lines.forEach((line, index) => parts.push(...this.line(line, index, shown, x, y)));
+    for (const line of this.lines.toReversed()) parts.push(...this.line(line, shown, x, y));
     const marked = point === null ? shown.at(-1) : nearest(shown, until - (1 - point) * span);
     if (point !== null && marked) parts.push(...this.crosshair(marked, x, y));
     this.lines.forEach((line, index) => {
@@ -92,7 +91,7 @@ export class Chart {
     }
   }
 
-  *line(line, index, shown, x, y) {
+  *line(line, shown, x, y) {
     let path = "", area = "", open = null, last = null;
     const close = () => {
       if (last) area += `L${last} ${y(0).toFixed(1)}L${open} ${y(0).toFixed(1)}Z`;
@@ -108,7 +107,7 @@ export class Chart {
       last = px;
     }
     close();
-    if (index === 0) yield svg("path", { class: `area ${line.style}`, d: area });
+    if (line === this.lines[0]) yield svg("path", { class: `area ${line.style}`, d: area });
     yield svg("path", { class: `line ${line.style}`, d: path });
   }
 

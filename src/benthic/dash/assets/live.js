@@ -27,7 +27,7 @@ const CHARTS = [
     lines: [{ name: "generated", style: "good", read: (s) => s.generation_rate }, { name: "prompt", style: "one", read: (s) => s.prompt_rate }],
   },
   {
-    title: "Sequences", note: "in the batch, and in line for it", write: count,
+    title: "Sequences", note: "in the batch, and in line for it", write: count, least: 2,
     lines: [{ name: "running", style: "one", read: (s) => s.running }, { name: "waiting", style: "warn", read: (s) => s.waiting }],
   },
   {

@@ -2,6 +2,8 @@
 
 import { bound, html, rate, seconds, share, tip } from "./elements.js";
 
+const STEPS = [0.02, 0.1, 0.3, 0.7];  // where the shade of a token changes
+
 export class Answer {
   constructor(chat) {
     Object.assign(this, { chat, text: "", tokens: [], chosen: null, usage: null, reason: null, began: performance.now(), first: null, latest: null });
@@ -33,7 +35,7 @@ export class Answer {
 
   add(token, isEnd) {
     const chance = Math.exp(token.logprob);
-    const step = bound(Math.floor(chance * 5), 0, 4);
+    const step = STEPS.filter((least) => chance >= least).length;
     const shown = isEnd ? token.name : token.text;
     const element = html("span", { class: `token p${step}${isEnd ? " end" : ""}`, "data-index": this.tokens.length }, shown);
     this.tokens.push({ ...token, chance, element });
