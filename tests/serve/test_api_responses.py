@@ -144,7 +144,7 @@ def test_a_conversation_becomes_the_messages_of_a_chat() -> None:
 
 def test_reasoning_text_and_calls_are_items_one_after_another() -> None:
     output = Output()
-    row = ChatLogprob(token="a", logprob=-1.0, bytes=[97], top_logprobs=[])
+    row = ChatLogprob.model_validate({"token": "a", "logprob": -1.0, "bytes": [97], "top_logprobs": []})
     events = [
         *output.push(Parts(reasoning="hm"), 3, [row]),
         *output.push(Parts(content="let "), 1, []),
