@@ -8,7 +8,7 @@ Numbers are not converted from text: `"temperature": "1"` is an error.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
@@ -49,7 +49,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (),
     "chat_template": (),
     "documents": ([],),
     "function_call": ("none",),
@@ -89,6 +88,8 @@ class Body(BaseModel):
 
 class SamplingBody(Body):
     """Fields that completions and chat completions share. `None` means: the server's default."""
+
+    also_unsupported: ClassVar[frozenset[str]] = frozenset()
 
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
@@ -134,9 +135,9 @@ class SamplingBody(Body):
     def _refuse_unsupported(cls, data: Any) -> Any:
         """Raises: PydanticCustomError naming the first field that this server knows of but does not offer."""
         if isinstance(data, dict):
-            for name in (UNSUPPORTED.keys() & data.keys()) - cls.model_fields.keys():
+            for name in (UNSUPPORTED.keys() | cls.also_unsupported) & data.keys():
                 value = data[name]
-                if value is not None and value not in UNSUPPORTED[name]:
+                if value is not None and value not in UNSUPPORTED.get(name, ()):
                     refuse(name, f"{name} is not supported by this server. Leave it out.")
         return data
 
@@ -247,6 +248,8 @@ class TemplateBody(BaseModel):
 
 class ChatBody(SamplingBody, TemplateBody):
     """POST /v1/chat/completions."""
+
+    also_unsupported: ClassVar[frozenset[str]] = frozenset({"best_of"})
 
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="Default: what fits.")
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Older name of max_completion_tokens.")
