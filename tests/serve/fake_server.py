@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import fake_engine
 
+from benthic.dash.page import DashPage
 from benthic.serve import launch, server
 from benthic.serve.service import ServiceSettings
 from benthic.serve.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ def main() -> int:
         ),
         options=server.ServerOptions(**settings, access_log=False),
         wall=lambda: 1_700_000_000.0,
+        page=DashPage,
     )
     return server.run(functools.partial(fake_engine.fake, step_seconds, max_num_seqs), bound, parts)
 

@@ -17,6 +17,7 @@ from small_engine import EOS, random_model, serve, small_engine
 from benthic.sched.routing import Policy
 from benthic.serve.build import assemble
 from benthic.serve.instance import Instance, TransferOptions, digest_of
+from benthic.serve.journal import Journal
 from benthic.serve.options import EngineOptions
 from benthic.serve.router import Router, RouterOptions
 
@@ -76,7 +77,9 @@ def small_router(folder: Path, prefill: int, decode: int, **settings: object) ->
     """A router before instances in processes of their own."""
     engine = settings.pop("engine", {})
     options = RouterOptions(**({"log_level": 40, "policy": Policy()} | settings))
-    return Router(factory_in(folder, **engine), {"prefill": prefill, "decode": decode}, options)
+    roles = {"prefill": prefill, "decode": decode}
+    journal = Journal(time.monotonic)
+    return Router(factory_in(folder, **engine), roles, options, journal=journal)
 
 
 def colocated(requests: list[Generate]) -> dict[str, list[int]]:

@@ -68,7 +68,7 @@ def error_of(response: httpx.Response, status: int) -> dict:
         ("prompt", {"a": 1}, "must be text"),
         ("prompt", "\ud800", "surrogate"),
         ("stream_options", {"include_usage": True}, "stream is not true"),
-        ("best_of", 3, "not supported"),
+        ("best_of", 129, "less than or equal to 128"),
         ("suffix", "x", "not supported"),
         ("stream", "yes", "boolean"),
     ],

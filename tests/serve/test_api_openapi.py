@@ -9,7 +9,7 @@ import pytest
 if TYPE_CHECKING:
     from running import Running
 
-GENERATING = ("/v1/completions", "/v1/chat/completions")
+GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 
 
 @pytest.fixture(scope="module")

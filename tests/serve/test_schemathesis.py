@@ -42,5 +42,5 @@ def test_no_request_gets_an_answer_that_is_not_declared(server: Running, tmp_pat
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "Tested: 9" in done.stdout, done.stdout[-2000:]
+    assert "Tested: 10" in done.stdout, done.stdout[-2000:]
     server.wait_idle()

@@ -258,6 +258,13 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             rich_help_panel=REQUESTS,
         ),
     ] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenTelemetry collector for traces, e.g. http://localhost:4318/v1/traces.",
+            rich_help_panel=REQUESTS,
+        ),
+    ] = None,
     disable_log_stats: Annotated[
         bool,
         typer.Option(
@@ -267,6 +274,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API."""
     # imported here so that `benthic --help` needs neither FastAPI nor tokenizers
+    from benthic.dash.page import DashPage  # noqa: PLC0415
     from benthic.serve import launch, server, speculative  # noqa: PLC0415
     from benthic.serve.fleet import Fleet, FleetOptions, load_instance  # noqa: PLC0415
     from benthic.serve.options import EngineOptions  # noqa: PLC0415
@@ -310,6 +318,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         stall_s=engine_stall_timeout,
         log_level=uvicorn_log_level.value,
         access_log=not disable_uvicorn_access_log,
+        otlp_traces_endpoint=otlp_traces_endpoint,
     )
     if kv_port is not None and (prefill or decode):
         msg = (
@@ -337,6 +346,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         ),
         options=http,
         wall=time.time,
+        page=DashPage,
     )
     if kv_port is not None:
         address = f"tcp://{kv_host}:{kv_port}"

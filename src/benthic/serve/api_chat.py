@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
 
     from benthic.serve.protocol_requests import ChatBody, ChatMessage
-    from benthic.serve.protocol_responses import ChatFinishReason
+    from benthic.serve.protocol_responses import ChatFinishReason, ChatLogprob, Usage
     from benthic.serve.tools import ToolPlan
 
 
@@ -92,7 +92,7 @@ class ChatJob:
     async def collect(self, arrival_s: float) -> ChatCompletion:
         """The whole answer."""
         parts: dict[int, list[Piece]] = {asked.index: [] for asked in self.asked}
-        async with aclosing(self._generate(arrival_s)) as pieces:
+        async with aclosing(self.pieces(arrival_s)) as pieces:
             async for piece in pieces:
                 self._tally.take(piece)
                 parts[piece.index].append(piece)
@@ -116,7 +116,7 @@ class ChatJob:
         include_usage = options is not None and options.include_usage
         continuous = options is not None and options.continuous_usage_stats
         greeted: set[int] = set()
-        async with aclosing(self._generate(arrival_s)) as pieces:
+        async with aclosing(self.pieces(arrival_s)) as pieces:
             async for piece in pieces:
                 self._tally.take(piece)
                 if piece.index not in greeted:
@@ -128,7 +128,8 @@ class ChatJob:
         if include_usage:
             yield self._chunk([], usage=True)
 
-    def _generate(self, arrival_s: float) -> AsyncGenerator[Piece]:
+    def pieces(self, arrival_s: float) -> AsyncGenerator[Piece]:
+        """What the engine says; see `Service.generate`."""
         return self._service.generate(self.asked, arrival_s, timeout_s=self._body.timeout_s)
 
     def _ask(self, index: int) -> Asked:
@@ -192,19 +193,32 @@ class ChatJob:
 
     def _chunk_choice(self, piece: Piece) -> ChatChunkChoice | None:
         """What a piece shows; None when its text is held back and it carries nothing else."""
-        reader = self._readers[piece.index]
-        parts = reader.push(piece.text)
-        if piece.finish_reason is not None:
-            parts = joined([parts, reader.finish()])
+        parts = self.read(piece)
         if not parts and piece.logprobs is None and piece.finish_reason is None:
             return None
         return ChatChunkChoice(
             index=piece.index,
             delta=_delta(parts),
             logprobs=self._logprobs([piece]),
-            finish_reason=_reason(piece, called=reader.called),
+            finish_reason=_reason(piece, called=self._readers[piece.index].called),
             stop_reason=piece.stop_reason,
         )
+
+    def read(self, piece: Piece) -> Parts:
+        """What a piece adds to its answer; the last one flushes what was held back."""
+        reader = self._readers[piece.index]
+        parts = reader.push(piece.text)
+        return parts if piece.finish_reason is None else joined([parts, reader.finish()])
+
+    def rows(self, piece: Piece) -> list[ChatLogprob]:
+        """A piece's log-probabilities, if they were asked for."""
+        found = self._logprobs([piece])
+        return [] if found is None else found.content
+
+    def count(self, piece: Piece) -> Usage:
+        """Usage up to and including a piece."""
+        self._tally.take(piece)
+        return self._tally.usage()
 
     def _chunk(self, choices: list[ChatChunkChoice], *, usage: bool) -> bytes:
         """JSON of one chunk; a delta shows only what it adds."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.serve import kv_params
 from benthic.serve.detokenize import StopRule
@@ -16,7 +16,7 @@ from benthic.serve.sampling_defaults import sampling_params
 from benthic.serve.service import Prompt, Service, Tally, new_id, says_nothing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Mapping, Sequence
 
     from benthic.serve.protocol_requests import CompletionBody
 
@@ -68,22 +68,25 @@ class CompletionJob:
         self._prompts = prompts
         self._grammar = grammar
         self._n = body.n or 1
+        self._sampled = body.best_of or self._n
         self._names = TokenNames(service.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._writers: dict[int, CompletionLogprobWriter] = {}
-        self._tally = Tally(prompts, self._n)
+        self._tally = Tally(prompts, self._sampled)
         self._id = new_id("cmpl")
         self._created = int(service.wall())
-        self.asked = [self._ask(index) for index in range(len(prompts) * self._n)]
+        self.asked = [self._ask(index) for index in range(len(prompts) * self._sampled)]
 
     async def collect(self, arrival_s: float) -> Completion:
         """The whole answer."""
         parts: dict[int, list[CompletionChoice]] = {asked.index: [] for asked in self.asked}
+        scores = dict.fromkeys(parts, Score())
         remote = None
         async with aclosing(self._generate(arrival_s)) as pieces:
             async for piece in pieces:
+                scores[piece.index] = scores[piece.index].add(piece)
                 parts[piece.index].append(self._choice(piece))
                 remote = piece.remote
-        answer = self._wrap([_merge(choices) for choices in parts.values()])
+        answer = self._wrap(self._best([_merge(choices) for choices in parts.values()], scores))
         answer.kv_transfer_params = kv_params.write(remote)
         return answer
 
@@ -104,19 +107,30 @@ class CompletionJob:
         if include_usage:
             yield self._wrap([]).model_dump_json().encode()
 
+    def _best(self, choices: list[CompletionChoice], scores: Mapping[int, Score]) -> list[CompletionChoice]:
+        """The `n` likeliest of each prompt's `best_of`, numbered anew."""
+        if self._sampled == self._n:
+            return choices
+        kept: list[CompletionChoice] = []
+        for first in range(0, len(choices), self._sampled):
+            own = choices[first : first + self._sampled]
+            own.sort(key=lambda choice: scores[choice.index].mean, reverse=True)
+            kept += own[: self._n]
+        return [choice.model_copy(update={"index": index}) for index, choice in enumerate(kept)]
+
     def _generate(self, arrival_s: float) -> AsyncGenerator[Piece]:
         return self._service.generate(self.asked, arrival_s, timeout_s=self._body.timeout_s)
 
     def _ask(self, index: int) -> Asked:
-        body, number = self._body, index % self._n
-        prompt = self._prompts[index // self._n]
+        body, number = self._body, index % self._sampled
+        prompt = self._prompts[index // self._sampled]
         budget = self._service.output_budget(prompt, body.max_tokens, DEFAULT_MAX_TOKENS, param="prompt")
         params = sampling_params(
             body,
             self._service.settings.defaults,
             self._service.ready,
             max_tokens=budget,
-            logprobs=body.logprobs,
+            logprobs=self._ranked_logprobs(),
             prompt_logprobs=self._prompt_logprobs(),
             nth=number,
             grammar=self._grammar,
@@ -124,7 +138,7 @@ class CompletionJob:
         hold, pull = kv_params.read(
             body.kv_transfer_params,
             offered=self._service.settings.kv_transfer,
-            sequences=len(self._prompts) * self._n,
+            sequences=len(self._prompts) * self._sampled,
         )
         return Asked(
             index=index,
@@ -139,6 +153,10 @@ class CompletionJob:
             stop=StopRule(strings=body.stop_strings, include=bool(body.include_stop_str_in_output)),
             skip_special_tokens=body.skip_special_tokens is not False,
         )
+
+    def _ranked_logprobs(self) -> int | None:
+        """What was asked; to rank sequences, at least that of every chosen token."""
+        return 0 if self._body.logprobs is None and self._sampled > self._n else self._body.logprobs
 
     def _prompt_logprobs(self) -> int | None:
         """Echoed tokens carry log-probabilities too."""
@@ -165,7 +183,7 @@ class CompletionJob:
     def _logprobs(
         self, writer: CompletionLogprobWriter, piece: Piece, *, echo: bool
     ) -> CompletionLogprobs | None:
-        prompt = self._prompts[piece.index // self._n]
+        prompt = self._prompts[piece.index // self._sampled]
         parts = [writer.write(prompt.ids, piece.prompt_logprobs or ())] if echo else []
         if piece.tokens:
             parts.append(writer.write(piece.tokens, piece.logprobs or ()))
@@ -181,7 +199,7 @@ class CompletionJob:
         )
 
     def _echo_text(self, index: int) -> str:
-        prompt = self._prompts[index // self._n]
+        prompt = self._prompts[index // self._sampled]
         if prompt.text is not None:
             return prompt.text
         skip = self._body.skip_special_tokens is not False
@@ -195,6 +213,23 @@ class CompletionJob:
             choices=choices,
             usage=self._tally.usage(),
         )
+
+
+class Score(NamedTuple):
+    """How likely a sequence is: the log-probabilities of its tokens, added up."""
+
+    total: float = 0.0
+    tokens: int = 0
+
+    def add(self, piece: Piece) -> Score:
+        """With the tokens of one more piece."""
+        rows = piece.logprobs or ()
+        return Score(self.total + sum([row[0].logprob for row in rows]), self.tokens + len(rows))
+
+    @property
+    def mean(self) -> float:
+        """A token's, on average; that of no tokens is 0."""
+        return self.total / max(1, self.tokens)
 
 
 def _merge(parts: Sequence[CompletionChoice]) -> CompletionChoice:

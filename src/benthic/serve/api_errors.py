@@ -19,6 +19,7 @@ RETRY_AFTER_S = 1
 SHOWN_CHARS = 80
 SHAPES = {
     "prompt": "must be text, a non-empty list of token ids, or a non-empty list of either",
+    "input": "must be text, or a non-empty list of messages, function calls and their outputs",
     "stop": "must be a text of 1 to 1024 characters, or at most 64 of them",
 }
 KINDS = {

@@ -16,8 +16,10 @@ from benthic.errors import BenthicError
 from benthic.serve import api_errors
 from benthic.serve.api_chat import ChatJob, render_prompt
 from benthic.serve.api_completions import CompletionJob, read_prompts
+from benthic.serve.api_responses import ResponseJob, as_chat
 from benthic.serve.fleet_routes import fleet_routes
 from benthic.serve.middleware import ApiKeys, BodyLimit, InFlight, RequestIds
+from benthic.serve.protocol_items import NOT_STORED, ResponseObject, ResponsesBody
 from benthic.serve.protocol_requests import (
     ChatBody,
     CompletionBody,
@@ -52,7 +54,12 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 def create_app(
-    service: Service, *, api_keys: Sequence[str], max_body_bytes: int, requests_per_minute: int | None = None
+    service: Service,
+    *,
+    api_keys: Sequence[str],
+    max_body_bytes: int,
+    requests_per_minute: int | None = None,
+    page: APIRouter | None = None,
 ) -> InFlight:
     """The whole ASGI application; its outermost layer counts the requests in flight."""
     app = FastAPI(
@@ -64,10 +71,13 @@ def create_app(
         docs_url=None,
     )
     app.include_router(generation_routes(service))
+    app.include_router(response_routes(service))
     app.include_router(token_routes(service))
     app.include_router(status_routes(service))
     if isinstance(service.client, Router):
         app.include_router(fleet_routes(service.client.members))
+    if page is not None:
+        app.include_router(page, include_in_schema=False)
     _add_openapi(app, service.settings.served_names)
     _add_error_handlers(app, service)
     layers: Any = BodyLimit(app, max_body_bytes)
@@ -104,25 +114,57 @@ def generation_routes(service: Service) -> APIRouter:
         arrival_s = service.clock()
         service.check_model(body.model)
         service.check_health()
-        prompt = await render_prompt(
-            service,
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt,
-            variables=body.chat_template_kwargs,
-            tools=shown_tools(body, service.settings.formats),
-        )
-        job = ChatJob(service, body, prompt, await service.tool_plan(body, prompt))
+        job = await make_chat(service, body)
         return await answer(service, request, job, arrival_s, stream=bool(body.stream))
 
     return router
 
 
+def response_routes(service: Service) -> APIRouter:
+    """`/v1/responses`, and the words for those who look for a stored one."""
+    router = APIRouter(tags=["generate"])
+
+    @router.post("/v1/responses", **_streams(ResponseObject, ResponseObject))
+    async def respond(body: ResponsesBody, request: Request) -> Response:
+        """Answer a conversation with items."""
+        arrival_s = service.clock()
+        service.check_model(body.model)
+        service.check_health()
+        job = ResponseJob(service, body, await make_chat(service, as_chat(body)))
+        return await answer(service, request, job, arrival_s, stream=bool(body.stream))
+
+    @router.api_route("/v1/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+    async def stored() -> Response:
+        """Refused in words."""
+        raise api_errors.ApiError(404, NOT_STORED, code="not_stored")
+
+    return router
+
+
+async def make_chat(service: Service, body: ChatBody) -> ChatJob:
+    """A chat, its prompt rendered. Raises: ApiError 400, TemplateRenderError."""
+    prompt = await render_prompt(
+        service,
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt,
+        variables=body.chat_template_kwargs,
+        tools=shown_tools(body, service.settings.formats),
+    )
+    return ChatJob(service, body, prompt, await service.tool_plan(body, prompt))
+
+
 async def answer(
-    service: Service, request: Request, job: CompletionJob | ChatJob, arrival_s: float, *, stream: bool
+    service: Service,
+    request: Request,
+    job: CompletionJob | ChatJob | ResponseJob,
+    arrival_s: float,
+    *,
+    stream: bool,
 ) -> Response:
     """Stream a job's events, or collect them into one answer; a client that leaves ends the job."""
     if stream:
-        return EventStream(job.events(arrival_s), service.metrics)
+        framed = isinstance(job, ResponseJob)
+        return EventStream(job.events(arrival_s), service.metrics, framed=framed)
     try:
         result: BaseModel = await until_disconnect(request.receive, job.collect(arrival_s))
     except ClientGoneError:
@@ -248,7 +290,7 @@ def _add_openapi(app: FastAPI, served_names: Sequence[str]) -> None:
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         served = {"type": "string", "enum": list(served_names)}
-        for needed in (CompletionBody, ChatBody):
+        for needed in (CompletionBody, ChatBody, ResponsesBody):
             schemas[needed.__name__]["properties"]["model"] = served
         for optional in (TokenizeBody, DetokenizeBody):
             schemas[optional.__name__]["properties"]["model"] = {"anyOf": [served, {"type": "null"}]}

@@ -131,6 +131,7 @@ class Engine:
         told = bool(request.output) or params.prompt_logprobs is None
         self._in_flight[request.request_id] = InFlight(
             request,
+            self._clock(),
             announced=bool(request.output),
             prompt_logprobs=[] if told else [None] * len(request.prompt),
         )
@@ -169,7 +170,8 @@ class Engine:
         """Note what planning decided about requests."""
         for event in plan.events:
             if isinstance(event, Started) and not event.resumed:
-                self._in_flight[event.request_id].cached_tokens = event.cached_tokens
+                entry = self._in_flight[event.request_id]
+                entry.cached_tokens, entry.queued_s = event.cached_tokens, self._clock() - entry.added_s
 
     def stats(self) -> Stats:
         """Totals since the start and gauges of this instant."""
@@ -277,6 +279,7 @@ class Engine:
             logprobs=logprobs,
             prompt_logprobs=_complete(entry.prompt_logprobs) if first and entry.prompt_logprobs else None,
             cached_tokens=entry.cached_tokens if first else 0,
+            queued_s=entry.queued_s if first else 0.0,
         )
 
     def _error(self, request_id: str, message: str) -> Delta:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benthic.errors import ConfigError, UnknownFieldError
-from benthic.sched.routing import RANKINGS, Policy
+from benthic.sched.routing import RANKINGS, Policy, Role
 from benthic.serve.router import Router, RouterOptions
 
 if TYPE_CHECKING:
+    from benthic.serve.journal import Journal
     from benthic.serve.options import EngineOptions
     from benthic.serve.process import EngineFactory, EngineLike
 
@@ -77,8 +78,8 @@ class Fleet:
     options: FleetOptions
 
 
-def start_router(fleet: Fleet, *, stall_s: float, log_level: int) -> Router:
-    """Start the instances of a fleet, and a router before them."""
+def start_router(fleet: Fleet, *, journal: Journal, stall_s: float, log_level: int) -> Router:
+    """Start the instances of a fleet, and a router before them that notes where requests are."""
     folder = Path(tempfile.mkdtemp(prefix="benthic-desks-"))
     options = fleet.options
     threads = _threads(fleet.engine, options.prefill + options.decode)
@@ -95,7 +96,8 @@ def start_router(fleet: Fleet, *, stall_s: float, log_level: int) -> Router:
         seed=fleet.engine.seed,
         log_level=log_level,
     )
-    return Router(factory, {"prefill": options.prefill, "decode": options.decode}, router, folder=folder)
+    roles: dict[Role, int] = {"prefill": options.prefill, "decode": options.decode}
+    return Router(factory, roles, router, journal=journal, folder=folder)
 
 
 def load_instance(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from benthic.serve.client import Client
+    from benthic.serve.journal import Journal
     from benthic.serve.messages import Delta, FinishReason, Generate, Remote, TokenLogprob
     from benthic.serve.metrics import Metrics
     from benthic.serve.tokenizer import Tokenizer
@@ -142,6 +143,7 @@ class Generation:
         client: where they run.
         tokenizer: for their text.
         metrics: where their times go.
+        journal: where their phases go.
         eos_ids: the model's own end tokens.
         arrival_s: when the HTTP request came in, on `clock`.
         clock: seconds, monotonic.
@@ -154,6 +156,7 @@ class Generation:
         client: Client,
         tokenizer: Tokenizer,
         metrics: Metrics,
+        journal: Journal,
         eos_ids: frozenset[int],
         arrival_s: float,
         clock: Callable[[], float],
@@ -162,6 +165,8 @@ class Generation:
         self._timers = {request_id: Timer() for request_id in self._texts}
         self._client = client
         self._metrics = metrics
+        self._journal = journal
+        self._submitted_s = arrival_s
         self._arrival_s = arrival_s
         self._clock = clock
 
@@ -175,6 +180,11 @@ class Generation:
         """
         outcome: FinishReason = "abort"
         requests = [text.asked.request for text in self._texts.values()]
+        self._submitted_s = self._clock()
+        for request in requests:
+            self._journal.begin(
+                request.request_id, arrival_s=self._arrival_s, prompt_tokens=len(request.prompt)
+            )
         try:
             async with self._client.open(requests) as stream:
                 async for delta in stream:
@@ -202,18 +212,23 @@ class Generation:
 
     def _take(self, delta: Delta) -> Piece:
         piece = self._texts[delta.request_id].take(delta)
-        self._time(self._timers[delta.request_id], len(piece.tokens))
+        if piece.tokens:
+            self._time(delta, len(piece.tokens))
         if piece.finish_reason is not None:
             self._finished(delta.request_id, piece.finish_reason)
         return piece
 
-    def _time(self, timer: Timer, tokens: int) -> None:
-        if not tokens:
-            return
-        now = self._clock()
+    def _time(self, delta: Delta, tokens: int) -> None:
+        now, timer = self._clock(), self._timers[delta.request_id]
         if timer.first_s is None:
             timer.first_s = now
             self._metrics.first_token(now - self._arrival_s)
+            self._journal.first_token(
+                delta.request_id,
+                submitted_s=self._submitted_s,
+                queued_s=delta.queued_s,
+                cached_tokens=delta.cached_tokens,
+            )
         else:
             self._metrics.next_tokens(now - timer.latest_s, tokens)
         timer.latest_s = now
@@ -221,7 +236,7 @@ class Generation:
     def _finished(self, request_id: str, reason: FinishReason) -> None:
         text, timer = self._texts[request_id], self._timers[request_id]
         first_s = timer.latest_s if timer.first_s is None else timer.first_s
-        self._metrics.finished(
+        met = self._metrics.finished(
             reason,
             prompt=len(text.asked.request.prompt),
             generated=text.count,
@@ -229,3 +244,4 @@ class Generation:
             decode_s=timer.latest_s - first_s,
             ttft_s=None if timer.first_s is None else timer.first_s - self._arrival_s,
         )
+        self._journal.end(request_id, reason, tokens=text.count, met=met)

@@ -17,7 +17,6 @@ import torch
 from benthic import __version__
 from benthic.errors import TransferError
 from benthic.sched.batching import Started
-from benthic.serve.engine import Clock, Engine
 from benthic.serve.messages import Remote
 from benthic.serve.transfer import cuda
 from benthic.serve.transfer.desk import Desk
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from benthic.sched.batching import Finished, StepPlan
     from benthic.serve.build import Parts
     from benthic.serve.cache import CacheLayout, LatentCache
+    from benthic.serve.engine import Clock
     from benthic.serve.messages import Delta, Generate
     from benthic.serve.options import EngineOptions
     from benthic.serve.sample import Logprobs

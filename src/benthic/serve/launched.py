@@ -19,11 +19,13 @@ NOT_FINITE = "the model's next-token distribution is not finite"
 
 @dataclass(eq=False)
 class InFlight:
-    """A request that has not ended, and what its first delta will carry."""
+    """A request that has not ended, when it came, and what its first delta will carry."""
 
     request: Generate
+    added_s: float
     announced: bool = False
     cached_tokens: int = 0
+    queued_s: float = 0.0
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
 
 

@@ -99,6 +99,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     `logprobs[i]` belongs to `tokens[i]`: the chosen token first, then the best ones.
     `prompt_logprobs` comes once, with the first delta; its first entry is empty.
     `cached_tokens` counts the prompt tokens found in the prefix cache (first delta).
+    `queued_s` is how long the request waited for its first step (first delta).
     `remote` comes with the end of a held request: where its blocks are, and until when (a lease).
     """
 
@@ -110,6 +111,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
     cached_tokens: int = 0
+    queued_s: float = 0.0
     remote: Remote | None = None
 
 

@@ -19,6 +19,7 @@ from benthic.spec.objectives import Latencies
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from benthic.serve.journal import Entry, PhaseName
     from benthic.serve.messages import FinishReason, Ready, Stats
     from benthic.spec.objectives import Objectives
 
@@ -82,7 +83,7 @@ class Metrics:
         stats: Callable[[], Stats | None],
         objectives: Objectives | None = None,
     ) -> None:
-        self._objectives = objectives
+        self.objectives = objectives
         self._registry = CollectorRegistry(auto_describe=False)
         self._model_name = model_name
         self._registry.register(_EngineCollector(model_name, ready, stats))
@@ -100,6 +101,13 @@ class Metrics:
         )
         self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", WHOLE_S)
         self._decode = self._histogram("request_decode_time_seconds", "First token to last token.", WHOLE_S)
+        self._phases: dict[PhaseName, Histogram] = {
+            "queue": self._histogram("request_queue_time_seconds", "Arrival to the first step.", WHOLE_S),
+            "prefill": self._histogram("request_prefill_time_seconds", "First step to first token.", WHOLE_S),
+            "transfer": self._histogram(
+                "request_transfer_time_seconds", "First token to the next, of another instance.", WHOLE_S
+            ),
+        }
         self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a sequence.", TOKENS)
         self._generation = self._histogram("request_generation_tokens", "Tokens generated.", TOKENS)
         self._max_tokens = self._histogram("request_params_max_tokens", "The `max_tokens` asked.", TOKENS)
@@ -136,16 +144,18 @@ class Metrics:
         whole_s: float,
         decode_s: float,
         ttft_s: float | None,
-    ) -> None:
+    ) -> bool | None:
         """A sequence ended; seconds from arrival (`whole_s`) and from its first token (`decode_s`).
 
         A sequence that failed missed its targets; one that its client left says nothing of the server.
+        Returns: whether it met every target; None without targets, or when its client left.
         """
-        if self._objectives is not None and reason != "abort":
+        met: bool | None = None
+        if self.objectives is not None and reason != "abort":
             met = ttft_s is not None and reason != "error"
             if met:
                 tpot_s = decode_s / (generated - 1) if generated > 1 else None
-                met = self._objectives.met(Latencies(ttft_s=ttft_s or 0.0, tpot_s=tpot_s, e2e_s=whole_s))
+                met = self.objectives.met(Latencies(ttft_s=ttft_s or 0.0, tpot_s=tpot_s, e2e_s=whole_s))
             self._attained.labels(self._model_name, "yes" if met else "no").inc()
         self._finished.labels(self._model_name, reason).inc()
         self._prompt.observe(prompt)
@@ -154,6 +164,18 @@ class Metrics:
         self._decode.observe(decode_s)
         if generated > 1:
             self._tpot.observe(decode_s / (generated - 1))
+        return met
+
+    def phases(self, entry: Entry) -> None:
+        """A request ended; a phase that it did not reach is not counted."""
+        for name, histogram in self._phases.items():
+            seconds = entry.seconds(name)
+            if seconds is not None:
+                histogram.observe(seconds)
+
+    def add(self, collector: Collector) -> None:
+        """Report more."""
+        self._registry.register(collector)
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
         return Counter(f"benthic:{name}", text, ["model_name", label], registry=self._registry)

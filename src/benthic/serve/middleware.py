@@ -21,8 +21,17 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/openapi.json", "/docs"})
-"""Answered without a key: probes and scrapers have none."""
+OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/openapi.json", "/docs", "/dash"})
+"""Answered without a key: probes, scrapers and browsers have none."""
+
+OPEN_FOLDER = "/dash/assets/"
+"""What the page is made of. What it shows is behind `/dash/events`, which wants a key."""
+
+
+def is_open(path: str) -> bool:
+    """Whether a path is answered without a key and without a limit."""
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
 
 ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
 ID_LENGTH = 128
@@ -63,7 +72,7 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._known(scope):
+        if scope["type"] == "http" and not is_open(scope["path"]) and not self._known(scope):
             error = ApiError(
                 401,
                 "the API key is missing or wrong. Send Authorization: Bearer KEY.",

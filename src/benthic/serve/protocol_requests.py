@@ -8,7 +8,7 @@ Numbers are not converted from text: `"temperature": "1"` is an error.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
@@ -32,7 +32,7 @@ def _utf8(text: str) -> str:
     return text
 
 
-def _refuse(param: str, message: str) -> NoReturn:
+def refuse(param: str, message: str) -> NoReturn:
     """Raise an error about the whole body that still names the field at fault."""
     kind = "contradiction"
     raise PydanticCustomError(kind, "{why}", {"why": message, "param": param})
@@ -49,7 +49,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (),
     "chat_template": (),
     "documents": ([],),
     "function_call": ("none",),
@@ -89,6 +88,8 @@ class Body(BaseModel):
 
 class SamplingBody(Body):
     """Fields that completions and chat completions share. `None` means: the server's default."""
+
+    also_unsupported: ClassVar[frozenset[str]] = frozenset()
 
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
@@ -134,21 +135,21 @@ class SamplingBody(Body):
     def _refuse_unsupported(cls, data: Any) -> Any:
         """Raises: PydanticCustomError naming the first field that this server knows of but does not offer."""
         if isinstance(data, dict):
-            for name in UNSUPPORTED.keys() & data.keys():
+            for name in (UNSUPPORTED.keys() | cls.also_unsupported) & data.keys():
                 value = data[name]
-                if value is not None and value not in UNSUPPORTED[name]:
-                    _refuse(name, f"{name} is not supported by this server. Leave it out.")
+                if value is not None and value not in UNSUPPORTED.get(name, ()):
+                    refuse(name, f"{name} is not supported by this server. Leave it out.")
         return data
 
     @model_validator(mode="after")
     def _check_pairs(self) -> SamplingBody:
         if self.stream_options is not None and not self.stream:
-            _refuse(
+            refuse(
                 "stream_options",
                 "stream_options is set but stream is not true. Set stream=true or leave stream_options out.",
             )
         if self.stream and self.prompt_logprobs is not None:
-            _refuse(
+            refuse(
                 "prompt_logprobs", "prompt_logprobs cannot be streamed. Leave out stream or prompt_logprobs."
             )
         return self
@@ -171,9 +172,27 @@ class CompletionBody(SamplingBody):
         | Annotated[list[TokenIds], Field(min_length=1)]
     ) = Field(description="Text, token ids, or a list of either.")
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="Default 16.")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=128,
+        description="Generate so many and return the n likeliest, by mean log-probability.",
+    )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     add_special_tokens: bool | None = Field(None, description="Default true.")
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> CompletionBody:
+        best_of, n = self.best_of, self.n or 1
+        if best_of is None or best_of == n:
+            return self
+        if best_of < n:
+            refuse("best_of", f"best_of = {best_of} is below n = {n}. Raise best_of or lower n.")
+        if self.stream:
+            msg = f"best_of = {best_of} cannot be streamed: the likeliest is known at the end. Leave out one."
+            refuse("best_of", msg)
+        return self
 
 
 class TextPart(BaseModel):
@@ -199,9 +218,9 @@ class ChatMessage(BaseModel):
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
         if self.tool_calls and self.role != "assistant":
-            _refuse("messages", f"a message of role {self.role} has tool_calls, but only an assistant calls")
+            refuse("messages", f"a message of role {self.role} has tool_calls, but only an assistant calls")
         if self.content is None and not self.tool_calls:
-            _refuse("messages", f"a message of role {self.role} has neither content nor tool_calls")
+            refuse("messages", f"a message of role {self.role} has neither content nor tool_calls")
         return self
 
     def as_template_input(self) -> dict[str, Any]:
@@ -230,6 +249,8 @@ class TemplateBody(BaseModel):
 class ChatBody(SamplingBody, TemplateBody):
     """POST /v1/chat/completions."""
 
+    also_unsupported: ClassVar[frozenset[str]] = frozenset({"best_of"})
+
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="Default: what fits.")
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Older name of max_completion_tokens.")
     logprobs: bool | None = None
@@ -245,16 +266,16 @@ class ChatBody(SamplingBody, TemplateBody):
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
         if self.echo:
-            _refuse("echo", "echo is not supported in chat. Leave it out.")
+            refuse("echo", "echo is not supported in chat. Leave it out.")
         if self.top_logprobs and not self.logprobs:
-            _refuse(
+            refuse(
                 "top_logprobs",
                 f"top_logprobs = {self.top_logprobs} but logprobs is not true. Set logprobs=true.",
             )
         if None not in (self.max_tokens, self.max_completion_tokens) and (
             self.max_tokens != self.max_completion_tokens
         ):
-            _refuse(
+            refuse(
                 "max_tokens",
                 f"max_tokens = {self.max_tokens} but max_completion_tokens = {self.max_completion_tokens}. "
                 "Set one of them.",
@@ -276,7 +297,7 @@ class TokenizeBody(Body):
     @model_validator(mode="after")
     def _one_input(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
-            _refuse("prompt", "give exactly one of prompt and messages")
+            refuse("prompt", "give exactly one of prompt and messages")
         return self
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers
 
 from benthic.serve.api_errors import ApiError
-from benthic.serve.middleware import OPEN_PATHS
+from benthic.serve.middleware import is_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ class RateLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 429."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not is_open(scope["path"]):
             wait_s = self.take(_who(scope))
             if wait_s > 0.0:
                 await self._refusal(wait_s).response()(scope, receive, send)

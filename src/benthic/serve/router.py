@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from benthic.serve.journal import Journal, PhaseName
     from benthic.serve.messages import Delta, Generate, Ready, Remote, Stats
     from benthic.serve.process import EngineFactory
 
@@ -93,6 +94,7 @@ class Router:
         factory: gives the engine factory of an instance, by its name and its index (from 0, never reused).
         roles: how many instances of each role to start with.
         options: how they are treated.
+        journal: where the phases of requests go.
         folder: where the instances' desks are; deleted at the end.
         clock: seconds, monotonic.
     """
@@ -103,6 +105,7 @@ class Router:
         roles: Mapping[Role, int],
         options: RouterOptions,
         *,
+        journal: Journal,
         folder: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -114,6 +117,7 @@ class Router:
         self.members = Members(connect, restarts=options.restarts)
         self.retried = 0
         self._options = options
+        self._journal = journal
         self._folder = folder
         self._journeys: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
@@ -223,7 +227,10 @@ class Router:
         )  # fmt: skip
 
     async def _attempt(self, journey: Journey) -> None:
+        if journey.attempts > 1:
+            self._note(journey, "queue")
         decode, prefill = await self._place(journey)
+        self._note(journey, "prefill", decode if prefill is None else prefill)
         part = journey.part()
         try:
             if prefill is None:
@@ -237,6 +244,9 @@ class Router:
                 if member is not None:
                     member.loads.pop(part.request_id, None)
             self.members.changed.set()
+
+    def _note(self, journey: Journey, phase: PhaseName, member: Member | None = None) -> None:
+        self._journal.enter(journey.request.request_id, phase, "" if member is None else member.name)
 
     async def _place(self, journey: Journey) -> tuple[Member, Member | None]:
         """Choose instances, waiting in line while none has room, and note what will be asked of them.
@@ -305,12 +315,14 @@ class Router:
     async def _decode(self, member: Member, owner: Member, remote: Remote, journey: Journey) -> None:
         """Pull and go on. The owner hears that its blocks are wanted no more, whatever happens here."""
         wanted = True
+        self._note(journey, "transfer", member)
         try:
             part = msgspec.structs.replace(journey.part(), pull=remote)
             with contextlib.closing(member.client.open([part])) as stream:
                 async for delta in stream:
                     if wanted:
                         wanted = self._let_go(owner, remote.lease_id)
+                        self._note(journey, "decode", member)
                     journey.deliver(delta)
         finally:
             if wanted:
@@ -328,6 +340,7 @@ class Router:
         with contextlib.closing(member.client.open([part])) as stream:
             async for delta in stream:
                 if member.loads[part.request_id].queued_tokens:
+                    self._note(journey, "decode", member)
                     member.computed(part.request_id)
                     self.members.changed.set()
                 journey.deliver(delta)

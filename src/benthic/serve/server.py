@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import uvicorn
 
@@ -15,13 +15,19 @@ from benthic.errors import EngineDeadError, ServeError
 from benthic.serve.app import create_app
 from benthic.serve.client import EngineClient
 from benthic.serve.fleet import Fleet, start_router
+from benthic.serve.fleet_metrics import FleetCollector
+from benthic.serve.journal import Journal
 from benthic.serve.metrics import Metrics, kv_usage
+from benthic.serve.router import Router
 from benthic.serve.service import Service, ServiceSettings
+from benthic.serve.tracing import Traces, open_traces
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
     from types import FrameType
+
+    from fastapi import APIRouter
 
     from benthic.serve.chat_template import ChatTemplate
     from benthic.serve.client import Client
@@ -48,6 +54,7 @@ class ServerOptions:
         stall_s: an engine silent for so long is killed.
         log_level: of uvicorn.
         access_log: one line an HTTP request.
+        otlp_traces_endpoint: OpenTelemetry collector that gets a trace of every request; None writes none.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -59,6 +66,7 @@ class ServerOptions:
     stall_s: float = 300.0
     log_level: str = "info"
     access_log: bool = True
+    otlp_traces_endpoint: str | None = None
 
 
 class Stop:
@@ -86,15 +94,29 @@ class QuietServer(uvicorn.Server):
         """Nothing: the event loop's own handlers have the signal already."""
 
 
+class Page(Protocol):
+    """A web page on the server's port."""
+
+    @property
+    def routes(self) -> APIRouter:
+        """Its paths."""
+        ...
+
+    async def run(self) -> None:
+        """What it does beside answering, until cancelled."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a server is made of besides its engine."""
+    """What a server is made of besides its engine; `page` makes the web page, if there is to be one."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     settings: ServiceSettings
     options: ServerOptions
     wall: Callable[[], float]
+    page: Callable[[Service], Page] | None = None
 
 
 async def serve(engines: EngineFactory | Fleet, bound: socket.socket, parts: Parts) -> int:
@@ -102,24 +124,40 @@ async def serve(engines: EngineFactory | Fleet, bound: socket.socket, parts: Par
 
     Raises:
         ServeError: the model could not be loaded, or the port was taken meanwhile.
+        ConfigError: traces are asked for, but OpenTelemetry is not installed.
     """
     stop = Stop()
     stop.install()
-    client = _start(engines, parts.options)
+    journal = Journal(time.monotonic)
+    traces = _trace(parts, journal)
+    client = _start(engines, parts.options, journal)
     try:
         if not await _loaded(client, stop):
             return 0
-        return await _serve(client, bound, parts, stop)
+        return await _serve(client, bound, parts, stop, journal)
     finally:
         await client.close()
         bound.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
 
-def _start(engines: EngineFactory | Fleet, options: ServerOptions) -> Client:
+def _trace(parts: Parts, journal: Journal) -> Traces | None:
+    """Send a trace of every request that ends to the collector, if there is one. Raises: ConfigError."""
+    endpoint = parts.options.otlp_traces_endpoint
+    if endpoint is None:
+        return None
+    since_1970_s = parts.wall() - journal.clock()
+    traces = open_traces(endpoint, model_name=parts.settings.served_names[0], since_1970_s=since_1970_s)
+    journal.on_end(traces.write)
+    return traces
+
+
+def _start(engines: EngineFactory | Fleet, options: ServerOptions, journal: Journal) -> Client:
     """One engine, or a router before the instances of a fleet."""
     level = logger.getEffectiveLevel()
     if isinstance(engines, Fleet):
-        return start_router(engines, stall_s=options.stall_s, log_level=level)
+        return start_router(engines, journal=journal, stall_s=options.stall_s, log_level=level)
     return EngineClient(engines, stall_s=options.stall_s, log_level=level)
 
 
@@ -140,24 +178,35 @@ async def _loaded(client: Client, stop: Stop) -> bool:
     return True
 
 
-async def _serve(client: Client, bound: socket.socket, parts: Parts, stop: Stop) -> int:
+async def _make_service(client: Client, parts: Parts, journal: Journal) -> Service:
     ready = await client.wait_ready()
-    settings, options = parts.settings, parts.options
-    service = Service(
+    name = parts.settings.served_names[0]
+    metrics = Metrics(name, ready, lambda: client.stats, parts.options.objectives)
+    journal.on_end(metrics.phases)
+    if isinstance(client, Router):
+        metrics.add(FleetCollector(name, client))
+    return Service(
         client=client,
         ready=ready,
         tokenizer=parts.tokenizer,
         template=parts.template,
-        metrics=Metrics(settings.served_names[0], ready, lambda: client.stats, options.objectives),
-        settings=settings,
-        clock=time.monotonic,
+        metrics=metrics,
+        journal=journal,
+        settings=parts.settings,
         wall=parts.wall,
     )
+
+
+async def _serve(client: Client, bound: socket.socket, parts: Parts, stop: Stop, journal: Journal) -> int:
+    service = await _make_service(client, parts, journal)
+    ready, settings, options = service.ready, parts.settings, parts.options
+    page = None if parts.page is None else parts.page(service)
     app = create_app(
         service,
         api_keys=options.api_keys,
         max_body_bytes=options.max_body_bytes,
         requests_per_minute=options.requests_per_minute,
+        page=None if page is None else page.routes,
     )
     server = QuietServer(
         uvicorn.Config(
@@ -179,6 +228,8 @@ async def _serve(client: Client, bound: socket.socket, parts: Parts, stop: Stop)
         ", ".join(settings.served_names), host, port, ready.max_model_len, ready.num_blocks, ready.block_size,
     )  # fmt: skip
     tasks = [asyncio.create_task(_drain_when_asked(server, service, app, stop, options.drain_s))]
+    if page is not None:
+        tasks.append(asyncio.create_task(page.run()))
     if options.report_s:
         tasks.append(asyncio.create_task(_report(client, options.report_s)))
     try:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from benthic.serve.chat_template import ChatTemplate
     from benthic.serve.client import Client
+    from benthic.serve.journal import Journal
     from benthic.serve.messages import Ready
     from benthic.serve.metrics import Metrics
     from benthic.serve.protocol_requests import ChatBody, SamplingBody
@@ -74,7 +75,7 @@ class Service:
     Args:
         client: the engine.
         ready: what the engine said of its model.
-        clock: seconds, monotonic.
+        journal: what becomes of requests; its clock is the server's.
         wall: seconds since 1970.
     """
 
@@ -86,8 +87,8 @@ class Service:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         metrics: Metrics,
+        journal: Journal,
         settings: ServiceSettings,
-        clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
         self.client = client
@@ -95,8 +96,9 @@ class Service:
         self.tokenizer = tokenizer
         self.template = template
         self.metrics = metrics
+        self.journal = journal
         self.settings = settings
-        self.clock = clock
+        self.clock = journal.clock
         self.wall = wall
         self.started_at = int(wall())
         self.draining = False
@@ -202,6 +204,7 @@ class Service:
             client=self.client,
             tokenizer=self.tokenizer,
             metrics=self.metrics,
+            journal=self.journal,
             eos_ids=self._eos_ids,
             arrival_s=arrival_s,
             clock=self.clock,

@@ -58,15 +58,16 @@ class EventStream(Response):
 
     The status goes out with the first event, so whatever fails before it still gets an error status. What
     fails later ends the stream with an event that holds the error. When the client goes away the generator is
-    closed at once.
+    closed at once. With `framed`, events come as whole frames, errors and the end among them.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], metrics: Metrics) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], metrics: Metrics, *, framed: bool = False) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._framed = framed
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,18 +85,22 @@ class EventStream(Response):
                     if not started:
                         started = True
                         await self._start(send)
-                    await _send_body(send, b"data: " + event + b"\n\n", more=True)
+                    await _send_body(send, event if self._framed else _frame(event), more=True)
             except BenthicError as error:
                 failure = api_errors.of(error)
                 self._metrics.refused(failure.status)
                 if not started:
                     await failure.response()(scope, receive, send)
                     return
-                await _send_body(send, b"data: " + failure.body() + b"\n\n", more=True)
-            await _send_body(send, DONE, more=False)
+                await _send_body(send, _frame(failure.body()), more=True)
+            await _send_body(send, b"" if self._framed else DONE, more=False)
 
     async def _start(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
+
+def _frame(event: bytes) -> bytes:
+    return b"data: " + event + b"\n\n"
 
 
 async def _send_body(send: Send, body: bytes, *, more: bool) -> None:

@@ -1,0 +1,1 @@
+"""The web page: live charts, a timeline of requests, a chat playground."""
