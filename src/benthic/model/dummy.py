@@ -22,16 +22,17 @@ EMBED_STD, HEAD_STD, STD = 1.0, 0.01, 0.02
 
 @torch.no_grad()
 def random_weights(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype | None, *, seed: int
+    config: ModelConfig, device: torch.device, dtype: torch.dtype | None, *, seed: int, mtp: bool = False
 ) -> DeepSeek:
-    """A model without MTP modules whose residual stream stays near the token's own embedding.
+    """A model whose residual stream stays near the token's own embedding; MTP modules only where asked for.
 
     Matrices N(0, 0.02), those that write to the residual stream divided by sqrt(2 layers) (GPT-2 report,
     section 2.3), embeddings N(0, 1); norms 1 and router biases 0. `dtype` None is bfloat16. The same seed
     gives the same weights on devices of one kind.
     """
+    config = config if mtp else replace(config, num_nextn_predict_layers=0)
     with torch.device("meta"):
-        model = DeepSeek(replace(config, num_nextn_predict_layers=0)).to(dtype or torch.bfloat16)
+        model = DeepSeek(config).to(dtype or torch.bfloat16)
     model.to_empty(device=device)
     state = model.state_dict()
     generator = torch.Generator(device).manual_seed(seed)

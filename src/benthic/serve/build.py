@@ -85,10 +85,7 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
     elif device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     dtype = DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else None)
-    if options.load_format == "dummy":
-        model, scales = random_weights(hf.read(path).config, device, dtype, seed=options.seed), {}
-    else:
-        model, scales = load_weights(path, options, device, dtype)
+    model, scales = load_weights(path, options, device, dtype)
     eos = eos_token_ids(path, model.config)
     parts = assemble(model, options, model_name=path.name, eos=eos, scales=scales)
     return replace(parts, grammars=Grammars.from_folder(path, vocab_size=model.config.vocab_size, eos=eos))
@@ -104,6 +101,9 @@ def load_weights(
 
     Raises: as `load_pretrained`.
     """
+    if options.load_format == "dummy":
+        config = hf.read(path).config
+        return random_weights(config, device, dtype, seed=options.seed, mtp=drafts_with_mtp(options)), {}
     kept = options.quantization == "fp8" or (options.quantization == "auto" and device.type == "cuda")
     mtp = drafts_with_mtp(options)
     if kept and stored_in_fp8(path):

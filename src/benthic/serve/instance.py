@@ -17,6 +17,7 @@ import torch
 from benthic import __version__
 from benthic.errors import TransferError
 from benthic.sched.batching import Started
+from benthic.serve.engine import Engine
 from benthic.serve.messages import Remote
 from benthic.serve.transfer import cuda
 from benthic.serve.transfer.desk import Desk
