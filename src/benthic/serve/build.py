@@ -78,6 +78,8 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
         ConfigError: the options contradict the model or the machine.
     """
     device = torch.device(options.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current GPU, wherever its operands are
     if options.native_folder is not None:
         native_build.configure(Path(options.native_folder))
     if options.num_threads is not None:
