@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benthic import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -21,7 +23,7 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
     return {
         "client": {"cpu": _cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
         "versions": {
-            "benthic": importlib.metadata.version("benthic"),
+            "benthic": __version__,
             "python": platform.python_version(),
             "aiohttp": importlib.metadata.version("aiohttp"),
         },
