@@ -156,7 +156,7 @@ class Engine:
             self._step_seconds += self._clock() - began
             return deltas
         plan = self._scheduler.plan(began)
-        self._observe(plan)
+        self._observe(plan, began)
         if plan.number >= 0:
             self._launched.append(self._launch(plan))
         if not self._launched:
@@ -166,12 +166,12 @@ class Engine:
         self._step_seconds += self._clock() - began
         return deltas
 
-    def _observe(self, plan: StepPlan) -> None:
-        """Note what planning decided about requests."""
+    def _observe(self, plan: StepPlan, now: float) -> None:
+        """Note what planning decided about requests at `now`."""
         for event in plan.events:
             if isinstance(event, Started) and not event.resumed:
                 entry = self._in_flight[event.request_id]
-                entry.cached_tokens, entry.queued_s = event.cached_tokens, self._clock() - entry.added_s
+                entry.cached_tokens, entry.queued_s = event.cached_tokens, now - entry.added_s
 
     def stats(self) -> Stats:
         """Totals since the start and gauges of this instant."""

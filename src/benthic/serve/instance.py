@@ -130,8 +130,8 @@ class Instance(Engine):
         self._desk.shut()
         self._reader.shut()
 
-    def _observe(self, plan: StepPlan) -> None:
-        super()._observe(plan)
+    def _observe(self, plan: StepPlan, now: float) -> None:
+        super()._observe(plan, now)
         for event in plan.events:
             if isinstance(event, Started) and event.request_id not in self._scheduler.pulls:
                 self._reader.forget(event.request_id)  # the prefix cache had everything
