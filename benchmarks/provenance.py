@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DESTINATIONS = ("--out", "--spans")
+DESTINATIONS = ("--folder", "--out", "--spans")
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
