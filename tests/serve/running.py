@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -121,10 +122,20 @@ def fake_server(tokenizer: Path, log: Path, **settings):
     return start([sys.executable, str(HERE / "fake_server.py"), str(tokenizer), json.dumps(settings)], log)
 
 
+def free_port() -> int:
+    """A port below those that systems hand out, so that no connection takes it before the server does."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
+
+
 def benthic_server(checkpoint: Path, log: Path, *flags: str):
     """`benthic serve` with a real engine."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     return start(
         [*BENTHIC, "serve", str(checkpoint), "--port", str(port), "--num-threads", "1", *flags], log, port
     )

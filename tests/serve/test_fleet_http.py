@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from typing import TYPE_CHECKING
 
 import pytest
-from running import benthic_server
+from running import benthic_server, free_port
 
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.serve.fleet import FleetOptions
@@ -118,8 +117,3 @@ def test_a_server_without_transfers_refuses_a_hand_over(server: Running) -> None
         assert answer.status_code == 400
         assert "--kv-port" in answer.json()["error"]["message"]
         assert http.post("/v1/completions", json=body | {"kv_transfer_params": None}).status_code == 200
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
