@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benthic.errors import BackendError
 from benthic.kernels import ops
 
 ON_GPU = torch.cuda.is_available()
@@ -327,6 +328,95 @@ def routed(tokens, experts, top_k):
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(tokens, experts, generator=generator)
     return scores.topk(top_k, dim=1).indices.to(torch.int32).to(DEVICE)
+
+
+GATES = {
+    "moonlight": (64, 6, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+    "v3": (256, 8, {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 8, "topk_group": 4}),
+    "v2": (160, 6, {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}),
+    "v2 lite": (64, 6, {"topk_method": "greedy", "norm_topk_prob": False}),
+    "k2": (384, 8, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+    "odd": (10, 3, {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 5, "topk_group": 2}),
+    "groups of one": (6, 2, {"topk_method": "group_limited_greedy", "n_group": 6, "topk_group": 3}),
+}
+PLAIN_GATE = {
+    "scoring_func": "softmax",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_route(dtype, name):
+    experts, top_k, settings = GATES[name]
+    logits = made(TOKENS if ON_GPU else 5, experts, dtype=torch.float32).detach()
+    bias = made(experts, dtype=torch.float32, seed=1).detach() * 0.3
+    for given in (bias, None):
+        gate = PLAIN_GATE | settings | {"top_k": top_k}
+        fast = ops.route(logits, given, impl="triton", **gate)
+        exact = ops.route(logits.double(), given, impl="reference", **gate)
+        assert torch.equal(fast.expert_TK, exact.expert_TK)
+        close(fast.scores_TE, exact.scores_TE, torch.float32)
+        close(fast.weight_TK, exact.weight_TK, torch.float32)
+
+
+def test_route_chooses_distinct_experts_whatever_the_logits(dtype):
+    experts, top_k, settings = GATES["v3"]
+    logits = torch.zeros(4, experts, device=DEVICE)
+    logits[1], logits[2, 7], logits[3] = torch.nan, torch.nan, -torch.inf
+    chosen = ops.route(logits, None, impl="triton", top_k=top_k, **(PLAIN_GATE | settings)).expert_TK.tolist()
+    assert all(len(set(row)) == top_k and min(row) >= 0 and max(row) < experts for row in chosen)
+    assert chosen[0] == list(range(top_k))  # of equals the first
+    assert chosen[2][0] == 7
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS, 1400])
+def test_rows_are_counted_as_a_stable_sort_would_place_them(dtype, tokens):
+    expert = routed(tokens, 7, 3)
+    x = made(tokens, 4, dtype=dtype).detach()
+    fast, exact = (ops.permute(x, expert, 9, impl=impl) for impl in ("triton", "reference"))
+    assert torch.equal(fast.ends_E, exact.ends_E)
+    assert torch.equal(fast.maps.row_TK, exact.maps.row_TK)
+    assert torch.equal(fast.maps.copy_R, exact.maps.copy_R)
+    assert torch.equal(fast.rows_RD, exact.rows_RD)
+
+
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("dims", [(36, 40), (23, 9)], ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_linear_of_few_rows(dtype, name, dims, spare):
+    ends, (x, weight) = grouped_inputs(name, spare, dims, dtype)
+    x, weight = x.detach(), weight.detach()
+    if len(x) > 32 * len(weight):
+        with pytest.raises(BackendError, match="made for few rows"):
+            ops.grouped_linear(x, weight, ends, impl="few_rows")
+        return
+    exact = ops.grouped_linear(x.double(), weight.double(), ends, impl="reference")
+    fast = ops.grouped_linear(x, weight, ends, impl="few_rows")
+    close(fast, exact, dtype)
+    assert not fast[int(ends[-1]) :].any()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="about the order in which tensor cores add")
+def test_a_row_of_few_gives_the_same_bits_whoever_is_beside_it(dtype):
+    weight = made(4, 320, 448, dtype=dtype, seed=1).detach()
+    x = made(120, 448, dtype=dtype).detach()
+    alone = [
+        ops.grouped_linear(row[None], weight[:1], torch.tensor([1], device=DEVICE).int(), impl="few_rows")
+        for row in x[:5]
+    ]
+    for rows in (5, 17, 30, 120):
+        ends = torch.tensor([rows] * 4, device=DEVICE).int()
+        found = ops.grouped_linear(x[:rows], weight, ends, impl="few_rows")
+        assert torch.equal(found[:5], torch.cat(alone))
+
+
+def test_gate_logits(dtype):
+    x, weight = made(TOKENS, 96, dtype=dtype).detach(), made(10, 96, dtype=dtype, seed=1).detach()
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    close(ops.gate_logits(x, weight), exact, torch.float32)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.grouped_mm import GroupedMm
-from benthic.kernels.triton_tiles import find_tile
+from benthic.kernels.triton_tiles import find_tile, precision
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -178,8 +178,3 @@ def tiles(dtype, rows):
     if rows <= 96:
         return 64, 128, 64, 4, 4
     return 128, 128, 64, 8, 3
-
-
-def precision(dtype):
-    """float32 products are exact (no TF32); the argument does not matter for narrower dtypes."""
-    return "ieee" if dtype == torch.float32 else "tf32"

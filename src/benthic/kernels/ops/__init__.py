@@ -57,10 +57,12 @@ from benthic.kernels.ops.linear_gradients import (
 )
 from benthic.kernels.ops.loss import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from benthic.kernels.ops.moe import (
+    GATE_LOGITS,
     GROUPED_LINEAR,
     PERMUTE,
     ROUTE,
     UNPERMUTE,
+    gate_logits,
     grouped_linear,
     permute,
     route,
@@ -104,6 +106,7 @@ __all__ = [
     "explain",
     "fp8_linear",
     "fp8_weight_gradient",
+    "gate_logits",
     "gather_copies",
     "grouped_input_gradient",
     "grouped_linear",
@@ -136,6 +139,7 @@ OPS: tuple[Op, ...] = (
     MLA_DECODE,
     STORE_LATENT,
     COPY_BLOCKS,
+    GATE_LOGITS,
     ROUTE,
     PERMUTE,
     UNPERMUTE,
@@ -194,6 +198,7 @@ def _variants(op: Op, plain: Case) -> list[tuple[str, Case]]:
     if op is ATTENTION:
         variants.append(("equal lengths", plain._replace(equal=True)))
     if op is GROUPED_LINEAR:
+        variants.append(("few rows", plain._replace(few=True)))
         variants.append(("weights in columns", plain._replace(layout="columns")))
     if op.trains:
         variants.append(("training", plain._replace(grad=True)))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benthic.kernels.reference.norm import wide
 
@@ -42,6 +43,11 @@ class Permuted(NamedTuple):
     rows_RD: Tensor
     ends_E: Tensor
     maps: RowMaps
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """`x W^T` in float32."""
+    return F.linear(x_TD.float(), weight_ED.float())
 
 
 def route(  # noqa: PLR0913 (the gate's hyper-parameters)
