@@ -229,7 +229,7 @@ def report(
 
 def capture(runner: Runner) -> None:
     """Capture the runner's CUDA graphs, if it is to have any."""
-    for graphs in () if runner.graphs is None else (runner.graphs, *runner.trials.values()):
+    for graphs in runner.all_graphs:
         graphs.capture(capture_progress)
         took = binary_bytes(graphs.num_bytes)
         what = "CUDA graphs of %d rows a sequence: %d batch sizes up to %d took %s"

@@ -160,24 +160,19 @@ class MtpDrafter:
         state_DD = self._state_ND.index_select(0, slots)
         tokens = list(self._early_NK.index_select(0, slots).unbind(1))[: max(counts)]
         passes = self._runner.steps.passes(plan, counts)
-        module, ids = self._model.mtp_module(self._depth - 1), plan.decode_ids
+        ids = plan.decode_ids
+        hidden_DD = self._model.mtp_module(self._depth - 1).norm(state_DD)
+        previous_DD = state_DD if self._model.config.mtp_hidden == "pre_norm" else hidden_DD
         while len(tokens) < max(counts):
             made = len(tokens) + 1 - self._depth
             if made:
                 position_D, layout = passes[made - 1]
-                previous_DD = self._previous(state_DD)
                 ahead = self._runner.ahead(self._depth - 1, previous_DD, tokens[-1], position_D, layout)
-                state_DD = ahead.pre_norm_TD
-            logits_DV = self._runner.logits(module.norm(state_DD))
+                hidden_DD, previous_DD = ahead.hidden_TD, self._model.mtp_input(ahead)
+            logits_DV = self._runner.logits(hidden_DD)
             places = [position + len(tokens) for position in positions[: len(ids)]]
             tokens.append(self._sampler.guess(logits_DV, ids, places))
         return Drafts(counts, torch.stack(tokens, dim=1))
-
-    def _previous(self, state_SD: Tensor) -> Tensor:
-        """What the last module's state is to the pass after it, as `DeepSeek.mtp_input` says."""
-        if self._model.config.mtp_hidden == "pre_norm":
-            return state_SD
-        return self._model.mtp_module(self._depth - 1).norm(state_SD)
 
     @torch.inference_mode()
     def learn(self, plan: StepPlan, result: StepResult, drawing: Drawing | None) -> None:

@@ -47,9 +47,9 @@ class StepTensors:
 class Replayed(NamedTuple):
     """What a recorded step leaves in its buffers; the next replay overwrites it."""
 
+    pre_norm_TD: Tensor
     hidden_TD: Tensor
     logits_TV: Tensor
-    previous_TD: Tensor
 
 
 class StepBuilder:
