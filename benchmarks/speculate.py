@@ -13,6 +13,7 @@ included, through `Engine.step`; the best of `--repeats`.
 from __future__ import annotations
 
 import argparse
+import gc
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from provenance import write_result
 from stdlib_corpus import make_data
 from tokenizers import Tokenizer
@@ -100,6 +102,9 @@ def measure(checkpoint: Path, words: argparse.Namespace) -> list[dict[str, Any]]
         for batch in words.batches:
             rows.append({"drafter": name, "batch": batch, **speed(engine, prompts[:batch], words)})
             print(rows[-1], flush=True)
+        del engine  # before the next one asks how much memory is free
+        gc.collect()
+        torch.cuda.empty_cache()
     plain = {row["batch"]: row["tokens_per_second"] for row in rows if row["drafter"] == "none"}
     for row in rows:
         row["speedup"] = row["tokens_per_second"] / plain[row["batch"]]

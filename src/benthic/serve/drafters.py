@@ -135,9 +135,8 @@ class MtpDrafter:
         self._model = runner.model
         config, weight = runner.model.config, runner.model.head_weight()
         self._depth = config.num_nextn_predict_layers
-        self._state_ND = weight.new_zeros(
-            (max_num_seqs, config.hidden_size), dtype=runner.model.embed.weight.dtype
-        )
+        self._hidden_ND = runner.model.embed.weight.new_zeros((max_num_seqs, config.hidden_size))
+        self._previous_ND = torch.zeros_like(self._hidden_ND)
         self._early_NK = torch.zeros((max_num_seqs, self._depth - 1), dtype=torch.int64, device=weight.device)
 
     def admit(self, request: Generate) -> None:
@@ -157,12 +156,11 @@ class MtpDrafter:
             return None
         self._runner.write(plan.tables)
         slots = self._runner.steps.on_device(plan.decode_slots)
-        state_DD = self._state_ND.index_select(0, slots)
+        hidden_DD = self._hidden_ND.index_select(0, slots)
+        previous_DD = self._previous_ND.index_select(0, slots)
         tokens = list(self._early_NK.index_select(0, slots).unbind(1))[: max(counts)]
         passes = self._runner.steps.passes(plan, counts)
         ids = plan.decode_ids
-        hidden_DD = self._model.mtp_module(self._depth - 1).norm(state_DD)
-        previous_DD = state_DD if self._model.config.mtp_hidden == "pre_norm" else hidden_DD
         while len(tokens) < max(counts):
             made = len(tokens) + 1 - self._depth
             if made:
@@ -186,8 +184,9 @@ class MtpDrafter:
             if depth + 1 < self._depth:
                 token_T = self._further(plan, result, token_T, newest_S, depth + 1, ahead)
         if newest_S is not None:
-            state_SD = ahead.pre_norm_TD.index_select(0, newest_S)
-            self._state_ND.index_copy_(0, self._slots(plan), state_SD)
+            slots = self._slots(plan)
+            self._hidden_ND.index_copy_(0, slots, ahead.hidden_TD.index_select(0, newest_S))
+            self._previous_ND.index_copy_(0, slots, previous_TD.index_select(0, newest_S))
 
     def _newest_rows(self, result: StepResult, drawing: Drawing) -> Tensor:
         """The step's row behind which each sequence's newest token was drawn."""
@@ -208,7 +207,7 @@ class MtpDrafter:
         for chunk, rows in zip(plan.prefills, result.chunk_rows, strict=True):
             tokens = ((chunk.tokens or ()) + chunk.ahead)[1 : 1 + len(rows)]
             known_T[rows.start : rows.start + len(tokens)] = tokens
-        token_T = to_device(known_T, self._state_ND.device)
+        token_T = to_device(known_T, self._hidden_ND.device)
         if drawing is None or sampled_R is None:
             return token_T
         return token_T.index_copy(0, sampled_R, drawing.token_R.clamp(min=0))
