@@ -510,6 +510,31 @@ def test_grouped_fp8_products(dtype, name):
     close_fp8(fast, ops.fp8_weight_gradient(*tiles, ends, impl="reference").double(), dtype)
 
 
+@pytest.mark.parametrize("width", [1, 7, 128, 300, 304] + ([2048, 16384] if ON_GPU else []))
+def test_e5m6_tiles(dtype, width):
+    """Bit for bit, over scales from the smallest to beyond float16, with zeros of both signs."""
+    x = made(TOKENS, width, dtype=torch.float32).detach()
+    x = (x * torch.logspace(-6, 4, TOKENS, device=DEVICE)[:, None]).to(dtype)
+    x[3], x[4, ::2] = 0.0, -0.0
+    fast, exact = (ops.quantise_e5m6(x, impl=impl) for impl in ("triton", "reference"))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(fast, exact, strict=True))
+    back = [ops.dequantise_e5m6(*exact, width, dtype=dtype, impl=impl) for impl in ("triton", "reference")]
+    assert torch.equal(*back)
+    assert torch.equal(*(rows.signbit() for rows in back))
+
+
+def test_e5m6_has_the_same_value_for_every_code(dtype):
+    code = torch.arange(4096, dtype=torch.int32, device=DEVICE).view(32, 128)
+    pair = code[:, 0::2] | (code[:, 1::2] << 12)
+    packed = torch.stack((pair & 0xFF, (pair >> 8) & 0xFF, pair >> 16), dim=2).to(torch.uint8).flatten(1)
+    scale = torch.full((32, 1), 0.25, device=DEVICE)
+    fast, exact = (
+        ops.dequantise_e5m6(packed, scale, 128, dtype=dtype, impl=impl) for impl in ("triton", "reference")
+    )
+    finite = (code & 0x7FF) <= 1983
+    assert torch.equal(fast[finite], exact[finite])
+
+
 @pytest.mark.parametrize("count", [1, 2049, 70_001])
 def test_adamw(dtype, count):
     """`dtype` is that of the moments. Three updates, so that the second starts from rounded moments."""

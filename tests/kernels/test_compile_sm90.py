@@ -276,6 +276,17 @@ MEMORY_BOUND = [
         )
         for retile in (False, True)
     ),
+    *(
+        (
+            "triton_e5m6",
+            kernel,
+            constants | {"WORDS": words, "ROWS": 16, "TILE": 128},
+            4,
+            {"packed_ptr": "*i32" if words else "*u8"},
+        )
+        for words in (True, False)
+        for kernel, constants in (("_quantise", {"MAX": 65024.0, "FLOOR": 1e-30}), ("_dequantise", {}))
+    ),
     ("triton_update", "_adamw", {"BLOCK": 2048}, 8, {}),
     ("triton_fp8", "_dequantise", {"ROWS": 16, "COLUMNS": 256}, 4, {"values_ptr": "*fp8e4nv"}),
 ]

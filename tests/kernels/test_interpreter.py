@@ -22,6 +22,7 @@ GROUPS = {
     "paged decode and cache": "mla or latent",
     "experts and permutation": "(grouped or permute or copies) and not fp8",
     "FP8 tiles and products": "fp8",
+    "E5M6 tiles": "e5m6",
     "the optimizer": "adamw",
 }
 
