@@ -23,6 +23,7 @@ GROUPS = {
     "experts and permutation": "(grouped or permute or copies) and not fp8",
     "FP8 tiles and products": "fp8",
     "E5M6 tiles": "e5m6",
+    "losses and gradient sums": "cross_entropy or accumulate or added_weight",
     "the optimizer": "adamw",
 }
 

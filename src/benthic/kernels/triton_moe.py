@@ -76,11 +76,24 @@ def _expert_gradient(
             x_ptr + row_at[:, None] * stride_x + i[None, :], mask=kept[:, None] & i_kept[None, :], other=0.0
         )
         acc = tl.dot(dy, x, acc, input_precision=PRECISION)
-    at = dweight_ptr + expert.to(tl.int64) * o_dim * i_dim + o[:, None] * i_dim + i[None, :]
-    mask = o_kept[:, None] & i_kept[None, :]
+    base = dweight_ptr + expert.to(tl.int64) * o_dim * i_dim
     if ADD:
-        acc += tl.load(at, mask=mask, other=0.0)
-    tl.store(at, acc.to(dweight_ptr.dtype.element_ty), mask=mask)
+        # half after half: the sum's tile beside the whole accumulator takes too many registers
+        halves = tl.permute(tl.reshape(acc, [BLOCK_O, 2, BLOCK_I // 2]), [0, 2, 1])
+        left, right = tl.split(halves)
+        i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I // 2)
+        _add_tile(base, left, o, i, o_dim, i_dim)
+        _add_tile(base, right, o, i + BLOCK_I // 2, o_dim, i_dim)
+    else:
+        at = base + o[:, None] * i_dim + i[None, :]
+        tl.store(at, acc.to(dweight_ptr.dtype.element_ty), mask=o_kept[:, None] & i_kept[None, :])
+
+
+@triton.jit
+def _add_tile(base, tile, o, i, o_dim, i_dim):
+    at = base + o[:, None] * i_dim + i[None, :]
+    mask = (o < o_dim)[:, None] & (i < i_dim)[None, :]
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + tile, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
