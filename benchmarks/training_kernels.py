@@ -1,4 +1,4 @@
-"""What training adds to the products, op by op: `python benchmarks/training_kernels.py [--small] [--only SUITE]`.
+"""What training adds to the products, op by op: `python benchmarks/training_kernels.py [--small]`.
 
 The head's loss over 163,840 words, weight gradients added to float32 sums, AdamW, E5M6; each beside what it
 replaces, at the sizes of Moonlight with 16,384 tokens. Every line is first held against the definition, and

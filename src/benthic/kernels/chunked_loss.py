@@ -17,6 +17,8 @@ from benthic.kernels.wide_product import add_product
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from benthic.kernels.reference.loss import Wanted
+
 
 class Turn(Protocol):
     """Turns a chunk of logits [t, V] into losses [t] and, on request, into `softmax - onehot` [t, V]."""
@@ -26,13 +28,6 @@ class Turn(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Losses in the wide dtype, gradients in that of the logits, whose memory may be used for them."""
         ...
-
-
-class Wanted(NamedTuple):
-    """Which gradients are made."""
-
-    hidden: bool
-    weight: bool
 
 
 class Making(NamedTuple):

@@ -13,7 +13,7 @@ from benthic.kernels.wide_product import add_product
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from benthic.kernels.chunked_loss import Wanted
+    from benthic.kernels.reference.loss import Wanted
 
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 
 from benthic.errors import ShapeError
-from benthic.kernels.chunked_loss import Wanted
+from benthic.kernels.reference.loss import Wanted
 from benthic.kernels.table import (
     Case,
     Implementation,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,12 @@ from torch.nn import functional as F
 
 from benthic.kernels.reference.norm import wide
 
-if TYPE_CHECKING:
-    from benthic.kernels.chunked_loss import Wanted
+
+class Wanted(NamedTuple):
+    """Which gradients are made."""
+
+    hidden: bool
+    weight: bool
 
 
 def linear_cross_entropy(
