@@ -312,6 +312,79 @@ def test_grouped_weight_gradient_in_float32(dtype, name):
     close(fast, exact, torch.float32)
 
 
+@pytest.mark.parametrize("impl", ["triton", "grouped_mm"])
+@pytest.mark.parametrize("dims", [(16, 24), (23, 9)] + ([(512, 1024)] if ON_GPU else []), ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_weight_gradients_are_added_to_float32_sums(dtype, name, dims, impl):
+    if impl == "grouped_mm" and (dtype != torch.bfloat16 or dims[0] % 8):
+        pytest.skip("the library's grouped product takes bfloat16 in rows of whole 16 bytes")
+    width, out = dims
+    ends, (x, _) = grouped_inputs(name, 35, (width, out), dtype)
+    dy = made(len(x), out, dtype=dtype, seed=2).detach()
+    sums = [made(5, out, width, dtype=torch.float32, seed=3).detach() for _ in range(2)]
+    ops.add_weight_gradient(sums[0], dy, x.detach(), ends, impl=impl)
+    exact = sums[1].double()
+    ops.add_weight_gradient(exact, dy.double(), x.detach().double(), ends, impl="reference")
+    close(sums[0], exact, torch.float32 if impl == "triton" else dtype)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a product in two dtypes needs a GPU")
+def test_added_weight_gradients_are_not_rounded_before(dtype):
+    if dtype == torch.float32:
+        pytest.skip("products of float32 are added by the definition")
+    dy, x = made(1023, 72, dtype=dtype).detach(), made(1023, 136, dtype=dtype, seed=1).detach()
+    whole = made(3, 72, 136, dtype=torch.float32, seed=2).detach()
+    exact = whole[1].double()
+    ops.add_weight_gradient(exact, dy.double(), x.double(), impl="reference")
+    before = whole.clone()
+    ops.add_weight_gradient(whole[1], dy, x, impl="addmm")
+    close(whole[1], exact, torch.float32)
+    assert torch.equal(whole[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("count", [1, 4097, 70_001])
+def test_narrow_gradients_accumulate_in_float32(dtype, count):
+    if dtype == torch.float32:
+        dtype = torch.bfloat16
+    x = made(count, dtype=dtype).detach()
+    held = [made(count + 300, dtype=torch.float32, seed=1).detach() for _ in range(2)]
+    for each, impl in zip(held, ("triton", "reference"), strict=True):
+        ops.accumulate(each[100 : 100 + count], x, impl=impl)
+    assert torch.equal(*held)
+
+
+HEADS_OF_WORDS = [(300, 24), (1, 8)] + ([(163840, 512), (32777, 64)] if ON_GPU else [])
+
+
+@pytest.mark.parametrize("wide_sum", [False, True])
+@pytest.mark.parametrize("words", HEADS_OF_WORDS, ids=str)
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
+def test_cross_entropy_sum_makes_the_gradients_of_its_definition(dtype, words, wide_sum, impl):
+    vocabulary, width = words
+    target = torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    target[::7] = -100
+    results = []
+    for name, precision in ((impl, dtype), ("reference", torch.float64)):
+        hidden = made(TOKENS, width, dtype=dtype).detach().to(precision).requires_grad_()
+        weight = (made(vocabulary, width, dtype=dtype, seed=1).detach() * 0.3).to(precision)
+        weight.requires_grad_()
+        into = torch.zeros_like(weight, dtype=torch.promote_types(precision, torch.float32))
+        loss, total = ops.linear_cross_entropy_sum(
+            hidden,
+            weight,
+            target,
+            factor=1 / 64,
+            chunk=40,
+            into_VD=into if wide_sum else None,
+            impl=name,
+        )
+        loss.backward()
+        assert (weight.grad is None) == wide_sum
+        results.append((loss, total, hidden.grad, into if wide_sum else weight.grad))
+    for fast, exact in zip(*results, strict=True):
+        close(fast.detach(), exact.detach(), dtype)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="the library's grouped product on a GPU")
 @pytest.mark.parametrize("spare", [0, 35])
 @pytest.mark.parametrize("name", GROUPS)
@@ -598,6 +671,31 @@ def test_grouped_fp8_products(dtype, name):
     tiles = [ops.quantise_fp8_columns(t, ends, impl="reference") for t in (dy, x.detach())]
     fast = ops.fp8_weight_gradient(*tiles, ends, dtype=dtype, impl="triton")
     close_fp8(fast, ops.fp8_weight_gradient(*tiles, ends, impl="reference").double(), dtype)
+
+
+@pytest.mark.parametrize("width", [1, 7, 128, 300, 304] + ([2048, 16384] if ON_GPU else []))
+def test_e5m6_tiles(dtype, width):
+    """Bit for bit, over scales from the smallest to beyond float16, with zeros of both signs."""
+    x = made(TOKENS, width, dtype=torch.float32).detach()
+    x = (x * torch.logspace(-6, 4, TOKENS, device=DEVICE)[:, None]).to(dtype)
+    x[3], x[4, ::2] = 0.0, -0.0
+    fast, exact = (ops.quantise_e5m6(x, impl=impl) for impl in ("triton", "reference"))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(fast, exact, strict=True))
+    back = [ops.dequantise_e5m6(*exact, width, dtype=dtype, impl=impl) for impl in ("triton", "reference")]
+    assert torch.equal(*back)
+    assert torch.equal(*(rows.signbit() for rows in back))
+
+
+def test_e5m6_has_the_same_value_for_every_code(dtype):
+    code = torch.arange(4096, dtype=torch.int32, device=DEVICE).view(32, 128)
+    pair = code[:, 0::2] | (code[:, 1::2] << 12)
+    packed = torch.stack((pair & 0xFF, (pair >> 8) & 0xFF, pair >> 16), dim=2).to(torch.uint8).flatten(1)
+    scale = torch.full((32, 1), 0.25, device=DEVICE)
+    fast, exact = (
+        ops.dequantise_e5m6(packed, scale, 128, dtype=dtype, impl=impl) for impl in ("triton", "reference")
+    )
+    finite = (code & 0x7FF) <= 1983
+    assert torch.equal(fast[finite], exact[finite])
 
 
 @pytest.mark.parametrize("count", [1, 2049, 70_001])

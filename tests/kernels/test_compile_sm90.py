@@ -30,7 +30,7 @@ FLOATS = {
     "sign",
     "step_size",
 }
-INT64 = {"row_ptr", "copy_ptr", "slot_ptr", "from_ptr", "to_ptr"}
+INT64 = {"target_ptr", "row_ptr", "copy_ptr", "slot_ptr", "from_ptr", "to_ptr"}
 INT32 = {"ends_ptr", "table_ptr", "context_ptr", "starts_q_ptr", "starts_k_ptr"}
 FLOAT32 = {
     "gradient_ptr",
@@ -188,12 +188,16 @@ def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, tmp_path):
     assert used.wgmma > 0
 
 
-@pytest.mark.parametrize("direction", ["forward", "input gradient", "weight gradient"])
+@pytest.mark.parametrize(
+    "direction", ["forward", "input gradient", "weight gradient", "added weight gradient"]
+)
 def test_the_experts_product_uses_wgmma_without_spills(direction, tmp_path):
     tiles = importlib.import_module("benthic.kernels.triton_moe").tiles
     block_m, block_n, block_k, warps, stages = tiles(torch.bfloat16, 512)
-    if direction == "weight gradient":
+    added = direction == "added weight gradient"
+    if direction.endswith("weight gradient"):
         constants = {"BLOCK_O": block_m, "BLOCK_I": block_n, "BLOCK_R": block_k, "PRECISION": "ieee"}
+        constants["ADD"] = added
         kernel = "_expert_gradient"
     else:
         constants = {
@@ -206,7 +210,12 @@ def test_the_experts_product_uses_wgmma_without_spills(direction, tmp_path):
         }
         kernel = "_rows_times_experts"
     built = compiled(
-        "triton_moe", kernel, constants, warps=warps, stages=stages, overrides={"dweight_ptr": "*bf16"}
+        "triton_moe",
+        kernel,
+        constants,
+        warps=warps,
+        stages=stages,
+        overrides={"dweight_ptr": "*fp32" if added else "*bf16"},
     )
     used = resources(built, tmp_path)
     assert_fits(used)
@@ -298,6 +307,22 @@ MEMORY_BOUND = [
         )
         for retile in (False, True)
     ),
+    *(
+        (
+            "triton_e5m6",
+            kernel,
+            constants | {"WORDS": words, "ROWS": 16, "TILE": 128},
+            4,
+            {"packed_ptr": "*i32" if words else "*u8"},
+        )
+        for words in (True, False)
+        for kernel, constants in (("_quantise", {"MAX": 65024.0, "FLOOR": 1e-30}), ("_dequantise", {}))
+    ),
+    *(
+        ("triton_loss", "_turn", {"GRADIENT": gradient, "BLOCK": 16384}, 32, {"loss_ptr": "*fp32"})
+        for gradient in (True, False)
+    ),
+    ("triton_sums", "_accumulate", {"BLOCK": 4096}, 8, {"sum_ptr": "*fp32"}),
     ("triton_update", "_adamw", {"BLOCK": 2048}, 8, {}),
     ("triton_fp8", "_dequantise", {"ROWS": 16, "COLUMNS": 256}, 4, {"values_ptr": "*fp8e4nv"}),
 ]

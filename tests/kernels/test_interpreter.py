@@ -22,6 +22,8 @@ GROUPS = {
     "paged decode and cache": "mla or latent",
     "experts and permutation": "(grouped or permute or copies or rout or rows or gate) and not fp8",
     "FP8 tiles and products": "fp8",
+    "E5M6 tiles": "e5m6",
+    "losses and gradient sums": "cross_entropy or accumulate or added_weight",
     "the optimizer": "adamw",
 }
 
