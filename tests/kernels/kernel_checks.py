@@ -648,6 +648,23 @@ def test_fp8_linear(dtype, dims, impl):
         close_fp8(fast, exact.double(), dtype)
 
 
+@pytest.mark.parametrize("name", [None, *GROUPS])
+@pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
+def test_fp8_linear_of_few_rows(dtype, dims, name):
+    inner, outer = dims
+    experts = 1 if name is None else 5
+    x, weight = (
+        made(16 * experts, inner, dtype=torch.float32),
+        made(experts, outer, inner, dtype=torch.float32),
+    )
+    ends = torch.tensor(GROUPS[name or "uneven"], device=DEVICE).cumsum(0).to(torch.int32)
+    rows, blocks = fp8_rows(x.detach()), ops.quantise_fp8_weight(weight.detach(), impl="reference")
+    if name is None:
+        ends, blocks = None, ops.Fp8(blocks.values[0], blocks.scale[0])
+    fast = ops.fp8_linear(rows, blocks, ends, dtype=dtype, impl="few_rows")
+    close_fp8(fast, ops.fp8_linear(rows, blocks, ends, dtype=torch.float32, impl="reference").double(), dtype)
+
+
 @pytest.mark.parametrize("impl", ["triton", "cublas"])
 @pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
 def test_fp8_weight_gradient(dtype, dims, impl):

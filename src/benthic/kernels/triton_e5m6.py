@@ -95,7 +95,8 @@ def _dequantise(
     magnitude = code & 0x7FF
     normal = ((magnitude + (112 << 6)) << 17).to(tl.float32, bitcast=True)
     value = tl.where(magnitude < 64, magnitude.to(tl.float32) * 9.5367431640625e-07, normal)  # 2^-20
-    value = tl.where((code & 0x800) != 0, -value, value)
+    sign = (code & 0x800) << 20  # set as a bit: Triton's minus is 0 - value, which loses the sign of zeros
+    value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     scale = tl.load(scale_ptr + row * tiles + tl.program_id(1), mask=kept, other=0.0)
     mask = kept[:, None] & (column < columns)[None, :]
     out = (value * scale[:, None]).to(out_ptr.dtype.element_ty)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""The experts' product where each has few rows: as fast as its weights can be read.
+"""Products of few rows with a weight, or with one an expert, in bfloat16 or FP8: as fast as weights are read.
 
 Weights are the tall operand of the matrix instruction (64 of their rows at a time) and the few rows the
 narrow one, the other way round than usual: so tensor cores are not padded, and what a row gives depends
@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from benthic.kernels.triton_tiles import precision
+from benthic.kernels.table import triton_interprets
+from benthic.kernels.triton_tiles import precision, product_of_chunk
 
 COLUMNS = 64
 """Columns of a program: the fewest that a warp group's instruction takes."""
@@ -57,6 +58,51 @@ def _few_rows(
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=kept)
 
 
+@triton.jit
+def _few_rows_of_blocks(
+    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, ends_ptr,
+    rows, experts, n_dim, k_dim, k_tiles, n_tiles,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUPED: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """As `_few_rows` for FP8 tiles: every chunk of K is multiplied by itself, scaled and added in float32."""
+    expert = tl.program_id(1)
+    start, end = 0, rows
+    if GROUPED:
+        start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(ends_ptr + expert, mask=expert < experts, other=rows)
+    first_column = tl.program_id(0) * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    column_kept = column < n_dim
+    k = tl.arange(0, BLOCK_K)
+    own = expert.to(tl.int64)
+    weight_base = weight_ptr + (own * n_dim + column[:, None]) * k_dim
+    weight_scale_at = weight_scale_ptr + (own * n_tiles + first_column // BLOCK_K) * k_tiles
+    for first in range(start, end, BLOCK_R):
+        row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+        row_kept = row < end
+        acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        if expert < experts:
+            weight_at = weight_base + k[None, :]
+            x_at = x_ptr + row[None, :] * k_dim + k[:, None]
+            for chunk in range(k_tiles):
+                if WHOLE:
+                    weight = tl.load(weight_at, mask=column_kept[:, None], other=0.0)
+                    x = tl.load(x_at, mask=row_kept[None, :], other=0.0)
+                else:
+                    k_kept = k < k_dim - chunk * BLOCK_K
+                    weight = tl.load(weight_at, mask=column_kept[:, None] & k_kept[None, :], other=0.0)
+                    x = tl.load(x_at, mask=k_kept[:, None] & row_kept[None, :], other=0.0)
+                scale = tl.load(x_scale_ptr + row * k_tiles + chunk, mask=row_kept, other=0.0)
+                scale *= tl.load(weight_scale_at + chunk)
+                acc += product_of_chunk(weight, x, EMULATE) * scale[None, :]
+                weight_at += BLOCK_K
+                x_at += BLOCK_K
+        out_at = out_ptr + row[None, :] * n_dim + column[:, None]
+        kept = column_kept[:, None] & row_kept[None, :]
+        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=kept)
+
+
 def grouped_linear(x_RI, weight_EOI, ends_E):
     """See `benthic.kernels.ops.grouped_linear`; computes no gradients."""
     x_RI = x_RI if x_RI.stride(1) == 1 else x_RI.contiguous()
@@ -73,6 +119,24 @@ def grouped_linear(x_RI, weight_EOI, ends_E):
             PRECISION=precision(x_RI.dtype), num_warps=4, num_stages=stages,
         )  # fmt: skip
     return out_RO
+
+
+def fp8_linear(x, weight, ends_E, *, dtype):
+    """See `benthic.kernels.ops.fp8_linear`."""
+    values, scale = weight.values.contiguous(), weight.scale.contiguous()
+    rows, k_dim = x.values.shape
+    n_dim, grouped = values.shape[-2], ends_E is not None
+    experts = ends_E.shape[0] if grouped else 1
+    out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
+    block_r, block_k, stages = tiles(x.values.dtype, rows // experts)
+    if rows:
+        _few_rows_of_blocks[(triton.cdiv(n_dim, COLUMNS), experts + grouped)](
+            x.values, x.scale, values, scale, out_RN, ends_E if grouped else values,
+            rows, experts, n_dim, k_dim, scale.shape[-1], scale.shape[-2],
+            BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped, WHOLE=k_dim % block_k == 0,
+            EMULATE=triton_interprets(), num_warps=4, num_stages=stages,
+        )  # fmt: skip
+    return out_RN
 
 
 def tiles(dtype, rows):

@@ -12,16 +12,7 @@ import triton.language as tl
 
 from benthic.kernels.reference.fp8_linear import TILE
 from benthic.kernels.table import triton_interprets
-from benthic.kernels.triton_tiles import find_tile, whole
-
-
-@triton.jit
-def _chunk(a, b, EMULATE: tl.constexpr):
-    """`a b` of one chunk; `EMULATE` multiplies in float32, for the interpreter."""
-    if EMULATE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:  # noqa: RET505 (Triton compiles one branch)
-        return tl.dot(a, b)
+from benthic.kernels.triton_tiles import find_tile, product_of_chunk, whole
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -51,7 +42,7 @@ def _rows_times_blocks(
             weight = tl.load(weight_at, mask=k_kept[:, None] & column_kept[None, :], other=0.0)
             x_scale = tl.load(x_scale_ptr + row * k_tiles + chunk, mask=row_kept, other=0.0)
             weight_scale = tl.load(weight_scale_at + chunk, mask=column_kept, other=0.0)
-            acc += _chunk(x, weight, EMULATE) * x_scale[:, None] * weight_scale[None, :]
+            acc += product_of_chunk(x, weight, EMULATE) * x_scale[:, None] * weight_scale[None, :]
             x_at += BLOCK_K
             weight_at += BLOCK_K
     out_at = out_ptr + row[:, None] * n_dim + column[None, :]
@@ -94,7 +85,7 @@ def _column_tiles(
         x = tl.load(x_at + tile * BLOCK_P, mask=i_kept[None, :], other=0.0)
         dy_scale = tl.load(dy_scale_at + tile, mask=o_kept, other=0.0)
         x_scale = tl.load(x_scale_at + tile, mask=i_kept, other=0.0)
-        acc += _chunk(dy, x, EMULATE) * dy_scale[:, None] * x_scale[None, :]
+        acc += product_of_chunk(dy, x, EMULATE) * dy_scale[:, None] * x_scale[None, :]
     at = (
         dweight_ptr
         + (expert.to(tl.int64) * o_dim + o_first) * i_dim

@@ -54,3 +54,12 @@ def whole(rows, device):
 def precision(dtype):
     """float32 products are exact (no TF32); the argument does not matter for narrower dtypes."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def product_of_chunk(a, b, EMULATE: tl.constexpr):
+    """`a b` of one chunk; `EMULATE` multiplies in float32, for the interpreter."""
+    if EMULATE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:  # noqa: RET505 (Triton compiles one branch)
+        return tl.dot(a, b)

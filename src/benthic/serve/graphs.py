@@ -216,12 +216,7 @@ class DecodeGraphs:
         The next call overwrites what this one returned, in the order of the stream.
         """
         decode = step.layout.decode
-        if (
-            decode is None
-            or step.layout.prefill is not None
-            or step.chunk_rows
-            or decode.queries != self._queries
-        ):
+        if decode is None or step.layout.prefill is not None or decode.queries != self._queries:
             return None
         size = self.size_for(decode.block_table_SP.shape[0])
         if size is None:

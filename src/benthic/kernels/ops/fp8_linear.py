@@ -9,7 +9,17 @@ from torch.nn import functional as F
 
 from benthic.errors import ShapeError
 from benthic.kernels.reference.fp8_linear import TILE, Fp8
-from benthic.kernels.table import Case, Implementation, Op, Verdict, no, reference, triton_runs, yes
+from benthic.kernels.table import (
+    Case,
+    Implementation,
+    Op,
+    Verdict,
+    no,
+    reference,
+    triton_runs,
+    with_few_rows,
+    yes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,9 +78,19 @@ RETILE_FP8 = Op(
         reference("benthic.kernels.reference.fp8_linear:retile"),
     ),
 )
+_FEW = Implementation(
+    "few_rows",
+    with_few_rows(triton_runs(*_FLOATS, reason="weights read once, as the tall operand")),
+    "benthic.kernels.triton_few_rows:fp8_linear",
+)
+FEW_ROWS = 16
+"""Rows a weight, on average, up to which `few_rows` is the fastest: on an H200, 5.4 to 14 us at one row where
+cuBLAS takes 13 to 25, and no better at 32."""
+
 FP8_LINEAR = Op(
     "fp8_linear",
     (
+        _FEW,
         Implementation("cublas", _cublas, "benthic.kernels.torch_fp8_linear:linear"),
         Implementation(
             "triton",
@@ -84,6 +104,7 @@ FP8_LINEAR = Op(
 GROUPED_FP8_LINEAR = Op(
     "grouped_fp8_linear",
     (
+        _FEW,
         Implementation(
             "triton",
             triton_runs(*_FLOATS, reason="our block-scaled grouped product, rows counted on the device"),
@@ -180,7 +201,8 @@ def fp8_linear(
     _check_tiles(x, weight, ends_E)
     op = FP8_LINEAR if ends_E is None else GROUPED_FP8_LINEAR
     inner, outer = x.values.shape[1], weight.values.shape[-2]
-    case = Case(x.values.device.type, dtype, (inner, outer))
+    few = x.values.shape[0] <= FEW_ROWS * (1 if ends_E is None else ends_E.shape[0])
+    case = Case(x.values.device.type, dtype, (inner, outer), few=few)
     out: Tensor = op.choose(case, impl)(x, weight, ends_E, dtype=dtype)
     return out
 
