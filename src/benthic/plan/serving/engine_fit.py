@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _HOST_BOUND: Final = 1.15
+_FLAT: Final = 1e-9  # spread of the priced times below which they are one time
 
 
 class MeasuredStep(NamedTuple):
@@ -27,15 +28,20 @@ class MeasuredStep(NamedTuple):
 def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> Engine:
     """Gap a layer and stretch of the kernels that fit decode steps best; relative squares, prices given.
 
-    A negative gap or stretch is no engine: the gap is then 0 and the stretch alone is fitted. Host seconds of
-    a step with prompts in it are the shortest such step's, where kernels explain it worse than the longest.
+    Prices are those of the fastest kernels known, so that a stretch below 1 is no engine: it is then 1 and
+    the gap alone is fitted, as it is with a single step; a negative gap is 0 and the stretch alone is fitted.
+    Host seconds of a step with prompts in it are the shortest such step's, where kernels explain it worse
+    than the longest.
 
     Raises:
-        DataError: fewer than two decode steps.
+        DataError: no decode step, or a time that is not above 0.
     """
     decodes = [each for each in measured if not each.load.prefill_tokens]
-    if len(decodes) < 2:
-        msg = f"{len(decodes)} decode steps were measured, but 2 numbers are to be fitted. Measure 2 or more."
+    if not decodes:
+        msg = f"0 of {len(measured)} measured steps decode, but at least 1 is needed. Measure decode steps."
+        raise DataError(msg)
+    if (shortest := min(each.seconds for each in measured)) <= 0.0:
+        msg = f"a measured step takes {shortest} s, but times are above 0. Measure it again."
         raise DataError(msg)
     plain = replace_engine(step, TUNED)
     layers = step.model.num_hidden_layers
@@ -50,13 +56,23 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     return engine
 
 
+def left_out(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> list[float]:
+    """Relative error of each step's time as an engine foretells it that was fitted to all the others."""
+    errors = []
+    for each in measured:
+        others = [other for other in measured if other is not each]
+        foretold = replace_engine(step, fit_engine(name, step, others))([each.load])
+        errors.append(foretold / each.seconds - 1.0)
+    return errors
+
+
 def replace_engine(step: PricedStep, engine: Engine) -> PricedStep:
     """The same steps under another engine."""
     return PricedStep(step.model, step.layout, step.machine, engine)
 
 
 def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """`a`, `b` of `y = a + b x` with least squares of `(a + b x - y) / y`; `a` not below 0."""
+    """`a` >= 0 and `b` >= 1 of `y = a + b x`, with least squares of `(a + b x - y) / y`."""
     w = [1.0 / (y * y) for _, y in pairs]
     s = sum(w)
     sx = sum([wi * x for wi, (x, _) in zip(w, pairs, strict=True)])
@@ -64,8 +80,8 @@ def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     sxx = sum([wi * x * x for wi, (x, _) in zip(w, pairs, strict=True)])
     sxy = sum([wi * x * y for wi, (x, y) in zip(w, pairs, strict=True)])
     spread = s * sxx - sx * sx
-    b = (s * sxy - sx * sy) / spread if spread > 0.0 else 0.0
-    a = (sy - b * sx) / s
-    if a < 0.0 or b <= 0.0:
-        return 0.0, sxy / sxx
-    return a, b
+    b = (s * sxy - sx * sy) / spread if spread > _FLAT * s * sxx else 1.0
+    a = (sy - max(1.0, b) * sx) / s
+    if a < 0.0:
+        return 0.0, max(1.0, sxy / sxx)
+    return a, max(1.0, b)

@@ -30,7 +30,7 @@ _EVEN: Final = frozenset({"dualpipe", "chimera"})
 class Question:
     """What is to be trained on what.
 
-    rows: of one optimizer step. tokens: of the whole run.
+    rows: of one optimizer step. tokens: of the whole run. kept_pairs: as `candidate.Rows`.
     """
 
     model: ModelConfig
@@ -41,6 +41,7 @@ class Question:
     tokens: float = 1e12
     optimizer: Updates = Updates()  # noqa: RUF009 (frozen)
     skew: float = 1.0
+    kept_pairs: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,11 @@ def candidate(question: Question, choice: Choice) -> Candidate:
             schedule=choice.schedule,
             virtual_stages=choice.virtual_stages,
         ),
-        train=Rows(seq_len=question.seq_len, local_batch_size=choice.local_batch_size),
+        train=Rows(
+            seq_len=question.seq_len,
+            local_batch_size=choice.local_batch_size,
+            kept_pairs=question.kept_pairs,
+        ),
         rows=question.rows,
         precision=PRECISIONS[choice.precision],
         optimizer=question.optimizer,
@@ -188,12 +193,12 @@ class _Part:
                     yield schedule, virtual
 
     def _seconds(self, pp: int, microbatches: int, schedule: str) -> float:
-        """What the ranks compute on average, without waiting and without what can hide."""
-        work = self.work
-        each = work.forward.seconds + work.input.seconds + work.weight.seconds + sum(work.host)
+        """What the ranks compute, or their hosts launch, on average: without what can hide."""
+        work, host = self.work, self.work.host
+        each = work.forward.seconds + work.input.seconds + work.weight.seconds + host.drain
         if schedule not in OVERLAPPED:
             each += work.forward_exchange.seconds + work.input_exchange.seconds
-        return each * microbatches / pp * (1 - 1e-9)
+        return max(each, host.forward + host.backward) * microbatches / pp * (1 - 1e-9)
 
     def _activations(self, pp: int, microbatches: int, schedule: str, virtual: int | None) -> float:
         """The fewest blocks in flight on the rank that holds most."""
