@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from benthic.plan.serving.steps import StepLoad
 
 
-_HOST_BOUND: Final = 1.15
 _FLAT: Final = 1e-9  # spread of the priced times below which they are one time
 
 
@@ -30,8 +29,7 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
 
     Prices are those of the fastest kernels known, so that a stretch below 1 is no engine: it is then 1 and
     the gap alone is fitted, as it is with a single step; a negative gap is 0 and the stretch alone is fitted.
-    Host seconds of a step with prompts in it are the shortest such step's, where kernels explain it worse
-    than the longest.
+    Host seconds of a step with prompts in it are what these steps last beyond that.
 
     Raises:
         DataError: no decode step, or a time that is not above 0.
@@ -48,12 +46,8 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     gap, stretch = _line([(plain([each.load]), each.seconds) for each in decodes])
     engine = Engine(name=name, graph_layer_s=gap / layers, stretch=stretch)
     fitted = replace_engine(step, engine)
-    prompts = sorted([each for each in measured if each.load.prefill_tokens], key=lambda each: each.seconds)
-    if len(prompts) > 1:
-        slow = [each.seconds / fitted([each.load]) for each in (prompts[0], prompts[-1])]
-        if slow[0] > _HOST_BOUND * slow[1]:
-            engine = replace(engine, eager_layer_s=prompts[0].seconds / layers)
-    return engine
+    prompts = [each for each in measured if each.load.prefill_tokens]
+    return replace(engine, eager_layer_s=_rest([(fitted([p.load]), p.seconds) for p in prompts]) / layers)
 
 
 def left_out(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> list[float]:
@@ -85,3 +79,9 @@ def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     if a < 0.0:
         return 0.0, max(1.0, sxy / sxx)
     return a, max(1.0, b)
+
+
+def _rest(pairs: Sequence[tuple[float, float]]) -> float:
+    """`a` >= 0 of `y = a + x`, with least squares of `(a + x - y) / y`; 0 without pairs."""
+    weight = sum([1.0 / (y * y) for _, y in pairs])
+    return max(0.0, sum([(y - x) / (y * y) for x, y in pairs]) / weight) if pairs else 0.0
