@@ -65,9 +65,9 @@ class Engine:
 
     Attributes:
         name: which engine.
-        eager_layer_s: host seconds a layer of a step that is no CUDA graph, which is one with any piece of a
-            prompt in it. The GPU waits for them where prompts are computed; where the pieces are single tokens
-            behind blocks that were pulled, they run beside the GPU.
+        eager_layer_s: host seconds a layer of a step that is no CUDA graph: one with any piece of a prompt.
+            The GPU waits for them where prompts are computed; where the pieces are single tokens behind
+            blocks that were pulled, they run beside the GPU.
         graph_layer_s: device seconds a layer between the kernels of a graph.
         stretch: seconds of its kernels over the prices of the operations.
     """
