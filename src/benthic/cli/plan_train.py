@@ -75,7 +75,7 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
     """
     from benthic.plan.training.plan import plan  # noqa: PLC0415 (see cli.plan)
     from benthic.plan.training.run import Failures  # noqa: PLC0415
-    from benthic.plan.training.space import Question  # noqa: PLC0415
+    from benthic.plan.training.space import Question, refuse_degrees  # noqa: PLC0415
 
     config, machine = config_of(model), machine_of(gpu, gpus_per_node, profile)
     question = Question(
@@ -89,6 +89,7 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
         kept_pairs=kept_pairs,
     )
     space = space_of(machine, pp, ep, tp, cp, zero, schedules, precisions)
+    refuse_degrees(question, space)
     failures = Failures(gpu_mtbf_hours=mtbf, checkpoint_seconds=checkpoint, restart_seconds=restart)
     found = plan(question, space, usd_per_gpu_hour=usd, failures=failures)
     written = written_files(found, page, perfetto, measured)

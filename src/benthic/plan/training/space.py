@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from benthic.errors import ConfigError
 from benthic.parallel.activations import block_bytes
 from benthic.parallel.parts import kind_of, parts_of
 from benthic.plan.training.candidate import PRECISIONS, RECOMPUTES, Candidate, Rows, Updates
@@ -127,6 +129,29 @@ def walk(question: Question, space: Space) -> Iterator[Bounded]:
                 for tp, cp, ep in _inner(question, space):
                     first = Choice("1f1b", None, 1, ep, tp, cp, 1, rows, recompute, precision)
                     yield from _Part(question, space, first).choices()
+
+
+def refuse_degrees(question: Question, space: Space) -> None:
+    """Refuse named degrees that no layout can have.
+
+    Raises:
+        ConfigError: one that does not divide what it divides; what does is named.
+    """
+    model, gpus = question.model, question.gpus
+    heads, experts = model.num_attention_heads, model.n_routed_experts
+    for name, degrees, whole, what in (
+        ("pp", space.pp, gpus, f"{gpus} GPUs"),
+        ("cp", space.cp, gpus, f"{gpus} GPUs"),
+        ("tp", space.tp, math.gcd(heads, gpus), f"{heads} heads and {gpus} GPUs"),
+        ("ep", space.ep, math.gcd(experts, gpus) or 1, f"{experts} experts and {gpus} GPUs"),
+    ):
+        for degree in degrees:
+            if whole >= 1 and whole % degree:
+                message = (
+                    f"no layout divides: {name} = {degree} is no divisor of {what}. "
+                    f"Take some of {', '.join(map(str, divisors(whole)))}."
+                )
+                raise ConfigError(message)
 
 
 def divisors(number: int) -> tuple[int, ...]:
