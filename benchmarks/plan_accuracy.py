@@ -6,9 +6,9 @@ Insights into DeepSeek-V3, table 4): its trace taught that an exchange holds its
 `train_ranks.json`, `train_full.json` and `train_gpu.json`: the host's launches and the rate of adding
 gradients were read from the slots of one run, zb-h1 (`profiles.py`); nothing is fitted to the others, called
 blind here, but the form of the model was chosen with all of them in view. Constants of working memory were
-set in view of these peaks. The runs of `train_gpu.json` had an AdamW kernel that a profiler saw take 43 ms where
-its bytes need 17 (docs/log.md), since mended: the difference is added to them, which spends the BF16 run of
-four rows.
+set in view of these peaks. The runs of `train_gpu.json` had an AdamW kernel that a profiler saw take 43 ms
+where its bytes need 17 (docs/log.md), since mended: the difference is added to them, which spends the BF16
+run of four rows.
 """
 
 from __future__ import annotations
