@@ -1,9 +1,14 @@
 """Predicted beside measured: training steps and peaks. `python benchmarks/plan_accuracy.py`.
 
 DeepSeek-V3's published run on 2,048 H800, its hours and its step breakdown (DeepSeek-V3 report, table 1;
-Insights into DeepSeek-V3, table 4): nothing of the planner was fitted to them. Our own runs on H200, from
-`train_ranks.json`, `train_full.json` and `train_gpu.json`: the host's share was read from the slots of the
-zb-h1 run, which is therefore no test of itself; constants of working memory were set in view of these peaks.
+Insights into DeepSeek-V3, table 4): its trace taught that an exchange holds its SMs for a whole pair, so its
+1F1B is no test; hours and the other parts are fitted to nothing. Our own runs on H200, from
+`train_ranks.json`, `train_full.json` and `train_gpu.json`: the host's launches and the rate of adding
+gradients were read from the slots of one run, zb-h1 (`profiles.py`); nothing is fitted to the others, called
+blind here, but the form of the model was chosen with all of them in view. Constants of working memory were
+set in view of these peaks. The runs of `train_gpu.json` had an AdamW kernel that a profiler saw take 43 ms
+where its bytes need 17 (docs/log.md), since mended: the difference is added to them, which spends the BF16
+run of four rows.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from moonlight_slices import KEPT_PAIRS, LAYOUTS, moonlight, moonlight_slice
 from provenance import RESULTS, write_result
 
 from benthic.plan.cost import machine as machines
@@ -28,20 +34,12 @@ from benthic.plan.training.step import Step, step
 from benthic.spec import presets
 from benthic.spec.layout import Layout
 
-LAYOUTS: Final = {
-    "1 rank": Layout(),
-    "pp2": Layout(pp_degree=2),
-    "ep2": Layout(dp_degree=2, ep_degree=2),
-    "zero3": Layout(dp_degree=2, zero_stage=3),
-    "dualpipe": Layout(pp_degree=2, schedule="dualpipe"),
-    "zb-h1": Layout(pp_degree=2, schedule="zb-h1"),
-    "dualpipev-ep2": Layout(dp_degree=2, ep_degree=2, schedule="dualpipev"),
-    "tp2": Layout(tp_degree=2),
-    "cp2": Layout(cp_degree=2),
-}
-MOONLIGHT: Final = dataclasses.replace(presets.get("moonlight-16b-a3b"), bos_token_id=0, eos_token_id=1)
 SEPARATE: Final = Updates(fused=False)
 """The runs of `train_ranks.json` and `train_full.json` updated with AdamW in separate expressions."""
+ADAMW_SEEN: Final = 0.043 + 0.007
+"""Seconds of the update in the runs of `train_gpu.json`: AdamW's kernel; clearing and norm by bandwidth."""
+SEEN: Final = {"slice, zb-h1", "6 layers, bf16"}
+"""Runs that something was fitted to."""
 Line = dict[str, Any]
 
 
@@ -54,8 +52,11 @@ def main() -> None:
     for row in rows:
         off = 100 * (row["predicted"] / row["measured"] - 1)
         figures = f"{row['predicted']:12.5g} {row['measured']:12.5g}"
-        print(f"{row['run']:<32} {row['what']:<18} {figures} {off:+7.1f} %")
-    write_result("plan_accuracy", rows, out=words.out)
+        blind = "" if row["blind"] else "   (not blind)"
+        print(f"{row['run']:<32} {row['what']:<18} {figures} {off:+7.1f} %{blind}")
+    found = summary(rows)
+    print(found)
+    write_result("plan_accuracy", rows, out=words.out, summary=found)
 
 
 def published() -> list[Line]:
@@ -78,7 +79,7 @@ def published() -> list[Line]:
         line(run, "1F", parts["F"], 1.13),
         line(run, "1B", parts["B"], 1.99),
         line(run, "1W", parts["W"], 0.48),
-        line(run, "1F1B", parts["FB"], 13.95),
+        line(run, "1F1B", parts["FB"], 13.95, blind=False),
         line(run, "bubble", parts["bubble"], 2.06),
         line(run, "optimizer", found.update.end.seconds, 0.29),
     ]
@@ -102,11 +103,11 @@ def breakdown(found: Step) -> dict[str, float]:
 
 def ranks() -> list[Line]:
     """The slice of Moonlight on one and two GPUs."""
-    model = dataclasses.replace(MOONLIGHT, num_hidden_layers=4, vocab_size=32768)
+    model, train = moonlight_slice(), Rows(kept_pairs=KEPT_PAIRS)
     measured = {row["layout"]: row for row in results("train_ranks")}
     rows: list[Line] = []
-    for name, layout in LAYOUTS.items():
-        one = Candidate(model=model, layout=layout, train=Rows(), rows=8, optimizer=SEPARATE)
+    for name, layout in {"1 rank": Layout(), **LAYOUTS}.items():
+        one = Candidate(model=model, layout=layout, train=train, rows=8, optimizer=SEPARATE)
         rows += both(f"slice, {name}", one, measured[name]["step_seconds"], measured[name]["peak_bytes"])
     return rows
 
@@ -115,9 +116,9 @@ def whole() -> list[Line]:
     """All of Moonlight on two GPUs."""
     (row,) = results("train_full")
     one = Candidate(
-        model=MOONLIGHT,
+        model=moonlight(),
         layout=LAYOUTS["ep2"],
-        train=Rows(local_batch_size=2),
+        train=Rows(local_batch_size=2, kept_pairs=KEPT_PAIRS),
         rows=16,
         recompute=("attention", "experts"),
         optimizer=SEPARATE,
@@ -127,7 +128,7 @@ def whole() -> list[Line]:
 
 def one_gpu() -> list[Line]:
     """Six layers of Moonlight on one GPU."""
-    model = dataclasses.replace(MOONLIGHT, num_hidden_layers=6)
+    model = dataclasses.replace(moonlight(), num_hidden_layers=6)
     settings = {
         "benthic bf16": (4, Numbers()),
         "benthic bf16, rows one by one": (1, Numbers()),
@@ -140,20 +141,40 @@ def one_gpu() -> list[Line]:
             train = Rows(local_batch_size=count)
             one = Candidate(model=model, layout=Layout(), train=train, rows=4, precision=numbers)
             seconds = one.step_tokens / row["tokens_per_second"]
-            rows += both(f"6 layers, {row['who'].removeprefix('benthic ')}", one, seconds, row["peak_bytes"])
+            more = ADAMW_SEEN - step(one, machines.get("h200")).update.optimizer.seconds
+            run = f"6 layers, {row['who'].removeprefix('benthic ')}"
+            rows += both(run, one, seconds, row["peak_bytes"], more)
     return rows
 
 
-def both(run: str, one: Candidate, seconds: float, peak: float) -> list[Line]:
-    """Step and peak of the first rank, which measured both."""
+def both(run: str, one: Candidate, seconds: float, peak: float, more: float = 0.0) -> list[Line]:
+    """Step and peak of the first rank, which measured both; `more` seconds are known of that software."""
     found = step(one, machines.get("h200"))
     size = memory(one, found.timeline.table)[0].total
-    return [line(run, "step, seconds", found.seconds, seconds), line(run, "peak, bytes", size, peak)]
+    blind = run not in SEEN
+    return [
+        line(run, "step, seconds", found.seconds + more, seconds, blind=blind),
+        line(run, "peak, bytes", size, peak, blind=False),
+    ]
 
 
-def line(run: str, what: str, predicted: float, measured: float) -> Line:
-    """One comparison."""
-    return {"run": run, "what": what, "predicted": predicted, "measured": measured}
+def line(run: str, what: str, predicted: float, measured: float, *, blind: bool = True) -> Line:
+    """One comparison; `blind` where nothing was fitted to it."""
+    return {"run": run, "what": what, "predicted": predicted, "measured": measured, "blind": blind}
+
+
+def summary(rows: list[Line]) -> Line:
+    """The blind steps of our own runs: how many, the median error, and how many are within 10 %."""
+    off = [
+        abs(row["predicted"] / row["measured"] - 1)
+        for row in rows
+        if row["blind"] and row["what"] == "step, seconds" and "DeepSeek" not in row["run"]
+    ]
+    return {
+        "blind": len(off),
+        "median": statistics.median(off),
+        "within_10_percent": sum(e <= 0.1 for e in off),
+    }
 
 
 def results(name: str) -> list[Line]:

@@ -3,7 +3,7 @@
     python benchmarks/plan_serve.py --measured serve_gpu.json --trace AzureLLMInferenceTrace2023_conv.csv
 
 steps      steps of our engine on one H200 (a result of `benchmarks/serve_gpu.py`): priced from operations
-           alone, and with the engine's own numbers fitted on the *other* rows (leave one out)
+           alone, by the engine that ships, and with numbers fitted on the *other* rows (leave one out)
 deepseek   what DeepSeek published of its deployment
 distserve  OPT-13B on A100 by its published fit: goodput a GPU, mean of five seeds
 trace      one instance that serves a whole recorded trace, step by step, with the live scheduler
@@ -13,7 +13,6 @@ plan       `benthic plan serve deepseek-v3` on 64 H200
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -22,53 +21,36 @@ from typing import Any
 from provenance import write_result
 
 from benthic.plan.cost import machine as machines
+from benthic.plan.serving import engines
 from benthic.plan.serving.demand import SHAREGPT, Fixed
 from benthic.plan.serving.distserve import Degrees, Study
-from benthic.plan.serving.engine_fit import MeasuredStep, fit_engine, replace_engine
+from benthic.plan.serving.engine_fit import left_out, replace_engine
 from benthic.plan.serving.examples import serving_examples
 from benthic.plan.serving.goodput import Targets
 from benthic.plan.serving.layout import ServingLayout
+from benthic.plan.serving.measured import read_measured
 from benthic.plan.serving.options import Question
 from benthic.plan.serving.priced import PricedStep
 from benthic.plan.serving.recordings import play_recording, read_trace
 from benthic.plan.serving.search import plan_serving
-from benthic.plan.serving.steps import StepLoad
 from benthic.spec import presets
 from benthic.spec.objectives import Objectives
 
 Row = dict[str, Any]
 
 
-def measured_steps(path: Path, weights: str) -> list[MeasuredStep]:
-    """Steps of a result: the GPU's part of decode steps, and prompts that fit one step."""
-    found = []
-    for row in json.loads(path.read_text())["rows"]:
-        if row.get("weights") != weights:
-            continue
-        if row["what"] == "decode":
-            batch, context = row["batch"], row["context"]
-            load = StepLoad(batch, batch, batch * (context + 24), 0, 0, 0, batch)
-            found.append(MeasuredStep(load, row["step_ms"] / 1e3))
-        elif row["what"] == "prefill":
-            count, length = (int(word) for word in row["prompts"].split(" x "))
-            if count * length > 16384:
-                continue
-            tokens, pairs = count * length, count * length * (length + 1) // 2
-            load = StepLoad(0, 0, 0, tokens, pairs, tokens, count)
-            found.append(MeasuredStep(load, tokens / row["tokens_per_second"]))
-    return found
-
-
 def step_rows(path: Path) -> list[Row]:
-    """Errors of priced and of fitted steps; a row is never among those that its own engine was fitted on."""
+    """Errors of steps priced from operations alone, by our engine as shipped, and fitted leaving each out.
+
+    The shipped engine was fitted to the rows in BF16: those in FP8 are its blind test.
+    """
     rows = []
     for weights in ("bf16", "fp8"):
         layout = ServingLayout(weights=weights, cache=weights)
         plain = PricedStep(presets.get("moonlight-16b-a3b"), layout, machines.get("h200"))
-        steps = measured_steps(path, weights)
-        for each in steps:
-            others = [other for other in steps if other is not each]
-            fitted = replace_engine(plain, fit_engine("benthic", plain, others))
+        shipped = replace_engine(plain, engines.get("benthic"))
+        steps = read_measured(path, weights)
+        for each, error in zip(steps, left_out("benthic", plain, steps), strict=True):
             rows.append(
                 {
                     "case": "step",
@@ -77,12 +59,15 @@ def step_rows(path: Path) -> list[Row]:
                     "prefill_tokens": each.load.prefill_tokens,
                     "measured_ms": round(1e3 * each.seconds, 3),
                     "priced_error": round(plain([each.load]) / each.seconds - 1, 4),
-                    "fitted_error": round(fitted([each.load]) / each.seconds - 1, 4),
+                    "shipped_error": round(shipped([each.load]) / each.seconds - 1, 4),
+                    "fitted_error": round(error, 4),
                 }
             )
-    for name in ("priced_error", "fitted_error"):
-        errors = [abs(row[name]) for row in rows if row.get("decodes")]
-        rows.append({"case": f"decode steps, median |{name}|", "value": round(statistics.median(errors), 4)})
+    for name in ("priced_error", "shipped_error", "fitted_error"):
+        for weights in ("bf16", "fp8"):
+            errors = [abs(row[name]) for row in rows if row.get("decodes") and row["weights"] == weights]
+            case = f"decode steps in {weights}, median |{name}|"
+            rows.append({"case": case, "value": round(statistics.median(errors), 4)})
     return rows
 
 

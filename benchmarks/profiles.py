@@ -3,7 +3,8 @@
 `h200.json` holds our own kernels, from `benchmarks/results/kernels_h200.json`, with products and collectives
 of the libraries that we call (cuBLAS, block-scaled FP8, NCCL; medians on two H200, torch 2.11, 2026-11-22).
 What `benthic calibrate` measured on an H200 is added if `benchmarks/results/calibrate_h200.json` is there.
-`h800.json` holds what DeepSeek published of its kernels on H800. Nothing here is a whole step or run.
+The host's launches and the rate of adding gradients come from the slots of one training run, zb-h1.
+`h800.json` holds what DeepSeek published of its kernels on H800.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from moonlight_slices import KEPT_PAIRS, LAYOUTS, moonlight_slice
 
 from benthic.plan import cost
 from benthic.plan.cost.machine import Machine, Measured, Profile, read
@@ -29,11 +32,12 @@ from benthic.plan.cost.ops import (
     Op,
     PointToPoint,
 )
+from benthic.plan.cost.price import price
 from benthic.plan.training.candidate import Candidate, Rows
-from benthic.plan.training.stage import stages
+from benthic.plan.training.stage import WEIGHTS_LAUNCH, Work, stages
 from benthic.spec import hardware as gpus
 from benthic.spec import presets
-from benthic.spec.layout import Layout
+from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,7 +49,8 @@ LIBRARIES: Final = "cuBLAS, scaled_mm and NCCL 2.28.9 on two H200, medians, 2026
 DEEPGEMM: Final = "DeepGEMM README, February 2025, H800"
 DEEPEP: Final = "DeepEP README, H800: 4096 tokens, hidden 7168, top-8 of 4 groups, FP8 out and BF16 home"
 FLASHMLA: Final = "FlashMLA README, April 2025, H800"
-HOST: Final = "host: benchmarks/results/spans/zb-h1-rank-*.jsonl and exchange.json"
+SPANS: Final = "benchmarks/results/spans/zb-h1-rank-*.jsonl"
+HOST: Final = f"host: {SPANS} and exchange.json"
 
 # m, n, k and TFLOP/s
 CUBLAS: Final = (
@@ -74,15 +79,16 @@ DEEPEP_NORMAL: Final = ((8, 153, 158), (16, 43, 43), (32, 58, 57), (64, 51, 50))
 
 def main() -> None:
     """Write both."""
-    libraries = [
-        *products(CUBLAS, "bf16", LIBRARIES), *products(BLOCK_FP8, "fp8", LIBRARIES), *links()
-    ]  # fmt: skip
     measured = RESULTS / "calibrate_h200.json"
     more = read(measured).points if measured.exists() else ()
+    ours = any(isinstance(one.op, Gemm) and one.op.dtype == "fp8" for one in more)
+    narrow = () if ours else products(BLOCK_FP8, "fp8", LIBRARIES)  # what our own kernels do counts more
+    libraries = [*products(CUBLAS, "bf16", LIBRARIES), *narrow, *links()]
     source = "benchmarks/results/kernels_h200.json; " + LIBRARIES
     write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {DEEPEP}; {FLASHMLA}", {})
     bare = write("h200", [*kernels(), *libraries, *more], source, {})
-    write("h200", list(bare.points), f"{source}; {HOST}", {**host_of_blocks(bare), **host_of_exchange()})
+    full = write("h200", [*bare.points, accumulating(bare)], f"{source}; {HOST}", {})
+    write("h200", list(full.points), full.source, {**host_of_blocks(full), **host_of_exchange()})
 
 
 def write(name: str, points: list[Measured], source: str, overheads: dict[str, float]) -> Profile:
@@ -94,31 +100,49 @@ def write(name: str, points: list[Measured], source: str, overheads: dict[str, f
     return profile
 
 
-def host_of_blocks(profile: Profile) -> dict[str, float]:
-    """What the slots of a measured run last beyond the operations in them: the GPU waits for the host.
+def calibration_run(profile: Profile) -> tuple[tuple[Work, ...], list[dict[str, list[float]]]]:
+    """The run whose slots calibrate the host: its priced stages, and each rank's seconds by kind of slot.
 
-    The run is zb-h1 on two ranks of `benchmarks/train_ranks.py`: two blocks on the first, two and the head on
-    the second. Per block the first stage's excess, for the head what the second has beyond its blocks'.
+    zb-h1 on two ranks of `benchmarks/train_ranks.py`: a dense and a mixture block on the first, two mixtures
+    and the head on the second. No other run of it is used here.
     """
-    moonlight = replace(presets.get("moonlight-16b-a3b"), bos_token_id=0, eos_token_id=1)
-    model = replace(moonlight, num_hidden_layers=4, vocab_size=32768)
-    candidate = Candidate(model=model, layout=Layout(pp_degree=2, schedule="zb-h1"), train=Rows(), rows=8)
+    train = Rows(kept_pairs=KEPT_PAIRS)
+    candidate = Candidate(model=moonlight_slice(), layout=LAYOUTS["zb-h1"], train=train, rows=8)
     machine = Machine(hardware=gpus.get("h200"), profiles=(profile,))
-    excess = []
-    for rank, work in enumerate(stages(candidate, machine, 2)):
-        took: dict[str, list[float]] = defaultdict(list)
+    took: list[dict[str, list[float]]] = []
+    for rank in range(2):
+        took.append(defaultdict(list))
         for line in (RESULTS / "spans" / f"zb-h1-rank-{rank}.jsonl").read_text().splitlines():
             span = json.loads(line)
-            took[span["slot"][1]].append(span["end"] - span["start"])
-        forward, inputs, weights = (statistics.median(took[kind]) for kind in "FIW")
-        priced = work.forward.seconds, work.input.seconds + work.weight.seconds
-        excess.append((forward - priced[0], inputs + weights - priced[1]))
-    (forward, backward), (later, latest) = excess
+            took[rank][span["slot"][1]].append(span["end"] - span["start"])
+    return stages(candidate, machine, 2), took
+
+
+def accumulating(profile: Profile) -> Measured:
+    """Adding BF16 gradients to float32 sums: what the first rank's W slots take beyond their products.
+
+    A profiler saw the same in a step of six layers: 40 ms for 10.7 billion elements (docs/log.md).
+    """
+    (first, _), (took, _) = calibration_run(profile)
+    shape = replace(presets.get("moonlight-16b-a3b"), num_hidden_layers=2)
+    elements = sum(p.numel for p in parameters(shape) if p.part not in {"head", "norms"})
+    op = MemoryBound(bytes=10.0 * elements, name="accumulate")
+    priced = first.weight.seconds - price(op, Machine(hardware=gpus.get("h200"), profiles=(profile,))).seconds
+    return Measured(op, statistics.median(took["W"]) - priced, SPANS)
+
+
+def host_of_blocks(profile: Profile) -> dict[str, float]:
+    """What the host does for a block, read from slots that show it.
+
+    The first rank's second forward begins with nothing queued: it lasts as long as launching two blocks. Its
+    later ones begin with everything queued up to the one drain, which is what they last beyond their
+    operations. The second rank never waits for the first, so its I slots last as long as launching them.
+    """
+    (first, _), (took, later) = calibration_run(profile)
     return {
-        "host block forward": forward / 2,
-        "host block backward": backward / 2,
-        "host head forward": later - forward,
-        "host head backward": latest - backward,
+        "host block forward": took["F"][1] / 2,
+        "host block backward": statistics.median(later["I"]) / 2 / (1 - WEIGHTS_LAUNCH),
+        "host drain": statistics.median(took["F"][2:]) - first.forward.seconds,
     }
 
 
@@ -156,20 +180,8 @@ def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
     numbers = [int(n) for n in re.findall(r"\d+", row["shape"])]
     if row["op"] == "roof: product":
         yield Gemm(m=numbers[0], n=numbers[0], k=numbers[0]), 1.0
-    elif name == "attention" and not row["shape"].startswith("ragged"):
-        rows, seq_len, heads, qk_dim, v_dim = numbers
-        yield (
-            Attention(
-                rows=rows,
-                heads=heads,
-                seq_len=seq_len,
-                qk_dim=qk_dim,
-                v_dim=v_dim,
-                causal="causal" in row["shape"],
-                backward=backward,
-            ),
-            1.0,
-        )
+    elif name == "attention":
+        yield attention(row, numbers, backward=backward), 1.0
     elif name == "grouped_linear":
         experts, each, k, n = numbers
         sides = (k, n) if backward else (n, k)  # backward: the input's and the weights' gradient, about equal
@@ -191,6 +203,24 @@ def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
         moved = row["rate"] * row["microseconds"] * 1e6
         label = {"roof: copy": "copy", "permute (with sort)": "permute"}.get(name, name)
         yield MemoryBound(bytes=moved, name=f"{label}{' backward' if backward else ''}"), 1.0
+
+
+def attention(row: dict[str, Any], numbers: list[int], *, backward: bool) -> Attention:
+    """Rows of one length through cuDNN; ragged packs, and whatever else Triton ran, through Triton."""
+    ragged = row["shape"].startswith("ragged")
+    rows, seq_len, heads, qk_dim, v_dim = (1, *numbers) if ragged else numbers
+    whole = Attention(
+        rows=rows,
+        heads=heads,
+        seq_len=seq_len,
+        qk_dim=qk_dim,
+        v_dim=v_dim,
+        causal="causal" in row["shape"],
+        backward=backward,
+        packed=row["implementation"] == "triton",
+    )
+    done = row["rate"] * row["microseconds"] * 1e6
+    return replace(whole, kept=done / whole.flops) if ragged else whole
 
 
 def products(rows: tuple[tuple[int, ...], ...], dtype: Any, source: str) -> Iterator[Measured]:

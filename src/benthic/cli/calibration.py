@@ -157,7 +157,10 @@ def _calls(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], object]
     """What is timed, each with its operands ready."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     yield from _products(device, sizes, dtype, "bf16" if device == "cuda" else "fp32")
+    if device == "cuda":
+        yield from _fp8_products(device, sizes)
     yield from _streams(device, sizes, dtype)
+    yield from _sums(device, sizes, dtype)
     yield from _attention(device, sizes, dtype)
 
 
@@ -177,6 +180,35 @@ def _products(
             ends = (torch.arange(1, experts + 1, device=device) * each).to(torch.int32)
             op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype=word)
             yield op, partial(ops.grouped_linear, rows, weights, ends)
+
+
+def _fp8_products(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], object]]]:
+    """Our own kernels on operands that are narrow already; quantising is measured apart."""
+    wide = torch.bfloat16
+    for n, k in sizes.weights:
+        weight = ops.Fp8(*ops.quantise_fp8_weight(torch.randn(n, k, device=device, dtype=wide)))
+        for m in sizes.rows:
+            x = torch.randn(m, k, device=device, dtype=wide)
+            rows = ops.Fp8(*ops.quantise_fp8_rows(x))
+            yield Gemm(m=m, n=n, k=k, dtype="fp8"), partial(ops.fp8_linear, rows, weight, dtype=wide)
+    n, k = sizes.weights[-1]
+    for experts in sizes.experts:
+        stack = ops.quantise_fp8_weight(torch.randn(experts, n, k, device=device, dtype=wide))
+        for each in sizes.rows[2:5]:
+            x = torch.randn(experts * each, k, device=device, dtype=wide)
+            ends = (torch.arange(1, experts + 1, device=device) * each).to(torch.int32)
+            op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype="fp8")
+            rows = ops.Fp8(*ops.quantise_fp8_rows(x))
+            yield op, partial(ops.fp8_linear, rows, ops.Fp8(*stack), ends, dtype=wide)
+
+
+def _sums(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op, Callable[[], object]]]:
+    """Gradients added to float32 sums, as a backward pass does it."""
+    for size in sizes.bytes:
+        gradient = torch.randn(max(1, size // 10), device=device, dtype=dtype)
+        total = torch.zeros(gradient.numel(), device=device)
+        moved = gradient.nbytes + 2 * total.nbytes
+        yield MemoryBound(bytes=moved, name="accumulate"), partial(total.add_, gradient)
 
 
 def _streams(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op, Callable[[], object]]]:

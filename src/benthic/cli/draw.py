@@ -81,7 +81,11 @@ def schedule(  # noqa: PLR0913, PLR0917 (one argument per option)
     svg: Svg = None,
     html: Html = None,
     perfetto_json: Annotated[
-        Path | None, typer.Option("--perfetto", help="Write a trace for ui.perfetto.dev (1 unit = 1 ms).")
+        Path | None,
+        typer.Option(
+            "--perfetto",
+            help="Write a trace for ui.perfetto.dev (1 unit = 1 ms; a measured run is in seconds).",
+        ),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write every action with its times as CSV.")] = None,
     table_csv: Annotated[
@@ -107,7 +111,7 @@ def schedule(  # noqa: PLR0913, PLR0917 (one argument per option)
     _print(console, timelines)
     _write(console, svg, lambda: draw_svg(*timelines))
     _write(console, html, lambda: draw_html(*timelines))
-    _write(console, perfetto_json, lambda: perfetto(timelines[-1]))
+    _write(console, perfetto_json, lambda: perfetto(*timelines, microseconds=1e6 if measured_spans else 1e3))
     _write(console, csv, lambda: as_csv(timelines[-1]))
     _write(console, table_csv, lambda: write_table(table))
     _write(console, torch, lambda: torch_csv(table))

@@ -1,21 +1,18 @@
-"""`benthic plan`: questions about models answered without running them."""
+"""`benthic plan`: questions about models answered without running them.
+
+Planners are imported by the command that runs, so that `--help` and the other commands start without them.
+"""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from benthic.cli import plan_examples, plan_serve, plan_train
-from benthic.plan.model import as_dict, model_report
-from benthic.plan.model_tables import tables
-from benthic.spec import hf, presets
-
-if TYPE_CHECKING:
-    from benthic.spec.model import ModelConfig
+from benthic.cli import plan_engine, plan_examples, plan_serve, plan_train
+from benthic.cli.plan_words import Model, config_of
 
 app = typer.Typer(
     help="Answer questions about models and layouts without running them.", no_args_is_help=True
@@ -25,6 +22,7 @@ app = typer.Typer(
 app.command()(plan_train.train)
 app.command()(plan_serve.serve)
 app.command()(plan_serve.replay)
+app.command()(plan_engine.engine)
 app.command()(plan_examples.examples)
 
 
@@ -35,10 +33,7 @@ def plan() -> None:
 
 @app.command()
 def model(
-    name: Annotated[
-        str,
-        typer.Argument(help=f"A config.json, the folder of one, or one of: {', '.join(presets.names())}."),
-    ],
+    name: Model,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of context for FLOPs [default: 4096 or the model's].", min=1)
     ] = None,
@@ -48,18 +43,13 @@ def model(
 
     Example: benthic plan model deepseek-v3
     """
-    report = model_report(_config(name), seq_len=seq_len)
+    from benthic.plan.model import as_dict, model_report  # noqa: PLC0415 (see above)
+    from benthic.plan.model_tables import tables  # noqa: PLC0415
+
+    report = model_report(config_of(name), seq_len=seq_len)
     if as_json:
         typer.echo(json.dumps(as_dict(report), indent=2))
         return
     console = Console(highlight=False)
     for table in tables(report):
         console.print(table)
-
-
-def _config(name: str) -> ModelConfig:
-    """A path if it looks like one or exists, else a preset."""
-    path = Path(name)
-    if path.exists() or path.suffix == ".json" or len(path.parts) > 1:
-        return hf.read(path).config
-    return presets.get(name)

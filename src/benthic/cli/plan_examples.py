@@ -6,12 +6,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 
-from benthic.plan.serving.examples import examples as serving_examples
-from benthic.plan.training import examples as training
-
 
 def examples() -> None:
     """Print worked examples: formula, number, what the source prints, and where they disagree."""
+    from benthic.plan.serving.examples import examples as serving_examples  # noqa: PLC0415 (see cli.plan)
+    from benthic.plan.training import examples as training  # noqa: PLC0415
+
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
     for name in ("what", "formula", "value", "printed", "source", "note"):
         grid.add_column(name)

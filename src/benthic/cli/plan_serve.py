@@ -10,34 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from benthic.errors import ConfigError
-from benthic.plan.cost import machine as machines
-from benthic.plan.serving.demand import Fixed, Resampled
-from benthic.plan.serving.goodput import Targets
-from benthic.plan.serving.options import Question
-from benthic.plan.serving.page import draw_page
-from benthic.plan.serving.recordings import as_lines, play_recording, read_trace
-from benthic.plan.serving.search import plan_serving
-from benthic.plan.serving.tables import as_dict, tables
-from benthic.spec import hardware as gpus
-from benthic.spec import hf, presets
-from benthic.spec.objectives import Objectives
+from benthic.cli.plan_words import (
+    EngineWord,
+    Hardware,
+    Json,
+    Model,
+    PerNode,
+    ProfileFile,
+    bound_of,
+    config_of,
+    dtype_of,
+    machine_of,
+)
 
 if TYPE_CHECKING:
-    from benthic.plan.cost.machine import Machine
     from benthic.plan.serving.demand import Lengths
-    from benthic.plan.serving.layout import WeightDtype
-    from benthic.spec.model import ModelConfig
 
-Model = Annotated[
-    str, typer.Argument(help=f"A config.json, the folder of one, or one of: {', '.join(presets.names())}.")
-]
-Hardware = Annotated[str, typer.Option(help=f"One of: {', '.join(gpus.names())}.")]
-PerNode = Annotated[int, typer.Option(help="GPUs that NVLink joins.", min=1)]
-ProfileFile = Annotated[Path | None, typer.Option("--profile", help="What `benthic calibrate` measured.")]
 Weights = Annotated[str, typer.Option(help="auto, fp8 or bf16.")]
 Cache = Annotated[str, typer.Option("--kv-cache-dtype", help="bf16 or fp8.")]
-Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 Trace = Annotated[
     Path | None, typer.Option(help="Take requests from a trace: Azure's .csv or Mooncake's .jsonl.")
 ]
@@ -63,6 +53,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
     kv_cache_dtype: Cache = "bf16",
     drafts: Annotated[int, typer.Option(help="Tokens that MTP drafts a step.", min=0)] = 0,
     acceptance: Annotated[float, typer.Option(help="Share of drafts kept if those before were.")] = 0.85,
+    engine: EngineWord = "tuned",
     price: Annotated[float, typer.Option(help="Dollars of a GPU hour.")] = 2.0,
     gpus_per_node: PerNode = 8,
     profile: ProfileFile = None,
@@ -74,17 +65,25 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
 
     Example: benthic plan serve deepseek-v3 --gpus 64 --hardware h200 --ttft 2 --tpot 0.03
     """
+    from benthic.plan.serving import engines  # noqa: PLC0415 (see cli.plan)
+    from benthic.plan.serving.goodput import Targets  # noqa: PLC0415
+    from benthic.plan.serving.options import Question  # noqa: PLC0415
+    from benthic.plan.serving.search import plan_serving  # noqa: PLC0415
+    from benthic.plan.serving.tables import as_dict, tables  # noqa: PLC0415
+    from benthic.spec.objectives import Objectives  # noqa: PLC0415
+
     question = Question(
-        model=_config(model),
-        machine=_machine(hardware, gpus_per_node, profile),
+        model=config_of(model),
+        machine=machine_of(hardware, gpus_per_node, profile),
         gpus=gpus,
         lengths=_lengths(trace, isl, osl),
         targets=Targets(
-            objectives=Objectives(ttft_s=_bound("ttft", ttft), tpot_s=_bound("tpot", tpot)),
+            objectives=Objectives(ttft_s=bound_of("ttft", ttft), tpot_s=bound_of("tpot", tpot)),
             attainment=attainment,
         ),
-        weights=_dtype("weights", weights, auto=True),
-        cache=_dtype("kv-cache-dtype", kv_cache_dtype) or "bf16",
+        weights=dtype_of("weights", weights, auto=True),
+        cache=dtype_of("kv-cache-dtype", kv_cache_dtype) or "bf16",
+        engine=engines.get(engine),
         burstiness=burstiness,
         drafts=drafts,
         alpha=acceptance,
@@ -93,6 +92,8 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
     )
     plan = plan_serving(question)
     if report is not None:
+        from benthic.plan.serving.page import draw_page  # noqa: PLC0415
+
         report.write_text(draw_page(plan), encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(_finite(as_dict(plan, rate)), indent=2))
@@ -123,6 +124,7 @@ def replay(  # noqa: PLR0913, PLR0917 (one argument per option)
     tpot: Annotated[float | None, typer.Option(help="Seconds a token after it.", show_default="any")] = None,
     weights: Weights = "auto",
     kv_cache_dtype: Cache = "bf16",
+    engine: EngineWord = "tuned",
     gpus_per_node: PerNode = 8,
     profile: ProfileFile = None,
     as_json: Json = False,  # noqa: FBT002
@@ -131,18 +133,23 @@ def replay(  # noqa: PLR0913, PLR0917 (one argument per option)
 
     Example: benthic plan replay moonlight-16b-a3b --trace AzureLLMInferenceTrace2023_conv.csv --hardware h200
     """
+    from benthic.plan.serving import engines  # noqa: PLC0415 (see cli.plan)
+    from benthic.plan.serving.recordings import as_lines, play_recording, read_trace  # noqa: PLC0415
+    from benthic.spec.objectives import Objectives  # noqa: PLC0415
+
     found = play_recording(
-        _config(model),
-        _machine(hardware, gpus_per_node, profile),
+        config_of(model),
+        machine_of(hardware, gpus_per_node, profile),
         read_trace(trace),
+        engine=engines.get(engine),
         tp_degree=tp,
         dp_degree=dp,
-        weights=_dtype("weights", weights, auto=True),
-        cache=_dtype("kv-cache-dtype", kv_cache_dtype) or "bf16",
+        weights=dtype_of("weights", weights, auto=True),
+        cache=dtype_of("kv-cache-dtype", kv_cache_dtype) or "bf16",
         speed=speed,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
-        objectives=Objectives(ttft_s=_bound("ttft", ttft), tpot_s=_bound("tpot", tpot)),
+        objectives=Objectives(ttft_s=bound_of("ttft", ttft), tpot_s=bound_of("tpot", tpot)),
     )
     if as_json:
         typer.echo(json.dumps(_finite(found), indent=2))
@@ -151,42 +158,13 @@ def replay(  # noqa: PLR0913, PLR0917 (one argument per option)
         typer.echo(line)
 
 
-def _config(name: str) -> ModelConfig:
-    """A path if it looks like one or exists, else a preset."""
-    path = Path(name)
-    if path.exists() or path.suffix == ".json" or len(path.parts) > 1:
-        return hf.read(path).config
-    return presets.get(name)
-
-
-def _machine(name: str, gpus_per_node: int, profile: Path | None) -> Machine:
-    own = None if profile is None else machines.read(profile)
-    return machines.get(name, gpus_per_node=gpus_per_node, profile=own)
-
-
 def _lengths(trace: Path | None, isl: int, osl: int) -> Lengths:
+    from benthic.plan.serving.demand import Fixed, Resampled  # noqa: PLC0415 (see cli.plan)
+    from benthic.plan.serving.recordings import read_trace  # noqa: PLC0415
+
     if trace is None:
         return Fixed(prompt_tokens=isl, output_tokens=osl)
     return Resampled(tuple([(each.prompt_tokens, each.output_tokens) for each in read_trace(trace)]))
-
-
-def _bound(name: str, value: float | None) -> float | None:
-    if value is not None and not value > 0.0:
-        msg = f"--{name} {value} s can never be kept; give seconds above 0, such as --{name} 0.5"
-        raise ConfigError(msg)
-    return value
-
-
-def _dtype(option: str, word: str, *, auto: bool = False) -> WeightDtype | None:
-    if word == "fp8":
-        return "fp8"
-    if word == "bf16":
-        return "bf16"
-    if word == "auto" and auto:
-        return None
-    known = "auto, fp8 or bf16" if auto else "fp8 or bf16"
-    msg = f"--{option} {word!r} is not {known}"
-    raise ConfigError(msg)
 
 
 def _finite(value: Any) -> Any:

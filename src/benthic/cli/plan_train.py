@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 (typer reads the annotations)
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
 
+from benthic.cli.plan_words import config_of, machine_of
 from benthic.errors import ConfigError, UnknownFieldError
-from benthic.plan.cost import machine as machines
-from benthic.plan.training.candidate import PRECISIONS, precision
-from benthic.plan.training.plan import as_dict, plan
-from benthic.plan.training.report import report
-from benthic.plan.training.run import Failures
-from benthic.plan.training.space import Question, Space
-from benthic.plan.training.text import lines
-from benthic.sched.pipeline.schedules import BUILDERS
-from benthic.spec import hardware, hf, presets
+from benthic.spec import hardware
 
 if TYPE_CHECKING:
+    from benthic.plan.cost.machine import Machine
+    from benthic.plan.training.plan import Plan
+    from benthic.plan.training.space import Space
     from benthic.spec.model import ModelConfig
 
 PUBLISHED: Final = {
@@ -54,6 +50,10 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
     cp: Degree = None,
     zero: Degree = None,
     skew: Annotated[float, typer.Option(min=1.0, help="Busiest expert rank's rows over the mean.")] = 1.0,
+    kept_pairs: Annotated[
+        float | None,
+        typer.Option(help="Share of causal pairs that document masks leave.", show_default="no masks"),
+    ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that share NVLink.")] = 8,
     profile: Annotated[Path | None, typer.Option(help="What `benthic calibrate` measured.")] = None,
     usd: Annotated[float, typer.Option("--usd-per-gpu-hour", min=0.0, help="Price of a GPU.")] = 2.0,
@@ -62,48 +62,125 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
     restart: Annotated[float, typer.Option("--restart-seconds", help="From a failure to going on.")] = 600.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,  # noqa: FBT002
     page: Annotated[Path | None, typer.Option("--report", help="Write a page that needs no network.")] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="Write the predicted step as a trace for ui.perfetto.dev.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Spans of a run of that layout, laid beside it in the trace.")
+    ] = None,
 ) -> None:
     """Find the fastest layout that fits, its time, memory and cost, and say why.
 
     Example: benthic plan train deepseek-v3 --gpus 2048 --hardware h800
     """
-    config = _config(model)
-    machine = machines.get(
-        gpu, gpus_per_node=gpus_per_node, profile=None if profile is None else machines.read(profile)
-    )
-    usual_tokens, usual_rows = PUBLISHED.get(config.name, _FALLBACK)
+    from benthic.plan.training.plan import plan  # noqa: PLC0415 (see cli.plan)
+    from benthic.plan.training.run import Failures  # noqa: PLC0415
+    from benthic.plan.training.space import Question, refuse_degrees  # noqa: PLC0415
+
+    config, machine = config_of(model), machine_of(gpu, gpus_per_node, profile)
     question = Question(
         model=config,
         machine=machine,
         gpus=gpus,
-        rows=rows or usual_rows,
+        rows=rows or usual(config)[1],
         seq_len=seq_len,
-        tokens=usual_tokens if tokens is None else count(tokens),
+        tokens=usual(config)[0] if tokens is None else count(tokens),
         skew=skew,
+        kept_pairs=kept_pairs,
     )
+    space = space_of(machine, pp, ep, tp, cp, zero, schedules, precisions)
+    refuse_degrees(question, space)
+    failures = Failures(gpu_mtbf_hours=mtbf, checkpoint_seconds=checkpoint, restart_seconds=restart)
+    found = plan(question, space, usd_per_gpu_hour=usd, failures=failures)
+    written = written_files(found, page, perfetto, measured)
+    show(found, written, as_json=as_json)
+
+
+def usual(config: ModelConfig) -> tuple[float, int]:
+    """Tokens of the published run and rows of its step, or some."""
+    return PUBLISHED.get(config.name, _FALLBACK)
+
+
+def space_of(
+    machine: Machine,
+    pp: list[int] | None,
+    ep: list[int] | None,
+    tp: list[int] | None,
+    cp: list[int] | None,
+    zero: list[int] | None,
+    schedules: list[str] | None,
+    precisions: list[str] | None,
+) -> Space:
+    """What may be chosen: what was named, else everything that the GPU can do.
+
+    Raises:
+        UnknownFieldError: a schedule or a precision that does not exist.
+        ConfigError: a ZeRO stage above 3.
+    """
+    from benthic.plan.training.candidate import PRECISIONS, precision  # noqa: PLC0415 (see cli.plan)
+    from benthic.plan.training.space import Space  # noqa: PLC0415
+    from benthic.sched.pipeline.schedules import BUILDERS  # noqa: PLC0415
+
     for name in schedules or ():
-        _known_schedule(name)
-    space = Space(
+        if name not in BUILDERS:
+            raise UnknownFieldError(kind="schedule", name=name, known=BUILDERS)
+    for name in precisions or ():
+        precision(name)
+    if zero and max(zero) > 3:
+        message = f"--zero {max(zero)}, but ZeRO has stages 1 to 3. Leave it out to try all three."
+        raise ConfigError(message)
+    native = PRECISIONS if machine.hardware.fp8_flops is not None else ("bf16",)
+    return Space(
         pp=tuple(pp or ()),
         ep=tuple(ep or ()),
         tp=tuple(tp or ()),
         cp=tuple(cp or ()),
         zero=tuple(zero or (1, 2, 3)),
         schedules=tuple(schedules or Space().schedules),
-        precisions=_precisions(precisions, machine.hardware.fp8_flops is not None),
+        precisions=tuple(precisions or native),
     )
-    failures = Failures(gpu_mtbf_hours=mtbf, checkpoint_seconds=checkpoint, restart_seconds=restart)
-    found = plan(question, space, usd_per_gpu_hour=usd, failures=failures)
+
+
+def written_files(
+    found: Plan, page: Path | None, perfetto: Path | None, measured: list[Path] | None
+) -> tuple[Path, ...]:
+    """Write what was asked for: the page, and the predicted step as a trace beside the measured one.
+
+    Raises:
+        ConfigError: a measured run without a trace to write it to.
+        ScheduleError: the measured run is of another table than the plan's best.
+    """
+    if measured and perfetto is None:
+        message = f"{len(measured)} files of --measured, but 0 of --perfetto. Say where to write the trace."
+        raise ConfigError(message)
+    written = []
     if page is not None:
+        from benthic.plan.training.report import report  # noqa: PLC0415
+
         page.write_text(report(found), encoding="utf-8")
+        written.append(page)
+    if perfetto is not None:
+        from benthic.plan.training.overlay import overlay  # noqa: PLC0415
+
+        spans = "\n".join(path.read_text(encoding="utf-8") for path in measured or ())
+        perfetto.write_text(overlay(found.best.step, spans), encoding="utf-8")
+        written.append(perfetto)
+    return tuple(written)
+
+
+def show(found: Plan, written: tuple[Path, ...], *, as_json: bool) -> None:
+    """Print the plan."""
+    from benthic.plan.training.plan import as_dict  # noqa: PLC0415 (see cli.plan)
+    from benthic.plan.training.text import lines  # noqa: PLC0415
+
     if as_json:
         typer.echo(json.dumps(as_dict(found), indent=2))
         return
     console = Console(highlight=False)
     for line in lines(found):
         console.print(line, markup=False) if isinstance(line, str) else console.print(line)
-    if page is not None:
-        console.print(f"wrote {page}", style="dim", markup=False, soft_wrap=True)
+    for path in written:
+        console.print(f"wrote {path}", style="dim", markup=False, soft_wrap=True)
 
 
 def count(words: str) -> float:
@@ -118,22 +195,3 @@ def count(words: str) -> float:
         message = f"--tokens {words} is no number of tokens. Write it as 14.8T, 500B or 20M."
         raise ConfigError(message)
     return value
-
-
-def _precisions(named: list[str] | None, fp8: bool) -> tuple[str, ...]:  # noqa: FBT001
-    for name in named or ():
-        precision(name)
-    return tuple(named or (PRECISIONS if fp8 else ("bf16",)))
-
-
-def _known_schedule(name: str) -> None:
-    if name not in BUILDERS:
-        raise UnknownFieldError(kind="schedule", name=name, known=BUILDERS)
-
-
-def _config(name: str) -> ModelConfig:
-    """A path if it looks like one or exists, else a preset."""
-    path = Path(name)
-    if path.exists() or path.suffix == ".json" or len(path.parts) > 1:
-        return hf.read(path).config
-    return presets.get(name)

@@ -8,8 +8,10 @@ blocks of 512 tokens (kvcache-ai/Mooncake, Apache-2.0; FAST'25): equal hashes ar
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from benthic.errors import ConfigError, DataError
@@ -46,7 +48,7 @@ def read_azure(lines: Iterable[str]) -> Trace:
     """Parse the CSV of the Azure traces.
 
     Raises:
-        DataError: a line is not of the format; its number is named.
+        DataError: a line is not of the format, or earlier than the one above it; its number is named.
     """
     rows = iter(lines)
     head = next(rows, "").strip().lstrip("\ufeff")
@@ -54,7 +56,7 @@ def read_azure(lines: Iterable[str]) -> Trace:
         msg = f"line 1 is {head[:60]!r}, but an Azure trace begins TIMESTAMP,ContextTokens,GeneratedTokens"
         raise DataError(msg)
     return _from_zero(
-        [_read(_azure_row, number, line) for number, line in enumerate(rows, 2) if line.strip()]
+        [(number, _read(_azure_row, number, line)) for number, line in enumerate(rows, 2) if line.strip()]
     )
 
 
@@ -62,10 +64,10 @@ def read_mooncake(lines: Iterable[str]) -> Trace:
     """Parse the JSON lines of the Mooncake traces.
 
     Raises:
-        DataError: a line is not of the format; its number is named.
+        DataError: a line is not of the format, or earlier than the one above it; its number is named.
     """
     return _from_zero(
-        [_read(_mooncake_row, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        [(number, _read(_mooncake_row, number, line)) for number, line in enumerate(lines, 1) if line.strip()]
     )
 
 
@@ -123,6 +125,9 @@ def _read(row: Callable[[str], TraceRequest], number: int, line: str) -> TraceRe
     except (ValueError, KeyError, TypeError) as error:
         msg = f"line {number} is not a request of this trace format: {line.strip()[:80]!r} ({error})"
         raise DataError(msg) from error
+    if not 0.0 <= request.at_s < math.inf:
+        msg = f"line {number} has the timestamp {request.at_s:g} s, but times are finite and not negative"
+        raise DataError(msg)
     if request.prompt_tokens < 1 or request.output_tokens < 0:
         msg = (
             f"line {number} has {request.prompt_tokens} prompt and {request.output_tokens} output tokens, "
@@ -154,9 +159,18 @@ def _mooncake_row(line: str) -> TraceRequest:
     )
 
 
-def _from_zero(requests: Sequence[TraceRequest]) -> Trace:
-    if not requests:
+def _from_zero(numbered: Sequence[tuple[int, TraceRequest]]) -> Trace:
+    """The requests of lines in order, the first at 0 s."""
+    if not numbered:
         msg = "the trace holds 0 requests, but at least 1 is needed"
         raise DataError(msg)
-    ordered = sorted(requests, key=lambda request: request.at_s)
-    return tuple(replace(request, at_s=request.at_s - ordered[0].at_s) for request in ordered)
+    zero = numbered[0][1].at_s
+    for (above, before), (number, request) in pairwise(numbered):
+        if request.at_s < before.at_s:
+            msg = (
+                f"line {number} comes {before.at_s - request.at_s:.6g} s before line {above} above it "
+                f"({request.at_s - zero:.6f} and {before.at_s - zero:.6f} s after the first request). "
+                "Sort the lines by their timestamps."
+            )
+            raise DataError(msg)
+    return tuple(replace(request, at_s=request.at_s - zero) for _, request in numbered)

@@ -161,6 +161,15 @@ def test_a_step_that_holds_more_never_takes_less(layout):
         assert times == sorted(times)
 
 
+def test_the_end_of_a_prompt_costs_less_than_the_whole_of_it():
+    step = PricedStep(MOONLIGHT, ServingLayout(), H200)
+    whole = step([prompt(4096)])
+    ends = [step([StepLoad(0, 0, 0, tokens, tokens * 4096, 4096, 1)]) for tokens in (2, 3, 8, 64, 512, 2048)]
+    assert ends == sorted(ends)
+    assert ends[0] < whole / 2
+    assert ends[-1] < whole
+
+
 def test_faster_hardware_never_slows_a_step():
     import dataclasses
 
@@ -177,8 +186,10 @@ def test_faster_hardware_never_slows_a_step():
 
 def test_the_host_sets_the_time_of_a_step_that_is_no_graph():
     step = PricedStep(MOONLIGHT, ServingLayout(), H200, Engine(name="slow host", eager_layer_s=1.0))
-    assert step([prompt(100)]) == MOONLIGHT.num_hidden_layers
-    assert step([decode(8)]) < 1.0
+    plain, layers = PricedStep(MOONLIGHT, ServingLayout(), H200), MOONLIGHT.num_hidden_layers
+    assert step([prompt(100)]) == pytest.approx(layers + plain([prompt(100)]))
+    assert step([decode(8)]) == plain([decode(8)])
+    assert step([decode(8)._replace(chunks=1)]) == layers, "a pulled request's first token is no graph"
 
 
 def test_an_echo_of_equal_ranks_is_the_step_of_all_of_them():
@@ -225,7 +236,7 @@ def test_the_command_prints_json_and_refuses_what_makes_no_sense(tmp_path):
     assert done.exit_code == 0, done.output
     assert json.loads(done.output)["answers"][0]["goodput"] > 0.0
     assert page.read_text().startswith("<!doctype html>")
-    for extra in (["--tpot", "-1"], ["--kv-cache-dtype", "int4"], ["--burstiness", "0"]):
+    for extra in (["--price", "-1"], ["--tpot", "-1"], ["--kv-cache-dtype", "int4"], ["--burstiness", "0"]):
         assert isinstance(RUN.invoke(main.app, [*words.split(), *extra]).exception, ConfigError)
     wrong = words.replace("h200", "h20000").split()
     assert isinstance(RUN.invoke(main.app, wrong).exception, UnknownFieldError)

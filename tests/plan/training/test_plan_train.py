@@ -174,7 +174,10 @@ def test_a_plan_prints_as_text_as_json_and_as_a_page_without_network(tmp_path):
     [
         (["--gpus", "0"], "0 GPUs train nothing"),
         (["--gpus", "8", "--hardware", "h2000"], "Did you mean 'h200'"),
-        (["--gpus", "7", "--pp", "2"], "divides"),
+        (["--gpus", "7", "--pp", "2"], "pp = 2 is no divisor of 7 GPUs. Take some of 1, 7."),
+        (["--gpus", "8", "--pp", "2", "--pp", "3"], "pp = 3 is no divisor of 8 GPUs"),
+        (["--gpus", "8", "--ep", "5"], "ep = 5 is no divisor of 64 experts and 8 GPUs"),
+        (["--gpus", "8", "--tp", "32"], "tp = 32 is no divisor of 16 heads and 8 GPUs"),
         (["--gpus", "8", "--precision", "fp9"], "Did you mean 'fp8'"),
         (["--gpus", "8", "--schedule", "dualpip"], "Did you mean 'dualpipe'"),
         (["--gpus", "8", "--tokens", "many"], "no number of tokens"),

@@ -114,7 +114,11 @@ class GroupedGemm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """Attention of packed rows in training: `rows` rows of `seq_len` queries, expanded keys and values."""
+    """Attention of packed rows in training: `rows` rows of `seq_len` queries, expanded keys and values.
+
+    packed: rows hold sequences of several lengths, or queries see keys of other ranks: another kernel.
+    kept: share of the pairs of a whole row that document masks leave.
+    """
 
     rows: float
     heads: float
@@ -123,30 +127,33 @@ class Attention:
     v_dim: int
     causal: bool = True
     backward: bool = False
+    packed: bool = False
+    kept: float = 1.0
 
     dtype: ClassVar[Dtype] = "bf16"
     portable: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:
-        """By head dims, mask and direction."""
+        """By head dims, mask, packing and direction."""
         mask, way = "causal" if self.causal else "full", " backward" if self.backward else ""
-        return f"attention {self.qk_dim}x{self.v_dim} {mask}{way}"
+        return f"attention {self.qk_dim}x{self.v_dim} {mask}{' packed' if self.packed else ''}{way}"
 
     @property
     def at(self) -> tuple[float, ...]:
-        """Rows x heads, queries of a row."""
-        return (self.rows * self.heads, self.seq_len)
+        """Rows x heads, queries of a sequence."""
+        return (self.rows * self.heads, self.seq_len * self.kept)
 
     @property
     def alike(self) -> tuple[Alike, ...]:
-        """Nothing else."""
-        return ()
+        """Rows of one length."""
+        kind = self.kind.replace(" packed", "")
+        return ((kind, self.at),) if self.packed else ()
 
     @property
     def flops(self) -> float:
-        """2 rows heads s^2 (qk + v), halved if causal, 2.5 times as much backward."""
-        pairs = self.seq_len**2 / (2 if self.causal else 1)
+        """2 rows heads s^2 (qk + v), halved if causal, 2.5 times as much backward, of the pairs kept."""
+        pairs = self.kept * self.seq_len**2 / (2 if self.causal else 1)
         once = 2.0 * self.rows * self.heads * pairs * (self.qk_dim + self.v_dim)
         return once * (_BACKWARD if self.backward else 1.0)
 

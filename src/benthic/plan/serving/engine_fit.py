@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from benthic.plan.serving.steps import StepLoad
 
 
-_HOST_BOUND: Final = 1.15
+_FLAT: Final = 1e-9  # spread of the priced times below which they are one time
 
 
 class MeasuredStep(NamedTuple):
@@ -27,27 +27,37 @@ class MeasuredStep(NamedTuple):
 def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> Engine:
     """Gap a layer and stretch of the kernels that fit decode steps best; relative squares, prices given.
 
-    A negative gap or stretch is no engine: the gap is then 0 and the stretch alone is fitted. Host seconds of
-    a step with prompts in it are the shortest such step's, where kernels explain it worse than the longest.
+    Prices are those of the fastest kernels known, so that a stretch below 1 is no engine: it is then 1 and
+    the gap alone is fitted, as it is with a single step; a negative gap is 0 and the stretch alone is fitted.
+    Host seconds of a step with prompts in it are what these steps last beyond that.
 
     Raises:
-        DataError: fewer than two decode steps.
+        DataError: no decode step, or a time that is not above 0.
     """
     decodes = [each for each in measured if not each.load.prefill_tokens]
-    if len(decodes) < 2:
-        msg = f"{len(decodes)} decode steps were measured, but 2 numbers are to be fitted. Measure 2 or more."
+    if not decodes:
+        msg = f"0 of {len(measured)} measured steps decode, but at least 1 is needed. Measure decode steps."
+        raise DataError(msg)
+    if (shortest := min(each.seconds for each in measured)) <= 0.0:
+        msg = f"a measured step takes {shortest} s, but times are above 0. Measure it again."
         raise DataError(msg)
     plain = replace_engine(step, TUNED)
     layers = step.model.num_hidden_layers
     gap, stretch = _line([(plain([each.load]), each.seconds) for each in decodes])
     engine = Engine(name=name, graph_layer_s=gap / layers, stretch=stretch)
     fitted = replace_engine(step, engine)
-    prompts = sorted([each for each in measured if each.load.prefill_tokens], key=lambda each: each.seconds)
-    if len(prompts) > 1:
-        slow = [each.seconds / fitted([each.load]) for each in (prompts[0], prompts[-1])]
-        if slow[0] > _HOST_BOUND * slow[1]:
-            engine = replace(engine, eager_layer_s=prompts[0].seconds / layers)
-    return engine
+    prompts = [each for each in measured if each.load.prefill_tokens]
+    return replace(engine, eager_layer_s=_rest([(fitted([p.load]), p.seconds) for p in prompts]) / layers)
+
+
+def left_out(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> list[float]:
+    """Relative error of each step's time as an engine foretells it that was fitted to all the others."""
+    errors = []
+    for each in measured:
+        others = [other for other in measured if other is not each]
+        foretold = replace_engine(step, fit_engine(name, step, others))([each.load])
+        errors.append(foretold / each.seconds - 1.0)
+    return errors
 
 
 def replace_engine(step: PricedStep, engine: Engine) -> PricedStep:
@@ -56,7 +66,7 @@ def replace_engine(step: PricedStep, engine: Engine) -> PricedStep:
 
 
 def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """`a`, `b` of `y = a + b x` with least squares of `(a + b x - y) / y`; `a` not below 0."""
+    """`a` >= 0 and `b` >= 1 of `y = a + b x`, with least squares of `(a + b x - y) / y`."""
     w = [1.0 / (y * y) for _, y in pairs]
     s = sum(w)
     sx = sum([wi * x for wi, (x, _) in zip(w, pairs, strict=True)])
@@ -64,8 +74,14 @@ def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     sxx = sum([wi * x * x for wi, (x, _) in zip(w, pairs, strict=True)])
     sxy = sum([wi * x * y for wi, (x, y) in zip(w, pairs, strict=True)])
     spread = s * sxx - sx * sx
-    b = (s * sxy - sx * sy) / spread if spread > 0.0 else 0.0
-    a = (sy - b * sx) / s
-    if a < 0.0 or b <= 0.0:
-        return 0.0, sxy / sxx
-    return a, b
+    b = (s * sxy - sx * sy) / spread if spread > _FLAT * s * sxx else 1.0
+    a = (sy - max(1.0, b) * sx) / s
+    if a < 0.0:
+        return 0.0, max(1.0, sxy / sxx)
+    return a, max(1.0, b)
+
+
+def _rest(pairs: Sequence[tuple[float, float]]) -> float:
+    """`a` >= 0 of `y = a + x`, with least squares of `(a + x - y) / y`; 0 without pairs."""
+    weight = sum([1.0 / (y * y) for _, y in pairs])
+    return max(0.0, sum([(y - x) / (y * y) for x, y in pairs]) / weight) if pairs else 0.0

@@ -49,7 +49,7 @@ class StepOperations:
             Gemm(m=tokens, n=d, k=heads * model.v_head_dim, dtype=dtype),
             MemoryBound(bytes=tokens * d * 8.0, name="add_rms_norm"),
             MemoryBound(bytes=tokens * heads * model.qk_rope_head_dim * 4.0, name="rope"),
-            *self._quantised(tokens, d + heads * model.v_head_dim),
+            *self._quantised(tokens, d, heads * model.v_head_dim),
             *self._summed(tokens),
         ]
 
@@ -119,7 +119,7 @@ class StepOperations:
             MemoryBound(bytes=rows * f * 6.0, name="swiglu"),
             MemoryBound(bytes=rows * d * 4.0, name="permute"),
             MemoryBound(bytes=rows * d * 4.0, name="unpermute"),
-            *self._quantised(rows, d + f),
+            *self._quantised(rows, d, f),
         ]
 
     def exchange(self, tokens: float) -> list[Op]:
@@ -153,13 +153,14 @@ class StepOperations:
             Gemm(m=tokens, n=d, k=width, dtype=dtype),
             MemoryBound(bytes=tokens * width * 6.0, name="swiglu"),
             MemoryBound(bytes=tokens * d * 8.0, name="add_rms_norm"),
-            *self._quantised(tokens, d + width),
+            *self._quantised(tokens, d, width),
         ]
 
-    def _quantised(self, rows: float, width: float) -> list[Op]:
+    def _quantised(self, rows: float, *widths: float) -> list[Op]:
+        """One launch for what each product reads."""
         if self.layout.weights != "fp8":
             return []
-        return [MemoryBound(bytes=rows * width * 3.0, name="quantise 1x128")]
+        return [MemoryBound(bytes=rows * width * 3.0, name="quantise 1x128") for width in widths]
 
     def _summed(self, tokens: float) -> list[Op]:
         tp = self.layout.tp_degree

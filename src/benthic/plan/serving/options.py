@@ -77,6 +77,9 @@ class Question:
         if self.gpus < 1:
             msg = f"gpus = {self.gpus}, but at least 1 GPU is needed to serve anything"
             raise ConfigError(msg)
+        if not 0.0 <= self.dollars < math.inf:
+            msg = f"dollars = {self.dollars} of a GPU hour, but a price is finite and not below 0"
+            raise ConfigError(msg)
         if self.drafts > 0 and not self.model.num_nextn_predict_layers:
             msg = f"drafts = {self.drafts}, but {self.model.name} has 0 MTP layers. Set drafts to 0."
             raise ConfigError(msg)

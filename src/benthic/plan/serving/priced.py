@@ -65,8 +65,9 @@ class Engine:
 
     Attributes:
         name: which engine.
-        eager_layer_s: host seconds a layer of a step that is no CUDA graph (one with prompts in it); they run
-            beside the device.
+        eager_layer_s: host seconds a layer of a step that is no CUDA graph: one with any piece of a prompt.
+            The GPU waits for them where prompts are computed; where the pieces are single tokens behind
+            blocks that were pulled, they run beside the GPU.
         graph_layer_s: device seconds a layer between the kernels of a graph.
         stretch: seconds of its kernels over the prices of the operations.
     """
@@ -82,10 +83,11 @@ TUNED = Engine()
 
 
 class Rank(NamedTuple):
-    """One rank's part of a step: rows, and seconds of what it does alone, whole or in one of two halves."""
+    """One rank's part of a step: rows, pieces of prompts, seconds of what it does alone, also in halves."""
 
     tokens: int
-    prefill_tokens: int
+    chunks: int
+    prompts: bool
     whole_s: float
     half_s: float
 
@@ -136,7 +138,8 @@ class PricedStep:
     def rank(self, load: StepLoad) -> Rank:
         """What one rank does before it meets the others."""
         halves = self._rank(load, 2) if self.layout.overlap else 0.0
-        return Rank(load.tokens, load.prefill_tokens, self._rank(load, 1), halves)
+        chunks = load.chunks or int(load.prefill_tokens > 0)
+        return Rank(load.tokens, chunks, load.prefill_tokens > 0, self._rank(load, 1), halves)
 
     def together(self, ranks: Sequence[Rank]) -> float:
         """Seconds of a step of all ranks; their tokens spread over all experts."""
@@ -149,9 +152,14 @@ class PricedStep:
             products += max([rank.half_s for rank in ranks])
             device = min(device, 2.0 * max(products, exchanges))
         device = engine.stretch * device + engine.graph_layer_s * self._layers
-        if engine.eager_layer_s and any(rank.prefill_tokens for rank in ranks):
-            return max(device, engine.eager_layer_s * self._layers)
-        return device
+        return self._launched(device, ranks) if engine.eager_layer_s else device
+
+    def _launched(self, device: float, ranks: Sequence[Rank]) -> float:
+        """With what the host needs for a step that is no graph."""
+        host = self.engine.eager_layer_s * self._layers
+        if any(rank.prompts for rank in ranks):
+            return device + host
+        return max(device, host) if any(rank.chunks for rank in ranks) else device
 
     def _rank(self, load: StepLoad, parts: int) -> float:
         seconds = self._rows(load.decode_tokens + load.prefill_tokens, load.samples, parts)
@@ -196,8 +204,7 @@ class PricedStep:
             grid = self._prefills[index] = Grid(
                 lambda t: self._layers * self._seconds(self.operations.prefill(t, t * mean, t))
             )
-        seen = load.prefill_context / load.prefill_tokens
-        return grid(tokens) * share + (seen - 1.0) * self._expand(tokens)
+        return grid(tokens) * share + self._expand(load.prefill_context / parts) - self._expand(tokens)
 
     def _seconds(self, ops: Sequence[Op]) -> float:
         return sum([price(op, self.machine).seconds for op in ops])

@@ -11,7 +11,7 @@ from benthic.plan.serving.cluster import Cluster
 from benthic.plan.serving.demand import check, recorded
 from benthic.plan.serving.group import GroupSpec
 from benthic.plan.serving.layout import ServingLayout
-from benthic.plan.serving.priced import PricedStep
+from benthic.plan.serving.priced import TUNED, Engine, PricedStep
 from benthic.sched.plans import BatchingConfig
 from benthic.spec.traces import Trace, at_speed, read_azure, read_mooncake
 
@@ -59,11 +59,12 @@ def play_recording(  # noqa: PLR0913 (one argument per choice)
     max_num_batched_tokens: int,
     max_num_seqs: int,
     objectives: Objectives,
+    engine: Engine = TUNED,
 ) -> dict[str, Any]:
     """Simulate every step and say what became of the requests, JSON-ready.
 
     Raises:
-        ConfigError: the layout does not divide, or the weights do not fit.
+        ConfigError: the layout does not divide, the weights do not fit, or the speed is not above 0.
         DataError: the trace cannot be played.
     """
     fp8 = model.num_nextn_predict_layers > 0 and machine.hardware.fp8_flops is not None
@@ -92,7 +93,7 @@ def play_recording(  # noqa: PLR0913 (one argument per choice)
         max_num_batched_tokens=max_num_batched_tokens,
         counted=True,
     )
-    spec = GroupSpec(batching=batching, step=PricedStep(model, layout, machine), lanes=dp_degree)
+    spec = GroupSpec(batching=batching, step=PricedStep(model, layout, machine, engine), lanes=dp_degree)
     demand = check(recorded(at_speed(trace, speed), _BLOCK_SIZE))
     outcome = Cluster([spec]).play(demand)
     return {

@@ -51,6 +51,7 @@ class Shape:
     products: Dtype
     again: frozenset[str]
     skew: float = 1.0
+    kept_pairs: float | None = None
 
     @property
     def tokens(self) -> float:
@@ -76,10 +77,12 @@ def block(shape: Shape, *, moe: bool) -> Iterator[Step]:
 
 
 def embedding(shape: Shape) -> Iterator[Step]:
-    """Looking rows up, and adding their gradients."""
+    """Looking rows up; their gradients go into a dense array that is then added to its sum."""
     size = 2.0 * shape.tokens * shape.model.hidden_size
+    elements = shape.model.vocab_size * shape.model.hidden_size
     yield Step("F", "embedding", MemoryBound(bytes=2 * size))
-    yield Step("W", "embedding", MemoryBound(bytes=6 * size))
+    yield Step("W", "embedding", MemoryBound(bytes=6 * size + 2.0 * elements))
+    yield Step("W", "gradients", _accumulate(shape, elements))
 
 
 def head(shape: Shape) -> Iterator[Step]:
@@ -96,7 +99,7 @@ def head(shape: Shape) -> Iterator[Step]:
     yield Step("F", "head", MemoryBound(bytes=4.0 * tokens * model.vocab_size))
     yield Step("I", "head", product("cross entropy input"))
     yield Step("I", "head", MemoryBound(bytes=4.0 * tokens * model.vocab_size))
-    yield Step("W", "head", product("cross entropy weight"))
+    yield Step("I", "head", product("cross entropy weight"))  # one kernel makes both gradients
     yield Step("W", "gradients", _accumulate(shape, model.vocab_size * model.hidden_size))
 
 
@@ -138,6 +141,8 @@ def _attention(shape: Shape) -> Iterator[Step]:
             qk_dim=model.qk_head_dim,
             v_dim=model.v_head_dim,
             backward=backward,
+            packed=shape.kept_pairs is not None or shape.cp > 1,
+            kept=shape.kept_pairs or 1.0,
         )
         yield Step("I" if backward else "F", "attention core", core)
         if again and not backward:
@@ -230,8 +235,10 @@ def _product(
 
 
 def _accumulate(shape: Shape, elements: float) -> MemoryBound:
-    """Adding a weight gradient to its FP32 sum, on the way out of the product in FP8."""
-    return MemoryBound(bytes=(8.0 if shape.products == "fp8" else 12.0) * elements, name="accumulate")
+    """Adding a weight gradient to its FP32 sum: on the way out of the product in FP8, else from BF16."""
+    if shape.products == "fp8":
+        return MemoryBound(bytes=8.0 * elements, name="accumulate fp32")
+    return MemoryBound(bytes=10.0 * elements, name="accumulate")
 
 
 def _narrowed(shape: Shape, elements: float) -> Iterator[Step]:

@@ -22,10 +22,22 @@ PrecisionName = Literal["bf16", "fp8"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Tokens of a row, rows of a microbatch."""
+    """Tokens of a row, rows of a microbatch.
+
+    kept_pairs: share of a row's causal pairs that document masks leave; None: no masks.
+    """
 
     seq_len: int = 4096
     local_batch_size: int = 1
+    kept_pairs: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kept_pairs is not None and not 0.0 < self.kept_pairs <= 1.0:
+            message = (
+                f"kept_pairs = {self.kept_pairs}, but document masks leave a share in (0, 1] of the pairs. "
+                "Give the sum of squared document lengths over that of squared row lengths."
+            )
+            raise ConfigError(message)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from benthic.errors import ConfigError
 from benthic.parallel.activations import block_bytes
 from benthic.parallel.parts import kind_of, parts_of
 from benthic.plan.training.candidate import PRECISIONS, RECOMPUTES, Candidate, Rows, Updates
@@ -30,7 +32,7 @@ _EVEN: Final = frozenset({"dualpipe", "chimera"})
 class Question:
     """What is to be trained on what.
 
-    rows: of one optimizer step. tokens: of the whole run.
+    rows: of one optimizer step. tokens: of the whole run. kept_pairs: as `candidate.Rows`.
     """
 
     model: ModelConfig
@@ -41,6 +43,7 @@ class Question:
     tokens: float = 1e12
     optimizer: Updates = Updates()  # noqa: RUF009 (frozen)
     skew: float = 1.0
+    kept_pairs: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,11 @@ def candidate(question: Question, choice: Choice) -> Candidate:
             schedule=choice.schedule,
             virtual_stages=choice.virtual_stages,
         ),
-        train=Rows(seq_len=question.seq_len, local_batch_size=choice.local_batch_size),
+        train=Rows(
+            seq_len=question.seq_len,
+            local_batch_size=choice.local_batch_size,
+            kept_pairs=question.kept_pairs,
+        ),
         rows=question.rows,
         precision=PRECISIONS[choice.precision],
         optimizer=question.optimizer,
@@ -122,6 +129,29 @@ def walk(question: Question, space: Space) -> Iterator[Bounded]:
                 for tp, cp, ep in _inner(question, space):
                     first = Choice("1f1b", None, 1, ep, tp, cp, 1, rows, recompute, precision)
                     yield from _Part(question, space, first).choices()
+
+
+def refuse_degrees(question: Question, space: Space) -> None:
+    """Refuse named degrees that no layout can have.
+
+    Raises:
+        ConfigError: one that does not divide what it divides; what does is named.
+    """
+    model, gpus = question.model, question.gpus
+    heads, experts = model.num_attention_heads, model.n_routed_experts
+    for name, degrees, whole, what in (
+        ("pp", space.pp, gpus, f"{gpus} GPUs"),
+        ("cp", space.cp, gpus, f"{gpus} GPUs"),
+        ("tp", space.tp, math.gcd(heads, gpus), f"{heads} heads and {gpus} GPUs"),
+        ("ep", space.ep, math.gcd(experts, gpus) or 1, f"{experts} experts and {gpus} GPUs"),
+    ):
+        for degree in degrees:
+            if whole >= 1 and whole % degree:
+                message = (
+                    f"no layout divides: {name} = {degree} is no divisor of {what}. "
+                    f"Take some of {', '.join(map(str, divisors(whole)))}."
+                )
+                raise ConfigError(message)
 
 
 def divisors(number: int) -> tuple[int, ...]:
@@ -188,12 +218,12 @@ class _Part:
                     yield schedule, virtual
 
     def _seconds(self, pp: int, microbatches: int, schedule: str) -> float:
-        """What the ranks compute on average, without waiting and without what can hide."""
-        work = self.work
-        each = work.forward.seconds + work.input.seconds + work.weight.seconds + sum(work.host)
+        """What the ranks compute, or their hosts launch, on average: without what can hide."""
+        work, host = self.work, self.work.host
+        each = work.forward.seconds + work.input.seconds + work.weight.seconds + host.drain
         if schedule not in OVERLAPPED:
             each += work.forward_exchange.seconds + work.input_exchange.seconds
-        return each * microbatches / pp * (1 - 1e-9)
+        return max(each, host.forward + host.backward) * microbatches / pp * (1 - 1e-9)
 
     def _activations(self, pp: int, microbatches: int, schedule: str, virtual: int | None) -> float:
         """The fewest blocks in flight on the rank that holds most."""

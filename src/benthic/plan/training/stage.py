@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.parallel.parts import parts_of
 from benthic.parallel.setup import expanded
@@ -20,28 +20,47 @@ if TYPE_CHECKING:
     from benthic.plan.cost.machine import Machine
     from benthic.plan.training.block import Step
     from benthic.plan.training.candidate import Candidate
-    from benthic.sched.pipeline.table import Action, Slot
+    from benthic.sched.pipeline.table import Slot
 
 EXCHANGE_SMS: Final = 20
 """Streaming multiprocessors that the exchange takes while it is overlapped (DeepSeek-V3, section 3.2.2)."""
 OVERLAP_BUSY: Final = 0.916
 """Part of an overlapped pair during which products run (DeepSeek's training trace: EP64, TP1, 4K)."""
 EXCHANGE: Final = "exchange"
+WEIGHTS_LAUNCH: Final = 1 / 6
+"""Part of a backward's launches that are weights': a product and a sum for each of a block's weights."""
+
+
+class Host(NamedTuple):
+    """Seconds of the host for one microbatch: launching a forward, launching a backward, and drains.
+
+    A drain is what the GPU waits after the host has waited for it (the router's counts are read in every
+    mixture's forward): the first launches after it meet an empty queue.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    drain: float = 0.0
+
+    def plus(self, other: Host) -> Host:
+        """Both."""
+        return Host(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, count: int) -> Host:
+        """`count` of them."""
+        return Host(*(each * count for each in self))
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A forward, a backward to the input and the weights' part; what of the first two is exchange.
-
-    `host` are the seconds of a forward and of a backward in which the GPU waits for the host.
-    """
+    """A forward, a backward to the input, the weights' part; what of the first two is exchange; the host."""
 
     forward: Total = Total()  # noqa: RUF009 (frozen)
     input: Total = Total()  # noqa: RUF009
     weight: Total = Total()  # noqa: RUF009
     forward_exchange: Total = Total()  # noqa: RUF009
     input_exchange: Total = Total()  # noqa: RUF009
-    host: tuple[float, float] = (0.0, 0.0)
+    host: Host = Host()  # noqa: RUF009
 
     def __add__(self, other: Work) -> Work:
         """Both."""
@@ -51,7 +70,7 @@ class Work:
             self.weight + other.weight,
             self.forward_exchange + other.forward_exchange,
             self.input_exchange + other.input_exchange,
-            (self.host[0] + other.host[0], self.host[1] + other.host[1]),
+            self.host.plus(other.host),
         )
 
     def times(self, count: int) -> Work:
@@ -62,7 +81,7 @@ class Work:
             self.weight.times(count),
             self.forward_exchange.times(count),
             self.input_exchange.times(count),
-            (self.host[0] * count, self.host[1] * count),
+            self.host.times(count),
         )
 
     @property
@@ -86,6 +105,7 @@ def shape_of(candidate: Candidate, machine: Machine) -> Shape:
         products=candidate.precision.products,
         again=again,
         skew=candidate.skew,
+        kept_pairs=candidate.train.kept_pairs,
     )
 
 
@@ -144,21 +164,25 @@ def _block(shape: Shape, machine: Machine, *, moe: bool) -> Work:
 @functools.lru_cache(maxsize=1 << 14)
 def _ends(shape: Shape, machine: Machine, name: str) -> Work:
     steps = {"embedding": embedding, "head": head, "projection": projection}[name](shape)
-    host = machine.overhead(f"host {name} forward"), machine.overhead(f"host {name} backward")
-    return _work(steps, machine, host=host)
+    return _work(steps, machine, host=Host())
 
 
-def _host(shape: Shape, machine: Machine, *, moe: bool) -> tuple[float, float]:
-    """Seconds in which the GPU waits for the host to launch a block, by what the profile knows."""
+def _host(shape: Shape, machine: Machine, *, moe: bool) -> Host:
+    """What the host does for a block, by what the profile knows."""
     forward, backward = machine.overhead("host block forward"), machine.overhead("host block backward")
     collectives = (5 if shape.tp > 1 else 0) + (1 if shape.cp > 1 else 0)
-    exchanges = 1 if moe and shape.ep > 1 else 0
-    beside = collectives * machine.overhead("host collective") + exchanges * machine.overhead("host exchange")
+    each = machine.overhead("host collective")
+    exchange = machine.overhead("host exchange") if moe and shape.ep > 1 else 0.0
     again = forward if {"attention", "experts"} & shape.again else 0.0
-    return forward + beside, backward + beside + again
+    balance = each if moe and shape.tp * shape.cp > 1 else 0.0
+    return Host(
+        forward + collectives * each + balance + exchange,
+        backward + collectives * each + exchange + again,
+        machine.overhead("host drain") if moe else 0.0,
+    )
 
 
-def _work(steps: Iterable[Step], machine: Machine, *, host: tuple[float, float]) -> Work:
+def _work(steps: Iterable[Step], machine: Machine, *, host: Host) -> Work:
     priced = [(step.part, step.name == EXCHANGE, price(step.op, machine)) for step in steps]
 
     def of(part: str, *, exchange: bool) -> Total:
@@ -174,6 +198,19 @@ def _work(steps: Iterable[Step], machine: Machine, *, host: tuple[float, float])
     )
 
 
+class Lanes(NamedTuple):
+    """Seconds of one action: products, exchange, the host's launches, and the GPU's waiting after drains."""
+
+    products: float
+    exchange: float
+    launch: float
+    drain: float
+
+    def plus(self, other: Lanes) -> Lanes:
+        """Both."""
+        return Lanes(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 class Prices:
     """Costs of slots for `sched.pipeline.simulate`, from the work of stages.
 
@@ -181,7 +218,8 @@ class Prices:
     beside the other's products, which have the other SMs for as long as the pair lasts: it takes the longer
     of C/(1 - s) and N, of C seconds of products and N of exchange, s being the share of the SMs that the
     exchange holds; and the part of it in which products cannot run on top, as in DeepSeek's trace. Pairs
-    without exchange take what their actions take. What the GPU waits for the host comes on top.
+    without exchange take what their actions take. The GPU waits after every drain on top, and no slot is
+    over before the host has launched it.
     """
 
     def __init__(self, work: tuple[Work, ...], machine: Machine, *, transfer: float) -> None:
@@ -197,36 +235,38 @@ class Prices:
 
     def of_slot(self, slot: Slot) -> float:
         """Seconds of one action or of an overlapped pair."""
-        products, exchange, host = self._actions[slot.first.kind][slot.first.stage]
+        lanes = self.lanes(slot)
+        return max(self._busy(slot, lanes) + lanes.drain, lanes.launch)
+
+    def waits(self, slot: Slot) -> float:
+        """Seconds of a slot in which the GPU waits for the host."""
+        return self.of_slot(slot) - self._busy(slot, self.lanes(slot))
+
+    def lanes(self, slot: Slot) -> Lanes:
+        """What the actions of a slot take, nothing hidden."""
+        first = self._actions[slot.first.kind][slot.first.stage]
         if slot.second is None:
-            return products + exchange + host
-        more, beside, besides = self._actions[slot.second.kind][slot.second.stage]
-        products, exchange, host = products + more, exchange + beside, host + besides
-        if not exchange:
-            return products + host
-        return max(products / (1 - self.taken), exchange) / OVERLAP_BUSY + host
+            return first
+        return first.plus(self._actions[slot.second.kind][slot.second.stage])
 
-    def lanes(self, action: Action) -> tuple[float, float]:
-        """Seconds of products and of exchange of one action."""
-        products, exchange, _ = self._actions[action.kind][action.stage]
-        return products, exchange
-
-    def host(self, action: Action) -> float:
-        """Seconds in which the GPU waits for the host during one action."""
-        return self._actions[action.kind][action.stage][2]
+    def _busy(self, slot: Slot, lanes: Lanes) -> float:
+        """Seconds of the device without its waiting for the host."""
+        if slot.second is None or not lanes.exchange:
+            return lanes.products + lanes.exchange
+        return max(lanes.products / (1 - self.taken), lanes.exchange) / OVERLAP_BUSY
 
 
-def _of(work: Work, kind: str) -> tuple[float, float, float]:
-    """Products, exchange and host of one action; a third of a backward's waiting is with the weights."""
-    forward, backward = work.host
+def _of(work: Work, kind: str) -> Lanes:
+    """One action; weights have their part of a backward's launches."""
+    host = work.host
     if kind == "F":
-        return work.forward.seconds, work.forward_exchange.seconds, forward
+        return Lanes(work.forward.seconds, work.forward_exchange.seconds, host.forward, host.drain)
     if kind == "W":
-        return work.weight.seconds, 0.0, backward / 3
+        return Lanes(work.weight.seconds, 0.0, host.backward * WEIGHTS_LAUNCH, 0.0)
     inputs, exchange = work.input.seconds, work.input_exchange.seconds
     if kind == "I":
-        return inputs, exchange, backward * 2 / 3
-    return inputs + work.weight.seconds, exchange, backward
+        return Lanes(inputs, exchange, host.backward * (1 - WEIGHTS_LAUNCH), 0.0)
+    return Lanes(inputs + work.weight.seconds, exchange, host.backward, 0.0)
 
 
 def transfer(candidate: Candidate, machine: Machine) -> float:

@@ -102,10 +102,9 @@ def waterfall(found: Step) -> dict[str, float]:
     times.pop(EXCHANGE, None)
     products = exposed = slowed = host = 0.0
     for timed in found.timeline.slots[rank]:
-        lanes = [prices.lanes(action) for action in timed.slot.actions]
-        computed, travelled = sum(c for c, _ in lanes), sum(n for _, n in lanes)
+        lanes, waited = prices.lanes(timed.slot), prices.waits(timed.slot)
+        computed, travelled = lanes.products, lanes.exchange
         products += computed
-        waited = sum(prices.host(action) for action in timed.slot.actions)
         host += waited
         took = timed.end - timed.start - waited
         if timed.slot.second is None:

@@ -1,0 +1,148 @@
+"""Which of two fleets the planner prefers, beside which was better when measured.
+
+`disaggregate.json` holds two GPUs with a prefill and a decode instance, and two that do both, on H100s under
+three workloads. Here the same fleets are simulated at the same rates: every request drawn alike, the live
+scheduler's own decisions, our engine as it ships (fitted to an H200's decode steps and prompts in BF16, so
+that nothing is fitted to these H100 runs; that a step with one token behind pulled blocks is no graph, they
+taught). Both sides' goodput is read off their rates by one rule.
+
+    python benchmarks/plan_fleets.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from provenance import RESULTS, write_result
+
+from benthic.plan.cost import machine as machines
+from benthic.plan.serving import engines
+from benthic.plan.serving.cluster import Cluster, Link
+from benthic.plan.serving.demand import Fixed, drawn
+from benthic.plan.serving.goodput import Targets, Trial, trial_of
+from benthic.plan.serving.group import GroupSpec
+from benthic.plan.serving.layout import ServingLayout, memory_of
+from benthic.plan.serving.priced import Engine, PricedStep
+from benthic.sched.plans import BatchingConfig
+from benthic.spec import presets
+from benthic.spec.objectives import Objectives
+
+Row = dict[str, Any]
+
+WORKLOADS: Final = {
+    "prefill-heavy": (4096, 64, 1.0, 0.03),
+    "balanced": (2048, 256, 0.6, 0.03),
+    "decode-heavy": (512, 512, 0.3, 0.03),
+}
+"""Prompt and answer in tokens, targets of TTFT and TPOT in seconds; as in `disaggregate.py`."""
+FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decode")}
+ATTAINMENT: Final = 0.9
+AHEAD: Final = 1.05
+SECONDS: Final = 8.0
+BLOCK: Final = 64
+
+
+def main() -> None:
+    """All workloads and fleets, printed and written."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--engine", default="benthic")
+    parser.add_argument("--out", type=Path)
+    words = parser.parse_args()
+    record = json.loads((RESULTS / "disaggregate.json").read_text())["rows"]
+    rows = [row for name in WORKLOADS for row in compared(name, record, engines.get(words.engine))]
+    for row in rows:
+        print(row)
+    print(write_result("plan_fleets", rows, out=words.out, engine=words.engine))
+
+
+def compared(name: str, record: Row, engine: Engine) -> list[Row]:
+    """Every rate of a workload, and then which fleet wins."""
+    rows: list[Row] = []
+    foretold, seen = {}, {}
+    for fleet in FLEETS:
+        runs = [r for r in record["runs"] if (r["workload"], r["fleet"]) == (name, fleet)]
+        trials = [simulated(fleet, name, run["rate"], engine) for run in runs]
+        rows += [beside(name, fleet, run, trial) for run, trial in zip(runs, trials, strict=True)]
+        foretold[fleet] = goodput([(trial.rate, trial.attainment) for trial in trials])
+        seen[fleet] = goodput([(run["rate"], run["attainment"] or 0.0) for run in runs])
+    return [*rows, {"workload": name, "foretold": foretold, "measured": seen, **verdict(foretold, seen)}]
+
+
+def verdict(foretold: dict[str, float], seen: dict[str, float]) -> Row:
+    """Whether the same fleet is ahead."""
+    ahead = [winner(found) for found in (foretold, seen)]
+    return {"foretold_winner": ahead[0], "measured_winner": ahead[1], "agree": ahead[0] == ahead[1]}
+
+
+def winner(found: dict[str, float]) -> str:
+    """The fleet with the higher goodput, if that is `AHEAD` times the other's."""
+    first, second = sorted(found, key=lambda fleet: -found[fleet])
+    return first if found[first] > AHEAD * found[second] else "neither"
+
+
+def simulated(fleet: str, name: str, rate: float, engine: Engine) -> Trial:
+    """One rate of one fleet, as many requests as the run had."""
+    prompt, output, ttft, tpot = WORKLOADS[name]
+    targets = Targets(objectives=Objectives(ttft_s=ttft, tpot_s=tpot), attainment=ATTAINMENT)
+    demand = drawn(
+        Fixed(prompt_tokens=prompt, output_tokens=output), round(rate * SECONDS), rate=rate, seed=0
+    )
+    return trial_of(rate, Cluster(specs(fleet, engine), link=link()).play(demand), targets)
+
+
+def specs(fleet: str, engine: Engine) -> list[GroupSpec]:
+    """The instances, each on one H100."""
+    model, machine, layout = presets.get("moonlight-16b-a3b"), machines.get("h100"), ServingLayout()
+    memory = memory_of(model, layout, machine.hardware, utilisation=0.85)
+    batching = BatchingConfig(
+        num_blocks=memory.blocks(BLOCK),
+        block_size=BLOCK,
+        max_model_len=8192,
+        max_num_seqs=256,
+        max_num_batched_tokens=4096,
+        enable_prefix_caching=False,
+        counted=True,
+    )
+    step = PricedStep(model, layout, machine, engine)
+    return [GroupSpec(role=role, batching=batching, step=step) for role in FLEETS[fleet]]  # type: ignore[arg-type]
+
+
+def link() -> Link:
+    """Blocks of latents over NVLink."""
+    memory = memory_of(presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h100").hardware)
+    return Link(block_bytes=BLOCK * memory.token_bytes, bytes_per_second=300e9, latency_s=50e-6)
+
+
+def beside(name: str, fleet: str, run: Row, trial: Trial) -> Row:
+    """One rate, foretold and measured."""
+    return {
+        "workload": name,
+        "fleet": fleet,
+        "rate": run["rate"],
+        "attainment": [round(trial.attainment, 3), run["attainment"]],
+        "ttft_p50_ms": [round(1e3 * trial.ttft_p50_s, 1), run["median_ttft_ms"]],
+        "ttft_p90_ms": [round(1e3 * trial.ttft_p90_s, 1), run["p90_ttft_ms"]],
+        "tpot_p50_ms": [round(1e3 * trial.tpot_p50_s, 2), run["median_tpot_ms"]],
+        "tpot_p90_ms": [round(1e3 * trial.tpot_p90_s, 2), run["p90_tpot_ms"]],
+    }
+
+
+def goodput(rates: list[tuple[float, float]]) -> float:
+    """Requests a second and GPU up to which `ATTAINMENT` holds, interpolated where the line crosses it."""
+    before = (0.0, 1.0)
+    for rate, share in sorted(rates):
+        if share < ATTAINMENT:
+            part = (before[1] - ATTAINMENT) / (before[1] - share)
+            return (before[0] + part * (rate - before[0])) / 2
+        before = (rate, share)
+    return before[0] / 2
+
+
+if __name__ == "__main__":
+    main()

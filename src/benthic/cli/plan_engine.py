@@ -1,0 +1,63 @@
+"""`benthic plan engine`: what a serving engine adds to its kernels, fitted to measured steps of it."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from benthic import units
+from benthic.cli.plan_words import Hardware, Json, ProfileFile, config_of, dtype_of, machine_of
+
+if TYPE_CHECKING:
+    from benthic.plan.serving.engine_fit import MeasuredStep
+
+Out = Annotated[Path, typer.Option(help="Where the engine is written, for `benthic plan serve --engine`.")]
+
+
+def engine(
+    measured: Annotated[Path, typer.Argument(help="A result of benchmarks/serve_gpu.py, on one GPU.")],
+    model: Annotated[str, typer.Option(help="A preset, a config.json or the folder of one.")],
+    hardware: Hardware,
+    weights: Annotated[str, typer.Option(help="Whose steps: bf16 or fp8.")] = "bf16",
+    name: Annotated[str, typer.Option(help="What the engine is called.")] = "own",
+    out: Out = Path("engine.json"),
+    profile: ProfileFile = None,
+    as_json: Json = False,  # noqa: FBT002
+) -> None:
+    """Fit an engine to measured steps, and say how well the others foretell each of them.
+
+    Example: benthic plan engine serve_gpu.json --model moonlight-16b-a3b --hardware h200 --out engine.json
+    """
+    from benthic.plan.serving.engine_fit import fit_engine, left_out  # noqa: PLC0415 (see cli.plan)
+    from benthic.plan.serving.engines import as_json as text  # noqa: PLC0415
+    from benthic.plan.serving.layout import ServingLayout  # noqa: PLC0415
+    from benthic.plan.serving.measured import read_measured  # noqa: PLC0415
+    from benthic.plan.serving.priced import PricedStep  # noqa: PLC0415
+
+    dtype = dtype_of("weights", weights) or "bf16"
+    layout = ServingLayout(weights=dtype, cache=dtype)
+    step = PricedStep(config_of(model), layout, machine_of(hardware, 1, profile))
+    steps = read_measured(measured, dtype)
+    found = fit_engine(name, step, steps)
+    record = text(found, f"{measured.name}, {len(steps)} steps in {dtype}")
+    out.write_text(record, encoding="utf-8")
+    if as_json:
+        typer.echo(record)
+        return
+    errors = left_out(name, step, steps) if len(steps) > 1 else []
+    for each, error in zip(steps, errors, strict=False):
+        typer.echo(f"{_words(each):<28} {units.seconds(each.seconds):>9}, left out: {100 * error:+.1f} %")
+    if errors:
+        typer.echo(f"median error left out: {units.percent(statistics.median(map(abs, errors)))}")
+    typer.echo(
+        f"wrote {out}: {units.seconds(found.graph_layer_s)} a layer between kernels, kernels "
+        f"{found.stretch:.3f} x their prices, host {units.seconds(found.eager_layer_s)} a layer with prompts"
+    )
+
+
+def _words(step: MeasuredStep) -> str:
+    load = step.load
+    return f"{load.decodes} decodes" if load.decodes else f"prompts of {load.prefill_tokens} tokens"

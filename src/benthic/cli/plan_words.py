@@ -1,0 +1,73 @@
+"""Options that `benthic plan` commands share, and what their words stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from benthic.errors import ConfigError
+from benthic.spec import hardware as gpus
+from benthic.spec import hf, presets
+
+if TYPE_CHECKING:
+    from benthic.plan.cost.machine import Machine
+    from benthic.plan.serving.layout import WeightDtype
+    from benthic.spec.model import ModelConfig
+
+Model = Annotated[
+    str, typer.Argument(help=f"A config.json, the folder of one, or one of: {', '.join(presets.names())}.")
+]
+Hardware = Annotated[str, typer.Option(help=f"One of: {', '.join(gpus.names())}.")]
+PerNode = Annotated[int, typer.Option(help="GPUs that NVLink joins.", min=1)]
+ProfileFile = Annotated[Path | None, typer.Option("--profile", help="What `benthic calibrate` measured.")]
+EngineWord = Annotated[
+    str, typer.Option("--engine", help="tuned, benthic, or what `benthic plan engine` wrote.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+
+
+def config_of(name: str) -> ModelConfig:
+    """A path if it looks like one or exists, else a preset."""
+    path = Path(name)
+    if path.exists() or path.suffix == ".json" or len(path.parts) > 1:
+        return hf.read(path).config
+    return presets.get(name)
+
+
+def machine_of(name: str, gpus_per_node: int, profile: Path | None) -> Machine:
+    """GPUs by name, priced by a profile of one's own where there is one."""
+    from benthic.plan.cost import machine as machines  # noqa: PLC0415 (see cli.plan)
+
+    own = None if profile is None else machines.read(profile)
+    return machines.get(name, gpus_per_node=gpus_per_node, profile=own)
+
+
+def bound_of(name: str, value: float | None) -> float | None:
+    """Seconds of a target.
+
+    Raises:
+        ConfigError: they are not above 0.
+    """
+    if value is not None and not value > 0.0:
+        msg = f"--{name} {value} s can never be kept; give seconds above 0, such as --{name} 0.5"
+        raise ConfigError(msg)
+    return value
+
+
+def dtype_of(option: str, word: str, *, auto: bool = False) -> WeightDtype | None:
+    """A dtype by its word; None for "auto".
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if word == "fp8":
+        return "fp8"
+    if word == "bf16":
+        return "bf16"
+    if word == "auto" and auto:
+        return None
+    known = "auto, fp8 or bf16" if auto else "fp8 or bf16"
+    msg = f"--{option} {word!r} is not {known}"
+    raise ConfigError(msg)

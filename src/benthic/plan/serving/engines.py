@@ -1,0 +1,81 @@
+"""Engines by name or from a file: what each adds to its kernels (`priced.Engine`), and where that comes from.
+
+`benthic.json` was fitted by `benthic plan engine` to measured steps of our own engine; "tuned" adds nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from benthic.errors import ConfigError, UnknownFieldError
+from benthic.plan.serving.priced import TUNED, Engine
+
+SHIPPED: Final = ("benthic",)
+NAMES: Final = (TUNED.name, *SHIPPED)
+FORMAT: Final = 1
+
+_SECONDS: Final = ("eager_layer_s", "graph_layer_s")
+_KEYS: Final = frozenset({"format", "name", "source", "stretch", *_SECONDS})
+
+
+def get(word: str) -> Engine:
+    """The engine called `word`, or that of the file `word`.
+
+    Raises:
+        UnknownFieldError: neither a name nor a path.
+        ConfigError: there is no such file, or it is no engine.
+    """
+    if word == TUNED.name:
+        return TUNED
+    if word in SHIPPED:
+        file = resources.files("benthic.plan.serving") / "engines" / f"{word}.json"
+        return parse(file.read_text(encoding="utf-8"), where=f"engine {word}")
+    path = Path(word)
+    if path.is_file():
+        return parse(path.read_text(encoding="utf-8"), where=word)
+    if path.suffix == ".json" or len(path.parts) > 1:
+        message = f"there is no engine {word}. Write one with `benthic plan engine MEASURED --out {word}`."
+        raise ConfigError(message)
+    raise UnknownFieldError(kind="engine", name=word, known=NAMES)
+
+
+def as_json(engine: Engine, source: str) -> str:
+    """The engine as text that `parse` takes."""
+    return json.dumps({"format": FORMAT, "source": source, **asdict(engine)}, indent=1) + "\n"
+
+
+def parse(text: str, *, where: str) -> Engine:
+    """An engine from what `as_json` wrote.
+
+    Raises:
+        ConfigError: names what is missing, unknown or out of range.
+    """
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        message = f"{where} is no JSON: {error}. Write it with `benthic plan engine`."
+        raise ConfigError(message) from error
+    found = set(record) if isinstance(record, dict) else set()
+    if found != _KEYS or record["format"] != FORMAT:
+        wrong = ", ".join(sorted(found ^ _KEYS)) or f"format {record['format']}"
+        message = (
+            f"{where} has {len(found & _KEYS)} of the {len(_KEYS)} fields of an engine of format {FORMAT}; "
+            f"missing or unknown: {wrong}. Write it again with `benthic plan engine`."
+        )
+        raise ConfigError(message)
+    seconds = {name: _number(record, name, where, least=0.0) for name in _SECONDS}
+    stretch = _number(record, "stretch", where, least=0.1)
+    return Engine(name=str(record["name"]), stretch=stretch, **seconds)
+
+
+def _number(record: dict[str, Any], name: str, where: str, *, least: float) -> float:
+    value = record[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        message = f"{where}: {name} is {value!r}, but it must be a finite number of {least:g} or more."
+        raise ConfigError(message)
+    return float(value)

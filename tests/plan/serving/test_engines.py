@@ -1,0 +1,131 @@
+"""Engines by name and from files, fitted to measured steps: they round-trip, and wrong ones are refused."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benthic.cli import plan as command
+from benthic.errors import BenthicError, ConfigError, DataError, UnknownFieldError
+from benthic.plan.cost import machine as machines
+from benthic.plan.serving import engines
+from benthic.plan.serving.engine_fit import MeasuredStep, fit_engine, left_out, replace_engine
+from benthic.plan.serving.layout import ServingLayout
+from benthic.plan.serving.measured import read_measured
+from benthic.plan.serving.priced import TUNED, Engine, PricedStep
+from benthic.plan.serving.steps import StepLoad
+from benthic.spec import presets
+
+RUN = CliRunner(env={"COLUMNS": "100", "TERM": "dumb"})
+MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "serve_gpu.json"
+PLAIN = PricedStep(presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h200"))
+
+
+def decode(batch: int) -> StepLoad:
+    return StepLoad(batch, batch, batch * 1000, 0, 0, 0, batch)
+
+
+def test_engines_are_found_by_name_and_by_file(tmp_path):
+    assert engines.get("tuned") is TUNED
+    own = engines.get("benthic")
+    assert own.name == "benthic"
+    assert own.graph_layer_s > 0.0
+    file = tmp_path / "own.json"
+    engine = Engine(name="own", eager_layer_s=1e-3, graph_layer_s=5e-5, stretch=1.25)
+    file.write_text(engines.as_json(engine, "a test"))
+    assert engines.get(str(file)) == engine
+    with pytest.raises(UnknownFieldError, match="Did you mean 'benthic'"):
+        engines.get("bentic")
+    with pytest.raises(ConfigError, match=r"no engine nowhere\.json.*benthic plan engine"):
+        engines.get("nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stretch": 0}, "stretch is 0, but it must be a finite number of 0.1 or more"),
+        ({"graph_layer_s": -1e-6}, "graph_layer_s is -1e-06"),
+        ({"eager_layer_s": "1"}, "eager_layer_s is '1'"),
+        ({"more": 1}, "6 of the 6 fields .* missing or unknown: more"),
+        ({"format": 2}, "missing or unknown: format 2"),
+    ],
+)
+def test_a_file_that_is_no_engine_says_which_number_is_wrong(change, message):
+    good = json.loads(engines.as_json(TUNED, "a test"))
+    with pytest.raises(ConfigError, match=message):
+        engines.parse(json.dumps(good | change), where="x.json")
+    with pytest.raises(ConfigError, match=r"x\.json is no JSON"):
+        engines.parse("{", where="x.json")
+
+
+def test_steps_of_graphs_alone_never_make_kernels_faster_than_their_prices():
+    fast = [MeasuredStep(decode(b), 0.9 * PLAIN([decode(b)]) + 3e-3) for b in (1, 16, 64)]
+    found = fit_engine("x", PLAIN, fast)
+    assert found.stretch == 1.0
+    assert 0.0 < found.graph_layer_s < 3e-3 / 27
+    single = fit_engine("x", PLAIN, fast[:1])
+    assert replace_engine(PLAIN, single)([fast[0].load]) == pytest.approx(fast[0].seconds)
+    with pytest.raises(DataError, match="0 of 0 measured steps decode"):
+        fit_engine("x", PLAIN, [])
+    with pytest.raises(DataError, match=r"takes 0\.0 s"):
+        fit_engine("x", PLAIN, [MeasuredStep(decode(1), 0.0)])
+
+
+def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_six_percent():
+    steps = [each for each in read_measured(MEASURED, "bf16") if not each.load.prefill_tokens]
+    assert [each.load.decodes for each in steps] == [1, 32, 64, 256]
+    errors = [abs(error) for error in left_out("benthic", PLAIN, steps)]
+    assert statistics.median(errors) <= 0.06
+    assert max(errors) <= 0.12
+
+
+def test_files_without_measured_steps_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no file"):
+        read_measured(tmp_path / "none.json", "bf16")
+    file = tmp_path / "x.json"
+    file.write_text('{"lines": []}')
+    with pytest.raises(DataError, match="no rows"):
+        read_measured(file, "bf16")
+    file.write_text('{"rows": [{"what": "decode", "weights": "bf16", "batch": 1}]}')
+    with pytest.raises(DataError, match=r"row 1 of .*context"):
+        read_measured(file, "bf16")
+
+
+def test_the_command_fits_an_engine_that_plan_serve_and_replay_take(tmp_path):
+    out = tmp_path / "engine.json"
+    words = ["engine", str(MEASURED), "--model", "moonlight-16b-a3b", "--hardware", "h200", "--out", str(out)]
+    done = RUN.invoke(command.app, words)
+    assert "median error left out" in done.output, done.output
+    question = "serve moonlight-16b-a3b --gpus 1 --hardware h200 --isl 1000 --osl 20 --ttft 1 --tpot 0.05"
+    answers = {
+        engine: json.loads(RUN.invoke(command.app, [*question.split(), "--engine", engine, "--json"]).output)
+        for engine in ("tuned", str(out))
+    }
+    tuned, own = (answers[engine]["answers"][0]["goodput"] for engine in ("tuned", str(out)))
+    assert 0.0 < own < tuned
+    assert "engine 'own'" in answers[str(out)]["assumptions"][0]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 500, "output_length": 20}\n')
+    replay = ["replay", "moonlight-16b-a3b", "--trace", str(trace), "--hardware", "h200", "--json"]
+    first, second = (
+        json.loads(RUN.invoke(command.app, [*replay, "--engine", word]).output)["tpot_p50_s"]
+        for word in ("tuned", "benthic")
+    )
+    assert second > first + 27 * 4e-5
+    wrong = RUN.invoke(command.app, [*question.split(), "--engine", "tunde"])
+    assert isinstance(wrong.exception, BenthicError)
+
+
+def test_help_of_plan_starts_no_planner():
+    script = (
+        "import sys; from benthic.cli import plan; "
+        "print([m for m in sys.modules if m.startswith(('benthic.plan.', 'torch', 'benthic.sched'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

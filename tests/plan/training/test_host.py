@@ -1,0 +1,124 @@
+"""The host in a step: launches bound small microbatches, drains come on top, documents change kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benthic.cli import plan as command
+from benthic.errors import ConfigError, ScheduleError
+from benthic.plan.cost import machine as machines
+from benthic.plan.cost.ops import Attention
+from benthic.plan.cost.price import price
+from benthic.plan.training.candidate import Candidate, Rows
+from benthic.plan.training.overlay import overlay
+from benthic.plan.training.step import step, waterfall
+from benthic.sched.pipeline.schedules import build
+from benthic.sched.pipeline.spans import Span, write_spans
+from benthic.spec import presets
+from benthic.spec.layout import Layout
+
+RUN = CliRunner()
+H200 = machines.get("h200")
+SLICE = dataclasses.replace(presets.get("moonlight-16b-a3b"), num_hidden_layers=4)
+
+
+def one(**changes) -> Candidate:
+    values = {"model": SLICE, "layout": Layout(), "train": Rows(), "rows": 8}
+    return Candidate(**values | changes)
+
+
+def with_host(**seconds: float):
+    known = {f"host {name.replace('_', ' ')}": value for name, value in seconds.items()}
+    first = dataclasses.replace(H200.profiles[0], overheads=known)
+    return dataclasses.replace(H200, profiles=(first, *H200.profiles[1:]))
+
+
+def test_a_slow_host_sets_the_time_of_a_step_and_a_fast_one_none_of_it():
+    free, slow = step(one(), with_host()), step(one(), with_host(block_forward=1.0, block_backward=2.0))
+    fast = step(one(), with_host(block_forward=1e-6, block_backward=1e-6))
+    assert fast.seconds == free.seconds
+    assert slow.timeline.makespan == pytest.approx(8 * 4 * 3.0)
+    assert waterfall(slow)["host"] == pytest.approx(slow.seconds - free.seconds, rel=1e-6)
+    assert "host" not in waterfall(free)
+
+
+def test_every_drain_of_a_mixture_is_waited_for():
+    free, drained = step(one(), with_host()), step(one(), with_host(drain=0.5))
+    assert drained.seconds - free.seconds == pytest.approx(8 * 3 * 0.5), "three of four blocks are mixtures"
+
+
+def test_a_division_by_tensor_ranks_leaves_the_host_its_launches():
+    machine = with_host(block_forward=0.01, block_backward=0.02, collective=1e-3)
+    divided = step(one(layout=Layout(tp_degree=2)), machine)
+    assert divided.timeline.makespan == pytest.approx(8 * (4 * (0.03 + 10e-3) + 3 * 1e-3)), (
+        "the balance's sum"
+    )
+
+
+def test_documents_take_the_packed_kernel_and_fewer_pairs_less_time():
+    whole = Attention(rows=1, heads=16, seq_len=4096, qk_dim=192, v_dim=128, backward=True)
+    packed = dataclasses.replace(whole, packed=True)
+    half = dataclasses.replace(packed, kept=0.5)
+    assert half.flops == packed.flops / 2
+    assert price(packed, H200).seconds > 1.5 * price(whole, H200).seconds, "Triton's backward beside cuDNN's"
+    assert price(half, H200).seconds < price(packed, H200).seconds
+    masked = step(one(train=Rows(kept_pairs=0.8)), H200).seconds
+    assert masked > step(one(), H200).seconds
+    for share in (0.0, -1.0, 1.5):
+        with pytest.raises(ConfigError, match=rf"kept_pairs = {share}"):
+            Rows(kept_pairs=share)
+
+
+def test_a_foretold_step_lies_beside_the_run_of_the_same_table():
+    found = step(one(layout=Layout(pp_degree=2)), H200)
+    table = found.timeline.table
+    spans = [
+        Span(rank, timed.slot, 7.0 + timed.start, 7.0 + timed.end)
+        for rank, slots in enumerate(found.timeline.slots)
+        for timed in slots
+    ]
+    events = json.loads(overlay(found, write_spans(spans)))["traceEvents"]
+    names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert names == [f"{table.name}, predicted", f"{table.name}, measured"]
+    times = [
+        [(e["tid"], e["name"], e["ts"]) for e in events if e["ph"] == "X" and e["pid"] == p] for p in (0, 1)
+    ]
+    assert len(times[0]) == 32
+    for foretold, seen in zip(*times, strict=True):
+        assert foretold[:2] == seen[:2]
+        assert foretold[2] == pytest.approx(seen[2], abs=1.0)
+    other = [Span(0, slot, 0.0, 1.0) for slot in build("gpipe", 2, 8).slots[0]]
+    with pytest.raises(ScheduleError, match="rank 0"):
+        overlay(found, write_spans(other))
+
+
+def test_the_command_writes_the_foretold_step_and_refuses_a_run_with_nowhere_to_put_it(tmp_path):
+    trace, spans = tmp_path / "trace.json", tmp_path / "spans.jsonl"
+    spans.write_text("")
+    words = ["train", "moonlight-16b-a3b", "--gpus", "8", "--hardware", "h200", "--global-batch-size", "32"]
+    words += [
+        "--pp",
+        "2",
+        "--ep",
+        "4",
+        "--tp",
+        "1",
+        "--zero",
+        "1",
+        "--precision",
+        "bf16",
+        "--schedule",
+        "1f1b",
+    ]
+    done = RUN.invoke(command.app, [*words, "--perfetto", str(trace)])
+    assert f"wrote {trace}" in done.output, done.output
+    slots = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert {event["tid"] for event in slots} == {0, 1}
+    refused = RUN.invoke(command.app, [*words, "--measured", str(spans)])
+    assert "1 files of --measured, but 0 of --perfetto" in str(refused.exception)
+    assert "ZeRO has stages 1 to 3" in str(RUN.invoke(command.app, [*words, "--zero", "4"]).exception)
+    assert "kept_pairs = 1.5" in str(RUN.invoke(command.app, [*words, "--kept-pairs", "1.5"]).exception)
