@@ -75,6 +75,24 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             min=0, help="Seconds that requests may go on after SIGTERM or Ctrl-C.", rich_help_panel=HTTP
         ),
     ] = 30.0,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size",
+            "-tp",
+            min=1,
+            help="Devices that hold a shard of the model each and compute every step together.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = 1,
+    enable_expert_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--enable-expert-parallel",
+            help="Each of these devices holds whole experts, not a part of every one.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = False,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -290,6 +308,8 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         load_format=load_format.value,
         quantization=quantization.value,
         kv_cache_dtype=kv_cache_dtype.value,
+        tensor_parallel_size=tensor_parallel_size,
+        enable_expert_parallel=enable_expert_parallel,
         enforce_eager=enforce_eager,
         async_scheduling=async_scheduling,
         cudagraph_capture_sizes=tuple(cudagraph_capture_sizes or ()),
@@ -324,6 +344,12 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         msg = (
             f"--kv-port {kv_port} makes one engine part of others' fleets, but --prefill {prefill} and "
             f"--decode {decode} start a fleet of its own. Choose one."
+        )
+        raise ConfigError(msg)
+    if tensor_parallel_size > 1 and (kv_port is not None or prefill or decode):
+        msg = (
+            f"--tensor-parallel-size {tensor_parallel_size}, but --prefill {prefill}, --decode {decode} and "
+            "--kv-port need instances of 1 rank: blocks are not moved between several. Leave out one side."
         )
         raise ConfigError(msg)
     bound = launch.bind(host, port)

@@ -34,6 +34,10 @@ def load_engine(path: Path, options: EngineOptions) -> EngineLike:
     if options.device == "auto":
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
         logger.info("device: %s (chosen by --device auto)", options.device)
+    if options.tensor_parallel_size > 1:
+        from benthic.serve.spread import SpreadEngine  # noqa: PLC0415 (only this engine needs other ranks)
+
+        return SpreadEngine.from_pretrained(path, options)
     return Engine.from_pretrained(path, options)
 
 

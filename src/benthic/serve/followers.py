@@ -1,0 +1,168 @@
+"""The other ranks of an engine, seen from rank 0: processes that are started, told, watched and let go."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import threading
+from dataclasses import dataclass
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Final
+
+from benthic.errors import PeerLostError
+from benthic.serve.commands import Answer, Failed, Here, Leave, decode_answer, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+    from benthic.serve.commands import Command
+
+    Body = Callable[[int, Connection], None]
+
+FOUND_S: Final = 2.0
+"""How long to look for the rank that is to blame when a collective has failed."""
+
+GRACE_S: Final = 5.0
+"""How long rank 0 may take to notice by itself that a rank has ended; with NCCL it may not notice at all."""
+
+PRELOADED: Final = "benthic.serve.follow"
+"""What the server imports from which ranks are forked: torch once and not once a rank, and nothing of CUDA."""
+
+LEAVE_S: Final = 5.0
+"""How long ranks may take to leave before they are killed."""
+
+
+@dataclass
+class Link:
+    """One rank's process and the pipe to it; `failure` is what it said before its end."""
+
+    rank: int
+    process: BaseProcess
+    pipe: Connection
+    failure: Failed | None = None
+
+    def read(self) -> Answer | None:
+        """What it has said and nobody has read; None when that is nothing, or it is gone."""
+        with contextlib.suppress(EOFError, OSError):
+            if self.pipe.poll(0):
+                answer = decode_answer(self.pipe.recv_bytes())
+                if isinstance(answer, Failed):
+                    self.failure = answer
+                return answer
+        return None
+
+    def fate(self) -> str | None:
+        """How it ended; None while it runs."""
+        name = f"rank {self.rank} (pid {self.process.pid})"
+        if self.failure is not None:
+            return f"{name} failed: {self.failure.words}"
+        code = self.process.exitcode
+        if code is None:
+            return None
+        return f"{name} was killed by signal {-code}" if code < 0 else f"{name} exited with code {code}"
+
+
+class Followers:
+    """Ranks 1 to `size - 1`.
+
+    Args:
+        body: what a process runs, called with its rank and its end of the pipe; it must pickle.
+        size: all ranks, 0 included.
+    """
+
+    def __init__(self, body: Body, size: int) -> None:
+        self._size = size
+        self._leaving = threading.Event()
+        self._lost = False
+        self._reading = threading.Lock()
+        self._links: list[Link] = []
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([PRELOADED])
+        for rank in range(1, size):
+            here, there = context.Pipe()
+            process = context.Process(target=body, args=(rank, there), name=f"benthic-rank-{rank}")
+            process.start()
+            there.close()
+            self._links.append(Link(rank, process, here))
+
+    @property
+    def pids(self) -> tuple[int | None, ...]:
+        """Process ids, by rank from 1 on."""
+        return tuple(link.process.pid for link in self._links)
+
+    def meet(self, stage: str) -> None:
+        """Wait until every rank has come as far as `stage`.
+
+        Raises:
+            PeerLostError: one has ended instead.
+        """
+        missing = list(self._links)
+        while missing:
+            connection.wait([link.pipe for link in missing])
+            with self._reading:
+                answers = [(link, link.read()) for link in missing if link.pipe.poll(0)]
+            arrived = [link for link, answer in answers if answer == Here(stage)]
+            if len(arrived) < len(answers):
+                raise self.lost(None)
+            missing = [link for link in missing if link not in arrived]
+
+    def tell(self, command: Command) -> None:
+        """Let every rank run something.
+
+        Raises:
+            PeerLostError: one is gone.
+        """
+        frame = encode(command)
+        for link in self._links:
+            try:
+                link.pipe.send_bytes(frame)
+            except OSError as error:
+                raise self.lost(error) from error
+
+    def lost(self, cause: Exception | None) -> PeerLostError:
+        """What to raise when the ranks cannot go on: names those that ended, else `cause` on rank 0."""
+        self._lost = True
+        connection.wait([link.process.sentinel for link in self._links], FOUND_S)
+        with self._reading:
+            for link in self._links:
+                link.read()
+        ended = [link for link in self._links if link.fate() is not None]
+        blamed = [link for link in ended if link.failure is None or not link.failure.lost] or ended
+        words = "; ".join(str(link.fate()) for link in blamed)
+        if not words:
+            words = f"rank 0 failed: {type(cause).__name__}: {cause}"
+        return PeerLostError(
+            f"the {self._size} ranks of this engine compute every step together and cannot go on: {words}. "
+            "Start it again."
+        )
+
+    def watch(self, last_words: Callable[[str], None]) -> None:
+        """Call `last_words`, from a thread, when a rank has ended and rank 0 did not notice by itself."""
+        threading.Thread(target=self._watch, args=(last_words,), name="ranks", daemon=True).start()
+
+    def _watch(self, last_words: Callable[[str], None]) -> None:
+        connection.wait([link.process.sentinel for link in self._links])
+        if not self._leaving.wait(GRACE_S):
+            last_words(str(self.lost(None)))
+
+    def leave(self, part: Callable[[], None] | None = None) -> None:
+        """Let the ranks go; those that do not go are killed, and all at once after a loss. Once.
+
+        `part` leaves the group on rank 0 while the others leave it.
+        """
+        if self._leaving.is_set():
+            return
+        self._leaving.set()
+        frame = encode(Leave())
+        for link in self._links:
+            with contextlib.suppress(OSError):
+                link.pipe.send_bytes(frame)
+        if part is not None and not self._lost:
+            part()
+        for link in self._links:
+            link.process.join(0.0 if self._lost else LEAVE_S)
+            link.process.kill()
+            link.process.join()
+            link.pipe.close()
