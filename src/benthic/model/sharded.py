@@ -44,7 +44,7 @@ def load_shard(
 ) -> tuple[DeepSeek, Scales]:
     """Load this rank's part of a checkpoint: the model, and the scales of weights that stay in FP8.
 
-    With `narrow`, FP8 weights stay as `block_scaled.load_block_scaled` keeps them; otherwise they are widened.
+    With `narrow`, FP8 weights stay as `block_scaled.load_block_scaled` keeps them, else they are widened.
 
     Raises:
         ConfigError: the model does not divide so, or an FP8 weight would be cut inside a block.

@@ -64,9 +64,10 @@ class Team:
         )
         return cls(index, size, device)
 
-    def part(self) -> None:
-        """Leave the group."""
-        dist.destroy_process_group()
+    def part(self, *, orderly: bool = True) -> None:
+        """Leave the group; unless all ranks do so, NCCL's is left as it is, since taking it down could hang."""
+        if orderly or self.device.type != "cuda":
+            dist.destroy_process_group()
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts, in place, the same bits on each."""

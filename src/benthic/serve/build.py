@@ -272,8 +272,8 @@ def check_ranks(options: EngineOptions, rank: Rank | None) -> None:
     asked, there = options.tensor_parallel_size, 1 if rank is None else rank.shard.size
     if asked != there:
         msg = (
-            f"tensor_parallel_size = {asked}, but this engine runs on {there} rank(s). Several are started by "
-            "`benthic serve --tensor-parallel-size` alone, without prefill and decode instances."
+            f"tensor_parallel_size = {asked}, but this engine runs on {there}. Only `benthic serve "
+            "--tensor-parallel-size` starts several, and not for prefill and decode instances."
         )
         raise ConfigError(msg)
 

@@ -28,7 +28,7 @@ GRACE_S: Final = 5.0
 """How long rank 0 may take to notice by itself that a rank has ended; with NCCL it may not notice at all."""
 
 PRELOADED: Final = "benthic.serve.follow"
-"""What the server imports from which ranks are forked: torch once and not once a rank, and nothing of CUDA."""
+"""What the server imports from which ranks are forked: torch once, not once a rank, and nothing of CUDA."""
 
 LEAVE_S: Final = 5.0
 """How long ranks may take to leave before they are killed."""
@@ -147,20 +147,18 @@ class Followers:
         if not self._leaving.wait(GRACE_S):
             last_words(str(self.lost(None)))
 
-    def leave(self, part: Callable[[], None] | None = None) -> None:
-        """Let the ranks go; those that do not go are killed, and all at once after a loss. Once.
-
-        `part` leaves the group on rank 0 while the others leave it.
-        """
-        if self._leaving.is_set():
-            return
-        self._leaving.set()
+    def dismiss(self) -> bool:
+        """Tell the ranks to leave; returns whether all are there to do so."""
         frame = encode(Leave())
         for link in self._links:
             with contextlib.suppress(OSError):
                 link.pipe.send_bytes(frame)
-        if part is not None and not self._lost:
-            part()
+        self._leaving.set()
+        return not self._lost
+
+    def end(self) -> None:
+        """Wait for ranks that leave, and kill those that do not: at once after a loss."""
+        self._leaving.set()
         for link in self._links:
             link.process.join(0.0 if self._lost else LEAVE_S)
             link.process.kill()

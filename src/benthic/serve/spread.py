@@ -70,14 +70,16 @@ class SpreadEngine(Engine):
         shard_of(options, 0).check(hf.read(folder).config)
         own, store = own_options(options, 0), open_store()
         body = functools.partial(follow, folder, options, store.port, logging.getLogger().level)
-        followers = Followers(body, options.tensor_parallel_size)
+        followers, rank = Followers(body, options.tensor_parallel_size), None
         try:
             followers.meet("started")
             rank = join(own, store, 0, followers)
             logger.info("ranks: %d, %s", options.tensor_parallel_size, describe(options))
             parts = build_shard(folder, own, rank, followers.meet)
         except Exception:
-            followers.leave()
+            if rank is not None:
+                rank.team.part(orderly=False)
+            followers.end()
             raise
         return cls(with_grammars(parts, folder), own, followers, rank.team, clock=clock)
 
@@ -106,8 +108,9 @@ class SpreadEngine(Engine):
         self.followers.watch(last_words)
 
     def leave(self) -> None:
-        """Let the other ranks go; the engine can do nothing more."""
-        self.followers.leave(self._team.part)
+        """Let the other ranks go; the engine can do nothing more. Once."""
+        self._team.part(orderly=self.followers.dismiss())
+        self.followers.end()
 
 
 def describe(options: EngineOptions) -> str:
