@@ -50,9 +50,7 @@ def saved(folder: Path, config: ModelConfig, *, fp8: bool = False) -> Path:
 
 @pytest.mark.parametrize("whole_experts", [False, True], ids=["by width", "whole experts"])
 @pytest.mark.parametrize("mtp", [False, True], ids=["layers", "with MTP"])
-def test_every_rank_reads_its_box_and_all_boxes_make_the_model(
-    tmp_path: Path, whole_experts: bool, mtp: bool
-) -> None:
+def test_every_rank_reads_its_box_and_all_boxes_make_the_model(tmp_path: Path, whole_experts, mtp) -> None:
     folder = saved(tmp_path, NANO)
     whole = load_pretrained(folder, mtp=mtp).state_dict()
     covered = dict.fromkeys(whole, 0)
@@ -75,7 +73,7 @@ def test_every_rank_reads_its_box_and_all_boxes_make_the_model(
 @pytest.mark.parametrize("whole_experts", [False, True], ids=["by width", "whole experts"])
 @pytest.mark.parametrize("index", [0, 1])
 def test_fp8_weights_are_cut_between_blocks_with_their_scales(
-    tmp_path: Path, whole_experts: bool, index: int
+    tmp_path: Path, whole_experts, index: int
 ) -> None:
     folder = saved(tmp_path, BLOCKS, fp8=True)
     model, scales = load_block_scaled(folder, device=CPU)
@@ -133,5 +131,5 @@ def test_what_does_not_divide_is_named_with_both_numbers(config, size, whole_exp
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2-lite", "moonlight-16b-a3b"])
 @pytest.mark.parametrize("whole_experts", [False, True])
-def test_released_models_divide_over_eight_ranks(name: str, whole_experts: bool) -> None:
+def test_released_models_divide_over_eight_ranks(name: str, whole_experts) -> None:
     Shard(size=8, whole_experts=whole_experts).check(presets.get(name))

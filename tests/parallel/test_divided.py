@@ -41,7 +41,7 @@ def test_own_experts_of_all_ranks_sum_to_what_all_experts_on_one_give(size: int)
     assert all(part.abs().sum() > 0 for part in parts)
 
 
-def ranks_agree(rank: int, ranks: int, whole_experts: bool) -> None:
+def ranks_agree(rank: int, ranks: int, whole_experts) -> None:
     """Forward of the shards beside the whole model's, on every rank; the residual stream bit by bit alike."""
     config = presets.get("nano")
     whole, shard = DeepSeek(config), Shard(index=rank, size=ranks, whole_experts=whole_experts)
@@ -78,5 +78,5 @@ def ranks_agree(rank: int, ranks: int, whole_experts: bool) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("whole_experts", [False, True], ids=["by width", "whole experts"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_shards_compute_what_the_whole_network_does(ranks: int, whole_experts: bool) -> None:
+def test_shards_compute_what_the_whole_network_does(ranks: int, whole_experts) -> None:
     spawn(ranks_agree, ranks, ranks, whole_experts)

@@ -62,7 +62,7 @@ def test_commands_come_out_as_they_went_in() -> None:
 
 def test_a_rank_that_fails_while_starting_is_named_and_not_those_that_lost_it() -> None:
     with ranks(fake_ranks.second_fails) as followers:
-        with pytest.raises(PeerLostError, match="rank 2 .* failed: OutOfMemoryError: 7 GiB") as caught:
+        with pytest.raises(PeerLostError, match=r"rank 2 .* failed: OutOfMemoryError: 7 GiB") as caught:
             followers.meet("started")
         assert "3 ranks" in str(caught.value)
         assert "peer closed" not in str(caught.value)

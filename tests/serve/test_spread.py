@@ -153,10 +153,10 @@ def test_a_shard_holds_a_part_of_the_weights_and_the_whole_cache(folder: Path) -
 
 def test_a_model_that_does_not_divide_is_refused_with_the_numbers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(hf.dumps(presets.get("tiny")))
-    with pytest.raises(ConfigError, match="num_attention_heads = 6 does not divide over .* = 4"):
+    with pytest.raises(ConfigError, match=r"num_attention_heads = 6 does not divide over .* = 4"):
         spread(tmp_path, 4)
     (tmp_path / "config.json").write_text(hf.dumps(replace(NANO, n_routed_experts=6, n_group=2)))
-    with pytest.raises(ConfigError, match="n_routed_experts = 6 does not divide over .* = 4"):
+    with pytest.raises(ConfigError, match=r"n_routed_experts = 6 does not divide over .* = 4"):
         spread(tmp_path, 4, enable_expert_parallel=True)
 
 
@@ -170,7 +170,7 @@ def test_an_engine_of_one_rank_does_not_pass_for_several(folder: Path) -> None:
 
 def test_a_rank_that_cannot_load_ends_the_start_with_its_words(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(Exception, match="model.safetensors") as caught:
+    with pytest.raises(Exception, match=r"model\.safetensors") as caught:
         spread(tmp_path, 2)
     assert "looked for" in str(caught.value)
 
@@ -210,11 +210,12 @@ def wait_gone(pids: list[int]) -> None:
 
 def children(pid: int) -> list[int]:
     """All descendants of a process."""
-    listing = [Path(f"/proc/{each}/stat") for each in os.listdir("/proc") if each.isdigit()]
     parents = {}
-    for file in listing:
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
         try:
-            text = file.read_text()
+            text = (folder / "stat").read_text()
         except OSError:
             continue
         parents[int(text.split()[0])] = int(text.rsplit(")", 1)[1].split()[1])
@@ -250,7 +251,7 @@ def rank_of(name: int, client: EngineClient) -> int:
 
 
 @pytest.mark.parametrize("idle", [False, True], ids=["in a step", "idle"])
-def test_losing_a_rank_ends_requests_and_engine_and_names_the_rank(busy, idle: bool) -> None:
+def test_losing_a_rank_ends_requests_and_engine_and_names_the_rank(busy, idle) -> None:
     runner, client = busy
     family = children(client.pid)
     victim = rank_of(1, client)
@@ -264,7 +265,7 @@ def test_losing_a_rank_ends_requests_and_engine_and_names_the_rank(busy, idle: b
                 await asyncio.sleep(0.05)
         os.kill(victim, signal.SIGKILL)
         if not idle:
-            with pytest.raises(EngineDeadError, match="rank 1 .* killed by signal 9"):
+            with pytest.raises(EngineDeadError, match=r"rank 1 .* killed by signal 9"):
                 async for _ in stream:
                     pass
         return await asyncio.wait_for(client.wait_dead(), 60)

@@ -65,7 +65,7 @@ class Team:
         return cls(index, size, device)
 
     def part(self, *, orderly: bool = True) -> None:
-        """Leave the group; unless all ranks do so, NCCL's is left as it is, since taking it down could hang."""
+        """Leave the group; unless all ranks do, NCCL's is left as it is, since taking it down could hang."""
         if orderly or self.device.type != "cuda":
             dist.destroy_process_group()
 

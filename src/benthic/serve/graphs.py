@@ -221,7 +221,8 @@ class DecodeGraphs:
         torch.cuda.empty_cache()
         before, _ = torch.cuda.mem_get_info()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: the thread that watches NCCL asks for events while collectives are captured
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._forward(size)
         after, _ = torch.cuda.mem_get_info()
         return Captured(graph, max(0, before - after))
