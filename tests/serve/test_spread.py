@@ -126,15 +126,19 @@ def test_several_ranks_give_the_tokens_of_one(
         engine.leave()
 
 
-def test_drafts_looked_up_on_rank_0_are_verified_by_all(folder: Path) -> None:
+@pytest.mark.parametrize(("method", "overlapped"), [("ngram", False), ("mtp", False), ("mtp", True)])
+def test_drafts_are_verified_by_all_ranks(method, overlapped, folder: Path) -> None:
     repeated = [7, 8, 9, 10, 11, 12] * 4
-    asked = [request(str(i), repeated[i:], max_tokens=30, temperature=0.2, seed=i) for i in range(5)]
-    expected = serve(Engine.from_pretrained(folder, EngineOptions(**SMALL)), asked)
-    lookup = Speculative(method="ngram", num_speculative_tokens=3, adaptive=False)
-    engine = spread(folder, 2, speculative=lookup)
+    asked = [request(str(i), repeated[i:], max_tokens=20, temperature=0.3, seed=i) for i in range(5)]
+    drafting = Speculative(method=method, num_speculative_tokens=3, adaptive=False)
+    options = SMALL | {"speculative": drafting, "max_num_batched_tokens": 16, "async_scheduling": overlapped}
+    alone = Engine.from_pretrained(folder, EngineOptions(**options))
+    expected = serve(alone, asked)
+    engine = spread(folder, 2, **options)
     try:
         same(serve(engine, asked), expected)
-        assert engine.stats().drafts > 0
+        assert engine.stats().drafts == alone.stats().drafts > 0
+        assert engine.stats().accepted_tokens == alone.stats().accepted_tokens > 0
     finally:
         engine.leave()
 
@@ -163,9 +167,6 @@ def test_a_model_that_does_not_divide_is_refused_with_the_numbers(tmp_path: Path
 def test_an_engine_of_one_rank_does_not_pass_for_several(folder: Path) -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size = 2, but this engine runs on 1"):
         Engine.from_pretrained(folder, EngineOptions(**SMALL, tensor_parallel_size=2))
-    mtp = Speculative(method="mtp", num_speculative_tokens=1)
-    with pytest.raises(ConfigError, match="tensor_parallel_size = 2"):
-        EngineOptions(tensor_parallel_size=2, speculative=mtp)
 
 
 def test_a_rank_that_cannot_load_ends_the_start_with_its_words(folder: Path, tmp_path: Path) -> None:

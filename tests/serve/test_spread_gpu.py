@@ -58,8 +58,9 @@ def alone(folder: Path) -> dict[str, list[int]]:
         {},
         {"num_blocks": 24},
         {"speculative": Speculative(method="ngram", num_speculative_tokens=2, adaptive=False)},
+        {"speculative": Speculative(method="mtp", num_speculative_tokens=2, adaptive=False)},
     ],
-    ids=["plain", "graphs", "graphs, few blocks", "drafts"],
+    ids=["plain", "graphs", "graphs, few blocks", "ngram", "mtp"],
 )
 def test_two_gpus_give_the_tokens_of_one(experts, options: dict, folder: Path, alone: dict) -> None:
     chosen = EngineOptions(**(SMALL | options), tensor_parallel_size=2, enable_expert_parallel=experts)

@@ -71,6 +71,18 @@ class Remember(msgspec.Struct, frozen=True, array_like=True, tag=True):
     slots: tuple[int, ...]
 
 
+class Draft(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Draft for the decodes of a plan by the prediction modules; what is guessed follows, token by token."""
+
+    step: Step
+
+
+class Learn(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Run the prediction modules over the latest step, of which `rows` tokens were drawn, which follow."""
+
+    rows: int
+
+
 class Leave(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """There is nothing more to run."""
 
@@ -88,7 +100,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     lost: bool
 
 
-Command = Step | Score | Remember | Leave
+Command = Step | Score | Remember | Draft | Learn | Leave
 Answer = Here | Failed
 
 encode: Final = msgspec.msgpack.Encoder().encode

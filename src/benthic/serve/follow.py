@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -13,16 +14,32 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benthic.parallel.start import broke
-from benthic.serve.commands import Failed, Here, Leave, Score, Step, decode_command, encode
-from benthic.serve.drafts import Drafts
+from benthic.serve.build import drafts_with_mtp
+from benthic.serve.commands import (
+    Draft,
+    Failed,
+    Here,
+    Leave,
+    Remember,
+    Score,
+    Step,
+    decode_command,
+    encode,
+)
+from benthic.serve.drafters import MtpDrafter
+from benthic.serve.drafts import Drafts, Trial
 from benthic.serve.ranks import build_shard, join, own_options
+from benthic.serve.spread_drafts import ToldGuesser, told_drawing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
     from pathlib import Path
 
+    from torch import Tensor
+
     from benthic.parallel.team import Team
+    from benthic.sched.plans import StepPlan
     from benthic.serve.options import EngineOptions
     from benthic.serve.runner import Runner, StepResult
 
@@ -52,43 +69,80 @@ def follow(
         own = own_options(options, rank)
         tell("started")
         here = join(own, port, rank)
-        obey(build_shard(path, own, here, tell).runner, here.team, pipe.recv_bytes)
-        here.team.part()
+        runner, team = build_shard(path, own, here, tell).runner, here.team
+        modules = MtpDrafter(runner, ToldGuesser(team), own.max_num_seqs) if drafts_with_mtp(own) else None
+        Follower(runner, team, modules).obey(pipe.recv_bytes)
+        runner.release()
+        team.part()
     except EOFError:
         os._exit(FAILED)  # rank 0 is gone
     except Exception as error:
         lost = broke(error)
         if not lost:
             logger.exception("rank %d failed", rank)
-        pipe.send_bytes(encode(Failed(f"{type(error).__name__}: {error}", lost)))
+        with contextlib.suppress(OSError):  # rank 0 is gone too
+            pipe.send_bytes(encode(Failed(f"{type(error).__name__}: {error}", lost)))
         os._exit(FAILED)
 
 
-def obey(runner: Runner, team: Team, receive: Callable[[], bytes]) -> None:
-    """Run commands in order until one says to leave. Nothing waits for the device.
+class Follower:
+    """Runs commands in order.
 
-    Raises: EOFError when rank 0 is gone.
+    Args:
+        runner: of this rank's shard.
+        team: through which tensors come.
+        drafter: of this rank, where prediction modules draft.
     """
-    slots: tuple[int, ...] = ()
-    result: StepResult | None = None
-    while not isinstance(command := decode_command(receive()), Leave):
-        if isinstance(command, Score):
-            assert result is not None  # noqa: S101 (rank 0 scores rows of a step)
-            list(runner.row_logits(result, range(command.start, command.stop)))
-            continue
-        slots = slots if command.slots == slots else command.slots
-        if isinstance(command, Step):
-            result = runner.run(command.plan(slots), _drafts(command, team))
-        else:
-            runner.remember(slots, team.told(torch.empty(len(slots), dtype=torch.int64, device=team.device)))
 
+    def __init__(self, runner: Runner, team: Team, drafter: MtpDrafter | None = None) -> None:
+        self._runner = runner
+        self._team = team
+        self._drafter = drafter
+        self._slots: tuple[int, ...] = ()
+        self._latest: tuple[StepPlan, StepResult, Trial | None] | None = None
 
-def _drafts(command: Step, team: Team) -> Drafts | None:
-    """The tokens that rank 0 verifies in this step."""
-    if command.drafts is None:
-        return None
-    shape = (len(command.drafts), max(command.drafts))
-    return Drafts(command.drafts, team.told(torch.empty(shape, dtype=torch.int64, device=team.device)))
+    @torch.inference_mode()
+    def obey(self, receive: Callable[[], bytes]) -> None:
+        """Run until a command says to leave. Nothing waits for the device.
+
+        Raises: EOFError when rank 0 is gone.
+        """
+        while not isinstance(command := decode_command(receive()), Leave):
+            if isinstance(command, Step):
+                self._run(command)
+            elif isinstance(command, Score):
+                list(self._runner.row_logits(self._step()[1], range(command.start, command.stop)))
+            elif isinstance(command, Remember):
+                self._runner.remember(self._same(command.slots), self._told(len(command.slots)))
+            elif isinstance(command, Draft):
+                plan = command.step.plan(self._same(command.step.slots))
+                self._modules().draft(plan, (0,) * len(plan.sampled_ids))
+            else:
+                plan, result, trial = self._step()
+                self._modules().learn(plan, result, told_drawing(command.rows, trial, self._team))
+
+    def _run(self, command: Step) -> None:
+        plan, drafts = command.plan(self._same(command.slots)), None
+        if command.drafts is not None:
+            drafts = Drafts(command.drafts, self._told(len(command.drafts), max(command.drafts)))
+        trial = None if drafts is None else Trial.of(drafts, len(plan.sampled_ids))
+        self._latest = plan, self._runner.run(plan, drafts), trial
+
+    def _same(self, slots: tuple[int, ...]) -> tuple[int, ...]:
+        """The tuple that the runner knows, if it has not changed."""
+        self._slots = self._slots if slots == self._slots else slots
+        return self._slots
+
+    def _told(self, *shape: int) -> Tensor:
+        return self._team.told(torch.empty(shape, dtype=torch.int64, device=self._team.device))
+
+    def _step(self) -> tuple[StepPlan, StepResult, Trial | None]:
+        assert self._latest is not None  # noqa: S101 (rank 0 has run a step before)
+        return self._latest
+
+    def _modules(self) -> MtpDrafter:
+        assert self._drafter is not None  # noqa: S101 (rank 0 has the same options)
+        return self._drafter
 
 
 def _end_with_parent() -> None:

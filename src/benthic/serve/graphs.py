@@ -215,6 +215,10 @@ class DecodeGraphs:
         """Launch the graph of a size on whatever the buffers hold."""
         self._graphs[size].graph.replay()
 
+    def release(self) -> None:
+        """Give up the graphs: NCCL waits for those that hold its kernels before it takes a group down."""
+        self._graphs.clear()
+
     def _capture(self, size: int) -> Captured:
         self._forward(size)  # compiles and loads kernels, which a capture must not do
         torch.cuda.synchronize()

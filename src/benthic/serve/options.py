@@ -120,11 +120,5 @@ class EngineOptions:
                 f"num_blocks = {self.num_blocks} and kv_cache_memory = {self.kv_cache_memory} both size the "
                 "cache; give one"
             )
-        drafter = None if self.speculative is None else self.speculative.method
-        if self.tensor_parallel_size > 1 and drafter == "mtp":
-            problems.append(
-                f'tensor_parallel_size = {self.tensor_parallel_size}, but the speculative method "mtp" runs '
-                'on 1 rank; use "ngram" or tensor_parallel_size = 1'
-            )
         if problems:
             raise ConfigError("; ".join(problems))

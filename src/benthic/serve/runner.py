@@ -136,6 +136,11 @@ class Runner:
             device=cache.pages_LPBW.device,
         )
 
+    def release(self) -> None:
+        """Give up graphs, which hold on to the group that they communicate in; steps then run as written."""
+        for graphs in () if self.graphs is None else (self.graphs, *self.trials.values()):
+            graphs.release()
+
     def write(self, tables: Iterable[TableWrite]) -> None:
         """Apply a plan's block-table writes; a second time changes nothing."""
         self.steps.write(tables)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from benthic.errors import PeerLostError
 from benthic.parallel.team import open_store
 from benthic.serve.build import with_grammars
+from benthic.serve.drafters import MtpDrafter
 from benthic.serve.engine import Engine
 from benthic.serve.follow import follow
 from benthic.serve.followers import Followers
 from benthic.serve.ranks import build_shard, join, own_options, shard_of
+from benthic.serve.spread_drafts import LeadingDrafter, LeadingGuesser
 from benthic.spec import hf
 
 if TYPE_CHECKING:
@@ -54,6 +56,10 @@ class SpreadEngine(Engine):
         super().__init__(parts, options, clock=clock)
         self.followers = followers
         self._team = team
+        if isinstance(self._drafter, MtpDrafter):
+            guesser = LeadingGuesser(self._sampler, team)
+            modules = MtpDrafter(parts.runner, guesser, options.max_num_seqs)
+            self._drafter = LeadingDrafter(modules, followers, team)
 
     @classmethod
     def from_pretrained(
@@ -109,6 +115,7 @@ class SpreadEngine(Engine):
 
     def leave(self) -> None:
         """Let the other ranks go; the engine can do nothing more. Once."""
+        self._runner.release()
         self._team.part(orderly=self.followers.dismiss())
         self.followers.end()
 
