@@ -299,6 +299,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     from benthic.serve.service import ServiceSettings  # noqa: PLC0415
     from benthic.serve.tokenizer import Tokenizer  # noqa: PLC0415
     from benthic.spec.objectives import Objectives  # noqa: PLC0415
+    from benthic.spec.shard import Shard  # noqa: PLC0415
 
     folder = _one_model(model, model_flag)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
@@ -340,20 +341,10 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         access_log=not disable_uvicorn_access_log,
         otlp_traces_endpoint=otlp_traces_endpoint,
     )
-    if kv_port is not None and (prefill or decode):
-        msg = (
-            f"--kv-port {kv_port} makes one engine part of others' fleets, but --prefill {prefill} and "
-            f"--decode {decode} start a fleet of its own. Choose one."
-        )
-        raise ConfigError(msg)
-    if tensor_parallel_size > 1 and (kv_port is not None or prefill or decode):
-        msg = (
-            f"--tensor-parallel-size {tensor_parallel_size}, but --prefill {prefill}, --decode {decode} and "
-            "--kv-port need instances of 1 rank: blocks are not moved between several. Leave out one side."
-        )
-        raise ConfigError(msg)
+    launch.check_instances(tensor_parallel_size, prefill=prefill, decode=decode, kv_port=kv_port)
     bound = launch.bind(host, port)
-    launch.check_checkpoint(folder, weights=load_format is LoadFormat.auto)
+    config = launch.check_checkpoint(folder, weights=load_format is LoadFormat.auto)
+    Shard(size=tensor_parallel_size, whole_experts=enable_expert_parallel).check(config)
     tokenizer = Tokenizer.from_folder(folder)
     template = launch.read_template(tokenizer, chat_template)
     parts = server.Parts(

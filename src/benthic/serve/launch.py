@@ -65,6 +65,27 @@ def check_checkpoint(path: Path, *, weights: bool = True) -> ModelConfig:
     return hf.read(path / "config.json").config
 
 
+def check_instances(ranks: int, *, prefill: int, decode: int, kv_port: int | None) -> None:
+    """Refuse ways of running that exclude each other.
+
+    Raises:
+        ConfigError: naming the flags.
+    """
+    if kv_port is not None and (prefill or decode):
+        msg = (
+            f"--kv-port {kv_port} makes one engine part of others' fleets, but --prefill {prefill} and "
+            f"--decode {decode} start a fleet of its own. Choose one."
+        )
+        raise ConfigError(msg)
+    if ranks > 1 and (kv_port is not None or prefill or decode):
+        alone = f"--kv-port {kv_port}" if kv_port is not None else f"--prefill {prefill} --decode {decode}"
+        msg = (
+            f"--tensor-parallel-size {ranks}, but {alone} takes engines of 1 rank: blocks are not moved "
+            "between several. Leave out one or the other."
+        )
+        raise ConfigError(msg)
+
+
 def bind(host: str, port: int) -> socket.socket:
     """Take the port before the model is loaded; it listens only when the server is ready. Port 0 picks one.
 
