@@ -1,7 +1,8 @@
 """Decode and prefill of one engine on one, two or more GPUs, experts by width or whole; Moonlight's shape.
 
-Weights are random and the same whatever the number of ranks, so tokens are compared too: in bfloat16 a sum
-over ranks is rounded otherwise, and near ties may fall differently. Every number goes through `Engine.step`.
+Weights are random and the same whatever the number of ranks, so tokens are compared with those of the first
+row too: in bfloat16 a sum over ranks is rounded otherwise, and near ties may fall differently. Every number
+goes through `Engine.step`.
 
     python benchmarks/serve_ranks.py                 # 1 and 2 GPUs, about four minutes
     python benchmarks/serve_ranks.py --ranks 1 2 4 8
@@ -78,7 +79,7 @@ def measure(
         pairs = [pair for name in tokens for pair in zip(tokens[name], first[name], strict=False)]
         same = sum(a == b for a, b in pairs) / len(pairs)
         rows.append(layout | {"what": "decode", "batch": batch, "step_ms": seconds * 1e3})
-        rows[-1] |= {"tokens_per_second": batch / seconds, "tokens_of_one_rank": same}
+        rows[-1] |= {"tokens_per_second": batch / seconds, "tokens_of_first": same}
         print(rows[-1], flush=True)
     if isinstance(engine, SpreadEngine):
         engine.leave()
@@ -110,13 +111,13 @@ def prefill(engine: Engine, sizes: Sizes) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """A line each, as Markdown."""
     lines = [
-        "| ranks | experts | what | tokens/s | step, ms | tokens as on one |",
+        "| ranks | experts | what | tokens/s | step, ms | tokens as in the first row |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         what = row.get("prompts", f"batch {row.get('batch')}")
         step = f"{row['step_ms']:.2f}" if "step_ms" in row else ""
-        same = f"{row['tokens_of_one_rank']:.1%}" if "tokens_of_one_rank" in row else ""
+        same = f"{row['tokens_of_first']:.1%}" if "tokens_of_first" in row else ""
         cells = [row["ranks"], row["experts"], f"{row['what']} {what}", f"{row['tokens_per_second']:,.0f}"]
         lines.append(f"| {' | '.join(map(str, [*cells, step, same]))} |")
     return "\n".join(lines)

@@ -104,8 +104,7 @@ def test_a_rank_that_does_not_leave_is_killed(monkeypatch: pytest.MonkeyPatch) -
         followers.meet("started")
 
 
-def test_what_fails_on_rank_0_itself_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FOUND_S", 0.1)
+def test_what_fails_on_rank_0_itself_is_said_too() -> None:
     with ranks(fake_ranks.obedient, size=2) as followers:
         followers.meet("started")
         assert "rank 0 failed: ValueError: a bad chip" in str(followers.lost(ValueError("a bad chip")))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,9 +13,13 @@ import torch
 from small_engine import Answer, is_empty, prompts, random_model, request, serve
 from test_gpu import ROUND, in_error_mode
 from test_overlap import mixed_requests
+from test_spread import children, rank_of, wait_gone
 
+from benthic.errors import EngineDeadError
 from benthic.model.checkpoint import save_pretrained
+from benthic.serve.client import EngineClient, EngineStream
 from benthic.serve.engine import Engine
+from benthic.serve.launch import load_engine
 from benthic.serve.options import EngineOptions
 from benthic.serve.speculative import Speculative
 from benthic.serve.spread import SpreadEngine
@@ -86,7 +94,11 @@ def test_the_cache_is_sized_alike_on_both_gpus_and_narrow_numbers_stay_near(how:
         return torch.tensor([row[0].logprob for each in rows for row in each])
 
     exact = measured(Engine.from_pretrained(folder, EngineOptions(**SMALL, dtype="float32")))
-    settings = SMALL | {"num_blocks": None, "gpu_memory_utilization": 0.3, "dtype": "bfloat16"} | how
+    settings = (
+        SMALL
+        | {"num_blocks": None, "block_size": 64, "gpu_memory_utilization": 0.3, "dtype": "bfloat16"}
+        | how
+    )
     engine = SpreadEngine.from_pretrained(
         folder, EngineOptions(**settings, tensor_parallel_size=2, enable_expert_parallel=True)
     )
@@ -96,3 +108,30 @@ def test_the_cache_is_sized_alike_on_both_gpus_and_narrow_numbers_stay_near(how:
         assert 0 < off < (0.3 if how else 0.05)
     finally:
         engine.leave()
+
+
+def test_losing_a_gpu_in_the_midst_of_steps_ends_the_engine_within_seconds_and_names_the_rank(
+    folder: Path,
+) -> None:
+    """NCCL would wait for minutes."""
+
+    async def rest_of(stream: EngineStream) -> None:
+        async for _ in stream:
+            pass
+
+    async def scenario() -> None:
+        options = EngineOptions(**SMALL, tensor_parallel_size=2)
+        client = EngineClient(functools.partial(load_engine, folder, options))
+        try:
+            await client.wait_ready()
+            family, victim = children(client.pid), rank_of(1, client)
+            stream = client.open([request("a", [3, 4, 5], max_tokens=240)])
+            await anext(stream)
+            os.kill(victim, signal.SIGKILL)
+            with pytest.raises(EngineDeadError, match=rf"rank 1 \(pid {victim}\) was killed by signal 9"):
+                await asyncio.wait_for(rest_of(stream), 30)
+            wait_gone(family)
+        finally:
+            await client.close()
+
+    asyncio.run(scenario())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import threading
+import time
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import TYPE_CHECKING, Final
 
 from benthic.errors import PeerLostError
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
     Body = Callable[[int, Connection], None]
 
-FOUND_S: Final = 2.0
-"""How long to look for the rank that is to blame when a collective has failed."""
+FOUND_S: Final = 10.0
+"""How long to look for the rank that is to blame when another one has lost it."""
 
 GRACE_S: Final = 5.0
 """How long rank 0 may take to notice by itself that a rank has ended; with NCCL it may not notice at all."""
@@ -32,6 +33,15 @@ PRELOADED: Final = "benthic.serve.follow"
 
 LEAVE_S: Final = 5.0
 """How long ranks may take to leave before they are killed."""
+
+
+def prepare() -> None:
+    """Start the server from which ranks are forked: it then imports torch while this process does.
+
+    It inherits which signals are ignored, and so do the ranks.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
+    forkserver.ensure_running()
 
 
 @dataclass
@@ -78,8 +88,8 @@ class Followers:
         self._lost = False
         self._reading = threading.Lock()
         self._links: list[Link] = []
+        prepare()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([PRELOADED])
         for rank in range(1, size):
             here, there = context.Pipe()
             process = context.Process(target=body, args=(rank, there), name=f"benthic-rank-{rank}")
@@ -123,13 +133,10 @@ class Followers:
 
     def lost(self, cause: Exception | None) -> PeerLostError:
         """What to raise when the ranks cannot go on: names those that ended, else `cause` on rank 0."""
+        from benthic.parallel.start import broke  # noqa: PLC0415 (this module must not wait for torch)
+
         self._lost = True
-        connection.wait([link.process.sentinel for link in self._links], FOUND_S)
-        with self._reading:
-            for link in self._links:
-                link.read()
-        ended = [link for link in self._links if link.fate() is not None]
-        blamed = [link for link in ended if link.failure is None or not link.failure.lost] or ended
+        blamed = self._to_blame(FOUND_S if cause is None or broke(cause) else 0.0)
         words = "; ".join(str(link.fate()) for link in blamed)
         if not words:
             words = f"rank 0 failed: {type(cause).__name__}: {cause}"
@@ -137,6 +144,19 @@ class Followers:
             f"the {self._size} ranks of this engine compute every step together and cannot go on: {words}. "
             "Start it again."
         )
+
+    def _to_blame(self, patience_s: float) -> list[Link]:
+        """The ranks that ended, without those that ended because of others where there are such."""
+        until = time.monotonic() + patience_s
+        while True:
+            with self._reading:
+                for link in self._links:
+                    link.read()
+            ended = [link for link in self._links if link.fate() is not None]
+            blamed = [link for link in ended if link.failure is None or not link.failure.lost]
+            running = [link.process.sentinel for link in self._links if link.process.exitcode is None]
+            if blamed or not running or not connection.wait(running, max(0.0, until - time.monotonic())):
+                return blamed or ended
 
     def watch(self, last_words: Callable[[str], None]) -> None:
         """Call `last_words`, from a thread, when a rank has ended and rank 0 did not notice by itself."""

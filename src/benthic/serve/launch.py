@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from benthic.errors import ConfigError, NotACheckpointError, ServeError
+from benthic.serve import followers
 from benthic.serve.chat_template import ChatTemplate
 from benthic.serve.sampling_defaults import SamplingDefaults
 from benthic.serve.tools import AnswerFormats
@@ -25,6 +26,8 @@ logger = logging.getLogger("benthic.serve.engine")
 
 def load_engine(path: Path, options: EngineOptions) -> EngineLike:
     """Build the engine; runs in the engine process, the only one that loads torch."""
+    if options.tensor_parallel_size > 1:
+        followers.prepare()
     import torch  # noqa: PLC0415 (the HTTP process imports this module and must stay light)
 
     from benthic.serve.engine import Engine  # noqa: PLC0415
