@@ -1,7 +1,7 @@
 """Speculation on a trained model: acceptance, tokens/s with and without, and that no greedy token changes.
 
 The model is a checkpoint with prediction modules (`--checkpoint`), or the `tiny` recipe trained here on the
-standard library (`--set` overrides it: `--set device=cuda --set train.steps=3000`). Prompts are pieces of the
+standard library (`--recipe` and `--set` change that: `--set device=cuda`). Prompts are pieces of the
 standard library's source. Tokens/s count whole runs of `--tokens` greedy tokens at each batch, prefills
 included, through `Engine.step`; the best of `--repeats`.
 
@@ -13,6 +13,7 @@ included, through `Engine.step`; the best of `--repeats`.
 from __future__ import annotations
 
 import argparse
+import gc
 import subprocess
 import sys
 import sysconfig
@@ -21,10 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from provenance import write_result
 from stdlib_corpus import make_data
 from tokenizers import Tokenizer
 
+from benthic.cli.settings import apply
 from benthic.serve.engine import Engine
 from benthic.serve.messages import Generate, SamplingParams
 from benthic.serve.options import EngineOptions
@@ -36,9 +39,12 @@ def main() -> None:
     """Train unless a checkpoint is given, then run every drafter at every batch."""
     words = parse()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = words.checkpoint or train(Path(folder), words)
+        checkpoint = words.checkpoint or train(words.folder or Path(folder), words)
         rows = measure(checkpoint, words)
-    settings = {"small": words.small, "device": words.device, "overrides": words.set, "tokens": words.tokens}
+    settings = {
+        name: getattr(words, name)
+        for name in ("small", "device", "dtype", "recipe", "set", "drafts", "always", "tokens")
+    }
     print(write_result("speculate", rows, out=words.out, **settings))
 
 
@@ -48,8 +54,14 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--folder", type=Path, help="where data and run stay (default: nowhere)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--set", action="append", default=[], help="override of the tiny_cpu recipe")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--recipe", default="tiny_cpu", help="what to train without a checkpoint")
+    parser.add_argument("--set", action="append", default=[], help="override of the recipe")
+    parser.add_argument(
+        "--always", action="store_true", help="draft in every step, also where it does not pay"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--drafts", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
@@ -67,9 +79,10 @@ def parse() -> argparse.Namespace:
 def train(folder: Path, words: argparse.Namespace) -> Path:
     """Data, a run of the recipe, its exported checkpoint."""
     parts = ("json", "email") if words.small else (".",)
-    data = make_data(folder, recipes.tiny_cpu().model.vocab_size, parts=parts)
+    config = apply(recipes.get(words.recipe), words.set)
+    data = make_data(folder, config.model.vocab_size, parts=parts)
     overrides = [word for each in words.set for word in ("--set", each)]
-    command = ["train", "tiny_cpu", "--data", str(data), "--run", str(folder / "run"), *overrides]
+    command = ["train", words.recipe, "--data", str(data), "--run", str(folder / "run"), *overrides]
     subprocess.run([sys.executable, "-m", "benthic", *command], check=True)
     return folder / "run" / "hf"
 
@@ -77,11 +90,11 @@ def train(folder: Path, words: argparse.Namespace) -> Path:
 def measure(checkpoint: Path, words: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each drafter and batch, and one that compares greedy outputs."""
     prompts = make_prompts(checkpoint, words.prompts)
-    chosen = {
-        "none": None,
-        "mtp": Speculative(method="mtp", num_speculative_tokens=words.drafts),
-        "ngram": Speculative(method="ngram", num_speculative_tokens=words.drafts),
-    }
+    chosen: dict[str, Speculative | None] = {"none": None}
+    for name in ("mtp", "ngram"):
+        chosen[name] = Speculative(
+            method=name, num_speculative_tokens=words.drafts, adaptive=not words.always
+        )
     rows, outputs = [], {}
     for name, speculative in chosen.items():
         engine = make_engine(checkpoint, words, speculative)
@@ -89,6 +102,9 @@ def measure(checkpoint: Path, words: argparse.Namespace) -> list[dict[str, Any]]
         for batch in words.batches:
             rows.append({"drafter": name, "batch": batch, **speed(engine, prompts[:batch], words)})
             print(rows[-1], flush=True)
+        del engine  # before the next one asks how much memory is free
+        gc.collect()
+        torch.cuda.empty_cache()
     plain = {row["batch"]: row["tokens_per_second"] for row in rows if row["drafter"] == "none"}
     for row in rows:
         row["speedup"] = row["tokens_per_second"] / plain[row["batch"]]
@@ -104,9 +120,11 @@ def make_engine(checkpoint: Path, words: argparse.Namespace, speculative: Specul
     """An engine that differs from the others in its drafter alone."""
     options = EngineOptions(
         device=words.device,
+        dtype=words.dtype,
         max_model_len=512,
         max_num_seqs=max(words.batches),
         enable_prefix_caching=False,
+        gpu_memory_utilization=0.25,
         speculative=speculative,
     )
     return Engine.from_pretrained(checkpoint, options)

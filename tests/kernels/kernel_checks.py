@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benthic.errors import BackendError
 from benthic.kernels import ops
 
 ON_GPU = torch.cuda.is_available()
@@ -311,6 +312,79 @@ def test_grouped_weight_gradient_in_float32(dtype, name):
     close(fast, exact, torch.float32)
 
 
+@pytest.mark.parametrize("impl", ["triton", "grouped_mm"])
+@pytest.mark.parametrize("dims", [(16, 24), (23, 9)] + ([(512, 1024)] if ON_GPU else []), ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_weight_gradients_are_added_to_float32_sums(dtype, name, dims, impl):
+    if impl == "grouped_mm" and (dtype != torch.bfloat16 or dims[0] % 8):
+        pytest.skip("the library's grouped product takes bfloat16 in rows of whole 16 bytes")
+    width, out = dims
+    ends, (x, _) = grouped_inputs(name, 35, (width, out), dtype)
+    dy = made(len(x), out, dtype=dtype, seed=2).detach()
+    sums = [made(5, out, width, dtype=torch.float32, seed=3).detach() for _ in range(2)]
+    ops.add_weight_gradient(sums[0], dy, x.detach(), ends, impl=impl)
+    exact = sums[1].double()
+    ops.add_weight_gradient(exact, dy.double(), x.detach().double(), ends, impl="reference")
+    close(sums[0], exact, torch.float32 if impl == "triton" else dtype)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a product in two dtypes needs a GPU")
+def test_added_weight_gradients_are_not_rounded_before(dtype):
+    if dtype == torch.float32:
+        pytest.skip("products of float32 are added by the definition")
+    dy, x = made(1023, 72, dtype=dtype).detach(), made(1023, 136, dtype=dtype, seed=1).detach()
+    whole = made(3, 72, 136, dtype=torch.float32, seed=2).detach()
+    exact = whole[1].double()
+    ops.add_weight_gradient(exact, dy.double(), x.double(), impl="reference")
+    before = whole.clone()
+    ops.add_weight_gradient(whole[1], dy, x, impl="addmm")
+    close(whole[1], exact, torch.float32)
+    assert torch.equal(whole[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("count", [1, 4097, 70_001])
+def test_narrow_gradients_accumulate_in_float32(dtype, count):
+    if dtype == torch.float32:
+        dtype = torch.bfloat16
+    x = made(count, dtype=dtype).detach()
+    held = [made(count + 300, dtype=torch.float32, seed=1).detach() for _ in range(2)]
+    for each, impl in zip(held, ("triton", "reference"), strict=True):
+        ops.accumulate(each[100 : 100 + count], x, impl=impl)
+    assert torch.equal(*held)
+
+
+HEADS_OF_WORDS = [(300, 24), (1, 8)] + ([(163840, 512), (32777, 64)] if ON_GPU else [])
+
+
+@pytest.mark.parametrize("wide_sum", [False, True])
+@pytest.mark.parametrize("words", HEADS_OF_WORDS, ids=str)
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
+def test_cross_entropy_sum_makes_the_gradients_of_its_definition(dtype, words, wide_sum, impl):
+    vocabulary, width = words
+    target = torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    target[::7] = -100
+    results = []
+    for name, precision in ((impl, dtype), ("reference", torch.float64)):
+        hidden = made(TOKENS, width, dtype=dtype).detach().to(precision).requires_grad_()
+        weight = (made(vocabulary, width, dtype=dtype, seed=1).detach() * 0.3).to(precision)
+        weight.requires_grad_()
+        into = torch.zeros_like(weight, dtype=torch.promote_types(precision, torch.float32))
+        loss, total = ops.linear_cross_entropy_sum(
+            hidden,
+            weight,
+            target,
+            factor=1 / 64,
+            chunk=40,
+            into_VD=into if wide_sum else None,
+            impl=name,
+        )
+        loss.backward()
+        assert (weight.grad is None) == wide_sum
+        results.append((loss, total, hidden.grad, into if wide_sum else weight.grad))
+    for fast, exact in zip(*results, strict=True):
+        close(fast.detach(), exact.detach(), dtype)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="the library's grouped product on a GPU")
 @pytest.mark.parametrize("spare", [0, 35])
 @pytest.mark.parametrize("name", GROUPS)
@@ -327,6 +401,95 @@ def routed(tokens, experts, top_k):
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(tokens, experts, generator=generator)
     return scores.topk(top_k, dim=1).indices.to(torch.int32).to(DEVICE)
+
+
+GATES = {
+    "moonlight": (64, 6, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+    "v3": (256, 8, {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 8, "topk_group": 4}),
+    "v2": (160, 6, {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}),
+    "v2 lite": (64, 6, {"topk_method": "greedy", "norm_topk_prob": False}),
+    "k2": (384, 8, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+    "odd": (10, 3, {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 5, "topk_group": 2}),
+    "groups of one": (6, 2, {"topk_method": "group_limited_greedy", "n_group": 6, "topk_group": 3}),
+}
+PLAIN_GATE = {
+    "scoring_func": "softmax",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_route(dtype, name):
+    experts, top_k, settings = GATES[name]
+    logits = made(TOKENS if ON_GPU else 5, experts, dtype=torch.float32).detach()
+    bias = made(experts, dtype=torch.float32, seed=1).detach() * 0.3
+    for given in (bias, None):
+        gate = PLAIN_GATE | settings | {"top_k": top_k}
+        fast = ops.route(logits, given, impl="triton", **gate)
+        exact = ops.route(logits.double(), given, impl="reference", **gate)
+        assert torch.equal(fast.expert_TK, exact.expert_TK)
+        close(fast.scores_TE, exact.scores_TE, torch.float32)
+        close(fast.weight_TK, exact.weight_TK, torch.float32)
+
+
+def test_route_chooses_distinct_experts_whatever_the_logits(dtype):
+    experts, top_k, settings = GATES["v3"]
+    logits = torch.zeros(4, experts, device=DEVICE)
+    logits[1], logits[2, 7], logits[3] = torch.nan, torch.nan, -torch.inf
+    chosen = ops.route(logits, None, impl="triton", top_k=top_k, **(PLAIN_GATE | settings)).expert_TK.tolist()
+    assert all(len(set(row)) == top_k and min(row) >= 0 and max(row) < experts for row in chosen)
+    assert chosen[0] == list(range(top_k))  # of equals the first
+    assert chosen[2][0] == 7
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS, 1400])
+def test_rows_are_counted_as_a_stable_sort_would_place_them(dtype, tokens):
+    expert = routed(tokens, 7, 3)
+    x = made(tokens, 4, dtype=dtype).detach()
+    fast, exact = (ops.permute(x, expert, 9, impl=impl) for impl in ("triton", "reference"))
+    assert torch.equal(fast.ends_E, exact.ends_E)
+    assert torch.equal(fast.maps.row_TK, exact.maps.row_TK)
+    assert torch.equal(fast.maps.copy_R, exact.maps.copy_R)
+    assert torch.equal(fast.rows_RD, exact.rows_RD)
+
+
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("dims", [(36, 40), (23, 9)], ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_linear_of_few_rows(dtype, name, dims, spare):
+    ends, (x, weight) = grouped_inputs(name, spare, dims, dtype)
+    x, weight = x.detach(), weight.detach()
+    if len(x) > 32 * len(weight):
+        with pytest.raises(BackendError, match="made for few rows"):
+            ops.grouped_linear(x, weight, ends, impl="few_rows")
+        return
+    exact = ops.grouped_linear(x.double(), weight.double(), ends, impl="reference")
+    fast = ops.grouped_linear(x, weight, ends, impl="few_rows")
+    close(fast, exact, dtype)
+    assert not fast[int(ends[-1]) :].any()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="about the order in which tensor cores add")
+def test_a_row_of_few_gives_the_same_bits_whoever_is_beside_it(dtype):
+    weight = made(4, 320, 448, dtype=dtype, seed=1).detach()
+    x = made(120, 448, dtype=dtype).detach()
+    alone = [
+        ops.grouped_linear(row[None], weight[:1], torch.tensor([1], device=DEVICE).int(), impl="few_rows")
+        for row in x[:5]
+    ]
+    for rows in (5, 17, 30, 120):
+        ends = torch.tensor([rows] * 4, device=DEVICE).int()
+        found = ops.grouped_linear(x[:rows], weight, ends, impl="few_rows")
+        assert torch.equal(found[:5], torch.cat(alone))
+
+
+def test_gate_logits(dtype):
+    x, weight = made(TOKENS, 96, dtype=dtype).detach(), made(10, 96, dtype=dtype, seed=1).detach()
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    close(ops.gate_logits(x, weight), exact, torch.float32)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -508,6 +671,31 @@ def test_grouped_fp8_products(dtype, name):
     tiles = [ops.quantise_fp8_columns(t, ends, impl="reference") for t in (dy, x.detach())]
     fast = ops.fp8_weight_gradient(*tiles, ends, dtype=dtype, impl="triton")
     close_fp8(fast, ops.fp8_weight_gradient(*tiles, ends, impl="reference").double(), dtype)
+
+
+@pytest.mark.parametrize("width", [1, 7, 128, 300, 304] + ([2048, 16384] if ON_GPU else []))
+def test_e5m6_tiles(dtype, width):
+    """Bit for bit, over scales from the smallest to beyond float16, with zeros of both signs."""
+    x = made(TOKENS, width, dtype=torch.float32).detach()
+    x = (x * torch.logspace(-6, 4, TOKENS, device=DEVICE)[:, None]).to(dtype)
+    x[3], x[4, ::2] = 0.0, -0.0
+    fast, exact = (ops.quantise_e5m6(x, impl=impl) for impl in ("triton", "reference"))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(fast, exact, strict=True))
+    back = [ops.dequantise_e5m6(*exact, width, dtype=dtype, impl=impl) for impl in ("triton", "reference")]
+    assert torch.equal(*back)
+    assert torch.equal(*(rows.signbit() for rows in back))
+
+
+def test_e5m6_has_the_same_value_for_every_code(dtype):
+    code = torch.arange(4096, dtype=torch.int32, device=DEVICE).view(32, 128)
+    pair = code[:, 0::2] | (code[:, 1::2] << 12)
+    packed = torch.stack((pair & 0xFF, (pair >> 8) & 0xFF, pair >> 16), dim=2).to(torch.uint8).flatten(1)
+    scale = torch.full((32, 1), 0.25, device=DEVICE)
+    fast, exact = (
+        ops.dequantise_e5m6(packed, scale, 128, dtype=dtype, impl=impl) for impl in ("triton", "reference")
+    )
+    finite = (code & 0x7FF) <= 1983
+    assert torch.equal(fast[finite], exact[finite])
 
 
 @pytest.mark.parametrize("count", [1, 2049, 70_001])

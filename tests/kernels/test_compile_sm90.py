@@ -30,7 +30,7 @@ FLOATS = {
     "sign",
     "step_size",
 }
-INT64 = {"row_ptr", "copy_ptr", "slot_ptr", "from_ptr", "to_ptr"}
+INT64 = {"target_ptr", "row_ptr", "copy_ptr", "slot_ptr", "from_ptr", "to_ptr"}
 INT32 = {"ends_ptr", "table_ptr", "context_ptr", "starts_q_ptr", "starts_k_ptr"}
 FLOAT32 = {
     "gradient_ptr",
@@ -177,12 +177,27 @@ def test_mla_decode_does_not_spill_and_uses_wgmma_from_64_rows(rows, cache, tmp_
     assert (used.wgmma > 0) == (block_h >= 64)
 
 
-@pytest.mark.parametrize("direction", ["forward", "input gradient", "weight gradient"])
+@pytest.mark.parametrize("rows", [6, 12, 24])
+def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, tmp_path):
+    module = importlib.import_module("benthic.kernels.triton_few_rows")
+    block_r, block_k, stages = module.tiles(torch.bfloat16, rows)
+    constants = {"BLOCK_R": block_r, "BLOCK_N": module.COLUMNS, "BLOCK_K": block_k}
+    constants |= {"WHOLE": True, "PRECISION": "ieee"}
+    used = resources(compiled("triton_few_rows", "_few_rows", constants, warps=4, stages=stages), tmp_path)
+    assert_fits(used)
+    assert used.wgmma > 0
+
+
+@pytest.mark.parametrize(
+    "direction", ["forward", "input gradient", "weight gradient", "added weight gradient"]
+)
 def test_the_experts_product_uses_wgmma_without_spills(direction, tmp_path):
     tiles = importlib.import_module("benthic.kernels.triton_moe").tiles
     block_m, block_n, block_k, warps, stages = tiles(torch.bfloat16, 512)
-    if direction == "weight gradient":
+    added = direction == "added weight gradient"
+    if direction.endswith("weight gradient"):
         constants = {"BLOCK_O": block_m, "BLOCK_I": block_n, "BLOCK_R": block_k, "PRECISION": "ieee"}
+        constants["ADD"] = added
         kernel = "_expert_gradient"
     else:
         constants = {
@@ -195,7 +210,12 @@ def test_the_experts_product_uses_wgmma_without_spills(direction, tmp_path):
         }
         kernel = "_rows_times_experts"
     built = compiled(
-        "triton_moe", kernel, constants, warps=warps, stages=stages, overrides={"dweight_ptr": "*bf16"}
+        "triton_moe",
+        kernel,
+        constants,
+        warps=warps,
+        stages=stages,
+        overrides={"dweight_ptr": "*fp32" if added else "*bf16"},
     )
     used = resources(built, tmp_path)
     assert_fits(used)
@@ -222,6 +242,9 @@ def test_fp8_products_use_wgmma_without_spills(direction, rows, tmp_path):
     assert (used.wgmma > 0) == (block_m >= 64)
 
 
+GATE = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weight_ptr"), "*fp32")
+GATE["expert_ptr"] = "*i32"
+
 MEMORY_BOUND = [
     ("triton_norm", "_norm_forward", {"HAS_RESIDUAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
     ("triton_norm", "_norm_backward", {"HAS_DTOTAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
@@ -232,6 +255,14 @@ MEMORY_BOUND = [
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_sum_rows", {"WEIGHTED": True, "TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_sum_rows_backward", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
+    ("triton_permute", "_row_maps", {"BLOCK": 2048}, 8, {"expert_ptr": "*i32"}),
+    *(
+        ("triton_route", "_route", {"SIGMOID": True, "BIASED": True, "NORMALISE": True} | gate, 4, GATE)
+        for gate in (
+            {"GROUPS": 1, "KEPT": 1, "BEST": 2, "TOP_K": 6, "CHOSEN": 8, "WIDTH": 64},
+            {"GROUPS": 8, "KEPT": 4, "BEST": 2, "TOP_K": 8, "CHOSEN": 8, "WIDTH": 256},
+        )
+    ),
     ("triton_moe", "_zero_rows", {"ROWS": 32, "WIDTH": 128}, 4, {}),
     ("triton_mla", "_combine", {"C": 512, "C_PAD": 512, "SPLITS": 8}, 4, {"part_ptr": "*fp32"}),
     ("triton_mla", "_copy", {"CHUNK": 4096}, 4, {}),
@@ -276,6 +307,22 @@ MEMORY_BOUND = [
         )
         for retile in (False, True)
     ),
+    *(
+        (
+            "triton_e5m6",
+            kernel,
+            constants | {"WORDS": words, "ROWS": 16, "TILE": 128},
+            4,
+            {"packed_ptr": "*i32" if words else "*u8"},
+        )
+        for words in (True, False)
+        for kernel, constants in (("_quantise", {"MAX": 65024.0, "FLOOR": 1e-30}), ("_dequantise", {}))
+    ),
+    *(
+        ("triton_loss", "_turn", {"GRADIENT": gradient, "BLOCK": 16384}, 32, {"loss_ptr": "*fp32"})
+        for gradient in (True, False)
+    ),
+    ("triton_sums", "_accumulate", {"BLOCK": 4096}, 8, {"sum_ptr": "*fp32"}),
     ("triton_update", "_adamw", {"BLOCK": 2048}, 8, {}),
     ("triton_fp8", "_dequantise", {"ROWS": 16, "COLUMNS": 256}, 4, {"values_ptr": "*fp8e4nv"}),
 ]

@@ -20,8 +20,10 @@ GROUPS = {
     "row-wise kernels": "norm or swiglu or rope",
     "attention, values and gradients": "test_attention",
     "paged decode and cache": "mla or latent",
-    "experts and permutation": "(grouped or permute or copies) and not fp8",
+    "experts and permutation": "(grouped or permute or copies or rout or rows or gate) and not fp8",
     "FP8 tiles and products": "fp8",
+    "E5M6 tiles": "e5m6",
+    "losses and gradient sums": "cross_entropy or accumulate or added_weight",
     "the optimizer": "adamw",
 }
 

@@ -99,6 +99,7 @@ CALLS = {
     "store_latent": store_latent,
     "copy_blocks": copy_blocks,
     "route": lambda made, impl: ops.route(made(TOKENS, EXPERTS), None, impl=impl, **GATE).weight_TK,
+    "gate_logits": lambda made, impl: ops.gate_logits(made(TOKENS, WIDTH), made(EXPERTS, WIDTH), impl=impl),
     "permute": permute,
     "unpermute": unpermute,
     "grouped_linear": grouped_linear,

@@ -13,7 +13,7 @@ from benthic.model.local import LocalExchange, plain_linear
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
-from benthic.serve.graphs import DecodeGraphs
+from benthic.serve.graphs import Buffers, DecodeGraphs, Pass
 from benthic.serve.speculative import Speculative
 from benthic.serve.steps import StepTensors
 
@@ -75,6 +75,9 @@ def test_verified_drafts_give_the_tokens_of_the_plain_loop_and_wait_for_nothing(
     assert tokens(engine) == plain
     assert engine.stats().drafts > 0
     assert sorted(engine._runner.trials) == ([] if eager else [2, 3])
+    graphs = list(engine._runner.modules.values())
+    assert len(graphs) == (3 if method == "mtp" and not eager else 0)
+    assert all(len(each) == len(each.sizes) for each in graphs)
     in_error_mode(engine)
     assert tokens(engine) == plain
 
@@ -114,7 +117,13 @@ def test_a_graph_of_verification_rows_computes_what_the_plain_step_does(queries)
         cache.pages_LPBW.normal_(generator=filling)
     exchange = LocalExchange(ROUND.n_routed_experts)
     graphs = DecodeGraphs(
-        model, caches[0], linear=plain_linear, exchange=exchange, columns=8, sizes=(2, 4), queries=queries
+        model,
+        caches[0],
+        linear=plain_linear,
+        exchange=exchange,
+        buffers=Buffers.blank(model, 4, 4, 8),
+        sizes=(2, 4),
+        what=Pass(queries),
     )
     graphs.capture(iter)
     assert torch.equal(caches[0].pages_LPBW, caches[1].pages_LPBW), "capturing wrote to the cache"

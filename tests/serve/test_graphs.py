@@ -54,6 +54,17 @@ def test_padding_counts_the_queries_of_every_sequence() -> None:
     assert buffers.context_S.tolist() == [9, 0, 0]
 
 
+def test_buffers_of_a_prediction_module_take_states_and_leave_no_logits() -> None:
+    buffers = Buffers.blank(random_model(), 3, 2, 6, module=True)
+    one = step([20, 21], 3, queries=2)
+    assert one.layout.decode is not None
+    states = torch.full((2, 32), 4.0)
+    buffers.fill(one, one.layout.decode, 3, states)
+    assert torch.equal(buffers.given_TD[:2], states)
+    assert not buffers.given_TD[2:].any()
+    assert buffers.logits_TV.shape == (0, 320)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_no_graph_is_asked_for_without_a_gpu_or_against_the_options(device: str) -> None:
     from benthic.serve.build import graph_sizes

@@ -34,6 +34,7 @@ class Case(NamedTuple):
         equal: every sequence of a pack has the same length, for ops to which that matters.
         grad: autograd records the call, so a gradient may be asked for.
         mixed: the operands have several dtypes, for ops to which that matters.
+        few: there are few rows for each weight, for ops to which that matters.
         layout: how weights or pages lie in memory, for ops to which that matters: "columns" when outputs lie
             side by side (stride 1 in the outputs' dim), "strided" when pages have gaps, else "rows".
     """
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     equal: bool = False
     grad: bool = False
     mixed: bool = False
+    few: bool = False
     layout: Literal["rows", "columns", "strided"] = "rows"
 
 
@@ -219,6 +221,18 @@ def one_dtype(when: Callable[[Case], Verdict]) -> Callable[[Case], Verdict]:
         verdict = when(case)
         if verdict.runs and case.mixed:
             return no(f"takes operands of one dtype, but some are not {case.dtype}")
+        return verdict
+
+    return checked
+
+
+def with_few_rows(when: Callable[[Case], Verdict]) -> Callable[[Case], Verdict]:
+    """`when`, but refused where there are many rows for each weight."""
+
+    def checked(case: Case) -> Verdict:
+        verdict = when(case)
+        if verdict.runs and not case.few:
+            return no("is made for few rows a weight")
         return verdict
 
     return checked

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benthic.kernels.chunked_loss import GradientsInForward, Making, chunk_of
 from benthic.kernels.reference.norm import wide
+from benthic.kernels.wide_product import add_product
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from benthic.kernels.reference.loss import Wanted
 
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
@@ -69,15 +73,45 @@ class _Chunked(torch.autograd.Function):
             if dhidden_TD is not None:
                 torch.mm(dlogits, weight_VD, out=dhidden_TD[part])
             if dweight_VD is not None:
-                _accumulate(dweight_VD, dlogits, hidden_TD[part])
+                add_product(dweight_VD, dlogits.t(), hidden_TD[part])
         if dweight_VD is not None:
             dweight_VD = dweight_VD.to(weight_VD.dtype)
         return dhidden_TD, dweight_VD, None, None, None
 
 
-def _accumulate(dweight_VD: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """`dweight += dlogits^T hidden`, in dweight's (wider) dtype."""
-    if dweight_VD.dtype == dlogits.dtype:
-        dweight_VD.addmm_(dlogits.t(), hidden)
-    else:
-        dweight_VD.add_(dlogits.t() @ hidden)
+def linear_cross_entropy_sum(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    *,
+    factor: float,
+    ignore_index: int,
+    chunk: int | None,
+    into_VD: Tensor | None,
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor]:
+    """See `benthic.kernels.ops.linear_cross_entropy_sum`."""
+    if chunk is None:
+        tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
+        room = _CHUNK_BYTES.get(hidden_TD.device.type, 512 << 20)
+        chunk = chunk_of(tokens, vocabulary, wide(hidden_TD.dtype).itemsize, room)
+    result: tuple[Tensor, Tensor] = GradientsInForward.apply(
+        hidden_TD, weight_VD, target_T.long(), into_VD, Making(factor, ignore_index, chunk, wanted, turn)
+    )
+    return result
+
+
+def turn(
+    logits: Tensor, target_t: Tensor, ignore_index: int, *, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See `benthic.kernels.chunked_loss.Turn`."""
+    dtype, dropped_t = logits.dtype, (target_t == ignore_index)
+    logits = logits.to(wide(dtype))
+    index = target_t.masked_fill(dropped_t, 0)[:, None]
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    loss_t = (lse - logits.gather(1, index)).squeeze(1).masked_fill_(dropped_t, 0.0)
+    if not gradient:
+        return loss_t, None
+    dlogits = logits.sub_(lse).exp_()
+    dlogits.scatter_add_(1, index, dlogits.new_full((), -1.0).expand_as(index))
+    return loss_t, dlogits.masked_fill_(dropped_t[:, None], 0.0).to(dtype)

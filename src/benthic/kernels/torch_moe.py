@@ -31,6 +31,11 @@ def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
     return out_TD
 
 
+def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """See `benthic.kernels.ops.gate_logits`; CUDA, where a product may leave in a wider dtype."""
+    return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
+
+
 def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """See `benthic.kernels.ops.grouped_linear`; needs rows of a multiple of 16 bytes."""
     out_RO: Tensor = GroupedMm.apply(x_RI, weight_EOI, ends_E, zero_tail)

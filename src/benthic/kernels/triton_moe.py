@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.grouped_mm import GroupedMm
-from benthic.kernels.triton_tiles import find_tile
+from benthic.kernels.triton_tiles import find_tile, precision
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -50,14 +50,17 @@ def _rows_times_experts(
 def _expert_gradient(
     dy_ptr, x_ptr, dweight_ptr, ends_ptr,
     o_dim, i_dim, stride_dy, stride_x,
+    ADD: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dweight[e, o, i] = sum over the rows r of expert e of dy[r, o] * x[r, i]."""
+    """dweight[e, o, i] = sum over the rows r of expert e of dy[r, o] * x[r, i], or with ADD: += that."""
     expert = tl.program_id(2)
     start = 0
     if expert > 0:
         start = tl.load(ends_ptr + expert - 1)
     end = tl.load(ends_ptr + expert)
+    if ADD and start == end:
+        return
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     o_kept, i_kept = o < o_dim, i < i_dim
@@ -73,8 +76,24 @@ def _expert_gradient(
             x_ptr + row_at[:, None] * stride_x + i[None, :], mask=kept[:, None] & i_kept[None, :], other=0.0
         )
         acc = tl.dot(dy, x, acc, input_precision=PRECISION)
-    at = dweight_ptr + expert.to(tl.int64) * o_dim * i_dim + o[:, None] * i_dim + i[None, :]
-    tl.store(at, acc.to(dweight_ptr.dtype.element_ty), mask=o_kept[:, None] & i_kept[None, :])
+    base = dweight_ptr + expert.to(tl.int64) * o_dim * i_dim
+    if ADD:
+        # half after half: the sum's tile beside the whole accumulator takes too many registers
+        halves = tl.permute(tl.reshape(acc, [BLOCK_O, 2, BLOCK_I // 2]), [0, 2, 1])
+        left, right = tl.split(halves)
+        i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I // 2)
+        _add_tile(base, left, o, i, o_dim, i_dim)
+        _add_tile(base, right, o, i + BLOCK_I // 2, o_dim, i_dim)
+    else:
+        at = base + o[:, None] * i_dim + i[None, :]
+        tl.store(at, acc.to(dweight_ptr.dtype.element_ty), mask=o_kept[:, None] & i_kept[None, :])
+
+
+@triton.jit
+def _add_tile(base, tile, o, i, o_dim, i_dim):
+    at = base + o[:, None] * i_dim + i[None, :]
+    mask = (o < o_dim)[:, None] & (i < i_dim)[None, :]
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + tile, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -153,16 +172,25 @@ def _multiply(x_RK, weight_EKN, ends_E):
 
 def grouped_weight_gradient(dy_RO, x_RI, ends_E, *, dtype):
     """See `benthic.kernels.ops.weight_gradient`."""
+    out = torch.empty(ends_E.shape[0], dy_RO.shape[1], x_RI.shape[1], dtype=dtype, device=x_RI.device)
+    _experts_gradients(out, dy_RO, x_RI, ends_E, add=False)
+    return out
+
+
+def add_grouped_weight_gradient(into, dy_RO, x_RI, ends_E):
+    """See `benthic.kernels.ops.add_weight_gradient`."""
+    _experts_gradients(into, dy_RO, x_RI, ends_E, add=True)
+
+
+def _experts_gradients(out, dy_RO, x_RI, ends_E, *, add):
     dy_RO, x_RI = (x if x.stride(1) == 1 else x.contiguous() for x in (dy_RO, x_RI))
-    experts, o_dim, i_dim = ends_E.shape[0], dy_RO.shape[1], x_RI.shape[1]
-    out = torch.empty(experts, o_dim, i_dim, dtype=dtype, device=x_RI.device)
+    experts, o_dim, i_dim = out.shape
     block_o, block_i, block_r, warps, stages = tiles(x_RI.dtype, o_dim)
     _expert_gradient[(triton.cdiv(i_dim, block_i), triton.cdiv(o_dim, block_o), experts)](
-        dy_RO, x_RI, out, ends_E, o_dim, i_dim, dy_RO.stride(0), x_RI.stride(0),
+        dy_RO, x_RI, out, ends_E, o_dim, i_dim, dy_RO.stride(0), x_RI.stride(0), ADD=add,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=block_r, PRECISION=precision(x_RI.dtype),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return out
 
 
 def tiles(dtype, rows):
@@ -178,8 +206,3 @@ def tiles(dtype, rows):
     if rows <= 96:
         return 64, 128, 64, 4, 4
     return 128, 128, 64, 8, 3
-
-
-def precision(dtype):
-    """float32 products are exact (no TF32); the argument does not matter for narrower dtypes."""
-    return "ieee" if dtype == torch.float32 else "tf32"

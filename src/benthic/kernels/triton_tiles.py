@@ -1,4 +1,4 @@
-"""Finding tiles of one expert's rows, loading rows by the columns of one head; masked where they overhang."""
+"""Shared by kernels with tiles: finding an expert's rows, loading rows of one head, exactness of products."""
 
 from __future__ import annotations
 
@@ -49,3 +49,8 @@ def find_tile(ends_ptr, tile, rows, experts, BLOCK_M: tl.constexpr, EXPERTS: tl.
 def whole(rows, device):
     """The ends of a single expert that owns all rows."""
     return torch.full((1,), rows, dtype=torch.int32, device=device)
+
+
+def precision(dtype):
+    """float32 products are exact (no TF32); the argument does not matter for narrower dtypes."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -107,10 +107,13 @@ class Fp8Products:
         """`dy W`: a block of the transposed weight is the transposed block, so nothing is rounded again."""
         return ops.fp8_linear(Fp8(*dy), Fp8(*weight).transposed(), ends_E, dtype=dtype)
 
-    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None) -> Tensor:
+    def weight_gradient(
+        self, dy: Kept, rows: Kept, ends_E: Tensor | None, into: Tensor | None = None
+    ) -> Tensor:
         """`dy^T x` in float32, from rows re-tiled."""
         columns = ops.retile_fp8(Fp8(*rows), ends_E, power_of_two=self.power_of_two)
-        return ops.fp8_weight_gradient(Fp8(*dy), columns, ends_E)
+        gradient = ops.fp8_weight_gradient(Fp8(*dy), columns, ends_E)
+        return gradient if into is None else into.add_(gradient)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,10 @@ class Gate(nn.Module):
 
 def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """The gate's product in float32, for whose gradient x is kept as it came and not in float32."""
-    if x_TD.dtype.itemsize >= 4 or not torch.is_grad_enabled():
+    if x_TD.dtype.itemsize >= 4:
         return F.linear(x_TD.float(), weight_ED.float())
+    if not torch.is_grad_enabled():
+        return ops.gate_logits(x_TD, weight_ED)
     logits_TE: Tensor = _WideLinear.apply(x_TD, weight_ED)
     return logits_TE
 
@@ -76,7 +78,7 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """Save the narrow operands."""
         ctx.save_for_backward(x_TD, weight_ED)
-        return F.linear(x_TD.float(), weight_ED.float())
+        return ops.gate_logits(x_TD, weight_ED)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,8 +59,13 @@ class Products(Protocol):
         """`dy W` in `dtype`."""
         ...
 
-    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None) -> Tensor:
-        """`dy^T x`, in the weight's shape and the recipe's dtype; an expert without rows gets zeros."""
+    def weight_gradient(
+        self, dy: Kept, rows: Kept, ends_E: Tensor | None, into: Tensor | None = None
+    ) -> Tensor:
+        """`dy^T x`, in the weight's shape and the recipe's dtype; an expert without rows gets zeros.
+
+        Added to `into`, which is returned then, if that float32 sum is given.
+        """
         ...
 
 
@@ -100,9 +105,14 @@ class PlainProducts:
         dx = dy_RO @ w if ends_E is None else ops.grouped_input_gradient(dy_RO, w, ends_E)
         return dx.to(dtype)
 
-    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None) -> Tensor:
+    def weight_gradient(
+        self, dy: Kept, rows: Kept, ends_E: Tensor | None, into: Tensor | None = None
+    ) -> Tensor:
         """`dy^T x`."""
         (dy_RO,), (x_RI,) = dy, rows
+        if into is not None:
+            ops.add_weight_gradient(into, dy_RO, x_RI, ends_E)
+            return into
         narrow = x_RI.dtype.itemsize < 4
         dtype = torch.float32 if self.wide_gradients and narrow else x_RI.dtype
         return ops.weight_gradient(dy_RO, x_RI, ends_E, dtype=dtype)
@@ -183,10 +193,30 @@ class WeightGradients:
         """
         self._sums[param] = sum_of
 
-    def take(self, weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
+    def sum_of(self, weight: Tensor) -> Tensor | None:
+        """The part of the owner's float32 sum that `weight` is a view of; None when there is no sum.
+
+        Raises:
+            ShapeError: parameter and sum are laid out differently: a view of one is none of the other.
+        """
+        owner = owner_of(weight)
+        if owner not in self._sums:
+            return None
+        sum_ = self._sums[owner]()
+        if (owner.shape, owner.stride()) != (sum_.shape, sum_.stride()):
+            message = (
+                f"a parameter of shape {tuple(owner.shape)} and strides {owner.stride()} cannot be summed "
+                f"into {tuple(sum_.shape)} with strides {sum_.stride()}; lay the sum out as the parameter."
+            )
+            raise ShapeError(message)
+        offset = sum_.storage_offset() + weight.storage_offset() - owner.storage_offset()
+        return sum_.as_strided(weight.shape, weight.stride(), offset)
+
+    def take(self, weight: Tensor, compute: Callable[[Tensor | None], Tensor]) -> Tensor | None:
         """Decide about one gradient during a backward pass: what autograd shall add to `weight` now.
 
-        None when the gradient is deferred or has gone into a float32 sum.
+        `compute` gives the gradient, or adds it to the sum that it is called with. None when the gradient is
+        deferred or has gone into a sum.
 
         Raises:
             ScheduleError: deferring, and `weight` was computed, so that its own graph will be gone.
@@ -200,34 +230,16 @@ class WeightGradients:
                 raise ScheduleError(message)
             self._filling.append(partial(self._add_later, weight, compute))
             return None
-        dweight = compute()
-        return None if self._add_to_sum(weight, dweight) else dweight.to(weight.dtype)
+        sum_ = self.sum_of(weight)
+        dweight = compute(sum_)
+        return dweight.to(weight.dtype) if sum_ is None else None
 
-    def _add_later(self, weight: Tensor, compute: Callable[[], Tensor]) -> None:
+    def _add_later(self, weight: Tensor, compute: Callable[[Tensor | None], Tensor]) -> None:
         with torch.no_grad():
-            dweight = compute()
-        if not self._add_to_sum(weight, dweight):
+            sum_ = self.sum_of(weight)
+            dweight = compute(sum_)
+        if sum_ is None:
             torch.autograd.backward(weight, dweight.to(weight.dtype))
-
-    def _add_to_sum(self, weight: Tensor, dweight: Tensor) -> bool:
-        """Add to the part of the owner's sum that `weight` is a view of; False when there is no sum.
-
-        Raises:
-            ShapeError: parameter and sum are laid out differently: a view of one is none of the other.
-        """
-        owner = owner_of(weight)
-        if owner not in self._sums:
-            return False
-        sum_ = self._sums[owner]()
-        if (owner.shape, owner.stride()) != (sum_.shape, sum_.stride()):
-            message = (
-                f"a parameter of shape {tuple(owner.shape)} and strides {owner.stride()} cannot be summed "
-                f"into {tuple(sum_.shape)} with strides {sum_.stride()}; lay the sum out as the parameter."
-            )
-            raise ShapeError(message)
-        offset = sum_.storage_offset() + weight.storage_offset() - owner.storage_offset()
-        sum_.as_strided(weight.shape, weight.stride(), offset).add_(dweight)
-        return True
 
 
 def owner_of(weight: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def stage_bytes(config: Setup, part: Part) -> int:
     size = {moe: block_bytes(config, layer) for moe, layer in kinds.items()}
     per_token = sum(size[model.is_moe(layer)] for layer in layers)
     width = _BYTES[config.precision.weights] * model.hidden_size
-    loss = 2 * width + 2 * _STATISTIC + _INDEX + 1  # input and output of the norm, targets, log-sum-exp
+    loss = 2 * width + _STATISTIC  # input of the norm, and the gradient of its output, made ahead
     if part.head:
         per_token += loss
     per_token += len(part.mtp) * (loss + 3 * width + 2 * _STATISTIC)  # embedding, and both halves normed

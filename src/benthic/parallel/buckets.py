@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from benthic.kernels import ops
 from benthic.parallel.collectives import gather, reduce_scatter
 
 if TYPE_CHECKING:
@@ -129,10 +130,9 @@ class Bucket:
         return torch.zeros(self.length, dtype=torch.float32, device=self._flat.device)
 
     def collect(self, sink: WeightGradients) -> None:
-        """Let weight gradients of parameters narrower than float32 come unrounded, past autograd."""
+        """Let weight gradients come straight into the sums, past autograd, which would round or copy them."""
         for name, param in self.params.items():
-            if param.dtype != torch.float32:
-                sink.sum_into(param, functools.partial(self.accumulator, name))
+            sink.sum_into(param, functools.partial(self.accumulator, name))
 
     def accumulator(self, name: str) -> Tensor:
         """The float32 array to which gradients of a parameter are added, in the parameter's shape."""
@@ -232,7 +232,7 @@ class _Adder:
         bucket = self._bucket()
         assert bucket is not None, f"the bucket of {self._name} is gone, but its gradient is not"  # noqa: S101
         if param.grad is not None:
-            bucket.accumulator(self._name).add_(param.grad)
+            ops.accumulate(bucket.accumulator(self._name), param.grad)
             param.grad = None
 
 

@@ -292,7 +292,7 @@ def report(
 
 def capture(runner: Runner, progress: Progress) -> None:
     """Capture the runner's CUDA graphs, if it is to have any."""
-    for graphs in () if runner.graphs is None else (runner.graphs, *runner.trials.values()):
+    for graphs in runner.all_graphs:
         graphs.capture(progress)
         took = binary_bytes(graphs.num_bytes)
         what = "CUDA graphs of %d rows a sequence: %d batch sizes up to %d took %s"

@@ -143,9 +143,8 @@ class MtpDrafter:
         self._model = runner.model
         config, weight = runner.model.config, runner.model.head_weight()
         self._depth = config.num_nextn_predict_layers
-        self._state_ND = weight.new_zeros(
-            (max_num_seqs, config.hidden_size), dtype=runner.model.embed.weight.dtype
-        )
+        self._hidden_ND = runner.model.embed.weight.new_zeros((max_num_seqs, config.hidden_size))
+        self._previous_ND = torch.zeros_like(self._hidden_ND)
         self._early_NK = torch.zeros((max_num_seqs, self._depth - 1), dtype=torch.int64, device=weight.device)
 
     def admit(self, request: Generate) -> None:
@@ -165,27 +164,21 @@ class MtpDrafter:
             return None
         self._runner.write(plan.tables)
         slots = self._runner.steps.on_device(plan.decode_slots)
-        state_DD = self._state_ND.index_select(0, slots)
+        hidden_DD = self._hidden_ND.index_select(0, slots)
+        previous_DD = self._previous_ND.index_select(0, slots)
         tokens = list(self._early_NK.index_select(0, slots).unbind(1))[: max(counts)]
         passes = self._runner.steps.passes(plan, counts)
-        module, ids = self._model.mtp_module(self._depth - 1), plan.decode_ids
+        ids = plan.decode_ids
         while len(tokens) < max(counts):
             made = len(tokens) + 1 - self._depth
             if made:
                 position_D, layout = passes[made - 1]
-                previous_DD = self._previous(state_DD)
                 ahead = self._runner.ahead(self._depth - 1, previous_DD, tokens[-1], position_D, layout)
-                state_DD = ahead.pre_norm_TD
-            logits_DV = self._runner.logits(module.norm(state_DD))
+                hidden_DD, previous_DD = ahead.hidden_TD, self._model.mtp_input(ahead)
+            logits_DV = self._runner.logits(hidden_DD)
             places = [position + len(tokens) for position in positions[: len(ids)]]
             tokens.append(self._sampler.guess(logits_DV, ids, places))
         return Drafts(counts, torch.stack(tokens, dim=1))
-
-    def _previous(self, state_SD: Tensor) -> Tensor:
-        """What the last module's state is to the pass after it, as `DeepSeek.mtp_input` says."""
-        if self._model.config.mtp_hidden == "pre_norm":
-            return state_SD
-        return self._model.mtp_module(self._depth - 1).norm(state_SD)
 
     @torch.inference_mode()
     def learn(self, plan: StepPlan, result: StepResult, drawing: Drawing | None) -> None:
@@ -199,8 +192,9 @@ class MtpDrafter:
             if depth + 1 < self._depth:
                 token_T = self._further(plan, result, token_T, newest_S, depth + 1, ahead)
         if newest_S is not None:
-            state_SD = ahead.pre_norm_TD.index_select(0, newest_S)
-            self._state_ND.index_copy_(0, self._slots(plan), state_SD)
+            slots = self._slots(plan)
+            self._hidden_ND.index_copy_(0, slots, ahead.hidden_TD.index_select(0, newest_S))
+            self._previous_ND.index_copy_(0, slots, previous_TD.index_select(0, newest_S))
 
     def _newest_rows(self, result: StepResult, drawing: Drawing) -> Tensor:
         """The step's row behind which each sequence's newest token was drawn."""
@@ -221,7 +215,7 @@ class MtpDrafter:
         for chunk, rows in zip(plan.prefills, result.chunk_rows, strict=True):
             tokens = ((chunk.tokens or ()) + chunk.ahead)[1 : 1 + len(rows)]
             known_T[rows.start : rows.start + len(tokens)] = tokens
-        token_T = to_device(known_T, self._state_ND.device)
+        token_T = to_device(known_T, self._hidden_ND.device)
         if drawing is None or sampled_R is None:
             return token_T
         return token_T.index_copy(0, sampled_R, drawing.token_R.clamp(min=0))

@@ -17,11 +17,13 @@ queries, R rows of logits: 1 + d for each decode, one for each prefill.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from benthic.serve.transit import to_device
 
@@ -66,72 +68,90 @@ class Verdict(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Which row of logits judges which draft.
+class TrialRows:
+    """Which row of logits judges which draft: the same for all steps whose sequences have so many drafts.
 
-    `row_SQ` are the rows of every sequence (its last one repeated), `count_D` its drafts, `owner_R` and
-    `place_R` the sequence of each row and how many drafts it sees; all int64 on the device. `first` and
-    `rows` are the first row and the number of rows of each sequence.
+    `row_SQ` are the rows of every sequence (its last one repeated), `offered_DK` says which drafts count,
+    `owner_R` and `place_R` are the sequence of each row and how many drafts it sees; on the device. `first`
+    and `rows` are the first row and the number of rows of each sequence.
     """
 
-    drafts: Drafts
     first: tuple[int, ...]
     rows: tuple[int, ...]
     row_SQ: Tensor
-    count_D: Tensor
+    offered_DK: Tensor
     owner_R: Tensor
     place_R: Tensor
 
     @classmethod
-    def of(cls, drafts: Drafts, sequences: int) -> Trial:
-        """The rows of a step in which `sequences` draw tokens, decodes first."""
-        device = drafts.token_DK.device
+    def of(cls, counts: tuple[int, ...], queries: int, sequences: int, device: torch.device) -> TrialRows:
+        """The rows of a step in which `sequences` draw tokens, decodes with `counts` drafts first."""
         rows_S = np.ones(sequences, dtype=np.int64)
-        rows_S[: len(drafts.counts)] += drafts.counts
+        rows_S[: len(counts)] += counts
         first_S = np.cumsum(rows_S) - rows_S
-        query_Q = np.arange(drafts.queries)
+        query_Q = np.arange(queries)
         row_SQ = first_S[:, None] + np.minimum(query_Q, rows_S[:, None] - 1)
         owner_R = np.repeat(np.arange(sequences), rows_S)
         return cls(
-            drafts=drafts,
             first=tuple(first_S.tolist()),
             rows=tuple(rows_S.tolist()),
             row_SQ=to_device(row_SQ, device),
-            count_D=to_device(np.array(drafts.counts, dtype=np.int64), device),
+            offered_DK=to_device(query_Q[:-1] < np.array(counts)[:, None], device),
             owner_R=to_device(owner_R, device),
             place_R=to_device(np.arange(len(owner_R)) - first_S[owner_R], device),
         )
 
+
+rows_of = functools.lru_cache(maxsize=4)(TrialRows.of)
+"""`TrialRows.of`, kept for the newest compositions: most steps have those of the step before."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A step's drafts, and which row of logits judges which of them."""
+
+    drafts: Drafts
+    by: TrialRows
+
+    @classmethod
+    def of(cls, drafts: Drafts, sequences: int) -> Trial:
+        """The rows of a step in which `sequences` draw tokens, decodes first."""
+        return cls(drafts, rows_of(drafts.counts, drafts.queries, sequences, drafts.token_DK.device))
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The first row of each sequence."""
+        return self.by.first
+
     def spread(self, ids: Sequence[str], positions: Sequence[int]) -> tuple[tuple[str, ...], list[int]]:
         """Whose row each is and how many tokens that sequence has put out before it; rows count on."""
-        names = tuple([name for name, rows in zip(ids, self.rows, strict=True) for _ in range(rows)])
+        names = tuple([name for name, rows in zip(ids, self.by.rows, strict=True) for _ in range(rows)])
         places = [
             position + place
-            for position, rows in zip(positions, self.rows, strict=True)
+            for position, rows in zip(positions, self.by.rows, strict=True)
             for place in range(rows)
         ]
         return names, places
 
     def judge(self, token_R: Tensor) -> Verdict:
         """Find out which drafts are the tokens that were drawn; nothing waits for the device."""
-        sequences, queries = self.row_SQ.shape
-        drawn_SQ = token_R.index_select(0, self.row_SQ.flatten()).view(sequences, queries)
+        row_SQ = self.by.row_SQ
+        drawn_SQ = token_R[row_SQ]
         decodes, most = self.drafts.token_DK.shape
-        offered_DK = torch.arange(most, device=token_R.device) < self.count_D.unsqueeze(1)
-        same_DK = (drawn_SQ[:decodes, :most] == self.drafts.token_DK) & offered_DK
-        held_S1 = drawn_SQ.new_zeros((sequences, 1))
-        held_S1[:decodes, 0] = same_DK.to(torch.int64).cumprod(1).sum(1)
+        same_DK = (drawn_SQ[:decodes, :most] == self.drafts.token_DK) & self.by.offered_DK
+        held_D1 = same_DK.cumprod(1).sum(1, keepdim=True)
+        held_S1 = F.pad(held_D1, (0, 0, 0, len(row_SQ) - decodes)) if len(row_SQ) > decodes else held_D1
         newest_S = drawn_SQ.gather(1, held_S1).squeeze(1)
-        return Verdict(held_S1.squeeze(1), newest_S, self.row_SQ.gather(1, held_S1).squeeze(1))
+        return Verdict(held_S1.squeeze(1), newest_S, row_SQ.gather(1, held_S1).squeeze(1))
 
     def kept(self, verdict: Verdict) -> Tensor:
         """Which rows' tokens are put out, bool [R]."""
-        return self.place_R <= verdict.held_S.index_select(0, self.owner_R)
+        return self.by.place_R <= verdict.held_S.index_select(0, self.by.owner_R)
 
     def seen(self, row_L: Tensor) -> tuple[Tensor, Tensor]:
         """The drafts that some rows see: tokens int64 [L, K], and which of them count, bool [L, K]."""
         decodes, most = self.drafts.token_DK.shape
-        owner_L = self.owner_R.index_select(0, row_L).clamp(max=decodes - 1)
-        place_L1 = self.place_R.index_select(0, row_L).unsqueeze(1)
+        owner_L = self.by.owner_R.index_select(0, row_L).clamp(max=decodes - 1)
+        place_L1 = self.by.place_R.index_select(0, row_L).unsqueeze(1)
         counts_LK = torch.arange(most, device=row_L.device) < place_L1
         return self.drafts.token_DK.index_select(0, owner_L), counts_LK

@@ -6,7 +6,8 @@ step overwrites, and a batch that is smaller than a graph's is padded with rows 
 and attend to nothing (context 0). Nothing in a step asks the host how many rows an expert got.
 
 The plain loop stays beside it; whatever a graph cannot hold (prefill rows, a batch above the largest size)
-runs plainly. Verification of k drafts is the same step with k + 1 queries a sequence.
+runs plainly. Verification of k drafts is the same step with k + 1 queries a sequence, and a prediction module
+is a step of one layer that is also given the states before it.
 
 Shape suffixes: S sequences of a graph, T = S * queries rows, P block-table columns.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -51,22 +52,30 @@ def padded_sizes(most: int, *, limit: int = 512, sizes: Sequence[int] | None = N
 
 @dataclass(frozen=True)
 class Buffers:
-    """What every graph reads and writes, made for the largest batch; a graph of S uses the first rows."""
+    """What every graph reads and writes, made for the largest batch; a graph of S uses the first rows.
+
+    `given_TD` is what a prediction module takes besides tokens. Modules leave no logits: few of their rows
+    need any. Graphs that never run between another's replay and the use of its outputs share one instance.
+    """
 
     tokens_T: Tensor
     positions_T: Tensor
     slot_T: Tensor
     block_table_SP: Tensor
     context_S: Tensor
+    given_TD: Tensor
+    pre_norm_TD: Tensor
     hidden_TD: Tensor
     logits_TV: Tensor
-    previous_TD: Tensor
 
     @classmethod
-    def blank(cls, model: DeepSeek, sequences: int, queries: int, columns: int) -> Buffers:
-        """Inputs of a step that does nothing, and room for its outputs."""
+    def blank(
+        cls, model: DeepSeek, sequences: int, queries: int, columns: int, *, module: bool = False
+    ) -> Buffers:
+        """Inputs of a step that does nothing, and room for its outputs; `module`: of a prediction module."""
         weight, rows = model.head_weight(), sequences * queries
         zeros = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        stream_TD = model.embed.weight.new_zeros(rows, model.config.hidden_size)
         table_SP = torch.zeros((sequences, columns), dtype=torch.int32, device=weight.device)
         return cls(
             tokens_T=zeros,
@@ -74,16 +83,19 @@ class Buffers:
             slot_T=torch.full_like(zeros, -1),
             block_table_SP=table_SP,
             context_S=table_SP.new_zeros(sequences),
-            hidden_TD=weight.new_zeros(rows, model.config.hidden_size),
-            logits_TV=weight.new_zeros(rows, model.config.vocab_size),
-            previous_TD=weight.new_zeros(rows, model.config.hidden_size),
+            given_TD=stream_TD.new_zeros((rows if module else 0, stream_TD.shape[1])),
+            pre_norm_TD=stream_TD,
+            hidden_TD=torch.zeros_like(stream_TD),
+            logits_TV=weight.new_zeros(0 if module else rows, model.config.vocab_size),
         )
 
     def outputs(self, rows: int) -> Replayed:
         """The first rows of what a graph wrote."""
-        return Replayed(self.hidden_TD[:rows], self.logits_TV[:rows], self.previous_TD[:rows])
+        return Replayed(self.pre_norm_TD[:rows], self.hidden_TD[:rows], self.logits_TV[:rows])
 
-    def fill(self, step: StepTensors, decode: DecodeRows, sequences: int) -> None:
+    def fill(
+        self, step: StepTensors, decode: DecodeRows, sequences: int, given_TD: Tensor | None = None
+    ) -> None:
         """Take over a step's rows and blank those that pad it to `sequences`."""
         used, rows = decode.block_table_SP.shape[0], decode.rows
         columns = decode.block_table_SP.shape[1]
@@ -92,6 +104,8 @@ class Buffers:
         self.slot_T[:rows].copy_(step.layout.slot_T)
         self.block_table_SP[:used, :columns].copy_(decode.block_table_SP)
         self.context_S[:used].copy_(decode.context_S)
+        if given_TD is not None:
+            self.given_TD[:rows].copy_(given_TD)
         if used < sequences:
             self.slot_T[rows : sequences * decode.queries].fill_(-1)
             self.context_S[used:sequences].zero_()
@@ -110,6 +124,16 @@ def collection_paused() -> Iterator[None]:
             gc.enable()
 
 
+class Pass(NamedTuple):
+    """What a graph runs: `queries` rows of each sequence (k + 1 to verify k drafts) through the model.
+
+    With `module`: through the prediction module of that depth, counted from 0.
+    """
+
+    queries: int = 1
+    module: int | None = None
+
+
 class Captured(NamedTuple):
     """A graph and how much device memory its capture took."""
 
@@ -125,9 +149,10 @@ class DecodeGraphs:
         cache: its pages.
         linear: the socket.
         exchange: the socket.
-        columns: columns of the block table, enough for the longest sequence.
+        buffers: rows and block-table columns enough for the largest size and the longest sequence.
         sizes: padded batch sizes, in rising order.
-        queries: tokens of each sequence in a step; k + 1 to verify k drafts.
+        what: the pass.
+        pool: device memory of captures, which graphs that copy their outputs away may share.
     """
 
     def __init__(
@@ -137,19 +162,20 @@ class DecodeGraphs:
         *,
         linear: Linear,
         exchange: Exchange,
-        columns: int,
+        buffers: Buffers,
         sizes: Sequence[int],
-        queries: int = 1,
+        what: Pass,
+        pool: Any = None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._linear = linear
         self._exchange = exchange
-        self._queries = queries
+        self._queries, self._module = what
         self._sizes = tuple(sizes)
-        self._buffers = Buffers.blank(model, self._sizes[-1], queries, columns)
+        self._buffers = buffers
         self._graphs: dict[int, Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
 
     def __len__(self) -> int:
         """How many batch sizes are captured."""
@@ -184,8 +210,8 @@ class DecodeGraphs:
             for size in progress(self._sizes[::-1]):
                 self._graphs[size] = self._capture(size)
 
-    def run(self, step: StepTensors) -> Replayed | None:
-        """A step of decode rows alone; None if the plain loop has to run it.
+    def run(self, step: StepTensors, given_TD: Tensor | None = None) -> Replayed | None:
+        """A step of decode rows alone, of a module with the states `given_TD`; None: the plain loop has to.
 
         The next call overwrites what this one returned, in the order of the stream.
         """
@@ -200,7 +226,7 @@ class DecodeGraphs:
         size = self.size_for(decode.block_table_SP.shape[0])
         if size is None:
             return None
-        self._buffers.fill(step, decode, size)
+        self._buffers.fill(step, decode, size, given_TD)
         self.replay(size)
         found = self._buffers.outputs(decode.rows)
         if step.sampled_S is None:
@@ -236,7 +262,12 @@ class DecodeGraphs:
         decode = DecodeRows(self._queries, buffers.block_table_SP[:size], buffers.context_S[:size])
         attend = PagedAttend(self._cache, StepLayout(buffers.slot_T[:rows], decode, None))
         sockets = Sockets(attend, self._exchange, self._linear)
-        hidden = self._model(buffers.tokens_T[:rows], buffers.positions_T[:rows], sockets)
+        tokens_T, positions_T = buffers.tokens_T[:rows], buffers.positions_T[:rows]
+        if self._module is None:
+            hidden = self._model(tokens_T, positions_T, sockets)
+            buffers.logits_TV[:rows].copy_(self._model.logits(hidden.hidden_TD, self._linear))
+        else:
+            given_TD = buffers.given_TD[:rows]
+            hidden = self._model.predict_ahead(self._module, given_TD, tokens_T, positions_T, sockets)
+        buffers.pre_norm_TD[:rows].copy_(hidden.pre_norm_TD)
         buffers.hidden_TD[:rows].copy_(hidden.hidden_TD)
-        buffers.previous_TD[:rows].copy_(self._model.mtp_input(hidden))
-        buffers.logits_TV[:rows].copy_(self._model.logits(hidden.hidden_TD, self._linear))

@@ -15,7 +15,7 @@ import torch
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend, PrefillRows, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
-from benthic.serve.graphs import DecodeGraphs
+from benthic.serve.graphs import Buffers, DecodeGraphs, Pass
 from benthic.units import binary_bytes, percent
 
 if TYPE_CHECKING:
@@ -139,8 +139,9 @@ def graph_bytes(
         cache,
         linear=linear,
         exchange=exchange,
-        columns=columns,
+        buffers=Buffers.blank(model, sizes[-1], 1, columns),
         sizes=sizes[-2:],
+        what=Pass(),
     )
     graphs.capture(iter)
     after, _ = torch.cuda.mem_get_info()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from benthic.model.local import LocalExchange
+from benthic.model.network import Hidden
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend
 from benthic.serve.columns import ColumnLinear, fastest_linear
-from benthic.serve.graphs import DecodeGraphs
-from benthic.serve.steps import StepBuilder
+from benthic.serve.graphs import Buffers, DecodeGraphs, Pass
+from benthic.serve.steps import StepBuilder, StepTensors
 from benthic.serve.tapes import DecodeTapes
 
 if TYPE_CHECKING:
@@ -20,13 +22,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from benthic.model.network import DeepSeek, Hidden
+    from benthic.model.network import DeepSeek
     from benthic.model.sockets import Exchange, Linear
     from benthic.sched.plans import StepPlan, TableWrite
     from benthic.serve.attend import StepLayout
     from benthic.serve.cache import LatentCache
     from benthic.serve.drafts import Drafts
-    from benthic.serve.steps import StepTensors
 
 LOGIT_ROWS = 256
 """Most rows of prompt logits that exist at one time: 256 rows of a 129,280-token vocabulary are 132 MB."""
@@ -115,20 +116,9 @@ class Runner:
             )
             self.tapes.warm_up()
         self.trials: dict[int, DecodeGraphs] = {}  # graphs of decodes with drafts, by queries a sequence
+        self.modules: dict[tuple[int, int], DecodeGraphs] = {}  # of prediction modules, by depth and queries
         if graph_sizes and not enforce_eager:
-            made = [
-                DecodeGraphs(
-                    model,
-                    cache,
-                    linear=self._linear,
-                    exchange=self._exchange,
-                    columns=columns,
-                    sizes=graph_sizes,
-                    queries=queries,
-                )
-                for queries in range(1, drafts + 2)
-            ]
-            self.graphs, self.trials = made[0], dict(enumerate(made[1:], start=2))
+            self._make_graphs(graph_sizes, columns, drafts)
         self.steps = StepBuilder(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -136,9 +126,39 @@ class Runner:
             device=cache.pages_LPBW.device,
         )
 
+    def _make_graphs(self, sizes: tuple[int, ...], columns: int, drafts: int) -> None:
+        """Graphs of every number of queries; captured by `build.capture`."""
+        numbers, depths = (
+            range(1, drafts + 2),
+            range(self.cache.layout.layers - self.model.config.num_hidden_layers),
+        )
+        shared = Buffers.blank(self.model, sizes[-1], numbers[-1], columns)
+        given = Buffers.blank(self.model, sizes[-1], numbers[-1], columns, module=True) if depths else shared
+        of = partial(
+            DecodeGraphs,
+            self.model,
+            self.cache,
+            linear=self._linear,
+            exchange=self._exchange,
+            sizes=sizes,
+            pool=torch.cuda.graph_pool_handle(),
+        )
+        made = {queries: of(buffers=shared, what=Pass(queries)) for queries in numbers}
+        self.graphs, self.trials = made.pop(1), made
+        self.modules = {
+            (depth, queries): of(buffers=given, what=Pass(queries, depth))
+            for depth in depths
+            for queries in numbers
+        }
+
+    @property
+    def all_graphs(self) -> tuple[DecodeGraphs, ...]:
+        """Everything to capture."""
+        return () if self.graphs is None else (self.graphs, *self.trials.values(), *self.modules.values())
+
     def release(self) -> None:
         """Give up graphs, which hold on to the group that they communicate in; steps then run as written."""
-        for graphs in () if self.graphs is None else (self.graphs, *self.trials.values()):
+        for graphs in self.all_graphs:
             graphs.release()
 
     def write(self, tables: Iterable[TableWrite]) -> None:
@@ -157,7 +177,8 @@ class Runner:
             recorded = self.trials.get(drafts.queries)
         replayed = None if recorded is None else recorded.run(step)
         if replayed is not None:
-            return StepResult(replayed.logits_TV, replayed.hidden_TD, replayed.previous_TD, step)
+            hidden = Hidden(replayed.pre_norm_TD, replayed.hidden_TD, ())
+            return StepResult(replayed.logits_TV, hidden.hidden_TD, self.model.mtp_input(hidden), step)
         hidden = self.model(step.tokens_T, step.positions_T, self._sockets(step.layout))
         hidden_TD = hidden.hidden_TD
         sampled_SD = hidden_TD if step.sampled_S is None else hidden_TD.index_select(0, step.sampled_S)
@@ -166,7 +187,16 @@ class Runner:
     def ahead(
         self, depth: int, previous_TD: Tensor, token_T: Tensor, position_T: Tensor, layout: StepLayout
     ) -> Hidden:
-        """Run one prediction module over rows of a step or of a draft; see `DeepSeek.predict_ahead`."""
+        """Run one prediction module over rows of a step or of a draft; see `DeepSeek.predict_ahead`.
+
+        The next call may overwrite what this one returned, in the order of the stream.
+        """
+        recorded = None if layout.decode is None else self.modules.get((depth, layout.decode.queries))
+        if recorded is not None:
+            step = StepTensors(token_T, position_T, layout, None, ())
+            replayed = recorded.run(step, previous_TD)
+            if replayed is not None:
+                return Hidden(replayed.pre_norm_TD, replayed.hidden_TD, ())
         return self.model.predict_ahead(depth, previous_TD, token_T, position_T, self._sockets(layout))
 
     def logits(self, hidden_SD: Tensor) -> Tensor:

@@ -289,6 +289,8 @@ class Sampler:
         Temperature and filters apply; penalties, biases and grammars do not, which costs acceptance at most.
         """
         batch = self._batch_for(request_ids)
+        if batch.all_greedy:
+            return logits_SV.argmax(-1)
         return _choose(logits_SV.to(torch.float32), batch, positions).clamp(min=0)
 
     def _batch_for(self, request_ids: tuple[str, ...]) -> Batch:

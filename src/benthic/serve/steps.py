@@ -47,9 +47,9 @@ class StepTensors:
 class Replayed(NamedTuple):
     """What a recorded step leaves in its buffers; the next replay overwrites it."""
 
+    pre_norm_TD: Tensor
     hidden_TD: Tensor
     logits_TV: Tensor
-    previous_TD: Tensor
 
 
 class StepBuilder:
@@ -123,12 +123,16 @@ class StepBuilder:
         last = [row[-1] for chunk, row in zip(chunks, rows, strict=True) if chunk.samples]
         real = np.flatnonzero(place_DQ >= 0)
         plain = not chunks and real.size == place_DQ.size
-        slot_T = self._to_device(np.concatenate([slot_DQ.ravel(), *slots]))
+        position_T, slot_T = self._to_device(
+            np.stack(
+                [np.concatenate([position_DQ.ravel(), *positions]), np.concatenate([slot_DQ.ravel(), *slots])]
+            )
+        )
         last_D = position_D + np.array(drafts.counts)
         decode = self._decode(decoding.here, last_D, drafts.queries)
         return StepTensors(
             tokens_T=self._fed_drafts(decoding, drafts, place_DQ, given),
-            positions_T=self._to_device(np.concatenate([position_DQ.ravel(), *positions])),
+            positions_T=position_T,
             layout=StepLayout(slot_T, decode, self._prefill(chunks) if chunks else None),
             sampled_S=None if plain else self._to_device(np.concatenate([real, np.array(last, np.int64)])),
             chunk_rows=rows,
@@ -181,8 +185,9 @@ class StepBuilder:
         slot_KD = np.where(step_K1 < count_D - 1, self._slots(decoding.here, position_KD), -1)
         columns = int(position_KD.max(initial=0)) // self._block_size + 1
         table_DP = self._to_device(self._table_NP[decoding.here, :columns])
-        context_KD = self._to_device((position_KD + 1).astype(np.int32))
-        rows = zip(self._to_device(position_KD), self._to_device(slot_KD), context_KD, strict=True)
+        position_KD, slot_KD = self._to_device(np.stack([position_KD, slot_KD]))
+        context_KD = (position_KD + 1).to(torch.int32)
+        rows = zip(position_KD, slot_KD, context_KD, strict=True)
         return [
             (position_D, StepLayout(slot_D, DecodeRows(1, table_DP, context_D), None))
             for position_D, slot_D, context_D in rows

@@ -159,7 +159,7 @@ class DecodeTapes:
         def forward() -> tuple[Tensor, Tensor, Tensor]:
             hidden = self._model(inputs.tokens_S, inputs.positions_S, sockets)
             logits_SV = self._model.logits(hidden.hidden_TD, self._linear)
-            return hidden.hidden_TD, logits_SV, self._model.mtp_input(hidden)
+            return hidden.pre_norm_TD, hidden.hidden_TD, logits_SV
 
         try:
             tape = record(forward, self._constants)

@@ -75,7 +75,7 @@ class Executor:
         sink: WeightGradients,
     ) -> None:
         self.config, self.mesh, self.device, self.linear = config, mesh, device, linear
-        self._exchange = exchange
+        self._exchange, self._sink = exchange, sink
         self.tally = Tally()
         self._stages = {s: ModelStage(m, s == 0, stages.buckets) for s, m in stages.models.items()}
         links = None if mesh.pipeline.handle is None else GroupLinks(mesh.pipeline.handle, device)
@@ -140,7 +140,8 @@ class Executor:
     def _objective(self, batch: Microbatch, weights: Weights) -> Objective:
         """The losses of a microbatch, whose rows the ranks of `mesh.tokens` share."""
         shards = self.mesh.tokens.size
-        return Objective(weights, self.tally, batch.rows, shards, self._mean if shards > 1 else None)
+        mean = self._mean if shards > 1 else None
+        return Objective(weights, self.tally, batch.rows, shards, mean, self._sink)
 
     def _task(self, batch: Microbatch, objective: Objective | Scored) -> Task:
         """This rank's part of a microbatch, whose tokens are on the host still."""

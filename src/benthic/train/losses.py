@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.kernels import ops
+from benthic.model.products import WeightGradients
 from benthic.train.balance import expert_counts, sequence_balance_loss
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Objective:
     """The weighted losses of one microbatch, each noted in `tally` as it is computed.
 
     rows: sequences of the microbatch. shards: ranks that share their tokens; `mean` averages over these.
+    sink: where the head's float32 sum is, if it has one: its gradient goes there in the forward pass.
     """
 
     weights: Weights
@@ -66,18 +68,19 @@ class Objective:
     rows: int
     shards: int = 1
     mean: Mean | None = None
+    sink: WeightGradients = field(default_factory=WeightGradients)
 
     def main(self, model: DeepSeek, hidden: Hidden, target_T: Tensor) -> Tensor:
         """DeepSeek-V3 report eq. (25), the part of the main head."""
-        loss = cross_entropy(model, hidden, target_T)
-        self.tally.main.append(loss.detach())
-        return loss * self.weights.main
+        loss, found = self._cross_entropy(model, hidden, target_T, self.weights.main)
+        self.tally.main.append(found)
+        return loss
 
     def ahead(self, model: DeepSeek, hidden: Hidden, target_T: Tensor, depth: int) -> Tensor:
         """Eq. (24), one depth."""
-        loss = cross_entropy(model, hidden, target_T)
-        self.tally.mtp.setdefault(depth, []).append(loss.detach())
-        return loss * self.weights.mtp[depth]
+        loss, found = self._cross_entropy(model, hidden, target_T, self.weights.mtp[depth])
+        self.tally.mtp.setdefault(depth, []).append(found)
+        return loss
 
     def routed(self, layer: int, routing: Routing, *, top_k: int, experts: int) -> Tensor:
         """Eq. (17), one layer; also counts the tokens of each expert."""
@@ -88,6 +91,16 @@ class Objective:
         loss = loss / self.shards
         self.tally.balance.append(loss.detach())
         return loss * self.weights.balance
+
+    def _cross_entropy(
+        self, model: DeepSeek, hidden: Hidden, target_T: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """`weight` times the sum of `-log p(target)` over the targets, and that sum alone; float32."""
+        head_VD = model.head_weight()
+        into_VD = self.sink.sum_of(head_VD)
+        return ops.linear_cross_entropy_sum(
+            hidden.hidden_TD, head_VD, target_T, factor=weight, into_VD=into_VD
+        )
 
 
 def weights_of(
@@ -119,11 +132,6 @@ def ahead(model: DeepSeek, hidden: Hidden, batch: Microbatch, sockets: Sockets) 
         previous_TD = model.mtp_input(hidden)
         hidden = model.predict_ahead(depth, previous_TD, batch.ahead_KT[depth], batch.positions_T, sockets)
         yield hidden
-
-
-def cross_entropy(model: DeepSeek, hidden: Hidden, target_T: Tensor) -> Tensor:
-    """Sum of `-log p(target)` over the targets, float32."""
-    return ops.linear_cross_entropy(hidden.hidden_TD, model.head_weight(), target_T).sum()
 
 
 def total(terms: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -110,9 +110,11 @@ class _Products:
         """As the products do."""
         return self.inner.input_gradient(dy, weight, ends_E, dtype=dtype)
 
-    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None) -> Tensor:
+    def weight_gradient(
+        self, dy: Kept, rows: Kept, ends_E: Tensor | None, into: Tensor | None = None
+    ) -> Tensor:
         """As the products do."""
-        return self.inner.weight_gradient(dy, rows, ends_E)
+        return self.inner.weight_gradient(dy, rows, ends_E, into)
 
 
 @dataclass(frozen=True)

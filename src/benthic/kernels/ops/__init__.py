@@ -48,6 +48,13 @@ from benthic.kernels.ops.fp8_linear import (
     quantise_fp8_weight,
     retile_fp8,
 )
+from benthic.kernels.ops.gradient_sums import (
+    ACCUMULATE,
+    ADD_GROUPED_WEIGHT_GRADIENT,
+    ADD_WEIGHT_GRADIENT,
+    accumulate,
+    add_weight_gradient,
+)
 from benthic.kernels.ops.linear_gradients import (
     GROUPED_INPUT_GRADIENT,
     GROUPED_WEIGHT_GRADIENT,
@@ -55,12 +62,19 @@ from benthic.kernels.ops.linear_gradients import (
     grouped_input_gradient,
     weight_gradient,
 )
-from benthic.kernels.ops.loss import LINEAR_CROSS_ENTROPY, linear_cross_entropy
+from benthic.kernels.ops.loss import (
+    LINEAR_CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY_SUM,
+    linear_cross_entropy,
+    linear_cross_entropy_sum,
+)
 from benthic.kernels.ops.moe import (
+    GATE_LOGITS,
     GROUPED_LINEAR,
     PERMUTE,
     ROUTE,
     UNPERMUTE,
+    gate_logits,
     grouped_linear,
     permute,
     route,
@@ -94,8 +108,10 @@ __all__ = [
     "Permuted",
     "Routing",
     "RowMaps",
+    "accumulate",
     "adamw",
     "add_rms_norm",
+    "add_weight_gradient",
     "attention",
     "copy_blocks",
     "dequantise_e5m6",
@@ -104,10 +120,12 @@ __all__ = [
     "explain",
     "fp8_linear",
     "fp8_weight_gradient",
+    "gate_logits",
     "gather_copies",
     "grouped_input_gradient",
     "grouped_linear",
     "linear_cross_entropy",
+    "linear_cross_entropy_sum",
     "mla_decode",
     "permute",
     "quantise_e5m6",
@@ -136,6 +154,7 @@ OPS: tuple[Op, ...] = (
     MLA_DECODE,
     STORE_LATENT,
     COPY_BLOCKS,
+    GATE_LOGITS,
     ROUTE,
     PERMUTE,
     UNPERMUTE,
@@ -146,7 +165,11 @@ OPS: tuple[Op, ...] = (
     GROUPED_INPUT_GRADIENT,
     WEIGHT_GRADIENT,
     GROUPED_WEIGHT_GRADIENT,
+    ADD_WEIGHT_GRADIENT,
+    ADD_GROUPED_WEIGHT_GRADIENT,
+    ACCUMULATE,
     LINEAR_CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY_SUM,
     QUANTISE_FP8,
     DEQUANTISE_FP8,
     QUANTISE_E5M6,
@@ -194,6 +217,7 @@ def _variants(op: Op, plain: Case) -> list[tuple[str, Case]]:
     if op is ATTENTION:
         variants.append(("equal lengths", plain._replace(equal=True)))
     if op is GROUPED_LINEAR:
+        variants.append(("few rows", plain._replace(few=True)))
         variants.append(("weights in columns", plain._replace(layout="columns")))
     if op.trains:
         variants.append(("training", plain._replace(grad=True)))

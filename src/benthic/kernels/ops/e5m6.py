@@ -6,11 +6,36 @@ import torch
 from torch import Tensor
 
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Op, device_type, reference
+from benthic.kernels.table import Case, Implementation, Op, device_type, reference, triton_runs
 
-QUANTISE_E5M6 = Op("quantise_e5m6", (reference("benthic.kernels.reference.e5m6:quantise"),), trains=False)
+QUANTISE_E5M6 = Op(
+    "quantise_e5m6",
+    (
+        Implementation(
+            "triton",
+            triton_runs(
+                torch.bfloat16,
+                torch.float16,
+                torch.float32,
+                reason="one pass finds a tile's scale, rounds and packs",
+            ),
+            "benthic.kernels.triton_e5m6:quantise",
+        ),
+        reference("benthic.kernels.reference.e5m6:quantise"),
+    ),
+    trains=False,
+)
 DEQUANTISE_E5M6 = Op(
-    "dequantise_e5m6", (reference("benthic.kernels.reference.e5m6:dequantise"),), trains=False
+    "dequantise_e5m6",
+    (
+        Implementation(
+            "triton",
+            triton_runs(torch.bfloat16, torch.float16, torch.float32, reason="one pass unpacks and scales"),
+            "benthic.kernels.triton_e5m6:dequantise",
+        ),
+        reference("benthic.kernels.reference.e5m6:dequantise"),
+    ),
+    trains=False,
 )
 
 
@@ -45,6 +70,6 @@ def dequantise_e5m6(
             f"{packed.shape[1]} and {scale.shape[1]}"
         )
         raise ShapeError(msg)
-    case = Case(device_type(packed), packed.dtype)
+    case = Case(device_type(packed), dtype)
     out: Tensor = DEQUANTISE_E5M6.choose(case, impl)(packed, scale, width, dtype=dtype)
     return out

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 
 from benthic.errors import ShapeError
-from benthic.kernels.table import Case, Implementation, Op, anywhere, device_type, reference
+from benthic.kernels.reference.loss import Wanted
+from benthic.kernels.table import (
+    Case,
+    Implementation,
+    Op,
+    anywhere,
+    device_type,
+    reference,
+    triton_runs,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +30,27 @@ LINEAR_CROSS_ENTROPY = Op(
             "benthic.kernels.torch_loss:linear_cross_entropy",
         ),
         reference("benthic.kernels.reference.loss:linear_cross_entropy"),
+    ),
+)
+LINEAR_CROSS_ENTROPY_SUM = Op(
+    "linear_cross_entropy_sum",
+    (
+        Implementation(
+            "triton",
+            triton_runs(
+                torch.bfloat16,
+                torch.float16,
+                torch.float32,
+                reason="library products; one kernel turns a chunk of logits into losses and gradients",
+            ),
+            "benthic.kernels.triton_loss:linear_cross_entropy_sum",
+        ),
+        Implementation(
+            "chunked",
+            anywhere("library products over chunks of tokens; gradients are made in the forward pass"),
+            "benthic.kernels.torch_loss:linear_cross_entropy_sum",
+        ),
+        reference("benthic.kernels.reference.loss:linear_cross_entropy_sum"),
     ),
 )
 
@@ -70,20 +100,69 @@ def linear_cross_entropy(
     Raises: ShapeError when operands disagree.
     Cost: logits are computed again in backward, 8 T V D FLOPs in all; memory `chunk * V` instead of `T * V`.
     """
-    if hidden_TD.shape[1] != weight_VD.shape[1] or hidden_TD.dtype != weight_VD.dtype:
-        msg = (
-            f"linear_cross_entropy: hidden is {hidden_TD.shape[1]} wide in {hidden_TD.dtype} but the head "
-            f"expects {weight_VD.shape[1]} in {weight_VD.dtype}"
-        )
-        raise ShapeError(msg)
-    if target_T.shape != hidden_TD.shape[:1]:
-        msg = (
-            f"linear_cross_entropy: {hidden_TD.shape[0]} tokens but targets of shape {tuple(target_T.shape)}"
-        )
-        raise ShapeError(msg)
+    _check("linear_cross_entropy", hidden_TD, weight_VD, target_T)
     grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     case = Case(device_type(hidden_TD), hidden_TD.dtype, grad=grad)
     loss_T, argmax_T = LINEAR_CROSS_ENTROPY.choose(case, impl)(
         hidden_TD, weight_VD, target_T, ignore_index=ignore_index, chunk=chunk
     )
     return (loss_T, argmax_T) if return_argmax else loss_T
+
+
+def linear_cross_entropy_sum(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    *,
+    factor: float = 1.0,
+    ignore_index: int = -100,
+    chunk: int | None = None,
+    into_VD: Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`factor * sum_t -log softmax(W h_t)[target_t]`, and the sum itself, which has no gradient.
+
+    The factor is known before the backward pass, so gradients are made while a chunk's logits are there.
+
+    Shapes: as `linear_cross_entropy`; `into` like the weight and at least as wide. With it, and where
+    autograd records, the gradient of the weight is added to `into` by this call (the definition does so in
+    backward) and autograd gets none; backward must then start from the loss with 1, or the gradient of hidden
+    is NaN. `chunk`: 64 MiB of logits on a CPU, 1 GiB on a GPU.
+    Returns: two scalars, float32 (float64 operands: float64).
+    Raises: ShapeError when operands disagree.
+    Cost: 6 T V D FLOPs with gradients, 2 T V D without; memory `chunk * V`, and the weight's gradient in
+    float32 until backward unless `into` takes it.
+    """
+    _check("linear_cross_entropy_sum", hidden_TD, weight_VD, target_T)
+    if into_VD is not None and into_VD.shape != weight_VD.shape:
+        msg = (
+            f"linear_cross_entropy_sum: gradients of a head {tuple(weight_VD.shape)} cannot be added to "
+            f"{tuple(into_VD.shape)}"
+        )
+        raise ShapeError(msg)
+    grad = torch.is_grad_enabled()
+    wanted = Wanted(grad and hidden_TD.requires_grad, grad and weight_VD.requires_grad)
+    case = Case(device_type(hidden_TD), hidden_TD.dtype, grad=any(wanted))
+    out: tuple[Tensor, Tensor] = LINEAR_CROSS_ENTROPY_SUM.choose(case, impl)(
+        hidden_TD,
+        weight_VD,
+        target_T,
+        factor=factor,
+        ignore_index=ignore_index,
+        chunk=chunk,
+        into_VD=into_VD,
+        wanted=wanted,
+    )
+    return out
+
+
+def _check(op: str, hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> None:
+    if hidden_TD.shape[1] != weight_VD.shape[1] or hidden_TD.dtype != weight_VD.dtype:
+        msg = (
+            f"{op}: hidden is {hidden_TD.shape[1]} wide in {hidden_TD.dtype} but the head "
+            f"expects {weight_VD.shape[1]} in {weight_VD.dtype}"
+        )
+        raise ShapeError(msg)
+    if target_T.shape != hidden_TD.shape[:1]:
+        msg = f"{op}: {hidden_TD.shape[0]} tokens but targets of shape {tuple(target_T.shape)}"
+        raise ShapeError(msg)

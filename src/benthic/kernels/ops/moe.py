@@ -23,6 +23,7 @@ from benthic.kernels.table import (
     reference,
     triton_refusal,
     triton_runs,
+    with_few_rows,
     yes,
 )
 
@@ -74,6 +75,31 @@ def _aligned(case: Case, reason: str) -> Verdict:
     return yes(reason)
 
 
+_FEW_ROWS = inference_only(
+    with_few_rows(
+        triton_runs(
+            torch.bfloat16,
+            torch.float16,
+            torch.float32,
+            reason="weights read once, as the tall operand: 3.0 TB/s on an H100",
+            dot=True,
+        )
+    )
+)
+_TRITON_ROUTE = inference_only(
+    one_dtype(triton_runs(torch.float32, reason="one kernel, where torch takes a dozen"))
+)
+
+
+def _mm_wide(case: Case) -> Verdict:
+    """A product of narrow operands that leaves in float32; torch has it on CUDA only."""
+    if case.device != "cuda" or case.dtype not in (torch.bfloat16, torch.float16):
+        return no(f"runs on cuda in bfloat16 and float16, not on {case.device} in {case.dtype}")
+    if case.mixed:
+        return no("takes operands of one dtype")
+    return yes("torch's product of narrow operands that leaves in float32: nothing is cast first")
+
+
 _NATIVE = inference_only(native_runs("one call into C"))
 _NATIVE_ROUTE = inference_only(one_dtype(native_runs("one call into C")))
 _NATIVE_GROUPED = inference_only(
@@ -84,6 +110,7 @@ ROUTE = Op(
     "route",
     (
         Implementation("native", _NATIVE_ROUTE, "benthic.kernels.native_ops:route"),
+        Implementation("triton", _TRITON_ROUTE, "benthic.kernels.triton_route:route"),
         reference("benthic.kernels.reference.moe:route"),
     ),
 )
@@ -108,6 +135,7 @@ UNPERMUTE = Op(
 GROUPED_LINEAR = Op(
     "grouped_linear",
     (
+        Implementation("few_rows", _FEW_ROWS, "benthic.kernels.triton_few_rows:grouped_linear"),
         Implementation("grouped_mm_cuda", _grouped_mm_cuda, "benthic.kernels.triton_moe:grouped_mm"),
         Implementation("native", _NATIVE_GROUPED, "benthic.kernels.native_ops:grouped_linear"),
         Implementation("grouped_mm", _grouped_mm_cpu, "benthic.kernels.torch_moe:grouped_mm"),
@@ -117,9 +145,36 @@ GROUPED_LINEAR = Op(
     ),
     typical_dims=(2048, 1408),
 )
+GATE_LOGITS = Op(
+    "gate_logits",
+    (
+        Implementation("mm_wide", inference_only(_mm_wide), "benthic.kernels.torch_moe:gate_logits"),
+        reference("benthic.kernels.reference.moe:gate_logits"),
+    ),
+    typical_dims=(2048, 64),
+)
+
+FEW_ROWS = 32
+"""Rows an expert, on average, up to which `grouped_linear` is bound by reading weights."""
 
 SCORING_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "greedy", "group_limited_greedy")
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor, *, impl: str | None = None) -> Tensor:
+    """`x W^T` in float32 of operands of any float dtype: products and sums are never narrower.
+
+    Shapes: x [T, D], weight [E, D] -> float32 [T, E].
+    Raises: ShapeError when the widths disagree.
+    """
+    if x_TD.shape[1] != weight_ED.shape[1]:
+        msg = f"gate_logits: rows are {x_TD.shape[1]} wide but the gate's weight expects {weight_ED.shape[1]}"
+        raise ShapeError(msg)
+    mixed = x_TD.dtype is not weight_ED.dtype
+    grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_ED.requires_grad)
+    case = Case(device_type(x_TD), x_TD.dtype, tuple(weight_ED.shape), grad=grad, mixed=mixed)
+    logits_TE: Tensor = GATE_LOGITS.choose(case, impl)(x_TD, weight_ED)
+    return logits_TE
 
 
 def route(  # noqa: PLR0913 (the gate's hyper-parameters, as in the model's config)
@@ -232,6 +287,7 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, *, impl: st
         x_RI.dtype,
         (weight_EOI.shape[2], weight_EOI.shape[1]),
         grad=torch.is_grad_enabled() and (x_RI.requires_grad or weight_EOI.requires_grad),
+        few=x_RI.shape[0] <= FEW_ROWS * weight_EOI.shape[0],
         layout="columns" if weight_EOI.stride(1) == 1 else "rows",
     )
     out: Tensor = GROUPED_LINEAR.choose(case, impl)(x_RI, weight_EOI, ends_E)

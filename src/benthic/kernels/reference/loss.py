@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benthic.kernels.reference.norm import wide
+
+
+class Wanted(NamedTuple):
+    """Which gradients are made."""
+
+    hidden: bool
+    weight: bool
 
 
 def linear_cross_entropy(
@@ -20,3 +29,41 @@ def linear_cross_entropy(
     logits_TV = (hidden_TD @ weight_VD.T).to(wide(hidden_TD.dtype))
     loss_T = F.cross_entropy(logits_TV, target_T.long(), reduction="none", ignore_index=ignore_index)
     return loss_T, torch.argmax(logits_TV, dim=-1)
+
+
+def linear_cross_entropy_sum(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    *,
+    factor: float,
+    ignore_index: int,
+    chunk: int | None,
+    into_VD: Tensor | None,
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor]:
+    """`factor` times the sum of all losses, and that sum without a gradient.
+
+    With `into`, the gradient of the weight is added there when the backward pass reaches it.
+    """
+    if into_VD is not None and wanted.weight:
+        weight_VD = _AddedTo.apply(weight_VD, into_VD)
+    loss_T, _ = linear_cross_entropy(hidden_TD, weight_VD, target_T, ignore_index=ignore_index, chunk=chunk)
+    total = loss_T.sum()
+    return total * factor, total.detach()
+
+
+class _AddedTo(torch.autograd.Function):
+    """The weight itself, whose gradient goes into a sum and no further."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, into: Tensor) -> Tensor:
+        """Remember the sum."""
+        ctx.into = into
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        """Add."""
+        ctx.into.add_(grads[0])
+        return None, None

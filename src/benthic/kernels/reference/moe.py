@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benthic.kernels.reference.norm import wide
 
@@ -42,6 +43,11 @@ class Permuted(NamedTuple):
     rows_RD: Tensor
     ends_E: Tensor
     maps: RowMaps
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """`x W^T` in float32."""
+    return F.linear(x_TD.float(), weight_ED.float())
 
 
 def route(  # noqa: PLR0913 (the gate's hyper-parameters)
@@ -167,3 +173,17 @@ def grouped_weight_gradient(dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor, *, dtyp
             out_EOI[expert] = weight_gradient(dy_RO[start:end], x_RI[start:end], dtype=dtype)
         start = end
     return out_EOI
+
+
+def add_weight_gradient(into: Tensor, dy_RO: Tensor, x_RI: Tensor) -> None:
+    """`into += dy^T x`, multiplied and summed in into's dtype."""
+    into.addmm_(dy_RO.to(into.dtype).T, x_RI.to(into.dtype))
+
+
+def add_grouped_weight_gradient(into_EOI: Tensor, dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> None:
+    """`into_e += dy_e^T x_e` over the rows of each expert."""
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            add_weight_gradient(into_EOI[expert], dy_RO[start:end], x_RI[start:end])
+        start = end

@@ -39,3 +39,8 @@ def adamw(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor, by: A
     master.mul_(1.0 - by.decay)
     root = new_second.div(by.correction).sqrt_().add_(by.eps)
     master.addcdiv_(new_first, root, value=-by.step_size)
+
+
+def accumulate(into: Tensor, x: Tensor) -> None:
+    """`into += x`, x widened first."""
+    into.add_(x.to(into.dtype))

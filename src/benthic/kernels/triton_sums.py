@@ -1,0 +1,29 @@
+"""A kernel that adds narrow gradients to float32 sums: torch's loses its vectors where dtypes differ."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+_BLOCK = 4096
+
+
+@triton.jit
+def _accumulate(sum_ptr, x_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(sum_ptr + at, tl.load(sum_ptr + at, mask=mask, other=0.0) + x, mask=mask)
+
+
+def accumulate(into, x):
+    """See `benthic.kernels.ops.accumulate`; both are contiguous."""
+    count = x.numel()
+    if count:
+        _accumulate[(triton.cdiv(count, _BLOCK),)](into, x, count, BLOCK=_BLOCK, num_warps=8)
+
+
+def add_grouped_mm(into, dy_RO, x_RI, ends_E):
+    """See `benthic.kernels.ops.add_weight_gradient`: rounded to the operands' dtype, then added."""
+    accumulate(into, F.grouped_mm(dy_RO.contiguous().t(), x_RI, offs=ends_E))
