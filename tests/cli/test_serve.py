@@ -72,6 +72,13 @@ def test_a_config_that_contradicts_itself_or_a_broken_tokenizer_names_the_fault(
     assert "n_group" in fails("serve", str(folder), "--port", "0")
 
 
+def test_a_model_that_does_not_divide_is_refused_before_anything_starts(folder: Path, fails: Fails) -> None:
+    error = fails("serve", str(folder), "--port", "0", "--tensor-parallel-size", "3")
+    assert "num_attention_heads = 4 does not divide over tensor_parallel_size = 3" in error
+    error = fails("serve", str(folder), "--port", "0", "-tp", "16", "--enable-expert-parallel")
+    assert "n_routed_experts = 8 does not divide over tensor_parallel_size = 16" in error
+
+
 def test_a_port_in_use_is_an_error_before_the_model_is_looked_at(fails: Fails) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -91,6 +98,10 @@ def test_a_port_in_use_is_an_error_before_the_model_is_looked_at(fails: Fails) -
         (("a", "--block-size", "0"), "--block-size"),
         (("a", "--dtype", "int3"), "int3"),
         (("a", "--port", "70000"), "--port"),
+        (("a", "--tensor-parallel-size", "0"), "--tensor-parallel-size"),
+        (("a", "--kv-port", "5000", "--decode", "2"), "--kv-port 5000"),
+        (("a", "-tp", "2", "--prefill", "1", "--decode", "1"), "--prefill 1 --decode 1 takes engines of 1"),
+        (("a", "--tensor-parallel-size", "2", "--kv-port", "5000"), "--kv-port 5000 takes engines of 1 rank"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_refused(flags: tuple[str, ...], words: str, fails: Fails) -> None:

@@ -75,6 +75,24 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             min=0, help="Seconds that requests may go on after SIGTERM or Ctrl-C.", rich_help_panel=HTTP
         ),
     ] = 30.0,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size",
+            "-tp",
+            min=1,
+            help="Devices that hold a shard of the model each and compute every step together.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = 1,
+    enable_expert_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--enable-expert-parallel",
+            help="Each of these devices holds whole experts, not a part of every one.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = False,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -281,6 +299,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     from benthic.serve.service import ServiceSettings  # noqa: PLC0415
     from benthic.serve.tokenizer import Tokenizer  # noqa: PLC0415
     from benthic.spec.objectives import Objectives  # noqa: PLC0415
+    from benthic.spec.shard import Shard  # noqa: PLC0415
 
     folder = _one_model(model, model_flag)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
@@ -290,6 +309,8 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         load_format=load_format.value,
         quantization=quantization.value,
         kv_cache_dtype=kv_cache_dtype.value,
+        tensor_parallel_size=tensor_parallel_size,
+        enable_expert_parallel=enable_expert_parallel,
         enforce_eager=enforce_eager,
         async_scheduling=async_scheduling,
         cudagraph_capture_sizes=tuple(cudagraph_capture_sizes or ()),
@@ -320,14 +341,10 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         access_log=not disable_uvicorn_access_log,
         otlp_traces_endpoint=otlp_traces_endpoint,
     )
-    if kv_port is not None and (prefill or decode):
-        msg = (
-            f"--kv-port {kv_port} makes one engine part of others' fleets, but --prefill {prefill} and "
-            f"--decode {decode} start a fleet of its own. Choose one."
-        )
-        raise ConfigError(msg)
+    launch.check_instances(tensor_parallel_size, prefill=prefill, decode=decode, kv_port=kv_port)
     bound = launch.bind(host, port)
-    launch.check_checkpoint(folder, weights=load_format is LoadFormat.auto)
+    config = launch.check_checkpoint(folder, weights=load_format is LoadFormat.auto)
+    Shard(size=tensor_parallel_size, whole_experts=enable_expert_parallel).check(config)
     tokenizer = Tokenizer.from_folder(folder)
     template = launch.read_template(tokenizer, chat_template)
     parts = server.Parts(

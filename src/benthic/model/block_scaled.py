@@ -136,7 +136,7 @@ def load_block_scaled(
     with opened.source as source:
         opened.check(Table.of(opened.config))
         for param in parameters(opened.config):
-            if _stays(param, source):
+            if stays_narrow(param, source):
                 tiles = _read_tiles(source, param, opened.config, device)
                 state[param.name], scales[param.name] = tiles
             else:
@@ -148,7 +148,8 @@ def load_block_scaled(
     return model, scales
 
 
-def _stays(param: Param, source: Source) -> bool:
+def stays_narrow(param: Param, source: Source) -> bool:
+    """Whether a parameter is served in FP8 as the checkpoint stores it."""
     stored = {source.tensors[tensor.name].dtype for tensor in param.hf if not tensor.duplicate}
     return param.fp8 and stored == {FP8_CODE} and not param.name.endswith(WIDENED)
 
@@ -164,14 +165,14 @@ def _read_tiles(source: Source, param: Param, config: ModelConfig, device: torch
             continue
         piece = source.read(tensor.name)
         if param.rope_rows and config.rope_interleave:
-            order = _order_within_blocks(param)
+            order = order_within_blocks(param)
             piece = piece.view(torch.uint8)[order].view(torch.float8_e4m3fn)
         values[tensor.index].copy_(piece)
         scale[tensor.index].copy_(source.read(tensor.name + SCALE_SUFFIX))
     return Fp8(values, scale)
 
 
-def _order_within_blocks(param: Param) -> Tensor:
+def order_within_blocks(param: Param) -> Tensor:
     """Where module rows come from, for rows that share a block's scale before and after.
 
     Raises:

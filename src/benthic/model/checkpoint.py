@@ -169,7 +169,7 @@ def assemble(
 ) -> Tensor:
     """The parameter, filled from its tensors, dequantised where they are FP8."""
     own = [t for t in param.hf if not t.duplicate]
-    kind = _loaded_dtype(source, own[0], dtype)
+    kind = loaded_dtype(source, own[0], dtype)
     value = torch.empty(param.shape, dtype=kind, device=device)
     for tensor in own:
         piece = read_weight(source, tensor.name, kind, device)
@@ -179,7 +179,8 @@ def assemble(
     return value
 
 
-def _loaded_dtype(source: Source, tensor: HFTensor, dtype: torch.dtype | None) -> torch.dtype:
+def loaded_dtype(source: Source, tensor: HFTensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a parameter is loaded as: `dtype`, else as stored (FP8 as bfloat16); router biases as float32."""
     if tensor.precision == "fp32":
         return torch.float32
     if dtype is not None:

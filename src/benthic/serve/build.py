@@ -23,6 +23,9 @@ from benthic.model.block_scaled import (
 )
 from benthic.model.checkpoint import load_pretrained
 from benthic.model.dummy import random_weights
+from benthic.model.local import LocalExchange
+from benthic.model.sharded import load_shard
+from benthic.parallel.divided import exchange_for
 from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
 from benthic.serve.cache import CacheLayout, CacheSize, LatentCache, size_by_bytes, size_by_utilization
@@ -41,8 +44,12 @@ if TYPE_CHECKING:
 
     from benthic.model.block_scaled import Scales
     from benthic.model.network import DeepSeek
+    from benthic.parallel.team import Team
+    from benthic.serve.graphs import Progress
     from benthic.serve.options import EngineOptions
+    from benthic.serve.runner import Lead
     from benthic.spec.model import ModelConfig
+    from benthic.spec.shard import Shard
 
 logger = logging.getLogger("benthic.serve.engine")
 
@@ -70,6 +77,15 @@ class Parts:
     grammars: Grammars | None = None
 
 
+@dataclass(frozen=True)
+class Rank:
+    """One of several ranks that compute an engine's steps together; `lead` on rank 0 alone."""
+
+    shard: Shard
+    team: Team
+    lead: Lead | None
+
+
 def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
     """Load the weights in `path` and assemble an engine's parts.
 
@@ -77,6 +93,21 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
         CheckpointError: the folder cannot be read.
         ConfigError: the options contradict the model or the machine.
     """
+    device, dtype = prepare(options)
+    model, scales = load_weights(path, options, device, dtype)
+    eos = eos_token_ids(path, model.config)
+    return with_grammars(assemble(model, options, model_name=path.name, eos=eos, scales=scales), path)
+
+
+def with_grammars(parts: Parts, path: Path) -> Parts:
+    """The parts, able to follow grammars where there is a tokenizer in `path`."""
+    ready = parts.ready
+    grammars = Grammars.from_folder(path, vocab_size=ready.vocab_size, eos=ready.eos_token_ids)
+    return replace(parts, grammars=grammars)
+
+
+def prepare(options: EngineOptions) -> tuple[torch.device, torch.dtype | None]:
+    """Set this process up for the device; returns it and what weights become (None: as stored)."""
     device = torch.device(options.device)
     if device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current GPU, wherever its operands are
@@ -86,29 +117,32 @@ def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
         torch.set_num_threads(options.num_threads)
     elif device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
-    dtype = DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else None)
-    model, scales = load_weights(path, options, device, dtype)
-    eos = eos_token_ids(path, model.config)
-    parts = assemble(model, options, model_name=path.name, eos=eos, scales=scales)
-    return replace(parts, grammars=Grammars.from_folder(path, vocab_size=model.config.vocab_size, eos=eos))
+    return device, DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else None)
 
 
 def load_weights(
-    path: Path, options: EngineOptions, device: torch.device, dtype: torch.dtype | None
+    path: Path,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    shard: Shard | None = None,
 ) -> tuple[DeepSeek, Scales]:
-    """The model, and the scales of weights that stay in FP8.
+    """The model, or a shard of it, and the scales of weights that stay in FP8.
 
     A checkpoint's FP8 weights stay as they are on a GPU and are widened on a CPU, unless `quantization` says
     otherwise.
 
     Raises: as `load_pretrained`.
     """
+    mtp = drafts_with_mtp(options)
     if options.load_format == "dummy":
         config = hf.read(path).config
-        return random_weights(config, device, dtype, seed=options.seed, mtp=drafts_with_mtp(options)), {}
+        return random_weights(config, device, dtype, seed=options.seed, mtp=mtp, shard=shard), {}
     kept = options.quantization == "fp8" or (options.quantization == "auto" and device.type == "cuda")
-    mtp = drafts_with_mtp(options)
-    if kept and stored_in_fp8(path):
+    narrow_ones = kept and stored_in_fp8(path)
+    if shard is not None:
+        return load_shard(path, shard, device=device, dtype=dtype, mtp=mtp, narrow=narrow_ones)
+    if narrow_ones:
         return load_block_scaled(path, device=device, dtype=dtype, mtp=mtp)
     return load_pretrained(path, device=device, dtype=dtype, mtp=mtp), {}
 
@@ -142,8 +176,12 @@ def assemble(
     model_name: str,
     eos: tuple[int, ...],
     scales: Scales | None = None,
+    rank: Rank | None = None,
 ) -> Parts:
     """Size the cache and make runner and scheduler for a loaded model.
+
+    `rank` says which shard of it is here, if not all of it; every rank must call it, and all get the cache
+    that fits on each.
 
     `scales` belong to weights that are in FP8 already; with `quantization = "fp8"` and none, they are
     quantised here, in place.
@@ -151,6 +189,7 @@ def assemble(
     Raises:
         ConfigError: `max_model_len` is longer than the model's context, or the cache does not fit.
     """
+    check_ranks(options, rank)
     if not scales and options.quantization == "fp8":
         scales = narrow(model)
     config = model.config
@@ -164,21 +203,32 @@ def assemble(
         mtp_layers=ahead,
     )
     linear = block_scaled_linear(model, scales) if scales else fastest_linear(model)
+    experts = LocalExchange(config.n_routed_experts) if rank is None else exchange_for(config, rank.shard)
     sizes = graph_sizes(options, weight.device)
     use: MemoryUse | None = None
     if weight.device.type == "cuda":
         use = measure_use(
-            model, layout, options, linear=linear, graph_sizes=sizes, max_model_len=max_model_len
+            model,
+            layout,
+            options,
+            linear=linear,
+            exchange=experts,
+            graph_sizes=sizes,
+            max_model_len=max_model_len,
         )
     if use is not None and speculative is not None:
         # each number of drafts has graphs of its own; they are taken to cost what those without drafts do
         use = replace(use, graphs=use.graphs * (1 + speculative.num_speculative_tokens))
     reserve = ACTIVATION_BYTES if use is None else use.reserve
     size = cache_size(layout, options, max_model_len, weight.device, reserve=reserve)
+    if rank is not None:
+        size = replace(size, num_blocks=rank.team.least(size.num_blocks))
     shared = options.share_pages and weight.device.type == "cpu"
     memory = MappedPages(size.num_blocks * layout.block_bytes) if shared else None
     cache = LatentCache(layout, size.num_blocks, weight.device, memory)
-    report(size, use, options, cache, ahead)
+    leads = rank is None or rank.lead is not None
+    if leads:
+        report(size, use, options, cache, ahead)
     batching = BatchingConfig(
         num_blocks=size.num_blocks,
         block_size=options.block_size,
@@ -207,12 +257,25 @@ def assemble(
         max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
         linear=linear,
-        enforce_eager=options.enforce_eager,
+        enforce_eager=options.enforce_eager or (rank is not None and not sizes),  # tapes hold no collectives
         graph_sizes=sizes,
         drafts=batching.num_speculative_tokens,
+        exchange=experts,
+        lead=None if rank is None else rank.lead,
     )
-    capture(runner)
+    capture(runner, capture_progress if leads else iter)
     return Parts(runner, scheduler, ready, size, use)
+
+
+def check_ranks(options: EngineOptions, rank: Rank | None) -> None:
+    """Raises: ConfigError when this process is not one of as many ranks as the options ask for."""
+    asked, there = options.tensor_parallel_size, 1 if rank is None else rank.shard.size
+    if asked != there:
+        msg = (
+            f"tensor_parallel_size = {asked}, but this engine runs on {there}. Only `benthic serve "
+            "--tensor-parallel-size` starts several, and not for prefill and decode instances."
+        )
+        raise ConfigError(msg)
 
 
 def report(
@@ -227,10 +290,10 @@ def report(
         logger.info("memory: %s", line)
 
 
-def capture(runner: Runner) -> None:
+def capture(runner: Runner, progress: Progress) -> None:
     """Capture the runner's CUDA graphs, if it is to have any."""
     for graphs in runner.all_graphs:
-        graphs.capture(capture_progress)
+        graphs.capture(progress)
         took = binary_bytes(graphs.num_bytes)
         what = "CUDA graphs of %d rows a sequence: %d batch sizes up to %d took %s"
         logger.info(what, graphs.queries, len(graphs), graphs.sizes[-1], took)

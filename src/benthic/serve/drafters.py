@@ -55,6 +55,14 @@ class Drafter(Protocol):
         ...
 
 
+class Guesser(Protocol):
+    """Makes drafts of logits; a `Sampler` does."""
+
+    def guess(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Tensor:
+        """The token that each row would draw at these positions, or nearly; int64."""
+        ...
+
+
 def drafter_for(options: EngineOptions, runner: Runner, sampler: Sampler) -> Drafter | None:
     """The drafter that the options ask for."""
     chosen = options.speculative
@@ -129,7 +137,7 @@ class MtpDrafter:
         max_num_seqs: scheduler slots.
     """
 
-    def __init__(self, runner: Runner, sampler: Sampler, max_num_seqs: int) -> None:
+    def __init__(self, runner: Runner, sampler: Guesser, max_num_seqs: int) -> None:
         self._runner = runner
         self._sampler = sampler
         self._model = runner.model

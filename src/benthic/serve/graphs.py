@@ -236,13 +236,18 @@ class DecodeGraphs:
         """Launch the graph of a size on whatever the buffers hold."""
         self._graphs[size].graph.replay()
 
+    def release(self) -> None:
+        """Give up the graphs: NCCL waits for those that hold its kernels before it takes a group down."""
+        self._graphs.clear()
+
     def _capture(self, size: int) -> Captured:
         self._forward(size)  # compiles and loads kernels, which a capture must not do
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before, _ = torch.cuda.mem_get_info()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: the thread that watches NCCL asks for events while collectives are captured
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._forward(size)
         after, _ = torch.cuda.mem_get_info()
         return Captured(graph, max(0, before - after))

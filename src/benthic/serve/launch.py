@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from benthic.errors import ConfigError, NotACheckpointError, ServeError
+from benthic.serve import followers
 from benthic.serve.chat_template import ChatTemplate
 from benthic.serve.sampling_defaults import SamplingDefaults
 from benthic.serve.tools import AnswerFormats
@@ -25,6 +26,8 @@ logger = logging.getLogger("benthic.serve.engine")
 
 def load_engine(path: Path, options: EngineOptions) -> EngineLike:
     """Build the engine; runs in the engine process, the only one that loads torch."""
+    if options.tensor_parallel_size > 1:
+        followers.prepare()
     import torch  # noqa: PLC0415 (the HTTP process imports this module and must stay light)
 
     from benthic.serve.engine import Engine  # noqa: PLC0415
@@ -34,6 +37,10 @@ def load_engine(path: Path, options: EngineOptions) -> EngineLike:
     if options.device == "auto":
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
         logger.info("device: %s (chosen by --device auto)", options.device)
+    if options.tensor_parallel_size > 1:
+        from benthic.serve.spread import SpreadEngine  # noqa: PLC0415 (only this engine needs other ranks)
+
+        return SpreadEngine.from_pretrained(path, options)
     return Engine.from_pretrained(path, options)
 
 
@@ -59,6 +66,27 @@ def check_checkpoint(path: Path, *, weights: bool = True) -> ModelConfig:
         )
         raise NotACheckpointError(msg)
     return hf.read(path / "config.json").config
+
+
+def check_instances(ranks: int, *, prefill: int, decode: int, kv_port: int | None) -> None:
+    """Refuse ways of running that exclude each other.
+
+    Raises:
+        ConfigError: naming the flags.
+    """
+    if kv_port is not None and (prefill or decode):
+        msg = (
+            f"--kv-port {kv_port} makes one engine part of others' fleets, but --prefill {prefill} and "
+            f"--decode {decode} start a fleet of its own. Choose one."
+        )
+        raise ConfigError(msg)
+    if ranks > 1 and (kv_port is not None or prefill or decode):
+        alone = f"--kv-port {kv_port}" if kv_port is not None else f"--prefill {prefill} --decode {decode}"
+        msg = (
+            f"--tensor-parallel-size {ranks}, but {alone} takes engines of 1 rank: blocks are not moved "
+            "between several. Leave out one or the other."
+        )
+        raise ConfigError(msg)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benthic.model.local import LocalExchange
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend, PrefillRows, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benthic.model.network import DeepSeek
-    from benthic.model.sockets import Linear
+    from benthic.model.sockets import Exchange, Linear
     from benthic.serve.options import EngineOptions
 
 SAMPLING_COPIES = 6
@@ -65,6 +64,7 @@ def measure_use(
     options: EngineOptions,
     *,
     linear: Linear,
+    exchange: Exchange,
     graph_sizes: Sequence[int],
     max_model_len: int,
 ) -> MemoryUse:
@@ -75,11 +75,15 @@ def measure_use(
     device = model.head_weight().device
     weights = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
     cache = LatentCache(layout, 1, device)
-    activations = peak_of_step(model, cache, options, linear=linear, max_model_len=max_model_len)
+    activations = peak_of_step(
+        model, cache, options, linear=linear, exchange=exchange, max_model_len=max_model_len
+    )
     graphs = 0
     if graph_sizes:
         columns = -(-max_model_len // layout.block_size)
-        graphs = graph_bytes(model, cache, linear=linear, sizes=graph_sizes, columns=columns)
+        graphs = graph_bytes(
+            model, cache, linear=linear, exchange=exchange, sizes=graph_sizes, columns=columns
+        )
     del cache
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
@@ -90,7 +94,13 @@ def measure_use(
 
 @torch.inference_mode()
 def peak_of_step(
-    model: DeepSeek, cache: LatentCache, options: EngineOptions, *, linear: Linear, max_model_len: int
+    model: DeepSeek,
+    cache: LatentCache,
+    options: EngineOptions,
+    *,
+    linear: Linear,
+    exchange: Exchange,
+    max_model_len: int,
 ) -> int:
     """Bytes that a step of fresh prompts adds at its peak, or sampling `max_num_seqs` rows after it."""
     device = model.head_weight().device
@@ -100,7 +110,7 @@ def peak_of_step(
     prefill = PrefillRows(bounds, bounds, longest, longest, None)
     tokens_T = torch.arange(rows, device=device) % model.config.vocab_size
     attend = PagedAttend(cache, StepLayout(torch.full_like(tokens_T, -1), None, prefill))
-    sockets = Sockets(attend, LocalExchange(model.config.n_routed_experts), linear)
+    sockets = Sockets(attend, exchange, linear)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -113,7 +123,13 @@ def peak_of_step(
 
 
 def graph_bytes(
-    model: DeepSeek, cache: LatentCache, *, linear: Linear, sizes: Sequence[int], columns: int
+    model: DeepSeek,
+    cache: LatentCache,
+    *,
+    linear: Linear,
+    exchange: Exchange,
+    sizes: Sequence[int],
+    columns: int,
 ) -> int:
     """Bytes that graphs of all sizes will take: those of the two largest, and for each other the second's."""
     torch.cuda.empty_cache()
@@ -122,7 +138,7 @@ def graph_bytes(
         model,
         cache,
         linear=linear,
-        exchange=LocalExchange(model.config.n_routed_experts),
+        exchange=exchange,
         buffers=Buffers.blank(model, sizes[-1], 1, columns),
         sizes=sizes[-2:],
         what=Pass(),

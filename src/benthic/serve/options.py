@@ -27,6 +27,9 @@ class EngineOptions:
             draws weights by `seed`, the same in every instance, to measure speed without a checkpoint.
         quantization: "auto" keeps the FP8 weights of a checkpoint as they are on a GPU and widens them on a
             CPU; "fp8" keeps them anywhere, and quantises others (128 x 128 blocks); "none" widens them.
+        tensor_parallel_size: ranks, each on a device of its own, that hold a shard of the model and compute
+            every step together; on GPUs they take those from `device` on.
+        enable_expert_parallel: each of them holds whole experts instead of a part of every expert's width.
         kv_cache_dtype: "auto" stores latents as activations are; "fp8" (or "fp8_e4m3") in E4M3, unscaled.
         max_model_len: longest prompt plus output; None takes the model's `max_position_embeddings`.
         max_num_seqs: most sequences in one step.
@@ -58,6 +61,8 @@ class EngineOptions:
     dtype: DtypeName = "auto"
     load_format: LoadFormatName = "auto"
     quantization: QuantizationName = "auto"
+    tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     kv_cache_dtype: CacheDtypeName = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -84,6 +89,7 @@ class EngineOptions:
         problems = [
             f"{name} = {value}, but it must be at least 1"
             for name, value in (
+                ("tensor_parallel_size", self.tensor_parallel_size),
                 ("max_model_len", self.max_model_len),
                 ("max_num_seqs", self.max_num_seqs),
                 ("max_num_batched_tokens", self.max_num_batched_tokens),

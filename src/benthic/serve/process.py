@@ -7,8 +7,10 @@ join them, one each way, encoded by msgspec.
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
@@ -22,11 +24,12 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 import msgspec
 import zmq
 
-from benthic.errors import AdmissionError, BenthicError, OverloadedError
+from benthic.errors import AdmissionError, BenthicError, OverloadedError, PeerLostError
 from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
+    from typing import NoReturn
 
 logger = logging.getLogger("benthic.serve.engine")
 
@@ -38,6 +41,9 @@ HEARTBEAT_S = 1.0
 
 STATS_S = 0.25
 """A busy engine reports its totals at most this often."""
+
+LAST_WORDS_S = 0.5
+"""How long an engine's last message may take to leave the process."""
 
 
 class EngineLike(Protocol):
@@ -80,6 +86,19 @@ class Wakeable(Protocol):
 
     def wake(self) -> None:
         """Do what is due."""
+        ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """An engine whose work other processes share: it can be lost through them, and has to let them go."""
+
+    def watch(self, last_words: Callable[[str], None]) -> None:
+        """Call `last_words`, from another thread, when one is lost and the engine cannot notice."""
+        ...
+
+    def leave(self) -> None:
+        """Let them go; the engine can do nothing more."""
         ...
 
 
@@ -144,9 +163,11 @@ def engine_main(factory: EngineFactory, pipes: Pipes, log_level: int) -> None:
     inbox, outbox = as_pipe(context.socket(zmq.PULL)), as_pipe(context.socket(zmq.PUSH))
     inbox.bind(pipes.requests)
     outbox.connect(pipes.replies)
-    loop = EngineLoop(inbox, outbox)
+    loop = EngineLoop(inbox, outbox, functools.partial(last_words, context, pipes))
     try:
         orphaned = loop.run(factory)
+    except PeerLostError as error:
+        last_words(context, pipes, str(error))
     except BenthicError as error:
         loop.send([Fatal(message=str(error))])
         sys.exit(1)
@@ -163,12 +184,22 @@ def engine_main(factory: EngineFactory, pipes: Pipes, log_level: int) -> None:
         pipes.remove()
 
 
+def last_words(context: zmq.Context, pipes: Pipes, message: str) -> NoReturn:
+    """Say why this process ends and end it at once, whatever its other threads wait for."""
+    outbox = as_pipe(context.socket(zmq.PUSH))
+    outbox.connect(pipes.replies)
+    outbox.send(msgspec.msgpack.encode([Fatal(message=message)]))
+    time.sleep(LAST_WORDS_S)
+    os._exit(1)
+
+
 class EngineLoop:
     """Takes messages without waiting while there is work, and waits for them when there is none."""
 
-    def __init__(self, inbox: zmq.Socket, outbox: zmq.Socket) -> None:
+    def __init__(self, inbox: zmq.Socket, outbox: zmq.Socket, last_words: Callable[[str], None]) -> None:
         self._inbox = inbox
         self._outbox = outbox
+        self._last_words = last_words
         self._decode = msgspec.msgpack.Decoder(Request).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._draining = False
@@ -185,6 +216,16 @@ class EngineLoop:
         engine = factory()
         if isinstance(engine, Wakeable):
             self._poller.register(engine.wake_fd, zmq.POLLIN)
+        shared = engine if isinstance(engine, Shared) else None
+        if shared is not None:
+            shared.watch(self._last_words)
+        try:
+            return self._serve(engine)
+        finally:
+            if shared is not None:
+                shared.leave()
+
+    def _serve(self, engine: EngineLike) -> bool:
         self.send([engine.ready(), engine.stats()])
         was_busy = False
         while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.network import DeepSeek
-    from benthic.model.sockets import Linear
+    from benthic.model.sockets import Exchange, Linear
     from benthic.sched.plans import StepPlan, TableWrite
     from benthic.serve.attend import StepLayout
     from benthic.serve.cache import LatentCache
@@ -53,6 +53,22 @@ class StepResult:
         return self.step.chunk_rows
 
 
+class Lead(Protocol):
+    """Tells others, who hold the other shards of the model, what is about to run: they must run it too."""
+
+    def step(self, plan: StepPlan, drafts: Drafts | None) -> None:
+        """A step."""
+        ...
+
+    def score(self, rows: range) -> None:
+        """Logits of some rows of the latest step."""
+        ...
+
+    def newest(self, slots: tuple[int, ...], token_S: Tensor) -> None:
+        """Nothing, but these are the newest tokens of these slots."""
+        ...
+
+
 class Runner:
     """One model on one device with its cache.
 
@@ -66,9 +82,12 @@ class Runner:
         enforce_eager: run every step as it is written, without tapes.
         graph_sizes: padded batch sizes for which `capture` makes CUDA graphs.
         drafts: most drafts of a sequence; every number of them up to this gets graphs of its own.
+        exchange: how rows reach experts; None where all of them are here.
+        lead: who else runs the same steps; None when nobody does, or where this runner is the one that is
+        told.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what a step depends on)
         self,
         model: DeepSeek,
         cache: LatentCache,
@@ -79,11 +98,14 @@ class Runner:
         enforce_eager: bool = False,
         graph_sizes: tuple[int, ...] = (),
         drafts: int = 0,
+        exchange: Exchange | None = None,
+        lead: Lead | None = None,
     ) -> None:
         self.cache = cache
         self.model = model.eval()
         self._linear = fastest_linear(model) if linear is None else linear
-        self._exchange = LocalExchange(model.config.n_routed_experts)
+        self._exchange = LocalExchange(model.config.n_routed_experts) if exchange is None else exchange
+        self._lead = lead
         self.tapes: DecodeTapes | None = None  # None: every step runs as it is written
         self.graphs: DecodeGraphs | None = None  # on a GPU what tapes are on a CPU
         columns = -(-max_model_len // cache.layout.block_size)
@@ -134,6 +156,11 @@ class Runner:
         """Everything to capture."""
         return () if self.graphs is None else (self.graphs, *self.trials.values(), *self.modules.values())
 
+    def release(self) -> None:
+        """Give up graphs, which hold on to the group that they communicate in; steps then run as written."""
+        for graphs in self.all_graphs:
+            graphs.release()
+
     def write(self, tables: Iterable[TableWrite]) -> None:
         """Apply a plan's block-table writes; a second time changes nothing."""
         self.steps.write(tables)
@@ -141,6 +168,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan, drafts: Drafts | None = None) -> StepResult:
         """Compute one step, verifying `drafts`. Cost: one forward pass of `plan.num_tokens` rows."""
+        if self._lead is not None:
+            self._lead.step(plan, drafts)
         self.write(plan.tables)
         step = self.steps.build(plan, drafts)
         recorded = self.tapes if self.graphs is None else self.graphs
@@ -181,10 +210,14 @@ class Runner:
     def row_logits(self, result: StepResult, rows: range) -> Iterator[Tensor]:
         """Logits of some rows of a step, `LOGIT_ROWS` at a time (for prompt log-probabilities)."""
         for start in range(rows.start, rows.stop, LOGIT_ROWS):
-            some_TD = result.hidden_TD[start : min(start + LOGIT_ROWS, rows.stop)]
-            yield self.logits(some_TD)
+            some = range(start, min(start + LOGIT_ROWS, rows.stop))
+            if self._lead is not None:
+                self._lead.score(some)
+            yield self.logits(result.hidden_TD[some.start : some.stop])
 
     @torch.inference_mode()
     def remember(self, slots: tuple[int, ...], token_S: Tensor) -> None:
         """Note the newest token of each slot, which its next decode row feeds; nothing waits."""
+        if self._lead is not None:
+            self._lead.newest(slots, token_S)
         self.steps.remember(slots, token_S)

@@ -1,0 +1,186 @@
+"""The other ranks of an engine, seen from rank 0: processes that are started, told, watched and let go."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import threading
+import time
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from typing import TYPE_CHECKING, Final
+
+from benthic.errors import PeerLostError
+from benthic.serve.commands import Answer, Failed, Here, Leave, decode_answer, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+    from benthic.serve.commands import Command
+
+    Body = Callable[[int, Connection], None]
+
+FOUND_S: Final = 10.0
+"""How long to look for the rank that is to blame when another one has lost it."""
+
+GRACE_S: Final = 5.0
+"""How long rank 0 may take to notice by itself that a rank has ended; with NCCL it may not notice at all."""
+
+PRELOADED: Final = "benthic.serve.follow"
+"""What the server imports from which ranks are forked: torch once, not once a rank, and nothing of CUDA."""
+
+LEAVE_S: Final = 5.0
+"""How long ranks may take to leave before they are killed."""
+
+
+def prepare() -> None:
+    """Start the server from which ranks are forked: it then imports torch while this process does.
+
+    It inherits which signals are ignored, and so do the ranks.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
+    forkserver.ensure_running()
+
+
+@dataclass
+class Link:
+    """One rank's process and the pipe to it; `failure` is what it said before its end."""
+
+    rank: int
+    process: BaseProcess
+    pipe: Connection
+    failure: Failed | None = None
+
+    def read(self) -> Answer | None:
+        """What it has said and nobody has read; None when that is nothing, or it is gone."""
+        with contextlib.suppress(EOFError, OSError):
+            if self.pipe.poll(0):
+                answer = decode_answer(self.pipe.recv_bytes())
+                if isinstance(answer, Failed):
+                    self.failure = answer
+                return answer
+        return None
+
+    def fate(self) -> str | None:
+        """How it ended; None while it runs."""
+        name = f"rank {self.rank} (pid {self.process.pid})"
+        if self.failure is not None:
+            return f"{name} failed: {self.failure.words}"
+        code = self.process.exitcode
+        if code is None:
+            return None
+        return f"{name} was killed by signal {-code}" if code < 0 else f"{name} exited with code {code}"
+
+
+class Followers:
+    """Ranks 1 to `size - 1`.
+
+    Args:
+        body: what a process runs, called with its rank and its end of the pipe; it must pickle.
+        size: all ranks, 0 included.
+    """
+
+    def __init__(self, body: Body, size: int) -> None:
+        self._size = size
+        self._leaving = threading.Event()
+        self._lost = False
+        self._reading = threading.Lock()
+        self._links: list[Link] = []
+        prepare()
+        context = multiprocessing.get_context("forkserver")
+        for rank in range(1, size):
+            here, there = context.Pipe()
+            process = context.Process(target=body, args=(rank, there), name=f"benthic-rank-{rank}")
+            process.start()
+            there.close()
+            self._links.append(Link(rank, process, here))
+
+    @property
+    def pids(self) -> tuple[int | None, ...]:
+        """Process ids, by rank from 1 on."""
+        return tuple(link.process.pid for link in self._links)
+
+    def meet(self, stage: str) -> None:
+        """Wait until every rank has come as far as `stage`.
+
+        Raises:
+            PeerLostError: one has ended instead.
+        """
+        missing = list(self._links)
+        while missing:
+            connection.wait([link.pipe for link in missing])
+            with self._reading:
+                answers = [(link, link.read()) for link in missing if link.pipe.poll(0)]
+            arrived = [link for link, answer in answers if answer == Here(stage)]
+            if len(arrived) < len(answers):
+                raise self.lost(None)
+            missing = [link for link in missing if link not in arrived]
+
+    def tell(self, command: Command) -> None:
+        """Let every rank run something.
+
+        Raises:
+            PeerLostError: one is gone.
+        """
+        frame = encode(command)
+        for link in self._links:
+            try:
+                link.pipe.send_bytes(frame)
+            except OSError as error:
+                raise self.lost(error) from error
+
+    def lost(self, cause: Exception | None) -> PeerLostError:
+        """What to raise when the ranks cannot go on: names those that ended, else `cause` on rank 0."""
+        from benthic.parallel.start import broke  # noqa: PLC0415 (this module must not wait for torch)
+
+        self._lost = True
+        blamed = self._to_blame(FOUND_S if cause is None or broke(cause) else 0.0)
+        words = "; ".join(str(link.fate()) for link in blamed)
+        if not words:
+            words = f"rank 0 failed: {type(cause).__name__}: {cause}"
+        return PeerLostError(
+            f"the {self._size} ranks of this engine compute every step together and cannot go on: {words}. "
+            "Start it again."
+        )
+
+    def _to_blame(self, patience_s: float) -> list[Link]:
+        """The ranks that ended, without those that ended because of others where there are such."""
+        until = time.monotonic() + patience_s
+        while True:
+            with self._reading:
+                for link in self._links:
+                    link.read()
+            ended = [link for link in self._links if link.fate() is not None]
+            blamed = [link for link in ended if link.failure is None or not link.failure.lost]
+            running = [link.process.sentinel for link in self._links if link.process.exitcode is None]
+            if blamed or not running or not connection.wait(running, max(0.0, until - time.monotonic())):
+                return blamed or ended
+
+    def watch(self, last_words: Callable[[str], None]) -> None:
+        """Call `last_words`, from a thread, when a rank has ended and rank 0 did not notice by itself."""
+        threading.Thread(target=self._watch, args=(last_words,), name="ranks", daemon=True).start()
+
+    def _watch(self, last_words: Callable[[str], None]) -> None:
+        connection.wait([link.process.sentinel for link in self._links])
+        if not self._leaving.wait(GRACE_S):
+            last_words(str(self.lost(None)))
+
+    def dismiss(self) -> bool:
+        """Tell the ranks to leave; returns whether all are there to do so."""
+        frame = encode(Leave())
+        for link in self._links:
+            with contextlib.suppress(OSError):
+                link.pipe.send_bytes(frame)
+        self._leaving.set()
+        return not self._lost
+
+    def end(self) -> None:
+        """Wait for ranks that leave, and kill those that do not: at once after a loss."""
+        self._leaving.set()
+        for link in self._links:
+            link.process.join(0.0 if self._lost else LEAVE_S)
+            link.process.kill()
+            link.process.join()
+            link.pipe.close()

@@ -1,0 +1,85 @@
+"""Which part of every parameter one of several ranks holds that serve a model together.
+
+Every rank sees every token. Heads, feed-forward columns and the vocabulary are divided evenly over the ranks
+(Shoeybi et al. 2019); latents, norms and gates are whole on each. A layer of routed experts is divided either
+by their width, like any other feed-forward network, or into whole experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benthic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benthic.spec.model import ModelConfig
+    from benthic.spec.parameters import Param
+
+Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Rank `index` of `size`; `whole_experts` says how routed experts are divided."""
+
+    index: int = 0
+    size: int = 1
+    whole_experts: bool = False
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse a model that does not divide.
+
+        Raises:
+            ConfigError: naming every width that does not, with both numbers.
+        """
+        problems = list(self.problems(config))
+        if problems:
+            raise ConfigError(" ".join(problems))
+
+    def problems(self, config: ModelConfig) -> Iterator[str]:
+        """Everything that keeps `config` from being divided so, a sentence each."""
+        for name, width in self._divided(config).items():
+            if width % self.size:
+                yield (
+                    f"{name} = {width} does not divide over tensor_parallel_size = {self.size}. "
+                    f"Set tensor_parallel_size to a divisor of {width}."
+                )
+
+    def _divided(self, config: ModelConfig) -> dict[str, int]:
+        """What is divided in this model, by name."""
+        widths = {"num_attention_heads": config.num_attention_heads, "vocab_size": config.vocab_size}
+        if not all(config.is_moe(layer) for layer in range(config.num_hidden_layers)):
+            widths["intermediate_size"] = config.intermediate_size
+        if config.n_routed_experts:
+            routed = "n_routed_experts" if self.whole_experts else "moe_intermediate_size"
+            widths[routed] = getattr(config, routed)
+            if config.n_shared_experts:
+                shared = config.n_shared_experts * config.moe_intermediate_size
+                widths["n_shared_experts x moe_intermediate_size"] = shared
+        return widths
+
+    def experts(self, config: ModelConfig) -> range:
+        """The routed experts of which this rank holds anything."""
+        if not self.whole_experts:
+            return range(config.n_routed_experts)
+        held = config.n_routed_experts // self.size
+        return range(self.index * held, (self.index + 1) * held)
+
+    def box(self, param: Param) -> Box:
+        """The part of `param` that is here: one slice for each dim."""
+        divided = {"heads", "vocab"}
+        if "expert" in param.axes and self.whole_experts:
+            divided.add("expert")
+        else:
+            divided.add("ffn")
+        return tuple(
+            self._piece(size) if axis in divided else slice(0, size)
+            for size, axis in zip(param.shape, param.axes, strict=True)
+        )
+
+    def _piece(self, size: int) -> slice:
+        width = size // self.size
+        return slice(self.index * width, (self.index + 1) * width)
