@@ -123,6 +123,16 @@ def as_pipe(socket: AnySocket) -> AnySocket:
     return socket
 
 
+def watch_end(socket: zmq.Socket) -> zmq.Socket[bytes]:
+    """A socket that is readable once a connection of `socket` has ended; close it by hand."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(socket.context)
+    address = f"inproc://end-{socket.FD}"
+    socket.monitor(address, zmq.EVENT_DISCONNECTED)
+    watching = context.socket(zmq.PAIR)
+    watching.connect(address)
+    return watching
+
+
 def start_engine(factory: EngineFactory, pipes: Pipes, log_level: int) -> BaseProcess:
     """Start the engine process (a fresh interpreter: CUDA and threads do not survive a fork)."""
     context = multiprocessing.get_context("spawn")
@@ -142,6 +152,8 @@ def engine_main(factory: EngineFactory, pipes: Pipes, log_level: int) -> None:
     logging.basicConfig(level=log_level, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
     context = zmq.Context()
     inbox, outbox = as_pipe(context.socket(zmq.PULL)), as_pipe(context.socket(zmq.PUSH))
+    # What was on its way when a pipe ends is lost, so nothing may follow on another connection.
+    outbox.setsockopt(zmq.RECONNECT_IVL, -1)
     inbox.bind(pipes.requests)
     outbox.connect(pipes.replies)
     loop = EngineLoop(inbox, outbox)
