@@ -24,7 +24,9 @@ logger = logging.getLogger("benthic.serve.client")
 
 
 GRACE_S = 0.25
-"""A process that closes its pipes has so long to end by itself."""
+"""A process whose pipes have ended has so long to end by itself."""
+
+CUT = "the connection to the engine has ended"
 
 
 class Aborter(Protocol):
@@ -320,7 +322,7 @@ class EngineClient:
         try:
             while not await _set_within(ended, min(1.0, self._stall_s / 4)):
                 if self._is_cut() and not await _set_within(ended, GRACE_S):
-                    self._give_up("the connection to the engine has ended")
+                    self._give_up(CUT)
                 self._kill_if_stalled()
         finally:
             loop.remove_reader(sentinel)
@@ -351,7 +353,9 @@ class EngineClient:
         self._process.join()
         code = self._process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
-        why = f": {self._fatal}" if self._fatal else ""
+        left = code == 0 and not self._closing  # on its own: nobody heard it any more
+        reason = self._fatal or (CUT if left else "")
+        why = f": {reason}" if reason else ""
         return f"the engine process (pid {self._process.pid}) {how}{why}"
 
     def _die(self, cause: str) -> None:

@@ -171,7 +171,7 @@ def engine_main(factory: EngineFactory, pipes: Pipes, log_level: int) -> None:
         outbox.close()
         context.term()
     if orphaned:
-        logger.warning("the HTTP process is gone; the engine exits")
+        logger.warning("the HTTP process or its pipe is gone; the engine exits")
         pipes.remove()
 
 
@@ -193,7 +193,7 @@ class EngineLoop:
             self._poller.register(self._parent_fd, zmq.POLLIN)
 
     def run(self, factory: EngineFactory) -> bool:
-        """Build the engine and serve until drained; True when the HTTP process disappeared instead."""
+        """Build the engine and serve until drained; True when the HTTP process or its pipe ended instead."""
         engine = factory()
         if isinstance(engine, Wakeable):
             self._poller.register(engine.wake_fd, zmq.POLLIN)
@@ -208,15 +208,20 @@ class EngineLoop:
                 replies.extend(engine.step())
             if self._stats_due(busy=engine.has_work, was_busy=was_busy):
                 replies.append(engine.stats())
-            self.send(replies)
+            if not self.send(replies):
+                return True
             was_busy = busy
             if self._draining and not engine.has_work:
                 return False
 
-    def send(self, replies: Sequence[Reply]) -> None:
-        """Send everything of one step as one message."""
-        if replies:
-            self._outbox.send(self._encode(replies))
+    def send(self, replies: Sequence[Reply]) -> bool:
+        """Send everything of one step as one message; False when the pipe has ended, so nobody hears it."""
+        try:
+            if replies:
+                self._outbox.send(self._encode(replies), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _take(self, engine: EngineLike) -> tuple[list[Reply], bool]:
         """Hand every waiting message to the engine; returns refusals and whether the parent is gone."""
