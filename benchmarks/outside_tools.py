@@ -2,11 +2,11 @@
 
     python benchmarks/outside_tools.py --vllm-router PATH --lm-eval PATH --guidellm PATH --aiperf PATH
 
-Every PATH is the program in an environment of its own (`pip install vllm-router lm-eval guidellm aiperf`); a
-program without one is recorded as not run. The model is `nano` with random weights, its tokenizer has a token
-for every byte. vllm-router stands before two servers with `--kv-port`: it prefills in one and decodes in the
-other, and the answers must be those of a single server. (schemathesis and the `openai` client run in the test
-suite.)
+Every PATH is the program in an environment of its own (`pip install vllm-router`, `'lm-eval[api]'`,
+`guidellm`, `aiperf`); a program without one is recorded as not run. The model is `nano` with random weights,
+its tokenizer has a token for every byte. vllm-router stands before two servers with `--kv-port`: it prefills
+in one and decodes in the other, and the answers must be those of a single server. (schemathesis and the
+`openai` client run in the test suite.)
 """
 
 from __future__ import annotations
@@ -145,12 +145,13 @@ def carried_out(words: list[str], setting: Setting) -> dict[str, Any]:
     seen = requests_seen(setting.server) - before
     hidden = shlex.join([Path(words[0]).name, *words[1:]]).replace(str(setting.folder), "FOLDER")
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", printed).replace(str(setting.folder), "FOLDER")
-    lines = [re.sub(r"(/[\w.+-]+){3,}", "PATH", line.rstrip()) for line in plain.splitlines() if line.strip()]
+    lines = [re.sub(r"(/[\w.+-]+){3,}", "PATH", line.rstrip()) for line in plain.splitlines()]
+    lines = [line for line in lines if line.strip() and "%|" not in line]  # without progress bars
     return {
         "command": hidden,
         "status": status,
         "requests_that_ended_well": seen,
-        "end_of_output": lines[-40:],
+        "end_of_output": lines[-16:],
     }
 
 
@@ -175,9 +176,10 @@ def lm_eval(path: str, setting: Setting) -> dict[str, Any]:
 
 def guidellm(path: str, setting: Setting) -> dict[str, Any]:
     """Synthetic prompts, two at a time."""
-    words = ["benchmark", "run", "--target", setting.server.url, "--model", NAME, "--profile", "concurrent"]
-    words += ["--rate", "2", "--max-requests", "12", "--processor", str(setting.checkpoint)]
-    words += ["--data", "prompt_tokens=64,output_tokens=16", "--output-path", str(setting.folder)]
+    words = ["run", "--backend", f"kind=openai_http,target={setting.server.url},model={NAME}"]
+    words += ["--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=12"]
+    words += ["--tokenizer", f"kind=huggingface_auto,model={setting.checkpoint}"]
+    words += ["--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=16", "--disable-progress"]
     return carried_out([path, *words], setting)
 
 
