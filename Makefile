@@ -26,6 +26,7 @@ test: $(STAMP)  ## run every test that needs no GPU
 
 drill: $(STAMP)  ## kill serving instances at random moments, for minutes
 	$(BIN)/python -m pytest -m "drill"
+	$(BIN)/python benchmarks/serve_drill.py
 
 test-gpu: $(STAMP)  ## run the tests that need a CUDA GPU
 	$(BIN)/python -m pytest -m "gpu"

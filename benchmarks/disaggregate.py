@@ -1,10 +1,12 @@
-"""Prefill and decode on one GPU each beside two GPUs that do both: goodput curves of the same requests.
+"""Prefill and decode on one GPU each beside two GPUs that do both: goodput of the same requests; who wins.
 
 Both fleets run `benthic serve` with random weights at the shape of Moonlight-16B and are loaded by `benthic
-bench serve` at the same rates: a prefill-heavy, a balanced and a decode-heavy workload. A request counts when
-it meets both targets; goodput is the highest offered rate (interpolated) that 90 % of requests meet.
+bench serve` with a prefill-heavy, a balanced and a decode-heavy workload. A request counts when it meets both
+targets; goodput is the highest offered rate (interpolated) that 90 % of requests meet. Rates climb until one
+fails, then the gap is halved twice; every rate is offered once with each seed (of prompts and arrivals), and
+a side wins where its worst seed is better than the other's best.
 
-    python benchmarks/disaggregate.py            # two GPUs, or four to measure both fleets at once
+    python benchmarks/disaggregate.py            # pairs of GPUs: two, or more to measure side by side
     python benchmarks/disaggregate.py --small    # tiny, on a CPU: a rehearsal
 """
 
@@ -13,29 +15,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
+import queue
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
 from provenance import write_result
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from random_checkpoint import DUMMY, QUIET, make_folder, shape
 
-from benthic.spec import hf, presets
+from benthic.bench.served import serving
 
 if TYPE_CHECKING:
-    from benthic.spec.model import ModelConfig
+    from collections.abc import Callable, Sequence
 
 FLEETS = {"1P1D": ("1", "1"), "2 colocated": ("0", "2")}
 ATTAINMENT = 0.9
+HALVINGS = 2
+SHOWN = ("attainment", "completed", "median_ttft_ms", "p90_ttft_ms", "median_tpot_ms", "p90_tpot_ms")
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,9 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("prefill-heavy", 4096, 64, 1000, 30, (8.0, 14.0, 20.0, 26.0)),
+    Workload("prefill-heavy", 4096, 64, 1000, 30, (4.0, 8.0, 14.0, 20.0, 26.0)),
     Workload("balanced", 2048, 256, 600, 30, (10.0, 18.0, 26.0, 34.0)),
-    Workload("decode-heavy", 512, 512, 300, 30, (8.0, 16.0, 24.0, 32.0)),
+    Workload("decode-heavy", 512, 512, 300, 30, (8.0, 16.0, 24.0, 32.0, 40.0, 48.0)),
 )
 SMALL = tuple(
     replace(work, prompt=work.prompt // 64, output=8, ttft=2000, tpot=500, rates=(2.0, 4.0))
@@ -62,155 +66,162 @@ SMALL = tuple(
 
 
 def main() -> None:
-    """Both fleets, side by side where there are four GPUs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--seconds", type=float, default=12.0, help="arrivals of one run last so long")
-    parser.add_argument("--out", type=Path)
-    words = parser.parse_args()
-    gpus = torch.cuda.device_count()
-    apart = gpus >= 4
+    """Every fleet with every workload, on as many pairs of GPUs as there are."""
+    words = parse()
+    works = [work for work in (SMALL if words.small else WORKLOADS) if work.name in words.workloads]
+    pairs = torch.cuda.device_count() // 2
+    free: queue.Queue[str] = queue.Queue()
+    for pair in range(max(1, pairs)):
+        free.put(f"{2 * pair},{2 * pair + 1}")
     with tempfile.TemporaryDirectory() as temporary:
-        model = model_folder(Path(temporary) / "model", small=words.small)
-        jobs = [
-            (name, model, ",".join(map(str, range(2 * i, 2 * i + 2))) if apart else "0,1", words)
-            for i, name in enumerate(FLEETS)
-        ]
-        with ThreadPoolExecutor(2 if apart else 1) as pool:
-            measured = list(pool.map(lambda job: fleet_rows(*job), jobs))
-    rows = [row for found in measured for row in found]
-    summary = summarised(rows)
-    print(json.dumps(summary, indent=1))
-    settings = {"small": words.small, "seconds": words.seconds, "gpus_apart": apart}
+        model = make_folder(Path(temporary) / "model", shape(small=words.small))
+
+        def job(work: Workload, fleet: str) -> list[Row]:
+            gpus = free.get()
+            try:
+                return climb_with(fleet, work, model, gpus, words)
+            finally:
+                free.put(gpus)
+
+        with ThreadPoolExecutor(max(1, pairs)) as pool:
+            asked = [pool.submit(job, work, fleet) for work in works for fleet in FLEETS]
+            rows = [row for each in asked for row in each.result()]
+    summary = {work.name: summarised(work.name, rows) for work in works}
+    print(*(each["verdict"] for each in summary.values()), sep="\n")
+    settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
     print(write_result("disaggregate", {"summary": summary, "runs": rows}, out=words.out, **settings))
 
 
-def shape(*, small: bool) -> ModelConfig:
-    """The model that is served."""
-    return replace(presets.get("nano" if small else "moonlight-16b-a3b"), max_position_embeddings=8192)
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--seconds", type=float, default=20.0, help="arrivals of one run last so long")
+    parser.add_argument("--seeds", type=int, default=2, help="runs at every rate")
+    names = [work.name for work in WORKLOADS]
+    parser.add_argument("--workloads", nargs="+", choices=names, default=names)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
 
 
-def model_folder(folder: Path, *, small: bool) -> Path:
-    """A config and a tokenizer with a word for every token of the model."""
-    folder.mkdir(parents=True)
-    config = shape(small=small)
-    (folder / "config.json").write_text(hf.dumps(config))
-    words = {f"t{i}": i for i in range(config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))  # noqa: S106 (a word, not a secret)
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def fleet_rows(name: str, model: Path, gpus: str, words: argparse.Namespace) -> list[dict[str, Any]]:
-    """Start one fleet, load it with every workload, stop it."""
-    port = free_port()
-    prefill, decode = FLEETS[name]
-    sizes = ["--max-num-seqs", "8"] if words.small else ["--max-num-seqs", "256"]
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "benthic",
-            "serve",
-            str(model),
-            "--load-format",
-            "dummy",
-            "--port",
-            str(port),
-        ),
-        *("--prefill", prefill, "--decode", decode, "--disable-log-requests", "--disable-uvicorn-access-log"),
-        *(*sizes, "--max-num-batched-tokens", "256" if words.small else "4096"),
-        *("--gpu-memory-utilization", "0.85", "--served-model-name", "m"),
+def climb_with(fleet: str, work: Workload, model: Path, gpus: str, words: argparse.Namespace) -> list[Row]:
+    """Start a fleet on these GPUs and offer it one workload at the rates that matter."""
+    prefill, decode = FLEETS[fleet]
+    serve = [str(model), *DUMMY, *QUIET, "--prefill", prefill, "--decode", decode]
+    serve += ["--max-num-seqs", "8" if words.small else "256"]
+    serve += [
+        "--max-num-batched-tokens",
+        "256" if words.small else "4096",
+        "--gpu-memory-utilization",
+        "0.85",
     ]
-    log = model.parent / f"{prefill}-{decode}.log"
-    with log.open("w") as printed:
-        server = subprocess.Popen(
-            command, stdout=printed, stderr=printed, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
-        )
-        try:
-            wait_ready(port, server, log)
-            return [
-                row
-                for work in (SMALL if words.small else WORKLOADS)
-                for row in loaded(name, port, work, words)
-            ]
-        finally:
-            server.terminate()
-            server.wait(60)
-            metrics = [line for line in log.read_text().splitlines() if "WARNING" in line or "ERROR" in line]
-            print(f"{name}: {len(metrics)} warnings", *metrics[:5], sep="\n  ")
+    log = model.parent / f"{work.name}-{prefill}-{decode}.log"
+    with serving(serve, log, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus}) as server:
 
+        def offer(rate: float) -> list[Row]:
+            return [loaded(fleet, server.port, work, rate, seed, words) for seed in range(words.seeds)]
 
-def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def wait_ready(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait for /health. Raises: RuntimeError with what the server printed when it ends before."""
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    message = f"the server did not come up:\n{log.read_text()[-4000:]}"
-    raise RuntimeError(message)
-
-
-def loaded(name: str, port: int, work: Workload, words: argparse.Namespace) -> list[dict[str, Any]]:
-    """One run a rate."""
-    rows = []
-    for rate in work.rates:
-        result = Path(tempfile.mkdtemp()) / "result.json"
-        count = max(4, round(rate * words.seconds))
-        command = [
-            *(sys.executable, "-m", "benthic", "bench", "serve", "--port", str(port), "--ignore-eos"),
-            *("--random-input-len", str(work.prompt), "--random-output-len", str(work.output)),
-            *("--vocab-size", str(shape(small=words.small).vocab_size), "--num-prompts", str(count)),
-            *("--request-rate", str(rate), "--num-warmups", "4", "--result", str(result)),
-            *("--goodput", f"ttft:{work.ttft}", f"tpot:{work.tpot}", "--max-client-lag", "100"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if not result.exists():
-            message = f"{name}, {work.name} at {rate}/s: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-            raise RuntimeError(message)
-        run = json.loads(result.read_text())["runs"][0]
-        rows.append({"fleet": name, "workload": work.name, "rate": rate, **run})
-        print(name, work.name, rate, {key: run.get(key) for key in SHOWN}, flush=True)
+        rows = climb(work.rates, offer)
+    warnings = [line for line in log.read_text().splitlines() if "WARNING" in line or "ERROR" in line]
+    print(f"{fleet}, {work.name}: {len(warnings)} warnings", *warnings[:5], sep="\n  ", flush=True)
     return rows
 
 
-SHOWN = ("attainment", "completed", "median_ttft_ms", "p90_ttft_ms", "median_tpot_ms", "p90_tpot_ms")
+def climb(rates: Sequence[float], offer: Callable[[float], list[Row]]) -> list[Row]:
+    """Offer rising rates until one fails, then halve the gap below it; all runs, by rate."""
+    rows: list[Row] = []
+    met, failed = 0.0, 0.0
+    for rate in rates:
+        rows += offer(rate)
+        if attained(rows, rate) < ATTAINMENT:
+            failed = rate
+            break
+        met = rate
+    for _ in range(HALVINGS if failed else 0):
+        middle = (met + failed) / 2
+        rows += offer(middle)
+        met, failed = (middle, failed) if attained(rows, middle) >= ATTAINMENT else (met, middle)
+    return sorted(rows, key=lambda row: (row["rate"], row["seed"]))
 
 
-def summarised(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Goodput in requests a second and GPU by workload and fleet, and the ratio.
+def attained(rows: Sequence[Row], rate: float) -> float:
+    """Share of requests that met both targets at a rate, over all seeds."""
+    return mean(row["attainment"] or 0.0 for row in rows if row["rate"] == rate)
 
-    A fleet that met its targets at every rate has a lower bound; its ratio says so by being left out.
+
+def loaded(fleet: str, port: int, work: Workload, rate: float, seed: int, words: argparse.Namespace) -> Row:
+    """One run at a rate. Raises: RuntimeError in the client's words when it wrote nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [
+            *(sys.executable, "-m", "benthic", "bench", "serve", "--port", str(port), "--ignore-eos"),
+            *("--random-input-len", str(work.prompt), "--random-output-len", str(work.output)),
+            *("--vocab-size", str(shape(small=words.small).vocab_size), "--seed", str(seed)),
+            *("--num-prompts", str(max(4, round(rate * words.seconds))), "--request-rate", str(rate)),
+            *("--num-warmups", "4", "--result", str(result), "--max-client-lag", "100"),
+            *("--goodput", f"ttft:{work.ttft}", f"tpot:{work.tpot}"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not result.exists():
+            message = f"{fleet}, {work.name} at {rate}/s: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+            raise RuntimeError(message)
+        run = json.loads(result.read_text())["runs"][0]
+    print(fleet, work.name, rate, f"seed {seed}", {key: run.get(key) for key in SHOWN}, flush=True)
+    return {"fleet": fleet, "workload": work.name, "rate": rate, "seed": seed, **run}
+
+
+def summarised(work: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Goodput in requests a second and GPU of each fleet, by seed, and who wins.
+
+    A fleet that met its targets at every rate has a lower bound. The ratio is that of the means over seeds,
+    and left out where a side is a lower bound or zero.
     """
-    found: dict[str, Any] = {}
-    for work in dict.fromkeys(row["workload"] for row in rows):
-        runs = {f: [r for r in rows if (r["workload"], r["fleet"]) == (work, f)] for f in FLEETS}
-        mine = {fleet: goodput(each) / 2 for fleet, each in runs.items()}
-        unbounded = [f for f, each in runs.items() if min(row["attainment"] for row in each) >= ATTAINMENT]
-        ratio = mine["1P1D"] / mine["2 colocated"] if mine["2 colocated"] and not unbounded else None
-        found[work] = {
-            "requests_per_second_per_gpu": mine,
-            "lower_bounds": unbounded,
-            "ratio": ratio,
-        }
-    return found
+    runs = {fleet: [r for r in rows if (r["workload"], r["fleet"]) == (work, fleet)] for fleet in FLEETS}
+    by_seed = {
+        fleet: [goodput([r for r in each if r["seed"] == seed]) / 2 for seed in seeds(each)]
+        for fleet, each in runs.items()
+    }
+    bounds = [
+        fleet
+        for fleet, each in runs.items()
+        if min(attained(each, rate) for rate in {row["rate"] for row in each}) >= ATTAINMENT
+    ]
+    apart, together = (mean(by_seed[fleet]) for fleet in FLEETS)
+    return {
+        "requests_per_second_per_gpu": {fleet: mean(each) for fleet, each in by_seed.items()},
+        "by_seed": by_seed,
+        "lower_bounds": bounds,
+        "ratio": apart / together if together and not bounds else None,
+        "winner": winner(by_seed, bounds),
+        "verdict": verdict(work, by_seed, bounds),
+    }
 
 
-def goodput(rows: list[dict[str, Any]]) -> float:
+def seeds(rows: Sequence[Row]) -> list[int]:
+    """The seeds of these runs."""
+    return sorted({row["seed"] for row in rows})
+
+
+def winner(by_seed: dict[str, list[float]], bounds: Sequence[str]) -> str | None:
+    """The fleet whose worst seed is above the other's best; None when neither, or when nothing bounds it."""
+    for mine, other in (tuple(FLEETS), tuple(FLEETS)[::-1]):
+        if other not in bounds and min(by_seed[mine]) > max(by_seed[other]):
+            return mine
+    return None
+
+
+def verdict(work: str, by_seed: dict[str, list[float]], bounds: Sequence[str]) -> str:
+    """One line for people."""
+    sides = [
+        f"{fleet} {'>= ' if fleet in bounds else ''}{mean(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+        for fleet, each in by_seed.items()
+    ]
+    best = winner(by_seed, bounds)
+    says = f"{best} wins" if best else "neither wins beyond its seeds and rates"
+    return f"{work}: {says}: {', '.join(sides)} requests/s per GPU"
+
+
+def goodput(rows: Sequence[Row]) -> float:
     """The highest rate up to which `ATTAINMENT` holds, interpolated to where the line crosses it."""
     best, before = 0.0, (0.0, 1.0)
     for row in sorted(rows, key=lambda row: row["rate"]):

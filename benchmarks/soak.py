@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
-import contextlib
 import random
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,7 +25,8 @@ from typing import Any
 import aiohttp
 from provenance import write_result
 
-SERVE = "from benthic.cli.main import main; main()"
+from benthic.bench.served import serving
+
 GROWTH_MIB = 64.0
 """What a process may grow by after the first tenth: allocators and tables of known size settle late."""
 
@@ -173,46 +171,6 @@ def family(pid: int) -> list[int]:
     return [pid, *(int(line.split()[0]) for line in listing.stdout.splitlines() if "spawn_main" in line)]
 
 
-@contextlib.contextmanager
-def served(checkpoint: Path, log: Path) -> Any:
-    """`benthic serve` for the length of the block."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    words = [
-        "serve",
-        str(checkpoint),
-        "--port",
-        str(port),
-        "--served-model-name",
-        "soak",
-        "--num-threads",
-        "1",
-    ]
-    quiet = ["--disable-log-requests", "--disable-uvicorn-access-log", "--block-size", "16"]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, *words, *quiet], stdout=output, stderr=output
-        )
-        try:
-            yield f"http://127.0.0.1:{port}", process
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-
-
-async def healthy(url: str) -> None:
-    """Wait until the server answers."""
-    async with aiohttp.ClientSession() as session:
-        for _ in range(600):
-            with contextlib.suppress(aiohttp.ClientError):
-                async with session.get(f"{url}/health") as answer:
-                    if answer.status == 200:
-                        return
-            await asyncio.sleep(0.1)
-    msg = "the server did not become healthy within 60 s"
-    raise SystemExit(msg)
-
-
 def verdict(row: dict[str, Any]) -> list[str]:
     """What is wrong; empty when nothing is."""
     wrong = [
@@ -236,9 +194,10 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("soak.log.tmp"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    with served(args.checkpoint, args.log) as (url, process):
-        asyncio.run(healthy(url))
-        row = asyncio.run(soak(url, family(process.pid), args))
+    words = [str(args.checkpoint), "--served-model-name", "soak", "--num-threads", "1", "--block-size", "16"]
+    quiet = ["--disable-log-requests", "--disable-uvicorn-access-log"]
+    with serving([*words, *quiet], args.log) as server:
+        row = asyncio.run(soak(server.url, family(server.process.pid), args))
     wrong = verdict(row)
     path = write_result("soak", [row], out=args.out, width=args.width, seed=args.seed, wrong=wrong)
     print(f"{row}\nwritten to {path}\n{'; '.join(wrong) or 'nothing is wrong'}")

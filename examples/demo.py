@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -18,12 +17,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from openai import AsyncOpenAI
 from rich.console import Console
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
+
+from benthic.bench.served import serving
+from benthic.errors import ServeError
 
 BENTHIC = str(Path(sys.executable).parent / "benthic")
 PROMPTS = [
@@ -105,45 +106,17 @@ def benthic(*words: str) -> None:
 
 def serve_and_ask(checkpoint: Path, requests: int) -> None:
     """Start the server, ask, print, stop it with SIGTERM and check that it ended well."""
-    port = free_port()
-    words = ["serve", str(checkpoint), "--port", str(port), "--served-model-name", "tiny"]
-    console.print(f"[dim]$ benthic {shlex.join(words)}[/]", highlight=False)
+    words = [str(checkpoint), "--served-model-name", "tiny"]
+    console.print(f"[dim]$ benthic serve {shlex.join(words)}[/]", highlight=False)
     log = checkpoint.parent / "serve.log"
-    with log.open("w") as sink:
-        server = subprocess.Popen([BENTHIC, *words], stdout=sink, stderr=subprocess.STDOUT)
     try:
-        wait_until_healthy(server, port, log)
-        answers, seconds = asyncio.run(ask_all(port, requests))
-        show(answers, seconds)
-    finally:
-        server.send_signal(signal.SIGTERM)
-        code = server.wait(timeout=60)
-    console.print(f"server stopped with exit code {code}")
-    if code:
-        sys.exit(f"the server did not stop cleanly; see {log}")
-
-
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_healthy(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Poll /health until it answers 200; give up when the server ends or after a minute."""
-    deadline = time.monotonic() + 60
-    with console.status("waiting for the server"):
-        while time.monotonic() < deadline:
-            if server.poll() is not None:
-                sys.exit(f"the server ended with code {server.returncode}:\n{log.read_text()}")
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == httpx.codes.OK:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-    sys.exit(f"the server was not healthy after 60 s; see {log}")
+        with console.status("waiting for the server") as waiting, serving(words, log, start_s=60) as server:
+            waiting.stop()
+            answers, seconds = asyncio.run(ask_all(server.port, requests))
+            show(answers, seconds)
+    except ServeError as error:
+        sys.exit(str(error))
+    console.print("server stopped with exit code 0")
 
 
 async def ask_all(port: int, requests: int) -> tuple[list[Answer], float]:

@@ -10,19 +10,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from small_tokenizer import save_tokenizer
+from tokenizer_fixture import tokenizer_folder
+
+__all__ = ["tokenizer_folder"]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from running import Running
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +16,8 @@ from typing import TYPE_CHECKING
 import httpx
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+
+from benthic.bench.served import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,17 +120,6 @@ def wait_healthy(running: Running) -> None:
 def fake_server(tokenizer: Path, log: Path, **settings):
     """A server round the fake engine."""
     return start([sys.executable, str(HERE / "fake_server.py"), str(tokenizer), json.dumps(settings)], log)
-
-
-def free_port() -> int:
-    """A port below those that systems hand out, so that no connection takes it before the server does."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        try:
-            with socket.create_server(("127.0.0.1", port)):
-                return port
-        except OSError:
-            continue
 
 
 def benthic_server(checkpoint: Path, log: Path, *flags: str):

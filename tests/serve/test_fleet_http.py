@@ -6,8 +6,9 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from running import benthic_server, free_port
+from running import benthic_server
 
+from benthic.bench.served import free_port
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.serve.fleet import FleetOptions
 

@@ -15,12 +15,18 @@ import zmq.asyncio
 
 from benthic.errors import AdmissionError, EngineDeadError, OverloadedError
 from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
-from benthic.serve.process import EngineFactory, Pipes, Reply, Request, as_pipe, start_engine
+from benthic.serve.process import EngineFactory, Pipes, Reply, Request, as_pipe, start_engine, watch_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
 logger = logging.getLogger("benthic.serve.client")
+
+
+GRACE_S = 0.25
+"""A process whose pipes have ended has so long to end by itself."""
+
+CUT = "the connection to the engine has ended"
 
 
 class Aborter(Protocol):
@@ -153,6 +159,7 @@ class EngineClient:
         self._from_engine = as_pipe(self._context.socket(zmq.PULL))
         # Connected, not bound: a bound PUSH socket refuses messages until its peer is there, a connected one
         # queues them, so that a request sent while the engine still starts is not lost.
+        self._hang_ups = [watch_end(self._to_engine), watch_end(self._from_engine)]
         self._to_engine.connect(self._pipes.requests)
         self._from_engine.bind(self._pipes.replies)
         self._decode = msgspec.msgpack.Decoder(list[Reply]).decode
@@ -191,6 +198,11 @@ class EngineClient:
     def pid(self) -> int | None:
         """Process id of the engine."""
         return self._process.pid
+
+    @property
+    def pipes(self) -> Pipes:
+        """Where this process and the engine's meet."""
+        return self._pipes
 
     @property
     def trouble(self) -> str | None:
@@ -262,8 +274,8 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._to_engine.close(linger=0)
-        self._from_engine.close(linger=0)
+        for socket in (*self._hang_ups, self._to_engine, self._from_engine):
+            socket.close(linger=0)
         self._context.term()
         self._pipes.remove()
 
@@ -302,27 +314,35 @@ class EngineClient:
             stream.fail(error(rejected.message))
 
     async def _watch(self) -> None:
-        """Notice the end of the process at once, and an engine that says nothing within `stall_s`."""
+        """Notice the end of the process at once, of a pipe soon, and silence of `stall_s`."""
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         sentinel = self._process.sentinel
         loop.add_reader(sentinel, ended.set)
         try:
-            while not ended.is_set():
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(ended.wait(), min(1.0, self._stall_s / 4))
+            while not await _set_within(ended, min(1.0, self._stall_s / 4)):
+                if self._is_cut() and not await _set_within(ended, GRACE_S):
+                    self._give_up(CUT)
                 self._kill_if_stalled()
         finally:
             loop.remove_reader(sentinel)
         await self._read_last_words()
         self._die(self._cause())
 
+    def _is_cut(self) -> bool:
+        """Whether a pipe has ended, which loses messages, whatever is connected to it now."""
+        return not self._closing and any(hang_up.poll(0) for hang_up in self._hang_ups)
+
     def _kill_if_stalled(self) -> None:
         silence_s = self._clock() - self._heard_s
         if self._ready.done() and silence_s > self._stall_s and self._process.is_alive():
-            self._fatal = f"the engine said nothing for {silence_s:.0f} s (limit {self._stall_s:.0f} s)"
-            logger.error("%s; killing it", self._fatal)
-            self._process.kill()
+            self._give_up(f"the engine said nothing for {silence_s:.0f} s (limit {self._stall_s:.0f} s)")
+
+    def _give_up(self, why: str) -> None:
+        """Kill the process, unless it has named another reason."""
+        self._fatal = self._fatal or why
+        logger.error("%s; killing it", self._fatal)
+        self._process.kill()
 
     async def _read_last_words(self) -> None:
         """Let replies that were already in the pipe arrive before anything is declared lost."""
@@ -333,7 +353,9 @@ class EngineClient:
         self._process.join()
         code = self._process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
-        why = f": {self._fatal}" if self._fatal else ""
+        left = code == 0 and not self._closing  # on its own: nobody heard it any more
+        reason = self._fatal or (CUT if left else "")
+        why = f": {reason}" if reason else ""
         return f"the engine process (pid {self._process.pid}) {how}{why}"
 
     def _die(self, cause: str) -> None:
@@ -355,3 +377,9 @@ class EngineClient:
     def _send(self, message: Request) -> None:
         """Hand a message to the pipe, whose queue has no limit; `_watch` notices when nobody reads it."""
         self._to_engine.send(self._encode(message), zmq.NOBLOCK)
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
+    return event.is_set()

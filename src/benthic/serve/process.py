@@ -142,6 +142,16 @@ def as_pipe(socket: AnySocket) -> AnySocket:
     return socket
 
 
+def watch_end(socket: zmq.Socket) -> zmq.Socket[bytes]:
+    """A socket that is readable once a connection of `socket` has ended; close it by hand."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(socket.context)
+    address = f"inproc://end-{socket.FD}"
+    socket.monitor(address, zmq.EVENT_DISCONNECTED)
+    watching = context.socket(zmq.PAIR)
+    watching.connect(address)
+    return watching
+
+
 def start_engine(factory: EngineFactory, pipes: Pipes, log_level: int) -> BaseProcess:
     """Start the engine process (a fresh interpreter: CUDA and threads do not survive a fork)."""
     context = multiprocessing.get_context("spawn")
@@ -161,6 +171,8 @@ def engine_main(factory: EngineFactory, pipes: Pipes, log_level: int) -> None:
     logging.basicConfig(level=log_level, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
     context = zmq.Context()
     inbox, outbox = as_pipe(context.socket(zmq.PULL)), as_pipe(context.socket(zmq.PUSH))
+    # What was on its way when a pipe ends is lost, so nothing may follow on another connection.
+    outbox.setsockopt(zmq.RECONNECT_IVL, -1)
     inbox.bind(pipes.requests)
     outbox.connect(pipes.replies)
     loop = EngineLoop(inbox, outbox, functools.partial(last_words, context, pipes))
@@ -180,7 +192,7 @@ def engine_main(factory: EngineFactory, pipes: Pipes, log_level: int) -> None:
         outbox.close()
         context.term()
     if orphaned:
-        logger.warning("the HTTP process is gone; the engine exits")
+        logger.warning("the HTTP process or its pipe is gone; the engine exits")
         pipes.remove()
 
 
@@ -212,7 +224,7 @@ class EngineLoop:
             self._poller.register(self._parent_fd, zmq.POLLIN)
 
     def run(self, factory: EngineFactory) -> bool:
-        """Build the engine and serve until drained; True when the HTTP process disappeared instead."""
+        """Build the engine and serve until drained; True when the HTTP process or its pipe ended instead."""
         engine = factory()
         if isinstance(engine, Wakeable):
             self._poller.register(engine.wake_fd, zmq.POLLIN)
@@ -237,15 +249,20 @@ class EngineLoop:
                 replies.extend(engine.step())
             if self._stats_due(busy=engine.has_work, was_busy=was_busy):
                 replies.append(engine.stats())
-            self.send(replies)
+            if not self.send(replies):
+                return True
             was_busy = busy
             if self._draining and not engine.has_work:
                 return False
 
-    def send(self, replies: Sequence[Reply]) -> None:
-        """Send everything of one step as one message."""
-        if replies:
-            self._outbox.send(self._encode(replies))
+    def send(self, replies: Sequence[Reply]) -> bool:
+        """Send everything of one step as one message; False when the pipe has ended, so nobody hears it."""
+        try:
+            if replies:
+                self._outbox.send(self._encode(replies), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _take(self, engine: EngineLike) -> tuple[list[Reply], bool]:
         """Hand every waiting message to the engine; returns refusals and whether the parent is gone."""

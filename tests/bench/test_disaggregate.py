@@ -1,0 +1,80 @@
+"""Which rates two fleets are offered, and which of them is said to win: `benchmarks/disaggregate.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "disaggregate.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    """The benchmark, imported as it is run: beside its neighbours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        spec = importlib.util.spec_from_file_location("disaggregate", SCRIPT)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "disaggregate", module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def rows(capacity: float, rate: float, fleet: str = "1P1D", spread: float = 0.0) -> list[dict]:
+    """Two seeds of a server that meets its targets up to `capacity`, then for ever fewer requests."""
+    return [
+        {
+            "fleet": fleet,
+            "workload": "w",
+            "rate": rate,
+            "seed": seed,
+            "attainment": max(0.0, min(1.0, 1.0 - (rate - capacity - spread * seed) / capacity)),
+        }
+        for seed in (0, 1)
+    ]
+
+
+def test_rates_climb_until_one_fails_and_the_gap_is_halved_twice(script: ModuleType) -> None:
+    offered = []
+
+    def offer(rate: float) -> list[dict]:
+        offered.append(rate)
+        return rows(11.0, rate)
+
+    found = script.climb((4.0, 8.0, 16.0, 32.0), offer)
+    assert offered == [4.0, 8.0, 16.0, 12.0, 14.0]
+    assert [row["rate"] for row in found] == [4.0] * 2 + [8.0] * 2 + [12.0] * 2 + [14.0] * 2 + [16.0] * 2
+
+
+def test_the_side_wins_whose_worst_seed_beats_the_best_of_the_other(script: ModuleType) -> None:
+    def measured(fleet: str, capacity: float, spread: float) -> list[dict]:
+        return script.climb((4.0, 8.0, 16.0, 32.0), lambda rate: rows(capacity, rate, fleet, spread))
+
+    clear = script.summarised("w", measured("1P1D", 20.0, 1.0) + measured("2 colocated", 10.0, 1.0))
+    assert clear["winner"] == "1P1D"
+    assert 1.8 < clear["ratio"] < 2.2
+    assert clear["verdict"].startswith("w: 1P1D wins: 1P1D ")
+    close = script.summarised("w", measured("1P1D", 10.2, 1.0) + measured("2 colocated", 10.0, 1.0))
+    assert close["winner"] is None
+    assert "neither wins" in close["verdict"]
+
+
+def test_a_side_that_met_its_targets_at_every_rate_has_a_lower_bound_and_no_ratio(script: ModuleType) -> None:
+    def measured(fleet: str, capacity: float) -> list[dict]:
+        return script.climb((4.0, 8.0), lambda rate: rows(capacity, rate, fleet))
+
+    found = script.summarised("w", measured("1P1D", 5.0) + measured("2 colocated", 90.0))
+    assert found["lower_bounds"] == ["2 colocated"]
+    assert found["ratio"] is None
+    assert found["winner"] == "2 colocated"
+    assert "2 colocated >= 4.00" in found["verdict"]
