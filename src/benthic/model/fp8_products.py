@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from benthic.errors import ScheduleError
 from benthic.kernels import ops
 from benthic.kernels.ops import Fp8
 from benthic.model.products import Kept, SplitLinear, owner_of
@@ -59,11 +60,22 @@ class RunningWeights:
     _held: dict[tuple[Tensor, torch.Size, int], _Copy] = field(default_factory=dict, repr=False)
 
     def of(self, weight: Tensor) -> Fp8:
-        """The copy of a parameter or of a view of one: [O, I] or [E, O, I]."""
+        """The copy of a parameter or of a view of one: [O, I] or [E, O, I].
+
+        Raises:
+            ScheduleError: a copy must be made, but the parameter is in shards.
+        """
         owner = owner_of(weight)
         key, version = (owner, weight.shape, int(weight.storage_offset())), owner._version  # noqa: SLF001
         held = self._held.get(key)
         if held is None or held.version != version:
+            if owner.untyped_storage().nbytes() == 0:
+                message = (
+                    f"the FP8 copy of a weight {tuple(weight.shape)} is of version "
+                    f"{None if held is None else held.version}, the weight of {version} and in shards: 0 "
+                    "bytes of it are here. Acquire its bucket first."
+                )
+                raise ScheduleError(message)
             tiles = ops.quantise_fp8_weight(weight.detach(), power_of_two=self.power_of_two)
             held = self._held[key] = _Copy(version, tiles)
         return held.tiles

@@ -3,8 +3,11 @@
 Stage 1 shards the optimizer's state (Rajbhandari et al. 2020, section 5.1): gradients are summed over the
 group at the end of a step, every rank updates its shard, and weights are gathered. Stage 2 sums and shards
 gradients after every backward of a stage; stage 3 also keeps weights in shards and gathers a block's before
-its phases run. Written here rather than taken from FSDP2, whose hooks sit on module calls: a block is run
-phase by phase, weight gradients may come long after the backward, and a stage may live on two pipeline ranks
+its phases run. Float32 weights of which products read FP8 copies are kept in shards under every stage: they
+are gathered where a step first needs them, and are whole only until the copies are made.
+
+Written here rather than taken from FSDP2, whose hooks sit on module calls: a block is run phase by phase,
+weight gradients may come long after the backward, and a stage may live on two pipeline ranks
 (docs/adr/0009-own-zero.md).
 """
 
@@ -56,16 +59,26 @@ class Bucket:
         partners: ranks that hold copies too but run other slots (the other pipeline rank of a stage, or of a
             shared embedding); their shards' gradients are summed at the end of a step.
         zero_stage: 1, 2 or 3.
+        copied: products read copies of these weights, made when first used after an update.
 
     Attributes:
+        gathered: the weights are whole between `acquire` and `release` alone.
         length: elements of one rank's shard of the flat array.
         starts: where each parameter starts in the flat array.
     """
 
     def __init__(
-        self, named: Mapping[str, nn.Parameter], group: Group, partners: Group, *, zero_stage: int
+        self,
+        named: Mapping[str, nn.Parameter],
+        group: Group,
+        partners: Group,
+        *,
+        zero_stage: int,
+        copied: bool = False,
     ) -> None:
         self.group, self.partners, self.zero_stage = group, partners, zero_stage
+        self._copied = copied and group.size > 1
+        self.gathered = zero_stage == 3 or self._copied
         self.params = dict(named)
         first = next(iter(self.params.values()))
         count = sum(p.numel() for p in self.params.values())
@@ -74,16 +87,16 @@ class Bucket:
         self._here = here
         self._flat = torch.zeros(self.length * group.size, dtype=first.dtype, device=first.device)
         self.starts = self._adopt()
-        self._shard = self._flat[here].clone() if zero_stage == 3 else self._flat[here]
+        self._shard = self._flat[here].clone() if self.gathered else self._flat[here]
         self.master = self._shard if first.dtype == torch.float32 else self._shard.float()
         self._gradients: Tensor | None = None
         self._views: dict[str, Tensor] = {}
         self._sum = self._room_for_sums()
-        self._users = 0
+        self._users, self._whole, self._current = 0, not self.gathered, False
         self._bytes = self._flat.untyped_storage().nbytes()
         narrow = [(n, p) for n, p in self.params.items() if p.dtype != torch.float32]
         self._hooks = [p.register_post_accumulate_grad_hook(_Adder(self, n)) for n, p in narrow]
-        if zero_stage == 3:
+        if self.gathered:
             self._free()
 
     def _adopt(self) -> dict[str, int]:
@@ -96,23 +109,26 @@ class Bucket:
             starts[name], at = at, at + param.numel()
         return starts
 
-    # --- weights (stage 3)
+    # --- weights that are gathered
 
-    def acquire(self) -> None:
-        """Gather the weights from all shards, unless they are here already."""
+    def acquire(self, *, copies: bool = False) -> None:
+        """Gather the weights from all shards, unless they are here; with `copies`, current copies will do."""
         self._users += 1
-        if self.zero_stage == 3 and self._users == 1:
+        if self.gathered and not self._whole and not (copies and self._current):
             self._flat.untyped_storage().resize_(self._bytes)
             self._gather()
+            self._whole = True
 
-    def release(self) -> None:
-        """Free the gathered weights when nobody uses them any more."""
+    def release(self, *, copies: bool = False) -> None:
+        """Free the gathered weights when nobody uses them any more; with `copies`, all have been made."""
         self._users -= 1
-        if self.zero_stage == 3 and self._users == 0:
+        self._current = self._current or (copies and self._copied)
+        if self.gathered and self._users == 0:
             self._free()
 
     def _free(self) -> None:
         self._flat.untyped_storage().resize_(0)
+        self._whole = False
 
     def _gather(self) -> None:
         with torch.no_grad():
@@ -212,8 +228,9 @@ class Bucket:
         """Round the updated masters into the weights and give every rank all of them."""
         if self.master is not self._shard:
             self._shard.copy_(self.master)
-        if self.zero_stage != 3 and self.group.size > 1:
+        if not self.gathered and self.group.size > 1:
             gather(self._flat, self._shard.clone(), self.group)
+        self._current = False
         # The parameters are views that know nothing of this; copies made of them go by their version.
         torch.autograd.graph.increment_version(list(self.params.values()))
 

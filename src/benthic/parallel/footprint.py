@@ -1,7 +1,8 @@
 """What each rank of a layout would keep in memory, from the parameter table alone: nothing is allocated.
 
 The same arithmetic as `parallel.buckets`: parameters of a unit with equal holders and replicas share a flat
-array, padded to whole shards, of which ZeRO keeps parts.
+array, padded to whole shards, of which ZeRO keeps parts. Masters of FP8 copies are sharded wherever there are
+several replicas, and are the weights themselves where there is one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ TERMS: Final = ("weights", "masters", "gradients", "moments", "activations")
 ACTIVATIONS_RULE: Final = (
     "activations are what the microbatches in flight keep for their backward, every saved tensor counted "
     "(benthic.parallel.activations); beside what is listed a rank needs room for logits, for one block's "
-    "backward, for transfers and, under ZeRO-3, for gathered weights"
+    "backward, for transfers and for gathered weights: a unit's under ZeRO-3, or its float32 masters while "
+    "FP8 copies of them are made"
 )
 
 
@@ -72,8 +74,12 @@ def kept_bytes(config: Setup, table: Table, pp: int) -> dict[str, int]:
         counts = [_numel(param, layout, rank) for param in params]
         shard = -(-sum(counts) // replicas)
         flat = shard * replicas
-        found["weights"] += _weight_bytes(config, narrow=narrow) * (shard if layout.zero_stage == 3 else flat)
-        found["masters"] += 4 * shard if narrow else 0
+        copied = config.precision.weights == "fp8" and not narrow
+        found["masters"] += 4 * shard if narrow or (copied and replicas > 1) else 0
+        if copied:
+            found["weights"] += sum(counts) + (4 * flat if replicas == 1 else 0)
+        else:
+            found["weights"] += (2 if narrow else 4) * (shard if layout.zero_stage == 3 else flat)
         found["gradients"] += 4 * (flat if layout.zero_stage == 1 else shard)
         found["moments"] += _BYTES[config.optimizer.moment_dtype] * _moments(config, params, counts, shard)
     return found
@@ -121,13 +127,6 @@ def _numel(param: Param, layout: Layout, rank: int) -> int:
 
 
 def _narrow(config: Setup, param: Param) -> bool:
-    """Whether its weights are rounded from a master; under FP8 the master is the weight of linear layers."""
+    """Whether its weights are bfloat16 beside a master; under FP8 those of linear layers are FP8 copies."""
     weights = config.precision.weights
     return weights == "bfloat16" or (weights == "fp8" and not param.fp8)
-
-
-def _weight_bytes(config: Setup, *, narrow: bool) -> int:
-    """Of one element, with the FP8 copy beside the master that is the weight."""
-    if narrow:
-        return 2
-    return 5 if config.precision.weights == "fp8" else 4

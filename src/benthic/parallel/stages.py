@@ -65,10 +65,12 @@ def build(
     device: torch.device,
     keep: Callable[[DeepSeek], None],
     seed: int | None,
+    fp8: bool = False,
 ) -> Stages:
     """Allocate and initialise what this rank holds; the weights do not depend on the layout.
 
-    `keep` brings the parameters of a model to the dtypes that they are kept in.
+    `keep` brings the parameters of a model to the dtypes that they are kept in; with `fp8`, products read
+    FP8 copies of the float32 ones.
     `seed=None` leaves zeros, for weights that are about to be loaded.
     """
     layout, place = mesh.layout, mesh.place
@@ -85,7 +87,8 @@ def build(
     buckets: dict[str, list[Bucket]] = {}
     for (unit, pps, _, _), members in _grouped(held, holders, named).items():
         named_here = {param.name: named[param.name] for param in members}
-        bucket = Bucket(named_here, _replicas(members[0], mesh), groups[pps], zero_stage=layout.zero_stage)
+        replicas, copied = _replicas(members[0], mesh), fp8 and members[0].fp8
+        bucket = Bucket(named_here, replicas, groups[pps], zero_stage=layout.zero_stage, copied=copied)
         buckets.setdefault(unit, []).append(bucket)
     return Stages(models, boxes, {unit: tuple(found) for unit, found in buckets.items()}, holders)
 

@@ -43,19 +43,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Held:
-    """The sharded parameters of one or several units, as one."""
+    """The sharded parameters of one or several units, as one, for products that may read copies of them."""
 
     buckets: tuple[Bucket, ...]
 
     def acquire(self) -> None:
         """Make the parameters whole."""
         for bucket in self.buckets:
-            bucket.acquire()
+            bucket.acquire(copies=True)
 
     def release(self) -> None:
         """They are not needed until the next `acquire`."""
         for bucket in self.buckets:
-            bucket.release()
+            bucket.release(copies=True)
 
 
 @dataclass
@@ -112,7 +112,7 @@ class ModelStage:
             yield from self._mtp(depth, task, angles)
 
     def _phase(self, name: str, run: Callable[[Flow], Flow], *units: str) -> Phase:
-        buckets = tuple(b for unit in units for b in self.buckets[unit] if b.zero_stage == 3)
+        buckets = tuple(b for unit in units for b in self.buckets[unit] if b.gathered)
         lane: Lane = "network" if name.endswith(("dispatch", "combine")) else "compute"
         return Phase(name, lane, run, Held(buckets) if buckets else None)
 

@@ -245,12 +245,12 @@ class _Part:
 def _bytes(choice: Choice, replicas: int, *, fp8: bool, moments: Updates) -> float:
     """Of one element on one of `replicas` ranks that hold it."""
     narrow = not (choice.precision == "fp8" and fp8)
-    weight = 2.0 if narrow else 5.0
+    weight = 2.0 if narrow else 1.0
     each_moment = 2.0 if moments.moment_dtype == "bfloat16" else 4.0
-    kept = weight / replicas if choice.zero == 3 else weight
+    kept = weight / replicas if choice.zero == 3 and narrow else weight
     gradients = 4.0 if choice.zero == 1 else 4.0 / replicas
     number = 1 if moments.name == "muon" else 2
-    return kept + gradients + ((4.0 if narrow else 0.0) + number * each_moment) / replicas
+    return kept + gradients + (4.0 + number * each_moment) / replicas
 
 
 @functools.lru_cache(maxsize=64)
