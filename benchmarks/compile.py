@@ -162,7 +162,7 @@ def blocks(trainer: Trainer) -> None:
     """The phases of every block."""
     for block in trainer.model.blocks:
         for phase in PHASES:
-            setattr(block, phase, torch.compile(getattr(block, phase)))
+            setattr(block, phase, torch.compile(getattr(block, phase), dynamic=False))
 
 
 COMPILED: Final[dict[str, Callable[[Trainer], None]]] = {
