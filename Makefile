@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 RUN ?= runs/demo
 JOBS ?= 2
 
+# Hundreds of processes of a test run import the same modules; each would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test drill test-gpu lint types fmt bench docs clean
 
