@@ -25,8 +25,11 @@ NAMED = {
 REST = f"not ({' or '.join(f'({words})' for words in NAMED.values())})"
 GROUPS = NAMED | {"rows, paged decode and cache, the optimizer": REST}
 
+LIMIT_S = 500
+
 pytestmark = [
     pytest.mark.interp,
+    pytest.mark.timeout(LIMIT_S + 50),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
 ]
 
@@ -41,7 +44,7 @@ def interpret(path, words):
         capture_output=True,
         text=True,
         check=False,
-        timeout=250,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

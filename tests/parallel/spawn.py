@@ -36,6 +36,8 @@ IMPORTED_ONCE = [
     "benthic.model.network",
     "benthic.train.run",
     "benthic.cli.main",
+    "benthic.serve.instance",
+    "benthic.serve.process",
     "pytest",
 ]
 

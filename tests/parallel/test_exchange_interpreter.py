@@ -13,6 +13,7 @@ import pytest
 pytestmark = [
     pytest.mark.interp,
     pytest.mark.dist,
+    pytest.mark.timeout(550),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
 ]
 
@@ -27,7 +28,7 @@ def test_interpreted_exchange_between_processes_equals_the_all_to_all_one():
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
