@@ -59,7 +59,8 @@ def start(words: Sequence[str], log: Path, environment: Mapping[str, str] | None
     """`benthic WORDS`, with `environment` added to that of the tests."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_ONCE)
-    process = context.Process(target=_run, args=(list(words), str(log), dict(environment or {})))
+    arguments = (list(words), str(log), dict(environment or {}))
+    process = context.Process(target=_run, args=arguments, daemon=True)
     process.start()
     return Command(process, log)
 
