@@ -4,7 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
-JOBS ?= 2
+# a third of the suite's time is waiting, so one more worker than cores
+JOBS ?= 3
+
+# Hundreds of processes of a test run import the same modules; each would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test drill test-gpu lint types fmt bench docs clean

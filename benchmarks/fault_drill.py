@@ -23,9 +23,13 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from provenance import write_result
 from stdlib_corpus import make_data
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BATCH = ("train.seq_len=32", "train.local_batch_size=1", "train.global_batch_size=4")
 QUIET = ("evaluate.max_tokens=64", "log.every=1")
@@ -91,18 +95,27 @@ class Job:
             "0.05",
         ]
         sizes = ["--nproc-per-node", str(self.cluster.ranks), "--max-restarts", str(self.restarts)]
-        train = ["-m", "--", "benthic", "train", "nano_test", "--resume"]
-        where = ["--run", str(self.folder), "--data", str(self.data)]
-        loop = (f"train.steps={self.steps}", f"checkpoint.every={self.every}")
-        options = [word for s in (*loop, *BATCH, *QUIET, *self.cluster.settings) for word in ("--set", s)]
         with self.printed.open("w") as out:
             self._agent = subprocess.Popen(
-                [*launcher, *sizes, *train, *where, *options],
+                [*launcher, *sizes, "-m", "--", "benthic", *self.words],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
+
+    @property
+    def words(self) -> list[str]:
+        """What `benthic` is told on every rank."""
+        loop = (f"train.steps={self.steps}", f"checkpoint.every={self.every}")
+        options = [word for s in (*loop, *BATCH, *QUIET, *self.cluster.settings) for word in ("--set", s)]
+        where = ["--run", str(self.folder), "--data", str(self.data)]
+        return ["train", "nano_test", "--resume", *where, *options]
+
+    def leave_alone(self) -> None:
+        """Run it to its end under torchrun."""
+        self.start()
+        self.finish(600)
 
     @property
     def printed(self) -> Path:
@@ -213,7 +226,15 @@ def _restarted(job: Job, times: int) -> bool:
 
 
 def drill(
-    folder: Path, data: Path, *, kills: int, steps: int, every: int, seed: int, cluster: Cluster = FOUR_RANKS
+    folder: Path,
+    data: Path,
+    *,
+    kills: int,
+    steps: int,
+    every: int,
+    seed: int,
+    cluster: Cluster = FOUR_RANKS,
+    undisturbed: Callable[[Job], None] = Job.leave_alone,
 ) -> dict[str, object]:
     """An undisturbed job and one that is killed `kills` times, compared; raises where they differ."""
     straight = Job(folder / "straight", data, steps, every, cluster=cluster)
@@ -221,8 +242,7 @@ def drill(
     rng, done = random.Random(seed), []  # noqa: S311 (moments to kill at, not a secret)
     (broken.folder / "checkpoint" / STALE).mkdir(parents=True)
     try:
-        straight.start()
-        straight.finish(600)
+        undisturbed(straight)
         broken.start()
         for number in range(1, kills + 1):
             part = (steps - 2 * every) // kills

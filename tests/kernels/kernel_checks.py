@@ -23,11 +23,12 @@ pytestmark = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan():
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    # torch.use_deterministic_algorithms does the same after importing the compiler, which takes seconds
+    torch._C._set_deterministic_algorithms(True, warn_only=True)  # noqa: FBT003 (positional there)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
     yield
-    torch.use_deterministic_algorithms(mode=False)
+    torch._C._set_deterministic_algorithms(False)  # noqa: FBT003
 
 
 def made(*shape, dtype, seed=0):
@@ -300,6 +301,13 @@ def grouped_inputs(name, spare, dims, dtype):
 def test_grouped_linear(dtype, name, dims, spare):
     ends, inputs = grouped_inputs(name, spare, dims, dtype)
     compare(lambda x, w, impl: ops.grouped_linear(x, w, ends, impl=impl), inputs, dtype)
+
+
+@pytest.mark.skipif(ON_GPU, reason="of the interpreter")
+def test_bfloat16_grouped_products_are_refused_in_the_interpreter(dtype):
+    x, w = torch.ones(4, 16, dtype=torch.bfloat16), torch.ones(1, 16, 16, dtype=torch.bfloat16)
+    with pytest.raises(BackendError, match="interpreter multiplies bfloat16 matrices wrongly"):
+        ops.grouped_linear(x, w, torch.tensor([4], dtype=torch.int32), impl="triton")
 
 
 @pytest.mark.parametrize("name", GROUPS)

@@ -8,7 +8,7 @@ import torch
 from benthic.errors import BackendError
 from benthic.kernels import native, ops
 from benthic.kernels.constants import Constants
-from benthic.kernels.tape import record
+from benthic.kernels.tape import _Capture, record
 
 pytestmark = pytest.mark.skipif(native.build_refusal() is not None, reason=str(native.build_refusal()))
 
@@ -90,3 +90,8 @@ def test_after_a_refusal_ops_run_as_before() -> None:
         record(x.exp, Constants([]))
     torch.testing.assert_close(ops.swiglu(x, impl="native"), ops.swiglu(x, impl="reference"))
     assert native.RECORDER.get() is None
+
+
+def test_recording_does_not_load_the_compiler():
+    """Two seconds of every start of a CPU engine; torch wraps the method of a mode that it hides from it."""
+    assert not hasattr(_Capture.__torch_dispatch__, "__wrapped__")

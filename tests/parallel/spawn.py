@@ -34,7 +34,10 @@ IMPORTED_ONCE = [
     "torch._dynamo",
     "triton.knobs",
     "benthic.model.network",
-    "benthic.train.trainer",
+    "benthic.train.run",
+    "benthic.cli.main",
+    "benthic.serve.instance",
+    "benthic.serve.process",
     "pytest",
 ]
 
@@ -100,7 +103,7 @@ def _run(
     name: str,
     arguments: tuple[object, ...],
 ) -> None:
-    _die_with_parent()
+    die_with_parent()
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -121,7 +124,7 @@ def _run(
     dist.destroy_process_group()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A test run that is killed must not leave ranks behind that wait for each other."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -5,6 +5,7 @@ Run here for a few steps; `benchmarks/parity.py` runs the same layouts for twent
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,8 @@ from benthic.spec.layout import Layout
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from benthic.train.config import RunConfig
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -41,6 +44,12 @@ def test_mixed_layouts_have_the_losses_and_gradients_of_one_process(ranks: int, 
 
 def compare(layouts: list[Layout], folder: Path, *, ranks: int) -> None:
     data = write_documents(folder / "data")
-    config = config_for(layouts, steps=STEPS)
+    config = rows_enough(layouts, config_for(layouts, steps=STEPS))
     serial = save(train(trainer_of(config, data), STEPS, keep=(1, STEPS)), folder / "serial.pt")
     spawn(run_layouts, ranks, config, layouts, str(data), str(serial), TOLERANCE, seconds=240)
+
+
+def rows_enough(layouts: list[Layout], config: RunConfig) -> RunConfig:
+    """A step of no more rows than the most demanding layout needs: two a pipeline rank on each data rank."""
+    rows = max(2 * layout.pp_degree * layout.dp_degree for layout in layouts)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=rows))

@@ -8,6 +8,7 @@ import pytest
 
 # The engine process and the server under test are fresh interpreters that import `fake_engine` by name.
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
 from small_tokenizer import save_tokenizer
 from tokenizer_fixture import tokenizer_folder

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 BENTHIC = [sys.executable, "-c", "from benthic.cli.main import main; main()"]
-START_S = 60
+START_S = 180
 
 
 @dataclass

@@ -13,12 +13,22 @@ from benthic.errors import ConfigError, UnknownFieldError
 from benthic.serve.fleet import FleetOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import httpx
     from running import Running
 
 ENGINE = ("--num-blocks", "128", "--block-size", "4", "--max-model-len", "256", "--max-num-seqs", "8")
+NAMES = ("--served-model-name", "nano", *ENGINE)
+
+
+@pytest.fixture(scope="module")
+def one(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of one engine, which hands requests over too."""
+    log, flags = tmp_path_factory.mktemp("one") / "log", (*NAMES, "--kv-port", str(free_port()))
+    with benthic_server(nano_checkpoint, log, *flags) as running:
+        yield running
 
 
 def ask(http: httpx.Client, prompt: list[int], **fields: object) -> dict:
@@ -39,13 +49,12 @@ def wait_for(http: httpx.Client, statuses: dict[str, str]) -> None:
 
 
 def test_a_fleet_answers_like_one_engine_and_instances_join_and_drain(
-    nano_checkpoint: Path, tmp_path: Path
+    one: Running, nano_checkpoint: Path, tmp_path: Path
 ) -> None:
     prompts = [list(range(20 + i, 60 + 2 * i)) for i in range(6)]
-    names = ("--served-model-name", "nano", *ENGINE)
-    with benthic_server(nano_checkpoint, tmp_path / "one.log", *names) as one, one.http() as http:
+    with one.http() as http:
         expected = [ask(http, prompt)["choices"][0]["text"] for prompt in prompts]
-    fleet = ("--prefill", "1", "--decode", "1", *names)
+    fleet = ("--prefill", "1", "--decode", "1", *NAMES)
     with benthic_server(nano_checkpoint, tmp_path / "fleet.log", *fleet) as running, running.http() as http:
         assert [ask(http, prompt)["choices"][0]["text"] for prompt in prompts] == expected
         usage = ask(http, prompts[0], n=2, temperature=1.0)["usage"]
@@ -77,23 +86,21 @@ def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:
 
 
 def test_two_servers_hand_a_request_over_in_the_words_of_a_vllm_router(
-    nano_checkpoint: Path, tmp_path: Path
+    one: Running, nano_checkpoint: Path, tmp_path: Path
 ) -> None:
-    names = ("--served-model-name", "nano", *ENGINE, "--kv-port")
-    prompt = list(range(20, 70))
+    prompt, flags = list(range(20, 70)), (*NAMES, "--kv-port", str(free_port()))
     with (
-        benthic_server(nano_checkpoint, tmp_path / "p.log", *names, str(free_port())) as first,
-        benthic_server(nano_checkpoint, tmp_path / "d.log", *names, str(free_port())) as second,
-        first.http() as prefill,
+        benthic_server(nano_checkpoint, tmp_path / "log", *flags) as second,
+        one.http() as prefill,
         second.http() as decode,
     ):
         expected = ask(prefill, prompt)["choices"][0]["text"]
         wanted = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None}
         kept = ask(prefill, prompt, max_tokens=1, kv_transfer_params=wanted)["kv_transfer_params"]
         assert len(kept["remote_block_ids"]) == 13
-        assert first.metrics()["benthic:kv_blocks_free"] < 128
+        assert one.metrics()["benthic:kv_blocks_free"] < 128
         assert ask(decode, prompt, kv_transfer_params=kept)["choices"][0]["text"] == expected
-        first.wait_idle()
+        one.wait_idle()
         again = ask(decode, prompt, kv_transfer_params=kept)
         assert again["choices"][0]["text"] == expected
         message = [{"role": "user", "content": "hi " * 20}]
@@ -107,7 +114,7 @@ def test_two_servers_hand_a_request_over_in_the_words_of_a_vllm_router(
         assert broken.status_code == 400
         assert "kv_transfer_params cannot be read" in broken.json()["error"]["message"]
         assert prefill.post("/v1/chat/completions", json=chat | {"n": 2}).status_code == 400
-        first.wait_idle()
+        one.wait_idle()
         second.wait_idle()
 
 

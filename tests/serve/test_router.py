@@ -10,6 +10,7 @@ import time
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
+import forked_instances
 import pytest
 from small_engine import prompts, request
 from small_fleet import colocated, fleet_folder, small_router
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from benthic.serve.router import Router
 
 LIMIT_S = 200
+
+
+@pytest.fixture(autouse=True)
+def _instances_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benthic.serve.client.start_engine", forked_instances.start_engine)
 
 
 def run(coroutine: Coroutine) -> None:

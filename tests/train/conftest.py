@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,9 +20,12 @@ from benthic.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from benthic.train.config import RunConfig
+
+# for `forked`, which starts runs that are killed
+if (folder := str(Path(__file__).parents[1] / "parallel")) not in sys.path:
+    sys.path.insert(0, folder)
 
 WORDS = [
     "the",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import forked
 import pytest
 
 if TYPE_CHECKING:
@@ -30,6 +31,13 @@ def script() -> Iterator[ModuleType]:
         yield module
 
 
+def left_alone(job: object) -> None:
+    """The same command on forked ranks, which need no torchrun and begin at once."""
+    ranks = forked.start_ranks(job.words, job.cluster.ranks, job.printed)  # type: ignore[attr-defined]
+    for rank in ranks:
+        rank.finish(240)
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -37,7 +45,8 @@ def test_job_whose_ranks_are_killed_in_a_step_and_in_a_save_has_the_losses_of_an
     script: ModuleType, dataset: Path, tmp_path: Path
 ) -> None:
     """Every restart is torchrun's, goes on from the newest complete checkpoint and sweeps unfinished ones."""
-    found = script.drill(tmp_path, dataset, kills=2, steps=16, every=3, seed=0, cluster=script.TWO_RANKS)
+    sizes = {"kills": 2, "steps": 16, "every": 3, "seed": 0, "cluster": script.TWO_RANKS}
+    found = script.drill(tmp_path, dataset, **sizes, undisturbed=left_alone)
     assert found["losses_equal"]
     assert [kill["during"] for kill in found["kills"]] == ["step", "save"]
 

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING
 
+import forked
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 STEPS = 200
 EVERY = 10
-PROGRAM = "from benthic.cli.main import main; main()"
+LIMIT_S = 240
 
 
-def start(run: Path, dataset: Path, steps: int = STEPS) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, "train", "nano_test", "--run", str(run), "--data", str(dataset)]
+def start(run: Path, dataset: Path, steps: int = STEPS) -> forked.Command:
+    command = ["train", "nano_test", "--run", str(run), "--data", str(dataset), "--resume"]
     rows = ["train.seq_len=32", "train.global_batch_size=2"]
     settings = [*rows, f"train.steps={steps}", f"checkpoint.every={EVERY}", "evaluate.max_tokens=200"]
     options = [word for setting in settings for word in ("--set", setting)]
-    return subprocess.Popen(
-        [*command, *options, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
+    return forked.start([*command, *options], run.with_suffix(".log"))
 
 
 def lines(run: Path) -> list[dict[str, object]]:
@@ -45,28 +36,31 @@ def steps_done(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def kill_when(process: subprocess.Popen[str], ready: object) -> None:
-    deadline = time.monotonic() + 240
-    while process.poll() is None and not ready():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "the moment to kill never came"
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+def wait_until(running: forked.Command, ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while running.running and not ready():
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.002)
+
+
+def kill_when(running: forked.Command, ready: Callable[[], bool]) -> None:
+    wait_until(running, ready)
+    running.kill()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_run_killed_three_times_has_the_losses_of_the_undisturbed_run(dataset: Path, tmp_path: Path) -> None:
     """DeepSeek-V3-shaped nano model, 200 steps; killed at a random step, during a save, at a random step."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    finish(start(straight, dataset))
+    start(straight, dataset).finish(LIMIT_S)
     rng = random.Random(20)  # noqa: S311 (moments to kill at, not a secret)
     first, third = rng.randint(5, 60), rng.randint(130, 190)
     kill_when(start(broken, dataset), lambda: steps_done(broken) >= first)
     saving = broken / "checkpoint"
     kill_when(start(broken, dataset), lambda: steps_done(broken) >= 80 and any(saving.glob("*.tmp")))
     kill_when(start(broken, dataset), lambda: steps_done(broken) >= third)
-    output = finish(start(broken, dataset))
+    output = start(broken, dataset).finish(LIMIT_S)
     assert "resumed from step" in output
     one, two = lines(straight), lines(broken)
     assert [line["step"] for line in two] == list(range(1, STEPS + 1))
@@ -81,16 +75,14 @@ def test_run_killed_three_times_has_the_losses_of_the_undisturbed_run(dataset: P
 def test_sigterm_saves_after_the_step_and_resuming_goes_on_from_it(dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     steps = 60
-    process = start(run, dataset, steps)
-    deadline = time.monotonic() + 240
-    while steps_done(run) < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    output = finish(process)
+    running = start(run, dataset, steps)
+    wait_until(running, lambda: steps_done(run) >= 3)
+    running.terminate()
+    output = running.finish(LIMIT_S)
     done = steps_done(run)
     assert 3 <= done < steps
     assert f"stopped after step {done}; pass --resume to go on" in output
     assert (run / f"checkpoint/step-{done}").is_dir()
-    again = finish(start(run, dataset, steps))
+    again = start(run, dataset, steps).finish(LIMIT_S)
     assert f"resumed from step {done}" in again
     assert [line["step"] for line in lines(run)] == list(range(1, steps + 1))

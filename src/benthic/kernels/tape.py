@@ -100,7 +100,7 @@ def record(function: Callable[[], Any], constants: Constants) -> Tape:
         function: computes with the public ops and with the torch operations named in `HANDLERS`.
         constants: the parameters. What is rearranged from them alone is rearranged once, not on every replay.
 
-    Cost: tens of milliseconds; the first recording of a process loads more of torch (about a second).
+    Cost: tens of milliseconds.
 
     Raises:
         BackendError: it does something that a replay would not repeat; the operation is named.
@@ -153,6 +153,11 @@ class _Recorder:
 
 class _Capture(TorchDispatchMode):
     """Lets views through, turns the handled operations into native calls, refuses the rest."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to hide a mode from its compiler, torch loads the compiler, and nothing is compiled here."""
+        return False
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
