@@ -453,7 +453,7 @@ def test_route_chooses_distinct_experts_whatever_the_logits(dtype):
     assert chosen[2][0] == 7
 
 
-@pytest.mark.parametrize("tokens", [1, TOKENS, 1400])
+@pytest.mark.parametrize("tokens", [1, TOKENS, 1366])  # 4,098 copies are more than a block counts
 def test_rows_are_counted_as_a_stable_sort_would_place_them(dtype, tokens):
     expert = routed(tokens, 7, 3)
     x = made(tokens, 4, dtype=dtype).detach()

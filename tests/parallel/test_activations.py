@@ -135,7 +135,6 @@ def on_two_ranks(rank: int, data: str) -> None:
             ("float32", ()),
             ("bfloat16", ("experts",)),
             ("fp8", (*V3, "expert_inputs")),
-            ("fp8", V3),
         ):
             own = with_layout(config(dtype, recompute), layout)
             own = dataclasses.replace(

@@ -23,7 +23,7 @@ from benthic.train.trainer import Trainer, rows_at, table_of
 if TYPE_CHECKING:
     from benthic.train.config import RunConfig
 
-STEPS = 3
+STEPS = 2
 LAYOUTS = (
     Layout(dp_degree=4, ep_degree=2, zero_stage=1),
     Layout(dp_degree=4, zero_stage=2),
@@ -53,6 +53,24 @@ def masters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {piece.name: piece.master.clone() for bucket in trainer.buckets for piece in bucket.pieces()}
 
 
+def check_what_is_kept(trainer: Trainer, own: RunConfig) -> None:
+    """A rank keeps its shard of masters and one byte a weight, as the dry run says."""
+    linear = trainer.executor.linear
+    assert isinstance(linear, MixedLinear)
+    copies = sum(t.nbytes for held in linear.running._held.values() for t in held.tiles)
+    weights = masters_ = 0
+    for bucket in trainer.buckets:
+        weights += bucket._flat.untyped_storage().nbytes()
+        masters_ += bucket.master.nbytes if bucket.gathered or bucket.master is not bucket._shard else 0
+        if bucket.zero_stage == 3 and not bucket._copied:
+            weights += bucket._shard.nbytes
+    scales = sum(held.tiles.scale.nbytes for held in linear.running._held.values())
+    said = footprints(own, table_of(own, rows_at(own, 0)))[trainer.mesh.place.pp]
+    if said.rank == trainer.mesh.rank and own.layout.zero_stage < 3:
+        assert said.bytes["masters"] == masters_, own.layout
+        assert said.bytes["weights"] == weights + copies - scales, own.layout
+
+
 def same_as_with_whole_masters(rank: int, data: str) -> None:
     for layout in LAYOUTS:
         found = []
@@ -62,6 +80,8 @@ def same_as_with_whole_masters(rank: int, data: str) -> None:
                     whole_masters(patch)
                 trainer = trainer_of(config(layout), Path(data), Mesh.of(layout, rank))
                 found.append((train(trainer, STEPS), masters(trainer)))
+                if sharded:
+                    check_what_is_kept(trainer, config(layout))
         (mine, weights), (theirs, others) = found
         assert mine.losses == theirs.losses, layout
         assert mine.norms == theirs.norms, layout
@@ -69,34 +89,10 @@ def same_as_with_whole_masters(rank: int, data: str) -> None:
 
 
 @pytest.mark.dist
-def test_sharded_masters_have_every_bit_of_whole_ones(tmp_path: Path) -> None:
-    spawn(same_as_with_whole_masters, 4, str(write_documents(tmp_path / "data")))
-
-
-def keeps_what_the_dry_run_says(rank: int, data: str) -> None:
-    for layout in LAYOUTS:
-        own = config(layout)
-        trainer = trainer_of(own, Path(data), Mesh.of(layout, rank))
-        trainer.step()
-        linear = trainer.executor.linear
-        assert isinstance(linear, MixedLinear)
-        copies = sum(t.nbytes for held in linear.running._held.values() for t in held.tiles)
-        weights = masters_ = 0
-        for bucket in trainer.buckets:
-            weights += bucket._flat.untyped_storage().nbytes()
-            masters_ += bucket.master.nbytes if bucket.gathered or bucket.master is not bucket._shard else 0
-            if bucket.zero_stage == 3 and not bucket._copied:
-                weights += bucket._shard.nbytes
-        scales = sum(held.tiles.scale.nbytes for held in linear.running._held.values())
-        said = footprints(own, table_of(own, rows_at(own, 0)))[trainer.mesh.place.pp]
-        if said.rank == rank and layout.zero_stage < 3:
-            assert said.bytes["masters"] == masters_, layout
-            assert said.bytes["weights"] == weights + copies - scales, layout
-
-
-@pytest.mark.dist
-def test_a_rank_keeps_its_shard_of_masters_and_one_byte_a_weight(tmp_path: Path) -> None:
-    spawn(keeps_what_the_dry_run_says, 4, str(write_documents(tmp_path / "data")))
+def test_sharded_masters_have_every_bit_of_whole_ones_and_the_size_that_the_dry_run_says(
+    tmp_path: Path,
+) -> None:
+    spawn(same_as_with_whole_masters, 4, str(write_documents(tmp_path / "data")), seconds=240)
 
 
 def copies_are_made_of_whole_weights_alone(rank: int, data: str) -> None:
