@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from spawn import IMPORTED_ONCE, die_with_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from multiprocessing.process import BaseProcess
     from pathlib import Path
 
@@ -33,6 +33,29 @@ class Command:
     @property
     def running(self) -> bool:
         return self.process.is_alive()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it runs."""
+        return self.process.exitcode
+
+    def wait(self, seconds: float | None = None) -> int:
+        """Its exit status. Raises: TimeoutError."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            msg = f"it still runs after {seconds} s"
+            raise TimeoutError(msg)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -55,12 +78,26 @@ class Command:
         return printed
 
 
-def start(words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Command:
-    """`benthic WORDS`, with `environment` added to that of the tests."""
+def benthic() -> int | None:
+    """The command line on `sys.argv`."""
+    from benthic.cli.main import main
+
+    return main()
+
+
+def start(
+    words: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    program: Callable[[], int | None] = benthic,
+    has_children: bool = False,
+) -> Command:
+    """`benthic WORDS`, or another `program` with them, with `environment` added to that of the tests."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_ONCE)
-    arguments = (list(words), str(log), dict(environment or {}))
-    process = context.Process(target=_run, args=arguments, daemon=True)
+    arguments = (program, list(words), str(log), dict(environment or {}))
+    process = context.Process(target=_run, args=arguments, daemon=not has_children)
     process.start()
     return Command(process, log)
 
@@ -85,14 +122,13 @@ def _free_port() -> int:
             continue
 
 
-def _run(words: list[str], log: str, environment: dict[str, str]) -> None:
+def _run(
+    program: Callable[[], int | None], words: list[str], log: str, environment: dict[str, str]
+) -> None:
     die_with_parent()
     printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(printed, stream)
     os.environ.update(environment)  # noqa: TID251 (that of a process of its own)
     sys.argv = ["benthic", *words]
-
-    from benthic.cli.main import main
-
-    main()
+    sys.exit(program())

@@ -38,6 +38,7 @@ IMPORTED_ONCE = [
     "benthic.cli.main",
     "benthic.serve.instance",
     "benthic.serve.process",
+    "benthic.serve.server",
     "pytest",
 ]
 

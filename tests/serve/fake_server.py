@@ -1,4 +1,4 @@
-"""The real HTTP server round the engine without a model. Arguments: tokenizer folder, then JSON settings."""
+"""The real HTTP server round the engine without a model. Arguments: tokenizer folder, port, JSON settings."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ from benthic.serve.tokenizer import Tokenizer
 
 
 def main() -> int:
-    folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder, port, settings = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     logging.basicConfig(level=logging.INFO)
-    bound = launch.bind("127.0.0.1", 0)
-    sys.stdout.write(f"{bound.getsockname()[1]}\n")
-    sys.stdout.flush()
+    bound = launch.bind("127.0.0.1", port)
     tokenizer = Tokenizer.from_folder(folder)
     template = launch.read_template(tokenizer, None) if settings.pop("template", True) else None
     max_num_seqs, max_waiting = settings.pop("max_num_seqs", 32), settings.pop("max_waiting", 1024)
@@ -43,6 +41,3 @@ def main() -> int:
     )
     return server.run(functools.partial(fake_engine.fake, step_seconds, max_num_seqs), bound, parts)
 
-
-if __name__ == "__main__":
-    sys.exit(main())

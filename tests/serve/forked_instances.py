@@ -1,12 +1,15 @@
-"""Instances forked from a server that has imported torch, which takes a fresh process seconds."""
+"""Instances and servers forked from a server that has imported torch, which takes a fresh process seconds."""
 
 from __future__ import annotations
 
 import multiprocessing
 from typing import TYPE_CHECKING
 
+import fake_server
+import forked
 from spawn import IMPORTED_ONCE
 
+from benthic.serve import client
 from benthic.serve.process import EngineFactory, Pipes, engine_main
 
 if TYPE_CHECKING:
@@ -17,6 +20,26 @@ def start_engine(factory: EngineFactory, pipes: Pipes, log_level: int) -> BasePr
     """In place of the function of the same name in `benthic.serve.process`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_ONCE)
+    process = context.Process(target=engine_main, args=(factory, pipes, log_level), name="benthic-engine")
+    process.start()
+    return process
+
+
+def benthic_with_forked_engine() -> int | None:
+    """The command line in a forked process."""
+    client.start_engine = start_engine_of_server
+    return forked.benthic()
+
+
+def fake_with_forked_engine() -> int | None:
+    """The server round the fake engine in a forked process."""
+    client.start_engine = start_engine_of_server
+    return fake_server.main()
+
+
+def start_engine_of_server(factory: EngineFactory, pipes: Pipes, log_level: int) -> BaseProcess:
+    """The same for a server that was itself forked from there: nothing runs in it yet."""
+    context = multiprocessing.get_context("fork")
     process = context.Process(target=engine_main, args=(factory, pipes, log_level), name="benthic-engine")
     process.start()
     return process

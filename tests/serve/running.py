@@ -17,12 +17,14 @@ import httpx
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+import forked
+from forked_instances import benthic_with_forked_engine, fake_with_forked_engine
+
 from benthic.bench.served import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-HERE = Path(__file__).parent
 BENTHIC = [sys.executable, "-c", "from benthic.cli.main import main; main()"]
 START_S = 180
 
@@ -31,7 +33,7 @@ START_S = 180
 class Running:
     """A server process."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | forked.Command
     url: str
     log: Path
 
@@ -70,7 +72,8 @@ class Running:
             text=True,
             check=True,
         )
-        return next(int(line.split()[0]) for line in listing.stdout.splitlines() if "spawn_main" in line)
+        tracker = "resource_tracker"
+        return next(int(line.split()[0]) for line in listing.stdout.splitlines() if tracker not in line)
 
 
 def gauges(metrics: dict[str, float]) -> dict[str, float]:
@@ -84,25 +87,21 @@ def idle(metrics: dict[str, float]) -> bool:
 
 
 @contextmanager
-def start(command: list[str], log: Path, port: int | None = None) -> Iterator[Running]:
-    """Run a server until the end of the block; it prints its port first, unless `port` is given."""
-    with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+def running(process: subprocess.Popen | forked.Command, port: int, log: Path) -> Iterator[Running]:
+    """A server that has been started, once it answers; it is ended with the block."""
     try:
-        port = int(process.stdout.readline()) if port is None else port
-        running = Running(process, f"http://127.0.0.1:{port}", log)
-        wait_healthy(running)
-        yield running
+        server = Running(process, f"http://127.0.0.1:{port}", log)
+        wait_healthy(server)
+        yield server
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(20)
-            except subprocess.TimeoutExpired:
+            except (subprocess.TimeoutExpired, TimeoutError):
                 process.kill()
                 process.wait()
                 raise
-        process.stdout.close()
 
 
 def wait_healthy(running: Running) -> None:
@@ -119,15 +118,21 @@ def wait_healthy(running: Running) -> None:
 
 def fake_server(tokenizer: Path, log: Path, **settings):
     """A server round the fake engine."""
-    return start([sys.executable, str(HERE / "fake_server.py"), str(tokenizer), json.dumps(settings)], log)
-
-
-def benthic_server(checkpoint: Path, log: Path, *flags: str):
-    """`benthic serve` with a real engine."""
     port = free_port()
-    return start(
-        [*BENTHIC, "serve", str(checkpoint), "--port", str(port), "--num-threads", "1", *flags], log, port
-    )
+    words = [str(tokenizer), str(port), json.dumps(settings)]
+    process = forked.start(words, log, program=fake_with_forked_engine, has_children=True)
+    return running(process, port, log)
+
+
+def benthic_server(checkpoint: Path, log: Path, *flags: str, fresh: bool = False):
+    """`benthic serve` with a real engine; `fresh` as a user starts it, in interpreters of its own."""
+    port = free_port()
+    words = ["serve", str(checkpoint), "--port", str(port), "--num-threads", "1", *flags]
+    if not fresh:
+        process = forked.start(words, log, program=benthic_with_forked_engine, has_children=True)
+        return running(process, port, log)
+    with log.open("w") as errors:
+        return running(subprocess.Popen([*BENTHIC, *words], stderr=errors), port, log)
 
 
 class Connection:

@@ -36,7 +36,7 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def served(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     log = tmp_path_factory.mktemp("serve") / "log"
-    with benthic_server(nano_checkpoint, log, *FLAGS) as running:
+    with benthic_server(nano_checkpoint, log, *FLAGS, fresh=True) as running:
         yield running
 
 
