@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING
 
 import fake_server
@@ -16,12 +17,23 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
 
+def warm_up() -> None:
+    """Start that server now."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED_ONCE)
+    forkserver.ensure_running()
+
+
+STARTED: list[BaseProcess] = []
+"""Every engine that `start_engine` has started here."""
+
+
 def start_engine(factory: EngineFactory, pipes: Pipes, log_level: int) -> BaseProcess:
     """In place of the function of the same name in `benthic.serve.process`."""
+    warm_up()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)
     process = context.Process(target=engine_main, args=(factory, pipes, log_level), name="benthic-engine")
     process.start()
+    STARTED.append(process)
     return process
 
 

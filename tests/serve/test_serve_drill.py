@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fake_engine
+import forked_instances
 import pytest
 
 from benthic.errors import EngineDeadError
@@ -39,9 +40,11 @@ def script() -> Iterator[ModuleType]:
 
 @pytest.mark.slow
 def test_requests_survive_a_kill_of_each_kind_of_instance_and_a_cut_link(
-    script: ModuleType, tmp_path: Path
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same tokens as one engine; no request, block, lease, process or folder is left."""
+    forked_instances.warm_up()
+    monkeypatch.setattr("benthic.serve.client.start_engine", forked_instances.start_engine)
     row = script.run(script.Drill(2, 1, kinds=("prefill", "decode", "link"), kills=1), tmp_path, seed=0)
     assert [(kill["kind"], kill["kills"]) for kill in row["kills"]] == [
         ("prefill", 1),
@@ -51,6 +54,9 @@ def test_requests_survive_a_kill_of_each_kind_of_instance_and_a_cut_link(
     assert row["requests_moved"] >= 2
     assert row["same_tokens"]
     assert not any(row["left"].values())
+    engines = forked_instances.STARTED
+    assert len(engines) >= 6
+    assert not any(engine.is_alive() for engine in engines)
 
 
 @pytest.mark.parametrize("pipe", ["requests", "replies"])

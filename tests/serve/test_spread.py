@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import forked_instances
 import pytest
 import torch
 from running import benthic_server
@@ -228,8 +229,11 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.fixture
-def busy(folder: Path) -> Iterator[tuple[asyncio.Runner, EngineClient]]:
+def busy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[asyncio.Runner, EngineClient]]:
     """An engine process of two ranks, ready."""
+    monkeypatch.setattr("benthic.serve.client.start_engine", forked_instances.start_engine)
     options = EngineOptions(**SMALL, tensor_parallel_size=2)
 
     async def start() -> EngineClient:
