@@ -122,9 +122,7 @@ def _free_port() -> int:
             continue
 
 
-def _run(
-    program: Callable[[], int | None], words: list[str], log: str, environment: dict[str, str]
-) -> None:
+def _run(program: Callable[[], int | None], words: list[str], log: str, environment: dict[str, str]) -> None:
     die_with_parent()
     printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):

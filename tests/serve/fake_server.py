@@ -40,4 +40,3 @@ def main() -> int:
         page=DashPage,
     )
     return server.run(functools.partial(fake_engine.fake, step_seconds, max_num_seqs), bound, parts)
-

@@ -229,9 +229,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.fixture
-def busy(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[asyncio.Runner, EngineClient]]:
+def busy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[asyncio.Runner, EngineClient]]:
     """An engine process of two ranks, ready."""
     monkeypatch.setattr("benthic.serve.client.start_engine", forked_instances.start_engine)
     options = EngineOptions(**SMALL, tensor_parallel_size=2)
