@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 # The servers of these tests are those of the API's.
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 sys.path.insert(0, str(Path(__file__).parent))
 
