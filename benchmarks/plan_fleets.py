@@ -2,9 +2,9 @@
 
 `disaggregate.json` holds two GPUs with a prefill and a decode instance, and two that do both, on H100s under
 three workloads. Here the same fleets are simulated at the same rates: every request drawn alike, the live
-scheduler's own decisions, our engine as it ships (fitted to an H200's decode steps and prompts in BF16, so
-that nothing is fitted to these H100 runs; that a step with one token behind pulled blocks is no graph, they
-taught). Both sides' goodput is read off their rates by one rule.
+scheduler's own decisions, our engine as it was when they ran (fitted to an H200's decode steps and prompts in
+BF16, so that nothing is fitted to these H100 runs; that a step with one token behind pulled blocks is no graph,
+they taught). Both sides' goodput is read off their rates by one rule.
 
     python benchmarks/plan_fleets.py
 """
@@ -46,19 +46,22 @@ ATTAINMENT: Final = 0.9
 AHEAD: Final = 1.05
 SECONDS: Final = 8.0
 BLOCK: Final = 64
+THEN: Final = Engine(name="benthic, 5510470", eager_layer_s=1.007e-3, graph_layer_s=5.318e-5, stretch=1.009)
+"""Our engine when the fleets were measured: fitted to `serve_gpu.json` of commit 5510470."""
 
 
 def main() -> None:
     """All workloads and fleets, printed and written."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engine", default="benthic")
+    parser.add_argument("--engine", help="a name or a file instead of the engine of those runs")
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
     record = json.loads((RESULTS / "disaggregate.json").read_text())["rows"]
-    rows = [row for name in WORKLOADS for row in compared(name, record, engines.get(words.engine))]
+    engine = engines.get(words.engine) if words.engine else THEN
+    rows = [row for name in WORKLOADS for row in compared(name, record, engine)]
     for row in rows:
         print(row)
-    print(write_result("plan_fleets", rows, out=words.out, engine=words.engine))
+    print(write_result("plan_fleets", rows, out=words.out, engine=engine.name))
 
 
 def compared(name: str, record: Row, engine: Engine) -> list[Row]:

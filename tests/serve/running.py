@@ -10,20 +10,19 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import forked
 import httpx
+from forked_instances import benthic_with_forked_engine, fake_with_forked_engine
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-
-import forked
-from forked_instances import benthic_with_forked_engine, fake_with_forked_engine
 
 from benthic.bench.served import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 BENTHIC = [sys.executable, "-c", "from benthic.cli.main import main; main()"]
 START_S = 180

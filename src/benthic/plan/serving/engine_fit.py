@@ -27,9 +27,10 @@ class MeasuredStep(NamedTuple):
 def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> Engine:
     """Gap a layer and stretch of the kernels that fit decode steps best; relative squares, prices given.
 
-    Prices are those of the fastest kernels known, so that a stretch below 1 is no engine: it is then 1 and
-    the gap alone is fitted, as it is with a single step; a negative gap is 0 and the stretch alone is fitted.
-    Host seconds of a step with prompts in it are what these steps last beyond that.
+    A stretch below 1 is an engine whose kernels are faster than those that made the prices: a few rows an
+    expert are priced from many. With a single step the gap alone is fitted and the stretch is 1, or less if
+    the step is faster than its price; a negative gap is 0 and the stretch alone is fitted. Host seconds of a
+    step with prompts in it are what these steps last beyond that.
 
     Raises:
         DataError: no decode step, or a time that is not above 0.
@@ -66,7 +67,7 @@ def replace_engine(step: PricedStep, engine: Engine) -> PricedStep:
 
 
 def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """`a` >= 0 and `b` >= 1 of `y = a + b x`, with least squares of `(a + b x - y) / y`."""
+    """`a` >= 0 and `b` of `y = a + b x`, with least squares of `(a + b x - y) / y`; `b` is 1 for one `x`."""
     w = [1.0 / (y * y) for _, y in pairs]
     s = sum(w)
     sx = sum([wi * x for wi, (x, _) in zip(w, pairs, strict=True)])
@@ -75,10 +76,8 @@ def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     sxy = sum([wi * x * y for wi, (x, y) in zip(w, pairs, strict=True)])
     spread = s * sxx - sx * sx
     b = (s * sxy - sx * sy) / spread if spread > _FLAT * s * sxx else 1.0
-    a = (sy - max(1.0, b) * sx) / s
-    if a < 0.0:
-        return 0.0, max(1.0, sxy / sxx)
-    return a, max(1.0, b)
+    a = (sy - b * sx) / s
+    return (0.0, sxy / sxx) if a < 0.0 else (a, b)
 
 
 def _rest(pairs: Sequence[tuple[float, float]]) -> float:

@@ -69,7 +69,9 @@ class Engine:
             The GPU waits for them where prompts are computed; where the pieces are single tokens behind
             blocks that were pulled, they run beside the GPU.
         graph_layer_s: device seconds a layer between the kernels of a graph.
-        stretch: seconds of its kernels over the prices of the operations.
+        stretch: seconds of its kernels over the prices of the operations. Below 1, its kernels for few rows
+            are faster than the prices, which were measured with many; steps with prompts, which have many
+            rows, then take the prices as they are.
     """
 
     name: str = "tuned"
@@ -151,7 +153,9 @@ class PricedStep:
             products, exchanges = self._experts(mean / 2.0)
             products += max([rank.half_s for rank in ranks])
             device = min(device, 2.0 * max(products, exchanges))
-        device = engine.stretch * device + engine.graph_layer_s * self._layers
+        many_rows = any(rank.prompts for rank in ranks)
+        stretch = max(1.0, engine.stretch) if many_rows else engine.stretch
+        device = stretch * device + engine.graph_layer_s * self._layers
         return self._launched(device, ranks) if engine.eager_layer_s else device
 
     def _launched(self, device: float, ranks: Sequence[Rank]) -> float:
