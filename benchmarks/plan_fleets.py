@@ -3,7 +3,7 @@
 `disaggregate.json` holds two GPUs with a prefill and a decode instance, and two that do both, on H100s under
 three workloads. Here the same fleets are simulated at the same rates: every request drawn alike, the live
 scheduler's own decisions, our engine as it was when they ran (fitted to an H200's decode steps and prompts in
-BF16, so that nothing is fitted to these H100 runs; that a step with one token behind pulled blocks is no graph,
+BF16, so that nothing is fitted to these H100 runs; that one token behind pulled blocks is no graph,
 they taught). Both sides' goodput is read off their rates by one rule.
 
     python benchmarks/plan_fleets.py
