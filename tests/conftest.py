@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 
 import pytest
@@ -10,6 +11,17 @@ from hypothesis import settings
 # A test on a busy machine may take any time; what is too slow is the suite's limit to say.
 settings.register_profile("benthic", deadline=None)
 settings.load_profile("benthic")
+
+
+gc.disable()
+"""Collecting tests makes a million objects that stay: to look through them again and again takes as long."""
+
+
+def pytest_collection_finish() -> None:
+    """From here on the collector looks only at what tests make."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def _cuda_devices() -> int:

@@ -6,6 +6,7 @@ and can be killed like any other.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -124,6 +125,7 @@ def _free_port() -> int:
 
 def _run(program: Callable[[], int | None], words: list[str], log: str, environment: dict[str, str]) -> None:
     die_with_parent()
+    gc.freeze()
     printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(printed, stream)

@@ -7,6 +7,7 @@ them seconds; like spawned ones they share nothing with the test. For GPUs (NCCL
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import inspect
 import multiprocessing
@@ -105,6 +106,7 @@ def _run(
     arguments: tuple[object, ...],
 ) -> None:
     die_with_parent()
+    gc.freeze()  # it need not look through what the server imported
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)

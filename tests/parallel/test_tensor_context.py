@@ -150,7 +150,7 @@ LOSS, GRADIENT = 1e-6, 1e-5
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Of a step in one or two parts, and of one that fills a pipeline: config, data, what one process found."""
+    """Of a step in two parts, and of one that fills a pipeline: config, data, what one process found."""
     folder = tmp_path_factory.mktemp("runs")
     data = write_documents(folder / "data")
     found = []

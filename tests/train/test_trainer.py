@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from benthic import collector
 from benthic.cli.settings import apply
 from benthic.errors import CheckpointError, NumericsError
 from benthic.model.local import packed_sockets, plain_linear
@@ -40,6 +41,26 @@ def test_same_config_gives_the_same_losses_and_another_seed_does_not(trainer: Ma
     assert losses(trainer(nano), 4) == losses(trainer(nano), 4)
     assert losses(trainer(nano), 2) != losses(trainer(apply(nano, ["train.seed=1"])), 2)
     assert losses(trainer(nano), 2) != losses(trainer(apply(nano, ["data.seed=1"])), 2)
+
+
+def test_a_step_neither_runs_the_garbage_collector_nor_leaves_it_anything(
+    trainer: Make, nano: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, enabled = trainer(nano), []
+    update = running.optimizer.step
+
+    def watched(**options: float) -> None:
+        enabled.append(gc.isenabled())
+        update(**options)
+
+    monkeypatch.setattr(running.optimizer, "step", watched)
+    running.step()
+    assert enabled == [False]
+    assert gc.isenabled()
+    with collector.paused():
+        gc.collect()
+        running.step()
+        assert gc.collect() == 0
 
 
 @pytest.mark.parametrize("wait", [True, False])

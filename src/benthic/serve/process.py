@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 import msgspec
 import zmq
 
+from benthic import collector
 from benthic.errors import AdmissionError, BenthicError, OverloadedError, PeerLostError
 from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
 
@@ -238,6 +239,7 @@ class EngineLoop:
                 shared.leave()
 
     def _serve(self, engine: EngineLike) -> bool:
+        collector.settle()
         self.send([engine.ready(), engine.stats()])
         was_busy = False
         while True:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import uvicorn
 
+from benthic import collector
 from benthic.errors import EngineDeadError, ServeError
 from benthic.serve.app import create_app
 from benthic.serve.client import EngineClient
@@ -175,6 +176,7 @@ async def _loaded(client: Client, stop: Stop) -> bool:
     except EngineDeadError as error:
         msg = f"the model could not be loaded: {error}"
         raise ServeError(msg) from error
+    collector.settle()
     return True
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benthic import collector
 from benthic.errors import CheckpointError, ConfigError
 from benthic.model.block import MoeBlock
 from benthic.model.products import WeightGradients
@@ -145,6 +146,7 @@ class Trainer:
             raise ConfigError(message)
         return self.stages.models[0]
 
+    @collector.paused()
     def step(self) -> StepResult:
         """Run one optimizer step.
 
