@@ -15,7 +15,12 @@ from benthic.plan.cost.ops import Gemm, GroupedGemm, MemoryBound
 from benthic.plan.cost.price import price
 
 FEW = Sizes(
-    rows=(16, 32, 64, 128), weights=((32, 32), (64, 32)), bytes=(2**14, 2**16), attention=(), experts=(2,)
+    rows=(16, 32, 64, 128),
+    expert_rows=(3, 64),
+    weights=((32, 32), (64, 32)),
+    bytes=(2**14, 2**16),
+    attention=(),
+    experts=(2,),
 )
 
 

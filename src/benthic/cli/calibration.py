@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -19,20 +20,28 @@ from benthic.plan.cost.roofline import ideal
 from benthic.spec import hardware as gpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from benthic.plan.cost.ops import Dtype, Op
     from benthic.spec.hardware import Hardware
 
 _REPEATS: Final = 7
 _HOST: Final = "a host"
+_COLD_BYTES: Final = 128 * 2**20
+"""Weights are used in turn from copies of this size together, so that no GPU's cache holds them all."""
+_SHORT_S: Final = 5e-4
+"""Below, calls are timed inside a CUDA graph, where the host does not count; a step of serving is one."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: rows of products, (n, k) of their weights, bytes, (rows, tokens) of attention."""
+    """What is measured: rows of products, (n, k) of their weights, bytes, (rows, tokens) of attention.
+
+    Experts' products have `expert_rows` rows for each of `experts` experts.
+    """
 
     rows: tuple[int, ...]
+    expert_rows: tuple[int, ...]
     weights: tuple[tuple[int, int], ...]
     bytes: tuple[int, ...]
     attention: tuple[tuple[int, int], ...]
@@ -40,7 +49,8 @@ class Sizes:
 
 
 ON_GPU: Final = Sizes(
-    rows=(64, 96, 128, 256, 512, 1024, 2048, 3072, 4096, 8192, 16384),
+    rows=(1, 8, 32, 64, 96, 128, 256, 512, 1024, 2048, 3072, 4096, 8192, 16384),
+    expert_rows=(1, 3, 6, 12, 24, 48, 128, 256, 512),
     weights=((2112, 7168), (24576, 1536), (4096, 7168), (7168, 2048), (2816, 2048), (3072, 2048)),
     bytes=tuple(2**power for power in range(22, 32)),
     attention=((1, 2048), (1, 4096), (4, 4096), (1, 8192)),
@@ -48,6 +58,7 @@ ON_GPU: Final = Sizes(
 )
 ON_CPU: Final = Sizes(
     rows=(16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512),
+    expert_rows=(32, 48, 64),
     weights=((256, 256), (512, 256), (1024, 512)),
     bytes=tuple(2**power for power in range(18, 26)),
     attention=(),
@@ -82,6 +93,23 @@ class Stopwatch:
             torch.cuda.synchronize()
 
 
+class GraphStopwatch(Stopwatch):
+    """Median seconds on a GPU: of short calls inside a CUDA graph, of long ones as the host launches them."""
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Of one call."""
+        launched = super().seconds(call)
+        if launched > _SHORT_S:
+            return launched
+        count = max(16, int(2e-3 / launched))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call()
+        graph.replay()
+        return statistics.median(self._time(graph.replay, 1) / count for _ in range(_REPEATS))
+
+
 def calibrate(
     device: str, *, sizes: Sizes | None = None, clock: Callable[[], float] = perf_counter
 ) -> Profile:
@@ -94,9 +122,12 @@ def calibrate(
         message = "device=cuda, but torch sees 0 CUDA GPUs. Calibrate with --device cpu."
         raise BackendError(message)
     chosen = sizes or (ON_GPU if device == "cuda" else ON_CPU)
-    watch = Stopwatch(device, clock)
+    launched = Stopwatch(device, clock)
+    watch = GraphStopwatch(device, clock) if device == "cuda" else launched
     source = f"benthic calibrate, torch {torch.__version__}, {_threads(device)}"
     points = [Measured(op, watch.seconds(call), source) for op, call in _calls(device, chosen)]
+    # a backward pass runs on the stream of its forward pass, which is not one that captures
+    points += [Measured(op, launched.seconds(call), source) for op, call in _attention(device, chosen)]
     return Profile(hardware=_name(device), source=source, points=tuple(points))
 
 
@@ -161,45 +192,64 @@ def _calls(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], object]
         yield from _fp8_products(device, sizes)
     yield from _streams(device, sizes, dtype)
     yield from _sums(device, sizes, dtype)
-    yield from _attention(device, sizes, dtype)
+
+
+def _in_turn(
+    function: Callable[..., object], rows: object, weights: Sequence[object], *rest: object, **options: object
+) -> Callable[[], object]:
+    """Calls `function` with the next of `weights` every time."""
+    turn = itertools.cycle(weights)
+    return lambda: function(rows, next(turn), *rest, **options)
+
+
+def _copies(device: str, num_bytes: float) -> int:
+    return -(-_COLD_BYTES // int(num_bytes)) if device == "cuda" else 1
 
 
 def _products(
     device: str, sizes: Sizes, dtype: torch.dtype, word: Dtype
 ) -> Iterator[tuple[Op, Callable[[], object]]]:
     for n, k in sizes.weights:
-        weight = torch.randn(n, k, device=device, dtype=dtype)
+        copies = _copies(device, n * k * dtype.itemsize)
+        weights = [torch.randn(n, k, device=device, dtype=dtype).t() for _ in range(copies)]
         for m in sizes.rows:
             x = torch.randn(m, k, device=device, dtype=dtype)
-            yield Gemm(m=m, n=n, k=k, dtype=word), partial(torch.matmul, x, weight.t())
+            yield Gemm(m=m, n=n, k=k, dtype=word), _in_turn(torch.matmul, x, weights)
     n, k = sizes.weights[-1]
     for experts in sizes.experts:
-        weights = torch.randn(experts, n, k, device=device, dtype=dtype)
-        for each in sizes.rows[2:5]:
+        copies = _copies(device, experts * n * k * dtype.itemsize)
+        stacks = [torch.randn(experts, n, k, device=device, dtype=dtype) for _ in range(copies)]
+        for each in sizes.expert_rows:
             rows = torch.randn(experts * each, k, device=device, dtype=dtype)
             ends = (torch.arange(1, experts + 1, device=device) * each).to(torch.int32)
             op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype=word)
-            yield op, partial(ops.grouped_linear, rows, weights, ends)
+            yield op, _in_turn(ops.grouped_linear, rows, stacks, ends)
 
 
 def _fp8_products(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], object]]]:
     """Our own kernels on operands that are narrow already; quantising is measured apart."""
     wide = torch.bfloat16
     for n, k in sizes.weights:
-        weight = ops.Fp8(*ops.quantise_fp8_weight(torch.randn(n, k, device=device, dtype=wide)))
+        weights = [
+            ops.Fp8(*ops.quantise_fp8_weight(torch.randn(n, k, device=device, dtype=wide)))
+            for _ in range(_copies(device, n * k))
+        ]
         for m in sizes.rows:
             x = torch.randn(m, k, device=device, dtype=wide)
             rows = ops.Fp8(*ops.quantise_fp8_rows(x))
-            yield Gemm(m=m, n=n, k=k, dtype="fp8"), partial(ops.fp8_linear, rows, weight, dtype=wide)
+            yield Gemm(m=m, n=n, k=k, dtype="fp8"), _in_turn(ops.fp8_linear, rows, weights, dtype=wide)
     n, k = sizes.weights[-1]
     for experts in sizes.experts:
-        stack = ops.quantise_fp8_weight(torch.randn(experts, n, k, device=device, dtype=wide))
-        for each in sizes.rows[2:5]:
+        stacks = [
+            ops.Fp8(*ops.quantise_fp8_weight(torch.randn(experts, n, k, device=device, dtype=wide)))
+            for _ in range(_copies(device, experts * n * k))
+        ]
+        for each in sizes.expert_rows:
             x = torch.randn(experts * each, k, device=device, dtype=wide)
             ends = (torch.arange(1, experts + 1, device=device) * each).to(torch.int32)
             op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype="fp8")
             rows = ops.Fp8(*ops.quantise_fp8_rows(x))
-            yield op, partial(ops.fp8_linear, rows, ops.Fp8(*stack), ends, dtype=wide)
+            yield op, _in_turn(ops.fp8_linear, rows, stacks, ends, dtype=wide)
 
 
 def _sums(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op, Callable[[], object]]]:
@@ -222,7 +272,8 @@ def _streams(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op
         yield MemoryBound(bytes=1.5 * x.nbytes, name="swiglu"), partial(ops.swiglu, x)
 
 
-def _attention(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op, Callable[[], object]]]:
+def _attention(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], object]]]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     heads, qk_dim, v_dim = 16, 192, 128
     for rows, seq_len in sizes.attention:
         shapes = (qk_dim, qk_dim, v_dim)
