@@ -6,9 +6,7 @@ Insights into DeepSeek-V3, table 4): its trace taught that an exchange holds its
 `train_ranks.json`, `train_full.json` and `train_gpu.json`: the host's launches and the rate of adding
 gradients were read from the slots of one run, zb-h1 (`profiles.py`); nothing is fitted to the others, called
 blind here, but the form of the model was chosen with all of them in view. Constants of working memory were
-set in view of these peaks. The runs of `train_gpu.json` had an AdamW kernel that a profiler saw take 43 ms
-where its bytes need 17 (docs/log.md), since mended: the difference is added to them, which spends the BF16
-run of four rows.
+set in view of these peaks.
 """
 
 from __future__ import annotations
@@ -28,17 +26,13 @@ from moonlight_slices import KEPT_PAIRS, LAYOUTS, moonlight, moonlight_slice
 from provenance import RESULTS, write_result
 
 from benthic.plan.cost import machine as machines
-from benthic.plan.training.candidate import PRECISIONS, Candidate, Numbers, Rows, Updates
+from benthic.plan.training.candidate import PRECISIONS, Candidate, Numbers, Rows
 from benthic.plan.training.memory import memory
 from benthic.plan.training.step import Step, step
 from benthic.spec import presets
 from benthic.spec.layout import Layout
 
-SEPARATE: Final = Updates(fused=False)
-"""The runs of `train_ranks.json` and `train_full.json` updated with AdamW in separate expressions."""
-ADAMW_SEEN: Final = 0.043 + 0.007
-"""Seconds of the update in the runs of `train_gpu.json`: AdamW's kernel; clearing and norm by bandwidth."""
-SEEN: Final = {"slice, zb-h1", "6 layers, bf16"}
+SEEN: Final = {"slice, zb-h1"}
 """Runs that something was fitted to."""
 Line = dict[str, Any]
 
@@ -107,21 +101,21 @@ def ranks() -> list[Line]:
     measured = {row["layout"]: row for row in results("train_ranks")}
     rows: list[Line] = []
     for name, layout in {"1 rank": Layout(), **LAYOUTS}.items():
-        one = Candidate(model=model, layout=layout, train=train, rows=8, optimizer=SEPARATE)
+        one = Candidate(model=model, layout=layout, train=train, rows=8)
         rows += both(f"slice, {name}", one, measured[name]["step_seconds"], measured[name]["peak_bytes"])
     return rows
 
 
 def whole() -> list[Line]:
     """All of Moonlight on two GPUs."""
+    settings = dict(word.split("=") for word in record("train_full")["settings"]["set"])
     (row,) = results("train_full")
     one = Candidate(
         model=moonlight(),
         layout=LAYOUTS["ep2"],
-        train=Rows(local_batch_size=2, kept_pairs=KEPT_PAIRS),
-        rows=16,
+        train=Rows(local_batch_size=int(settings["train.local_batch_size"]), kept_pairs=KEPT_PAIRS),
+        rows=int(settings["train.global_batch_size"]),
         recompute=("attention", "experts"),
-        optimizer=SEPARATE,
     )
     return both("Moonlight, ep2", one, row["step_seconds"], row["peak_bytes"])
 
@@ -141,19 +135,17 @@ def one_gpu() -> list[Line]:
             train = Rows(local_batch_size=count)
             one = Candidate(model=model, layout=Layout(), train=train, rows=4, precision=numbers)
             seconds = one.step_tokens / row["tokens_per_second"]
-            more = ADAMW_SEEN - step(one, machines.get("h200")).update.optimizer.seconds
-            run = f"6 layers, {row['who'].removeprefix('benthic ')}"
-            rows += both(run, one, seconds, row["peak_bytes"], more)
+            rows += both(f"6 layers, {row['who'].removeprefix('benthic ')}", one, seconds, row["peak_bytes"])
     return rows
 
 
-def both(run: str, one: Candidate, seconds: float, peak: float, more: float = 0.0) -> list[Line]:
-    """Step and peak of the first rank, which measured both; `more` seconds are known of that software."""
+def both(run: str, one: Candidate, seconds: float, peak: float) -> list[Line]:
+    """Step and peak of the first rank, which measured both."""
     found = step(one, machines.get("h200"))
     size = memory(one, found.timeline.table)[0].total
     blind = run not in SEEN
     return [
-        line(run, "step, seconds", found.seconds + more, seconds, blind=blind),
+        line(run, "step, seconds", found.seconds, seconds, blind=blind),
         line(run, "peak, bytes", size, peak, blind=False),
     ]
 
@@ -179,8 +171,14 @@ def summary(rows: list[Line]) -> Line:
 
 def results(name: str) -> list[Line]:
     """The rows of a committed result."""
-    rows: list[Line] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    rows: list[Line] = record(name)["rows"]
     return rows
+
+
+def record(name: str) -> Line:
+    """A committed result."""
+    found: Line = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from benthic.plan.cost.ops import (
     AllToAll,
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from benthic.spec.model import ModelConfig
 
 Part = Literal["F", "I", "W"]
+
+LOGITS: Final = 2**30
+"""Bytes of one chunk of logits on a GPU (`kernels.ops.linear_cross_entropy_sum`)."""
 
 
 class Step(NamedTuple):
@@ -86,21 +89,21 @@ def embedding(shape: Shape) -> Iterator[Step]:
 
 
 def head(shape: Shape) -> Iterator[Step]:
-    """The last norm, logits and cross-entropy, in BF16."""
+    """The last norm, logits and cross-entropy in BF16, whose gradients are made in the forward pass.
+
+    Chunk by chunk of logits: three products, one kernel between them, and the weight's FP32 sum each time.
+    """
     model, tokens = shape.model, shape.tokens
-    size = 2.0 * tokens * model.hidden_size
-
-    def product(name: str) -> Gemm:
-        return Gemm(m=tokens, n=model.vocab_size, k=model.hidden_size, name=name)
-
+    size, logits = 2.0 * tokens * model.hidden_size, 2.0 * tokens * model.vocab_size
     yield Step("F", "norms", MemoryBound(bytes=2 * size, name="rms_norm"))
     yield Step("I", "norms", MemoryBound(bytes=3 * size, name="rms_norm backward"))
-    yield Step("F", "head", product("cross entropy"))
-    yield Step("F", "head", MemoryBound(bytes=4.0 * tokens * model.vocab_size))
-    yield Step("I", "head", product("cross entropy input"))
-    yield Step("I", "head", MemoryBound(bytes=4.0 * tokens * model.vocab_size))
-    yield Step("I", "head", product("cross entropy weight"))  # one kernel makes both gradients
-    yield Step("W", "gradients", _accumulate(shape, model.vocab_size * model.hidden_size))
+    m, n, k = tokens, model.vocab_size, model.hidden_size
+    for product in (Gemm(m=m, n=n, k=k), Gemm(m=m, n=k, k=n), Gemm(m=n, n=k, k=m)):
+        yield Step("F", "head", product)
+    yield Step("F", "head", MemoryBound(bytes=2 * logits))
+    chunks = max(1.0, logits / LOGITS)
+    yield Step("F", "gradients", MemoryBound(bytes=8.0 * chunks * n * k, name="accumulate"))
+    yield Step("I", "head", MemoryBound(bytes=2 * size))
 
 
 def projection(shape: Shape) -> Iterator[Step]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from benthic.parallel.activations import block_bytes, peak_bytes, stage_bytes
 from benthic.parallel.footprint import kept_bytes, replicas_of
 from benthic.parallel.parts import held_by, kind_of, parts_of, stages_of
+from benthic.plan.training.block import LOGITS
 from benthic.plan.training.candidate import Rows
 from benthic.sched.pipeline.table import Table
 from benthic.spec.layout import Layout
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 Routes = tuple[tuple[int, ...], ...]
 
 TERMS: Final = ("weights", "masters", "gradients", "moments", "activations", "working", "reserve")
-LOGITS: Final = 512 * 2**20  # bytes of one chunk of logits in `kernels.torch_loss` on a GPU
-WEIGHT_GRADIENT: Final = 8  # bytes an element of a weight gradient on its way to its sum
+WEIGHT_GRADIENT: Final = 8  # bytes an element of a weight gradient that is added to its sum after its product
 UPDATE: Final = 16  # bytes an element of the arrays of an AdamW that is not one kernel
 
 _RESERVE: Final = 0.05  # of activations and working memory: rounding and holes of the allocator
@@ -132,10 +132,9 @@ def _backward(candidate: Candidate, here: tuple[Part, ...]) -> float:
     """The larger of a block's backward and the head's, with what ZeRO-3 gathers meanwhile."""
     layers = [layer for part in here for layer in part.layers]
     blocks = max((_block(candidate, layer) for layer in (layers[0], layers[-1])), default=0.0)
-    model = candidate.model
     head = 0.0
     if any(part.head for part in here):
-        head = 6.0 * model.vocab_size * model.hidden_size + 2.0 * LOGITS
+        head = float(LOGITS)
     gathered = 0.0
     if candidate.layout.zero_stage >= 2:
         gathered = max(_unit(candidate, layer) for layer in (layers[0], layers[-1]))
@@ -143,17 +142,17 @@ def _backward(candidate: Candidate, here: tuple[Part, ...]) -> float:
 
 
 def _block(candidate: Candidate, layer: int) -> float:
-    """The largest weight gradient, the gradients of rows into and out of experts, and recomputation.
+    """The gradients of rows into and out of experts, recomputation, and in FP8 the largest weight gradient.
 
-    What is recomputed counts three times: itself, its gradients, and what it passes through on the way.
+    BF16 products add weights' gradients to their sums themselves. What is recomputed counts three times:
+    itself, its gradients, and what it passes through on the way.
     """
     model = candidate.model
     tokens = candidate.train.local_batch_size * candidate.train.seq_len // candidate.layout.token_shards
     copies = model.num_experts_per_tok if model.is_moe(layer) else 1
     rows = 2 * 2.0 * copies * model.hidden_size
-    return WEIGHT_GRADIENT * _largest(candidate, layer) + tokens * (
-        rows + 3 * _keeping(_core(candidate), layer)
-    )
+    apart = WEIGHT_GRADIENT * _largest(candidate, layer) if candidate.precision.matmul == "fp8" else 0.0
+    return apart + tokens * (rows + 3 * _keeping(_core(candidate), layer))
 
 
 @functools.lru_cache(maxsize=1 << 12)
