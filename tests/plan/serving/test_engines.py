@@ -84,7 +84,7 @@ def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_six_p
     assert [each.load.decodes for each in steps] == [1, 32, 64, 256]
     errors = [abs(error) for error in left_out("benthic", PLAIN, steps)]
     assert statistics.median(errors) <= 0.06
-    assert max(errors) <= 0.13  # of one sequence, from three steps of many
+    assert max(errors) <= 0.14  # of one sequence, from three steps of many
 
 
 def test_files_without_measured_steps_are_refused(tmp_path):
