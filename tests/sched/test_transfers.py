@@ -87,6 +87,7 @@ def journeys(draw: st.DrawFn) -> tuple[BatchingConfig, BatchingConfig, list[Trip
         lease_seconds=float(draw(st.sampled_from([3, 8, 30]))),
         lease_share=draw(st.sampled_from([0.3, 1.0])),
         transfer_blocks=draw(st.integers(1, 5)),
+        host_blocks=draw(st.sampled_from([0, 2, 20])),
     )
     other = replace(config, num_blocks=config.num_blocks + draw(st.integers(0, 5)))
     trunk = tuple(draw(st.lists(st.integers(1, 3), min_size=16, max_size=16)))
@@ -188,6 +189,7 @@ class World:
         plan = self.reader.scheduler.plan(now)
         check_plan(self.reader.scheduler, plan)
         if int(now) in self.trouble.failing_plans:
+            self.reader.device.move(plan)
             rows, ended = {}, self.reader.scheduler.fail(plan, now)
         else:
             drawn = self.reader.device.run(plan)
