@@ -316,7 +316,7 @@ def test_a_request_that_is_preempted_after_its_pull_computes_its_prompt() -> Non
     reader.scheduler.pulls.commit(plan)
     reader.step(1.0)
     seq = reader.scheduler._requests["a"]
-    reader.scheduler._preempt(seq)
+    reader.scheduler._making_room.preempt(seq)
     reader.scheduler.reset_prefix_cache()
     plan = reader.scheduler.plan(2.0)
     assert seq.phase is Phase.DECODING

@@ -234,7 +234,7 @@ def test_host_memory_that_cannot_be_is_refused_with_both_numbers() -> None:
         host_size(layout, EngineOptions(host_cache_gib=1e7))
     with pytest.raises(ConfigError, match=r"1 bytes \(host_cache_gib = .*one block of 4 tokens takes 960"):
         host_size(layout, EngineOptions(host_cache_gib=1 / GIB))
-    with pytest.raises(ConfigError, match="host_cache_gib = -1.0, but it must be at least 0"):
+    with pytest.raises(ConfigError, match=r"host_cache_gib = -1\.0, but it must be at least 0"):
         EngineOptions(host_cache_gib=-1.0)
     with pytest.raises(ConfigError, match="enable_prefix_caching = False; leave out one"):
         EngineOptions(host_cache_gib=1.0, enable_prefix_caching=False)

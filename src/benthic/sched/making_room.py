@@ -34,12 +34,13 @@ class MakingRoom:
             while seq.phase is Phase.DECODING and not self._residency.pool.num_free:
                 victim = max([*self._decodes.running, *self._prefills.running], key=_age)
                 preempted.append(Preempted(victim.request.request_id, victim.slot))
-                self._preempt(victim)
+                self.preempt(victim)
             if seq.phase is Phase.DECODING:
                 self._residency.grow(seq)
         return preempted
 
-    def _preempt(self, seq: SequenceState) -> None:
+    def preempt(self, seq: SequenceState) -> None:
+        """Take slot and blocks away from `seq`, which waits from now on; nobody else starts in this plan."""
         self._prefills.leave(seq)
         self._decodes.changed()
         seq.phase = Phase.WAITING
