@@ -11,18 +11,16 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from benthic.errors import ConfigError
 from benthic.kernels.ops import copy_blocks
+from benthic.sched.plans import BlockCopy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-    from benthic.sched.plans import BlockCopy
 
 
 class HostPages:
@@ -41,12 +39,16 @@ class HostPages:
         layers, blocks, *block = pages_LPBW.shape
         self._device_LPBW = pages_LPBW
         self.pages_LPBW = torch.empty((layers, num_blocks, *block), dtype=pages_LPBW.dtype)
-        # places of one direction's copies; allocated once, so that a full GPU cannot refuse them
-        self._place_2R = torch.empty((2, blocks), dtype=torch.int64, device=pages_LPBW.device)
+        # Places of one direction's copies. Allocated once, so that a full GPU cannot refuse them, and apart,
+        # so that both begin where the kernel expects it whatever their number is (else it is compiled anew).
+        self._place_R, self._place_on_host_R = (
+            torch.empty(blocks, dtype=torch.int64, device=pages_LPBW.device) for _ in range(2)
+        )
         if pages_LPBW.is_cuda:
             lock(self.pages_LPBW)
             unlock = torch.cuda.cudart().cudaHostUnregister
             weakref.finalize(self, unlock, self.pages_LPBW.data_ptr()).atexit = False
+            self.move((BlockCopy(0, 0),), (BlockCopy(0, 0),))  # compiles the kernel both ways
 
     @property
     def num_bytes(self) -> int:
@@ -65,12 +67,14 @@ class HostPages:
 
     def _places(self, copies: Sequence[BlockCopy]) -> tuple[Tensor, Tensor]:
         """Blocks on the device and on the host, as indices on the device; the next call overwrites them."""
-        place_2R = torch.from_numpy(np.array(copies, dtype=np.int64).T.copy())
-        if self._place_2R.is_cuda:
-            place_2R = place_2R.pin_memory()
-        there_2R = self._place_2R[:, : len(copies)]
-        there_2R.copy_(place_2R, non_blocking=True)
-        return there_2R[0], there_2R[1]
+        device, host = zip(*copies, strict=True)
+        return _filled(self._place_R, device), _filled(self._place_on_host_R, host)
+
+
+def _filled(place_R: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """The beginning of `place_R`, with these blocks."""
+    given_R = torch.tensor(blocks, dtype=torch.int64, pin_memory=place_R.is_cuda)
+    return place_R[: len(blocks)].copy_(given_R, non_blocking=True)
 
 
 def lock(pages: Tensor) -> None:
