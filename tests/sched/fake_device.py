@@ -45,11 +45,21 @@ class FakeDevice:
         self.config = config
         self.guesses = guesses
         self.pages: list[list[int | None]] = [[None] * config.block_size for _ in range(config.num_blocks)]
+        self.host: list[list[int | None]] = [[None] * config.block_size for _ in range(config.host_blocks)]
         self.table: dict[int, list[int]] = {}
         self.newest: dict[int, int] = {}
 
+    def move(self, plan: StepPlan) -> None:
+        """Make the copies of a plan, also of one that is idle or fails."""
+        for block, host in plan.to_host:
+            assert None not in self.pages[block], "a block is kept that was never full"
+            self.host[host] = list(self.pages[block])
+        for block, host in plan.from_host:
+            self.pages[block] = list(self.host[host])
+
     def run(self, plan: StepPlan) -> list[tuple[int, ...]]:
         """One row of tokens for each of `plan.sampled_ids`."""
+        self.move(plan)
         for slot, first, blocks in plan.tables:
             row = self.table.setdefault(slot, [])
             assert first <= len(row), "a table has no gaps"
@@ -112,6 +122,7 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
     assert all(chunk.length > 0 for chunk in plan.prefills)
     assert all(0 <= d <= config.num_speculative_tokens for d in plan.decode_drafts)
     assert (plan.number == -1) == (plan.num_tokens == 0)
+    check_copies(scheduler, plan)
     resident = [
         seq
         for seq in scheduler._requests.values()
@@ -138,6 +149,19 @@ def check_plan(scheduler: Scheduler, plan: StepPlan) -> None:
         assert all(pool.users(block) == 1 for block in writing), "a decode writes to a shared block"
     for chunk in plan.prefills:
         assert scheduler._residency.covered(by_name[chunk.request_id]) >= chunk.start + chunk.length
+
+
+def check_copies(scheduler: Scheduler, plan: StepPlan) -> None:
+    """No block of either side is written twice, what comes back is used, and host blocks are conserved."""
+    config, home = scheduler.config, scheduler._residency
+    leaving, coming = [copy.host for copy in plan.to_host], [copy.device for copy in plan.from_host]
+    assert len(set(leaving)) == len(leaving)
+    assert len({copy.device for copy in plan.to_host}) == len(leaving)
+    assert len(set(coming)) == len({copy.host for copy in plan.from_host}) == len(coming)
+    assert all(0 <= host < config.host_blocks for _, host in (*plan.to_host, *plan.from_host))
+    assert all(home.pool.users(block) for block in coming), "a block comes back for nobody"
+    places = [*home.host._blank, *home.host._held.values()]
+    assert sorted(places) == list(range(config.host_blocks)), "host blocks are lost or held twice"
 
 
 def check_empty(scheduler: Scheduler) -> None:

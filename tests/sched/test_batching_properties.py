@@ -52,6 +52,7 @@ def workloads(draw: st.DrawFn, *, trouble: bool = True) -> Workload:
         eos_token_ids=(EOS,),
         priority_seconds=draw(st.sampled_from([0.0, 5.0, 60.0])),
         watermark=draw(st.sampled_from([0.0, 0.01, 0.3])),
+        host_blocks=draw(st.sampled_from([0, 0, 1, 2, 5, 40])),
     )
     count = draw(st.integers(1, 12))
     trunk = tuple(draw(st.lists(st.integers(1, 3), min_size=max_model_len, max_size=max_model_len)))
@@ -110,6 +111,8 @@ def execute(work: Workload) -> Outcome:
         if plan.num_tokens:
             flights.append((plan, device.run(plan)))
         else:
+            assert not plan.to_host
+            assert not plan.from_host
             assert flights or not scheduler.has_work, "idle, yet requests wait and nothing is in flight"
         for victim in work.aborts.get(moment, []):
             ended = scheduler.abort(str(victim), float(moment))

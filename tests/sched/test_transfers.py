@@ -87,6 +87,7 @@ def journeys(draw: st.DrawFn) -> tuple[BatchingConfig, BatchingConfig, list[Trip
         lease_seconds=float(draw(st.sampled_from([3, 8, 30]))),
         lease_share=draw(st.sampled_from([0.3, 1.0])),
         transfer_blocks=draw(st.integers(1, 5)),
+        host_blocks=draw(st.sampled_from([0, 2, 20])),
     )
     other = replace(config, num_blocks=config.num_blocks + draw(st.integers(0, 5)))
     trunk = tuple(draw(st.lists(st.integers(1, 3), min_size=16, max_size=16)))
@@ -188,6 +189,7 @@ class World:
         plan = self.reader.scheduler.plan(now)
         check_plan(self.reader.scheduler, plan)
         if int(now) in self.trouble.failing_plans:
+            self.reader.device.move(plan)
             rows, ended = {}, self.reader.scheduler.fail(plan, now)
         else:
             drawn = self.reader.device.run(plan)
@@ -314,7 +316,7 @@ def test_a_request_that_is_preempted_after_its_pull_computes_its_prompt() -> Non
     reader.scheduler.pulls.commit(plan)
     reader.step(1.0)
     seq = reader.scheduler._requests["a"]
-    reader.scheduler._preempt(seq)
+    reader.scheduler._making_room.preempt(seq)
     reader.scheduler.reset_prefix_cache()
     plan = reader.scheduler.plan(2.0)
     assert seq.phase is Phase.DECODING

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benthic.errors import ConfigError
-from benthic.serve.build import cache_size
 from benthic.serve.cache import CacheLayout, LatentCache, size_by_bytes
 from benthic.serve.options import EngineOptions
+from benthic.serve.sizing import cache_size
 from benthic.spec import presets
 
 CPU = torch.device("cpu")

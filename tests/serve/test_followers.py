@@ -11,9 +11,9 @@ import fake_ranks
 import pytest
 
 from benthic.errors import PeerLostError
-from benthic.sched.plans import Prefill, TableWrite
+from benthic.sched.plans import BlockCopy, Prefill, TableWrite
 from benthic.serve import followers as module
-from benthic.serve.commands import Here, Leave, Remember, Score, Step, decode_command, encode
+from benthic.serve.commands import Here, Leave, Move, Remember, Score, Step, decode_command, encode
 from benthic.serve.followers import Followers
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def test_every_rank_hears_every_command() -> None:
 def test_commands_come_out_as_they_went_in() -> None:
     prefills = (Prefill("a", 2, 0, 3, (5, 6, 7), samples=True, ahead=(8,)),)
     step = Step(5, (0, 1), (9, 4), (1, 0), prefills, (TableWrite(0, 1, (3, 4)),), (1, 0))
-    for command in (step, Score(1, 2), Remember((0, 2)), Leave()):
+    move = Move((BlockCopy(3, 0),), (BlockCopy(4, 1), BlockCopy(5, 2)))
+    for command in (step, move, Score(1, 2), Remember((0, 2)), Leave()):
         assert decode_command(encode(command)) == command
     plan = step.plan(step.slots)
     assert (plan.decode_slots, plan.decode_positions, plan.decode_drafts) == ((0, 1), (9, 4), (1, 0))

@@ -107,6 +107,7 @@ def alone(folder: Path) -> dict[str, Answer]:
         (2, {"enable_expert_parallel": True, "async_scheduling": True}),
         (4, {"async_scheduling": True}),
         (4, {"enable_expert_parallel": True}),
+        (2, {"host_cache_gib": 1e-3, "async_scheduling": True}),
     ],
     ids=str,
 )
@@ -122,6 +123,7 @@ def test_several_ranks_give_the_tokens_of_one(
         )
         assert all(alone[name].tokens[: len(found[name].tokens)] == found[name].tokens for name in cut)
         assert engine.stats().preemptions > 0
+        assert (engine.stats().host_hits > 0) == ("host_cache_gib" in options)
         assert is_empty(engine)
     finally:
         engine.leave()

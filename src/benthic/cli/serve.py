@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 from pathlib import Path  # noqa: TC003 (typer reads the annotations)
 from typing import Annotated
@@ -20,8 +19,9 @@ from benthic.cli.serve_words import (
     Quantization,
     ReasoningParser,
     ToolParser,
+    api_keys,
+    one_model,
 )
-from benthic.errors import ConfigError
 
 ENGINE = "Engine"
 CACHE = "KV cache"
@@ -205,6 +205,16 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         float,
         typer.Option(help="Share of GPU memory for weights and cache, in (0, 1].", rich_help_panel=CACHE),
     ] = 0.9,
+    host_cache_gib: Annotated[
+        float,
+        typer.Option(
+            "--host-cache-gib",
+            "--kv-offloading-size",
+            min=0,
+            help="GiB of host memory, of an engine, for blocks evicted from the cache.",
+            rich_help_panel=CACHE,
+        ),
+    ] = 0.0,
     enable_prefix_caching: Annotated[
         bool, typer.Option(help="Reuse blocks of equal prompt beginnings.", rich_help_panel=CACHE)
     ] = True,
@@ -301,7 +311,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     from benthic.spec.objectives import Objectives  # noqa: PLC0415
     from benthic.spec.shard import Shard  # noqa: PLC0415
 
-    folder = _one_model(model, model_flag)
+    folder = one_model(model, model_flag)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
     options = EngineOptions(
         device=device,
@@ -322,6 +332,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         num_blocks=num_gpu_blocks_override,
         kv_cache_memory=kv_cache_memory,
         gpu_memory_utilization=gpu_memory_utilization,
+        host_cache_gib=host_cache_gib,
         enable_prefix_caching=enable_prefix_caching,
         seed=seed,
         max_logprobs=max_logprobs,
@@ -330,7 +341,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         native_folder=str(user_cache()),
     )
     http = server.ServerOptions(
-        api_keys=_api_keys(api_key),
+        api_keys=api_keys(api_key),
         max_body_bytes=max_body_bytes,
         requests_per_minute=max_requests_per_minute,
         drain_s=shutdown_timeout,
@@ -341,7 +352,14 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         access_log=not disable_uvicorn_access_log,
         otlp_traces_endpoint=otlp_traces_endpoint,
     )
-    launch.check_instances(tensor_parallel_size, prefill=prefill, decode=decode, kv_port=kv_port)
+    launch.check_instances(
+        tensor_parallel_size,
+        prefill=prefill,
+        decode=decode,
+        kv_port=kv_port,
+        kv_nixl=kv_nixl,
+        host_cache_gib=host_cache_gib,
+    )
     bound = launch.bind(host, port)
     config = launch.check_checkpoint(folder, weights=load_format is LoadFormat.auto)
     Shard(size=tensor_parallel_size, whole_experts=enable_expert_parallel).check(config)
@@ -376,24 +394,3 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     )
     fleet = Fleet(checkpoint=folder, engine=options, options=spread)
     raise typer.Exit(server.run(fleet, bound, parts))
-
-
-def _one_model(positional: Path | None, flag: Path | None) -> Path:
-    if positional is not None and flag is not None and positional != flag:
-        msg = f"MODEL = {positional} but --model = {flag}. Give one of them."
-        raise ConfigError(msg)
-    chosen = positional or flag
-    if chosen is None:
-        msg = "no model given. Usage: benthic serve MODEL"
-        raise ConfigError(msg)
-    return chosen
-
-
-def _api_keys(given: list[str] | None) -> tuple[str, ...]:
-    """Keys of the flags, else of BENTHIC_API_KEY. Raises: ConfigError for an empty one."""
-    from_environment = os.environ.get("BENTHIC_API_KEY")
-    keys = tuple(given or ([from_environment] if from_environment else []))
-    if any(not key.strip() for key in keys):
-        msg = "--api-key is empty. Leave it out to serve without keys."
-        raise ConfigError(msg)
-    return keys

@@ -16,6 +16,8 @@ What the caller promises
   * Before running a plan it writes `plan.tables` into its block table; position p of a sequence lives at
     offset `p % block_size` of column `p // block_size`. A step writes all its positions before later plans
     read them.
+  * Before that, and before transfers of `pulls` that are planned later, it makes the copies of
+    `plan.to_host` and then those of `plan.from_host`, also of a plan that is idle or fails to run.
   * It feeds decode row i the newest token of that request, and prefill chunks their `tokens`.
   * Drafts, if any, sit behind the newest token; a row then holds the accepted drafts and one more token.
 
@@ -29,7 +31,8 @@ What the scheduler promises
   * A prompt's whole blocks are reserved when it starts; a decode takes blocks as it grows. When none is free,
     the last in that line is preempted; it resumes with the same tokens, computing what is not
     cached.
-  * Full committed blocks can be found by later requests. The last known token is always computed, never
+  * Full committed blocks can be found by later requests; with `host_blocks`, also after their eviction. The
+    last known token is always computed, never
     cached.
   * It alone ends requests: eos and stop ids, `max_tokens`, `max_model_len`, abort, error. Tokens past the end
     of a row (`Finished.kept`) do not count. Rows of requests that ended or were aborted since the plan are
@@ -53,6 +56,7 @@ from benthic.sched.decodes import Decodes
 from benthic.sched.drafting import DraftLength
 from benthic.sched.flights import Flight, Flights
 from benthic.sched.leases import Leases
+from benthic.sched.making_room import MakingRoom
 from benthic.sched.plans import (
     BatchingConfig,
     Finished,
@@ -105,6 +109,9 @@ class Scheduler:
         self._drafting = DraftLength(config, self.totals)
         self._decodes = Decodes(config, self._residency, self._drafting)
         self._flights = Flights()
+        self._making_room = MakingRoom(
+            self._residency, self._decodes, self._prefills, self._flights, self.totals
+        )
         self._finished: list[Finished] = []
         self._num_added = 0
 
@@ -129,6 +136,11 @@ class Scheduler:
         return self._residency.pool.num_free
 
     @property
+    def num_host_blocks(self) -> int:
+        """Evicted blocks that host memory holds."""
+        return self._residency.host.num_held
+
+    @property
     def num_in_flight(self) -> int:
         """Plans made and not committed."""
         return len(self._flights)
@@ -138,8 +150,11 @@ class Scheduler:
         return tuple(self._requests[request_id].tokens)
 
     def reset_prefix_cache(self) -> int:
-        """Forget every cached block that nobody uses (say, weights changed); returns how many there were."""
-        return self._residency.pool.clear()
+        """Forget every cached block that nobody uses (say, weights changed); returns how many there were.
+
+        Those in host memory are counted and forgotten too.
+        """
+        return self._residency.pool.clear() + self._residency.host.clear()
 
     def add(self, request: Request, now: float) -> None:
         """Queue a request; `now` is its arrival in seconds.
@@ -183,12 +198,13 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """Choose the next step's work; see the module's docstring for what a plan promises.
 
-        An idle plan (`num_tokens == 0`, `number == -1`) has nothing to run; committing it does nothing.
+        An idle plan (`num_tokens == 0`, `number == -1`) has nothing to run, but may have copies to make;
+        committing it does nothing.
         """
         home, budget = self._residency, self.config.max_num_batched_tokens
-        home.writes = []
+        home.begin_plan()
         self._prefills.begin_plan()
-        preempted = self._make_room()
+        preempted = self._making_room.plan()
         rows = self._decodes.plan(budget // 2 if self._prefills.has_work else budget)
         num_tokens = len(rows.seqs) + sum(rows.drafts)
         prefills, chunks = self._prefills.plan(budget - num_tokens, landed=self._flights.landed, now=now)
@@ -196,6 +212,9 @@ class Scheduler:
         self._decodes.join([chunk.seq for chunk in chunks if chunk.seq.phase is Phase.DECODING])
         self.totals.steps += num_tokens > 0
         self.totals.scheduled_tokens += num_tokens
+        to_host, from_host = home.host.to_host, home.host.from_host
+        self.totals.host_blocks_out += len(to_host)
+        self.totals.host_blocks_in += len(from_host)
         return StepPlan(
             number=self._flights.depart(rows.seqs, rows.drafts, chunks) if num_tokens else -1,
             num_tokens=num_tokens,
@@ -206,29 +225,9 @@ class Scheduler:
             prefills=tuple(prefills),
             tables=tuple(home.writes),
             events=(*preempted, *self._prefills.started),
+            to_host=to_host,
+            from_host=from_host,
         )
-
-    def _make_room(self) -> list[Preempted]:
-        """Give every decode a block for its next position, preempting where none is free."""
-        preempted = []
-        for seq in self._decodes.short_of_blocks():
-            while seq.phase is Phase.DECODING and not self._residency.pool.num_free:
-                victim = max([*self._decodes.running, *self._prefills.running], key=_age)
-                preempted.append(Preempted(victim.request.request_id, victim.slot))
-                self._preempt(victim)
-            if seq.phase is Phase.DECODING:
-                self._residency.grow(seq)
-        return preempted
-
-    def _preempt(self, seq: SequenceState) -> None:
-        self._prefills.leave(seq)
-        self._decodes.changed()
-        seq.phase = Phase.WAITING
-        seq.ready_after = self._flights.newest
-        seq.preemptions += 1
-        self.totals.preemptions += 1
-        self._prefills.wait([*self._residency.evict(seq), seq])
-        self._prefills.close()
 
     def _begin_prefilling(self, seq: SequenceState, woken: list[SequenceState]) -> None:
         """A pull has ended: compute what it did not bring, at least the last known token."""
@@ -391,10 +390,6 @@ class Scheduler:
         woken = self._residency.settle(seq, seq.num_tokens - 1) if keep else []
         newest = self._flights.newest if self._flights else None
         self._prefills.wait([*woken, *self._residency.leave(seq, newest)])
-
-
-def _age(seq: SequenceState) -> tuple[float, int]:
-    return seq.rank
 
 
 _RESIDENT = (Phase.PREFILLING, Phase.DECODING, Phase.DRAINING)

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = b""
 """The parent of a first block."""
@@ -27,12 +31,17 @@ class BlockPool:
     """Counts users of `num_blocks` blocks and finds full blocks by key.
 
     Every operation costs O(1) per block.
+
+    Args:
+        num_blocks: how many there are.
+        evicted: told the key and the block of every eviction, while the block still holds its tokens.
     """
 
-    __slots__ = ("_blank", "_block_of", "_evictable", "_key_of", "_users", "num_blocks")
+    __slots__ = ("_blank", "_block_of", "_evictable", "_evicted", "_key_of", "_users", "num_blocks")
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, evicted: Callable[[bytes, int], None] | None = None) -> None:
         self.num_blocks = num_blocks
+        self._evicted = evicted
         self._users = [0] * num_blocks
         self._key_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -58,7 +67,9 @@ class BlockPool:
             block = self._blank.pop()
         else:
             block, _ = self._evictable.popitem(last=False)
-            self._forget(block)
+            key = self._forget(block)
+            if self._evicted is not None:
+                self._evicted(key, block)
         self._users[block] = 1
         return block
 
@@ -93,7 +104,8 @@ class BlockPool:
         self._evictable.clear()
         return cleared
 
-    def _forget(self, block: int) -> None:
+    def _forget(self, block: int) -> bytes:
         key, self._key_of[block] = self._key_of[block], None
-        if key is not None:
-            del self._block_of[key]
+        assert key is not None  # noqa: S101 (only keyed blocks are evictable)
+        del self._block_of[key]
+        return key

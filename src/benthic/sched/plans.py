@@ -52,6 +52,7 @@ class BatchingConfig:
         lease_seconds: how long a held request's blocks stay for their reader without a sign of it.
         lease_share: most of the blocks that held requests may occupy together, leased or being computed.
         transfer_blocks: most blocks pulled in one `Pulls.plan`.
+        host_blocks: blocks of host memory that keep what is evicted from the cache; 0 keeps nothing.
 
     Raises:
         ConfigError: a number is out of range, or a step cannot hold one token of every sequence.
@@ -73,6 +74,7 @@ class BatchingConfig:
     lease_seconds: float = 30.0
     lease_share: float = 0.5
     transfer_blocks: int = 256
+    host_blocks: int = 0
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -88,6 +90,9 @@ class BatchingConfig:
             raise ConfigError(msg)
         if self.num_speculative_tokens < 0:
             msg = f"num_speculative_tokens = {self.num_speculative_tokens}; use 0 to draft nothing."
+            raise ConfigError(msg)
+        if self.host_blocks < 0:
+            msg = f"host_blocks = {self.host_blocks}; use 0 to keep no evicted block."
             raise ConfigError(msg)
         if not 0.0 <= self.watermark < 1.0:
             msg = f"watermark = {self.watermark} is not a share in [0, 1)."
@@ -128,6 +133,13 @@ class TableWrite(NamedTuple):
     slot: int
     first: int
     blocks: tuple[int, ...]
+
+
+class BlockCopy(NamedTuple):
+    """A block of the device's cache and the block of host memory that it is copied to, or from."""
+
+    device: int
+    host: int
 
 
 class Started(NamedTuple):
@@ -196,6 +208,8 @@ class StepPlan:
         prefills: chunks of prompts (or of prompt and output after a preemption).
         tables: what to write into the block table before the step.
         events: requests started and preempted while planning, in order.
+        to_host: evicted blocks to copy to host memory first of all.
+        from_host: blocks to copy back next, before anything is computed; see `benthic.sched.host_tier`.
     """
 
     number: int
@@ -207,6 +221,9 @@ class StepPlan:
     prefills: tuple[Prefill, ...]
     tables: tuple[TableWrite, ...]
     events: tuple[Started | Preempted, ...]
+    # left out of `repr`, and so out of the digests of recordings that were made without a host tier
+    to_host: tuple[BlockCopy, ...] = field(default=(), repr=False)
+    from_host: tuple[BlockCopy, ...] = field(default=(), repr=False)
 
     @property
     def sampled_ids(self) -> tuple[str, ...]:
@@ -228,6 +245,8 @@ class Totals:
     counts tokens computed again after preemptions (those not found in the prefix cache). Pulled requests
     count in `pulled_blocks` instead: prompts were looked up and computed elsewhere. `drafts` counts rows
     that had any, `drafted` and `accepted_drafts` their tokens, `accepted_at` those that held by place.
+    `host_blocks_out` were copied to host memory at their eviction, `host_blocks_in` came back instead of
+    being computed, at first starts (`prefix_hits` counts their tokens too) and after preemptions.
     """
 
     steps: int = 0
@@ -245,3 +264,5 @@ class Totals:
     accepted_drafts: int = 0
     accepted_at: list[int] = field(default_factory=list)
     pulled_blocks: int = 0
+    host_blocks_out: int = 0
+    host_blocks_in: int = 0

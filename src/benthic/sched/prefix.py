@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from benthic.sched.blocks import ROOT, BlockPool, block_key
 
 if TYPE_CHECKING:
+    from benthic.sched.host_tier import HostTier
     from benthic.sched.request import SequenceState
 
 
@@ -21,15 +22,19 @@ class PrefixIndex:
 
     Args:
         pool: where the blocks are.
+        host: where evicted ones may be.
         block_size: tokens in a block.
         enabled: False makes every answer "nothing is cached".
         counted: keys come from `Request.block_keys` instead of token ids.
     """
 
-    __slots__ = ("_block_size", "_computing", "_counted", "_enabled", "_parked", "_pool")
+    __slots__ = ("_block_size", "_computing", "_counted", "_enabled", "_host", "_parked", "_pool")
 
-    def __init__(self, pool: BlockPool, *, block_size: int, enabled: bool, counted: bool) -> None:
+    def __init__(
+        self, pool: BlockPool, host: HostTier, *, block_size: int, enabled: bool, counted: bool
+    ) -> None:
         self._pool = pool
+        self._host = host
         self._block_size = block_size
         self._enabled = enabled
         self._counted = counted
@@ -52,14 +57,17 @@ class PrefixIndex:
             parent = block_key(parent, array("q", seq.tokens[start : start + size]).tobytes())
             keys.append(parent)
 
-    def match(self, seq: SequenceState) -> list[int]:
-        """The cached blocks that `seq` starts with; its last known token is never among them."""
+    def match(self, seq: SequenceState) -> list[int | None]:
+        """The cached blocks that `seq` starts with; its last known token is never among them.
+
+        None stands for a block that only the host holds.
+        """
         if not seq.request.reuse_prefix:
             return []
-        blocks = []
+        blocks: list[int | None] = []
         for key in seq.keys[: self._reusable(seq)]:
             block = self._pool.find(key)
-            if block is None:
+            if block is None and key not in self._host:
                 break
             blocks.append(block)
         return blocks

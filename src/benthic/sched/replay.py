@@ -261,13 +261,14 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _summary(plan: StepPlan) -> dict[str, Any]:
     """What a reader wants to see of a plan, and a digest of all of it."""
+    copies = (plan.to_host, plan.from_host)
     return {
         "number": plan.number,
         "num_tokens": plan.num_tokens,
         "decodes": len(plan.decode_ids),
         "prefills": [[chunk.request_id, chunk.start, chunk.length] for chunk in plan.prefills],
         "events": [[type(event).__name__, event.request_id] for event in plan.events],
-        "digest": _digest(plan),
+        "digest": _digest((plan, *copies) if any(copies) else plan),
     }
 
 

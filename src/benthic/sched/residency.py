@@ -7,21 +7,24 @@ from heapq import heappop, heappush
 from math import ceil
 
 from benthic.sched.blocks import BlockPool
+from benthic.sched.host_tier import HostTier
 from benthic.sched.plans import BatchingConfig, TableWrite
 from benthic.sched.prefix import PrefixIndex
 from benthic.sched.request import Phase, SequenceState
 
 
 class Residency:
-    """Slots, blocks and the prefix index of one instance, and the table writes of the plan being made.
+    """Slots, blocks and the prefix index of one instance; table writes and copies of the plan being made.
 
     What an ended sequence held is handed on only when every plan that was in flight at its end is committed.
     """
 
     def __init__(self, config: BatchingConfig) -> None:
-        self.pool = BlockPool(config.num_blocks)
+        self.host = HostTier(config.host_blocks)
+        self.pool = BlockPool(config.num_blocks, self.host.keep if config.host_blocks else None)
         self.prefix = PrefixIndex(
             self.pool,
+            self.host,
             block_size=config.block_size,
             enabled=config.enable_prefix_caching,
             counted=config.counted,
@@ -38,18 +41,26 @@ class Residency:
         """Whether another sequence could get a slot now."""
         return bool(self._free_slots)
 
-    def enter(self, seq: SequenceState, cached: list[int]) -> bool:
+    def begin_plan(self) -> None:
+        """A new plan: nothing is written or moved yet."""
+        self.writes = []
+        self.host.begin_plan()
+
+    def enter(self, seq: SequenceState, cached: list[int | None]) -> bool:
         """Give `seq` a slot and blocks for its known tokens, `cached` ones first; False if they do not fit.
 
         Beside running sequences, the watermark's blocks stay free for them to grow into.
         """
-        need = -(-seq.num_tokens // self._block_size) - len(cached)
-        revived = sum([self.pool.users(block) == 0 for block in cached])
-        if self.pool.num_free - revived - need < (self._watermark if self.num_running else 0):
+        here = [block for block in cached if block is not None]
+        num_blocks = -(-seq.num_tokens // self._block_size)
+        revived = sum([self.pool.users(block) == 0 for block in here])
+        left = self.pool.num_free - revived - (num_blocks - len(here))
+        if left < (self._watermark if self.num_running else 0):
             return False
-        for block in cached:
+        for block in here:
             self.pool.share(block)
-        seq.table = cached + [self.pool.take() for _ in range(need)]
+        table = here if len(here) == len(cached) else self._bring_back(seq, cached)
+        seq.table = table + [self.pool.take() for _ in range(num_blocks - len(cached))]
         seq.slot = heappop(self._free_slots)
         seq.planned = len(cached) * self._block_size
         seq.num_registered = len(cached)
@@ -58,6 +69,23 @@ class Residency:
         self.prefix.begin(seq, len(cached))
         self.num_running += 1
         return True
+
+    def _bring_back(self, seq: SequenceState, cached: list[int | None]) -> list[int]:
+        """The cached blocks of `seq`, those that only the host holds in free blocks that this plan fills.
+
+        They can be found at once: whoever shares them reads them in this plan or later. All are reserved on
+        the host before the first free block is taken, for that may evict another to the host.
+        """
+        missing = [key for key, block in zip(seq.keys, cached, strict=False) if block is None]
+        self.host.reserve(missing)
+        table = []
+        for key, block in zip(seq.keys, cached, strict=False):
+            if block is None:
+                block = self.pool.take()  # noqa: PLW2901 (the block that the host's goes to)
+                self.host.bring_back(key, block)
+                self.pool.remember(block, key)
+            table.append(block)
+        return table
 
     def write(self, seq: SequenceState) -> None:
         """Put the whole table of `seq` into the plan, unless an earlier plan has it."""

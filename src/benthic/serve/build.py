@@ -28,13 +28,14 @@ from benthic.model.sharded import load_shard
 from benthic.parallel.divided import exchange_for
 from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
-from benthic.serve.cache import CacheLayout, CacheSize, LatentCache, size_by_bytes, size_by_utilization
+from benthic.serve.cache import CacheLayout, CacheSize, LatentCache
 from benthic.serve.columns import fastest_linear
 from benthic.serve.grammar import Grammars
 from benthic.serve.graphs import padded_sizes
 from benthic.serve.memory import MemoryUse, measure_use
 from benthic.serve.messages import Ready
 from benthic.serve.runner import Runner
+from benthic.serve.sizing import ACTIVATION_BYTES, cache_dtype, cache_size, host_size, longest
 from benthic.serve.transfer.memory import MappedPages
 from benthic.spec import hf
 from benthic.units import binary_bytes
@@ -52,12 +53,6 @@ if TYPE_CHECKING:
     from benthic.spec.shard import Shard
 
 logger = logging.getLogger("benthic.serve.engine")
-
-CPU_CACHE_BYTES = 1 << 30
-"""Most that the cache takes on a CPU when nothing says otherwise."""
-
-ACTIVATION_BYTES = 2 << 30
-"""Kept free on a GPU for the activations of a step and for library workspaces where nothing was measured."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -225,10 +220,11 @@ def assemble(
         size = replace(size, num_blocks=rank.team.least(size.num_blocks))
     shared = options.share_pages and weight.device.type == "cpu"
     memory = MappedPages(size.num_blocks * layout.block_bytes) if shared else None
-    cache = LatentCache(layout, size.num_blocks, weight.device, memory)
+    host = host_size(layout, options)
+    cache = LatentCache(layout, size.num_blocks, weight.device, memory, host.num_blocks)
     leads = rank is None or rank.lead is not None
     if leads:
-        report(size, use, options, cache, ahead)
+        report(size, host, use, options, cache, ahead)
     batching = BatchingConfig(
         num_blocks=size.num_blocks,
         block_size=options.block_size,
@@ -241,6 +237,7 @@ def assemble(
         num_speculative_tokens=0 if speculative is None else speculative.num_speculative_tokens,
         adaptive_drafts=speculative is not None and speculative.adaptive,
         mtp_depth=ahead,
+        host_blocks=host.num_blocks,
     )
     scheduler = make_scheduler(batching, options.record)
     ready = Ready(
@@ -279,10 +276,17 @@ def check_ranks(options: EngineOptions, rank: Rank | None) -> None:
 
 
 def report(
-    size: CacheSize, use: MemoryUse | None, options: EngineOptions, cache: LatentCache, mtp: int
+    size: CacheSize,
+    host: CacheSize,
+    use: MemoryUse | None,
+    options: EngineOptions,
+    cache: LatentCache,
+    mtp: int,
 ) -> None:
     """Log where memory goes and why the cache is as large as it is."""
     logger.info("latent cache: %s", size.reason)
+    if host.num_blocks:
+        logger.info("host cache: %s", host.reason)
     if mtp:
         share = mtp * cache.layout.token_bytes // cache.layout.layers
         logger.info("latent cache: %s B/token of it for %d prediction layers", f"{share:,}", mtp)
@@ -297,11 +301,6 @@ def capture(runner: Runner, progress: Progress) -> None:
         took = binary_bytes(graphs.num_bytes)
         what = "CUDA graphs of %d rows a sequence: %d batch sizes up to %d took %s"
         logger.info(what, graphs.queries, len(graphs), graphs.sizes[-1], took)
-
-
-def cache_dtype(options: EngineOptions, weights: torch.dtype) -> torch.dtype:
-    """What the latent cache stores: as the activations are, or E4M3 without scales."""
-    return torch.float8_e4m3fn if options.kv_cache_dtype.startswith("fp8") else weights
 
 
 def graph_sizes(options: EngineOptions, device: torch.device) -> tuple[int, ...]:
@@ -327,49 +326,6 @@ def make_scheduler(config: BatchingConfig, record: str | None) -> Scheduler:
         return Scheduler(config)
     file = Path(record).open("w", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the engine)
     return RecordingScheduler(config, lambda line: file.write(line + "\n"))
-
-
-def longest(config: ModelConfig, options: EngineOptions) -> int:
-    """The longest sequence to serve: the option's, bounded by the model's context.
-
-    Raises:
-        ConfigError: the option is above the model's `max_position_embeddings`.
-    """
-    asked, trained = options.max_model_len, config.max_position_embeddings
-    if asked is not None and asked > trained:
-        msg = (
-            f"max_model_len = {asked}, but {config.name} has max_position_embeddings = {trained}. "
-            "Lower max_model_len."
-        )
-        raise ConfigError(msg)
-    return asked or trained
-
-
-def cache_size(
-    layout: CacheLayout,
-    options: EngineOptions,
-    max_model_len: int,
-    device: torch.device,
-    *,
-    reserve: int = ACTIVATION_BYTES,
-) -> CacheSize:
-    """How many blocks the cache gets: given, by bytes, or (on a GPU) by what weights and `reserve` leave.
-
-    Raises:
-        ConfigError: not one block fits.
-    """
-    if options.num_blocks is not None:
-        return CacheSize(num_blocks=options.num_blocks, reason=f"{options.num_blocks:,} blocks (num_blocks)")
-    if options.kv_cache_memory is not None:
-        return size_by_bytes(layout, options.kv_cache_memory, source="kv_cache_memory")
-    if device.type == "cuda":
-        return size_by_utilization(
-            layout, device, utilization=options.gpu_memory_utilization, reserve=reserve
-        )
-    blocks = options.max_num_seqs * -(-max_model_len // layout.block_size)
-    budget = min(blocks * layout.block_bytes, CPU_CACHE_BYTES)
-    source = f"max_num_seqs = {options.max_num_seqs} of {max_model_len} tokens, at most 1 GiB on a CPU"
-    return size_by_bytes(layout, budget, source=source)
 
 
 def eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:

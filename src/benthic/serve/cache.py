@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.errors import ConfigError
+from benthic.serve.host_pages import HostPages
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+    from benthic.sched.plans import BlockCopy
     from benthic.serve.transfer.memory import MappedPages
     from benthic.spec.model import ModelConfig
 
@@ -106,6 +110,7 @@ class LatentCache:
         device: where they live. The memory is zeroed: an unwritten slot is masked, never multiplied by
         garbage NaNs.
         memory: where the pages lie, if other processes are to read them (on a CPU; on a GPU all can be read).
+        host_blocks: blocks of host memory that evicted ones go to.
     """
 
     def __init__(
@@ -114,6 +119,7 @@ class LatentCache:
         num_blocks: int,
         device: torch.device,
         memory: MappedPages | None = None,
+        host_blocks: int = 0,
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
@@ -124,11 +130,17 @@ class LatentCache:
         else:
             self.pages_LPBW = memory.tensor(shape, layout.dtype)
         self._layers = tuple(self.pages_LPBW.unbind(0))
+        self.host = HostPages(self.pages_LPBW, host_blocks) if host_blocks else None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all pages."""
         return self.num_blocks * self.layout.block_bytes
+
+    def move(self, to_host: Sequence[BlockCopy], from_host: Sequence[BlockCopy]) -> None:
+        """Make the copies of a plan between these pages and the host's, in the order of the device's work."""
+        assert self.host is not None  # noqa: S101 (the scheduler copies only where it was told of host blocks)
+        self.host.move(to_host, from_host)
 
     def layer(self, index: int) -> Tensor:
         """The pages of one layer, [blocks, block_size, latent + rope]."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from benthic.sched.plans import Prefill, StepPlan, TableWrite
+from benthic.sched.plans import BlockCopy, Prefill, StepPlan, TableWrite
 
 if TYPE_CHECKING:
     from benthic.serve.drafts import Drafts
@@ -58,6 +58,13 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
         )
 
 
+class Move(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Make the copies of a plan between the device's blocks and the host's."""
+
+    to_host: tuple[BlockCopy, ...]
+    from_host: tuple[BlockCopy, ...]
+
+
 class Score(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Compute the logits of rows `start` to `stop` of the latest step."""
 
@@ -100,7 +107,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     lost: bool
 
 
-Command = Step | Score | Remember | Draft | Learn | Leave
+Command = Step | Move | Score | Remember | Draft | Learn | Leave
 Answer = Here | Failed
 
 encode: Final = msgspec.msgpack.Encoder().encode

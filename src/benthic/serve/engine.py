@@ -157,6 +157,7 @@ class Engine:
             return deltas
         plan = self._scheduler.plan(began)
         self._observe(plan, began)
+        self._runner.move(plan)
         if plan.number >= 0:
             self._launched.append(self._launch(plan))
         if not self._launched:
@@ -175,7 +176,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """Totals since the start and gauges of this instant."""
-        totals = self._scheduler.totals
+        totals, layout = self._scheduler.totals, self._runner.cache.layout
         return Stats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
@@ -194,6 +195,11 @@ class Engine:
             draft_tokens=totals.drafted,
             accepted_tokens=totals.accepted_drafts,
             accepted_at=tuple(totals.accepted_at),
+            host_blocks=self._scheduler.config.host_blocks,
+            host_blocks_held=self._scheduler.num_host_blocks,
+            host_hits=totals.host_blocks_in * layout.block_size,
+            host_bytes_out=totals.host_blocks_out * layout.block_bytes,
+            host_bytes_in=totals.host_blocks_in * layout.block_bytes,
         )
 
     def profile_tapes(self, clock: Clock) -> dict[int, dict[str, float]]:

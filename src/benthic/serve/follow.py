@@ -20,6 +20,7 @@ from benthic.serve.commands import (
     Failed,
     Here,
     Leave,
+    Move,
     Remember,
     Score,
     Step,
@@ -110,6 +111,8 @@ class Follower:
         while not isinstance(command := decode_command(receive()), Leave):
             if isinstance(command, Step):
                 self._run(command)
+            elif isinstance(command, Move):
+                self._runner.cache.move(command.to_host, command.from_host)
             elif isinstance(command, Score):
                 list(self._runner.row_logits(self._step()[1], range(command.start, command.stop)))
             elif isinstance(command, Remember):

@@ -68,7 +68,15 @@ def check_checkpoint(path: Path, *, weights: bool = True) -> ModelConfig:
     return hf.read(path / "config.json").config
 
 
-def check_instances(ranks: int, *, prefill: int, decode: int, kv_port: int | None) -> None:
+def check_instances(
+    ranks: int,
+    *,
+    prefill: int,
+    decode: int,
+    kv_port: int | None,
+    kv_nixl: bool = False,
+    host_cache_gib: float = 0.0,
+) -> None:
     """Refuse ways of running that exclude each other.
 
     Raises:
@@ -85,6 +93,12 @@ def check_instances(ranks: int, *, prefill: int, decode: int, kv_port: int | Non
         msg = (
             f"--tensor-parallel-size {ranks}, but {alone} takes engines of 1 rank: blocks are not moved "
             "between several. Leave out one or the other."
+        )
+        raise ConfigError(msg)
+    if kv_nixl and host_cache_gib:
+        msg = (
+            f"--host-cache-gib {host_cache_gib}, but --kv-nixl writes blocks without waiting for those that "
+            "are on their way to the host. Leave out one or the other."
         )
         raise ConfigError(msg)
 

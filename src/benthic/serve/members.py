@@ -208,5 +208,13 @@ def _sum(reports: Sequence[Stats]) -> Stats:
 
 def _totals(stats: Stats) -> Stats:
     """What stays of an instance that left: its totals, not its gauges."""
-    gauges = ("num_running", "num_waiting", "num_blocks", "num_free_blocks", "leased_blocks")
+    gauges = (
+        "num_running",
+        "num_waiting",
+        "num_blocks",
+        "num_free_blocks",
+        "leased_blocks",
+        "host_blocks",
+        "host_blocks_held",
+    )
     return msgspec.structs.replace(stats, **dict.fromkeys(gauges, 0))

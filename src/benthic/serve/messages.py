@@ -119,7 +119,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Totals and gauges of the engine at one instant (counters since the start).
 
     `drafts` counts rows with drafts, `draft_tokens` and `accepted_tokens` drafts given and accepted,
-    `accepted_at[i]` those accepted at place i.
+    `accepted_at[i]` those accepted at place i. `host_blocks` are those of host memory, `host_hits` tokens
+    that came back from there, and bytes are of one rank.
     """
 
     num_running: int
@@ -139,6 +140,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_at: tuple[int, ...] = ()
+    host_blocks: int = 0
+    host_blocks_held: int = 0
+    host_hits: int = 0
+    host_bytes_out: int = 0
+    host_bytes_in: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -47,6 +47,8 @@ GAUGES: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
     ("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.", kv_usage),
     ("kv_blocks", "KV cache blocks in all.", lambda s: s.num_blocks),
     ("kv_blocks_free", "KV cache blocks that no request holds.", lambda s: s.num_free_blocks),
+    ("host_cache_blocks", "Blocks of host memory for evicted KV cache blocks.", lambda s: s.host_blocks),
+    ("host_cache_blocks_held", "Those that hold something.", lambda s: s.host_blocks_held),
 )
 COUNTERS: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
     ("prompt_tokens", "Prompt tokens processed.", lambda s: s.prompt_tokens),
@@ -57,6 +59,9 @@ COUNTERS: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
         lambda s: s.prefix_cache_queries,
     ),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda s: s.prefix_cache_hits),
+    ("host_cache_hits", "Tokens brought back from host memory, not computed.", lambda s: s.host_hits),
+    ("host_cache_out_bytes", "Bytes copied to host memory at evictions.", lambda s: s.host_bytes_out),
+    ("host_cache_in_bytes", "Bytes brought back from host memory.", lambda s: s.host_bytes_in),
     ("spec_decode_num_drafts", "Rows of sequences that verified drafts.", lambda s: s.drafts),
     ("spec_decode_num_draft_tokens", "Draft tokens verified.", lambda s: s.draft_tokens),
     ("spec_decode_num_accepted_tokens", "Draft tokens accepted.", lambda s: s.accepted_tokens),

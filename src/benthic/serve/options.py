@@ -40,6 +40,7 @@ class EngineOptions:
         for
             `max_num_seqs` sequences of `max_model_len` but no more than 1 GiB.
         gpu_memory_utilization: share of the GPU's memory for weights, activations and cache together.
+        host_cache_gib: host memory, over all ranks, for prefix-cache blocks that are evicted from the device.
         enable_prefix_caching: reuse blocks of equal prompt beginnings.
         seed: from which requests without a seed get theirs, in order of arrival.
         max_logprobs: the most log-probabilities a request may ask for at one position.
@@ -71,6 +72,7 @@ class EngineOptions:
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
+    host_cache_gib: float = 0.0
     enable_prefix_caching: bool = True
     seed: int = 0
     max_logprobs: int = 20
@@ -104,9 +106,15 @@ class EngineOptions:
             problems.append(
                 f"gpu_memory_utilization = {self.gpu_memory_utilization}, but it must lie in (0, 1]"
             )
+        if self.host_cache_gib and not self.enable_prefix_caching:
+            problems.append(
+                f"host_cache_gib = {self.host_cache_gib} keeps blocks for the prefix cache, but "
+                "enable_prefix_caching = False; leave out one or the other"
+            )
         problems += [
             f"{name} = {value}, but it must be at least 0"
             for name, value in (
+                ("host_cache_gib", self.host_cache_gib),
                 ("max_logprobs", self.max_logprobs),
                 ("max_cudagraph_capture_size", self.max_cudagraph_capture_size),
             )

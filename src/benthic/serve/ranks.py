@@ -17,7 +17,7 @@ from benthic.errors import ConfigError
 from benthic.parallel.divided import divide
 from benthic.parallel.team import Team
 from benthic.serve.build import Rank, assemble, eos_token_ids, load_weights, prepare
-from benthic.serve.commands import Remember, Score, Step
+from benthic.serve.commands import Move, Remember, Score, Step
 from benthic.spec.shard import Shard
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class Leading:
 
     followers: Followers
     team: Team
+
+    def move(self, plan: StepPlan) -> None:
+        """Blocks are about to go to host memory, or to come back; every rank has its own of all."""
+        self.followers.tell(Move(plan.to_host, plan.from_host))
 
     def step(self, plan: StepPlan, drafts: Drafts | None) -> None:
         """A step is about to run."""

@@ -56,6 +56,10 @@ class StepResult:
 class Lead(Protocol):
     """Tells others, who hold the other shards of the model, what is about to run: they must run it too."""
 
+    def move(self, plan: StepPlan) -> None:
+        """The copies of a plan."""
+        ...
+
     def step(self, plan: StepPlan, drafts: Drafts | None) -> None:
         """A step."""
         ...
@@ -164,6 +168,13 @@ class Runner:
     def write(self, tables: Iterable[TableWrite]) -> None:
         """Apply a plan's block-table writes; a second time changes nothing."""
         self.steps.write(tables)
+
+    def move(self, plan: StepPlan) -> None:
+        """Make the copies of a plan, if there are any, before it is drafted for or run; nothing waits."""
+        if plan.to_host or plan.from_host:
+            if self._lead is not None:
+                self._lead.move(plan)
+            self.cache.move(plan.to_host, plan.from_host)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, drafts: Drafts | None = None) -> StepResult:

@@ -171,11 +171,12 @@ def store_latent(
 def copy_blocks(
     source_LPBW: Tensor, from_R: Tensor, target_LPBW: Tensor, to_R: Tensor, *, impl: str | None = None
 ) -> None:
-    """`target[:, to_r] = source[:, from_r]` for all layers, in place: blocks of another instance's cache.
+    """`target[:, to_r] = source[:, from_r]` for all layers, in place: blocks from or to another cache.
 
     Shapes: source [L, P, block, W] and target [L, P', block, W], both contiguous and of one dtype; from, to
-    integer [R] on the target's device. On GPUs the source may be the memory of another GPU that the target's
-    can read; one kernel then loads over the link and nothing is kept in between. Blocks in `to` must differ.
+    integer [R] on the device that copies. On a GPU the source may be the memory of another GPU that this one
+    can read, and source or target pinned memory of the host; one kernel then loads or stores over the link
+    and nothing is kept in between. Blocks in `to` must differ.
     For inference: where autograd records, only the definition runs.
     Raises: ShapeError when the caches' layers, blocks or dtypes disagree, or one has gaps; BackendError when
     `impl` cannot run.
@@ -195,7 +196,7 @@ def copy_blocks(
         )
         raise ShapeError(msg)
     case = Case(
-        device_type(target_LPBW),
+        device_type(to_R),
         target_LPBW.dtype,
         (target_LPBW.shape[3],),
         grad=torch.is_grad_enabled() and source_LPBW.requires_grad,

@@ -115,4 +115,5 @@ def copy_blocks(source_LPBW: Tensor, from_R: Tensor, target_LPBW: Tensor, to_R: 
     """`target[:, to_r] = source[:, from_r]`."""
     if source_LPBW.dtype == torch.float8_e4m3fn:  # bytes, since torch moves FP8 rows by index on no device
         source_LPBW, target_LPBW = source_LPBW.view(torch.uint8), target_LPBW.view(torch.uint8)
-    target_LPBW[:, to_R.long()] = source_LPBW[:, from_R.long()].to(target_LPBW.device)
+    copied_LRBW = source_LPBW[:, from_R.long().to(source_LPBW.device)].to(target_LPBW.device)
+    target_LPBW[:, to_R.long().to(target_LPBW.device)] = copied_LRBW
