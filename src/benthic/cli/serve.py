@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 from pathlib import Path  # noqa: TC003 (typer reads the annotations)
 from typing import Annotated
@@ -20,8 +19,9 @@ from benthic.cli.serve_words import (
     Quantization,
     ReasoningParser,
     ToolParser,
+    api_keys,
+    one_model,
 )
-from benthic.errors import ConfigError
 
 ENGINE = "Engine"
 CACHE = "KV cache"
@@ -251,6 +251,15 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             min=0, help="Prompts with at most so many new tokens skip the transfer.", rich_help_panel=FLEET
         ),
     ] = 0,
+    replan: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="Move instances to the kind that the load of so long needs more (default: never).",
+            rich_help_panel=FLEET,
+        ),
+    ] = None,
     kv_host: Annotated[
         str, typer.Option(help="Where other servers reach --kv-port.", rich_help_panel=FLEET)
     ] = "127.0.0.1",
@@ -301,7 +310,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     from benthic.spec.objectives import Objectives  # noqa: PLC0415
     from benthic.spec.shard import Shard  # noqa: PLC0415
 
-    folder = _one_model(model, model_flag)
+    folder = one_model(model, model_flag)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
     options = EngineOptions(
         device=device,
@@ -330,7 +339,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         native_folder=str(user_cache()),
     )
     http = server.ServerOptions(
-        api_keys=_api_keys(api_key),
+        api_keys=api_keys(api_key),
         max_body_bytes=max_body_bytes,
         requests_per_minute=max_requests_per_minute,
         drain_s=shutdown_timeout,
@@ -341,7 +350,9 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         access_log=not disable_uvicorn_access_log,
         otlp_traces_endpoint=otlp_traces_endpoint,
     )
-    launch.check_instances(tensor_parallel_size, prefill=prefill, decode=decode, kv_port=kv_port)
+    launch.check_instances(
+        tensor_parallel_size, prefill=prefill, decode=decode, kv_port=kv_port, replan=replan
+    )
     bound = launch.bind(host, port)
     config = launch.check_checkpoint(folder, weights=load_format is LoadFormat.auto)
     Shard(size=tensor_parallel_size, whole_experts=enable_expert_parallel).check(config)
@@ -372,28 +383,11 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     if not prefill and not decode:
         raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
     spread = FleetOptions(
-        prefill=prefill, decode=decode, prefill_policy=prefill_policy, local_tokens=local_prefill_tokens
+        prefill=prefill,
+        decode=decode,
+        prefill_policy=prefill_policy,
+        local_tokens=local_prefill_tokens,
+        replan_s=replan,
     )
     fleet = Fleet(checkpoint=folder, engine=options, options=spread)
     raise typer.Exit(server.run(fleet, bound, parts))
-
-
-def _one_model(positional: Path | None, flag: Path | None) -> Path:
-    if positional is not None and flag is not None and positional != flag:
-        msg = f"MODEL = {positional} but --model = {flag}. Give one of them."
-        raise ConfigError(msg)
-    chosen = positional or flag
-    if chosen is None:
-        msg = "no model given. Usage: benthic serve MODEL"
-        raise ConfigError(msg)
-    return chosen
-
-
-def _api_keys(given: list[str] | None) -> tuple[str, ...]:
-    """Keys of the flags, else of BENTHIC_API_KEY. Raises: ConfigError for an empty one."""
-    from_environment = os.environ.get("BENTHIC_API_KEY")
-    keys = tuple(given or ([from_environment] if from_environment else []))
-    if any(not key.strip() for key in keys):
-        msg = "--api-key is empty. Leave it out to serve without keys."
-        raise ConfigError(msg)
-    return keys

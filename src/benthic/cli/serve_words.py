@@ -1,8 +1,15 @@
-"""What some options of `benthic serve` may be."""
+"""What some options of `benthic serve` may be, and what others mean together."""
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from benthic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Dtype(StrEnum):
@@ -63,3 +70,25 @@ class LogLevel(StrEnum):
     info = "info"
     debug = "debug"
     trace = "trace"
+
+
+def one_model(positional: Path | None, flag: Path | None) -> Path:
+    """The folder, given either way. Raises: ConfigError for none or two different ones."""
+    if positional is not None and flag is not None and positional != flag:
+        msg = f"MODEL = {positional} but --model = {flag}. Give one of them."
+        raise ConfigError(msg)
+    chosen = positional or flag
+    if chosen is None:
+        msg = "no model given. Usage: benthic serve MODEL"
+        raise ConfigError(msg)
+    return chosen
+
+
+def api_keys(given: list[str] | None) -> tuple[str, ...]:
+    """Keys of the flags, else of BENTHIC_API_KEY. Raises: ConfigError for an empty one."""
+    from_environment = os.environ.get("BENTHIC_API_KEY")
+    keys = tuple(given or ([from_environment] if from_environment else []))
+    if any(not key.strip() for key in keys):
+        msg = "--api-key is empty. Leave it out to serve without keys."
+        raise ConfigError(msg)
+    return keys

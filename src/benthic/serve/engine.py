@@ -194,6 +194,7 @@ class Engine:
             draft_tokens=totals.drafted,
             accepted_tokens=totals.accepted_drafts,
             accepted_at=tuple(totals.accepted_at),
+            computed_tokens=totals.scheduled_tokens,
         )
 
     def profile_tapes(self, clock: Clock) -> dict[int, dict[str, float]]:

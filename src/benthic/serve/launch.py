@@ -68,7 +68,9 @@ def check_checkpoint(path: Path, *, weights: bool = True) -> ModelConfig:
     return hf.read(path / "config.json").config
 
 
-def check_instances(ranks: int, *, prefill: int, decode: int, kv_port: int | None) -> None:
+def check_instances(
+    ranks: int, *, prefill: int, decode: int, kv_port: int | None, replan: float | None = None
+) -> None:
     """Refuse ways of running that exclude each other.
 
     Raises:
@@ -78,6 +80,12 @@ def check_instances(ranks: int, *, prefill: int, decode: int, kv_port: int | Non
         msg = (
             f"--kv-port {kv_port} makes one engine part of others' fleets, but --prefill {prefill} and "
             f"--decode {decode} start a fleet of its own. Choose one."
+        )
+        raise ConfigError(msg)
+    if replan is not None and not (prefill or decode):
+        msg = (
+            f"--replan {replan:g} moves instances between prefill and decode, but --prefill 0 and --decode 0 "
+            "start none. Give both, 3 together at least."
         )
         raise ConfigError(msg)
     if ranks > 1 and (kv_port is not None or prefill or decode):

@@ -119,7 +119,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Totals and gauges of the engine at one instant (counters since the start).
 
     `drafts` counts rows with drafts, `draft_tokens` and `accepted_tokens` drafts given and accepted,
-    `accepted_at[i]` those accepted at place i.
+    `accepted_at[i]` those accepted at place i. `computed_tokens` are those of all steps, of prompts and of
+    outputs, drafts included.
     """
 
     num_running: int
@@ -139,6 +140,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_at: tuple[int, ...] = ()
+    computed_tokens: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
