@@ -15,6 +15,10 @@ DECODE = Line(0.010, 0.0002)
 """2,807 tokens/s in batches of 64."""
 
 
+PATIENCE = 40_000
+"""Tokens that wait on an instance before requests wait at the router."""
+
+
 @dataclass
 class Load:
     """Tokens per second that come in prompts and that would go out, and how long prompts are."""
@@ -50,7 +54,7 @@ class FluidFleet:
     replanner: Replanner
     prefill: int
     decode: int
-    noise: float = 0.0
+    noise: float = 0.15
     drain_s: float = 2.0
     look_s: float = 1.0
     seed: int = 0
@@ -83,7 +87,7 @@ class FluidFleet:
         instance = self.instances[change.name]
         assert self._steady(instance), "an instance that is changing is asked to change"
         assert change.before == self.split
-        instance.role = change.role
+        instance.role, instance.queued = change.role, 0.0
         instance.draining_until = self.now + self.drain_s
         assert change.after == self.split
         self.changes.append((self.now, change))
@@ -97,7 +101,8 @@ class FluidFleet:
             name=name,
             role=each.role,
             steady=self._steady(each),
-            queued_tokens=round(each.queued),
+            queued_tokens=round(each.queued) if each.role == "prefill" else 0,
+            num_waiting=round(each.queued / self.answer) if each.role == "decode" else 0,
             steps=each.steps,
             step_seconds=each.seconds,
             computed_tokens=each.computed,
@@ -106,15 +111,26 @@ class FluidFleet:
         )
 
     def _flow(self, load: Load) -> None:
-        for role, rate, work in (("prefill", load.prompt, self._prefill), ("decode", load.output, self._decode)):
-            taking = [e for e in self.instances.values() if e.role == role and self._steady(e)]
-            for each in taking:
-                work(each, self._shaken(rate) * self.look_s / len(taking), load)
+        """Prompts come in unless one side is full; those that are computed go on as outputs."""
+        self.answer = load.output / load.prompt * load.length
+        taking = {
+            role: [each for each in self.instances.values() if each.role == role and self._steady(each)]
+            for role in ("prefill", "decode")
+        }
+        full = any(each.queued > PATIENCE for each in self.instances.values())
+        tokens = 0.0 if full else self._shaken(load.prompt) * self.look_s
+        computed = 0.0
+        for each in taking["prefill"]:
+            before = each.computed
+            self._prefill(each, tokens / len(taking["prefill"]), load)
+            computed += each.computed - before
+        for each in taking["decode"]:
+            self._decode(each, computed * load.output / load.prompt / len(taking["decode"]))
 
     def _prefill(self, each: Totals, tokens: float, load: Load) -> None:
         """Steps are as large as what waits, up to the largest; what finds no time waits on."""
         each.queued += tokens
-        size = min(MOST_TOKENS, max(64.0, self._shaken(each.queued / 8)))
+        size = min(MOST_TOKENS, self._shaken(max(64.0, each.queued / 8)))
         steps = min(round(each.queued / size), int(self.look_s / PREFILL.seconds(size)))
         each.steps += steps
         each.seconds += steps * PREFILL.seconds(size)
@@ -124,14 +140,15 @@ class FluidFleet:
         each.done %= load.length
         each.queued -= steps * size
 
-    def _decode(self, each: Totals, tokens: float, load: Load) -> None:
-        """The batch is what makes steps put the rate out; beyond the largest, requests wait elsewhere."""
-        rate = tokens / self.look_s
+    def _decode(self, each: Totals, tokens: float) -> None:
+        """The batch is what makes steps put the rate out; beyond the largest, sequences wait."""
+        each.queued += tokens
+        rate = each.queued / self.look_s
         spare = 1.0 - rate * DECODE.slope
         batch = rate * DECODE.base / spare if spare > 0.0 else MOST_SEQS
-        batch = min(MOST_SEQS, max(1.0, batch))
-        batch = min(MOST_SEQS, max(1.0, self._shaken(batch)))
-        steps = min(round(tokens / batch), int(self.look_s / DECODE.seconds(batch)))
+        batch = min(MOST_SEQS, max(1.0, self._shaken(min(MOST_SEQS, batch))))
+        steps = min(round(each.queued / batch), int(self.look_s / DECODE.seconds(batch)))
+        each.queued = max(0.0, each.queued - steps * batch)
         each.steps += steps
         each.seconds += steps * DECODE.seconds(batch)
         each.computed += round(steps * batch)

@@ -92,7 +92,7 @@ def test_instances_that_cannot_change_their_role_are_refused_before_they_start(
 ) -> None:
     with pytest.raises(ConfigError, match=f"--replan 30 with --prefill {prefill} and --decode {decode}"):
         FleetOptions(prefill=prefill, decode=decode, replan_s=30.0)
-    with pytest.raises(ConfigError, match="--replan 30 moves instances .* but --prefill 0 and --decode 0"):
+    with pytest.raises(ConfigError, match=r"--replan 30 moves instances .* but --prefill 0 and --decode 0"):
         check_instances(1, prefill=0, decode=0, kv_port=None, replan=30.0)
 
 

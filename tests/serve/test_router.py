@@ -254,7 +254,7 @@ def test_the_last_of_a_role_keeps_it_and_one_that_dies_on_the_way_does_not_chang
         async with fleet(2, 1, restarts=0) as router:
             assert not await router.members.turn("decode-2", "prefill")
             assert router.members["decode-2"].open
-            slow = asyncio.create_task(tokens_of(router, request("slow", range(2, 9), max_tokens=300)))
+            slow = asyncio.create_task(tokens_of(router, request("slow", range(2, 9), max_tokens=200)))
             running = asyncio.create_task(all_of(router, asked))
             await until(lambda: bool(router.members["prefill-0"].loads))
             turning = asyncio.create_task(router.members.turn("prefill-0", "decode"))
@@ -265,7 +265,7 @@ def test_the_last_of_a_role_keeps_it_and_one_that_dies_on_the_way_does_not_chang
             assert await running == expected
             await until(lambda: roles(router) == {"prefill-1": "prefill", "decode-2": "decode"})
             assert not await router.members.turn("prefill-1", "decode")
-            assert len(await slow) == 300
+            assert len(await slow) == 200
             await nothing_left(router)
 
     run(scenario())
@@ -320,12 +320,12 @@ def test_a_fleet_follows_a_shift_to_long_outputs_and_back_and_every_token_is_one
             changes = router.replanning.changes
             await Shift(router, "long-output", 12, 120).until(lambda: changes["decode"] == 1)
             assert sorted(roles(router).values()) == ["decode", "decode", "prefill"]
-            await Shift(router, "long-prompt", 300, 2).until(lambda: changes["prefill"] == 1)
+            await Shift(router, "long-prompt", 220, 2).until(lambda: changes["prefill"] == 1)
             assert sorted(roles(router).values()) == ["decode", "prefill", "prefill"]
             assert router.retried == 0
             await nothing_left(router)
 
     run(scenario())
     said = [record.message for record in caplog.records if " is to " in record.message]
-    assert "so with 1P2D instead of 2P1D the busier role is" in said[0]
-    assert "so with 2P1D instead of 1P2D the busier role is" in said[1]
+    assert "with 1P2D instead of 2P1D the busier role is" in said[0]
+    assert "with 2P1D instead of 1P2D the busier role is" in said[1]

@@ -20,7 +20,7 @@ LATEST: Final = 9
 ENOUGH: Final = 3
 """Measurements after which a size has a voice."""
 
-SIZES: Final = 2
+SIZES: Final = 4
 """Sizes to an octave."""
 
 NEAR: Final = 0.75
@@ -49,6 +49,18 @@ class Line(NamedTuple):
         return (seconds - self.base) / self.slope if self.slope else inf
 
 
+class Step(NamedTuple):
+    """A step: what it computes, and how long it takes."""
+
+    size: float
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """What such steps compute a second, one behind the other."""
+        return self.size / self.seconds
+
+
 class Pace:
     """Learns the line of one kind of instance, whose largest step has size `most`."""
 
@@ -72,14 +84,15 @@ class Pace:
             return Line(0.0, seconds / size)
         return None
 
-    def speed(self, bound_s: float = inf) -> float | None:
-        """What an instance does a second in the largest steps that take `bound_s`; None while unknown."""
+    def within(self, bound_s: float = inf) -> Step | None:
+        """The largest step within `bound_s` that has `LEAST_SHARE` of the speed; None while unknown."""
         line = self.line()
         if line is None:
             return None
-        fastest = self._most / line.seconds(self._most)
-        size = min(self._most, line.size(bound_s))
-        return max(size / bound_s if size < self._most else fastest, LEAST_SHARE * fastest)
+        least = LEAST_SHARE * self._most / line.seconds(self._most)
+        slowest = least * line.base / (1.0 - least * line.slope)
+        size = min(self._most, max(line.size(bound_s), slowest))
+        return Step(size, line.seconds(size))
 
 
 def _fit(points: list[tuple[float, float]]) -> Line:

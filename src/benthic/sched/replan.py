@@ -4,10 +4,13 @@ DistServe (OSDI'24) section 4.3 re-plans when lengths or rates shift, and its al
 many instances as its rate needs: n = R / g_p and m = R / g_d. Here the number of instances is given, so their
 roles are divided in that proportion:
 
-    needed prefill instances = (prompt tokens/s + queued tokens / window) / (tokens/s of one)
-    needed decode instances  = tokens/s put out / (tokens/s of one at the wanted time per token),
-                               or the blocks in use over those one may fill, where that is more
+    needed prefill instances = prompt tokens/s that arrive / (tokens/s of one)
+    needed decode instances  = output tokens/s that these lead to / (tokens/s of one at the wanted pace),
+                               or blocks in use / (blocks of one), where that is more
     utilisation of a split   = the larger of needed / there are, over both roles
+
+What arrives is what was done, and by how much queues grew. How long a queue is says what was, not what comes:
+it stands on whichever side is full, and a rule that follows it goes to and fro in a fleet that is overloaded.
 
 An instance changes when that makes the larger utilisation smaller by `gain`, and did so at every look of a
 whole window. The same needs never ask for the way back, since it would have to gain too; what remains is
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.errors import ConfigError
@@ -90,7 +94,8 @@ class Report(NamedTuple):
         steady: it takes requests: it does not start, drain or change.
         num_requests: requests assigned to it.
         queued_tokens: prompt tokens assigned to it that are not computed.
-        used_share: share of its blocks that are held or promised.
+        num_waiting: sequences that wait in it.
+        used_share: share of its blocks that are held.
         steps: batches computed.
         step_seconds: spent on them.
         computed_tokens: tokens in them, of prompts and of outputs.
@@ -103,6 +108,7 @@ class Report(NamedTuple):
     steady: bool
     num_requests: int = 0
     queued_tokens: int = 0
+    num_waiting: int = 0
     used_share: float = 0.0
     steps: int = 0
     step_seconds: float = 0.0
@@ -112,15 +118,27 @@ class Report(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What happened between two looks, and what was waiting at the second: one role's numbers each."""
+    """What happened between two looks.
+
+    Attributes:
+        at: when the second was.
+        prompt_tokens: computed by prefill instances.
+        queued_tokens: by which their queues grew.
+        prompts: whose first tokens they gave.
+        waiting: sequences by which the queues of decode instances grew.
+        rows: of sequences there.
+        tokens: that these got.
+        room: decode instances whose blocks they fill.
+    """
 
     at: float
     prompt_tokens: int
+    queued_tokens: int
     prompts: int
+    waiting: int
     rows: int
     tokens: int
-    queued_tokens: int
-    used: float
+    room: float
 
 
 class Needs(NamedTuple):
@@ -129,11 +147,11 @@ class Needs(NamedTuple):
     Attributes:
         prefill: instances.
         decode: instances.
-        prompt_rate: prompt tokens that come each second, with those queued spread over a window.
+        prompt_rate: prompt tokens that arrive each second.
         prompt_speed: of them, what one instance computes a second.
-        output_rate: tokens put out each second.
+        output_rate: tokens each second that they lead to.
         output_speed: of them, what one instance puts out at the wanted pace.
-        room: decode instances that the blocks in use would fill.
+        room: decode instances whose blocks are full.
     """
 
     prefill: float
@@ -176,10 +194,10 @@ class Change(NamedTuple):
         return (
             f"{self.name} is to {self.role}: prefill needs {needs.prefill:.2f} instances "
             f"({needs.prompt_rate:.0f} prompt tokens/s, {needs.prompt_speed:.0f} each), decode needs "
-            f"{needs.decode:.2f} ({needs.output_rate:.0f} tokens/s, {needs.output_speed:.0f} each; its blocks "
-            f"would fill {needs.room:.2f}), so with {after.prefill}P{after.decode}D instead of "
-            f"{before.prefill}P{before.decode}D the busier role is {needs.utilisation(after):.0%} busy "
-            f"instead of {needs.utilisation(before):.0%}"
+            f"{needs.decode:.2f} ({needs.output_rate:.0f} tokens/s, {needs.output_speed:.0f} each; blocks "
+            f"fill {needs.room:.2f}); with "
+            f"{after.prefill}P{after.decode}D instead of {before.prefill}P{before.decode}D the busier role "
+            f"is {needs.utilisation(after):.0%} busy instead of {needs.utilisation(before):.0%}"
         )
 
 
@@ -218,19 +236,28 @@ class Replanner:
 
     def _note(self, now: float, reports: Sequence[Report]) -> None:
         """Learn the pace of every instance, and keep what all of them did for a window."""
-        prefill, decode = _Sum(), _Sum()
+        sums = {"prefill": _Sum(), "decode": _Sum()}
         for before, report in zip(self._last, reports, strict=True):
-            own = prefill if report.role == "prefill" else decode
-            steps, seconds = report.steps - before.steps, report.step_seconds - before.step_seconds
-            computed, rows = report.computed_tokens - before.computed_tokens, report.rows - before.rows
-            own.add(computed, rows, report.tokens - before.tokens)
-            if steps > 0:
-                pace, size = (self._prefill, computed) if own is prefill else (self._decode, rows)
-                pace.add(size / steps, seconds / steps)
-        queued = sum([report.queued_tokens for report in reports if report.role == "prefill"])
-        used = sum([report.used_share for report in reports if report.role == "decode"])
+            done = _Sum.between(before, report)
+            sums[report.role].add(done)
+            if done.steps:
+                pace, size = (
+                    (self._prefill, done.computed) if report.role == "prefill" else (self._decode, done.rows)
+                )
+                pace.add(size / done.steps, done.seconds / done.steps)
+        prefill, decode = sums["prefill"], sums["decode"]
+        full = self._config.decode_share
         self._samples.append(
-            Sample(now, prefill.computed, prefill.rows, decode.rows, decode.tokens, queued, used)
+            Sample(
+                at=now,
+                prompt_tokens=prefill.computed,
+                queued_tokens=prefill.queued,
+                prompts=prefill.rows,
+                waiting=decode.waiting,
+                rows=decode.rows,
+                tokens=decode.tokens,
+                room=sum([min(1.0, each.used_share / full) for each in reports if each.role == "decode"]),
+            )
         )
         self._last = tuple(reports)
         while self._samples[0].at <= now - self._config.window_s:
@@ -238,25 +265,24 @@ class Replanner:
 
     def _measure(self, now: float) -> Needs | None:
         """What the window's load needs; None while a window is not full or a speed not known."""
-        config, samples = self._config, self._samples
         passed = now - self._began
-        if passed < config.window_s * (1.0 - 0.5 / LOOKS):
+        if passed < self._config.window_s * (1.0 - 0.5 / LOOKS):
             return None
-        prompt_tokens = sum([sample.prompt_tokens for sample in samples])
-        prompts, rows = sum([sample.prompts for sample in samples]), sum([sample.rows for sample in samples])
-        tokens = sum([sample.tokens for sample in samples])
-        queued = sum([sample.queued_tokens for sample in samples]) / len(samples)
-        room = sum([sample.used for sample in samples]) / len(samples) / config.decode_share
-        prompt_rate = (prompt_tokens + queued) / passed
-        output_rate = tokens / passed
-        prompt_speed = self._prompt_speed(prompt_tokens / max(1, prompts)) if prompt_rate else 0.0
-        output_speed = self._output_speed(tokens / rows) if rows else 0.0
+        load = Sample(*[sum(column) for column in zip(*self._samples, strict=True)])
+        arrived = max(0, load.prompt_tokens + load.queued_tokens)
+        growth = arrived / load.prompt_tokens if load.prompt_tokens else 1.0
+        if load.prompts:
+            growth *= load.prompts / max(1, load.prompts - load.waiting)
+        output_rate = growth * load.tokens / passed
+        prompt_speed = self._prompt_speed(load.prompt_tokens / max(1, load.prompts)) if arrived else inf
+        output_speed = self._output_speed(load.tokens / load.rows) if load.rows else inf
         if prompt_speed is None or output_speed is None:
             return None
+        room = load.room / len(self._samples)
         return Needs(
-            prefill=prompt_rate / prompt_speed if prompt_speed else 0.0,
-            decode=max(output_rate / output_speed if output_speed else 0.0, room),
-            prompt_rate=prompt_rate,
+            prefill=arrived / passed / prompt_speed,
+            decode=max(output_rate / output_speed, room),
+            prompt_rate=arrived / passed,
             prompt_speed=prompt_speed,
             output_rate=output_rate,
             output_speed=output_speed,
@@ -265,16 +291,17 @@ class Replanner:
 
     def _prompt_speed(self, length: float) -> float | None:
         """Tokens/s of a prefill instance, whose prompts have a mean `length`, at the wanted TTFT."""
-        speed = self._prefill.speed()
-        if speed is None or self._config.ttft_s is None:
-            return speed
-        return speed * load_within(length / speed, self._config.ttft_s)
+        step = self._prefill.within()
+        if step is None:
+            return None
+        target_s = self._config.ttft_s
+        return step.speed * (1.0 if target_s is None else load_within(length / step.speed, target_s))
 
     def _output_speed(self, accepted: float) -> float | None:
         """Tokens/s of a decode instance at the wanted TPOT; a step gives a sequence `accepted` tokens."""
         bound = self._config.tpot_s
-        speed = self._decode.speed() if bound is None else self._decode.speed(bound * accepted)
-        return None if speed is None else speed * accepted
+        step = self._decode.within(inf if bound is None else bound * accepted)
+        return None if step is None else step.speed * accepted
 
     def _decide(self, now: float, reports: Sequence[Report]) -> Change | None:
         config = self._config
@@ -310,16 +337,36 @@ class Replanner:
         return Change(idlest.name, role, needs, split, after)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Sum:
+    """What one or more instances did between two looks; `queued` and `waiting` grew by so much."""
+
+    steps: int = 0
+    seconds: float = 0.0
     computed: int = 0
     rows: int = 0
     tokens: int = 0
+    queued: int = 0
+    waiting: int = 0
 
-    def add(self, computed: int, rows: int, tokens: int) -> None:
-        self.computed += computed
-        self.rows += rows
-        self.tokens += tokens
+    @classmethod
+    def between(cls, before: Report, after: Report) -> _Sum:
+        return cls(
+            steps=after.steps - before.steps,
+            seconds=after.step_seconds - before.step_seconds,
+            computed=after.computed_tokens - before.computed_tokens,
+            rows=after.rows - before.rows,
+            tokens=after.tokens - before.tokens,
+            queued=after.queued_tokens - before.queued_tokens,
+            waiting=after.num_waiting - before.num_waiting,
+        )
+
+    def add(self, other: _Sum) -> None:
+        self.computed += other.computed
+        self.rows += other.rows
+        self.tokens += other.tokens
+        self.queued += other.queued
+        self.waiting += other.waiting
 
 
 def load_within(service_s: float, target_s: float) -> float:

@@ -61,9 +61,9 @@ class FleetOptions:
             raise ConfigError(msg)
         if self.replan_s is not None and (not self.prefill or self.prefill + self.decode < 3):
             msg = (
-                f"--replan {self.replan_s:g} with --prefill {self.prefill} and --decode {self.decode}, but one "
-                "instance of each kind must stay, so that 3 are needed for one to change. Start more, or leave "
-                "out --replan."
+                f"--replan {self.replan_s:g} with --prefill {self.prefill} and --decode {self.decode}, but "
+                "one instance of each kind must stay, so that 3 are needed for one to change. Start more, or "
+                "leave out --replan."
             )
             raise ConfigError(msg)
         for name in (self.prefill_policy, self.decode_policy):

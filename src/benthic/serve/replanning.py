@@ -73,17 +73,17 @@ class Replanning:
 
 def report(member: Member) -> Report:
     """What the rule sees of an instance: what the router assigned, and the totals of its last report."""
-    loads, stats, ready = member.loads.values(), member.client.stats, member.ready
-    if stats is None or ready is None:
+    loads, stats = member.loads.values(), member.client.stats
+    if stats is None:
         return Report(member.name, member.role, steady=False)
-    assigned = sum([load.blocks for load in loads]) / ready.num_blocks
     return Report(
         name=member.name,
         role=member.role,
         steady=member.open,
         num_requests=len(loads),
         queued_tokens=sum([load.queued_tokens for load in loads]),
-        used_share=max(assigned, kv_usage(stats)),
+        num_waiting=stats.num_waiting,
+        used_share=kv_usage(stats),
         steps=stats.steps,
         step_seconds=stats.step_seconds,
         computed_tokens=stats.computed_tokens,
