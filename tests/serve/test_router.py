@@ -221,7 +221,7 @@ def roles(router: Router) -> dict[str, str]:
 
 
 def test_instances_that_change_their_role_under_load_keep_their_process_and_every_token() -> None:
-    asked = seeded(160, seed=5, most=24)
+    asked = seeded(80, seed=5, most=24)
     expected = colocated(asked)
 
     async def scenario() -> None:
@@ -251,10 +251,10 @@ def test_the_last_of_a_role_keeps_it_and_one_that_dies_on_the_way_does_not_chang
     expected = colocated(asked)
 
     async def scenario() -> None:
-        async with fleet(2, 1, restarts=0) as router:
+        async with fleet(2, 1, restarts=0, engine={"patience_s": 1.0}) as router:
             assert not await router.members.turn("decode-2", "prefill")
             assert router.members["decode-2"].open
-            slow = asyncio.create_task(tokens_of(router, request("slow", range(2, 9), max_tokens=200)))
+            slow = asyncio.create_task(tokens_of(router, request("slow", range(2, 9), max_tokens=100)))
             running = asyncio.create_task(all_of(router, asked))
             await until(lambda: bool(router.members["prefill-0"].loads))
             turning = asyncio.create_task(router.members.turn("prefill-0", "decode"))
@@ -265,7 +265,7 @@ def test_the_last_of_a_role_keeps_it_and_one_that_dies_on_the_way_does_not_chang
             assert await running == expected
             await until(lambda: roles(router) == {"prefill-1": "prefill", "decode-2": "decode"})
             assert not await router.members.turn("prefill-1", "decode")
-            assert len(await slow) == 200
+            assert len(await slow) == 100
             await nothing_left(router)
 
     run(scenario())

@@ -9,8 +9,9 @@ roles are divided in that proportion:
                                or blocks in use / (blocks of one), where that is more
     utilisation of a split   = the larger of needed / there are, over both roles
 
-What arrives is what was done, and by how much queues grew. How long a queue is says what was, not what comes:
-it stands on whichever side is full, and a rule that follows it goes to and fro in a fleet that is overloaded.
+What arrives is what was done, and by how much queues grew. How long a queue is tells what was, not what
+comes: it stands on whichever side is full, and a rule that follows it goes to and fro in an overloaded fleet.
+A queue that shrinks takes nothing away: the door may be closed until it has shrunk.
 
 An instance changes when that makes the larger utilisation smaller by `gain`, and did so at every look of a
 whole window. The same needs never ask for the way back, since it would have to gain too; what remains is
@@ -269,10 +270,10 @@ class Replanner:
         if passed < self._config.window_s * (1.0 - 0.5 / LOOKS):
             return None
         load = Sample(*[sum(column) for column in zip(*self._samples, strict=True)])
-        arrived = max(0, load.prompt_tokens + load.queued_tokens)
+        arrived = load.prompt_tokens + max(0, load.queued_tokens)
         growth = arrived / load.prompt_tokens if load.prompt_tokens else 1.0
         if load.prompts:
-            growth *= load.prompts / max(1, load.prompts - load.waiting)
+            growth *= load.prompts / max(1, load.prompts - max(0, load.waiting))
         output_rate = growth * load.tokens / passed
         prompt_speed = self._prompt_speed(load.prompt_tokens / max(1, load.prompts)) if arrived else inf
         output_speed = self._output_speed(load.tokens / load.rows) if load.rows else inf

@@ -89,7 +89,7 @@ def fleet(prefill: int, decode: int) -> Replanned:
 def after(first: Demand, second: Demand) -> Demand:
     """One demand behind the other."""
     start = first[-1].at_s
-    return (*first, *[replace(ask, at_s=start + ask.at_s) for ask in second])
+    return (*first, *[ask._replace(at_s=start + ask.at_s) for ask in second])
 
 
 LONG_PROMPTS = LogNormal(prompt_tokens=3000, output_tokens=60, spread=0.4)
