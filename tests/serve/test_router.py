@@ -19,6 +19,7 @@ from benthic.errors import AdmissionError, EngineDeadError, ServeError
 from benthic.sched.replan import ReplanConfig
 from benthic.sched.replay import replay
 from benthic.sched.routing import Policy, shortest_queue
+from benthic.serve.fleet_metrics import FleetCollector
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -271,6 +272,15 @@ def test_the_last_of_a_role_keeps_it_and_one_that_dies_on_the_way_does_not_chang
     run(scenario())
 
 
+def samples_by_role(router: Router) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for family in FleetCollector("nano", router).collect():
+        for sample in family.samples:
+            if set(sample.labels) == {"model_name", "role"}:
+                found.setdefault(sample.name, {})[sample.labels["role"]] = sample.value
+    return found
+
+
 class Shift:
     """Asks for one thing after another, so many at a time, until told otherwise."""
 
@@ -323,6 +333,9 @@ def test_a_fleet_follows_a_shift_to_long_outputs_and_back_and_every_token_is_one
             await Shift(router, "long-prompt", 220, 2).until(lambda: changes["prefill"] == 1)
             assert sorted(roles(router).values()) == ["decode", "prefill", "prefill"]
             assert router.retried == 0
+            found = samples_by_role(router)
+            assert found["benthic:role_instances"] == {"prefill": 2.0, "decode": 1.0}
+            assert found["benthic:role_changes_total"] == {"prefill": 1.0, "decode": 1.0}
             await nothing_left(router)
 
     run(scenario())
