@@ -37,9 +37,10 @@ def provenance() -> dict[str, Any]:
 
 
 def _relative(words: list[str]) -> list[str]:
-    """The command without where its results went, which changes nothing that was measured."""
+    """The command without where its results went and its files lay: neither changes what was measured."""
     kept = [w for i, w in enumerate(words) if w not in DESTINATIONS and words[i - 1] not in DESTINATIONS]
-    return [word.replace(f"{ROOT}/", "") for word in kept]
+    inside = [word.replace(f"{ROOT}/", "") for word in kept]
+    return [Path(word).name if word.startswith("/") else word for word in inside]
 
 
 def _cpu_name() -> str:

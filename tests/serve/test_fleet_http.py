@@ -11,6 +11,8 @@ from running import benthic_server
 from benthic.bench.served import free_port
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.serve.fleet import FleetOptions
+from benthic.serve.launch import check_instances
+from benthic.serve.options import EngineOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,6 +85,16 @@ def test_a_fleet_of_one_or_without_a_decoding_instance_is_refused(prefill: int, 
 def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UnknownFieldError, match="Did you mean 'shortest_queue'"):
         FleetOptions(prefill=1, decode=1, prefill_policy="shortest_queu")
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (0, 3)])
+def test_instances_that_cannot_change_their_role_are_refused_before_they_start(
+    prefill: int, decode: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"--replan 30 with --prefill {prefill} and --decode {decode}"):
+        FleetOptions(prefill=prefill, decode=decode, replan_s=30.0)
+    with pytest.raises(ConfigError, match=r"--replan 30 moves instances .* but --prefill 0 and --decode 0"):
+        check_instances(EngineOptions(), prefill=0, decode=0, kv_port=None, replan=30.0)
 
 
 def test_two_servers_hand_a_request_over_in_the_words_of_a_vllm_router(

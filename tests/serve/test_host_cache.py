@@ -239,4 +239,4 @@ def test_host_memory_that_cannot_be_is_refused_with_both_numbers() -> None:
     with pytest.raises(ConfigError, match="enable_prefix_caching = False; leave out one"):
         EngineOptions(host_cache_gib=1.0, enable_prefix_caching=False)
     with pytest.raises(ConfigError, match=r"--host-cache-gib 2\.0, but --kv-nixl"):
-        check_instances(1, prefill=0, decode=0, kv_port=5000, kv_nixl=True, host_cache_gib=2.0)
+        check_instances(EngineOptions(host_cache_gib=2.0), prefill=0, decode=0, kv_port=5000, kv_nixl=True)

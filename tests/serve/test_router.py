@@ -16,11 +16,13 @@ from small_engine import prompts, request
 from small_fleet import colocated, fleet_folder, small_router
 
 from benthic.errors import AdmissionError, EngineDeadError, ServeError
+from benthic.sched.replan import ReplanConfig
 from benthic.sched.replay import replay
 from benthic.sched.routing import Policy, shortest_queue
+from benthic.serve.fleet_metrics import FleetCollector
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
     from pathlib import Path
 
     from benthic.serve.messages import Generate
@@ -213,3 +215,130 @@ def test_what_can_never_be_served_is_refused_and_the_end_of_all_instances_is_sai
                 router.open([request("late", [5])])
 
     run(scenario())
+
+
+def roles(router: Router) -> dict[str, str]:
+    return {member.name: member.role for member in router.members}
+
+
+def test_instances_that_change_their_role_under_load_keep_their_process_and_every_token() -> None:
+    asked = seeded(80, seed=5, most=24)
+    expected = colocated(asked)
+
+    async def scenario() -> None:
+        async with fleet(2, 2) as router:
+            pids = {member.name: member.client.pid for member in router.members}
+            running = asyncio.create_task(all_of(router, asked))
+            for name, role in (("prefill-0", "decode"), ("decode-2", "prefill"), ("prefill-0", "prefill")):
+                await until(lambda name=name: len(router.members[name].loads) > 1 or running.done())
+                assert await router.members.turn(name, role)
+                assert router.members[name].open
+            assert await running == expected
+            assert roles(router) == {
+                "prefill-0": "prefill",
+                "prefill-1": "prefill",
+                "decode-2": "prefill",
+                "decode-3": "decode",
+            }
+            assert {member.name: member.client.pid for member in router.members} == pids
+            assert router.retried == 0
+            await nothing_left(router)
+
+    run(scenario())
+
+
+def test_the_last_of_a_role_keeps_it_and_one_that_dies_on_the_way_does_not_change() -> None:
+    asked = seeded(12, seed=6, most=30)
+    expected = colocated(asked)
+
+    async def scenario() -> None:
+        async with fleet(2, 1, restarts=0, engine={"patience_s": 1.0}) as router:
+            assert not await router.members.turn("decode-2", "prefill")
+            assert router.members["decode-2"].open
+            slow = asyncio.create_task(tokens_of(router, request("slow", range(2, 9), max_tokens=100)))
+            running = asyncio.create_task(all_of(router, asked))
+            await until(lambda: bool(router.members["prefill-0"].loads))
+            turning = asyncio.create_task(router.members.turn("prefill-0", "decode"))
+            await asyncio.sleep(0)
+            assert not router.members["prefill-0"].open
+            os.kill(router.members["prefill-0"].client.pid, signal.SIGKILL)
+            assert not await turning
+            assert await running == expected
+            await until(lambda: roles(router) == {"prefill-1": "prefill", "decode-2": "decode"})
+            assert not await router.members.turn("prefill-1", "decode")
+            assert len(await slow) == 100
+            await nothing_left(router)
+
+    run(scenario())
+
+
+def samples_by_role(router: Router) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for family in FleetCollector("nano", router).collect():
+        for sample in family.samples:
+            if set(sample.labels) == {"model_name", "role"}:
+                found.setdefault(sample.name, {})[sample.labels["role"]] = sample.value
+    return found
+
+
+class Shift:
+    """Asks for one thing after another, so many at a time, until told otherwise."""
+
+    def __init__(self, router: Router, kind: str, prompt_len: int, max_tokens: int) -> None:
+        self.asked: list[Generate] = []
+        self.found: dict[str, list[int]] = {}
+        self._router = router
+        self._next = self._requests(kind, prompt_len, max_tokens)
+        self._over = False
+
+    def _requests(self, kind: str, prompt_len: int, max_tokens: int) -> Iterator[Generate]:
+        rng = random.Random(kind)  # noqa: S311 (not a secret)
+        while True:
+            prompt = [rng.randrange(2, 60) for _ in range(rng.randint(prompt_len // 2, prompt_len))]
+            made = request(
+                f"{kind}{len(self.asked)}",
+                prompt,
+                max_tokens=rng.randint(max_tokens // 2, max_tokens),
+                temperature=1.0,
+                seed=rng.randrange(1 << 60),
+            )
+            self.asked.append(made)
+            yield made
+
+    async def _user(self) -> None:
+        while not self._over:
+            asked = next(self._next)
+            self.found[asked.request_id] = await tokens_of(self._router, asked)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Keep 12 requests going until the condition holds, and end them; all answers are one engine's."""
+        users = [asyncio.create_task(self._user()) for _ in range(12)]
+        await until(condition, 90.0)
+        self._over = True
+        await asyncio.gather(*users)
+        assert self.found == await asyncio.to_thread(colocated, self.asked)
+
+
+def test_a_fleet_follows_a_shift_to_long_outputs_and_back_and_every_token_is_one_engines(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="benthic.serve.router")
+    config = ReplanConfig(max_num_batched_tokens=64, max_num_seqs=8, window_s=1.0, dwell_s=1.5)
+
+    async def scenario() -> None:
+        async with fleet(2, 1, replan=config, engine={"num_blocks": 512}) as router:
+            changes = router.replanning.changes
+            await Shift(router, "long-output", 12, 120).until(lambda: changes["decode"] == 1)
+            assert sorted(roles(router).values()) == ["decode", "decode", "prefill"]
+            await Shift(router, "long-prompt", 220, 2).until(lambda: changes["prefill"] == 1)
+            assert sorted(roles(router).values()) == ["decode", "prefill", "prefill"]
+            assert router.retried == 0
+            found = samples_by_role(router)
+            assert found["benthic:role_instances"] == {"prefill": 2.0, "decode": 1.0}
+            assert found["benthic:role_changes_total"] == {"prefill": 1.0, "decode": 1.0}
+            await nothing_left(router)
+
+    run(scenario())
+    said = [record.message for record in caplog.records if " is to " in record.message]
+    assert "with 1P2D instead of 2P1D the busier role is" in said[0]
+    assert "with 2P1D instead of 1P2D the busier role is" in said[1]

@@ -261,6 +261,15 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             min=0, help="Prompts with at most so many new tokens skip the transfer.", rich_help_panel=FLEET
         ),
     ] = 0,
+    replan: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="Move instances to the kind that the load of so long needs more (default: never).",
+            rich_help_panel=FLEET,
+        ),
+    ] = None,
     kv_host: Annotated[
         str, typer.Option(help="Where other servers reach --kv-port.", rich_help_panel=FLEET)
     ] = "127.0.0.1",
@@ -353,12 +362,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         otlp_traces_endpoint=otlp_traces_endpoint,
     )
     launch.check_instances(
-        tensor_parallel_size,
-        prefill=prefill,
-        decode=decode,
-        kv_port=kv_port,
-        kv_nixl=kv_nixl,
-        host_cache_gib=host_cache_gib,
+        options, prefill=prefill, decode=decode, kv_port=kv_port, kv_nixl=kv_nixl, replan=replan
     )
     bound = launch.bind(host, port)
     config = launch.check_checkpoint(folder, weights=load_format is LoadFormat.auto)
@@ -390,7 +394,8 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     if not prefill and not decode:
         raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
     spread = FleetOptions(
-        prefill=prefill, decode=decode, prefill_policy=prefill_policy, local_tokens=local_prefill_tokens
-    )
+        prefill=prefill, decode=decode, prefill_policy=prefill_policy, local_tokens=local_prefill_tokens,
+        replan_s=replan,
+    )  # fmt: skip
     fleet = Fleet(checkpoint=folder, engine=options, options=spread)
     raise typer.Exit(server.run(fleet, bound, parts))

@@ -200,6 +200,7 @@ class Engine:
             host_hits=totals.host_blocks_in * layout.block_size,
             host_bytes_out=totals.host_blocks_out * layout.block_bytes,
             host_bytes_in=totals.host_blocks_in * layout.block_bytes,
+            computed_tokens=totals.scheduled_tokens,
         )
 
     def profile_tapes(self, clock: Clock) -> dict[int, dict[str, float]]:

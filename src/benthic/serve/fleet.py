@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benthic.errors import ConfigError, UnknownFieldError
+from benthic.sched.replan import ReplanConfig
 from benthic.sched.routing import RANKINGS, Policy, Role
 from benthic.serve.router import Router, RouterOptions
+from benthic.spec.objectives import Objectives
 
 if TYPE_CHECKING:
     from benthic.serve.journal import Journal
@@ -34,9 +36,11 @@ class FleetOptions:
         local_tokens: prompts with at most so many tokens to compute are prefilled where they decode.
         retries: how often a request is moved when its instance dies.
         restarts: how many instances that died are replaced, in all.
+        replan_s: seconds of load by which instances change between the two kinds; None lets none change.
 
     Raises:
-        ConfigError: there is one instance alone or none that decodes, or a policy is unknown.
+        ConfigError: there is one instance alone or none that decodes, a policy is unknown, or instances are
+            to change, but there are too few.
     """
 
     prefill: int
@@ -46,12 +50,20 @@ class FleetOptions:
     local_tokens: int = 0
     retries: int = 3
     restarts: int = 16
+    replan_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.prefill < 0 or self.decode < 1 or self.prefill + self.decode < 2:
             msg = (
                 f"--prefill {self.prefill} and --decode {self.decode}, but a fleet has 2 instances at least, "
                 "one of them decoding. Leave both out to serve from one instance that does everything."
+            )
+            raise ConfigError(msg)
+        if self.replan_s is not None and (not self.prefill or self.prefill + self.decode < 3):
+            msg = (
+                f"--replan {self.replan_s:g} with --prefill {self.prefill} and --decode {self.decode}, but "
+                "one instance of each kind must stay, so that 3 are needed for one to change. Start more, or "
+                "leave out --replan."
             )
             raise ConfigError(msg)
         for name in (self.prefill_policy, self.decode_policy):
@@ -78,8 +90,13 @@ class Fleet:
     options: FleetOptions
 
 
-def start_router(fleet: Fleet, *, journal: Journal, stall_s: float, log_level: int) -> Router:
-    """Start the instances of a fleet, and a router before them that notes where requests are."""
+def start_router(
+    fleet: Fleet, *, journal: Journal, stall_s: float, log_level: int, objectives: Objectives | None = None
+) -> Router:
+    """Start the instances of a fleet, and a router before them that notes where requests are.
+
+    Latency targets count where instances change between the two kinds.
+    """
     folder = Path(tempfile.mkdtemp(prefix="benthic-desks-"))
     options = fleet.options
     threads = _threads(fleet.engine, options.prefill + options.decode)
@@ -95,9 +112,26 @@ def start_router(fleet: Fleet, *, journal: Journal, stall_s: float, log_level: i
         stall_s=stall_s,
         seed=fleet.engine.seed,
         log_level=log_level,
+        replan=_replan(fleet, objectives or Objectives()),
     )
     roles: dict[Role, int] = {"prefill": options.prefill, "decode": options.decode}
     return Router(factory, roles, router, journal=journal, folder=folder)
+
+
+def _replan(fleet: Fleet, objectives: Objectives) -> ReplanConfig | None:
+    """When instances change their roles; they stay for four windows at least. None without a window."""
+    window_s = fleet.options.replan_s
+    if window_s is None:
+        return None
+    return ReplanConfig(
+        max_num_batched_tokens=fleet.engine.max_num_batched_tokens,
+        max_num_seqs=fleet.engine.max_num_seqs,
+        window_s=window_s,
+        dwell_s=4 * window_s,
+        decode_share=fleet.options.policy.decode_share,
+        ttft_s=objectives.ttft_s,
+        tpot_s=objectives.tpot_s,
+    )
 
 
 def load_instance(

@@ -15,11 +15,14 @@ from benthic.serve.metrics import kv_usage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from benthic.sched.routing import Role
     from benthic.serve.members import Member
     from benthic.serve.messages import Stats
+    from benthic.serve.replanning import Replanning
     from benthic.serve.router import Router
 
 LABELS: Final = ("model_name", "instance", "role")
+ROLES: Final[tuple[Role, ...]] = ("prefill", "decode")
 
 # name, documentation, how it is read
 ASSIGNED: Final[tuple[tuple[str, str, Callable[[Member], float]], ...]] = (
@@ -77,6 +80,33 @@ class FleetCollector(Collector):
                     if stats is not None:
                         found.add_metric(self._labels(member), read(stats))
                 yield found
+        if self._router.replanning is not None:
+            yield from self._replanned(self._router.replanning, members)
+
+    def _replanned(self, replanning: Replanning, members: list[Member]) -> Iterator[Metric]:
+        """Families with one sample a role."""
+        labels = ("model_name", "role")
+        count = GaugeMetricFamily("benthic:role_instances", "Instances that have the role.", labels=labels)
+        needed = GaugeMetricFamily(
+            "benthic:role_instances_needed", "Instances that the load would keep busy in it.", labels=labels
+        )
+        busy = GaugeMetricFamily(
+            "benthic:role_utilisation", "Instances needed over those there are.", labels=labels
+        )
+        changes = CounterMetricFamily(
+            "benthic:role_changes", "Times an instance got the role from the other one.", labels=labels
+        )
+        needs = replanning.needs
+        for role in ROLES:
+            at = [self._model_name, role]
+            there = sum([member.role == role for member in members])
+            count.add_metric(at, there)
+            changes.add_metric(at, replanning.changes[role])
+            if needs is not None and there:
+                need = needs.prefill if role == "prefill" else needs.decode
+                needed.add_metric(at, need)
+                busy.add_metric(at, need / there)
+        yield from (count, needed, busy, changes)
 
     def _labels(self, member: Member) -> list[str]:
         return [self._model_name, member.name, member.role]

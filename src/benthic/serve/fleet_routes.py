@@ -91,7 +91,7 @@ def card(member: Member) -> InstanceCard:
 def _status(member: Member) -> Literal["starting", "serving", "draining", "dead"]:
     if member.open:
         return "serving"
-    if member.draining:
+    if member.draining or member.turning is not None:
         return "draining"
     return "starting" if member.ready is None else "dead"
 

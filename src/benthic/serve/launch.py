@@ -69,13 +69,13 @@ def check_checkpoint(path: Path, *, weights: bool = True) -> ModelConfig:
 
 
 def check_instances(
-    ranks: int,
+    options: EngineOptions,
     *,
     prefill: int,
     decode: int,
     kv_port: int | None,
     kv_nixl: bool = False,
-    host_cache_gib: float = 0.0,
+    replan: float | None = None,
 ) -> None:
     """Refuse ways of running that exclude each other.
 
@@ -88,6 +88,13 @@ def check_instances(
             f"--decode {decode} start a fleet of its own. Choose one."
         )
         raise ConfigError(msg)
+    if replan is not None and not (prefill or decode):
+        msg = (
+            f"--replan {replan:g} moves instances between prefill and decode, but --prefill 0 and --decode 0 "
+            "start none. Give both, 3 together at least."
+        )
+        raise ConfigError(msg)
+    ranks, host_cache_gib = options.tensor_parallel_size, options.host_cache_gib
     if ranks > 1 and (kv_port is not None or prefill or decode):
         alone = f"--kv-port {kv_port}" if kv_port is not None else f"--prefill {prefill} --decode {decode}"
         msg = (

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("benthic.serve.router")
 
+DRAIN_LOOK_S: Final = 0.02
+"""Seconds between two looks at whether an instance has nothing left."""
+
 
 class Load(NamedTuple):
     """What one request asks of one instance."""
@@ -32,19 +35,21 @@ class Load(NamedTuple):
 
 @dataclass(eq=False)
 class Member:
-    """One instance: its process, and what is assigned to it."""
+    """One instance: its process, and what is assigned to it. `turning` is the role it is about to have."""
 
     name: str
     role: Role
     client: EngineClient
     ready: Ready | None = None
     draining: bool = False
+    turning: Role | None = None
     loads: dict[str, Load] = field(default_factory=dict)
 
     @property
     def open(self) -> bool:
         """Whether it takes new requests."""
-        return self.ready is not None and not self.draining and self.client.trouble is None
+        resting = self.draining or self.turning is not None
+        return self.ready is not None and not resting and self.client.trouble is None
 
     def state(self, ready: Ready) -> InstanceState:
         """What the policy sees of it."""
@@ -146,8 +151,30 @@ class Members:
         member.draining = True
         self.changed.set()
         while member.loads and member.client.trouble is None:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(DRAIN_LOOK_S)
         await member.client.close()
+
+    async def turn(self, name: str, role: Role) -> bool:
+        """Give an instance nothing new, wait until what it has is done, then give it what is `role`'s.
+
+        Its process goes on: the weights stay, and so does its name.
+
+        Returns: whether it changed; not when it ended meanwhile, or is the last one left of its role.
+        Raises: ServeError.
+        """
+        member = self[name]
+        member.turning = role
+        try:
+            while member.loads and member.client.trouble is None:
+                await asyncio.sleep(DRAIN_LOOK_S)
+            others = [other for other in self if other is not member and other.role == member.role]
+            turned = bool(others) and member in self and member.client.trouble is None
+            if turned:
+                member.role = role
+            return turned
+        finally:
+            member.turning = None
+            self.changed.set()
 
     async def leave(self, name: str) -> None:
         """End an instance now; its requests move to others. Raises: ServeError."""
@@ -194,7 +221,7 @@ class Members:
             logger.error("%s is not replaced: %d restarts are used up", member.name, self._restarts)
         else:
             self._restarts_left -= 1
-            logger.info("%s is replaced by %s", member.name, self.join(member.role))
+            logger.info("%s is replaced by %s", member.name, self.join(member.turning or member.role))
 
 
 def _sum(reports: Sequence[Stats]) -> Stats:

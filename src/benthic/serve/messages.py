@@ -120,7 +120,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     `drafts` counts rows with drafts, `draft_tokens` and `accepted_tokens` drafts given and accepted,
     `accepted_at[i]` those accepted at place i. `host_blocks` are those of host memory, `host_hits` tokens
-    that came back from there, and bytes are of one rank.
+    that came back from there, and bytes are of one rank. `computed_tokens` are those of all steps, of prompts
+    and of outputs, drafts included.
     """
 
     num_running: int
@@ -145,6 +146,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     host_hits: int = 0
     host_bytes_out: int = 0
     host_bytes_in: int = 0
+    computed_tokens: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -25,11 +25,13 @@ from benthic.errors import BenthicError, EngineDeadError, OverloadedError
 from benthic.sched.routing import Policy, Query, Role, Route, choose
 from benthic.serve.client import EngineClient, EngineStream
 from benthic.serve.members import Load, Member, Members
+from benthic.serve.replanning import Replanning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from benthic.sched.replan import ReplanConfig
     from benthic.serve.journal import Journal, PhaseName
     from benthic.serve.messages import Delta, Generate, Ready, Remote, Stats
     from benthic.serve.process import EngineFactory
@@ -48,6 +50,7 @@ class RouterOptions:
         stall_s: an instance silent for so long is killed (its requests move).
         seed: from which requests without a seed get theirs, in order of arrival.
         log_level: of the instances.
+        replan: when instances change their roles; None leaves them as they are.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -56,6 +59,7 @@ class RouterOptions:
     stall_s: float = 300.0
     seed: int = 0
     log_level: int = logging.INFO
+    replan: ReplanConfig | None = None
 
 
 @dataclass(eq=False)
@@ -126,6 +130,7 @@ class Router:
         for role, count in roles.items():
             for _ in range(count):
                 self.members.join(role)
+        self.replanning = Replanning.start(self.members, options.replan, clock)
 
     # --- what the HTTP side uses
 
@@ -174,6 +179,8 @@ class Router:
     async def close(self) -> None:
         """End every request with an error and every instance; once."""
         self._closing = True
+        if self.replanning is not None:
+            await self.replanning.stop()
         await self.members.close()
         for task in self._journeys.values():
             task.cancel()

@@ -158,7 +158,13 @@ def _start(engines: EngineFactory | Fleet, options: ServerOptions, journal: Jour
     """One engine, or a router before the instances of a fleet."""
     level = logger.getEffectiveLevel()
     if isinstance(engines, Fleet):
-        return start_router(engines, journal=journal, stall_s=options.stall_s, log_level=level)
+        return start_router(
+            engines,
+            journal=journal,
+            stall_s=options.stall_s,
+            log_level=level,
+            objectives=options.objectives,
+        )
     return EngineClient(engines, stall_s=options.stall_s, log_level=level)
 
 
