@@ -388,8 +388,9 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         page=DashPage,
     )
     if kv_port is not None:
-        address = f"tcp://{kv_host}:{kv_port}"
-        build = functools.partial(load_instance, folder, options, address, 0, nixl=kv_nixl)
+        build = functools.partial(
+            load_instance, folder, options, f"tcp://{kv_host}:{kv_port}", 0, nixl=kv_nixl
+        )
         raise typer.Exit(server.run(build, bound, parts))
     if not prefill and not decode:
         raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
