@@ -10,18 +10,8 @@ from typing import Annotated
 
 import typer
 
+from benthic.cli import serve_words as words
 from benthic.cli.folders import user_cache
-from benthic.cli.serve_words import (
-    CacheDtype,
-    Dtype,
-    LoadFormat,
-    LogLevel,
-    Quantization,
-    ReasoningParser,
-    ToolParser,
-    api_keys,
-    one_model,
-)
 
 ENGINE = "Engine"
 CACHE = "KV cache"
@@ -63,8 +53,8 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         typer.Option(min=0.001, help="Seconds from arrival to the end of an answer.", rich_help_panel=HTTP),
     ] = None,
     uvicorn_log_level: Annotated[
-        LogLevel, typer.Option(help="How much uvicorn says.", rich_help_panel=HTTP)
-    ] = LogLevel.info,
+        words.LogLevel, typer.Option(help="How much uvicorn says.", rich_help_panel=HTTP)
+    ] = words.LogLevel.info,
     disable_uvicorn_access_log: Annotated[
         bool,
         typer.Option("--disable-uvicorn-access-log", help="No line per HTTP request.", rich_help_panel=HTTP),
@@ -109,24 +99,25 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         ),
     ] = 2048,
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: the checkpoint's on a GPU, float32 on a CPU.", rich_help_panel=ENGINE)
-    ] = Dtype.auto,
+        words.Dtype,
+        typer.Option(help="auto: the checkpoint's on a GPU, float32 on a CPU.", rich_help_panel=ENGINE),
+    ] = words.Dtype.auto,
     load_format: Annotated[
-        LoadFormat,
+        words.LoadFormat,
         typer.Option(
             help="dummy: random weights; MODEL needs config.json and tokenizer.json alone.",
             rich_help_panel=ENGINE,
         ),
-    ] = LoadFormat.auto,
+    ] = words.LoadFormat.auto,
     quantization: Annotated[
-        Quantization,
+        words.Quantization,
         typer.Option(
             "--quantization",
             "-q",
             help="auto: FP8 weights stay FP8 on a GPU; fp8: everywhere, others are quantised; none: widen.",
             rich_help_panel=ENGINE,
         ),
-    ] = Quantization.auto,
+    ] = words.Quantization.auto,
     enforce_eager: Annotated[
         bool,
         typer.Option("--enforce-eager", help="No CUDA graphs, no CPU tapes.", rich_help_panel=ENGINE),
@@ -178,9 +169,9 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         int, typer.Option(min=1, help="Tokens in a cache block.", rich_help_panel=CACHE)
     ] = 64,
     kv_cache_dtype: Annotated[
-        CacheDtype,
+        words.CacheDtype,
         typer.Option(help="auto: as activations; fp8: E4M3, half the bytes.", rich_help_panel=CACHE),
-    ] = CacheDtype.auto,
+    ] = words.CacheDtype.auto,
     num_gpu_blocks_override: Annotated[
         int | None,
         typer.Option(
@@ -239,13 +230,13 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         ),
     ] = "auto",
     tool_call_parser: Annotated[
-        ToolParser,
+        words.ToolParser,
         typer.Option(help="auto reads the format off the chat template.", rich_help_panel=REQUESTS),
-    ] = ToolParser.auto,
+    ] = words.ToolParser.auto,
     reasoning_parser: Annotated[
-        ReasoningParser,
+        words.ReasoningParser,
         typer.Option(help="auto looks for <think> in the chat template.", rich_help_panel=REQUESTS),
-    ] = ReasoningParser.auto,
+    ] = words.ReasoningParser.auto,
     prefill: Annotated[
         int, typer.Option(min=0, help="Instances that prefill for others.", rich_help_panel=FLEET)
     ] = 0,
@@ -320,7 +311,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     from benthic.spec.objectives import Objectives  # noqa: PLC0415
     from benthic.spec.shard import Shard  # noqa: PLC0415
 
-    folder = one_model(model, model_flag)
+    folder = words.one_model(model, model_flag)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
     options = EngineOptions(
         device=device,
@@ -350,7 +341,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         native_folder=str(user_cache()),
     )
     http = server.ServerOptions(
-        api_keys=api_keys(api_key),
+        api_keys=words.api_keys(api_key),
         max_body_bytes=max_body_bytes,
         requests_per_minute=max_requests_per_minute,
         drain_s=shutdown_timeout,
@@ -365,7 +356,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         options, prefill=prefill, decode=decode, kv_port=kv_port, kv_nixl=kv_nixl, replan=replan
     )
     bound = launch.bind(host, port)
-    config = launch.check_checkpoint(folder, weights=load_format is LoadFormat.auto)
+    config = launch.check_checkpoint(folder, weights=load_format is words.LoadFormat.auto)
     Shard(size=tensor_parallel_size, whole_experts=enable_expert_parallel).check(config)
     tokenizer = Tokenizer.from_folder(folder)
     template = launch.read_template(tokenizer, chat_template)
