@@ -7,7 +7,6 @@ and can be killed like any other.
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spawn import IMPORTED_ONCE, die_with_parent
+from spawn import die_with_parent, forking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -95,10 +94,8 @@ def start(
     has_children: bool = False,
 ) -> Command:
     """`benthic WORDS`, or another `program` with them, with `environment` added to that of the tests."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)
     arguments = (program, list(words), str(log), dict(environment or {}))
-    process = context.Process(target=_run, args=arguments, daemon=not has_children)
+    process = forking().Process(target=_run, args=arguments, daemon=not has_children)
     process.start()
     return Command(process, log)
 

@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.context import ForkServerContext
 
 SECONDS = 60
 # torch._dynamo: checkpointing imports it on first use; triton: the op table asks it whether it interprets
@@ -65,7 +66,7 @@ def spawn(
         TimeoutError: some rank was not done within `seconds`; all are ended.
     """
     where = (inspect.getsourcefile(function), function.__name__)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED_ONCE)
+    forking()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, folder, seconds, device, *where, arguments)
         method = "forkserver" if device == "cpu" else "spawn"
@@ -78,6 +79,13 @@ def spawn(
             for process in context.processes:
                 process.kill()
                 process.join()
+
+
+def forking() -> ForkServerContext:
+    """How processes are forked from the server that has imported torch once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    return context
 
 
 def _join(context: mp.ProcessContext, name: str, seconds: float) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import fake_server
 import forked
-from spawn import IMPORTED_ONCE
+from spawn import forking
 
 from benthic.serve import client
 from benthic.serve.process import EngineFactory, Pipes, engine_main
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def warm_up() -> None:
     """Start that server now."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED_ONCE)
+    forking()
     forkserver.ensure_running()
 
 
@@ -29,9 +29,7 @@ STARTED: list[BaseProcess] = []
 
 def start_engine(factory: EngineFactory, pipes: Pipes, log_level: int) -> BaseProcess:
     """In place of the function of the same name in `benthic.serve.process`."""
-    warm_up()
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=engine_main, args=(factory, pipes, log_level), name="benthic-engine")
+    process = forking().Process(target=engine_main, args=(factory, pipes, log_level), name="benthic-engine")
     process.start()
     STARTED.append(process)
     return process

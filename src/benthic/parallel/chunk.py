@@ -85,7 +85,7 @@ def _mapped(state: Any, each: Callable[[Tensor], Tensor]) -> Any:
 
 def _leaf(tensor: Tensor, pairs: Cut) -> Tensor:
     """A leaf of the tensor's shape whose memory is one element."""
-    leaf = tensor.detach().new_empty(()).expand(tensor.shape).requires_grad_()
+    leaf = tensor.new_empty(()).expand(tensor.shape).requires_grad_()
     # The graph before a leaf is the leaf: to keep that would keep its memory, and nobody goes back there.
     pairs.append((None if tensor.grad_fn is None else get_gradient_edge(tensor), leaf))
     return leaf
