@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 
 import pytest
 from hypothesis import settings
@@ -33,8 +34,29 @@ def _cuda_devices() -> int:
     return torch.cuda.device_count()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+LONG = {"dist", "slow", "interp", "browser"}
+
+
+def _long_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Each worker starts with an equal run of this list: files with long tests go to the front of all runs.
+
+    What is left at the end, for idle workers to take over, is short then.
+    """
+    files = [list(tests) for _, tests in itertools.groupby(items, key=lambda item: item.path)]
+    ahead = [tests for tests in files if any(not LONG.isdisjoint(test.keywords) for test in tests)]
+    behind = [test for tests in files if tests not in ahead for test in tests]
+    order: list[pytest.Item] = []
+    for worker in range(workers):
+        order += itertools.chain(*ahead[worker::workers])
+        missing = len(items) * (worker + 1) // workers - len(order)
+        order += behind[: max(missing, 0)]
+        del behind[: max(missing, 0)]
+    return order + behind
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     devices = _cuda_devices()
+    items[:] = _long_first(items, getattr(config, "workerinput", {}).get("workercount", 1))
     for item in items:
         for marker, needed in (("gpu", 1), ("multigpu", 2)):
             if marker in item.keywords and devices < needed:
