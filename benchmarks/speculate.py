@@ -3,7 +3,8 @@
 The model is a checkpoint with prediction modules (`--checkpoint`), or the `tiny` recipe trained here on the
 standard library (`--recipe` and `--set` change that: `--set device=cuda`). Prompts are pieces of the
 standard library's source. Tokens/s count whole runs of `--tokens` greedy tokens at each batch, prefills
-included, through `Engine.step`; the best of `--repeats`.
+included, through `Engine.step`, over `--groups` batches of different prompts one after another; the best of
+`--repeats`.
 
     python benchmarks/speculate.py                    # trains tiny, then measures
     python benchmarks/speculate.py --checkpoint runs/x/hf --device cuda
@@ -43,7 +44,7 @@ def main() -> None:
         rows = measure(checkpoint, words)
     settings = {
         name: getattr(words, name)
-        for name in ("small", "device", "dtype", "recipe", "set", "drafts", "always", "tokens")
+        for name in ("small", "device", "dtype", "recipe", "set", "drafts", "always", "tokens", "repeats")
     }
     print(write_result("speculate", rows, out=words.out, **settings))
 
@@ -66,13 +67,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--drafts", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--groups", type=int, default=16, help="batches of different prompts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
     if words.small:
         words.set += ["train.steps=60", "evaluate.every=0", "log.pictures=false"]
-        words.batches, words.tokens, words.prompts, words.repeats = [1, 4], 32, 12, 1
+        words.batches, words.tokens, words.prompts, words.repeats, words.groups = [1, 4], 32, 12, 1, 2
     return words
 
 
@@ -100,7 +102,9 @@ def measure(checkpoint: Path, words: argparse.Namespace) -> list[dict[str, Any]]
         engine = make_engine(checkpoint, words, speculative)
         outputs[name] = generate(engine, prompts, words.tokens)[0]
         for batch in words.batches:
-            rows.append({"drafter": name, "batch": batch, **speed(engine, prompts[:batch], words)})
+            groups = [prompts[at : at + batch] for at in range(0, len(prompts) - batch + 1, batch)]
+            found = speed(engine, groups[: words.groups], words)
+            rows.append({"drafter": name, "batch": batch, **found})
             print(rows[-1], flush=True)
         del engine  # before the next one asks how much memory is free
         gc.collect()
@@ -154,17 +158,22 @@ def generate(engine: Engine, prompts: list[tuple[int, ...]], tokens: int) -> tup
     return list(found.values()), time.perf_counter() - began
 
 
-def speed(engine: Engine, prompts: list[tuple[int, ...]], words: argparse.Namespace) -> dict[str, Any]:
+def speed(engine: Engine, groups: list[list[tuple[int, ...]]], words: argparse.Namespace) -> dict[str, Any]:
     """Tokens/s of the best repeat after one to warm up, and what became of the drafts meanwhile."""
-    generate(engine, prompts, words.tokens)
-    before = engine.stats()
-    seconds = min(generate(engine, prompts, words.tokens)[1] for _ in range(words.repeats))
+
+    def run() -> float:
+        return sum(generate(engine, prompts, words.tokens)[1] for prompts in groups)
+
+    run()
+    before, tokens = engine.stats(), sum(map(len, groups)) * words.tokens
+    seconds = min(run() for _ in range(words.repeats))
     after = engine.stats()
     drafts, given = after.drafts - before.drafts, after.draft_tokens - before.draft_tokens
     places = zip(after.accepted_at, before.accepted_at, strict=True)
     return {
-        "tokens_per_second": len(prompts) * words.tokens / seconds,
-        "tokens_a_step": words.repeats * len(prompts) * words.tokens / (after.steps - before.steps),
+        "groups": len(groups),
+        "tokens_per_second": tokens / seconds,
+        "tokens_a_step": words.repeats * tokens / (after.steps - before.steps),
         "rows_with_drafts": drafts,
         "acceptance": (after.accepted_tokens - before.accepted_tokens) / given if given else None,
         "acceptance_by_place": [(a - b) / drafts for a, b in places] if drafts else [],

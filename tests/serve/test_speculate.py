@@ -112,6 +112,31 @@ def test_two_prediction_modules_draft_and_their_drafts_hold():
     assert stats.accepted_at[2] > 0.3 * stats.drafts
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_drafts_made_behind_a_step_are_those_that_would_be_made_before_the_next(depth):
+    def run(*, ahead: bool):
+        engine = small_engine(trained_model(depth=depth), speculative=speculative(), block_size=64)
+        if not ahead:
+            engine._drafter._made = NeverMade()
+        late, steps = [], engine._runner.steps
+        passes = steps.passes
+        steps.passes = lambda *given: late.append(1) or passes(*given)
+        tokens = {name: answer.tokens for name, answer in serve(engine, mixed()).items()}
+        return tokens, engine.stats(), len(late)
+
+    tokens, stats, late = run(ahead=True)
+    other_tokens, other_stats, other_late = run(ahead=False)
+    assert (tokens, stats.accepted_at) == (other_tokens, other_stats.accepted_at)
+    assert late < stats.steps / 3 < stats.steps / 2 < other_late
+
+
+class NeverMade(dict):
+    """Forgets what lies ready, so that all drafts are made before the step that verifies them."""
+
+    def get(self, _slot, default=None):
+        return default
+
+
 def test_modules_that_read_the_normed_state_draft_the_same_greedy_tokens():
     model = random_model(replace(NANO, mtp_hidden="post_norm"))
     asked = [request(str(i), p, max_tokens=12) for i, p in enumerate(starts(4))]

@@ -5,7 +5,7 @@ Drafts change how fast tokens come, never which (`benthic.serve.drafts`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from benthic.model.network import Hidden
     from benthic.sched.plans import StepPlan
+    from benthic.serve.attend import StepLayout
     from benthic.serve.messages import Generate
     from benthic.serve.options import EngineOptions
     from benthic.serve.runner import Runner, StepResult
-    from benthic.serve.sampler import Drawing, Sampler
+    from benthic.serve.sampler import Drawing
 
 
 class Drafter(Protocol):
@@ -46,7 +47,9 @@ class Drafter(Protocol):
         """
         ...
 
-    def learn(self, plan: StepPlan, result: StepResult, drawing: Drawing | None) -> None:
+    def learn(
+        self, plan: StepPlan, result: StepResult, drawing: Drawing | None, positions: Sequence[int]
+    ) -> None:
         """The step has been launched, and `drawing` holds what it draws (None: nothing)."""
         ...
 
@@ -58,12 +61,14 @@ class Drafter(Protocol):
 class Guesser(Protocol):
     """Makes drafts of logits; a `Sampler` does."""
 
-    def guess(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Tensor:
+    def guess(
+        self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int] | Tensor
+    ) -> Tensor:
         """The token that each row would draw at these positions, or nearly; int64."""
         ...
 
 
-def drafter_for(options: EngineOptions, runner: Runner, sampler: Sampler) -> Drafter | None:
+def drafter_for(options: EngineOptions, runner: Runner, guesser: Guesser) -> Drafter | None:
     """The drafter that the options ask for."""
     chosen = options.speculative
     if chosen is None:
@@ -71,7 +76,7 @@ def drafter_for(options: EngineOptions, runner: Runner, sampler: Sampler) -> Dra
     if chosen.method == "ngram":
         device = runner.cache.pages_LPBW.device
         return NgramDrafter(chosen.prompt_lookup_min, chosen.prompt_lookup_max, device)
-    return MtpDrafter(runner, sampler, options.max_num_seqs)
+    return MtpDrafter(runner, guesser, options.max_num_seqs, chosen.num_speculative_tokens)
 
 
 class NgramDrafter:
@@ -110,7 +115,9 @@ class NgramDrafter:
             row[: len(tokens)] = tokens
         return Drafts(counts, to_device(token_DK, self._device))
 
-    def learn(self, plan: StepPlan, result: StepResult, drawing: Drawing | None) -> None:
+    def learn(
+        self, plan: StepPlan, result: StepResult, drawing: Drawing | None, positions: Sequence[int]
+    ) -> None:
         """Nothing: tokens are learnt when the host is told."""
 
     def told(self, request_id: str, tokens: Sequence[int]) -> None:
@@ -120,14 +127,25 @@ class NgramDrafter:
             known.extend(tokens)
 
 
+class States(NamedTuple):
+    """What the last module left of some sequences: to make logits of, and to feed to the next pass."""
+
+    hidden_SD: Tensor
+    previous_SD: Tensor
+
+
 class MtpDrafter:
     """Multi-token prediction as section 5.4.3 of DeepSeek-V3's report uses it; nothing waits for the device.
 
     After a step, every module runs over the step's own rows, so that its latent cache follows the sequences:
     row i takes the state of row i and the token behind it (eq. (21)). For a row whose token was rejected, or
     for a deeper module one that is a guess, the entry is wrong; the next steps overwrite those of the first
-    module, and what stays wrong costs acceptance alone. Before a step, the last module's newest state gives
-    the first draft, and is then fed its own state and draft again and again.
+    module, and what stays wrong costs acceptance alone. The last module's newest state gives the first draft,
+    and is then fed its own state and draft again and again.
+
+    Behind a step with drafts the next ones are made at once, while the host has yet to learn what this one
+    drew: how many drafts held, and so where the newest token stands, is known on the device. Otherwise they
+    are made before the step that verifies them.
 
     Cost: one layer a module for every row, also while nothing is drafted; a layer and a head for each draft.
 
@@ -135,9 +153,10 @@ class MtpDrafter:
         runner: whose model has modules, and whose cache has layers for them.
         sampler: draws the drafts.
         max_num_seqs: scheduler slots.
+        most: most drafts of a sequence in a step.
     """
 
-    def __init__(self, runner: Runner, sampler: Guesser, max_num_seqs: int) -> None:
+    def __init__(self, runner: Runner, sampler: Guesser, max_num_seqs: int, most: int) -> None:
         self._runner = runner
         self._sampler = sampler
         self._model = runner.model
@@ -146,42 +165,64 @@ class MtpDrafter:
         self._hidden_ND = runner.model.embed.weight.new_zeros((max_num_seqs, config.hidden_size))
         self._previous_ND = torch.zeros_like(self._hidden_ND)
         self._early_NK = torch.zeros((max_num_seqs, self._depth - 1), dtype=torch.int64, device=weight.device)
+        self._made_NK = torch.zeros((max_num_seqs, most), dtype=torch.int64, device=weight.device)
+        self._made: dict[int, int] = {}  # how many drafts lie ready, by slot
 
     def admit(self, request: Generate) -> None:
         """Nothing: all it needs is on the device."""
 
     def release(self, request_id: str) -> None:
-        """Nothing."""
+        """Nothing: before a slot's next owner decodes, a step has drawn its first token."""
 
     def told(self, request_id: str, tokens: Sequence[int]) -> None:
         """Nothing."""
 
     @torch.inference_mode()
     def draft(self, plan: StepPlan, positions: Sequence[int]) -> Drafts | None:
-        """Draft for all decodes as many tokens as the one that gets the most; surplus ones mean nothing."""
+        """Drafts for all decodes, as many as the one that gets the most has; surplus ones mean nothing."""
         counts = plan.decode_drafts
         if not any(counts):
             return None
-        self._runner.write(plan.tables)
+        most = max(counts)
         slots = self._runner.steps.on_device(plan.decode_slots)
-        hidden_DD = self._hidden_ND.index_select(0, slots)
-        previous_DD = self._previous_ND.index_select(0, slots)
-        tokens = list(self._early_NK.index_select(0, slots).unbind(1))[: max(counts)]
+        if all(self._made.get(slot, 0) >= most for slot in plan.decode_slots):
+            return Drafts(counts, self._made_NK[:, :most].index_select(0, slots))
+        self._runner.write(plan.tables)
+        states = States(*(each.index_select(0, slots) for each in (self._hidden_ND, self._previous_ND)))
+        early = list(self._early_NK.index_select(0, slots).unbind(1))
         passes = self._runner.steps.passes(plan, counts)
-        ids = plan.decode_ids
-        while len(tokens) < max(counts):
+        return Drafts(counts, self._chain(states, early, passes, plan.decode_ids, positions[: len(counts)]))
+
+    def _chain(
+        self,
+        states: States,
+        early: list[Tensor],
+        passes: Sequence[tuple[Tensor, StepLayout]],
+        ids: tuple[str, ...],
+        positions: Sequence[int] | Tensor,
+    ) -> Tensor:
+        """Drafts one after another, one more than `passes`, of which the deeper modules made the first."""
+        tokens, most = early[: len(passes) + 1], len(passes) + 1
+        while len(tokens) < most:
             made = len(tokens) + 1 - self._depth
             if made:
                 position_D, layout = passes[made - 1]
-                ahead = self._runner.ahead(self._depth - 1, previous_DD, tokens[-1], position_D, layout)
-                hidden_DD, previous_DD = ahead.hidden_TD, self._model.mtp_input(ahead)
-            logits_DV = self._runner.logits(hidden_DD)
-            places = [position + len(tokens) for position in positions[: len(ids)]]
+                ahead = self._runner.ahead(
+                    self._depth - 1, states.previous_SD, tokens[-1], position_D, layout
+                )
+                states = States(ahead.hidden_TD, self._model.mtp_input(ahead))
+            logits_DV = self._runner.logits(states.hidden_SD)
+            if isinstance(positions, torch.Tensor):
+                places: Sequence[int] | Tensor = positions + len(tokens)
+            else:
+                places = [position + len(tokens) for position in positions]
             tokens.append(self._sampler.guess(logits_DV, ids, places))
-        return Drafts(counts, torch.stack(tokens, dim=1))
+        return torch.stack(tokens, dim=1)
 
     @torch.inference_mode()
-    def learn(self, plan: StepPlan, result: StepResult, drawing: Drawing | None) -> None:
+    def learn(
+        self, plan: StepPlan, result: StepResult, drawing: Drawing | None, positions: Sequence[int]
+    ) -> None:
         """Run every module over the step's rows, and keep the last one's state of each newest row."""
         step, previous_TD = result.step, result.previous_TD
         newest_S = None if drawing is None else self._newest_rows(result, drawing)
@@ -191,10 +232,29 @@ class MtpDrafter:
             previous_TD = self._model.mtp_input(ahead)
             if depth + 1 < self._depth:
                 token_T = self._further(plan, result, token_T, newest_S, depth + 1, ahead)
-        if newest_S is not None:
-            slots = self._slots(plan)
-            self._hidden_ND.index_copy_(0, slots, ahead.hidden_TD.index_select(0, newest_S))
-            self._previous_ND.index_copy_(0, slots, previous_TD.index_select(0, newest_S))
+        if newest_S is None or drawing is None:
+            return
+        slots = self._slots(plan)
+        states = States(ahead.hidden_TD.index_select(0, newest_S), previous_TD.index_select(0, newest_S))
+        self._hidden_ND.index_copy_(0, slots, states.hidden_SD)
+        self._previous_ND.index_copy_(0, slots, states.previous_SD)
+        most = max(plan.decode_drafts, default=0)
+        self._made.update(dict.fromkeys(plan.sampled_slots, most))
+        if most:
+            made_SK = self._chain_behind(plan, drawing, states, positions, most)
+            self._made_NK[:, :most].index_copy_(0, slots, made_SK)
+
+    def _chain_behind(
+        self, plan: StepPlan, drawing: Drawing, states: States, positions: Sequence[int], most: int
+    ) -> Tensor:
+        """Drafts behind what a step draws, for all sequences that draw."""
+        held_S = None if drawing.verdict is None else drawing.verdict.held_S
+        early = list(self._early_NK.index_select(0, self._slots(plan)).unbind(1))
+        passes = self._runner.steps.passes_behind(plan, held_S, most - 1)
+        position_S = to_device(np.array(positions, dtype=np.int64) + 1, self._hidden_ND.device)
+        if held_S is not None:
+            position_S = position_S + held_S
+        return self._chain(states, early, passes, plan.sampled_ids, position_S)
 
     def _newest_rows(self, result: StepResult, drawing: Drawing) -> Tensor:
         """The step's row behind which each sequence's newest token was drawn."""

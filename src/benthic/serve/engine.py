@@ -225,7 +225,7 @@ class Engine:
             prompts = self._measure_prompts(plan, result)
             drawing = self._draw(plan, result, positions, trial) if entries else None
             if self._drafter is not None:
-                self._drafter.learn(plan, result, drawing)
+                self._drafter.learn(plan, result, drawing, positions)
         except (BenthicError, torch.OutOfMemoryError) as error:
             return Launched(plan, entries, error=error)
         return Launched(plan, entries, drawing=drawing, prompts=prompts, trial=trial)

@@ -27,7 +27,7 @@ from benthic.serve.commands import (
     decode_command,
     encode,
 )
-from benthic.serve.drafters import MtpDrafter
+from benthic.serve.drafters import drafter_for
 from benthic.serve.drafts import Drafts, Trial
 from benthic.serve.ranks import build_shard, join, own_options
 from benthic.serve.spread_drafts import ToldGuesser, told_drawing
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from benthic.parallel.team import Team
     from benthic.sched.plans import StepPlan
+    from benthic.serve.drafters import Drafter
     from benthic.serve.options import EngineOptions
     from benthic.serve.runner import Runner, StepResult
 
@@ -71,7 +72,7 @@ def follow(
         tell("started")
         here = join(own, port, rank)
         runner, team = build_shard(path, own, here, tell).runner, here.team
-        modules = MtpDrafter(runner, ToldGuesser(team), own.max_num_seqs) if drafts_with_mtp(own) else None
+        modules = drafter_for(own, runner, ToldGuesser(team)) if drafts_with_mtp(own) else None
         Follower(runner, team, modules).obey(pipe.recv_bytes)
         runner.release()
         team.part()
@@ -95,7 +96,7 @@ class Follower:
         drafter: of this rank, where prediction modules draft.
     """
 
-    def __init__(self, runner: Runner, team: Team, drafter: MtpDrafter | None = None) -> None:
+    def __init__(self, runner: Runner, team: Team, drafter: Drafter | None = None) -> None:
         self._runner = runner
         self._team = team
         self._drafter = drafter
@@ -122,7 +123,8 @@ class Follower:
                 self._modules().draft(plan, (0,) * len(plan.sampled_ids))
             else:
                 plan, result, trial = self._step()
-                self._modules().learn(plan, result, told_drawing(command.rows, trial, self._team))
+                drawing = told_drawing(command.rows, trial, self._team)
+                self._modules().learn(plan, result, drawing, (0,) * len(plan.sampled_ids))
 
     def _run(self, command: Step) -> None:
         plan, drafts = command.plan(self._same(command.slots)), None
@@ -143,7 +145,7 @@ class Follower:
         assert self._latest is not None  # noqa: S101 (rank 0 has run a step before)
         return self._latest
 
-    def _modules(self) -> MtpDrafter:
+    def _modules(self) -> Drafter:
         assert self._drafter is not None  # noqa: S101 (rank 0 has the same options)
         return self._drafter
 

@@ -283,7 +283,9 @@ class Sampler:
         return Drawing(newest_S, token_R, Homeward.start(*home), following, asked, verdict)
 
     @torch.inference_mode()
-    def guess(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Tensor:
+    def guess(
+        self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int] | Tensor
+    ) -> Tensor:
         """What a drafter's logits make of the random numbers that `start` will use at these positions.
 
         Temperature and filters apply; penalties, biases and grammars do not, which costs acceptance at most.
@@ -316,7 +318,7 @@ class Sampler:
             self._table.apply(logits_SV, batch.penalties, trial)
 
 
-def _choose(logits_SV: Tensor, batch: Batch, positions: Sequence[int]) -> Tensor:
+def _choose(logits_SV: Tensor, batch: Batch, positions: Sequence[int] | Tensor) -> Tensor:
     best_S, greedy_S = _greedy(logits_SV)
     if batch.all_greedy:
         return greedy_S
@@ -327,7 +329,10 @@ def _choose(logits_SV: Tensor, batch: Batch, positions: Sequence[int]) -> Tensor
     if batch.filters is not None:
         top_k_S, top_p_S, min_p_S, most_k = batch.filters
         probs_SV = keep_probable(probs_SV, top_k_S, top_p_S, min_p_S, most_k=most_k)
-    position_S = tensor_of(positions, np.int64, logits_SV.device)
+    if isinstance(positions, torch.Tensor):
+        position_S = positions
+    else:
+        position_S = tensor_of(positions, np.int64, logits_SV.device)
     assert batch.seed_S is not None  # noqa: S101 (Batch.of sets it unless all rows are greedy)
     token_S = draw(probs_SV, uniform(batch.seed_S, position_S))
     if batch.greedy_S is not None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from benthic.errors import PeerLostError
 from benthic.parallel.team import open_store
-from benthic.serve.build import with_grammars
-from benthic.serve.drafters import MtpDrafter
+from benthic.serve.build import drafts_with_mtp, with_grammars
+from benthic.serve.drafters import drafter_for
 from benthic.serve.engine import Engine
 from benthic.serve.follow import follow
 from benthic.serve.followers import Followers
@@ -56,9 +56,9 @@ class SpreadEngine(Engine):
         super().__init__(parts, options, clock=clock)
         self.followers = followers
         self._team = team
-        if isinstance(self._drafter, MtpDrafter):
-            guesser = LeadingGuesser(self._sampler, team)
-            modules = MtpDrafter(parts.runner, guesser, options.max_num_seqs)
+        if drafts_with_mtp(options):
+            modules = drafter_for(options, parts.runner, LeadingGuesser(self._sampler, team))
+            assert modules is not None  # noqa: S101 (these options ask for one)
             self._drafter = LeadingDrafter(modules, followers, team)
 
     @classmethod

@@ -53,12 +53,14 @@ class LeadingDrafter:
         return self.drafter.draft(plan, positions)
 
     @torch.inference_mode()
-    def learn(self, plan: StepPlan, result: StepResult, drawing: Drawing | None) -> None:
+    def learn(
+        self, plan: StepPlan, result: StepResult, drawing: Drawing | None, positions: Sequence[int]
+    ) -> None:
         """Tell the others what was drawn, and run the modules over the step as they do."""
         self.followers.tell(Learn(0 if drawing is None else len(drawing.token_R)))
         if drawing is not None:
             self.team.told(drawing.token_R.contiguous())
-        self.drafter.learn(plan, result, drawing)
+        self.drafter.learn(plan, result, drawing, positions)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class LeadingGuesser:
     sampler: Guesser
     team: Team
 
-    def guess(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Tensor:
+    def guess(
+        self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int] | Tensor
+    ) -> Tensor:
         """Guess."""
         return self.team.told(self.sampler.guess(logits_SV, request_ids, positions).contiguous())
 
@@ -79,7 +83,12 @@ class ToldGuesser:
 
     team: Team
 
-    def guess(self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int]) -> Tensor:  # noqa: ARG002
+    def guess(
+        self,
+        logits_SV: Tensor,
+        request_ids: tuple[str, ...],  # noqa: ARG002 (the protocol's)
+        positions: Sequence[int] | Tensor,  # noqa: ARG002 (the protocol's)
+    ) -> Tensor:
         """Rank 0's guesses."""
         return self.team.told(torch.empty(len(logits_SV), dtype=torch.int64, device=logits_SV.device))
 

@@ -193,6 +193,34 @@ class StepBuilder:
             for position_D, slot_D, context_D in rows
         ]
 
+    def passes_behind(
+        self, plan: StepPlan, held_S: Tensor | None, passes: int
+    ) -> list[tuple[Tensor, StepLayout]]:
+        """Positions and layouts of passes behind what a plan draws, `held_S` drafts of each sequence kept.
+
+        Pass i stands i behind each sequence's newest token. Where the plan's own blocks end, it writes
+        nothing and sees what they hold.
+        """
+        ends = [position + 1 for position in plan.decode_positions]
+        covered = [end + drafts for end, drafts in zip(ends, plan.decode_drafts, strict=True)]
+        chunks = [chunk.start + chunk.length for chunk in plan.prefills if chunk.samples]
+        block, slots = self._block_size, list(plan.sampled_slots)
+        limit_S = -(-np.array(covered + chunks, dtype=np.int64) // block) * block
+        table_SP = self._to_device(self._table_NP[slots, : int(limit_S.max()) // block])
+        first_S, limit_S = self._to_device(np.stack([np.array(ends + chunks, dtype=np.int64), limit_S]))
+        first_S = first_S if held_S is None else first_S + held_S
+        position_KS = first_S + torch.arange(passes, device=self._device).unsqueeze(1)
+        inside_KS = position_KS < limit_S
+        column_KS = torch.where(inside_KS, position_KS // block, 0)
+        block_KS = table_SP.gather(1, column_KS.T).T.to(torch.int64)
+        slot_KS = torch.where(inside_KS, block_KS * block + position_KS % block, -1)
+        context_KS = torch.minimum(position_KS + 1, limit_S).to(torch.int32)
+        rows = zip(position_KS, slot_KS, context_KS, strict=True)
+        return [
+            (position_S, StepLayout(slot_S, DecodeRows(1, table_SP, context_S), None))
+            for position_S, slot_S, context_S in rows
+        ]
+
     def _decode(
         self, slot_S: NDArray[np.int64], position_S: NDArray[np.int64], queries: int = 1
     ) -> DecodeRows:

@@ -6,11 +6,13 @@ import math
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 import torch
 
 from benthic.errors import TransferError
 from benthic.kernels.ops import copy_blocks
 from benthic.serve.transfer.handshake import Region
+from benthic.serve.transit import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +73,6 @@ class CudaSource:
         near = self._local_LPBW.device
         self._stream.wait_stream(torch.cuda.current_stream(near))
         with torch.cuda.device(near), torch.cuda.stream(self._stream):
-            blocks_2R = torch.tensor([list(remote_blocks), list(local_blocks)], device=near)
+            blocks_2R = to_device(np.array([remote_blocks, local_blocks], dtype=np.int64), near)
             copy_blocks(self._remote_LPBW, blocks_2R[0], self._local_LPBW, blocks_2R[1])
         self._stream.synchronize()
