@@ -76,7 +76,7 @@ def drafter_for(options: EngineOptions, runner: Runner, guesser: Guesser) -> Dra
     if chosen.method == "ngram":
         device = runner.cache.pages_LPBW.device
         return NgramDrafter(chosen.prompt_lookup_min, chosen.prompt_lookup_max, device)
-    return MtpDrafter(runner, guesser, options.max_num_seqs, chosen.num_speculative_tokens)
+    return MtpDrafter(runner, guesser, options.max_num_seqs)
 
 
 class NgramDrafter:
@@ -153,10 +153,9 @@ class MtpDrafter:
         runner: whose model has modules, and whose cache has layers for them.
         sampler: draws the drafts.
         max_num_seqs: scheduler slots.
-        most: most drafts of a sequence in a step.
     """
 
-    def __init__(self, runner: Runner, sampler: Guesser, max_num_seqs: int, most: int) -> None:
+    def __init__(self, runner: Runner, sampler: Guesser, max_num_seqs: int) -> None:
         self._runner = runner
         self._sampler = sampler
         self._model = runner.model
@@ -165,7 +164,6 @@ class MtpDrafter:
         self._hidden_ND = runner.model.embed.weight.new_zeros((max_num_seqs, config.hidden_size))
         self._previous_ND = torch.zeros_like(self._hidden_ND)
         self._early_NK = torch.zeros((max_num_seqs, self._depth - 1), dtype=torch.int64, device=weight.device)
-        self._made_NK = torch.zeros((max_num_seqs, most), dtype=torch.int64, device=weight.device)
         self._made: dict[int, int] = {}  # how many drafts lie ready, by slot
 
     def admit(self, request: Generate) -> None:
@@ -186,7 +184,7 @@ class MtpDrafter:
         most = max(counts)
         slots = self._runner.steps.on_device(plan.decode_slots)
         if all(self._made.get(slot, 0) >= most for slot in plan.decode_slots):
-            return Drafts(counts, self._made_NK[:, :most].index_select(0, slots))
+            return Drafts(counts, self._runner.steps.fed_NF[:, 1 : 1 + most], slots)
         self._runner.write(plan.tables)
         states = States(*(each.index_select(0, slots) for each in (self._hidden_ND, self._previous_ND)))
         early = list(self._early_NK.index_select(0, slots).unbind(1))
@@ -242,7 +240,7 @@ class MtpDrafter:
         self._made.update(dict.fromkeys(plan.sampled_slots, most))
         if most:
             made_SK = self._chain_behind(plan, drawing, states, positions, most)
-            self._made_NK[:, :most].index_copy_(0, slots, made_SK)
+            self._runner.steps.offer(slots, made_SK)
 
     def _chain_behind(
         self, plan: StepPlan, drawing: Drawing, states: States, positions: Sequence[int], most: int

@@ -38,17 +38,29 @@ if TYPE_CHECKING:
 class Drafts:
     """What the decodes of a step verify.
 
-    `counts` says how many drafts each has, at least one of them any; `token_DK` int64 on the device has as
-    many columns as the most, and those behind a sequence's count mean nothing.
+    `counts` says how many drafts each has, at least one of them any. `offered` int64 on the device has as
+    many columns as the most, and those behind a sequence's count mean nothing: a line for each decode, or
+    with `slots` (which lines are theirs) one for each slot of the scheduler.
     """
 
     counts: tuple[int, ...]
-    token_DK: Tensor
+    offered: Tensor
+    slots: Tensor | None = None
+
+    @functools.cached_property
+    def token_DK(self) -> Tensor:
+        """The drafts of each decode."""
+        return self.offered if self.slots is None else self.offered.index_select(0, self.slots)
 
     @property
     def queries(self) -> int:
         """Rows of the decode with the most drafts."""
-        return 1 + self.token_DK.shape[1]
+        return 1 + self.offered.shape[1]
+
+    @property
+    def even(self) -> bool:
+        """Whether all decodes have as many."""
+        return min(self.counts) == self.queries - 1
 
     def places(self) -> NDArray[np.int64]:
         """How many drafts precede query q of each decode, [D, Q]; negative for rows that only pad.
@@ -116,7 +128,7 @@ class Trial:
     @classmethod
     def of(cls, drafts: Drafts, sequences: int) -> Trial:
         """The rows of a step in which `sequences` draw tokens, decodes first."""
-        return cls(drafts, rows_of(drafts.counts, drafts.queries, sequences, drafts.token_DK.device))
+        return cls(drafts, rows_of(drafts.counts, drafts.queries, sequences, drafts.offered.device))
 
     @property
     def first(self) -> tuple[int, ...]:

@@ -128,6 +128,7 @@ class Runner:
             max_model_len=max_model_len,
             block_size=cache.layout.block_size,
             device=cache.pages_LPBW.device,
+            drafts=drafts,
         )
 
     def _make_graphs(self, sizes: tuple[int, ...], columns: int, drafts: int) -> None:

@@ -1,11 +1,12 @@
 """From a plan to tensors: which tokens, at which positions, in which slots, seen by whom.
 
 Everything is computed with numpy on preallocated tables (a handful of array operations a step, no loop over
-decoding sequences) and crosses to the device without the host waiting. The newest token of each slot alone
-lives on the device: a step that is prepared while the one before still runs gathers its tokens there.
+decoding sequences) and crosses to the device without the host waiting. The newest token and the drafts of
+each slot alone live on the device: a step that is prepared while the one before still runs gathers its tokens
+there.
 
-Shape suffixes: T rows of the step, S sequences, N scheduler slots, P block-table columns, M context tokens of
-all prefill chunks.
+Shape suffixes: T rows of the step, R of them decode rows, S sequences, N scheduler slots, F tokens fed by one,
+P block-table columns, M context tokens of all prefill chunks.
 """
 
 from __future__ import annotations
@@ -44,6 +45,40 @@ class StepTensors:
     chunk_rows: tuple[range, ...]
 
 
+@dataclass(frozen=True)
+class DecodeSeqs:
+    """The sequences of a step's decode rows, `queries` rows each: their slots, and how long they are then."""
+
+    queries: int
+    slot_S: NDArray[np.int64]
+    context_S: NDArray[np.int64]
+    columns: int
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One step as the host has it: what `StepTensors` are made of, or what a graph's inputs take.
+
+    Decode rows take their tokens from `StepBuilder.fed_NF`, read as one list, at `index_R`; `given` are those
+    of the chunks behind them. `sampled_S` and `chunk_rows` are as in `StepTensors`. `even`: every decode row
+    is one of its sequence's own, and draws.
+    """
+
+    index_R: NDArray[np.int64]
+    given: list[NDArray[np.int64]]
+    position_T: NDArray[np.int64]
+    slot_T: NDArray[np.int64]
+    decode: DecodeSeqs | None
+    chunks: list[Prefill]
+    sampled_S: NDArray[np.int64] | None
+    chunk_rows: tuple[range, ...]
+
+    @property
+    def even(self) -> bool:
+        """Whether these are decode rows alone, all of which draw."""
+        return self.decode is not None and not self.chunks and self.sampled_S is None
+
+
 class Replayed(NamedTuple):
     """What a recorded step leaves in its buffers; the next replay overwrites it."""
 
@@ -53,109 +88,145 @@ class Replayed(NamedTuple):
 
 
 class StepBuilder:
-    """Keeps the block table and every slot's newest token, and turns plans into tensors.
+    """Keeps the block table and what every slot feeds next, and turns plans into tensors.
+
+    Attributes:
+        fed_NF: each slot's newest token, then its drafts, int64 on the device; a line more than there are
+            slots, for rows that pad a batch.
+        version: counts what was written to the block table.
 
     Args:
         max_num_seqs: scheduler slots.
         max_model_len: longest sequence.
         block_size: tokens in a block.
         device: where the tensors go.
+        drafts: most drafts of a sequence.
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
+        self, *, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device, drafts: int = 0
     ) -> None:
-        self._block_size = block_size
+        self.block_size = block_size
         self._device = device
-        self._on_cpu = device.type == "cpu"
         self._table_NP = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
-        self._newest_N = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._newest_here = self._newest_N.numpy() if self._on_cpu else None
+        self.version = 0
+        self.fed_NF = torch.zeros((max_num_seqs + 1, 1 + drafts), dtype=torch.int64, device=device)
+        self._fed_here = self.fed_NF.numpy() if device.type == "cpu" else None
         self._decoding = Slots.of((), device)
 
     def write(self, tables: Iterable[TableWrite]) -> None:
-        """Apply a plan's block-table writes."""
+        """Apply a plan's block-table writes; a second time changes nothing."""
         for slot, first, blocks in tables:
             self._table_NP[slot, first : first + len(blocks)] = blocks
+            self.version += 1
 
     def remember(self, slots: tuple[int, ...], token_S: Tensor) -> None:
         """Note each slot's newest token: what its next decode row feeds (0 for `NO_TOKEN`)."""
-        self._newest_N.index_copy_(0, self._slots_of(slots).on_device, token_S.clamp(min=0))
+        self.fed_NF[:, 0].index_copy_(0, self._slots_of(slots).on_device, token_S.clamp(min=0))
+
+    def offer(self, slots: Tensor, token_SK: Tensor) -> None:
+        """Note drafts behind the newest tokens of some slots."""
+        self.fed_NF[:, 1 : 1 + token_SK.shape[1]].index_copy_(0, slots, token_SK)
 
     def build(self, plan: StepPlan, drafts: Drafts | None = None) -> StepTensors:
-        """The tensors of a plan whose table writes were applied.
+        """The tensors of a plan whose table writes were applied."""
+        return self.tensors(self.rows(plan, drafts))
+
+    def rows(self, plan: StepPlan, drafts: Drafts | None = None) -> StepRows:
+        """A plan's step, on the host.
 
         Chunks of one token join the decode rows: absorbed attention reads their context without expanding it.
         Not so beside drafts, where every decode has as many rows as the one with the most.
         """
         if drafts is not None:
-            return self._build_drafted(plan, drafts)
+            return self._drafted_rows(plan, drafts)
         singles = [chunk for chunk in plan.prefills if chunk.length == 1]
         chunks = [chunk for chunk in plan.prefills if chunk.length > 1]
-        decoding = self._slots_of(plan.decode_slots)
-        slot_S, position_S = decoding.here, np.array(plan.decode_positions, dtype=np.int64)
-        given = [np.array(_tokens(chunk), dtype=np.int64) for chunk in (*singles, *chunks)]
+        slot_S = self._slots_of(plan.decode_slots).here
+        position_S = np.array(plan.decode_positions, dtype=np.int64)
         if singles:
-            slot_S = np.append(slot_S, [chunk.slot for chunk in singles])
+            single_S = np.array([chunk.slot for chunk in singles])
+            self._feed(single_S, [_tokens(chunk)[0] for chunk in singles])
+            slot_S = np.append(slot_S, single_S)
             position_S = np.append(position_S, [chunk.start for chunk in singles])
-        positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
-        slots = [self._slots(chunk.slot, row) for chunk, row in zip(chunks, positions, strict=True)]
-        decode = self._decode(slot_S, position_S) if slot_S.size else None
-        slot_T = np.concatenate([self._slots(slot_S, position_S), *slots])
-        return StepTensors(
-            tokens_T=self._fed(decoding, given),
-            positions_T=self._to_device(np.concatenate([position_S, *positions])),
-            layout=StepLayout(self._to_device(slot_T), decode, self._prefill(chunks) if chunks else None),
+        positions, slots = self._chunk_places(chunks)
+        return StepRows(
+            index_R=slot_S * self.fed_NF.shape[1],
+            given=[np.array(_tokens(chunk), dtype=np.int64) for chunk in chunks],
+            position_T=np.concatenate([position_S, *positions]),
+            slot_T=np.concatenate([self._slots(slot_S, position_S), *slots]),
+            decode=self._decode_seqs(slot_S, position_S, 1) if slot_S.size else None,
+            chunks=chunks,
             sampled_S=self._sampled(plan, singles, chunks),
             chunk_rows=_chunk_rows(plan),
         )
 
-    def _build_drafted(self, plan: StepPlan, drafts: Drafts) -> StepTensors:
+    def _drafted_rows(self, plan: StepPlan, drafts: Drafts) -> StepRows:
         """Decodes with their drafts, all padded to as many rows as the one with the most, then chunks."""
         chunks, place_DQ = list(plan.prefills), drafts.places()
         decoding, position_D = self._slots_of(plan.decode_slots), np.array(plan.decode_positions)
+        if drafts.slots is None:
+            self.offer(decoding.on_device, drafts.token_DK)
         position_DQ = np.maximum(position_D[:, None] + place_DQ, 0)
         slot_DQ = np.where(place_DQ < 0, -1, self._slots(decoding.here[:, None], position_DQ))
-        positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
-        slots = [self._slots(chunk.slot, row) for chunk, row in zip(chunks, positions, strict=True)]
-        given = [np.array(_tokens(chunk), dtype=np.int64) for chunk in chunks]
+        positions, slots = self._chunk_places(chunks)
         rows = range_rows(place_DQ.size, [chunk.length for chunk in chunks])
         last = [row[-1] for chunk, row in zip(chunks, rows, strict=True) if chunk.samples]
         real = np.flatnonzero(place_DQ >= 0)
         plain = not chunks and real.size == place_DQ.size
-        position_T, slot_T = self._to_device(
-            np.stack(
-                [np.concatenate([position_DQ.ravel(), *positions]), np.concatenate([slot_DQ.ravel(), *slots])]
-            )
-        )
-        last_D = position_D + np.array(drafts.counts)
-        decode = self._decode(decoding.here, last_D, drafts.queries)
-        return StepTensors(
-            tokens_T=self._fed_drafts(decoding, drafts, place_DQ, given),
-            positions_T=position_T,
-            layout=StepLayout(slot_T, decode, self._prefill(chunks) if chunks else None),
-            sampled_S=None if plain else self._to_device(np.concatenate([real, np.array(last, np.int64)])),
+        index_DQ = decoding.here[:, None] * self.fed_NF.shape[1] + np.maximum(place_DQ, 0)
+        return StepRows(
+            index_R=index_DQ.ravel(),
+            given=[np.array(_tokens(chunk), dtype=np.int64) for chunk in chunks],
+            position_T=np.concatenate([position_DQ.ravel(), *positions]),
+            slot_T=np.concatenate([slot_DQ.ravel(), *slots]),
+            decode=self._decode_seqs(decoding.here, position_D + np.array(drafts.counts), drafts.queries),
+            chunks=chunks,
+            sampled_S=None if plain else np.concatenate([real, np.array(last, np.int64)]),
             chunk_rows=rows,
         )
 
-    def _fed_drafts(
-        self, decoding: Slots, drafts: Drafts, place_DQ: NDArray[np.int64], given: list[NDArray[np.int64]]
-    ) -> Tensor:
-        """Each decode's newest token and its drafts, then the tokens `given` by the plan."""
-        newest_D1 = self._newest_N.index_select(0, decoding.on_device).unsqueeze(1)
-        fed_DQ = torch.cat((newest_D1, drafts.token_DK), dim=1)
-        if place_DQ.min() < 0:
-            fed_DQ = fed_DQ.gather(1, self._to_device(np.maximum(place_DQ, 0)))
-        elif not given:
-            return fed_DQ.flatten()
-        return torch.cat((fed_DQ.flatten(), *(self._to_device(tokens) for tokens in given)))
+    def tensors(self, rows: StepRows) -> StepTensors:
+        """A step's rows on the device."""
+        position_T, slot_T = self._to_device(np.stack([rows.position_T, rows.slot_T]))
+        decode, prefill = rows.decode, self._prefill(rows.chunks) if rows.chunks else None
+        seqs = None
+        if decode is not None:
+            context_S = self._to_device(decode.context_S.astype(np.int32))
+            seqs = DecodeRows(decode.queries, self._to_device(self.table(decode)), context_S)
+        return StepTensors(
+            tokens_T=self._fed(rows),
+            positions_T=position_T,
+            layout=StepLayout(slot_T, seqs, prefill),
+            sampled_S=None if rows.sampled_S is None else self._to_device(rows.sampled_S),
+            chunk_rows=rows.chunk_rows,
+        )
 
-    def _fed(self, decoding: Slots, given: list[NDArray[np.int64]]) -> Tensor:
-        """The newest tokens of the decoding slots, then those `given` by the plan."""
-        if self._newest_here is not None:
-            return torch.from_numpy(np.concatenate([self._newest_here[decoding.here], *given]))
-        newest_S = self._newest_N.index_select(0, decoding.on_device)
-        return torch.cat((newest_S, self._to_device(np.concatenate(given)))) if given else newest_S
+    def table(self, decode: DecodeSeqs) -> NDArray[np.int32]:
+        """The block table of a step's decode rows, as many columns as they need."""
+        return self._table_NP[decode.slot_S, : decode.columns]
+
+    def _feed(self, slot_S: NDArray[np.int64], tokens: list[int]) -> None:
+        """Note tokens that the plan gives as the newest ones of their slots."""
+        if self._fed_here is not None:
+            self._fed_here[slot_S, 0] = tokens
+        else:
+            given_S = self._to_device(np.array(tokens, dtype=np.int64))
+            self.fed_NF[:, 0].index_copy_(0, self._to_device(slot_S), given_S)
+
+    def _fed(self, rows: StepRows) -> Tensor:
+        """The tokens of decode rows, then those `given` by the plan."""
+        if self._fed_here is not None:
+            return torch.from_numpy(np.concatenate([self._fed_here.ravel()[rows.index_R], *rows.given]))
+        fed_R = self.fed_NF.view(-1).index_select(0, self._to_device(rows.index_R))
+        return torch.cat((fed_R, self._to_device(np.concatenate(rows.given)))) if rows.given else fed_R
+
+    def _chunk_places(
+        self, chunks: list[Prefill]
+    ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+        """Positions and cache slots of every chunk's rows."""
+        positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
+        return positions, [self._slots(c.slot, row) for c, row in zip(chunks, positions, strict=True)]
 
     def on_device(self, slots: tuple[int, ...]) -> Tensor:
         """Some slots as indices on the device."""
@@ -169,9 +240,9 @@ class StepBuilder:
 
     def _slots(self, row: NDArray[np.int64] | int, position: NDArray[np.int64]) -> NDArray[np.int64]:
         """Cache slots of positions of the sequences in table rows `row`."""
-        column = position // self._block_size
+        column = position // self.block_size
         first = self._table_NP[row, column].astype(np.int64) - column
-        return first * self._block_size + position
+        return first * self.block_size + position
 
     def passes(self, plan: StepPlan, counts: tuple[int, ...]) -> list[tuple[Tensor, StepLayout]]:
         """Positions and layouts of the passes that draft one token after another for the decodes of a plan.
@@ -183,7 +254,7 @@ class StepBuilder:
         step_K1 = np.arange(max(counts) - 1)[:, None]
         position_KD = np.array(plan.decode_positions) + np.minimum(step_K1, np.maximum(count_D - 2, 0))
         slot_KD = np.where(step_K1 < count_D - 1, self._slots(decoding.here, position_KD), -1)
-        columns = int(position_KD.max(initial=0)) // self._block_size + 1
+        columns = int(position_KD.max(initial=0)) // self.block_size + 1
         table_DP = self._to_device(self._table_NP[decoding.here, :columns])
         position_KD, slot_KD = self._to_device(np.stack([position_KD, slot_KD]))
         context_KD = (position_KD + 1).to(torch.int32)
@@ -204,7 +275,7 @@ class StepBuilder:
         ends = [position + 1 for position in plan.decode_positions]
         covered = [end + drafts for end, drafts in zip(ends, plan.decode_drafts, strict=True)]
         chunks = [chunk.start + chunk.length for chunk in plan.prefills if chunk.samples]
-        block, slots = self._block_size, list(plan.sampled_slots)
+        block, slots = self.block_size, list(plan.sampled_slots)
         limit_S = -(-np.array(covered + chunks, dtype=np.int64) // block) * block
         table_SP = self._to_device(self._table_NP[slots, : int(limit_S.max()) // block])
         first_S, limit_S = self._to_device(np.stack([np.array(ends + chunks, dtype=np.int64), limit_S]))
@@ -221,16 +292,12 @@ class StepBuilder:
             for position_S, slot_S, context_S in rows
         ]
 
-    def _decode(
-        self, slot_S: NDArray[np.int64], position_S: NDArray[np.int64], queries: int = 1
-    ) -> DecodeRows:
-        """Decode rows of sequences whose last query stands at `position_S`."""
-        columns = int(position_S.max()) // self._block_size + 1
-        return DecodeRows(
-            queries=queries,
-            block_table_SP=self._to_device(self._table_NP[slot_S, :columns]),
-            context_S=self._to_device((position_S + 1).astype(np.int32)),
-        )
+    def _decode_seqs(
+        self, slot_S: NDArray[np.int64], position_S: NDArray[np.int64], queries: int
+    ) -> DecodeSeqs:
+        """Sequences whose last query stands at `position_S`."""
+        columns = int(position_S.max()) // self.block_size + 1
+        return DecodeSeqs(queries, slot_S, position_S + 1, columns)
 
     def _prefill(self, chunks: list[Prefill]) -> PrefillRows:
         lengths = [chunk.length for chunk in chunks]
@@ -247,13 +314,15 @@ class StepBuilder:
             context_slot_M=context_slot_M,
         )
 
-    def _sampled(self, plan: StepPlan, singles: list[Prefill], chunks: list[Prefill]) -> Tensor | None:
+    def _sampled(
+        self, plan: StepPlan, singles: list[Prefill], chunks: list[Prefill]
+    ) -> NDArray[np.int64] | None:
         num_decodes = len(plan.decode_slots)
         if not chunks and all(chunk.samples for chunk in singles):
             return None
         rows = zip(plan.prefills, _chunk_rows(plan), strict=True)
         last = [row[-1] for chunk, row in rows if chunk.samples]
-        return self._to_device(np.array([*range(num_decodes), *last], dtype=np.int64))
+        return np.array([*range(num_decodes), *last], dtype=np.int64)
 
     def _to_device(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
         return to_device(array, self._device)
