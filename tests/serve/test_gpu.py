@@ -7,15 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 from small_engine import NANO, is_empty, prompts, random_model, request, serve, small_engine
+from test_graphs import planned
 from test_overlap import mixed_requests
 
 from benthic.model.local import LocalExchange, plain_linear
 from benthic.model.sockets import Sockets
-from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
+from benthic.sched.plans import TableWrite
+from benthic.serve.attend import PagedAttend
 from benthic.serve.cache import CacheLayout, LatentCache
-from benthic.serve.graphs import Buffers, DecodeGraphs, Pass
+from benthic.serve.drafts import Drafts
+from benthic.serve.graphs import Served
 from benthic.serve.speculative import Speculative
-from benthic.serve.steps import StepTensors
+from benthic.serve.step_graphs import StepBuffers, StepGraphs
+from benthic.serve.steps import StepBuilder
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +51,7 @@ def tokens(engine, asked=None):
 @pytest.fixture(scope="module")
 def plain():
     engine = small_engine(gpu_model(), enforce_eager=True, async_scheduling=False)
-    assert engine._runner.graphs is None
+    assert not engine._runner.graphs
     return tokens(engine)
 
 
@@ -59,7 +63,7 @@ def test_plain_steps_give_the_tokens_of_the_cpu(plain):
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 24}, {"cudagraph_capture_sizes": (3,)}], ids=str)
 def test_graphs_and_overlap_give_the_tokens_of_the_plain_loop(plain, overlapped, options):
     engine = small_engine(gpu_model(), async_scheduling=overlapped, **options)
-    graphs, replayed = engine._runner.graphs, []
+    graphs, replayed = engine._runner.graphs[1], []
     replay = graphs.replay
     graphs.replay = lambda size: (replayed.append(size), replay(size))
     assert tokens(engine) == plain
@@ -74,9 +78,9 @@ def test_verified_drafts_give_the_tokens_of_the_plain_loop_and_wait_for_nothing(
     engine = small_engine(gpu_model(), enforce_eager=eager, speculative=chosen)
     assert tokens(engine) == plain
     assert engine.stats().drafts > 0
-    assert sorted(engine._runner.trials) == ([] if eager else [2, 3])
-    graphs = list(engine._runner.modules.values())
-    assert len(graphs) == (3 if method == "mtp" and not eager else 0)
+    assert sorted(engine._runner.graphs) == ([] if eager else [1, 2, 3])
+    graphs = [*engine._runner.modules.values(), *engine._runner.tails.values()]
+    assert len(graphs) == (6 if method == "mtp" and not eager else 0)
     assert all(len(each) == len(each.sizes) for each in graphs)
     in_error_mode(engine)
     assert tokens(engine) == plain
@@ -104,36 +108,42 @@ def test_a_graph_of_verification_rows_computes_what_the_plain_step_does(queries)
     positions = (contexts[:, None] + last).flatten().long()
     owner = torch.arange(3, device="cuda").repeat_interleave(queries)
     slots = table[owner, positions // 4].long() * 4 + positions % 4
-    step = StepTensors(
-        torch.arange(3 * queries, device="cuda") + 7,
-        positions,
-        StepLayout(slots, DecodeRows(queries, table, contexts), None),
-        None,
-        (),
+    steps = StepBuilder(
+        max_num_seqs=4, max_model_len=32, block_size=4, device=torch.device("cuda"), drafts=queries - 1
     )
+    steps.write([TableWrite(slot, 0, tuple(row)) for slot, row in enumerate(table.tolist())])
+    steps.remember((0, 1, 2), torch.tensor([7, 8, 9], device="cuda"))
+    plan = planned({s: n - queries for s, n in enumerate(contexts.tolist())}, drafts=queries - 1)
+    offered = torch.arange(3 * (queries - 1), device="cuda").view(3, -1) + 11
+    drafts = Drafts((queries - 1,) * 3, offered) if queries > 1 else None
+    rows = steps.rows(plan, drafts)
+    step = steps.tensors(rows)
+    assert step.layout.slot_T.tolist() == slots.tolist()
     caches = [LatentCache(layout, 20, torch.device("cuda")) for _ in range(2)]
     for cache in caches:
         filling = torch.Generator("cuda").manual_seed(0)
         cache.pages_LPBW.normal_(generator=filling)
     exchange = LocalExchange(ROUND.n_routed_experts)
-    graphs = DecodeGraphs(
-        model,
-        caches[0],
-        linear=plain_linear,
-        exchange=exchange,
-        buffers=Buffers.blank(model, 4, 4, 8),
-        sizes=(2, 4),
-        what=Pass(queries),
+    graphs = StepGraphs(
+        Served.of(model, caches[0], plain_linear, exchange),
+        (2, 4),
+        queries,
+        steps=steps,
+        buffers=StepBuffers.blank(model, 4, queries, 8),
     )
     graphs.capture(iter)
     assert torch.equal(caches[0].pages_LPBW, caches[1].pages_LPBW), "capturing wrote to the cache"
     with torch.inference_mode():
-        found = graphs.run(step)
-        assert found is not None
+        replayed = graphs.run(rows)
+        assert replayed is not None
+        found, _, drawn = replayed
         sockets = Sockets(PagedAttend(caches[1], step.layout), exchange, plain_linear)
         hidden = model(step.tokens_T, step.positions_T, sockets).hidden_TD
         torch.testing.assert_close(found.hidden_TD, hidden, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found.logits_TV, model.logits(hidden, plain_linear), rtol=1e-4, atol=1e-4)
+        logits_TV = model.logits(hidden, plain_linear)
+        torch.testing.assert_close(found.logits_TV, logits_TV, rtol=1e-4, atol=1e-4)
+    assert drawn.token_R.tolist() == logits_TV.argmax(-1).tolist()
+    assert steps.fed_NF[:3, 0].tolist() == drawn.newest_S.tolist()
     torch.testing.assert_close(caches[0].pages_LPBW, caches[1].pages_LPBW, rtol=1e-4, atol=1e-4)
 
 

@@ -188,7 +188,7 @@ def test_a_step_that_fails_on_rank_0_ends_all(folder: Path) -> None:
             msg = "a bad chip"
             raise RuntimeError(msg)
 
-        engine._runner.steps.build = broken
+        engine._runner.steps.rows = broken
         engine.add(request("a", [3, 4, 5]))
         with pytest.raises(PeerLostError, match="rank 0 failed: RuntimeError: a bad chip"):
             engine.step()

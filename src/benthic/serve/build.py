@@ -258,6 +258,7 @@ def assemble(
         graph_sizes=sizes,
         drafts=batching.num_speculative_tokens,
         exchange=experts,
+        alone=rank is None,
         lead=None if rank is None else rank.lead,
     )
     capture(runner, capture_progress if leads else iter)

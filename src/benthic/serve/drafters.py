@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from benthic.serve.options import EngineOptions
     from benthic.serve.runner import Runner, StepResult
     from benthic.serve.sampler import Drawing
+    from benthic.serve.step_graphs import Drawn
 
 
 class Drafter(Protocol):
@@ -159,11 +160,10 @@ class MtpDrafter:
         self._runner = runner
         self._sampler = sampler
         self._model = runner.model
-        config, weight = runner.model.config, runner.model.head_weight()
-        self._depth = config.num_nextn_predict_layers
-        self._hidden_ND = runner.model.embed.weight.new_zeros((max_num_seqs, config.hidden_size))
-        self._previous_ND = torch.zeros_like(self._hidden_ND)
-        self._early_NK = torch.zeros((max_num_seqs, self._depth - 1), dtype=torch.int64, device=weight.device)
+        self._depth = runner.model.config.num_nextn_predict_layers
+        self._hidden_ND, self._previous_ND = runner.ahead_ND, runner.ahead_previous_ND
+        device = self._hidden_ND.device
+        self._early_NK = torch.zeros((max_num_seqs, self._depth - 1), dtype=torch.int64, device=device)
         self._made: dict[int, int] = {}  # how many drafts lie ready, by slot
 
     def admit(self, request: Generate) -> None:
@@ -222,6 +222,8 @@ class MtpDrafter:
         self, plan: StepPlan, result: StepResult, drawing: Drawing | None, positions: Sequence[int]
     ) -> None:
         """Run every module over the step's rows, and keep the last one's state of each newest row."""
+        if drawing is not None and drawing.drawn is not None and self._replayed(plan, result, drawing.drawn):
+            return
         step, previous_TD = result.step, result.previous_TD
         newest_S = None if drawing is None else self._newest_rows(result, drawing)
         token_T = self._behind(plan, result, drawing)
@@ -241,6 +243,16 @@ class MtpDrafter:
         if most:
             made_SK = self._chain_behind(plan, drawing, states, positions, most)
             self._runner.steps.offer(slots, made_SK)
+
+    def _replayed(self, plan: StepPlan, result: StepResult, drawn: Drawn) -> bool:
+        """Whether one graph has done all of `learn`, behind a step's graph that drew its tokens."""
+        decode = result.step.layout.decode
+        tail = None if decode is None else self._runner.tails.get(decode.queries)
+        if decode is None or tail is None:
+            return False
+        tail.replay(drawn.size)
+        self._made.update(dict.fromkeys(plan.sampled_slots, decode.queries - 1))
+        return True
 
     def _chain_behind(
         self, plan: StepPlan, drawing: Drawing, states: States, positions: Sequence[int], most: int

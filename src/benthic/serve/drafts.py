@@ -47,20 +47,16 @@ class Drafts:
     offered: Tensor
     slots: Tensor | None = None
 
-    @functools.cached_property
-    def token_DK(self) -> Tensor:
-        """The drafts of each decode."""
+    def _of_decodes(self) -> Tensor:
         return self.offered if self.slots is None else self.offered.index_select(0, self.slots)
+
+    token_DK = functools.cached_property(_of_decodes)
+    """The drafts of each decode; slots must not have been offered others meanwhile."""
 
     @property
     def queries(self) -> int:
         """Rows of the decode with the most drafts."""
         return 1 + self.offered.shape[1]
-
-    @property
-    def even(self) -> bool:
-        """Whether all decodes have as many."""
-        return min(self.counts) == self.queries - 1
 
     def places(self) -> NDArray[np.int64]:
         """How many drafts precede query q of each decode, [D, Q]; negative for rows that only pad.

@@ -29,7 +29,7 @@ from benthic.serve.grammar import matcher_for
 from benthic.serve.launched import InFlight, Launched, PromptRows, Row
 from benthic.serve.messages import Delta, Generate, Ready, Stats
 from benthic.serve.sample import Logprobs, measure, splitmix64, to_int64
-from benthic.serve.sampler import Sampler
+from benthic.serve.sampler import Drawing, Sampler
 from benthic.serve.transit import to_device
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from benthic.sched.batching import Finished, StepPlan
     from benthic.serve.options import EngineOptions
     from benthic.serve.runner import StepResult
-    from benthic.serve.sampler import Drawing
 
 Clock = Callable[[], float]
 
@@ -233,6 +232,8 @@ class Engine:
     def _draw(self, plan: StepPlan, result: StepResult, positions: list[int], trial: Trial | None) -> Drawing:
         """Draw a token from every row of logits; each sequence's newest feeds its next step."""
         ids = plan.sampled_ids
+        if result.drawn is not None and self._sampler.plain(ids):
+            return Drawing.of(result.drawn)
         if trial is not None:
             ids, positions = trial.spread(ids, positions)
         drawing = self._sampler.start(result.logits_SV, ids, positions, trial)

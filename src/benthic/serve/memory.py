@@ -15,7 +15,9 @@ import torch
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend, PrefillRows, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
-from benthic.serve.graphs import Buffers, DecodeGraphs, Pass
+from benthic.serve.graphs import Served
+from benthic.serve.step_graphs import StepBuffers, StepGraphs
+from benthic.serve.steps import StepBuilder
 from benthic.units import binary_bytes, percent
 
 if TYPE_CHECKING:
@@ -134,14 +136,15 @@ def graph_bytes(
     """Bytes that graphs of all sizes will take: those of the two largest, and for each other the second's."""
     torch.cuda.empty_cache()
     before, _ = torch.cuda.mem_get_info()
-    graphs = DecodeGraphs(
-        model,
-        cache,
-        linear=linear,
-        exchange=exchange,
-        buffers=Buffers.blank(model, sizes[-1], 1, columns),
-        sizes=sizes[-2:],
-        what=Pass(),
+    block, device = cache.layout.block_size, model.embed.weight.device
+    graphs = StepGraphs(
+        Served.of(model, cache, linear, exchange),
+        sizes[-2:],
+        1,
+        steps=StepBuilder(
+            max_num_seqs=sizes[-1], max_model_len=columns * block, block_size=block, device=device
+        ),
+        buffers=StepBuffers.blank(model, sizes[-1], 1, columns),
     )
     graphs.capture(iter)
     after, _ = torch.cuda.mem_get_info()

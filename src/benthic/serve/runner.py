@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,8 +12,10 @@ from benthic.model.network import Hidden
 from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend
 from benthic.serve.columns import ColumnLinear, fastest_linear
-from benthic.serve.graphs import Buffers, DecodeGraphs, Pass
-from benthic.serve.steps import StepBuilder, StepTensors
+from benthic.serve.graphs import ModuleBuffers, ModuleGraphs, ModuleRows, Served
+from benthic.serve.step_graphs import StepBuffers, StepGraphs
+from benthic.serve.steps import StepBuilder
+from benthic.serve.tail_graphs import TailGraphs
 from benthic.serve.tapes import DecodeTapes
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from benthic.serve.attend import StepLayout
     from benthic.serve.cache import LatentCache
     from benthic.serve.drafts import Drafts
+    from benthic.serve.graphs import Graphs
+    from benthic.serve.step_graphs import Drawn
+    from benthic.serve.steps import Replayed, StepTensors
 
 LOGIT_ROWS = 256
 """Most rows of prompt logits that exist at one time: 256 rows of a 129,280-token vocabulary are 132 MB."""
@@ -39,13 +43,14 @@ class StepResult:
 
     `logits_SV` has one row for each of `StepPlan.sampled_ids`, or with drafts `1 + d` for each decode;
     `hidden_TD` and `chunk_rows` serve prompt log-probabilities, `previous_TD` feeds the first prediction
-    module.
+    module. `drawn` is what a graph has made of the logits already, for requests that are greedy.
     """
 
     logits_SV: Tensor
     hidden_TD: Tensor
     previous_TD: Tensor
     step: StepTensors
+    drawn: Drawn | None = None
 
     @property
     def chunk_rows(self) -> tuple[range, ...]:
@@ -87,6 +92,7 @@ class Runner:
         graph_sizes: padded batch sizes for which `capture` makes CUDA graphs.
         drafts: most drafts of a sequence; every number of them up to this gets graphs of its own.
         exchange: how rows reach experts; None where all of them are here.
+        alone: nobody else holds a shard of the model, so what a graph draws is what is drawn.
         lead: who else runs the same steps; None when nobody does, or where this runner is the one that is
         told.
     """
@@ -103,6 +109,7 @@ class Runner:
         graph_sizes: tuple[int, ...] = (),
         drafts: int = 0,
         exchange: Exchange | None = None,
+        alone: bool = True,
         lead: Lead | None = None,
     ) -> None:
         self.cache = cache
@@ -111,7 +118,6 @@ class Runner:
         self._exchange = LocalExchange(model.config.n_routed_experts) if exchange is None else exchange
         self._lead = lead
         self.tapes: DecodeTapes | None = None  # None: every step runs as it is written
-        self.graphs: DecodeGraphs | None = None  # on a GPU what tapes are on a CPU
         columns = -(-max_model_len // cache.layout.block_size)
         taped = isinstance(self._linear, ColumnLinear) and cache.layout.dtype == torch.float32
         if taped and not enforce_eager:
@@ -119,10 +125,6 @@ class Runner:
                 model, cache, linear=self._linear, exchange=self._exchange, columns=columns
             )
             self.tapes.warm_up()
-        self.trials: dict[int, DecodeGraphs] = {}  # graphs of decodes with drafts, by queries a sequence
-        self.modules: dict[tuple[int, int], DecodeGraphs] = {}  # of prediction modules, by depth and queries
-        if graph_sizes and not enforce_eager:
-            self._make_graphs(graph_sizes, columns, drafts)
         self.steps = StepBuilder(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
@@ -130,36 +132,46 @@ class Runner:
             device=cache.pages_LPBW.device,
             drafts=drafts,
         )
+        depths = cache.layout.layers - model.config.num_hidden_layers
+        lines = max_num_seqs + 1 if depths else 0
+        self.ahead_ND = model.embed.weight.new_zeros((lines, model.config.hidden_size))
+        self.ahead_previous_ND = torch.zeros_like(self.ahead_ND)
+        self._alone = alone
+        self.graphs: dict[int, StepGraphs] = {}  # of steps, by queries a sequence
+        self.tails: dict[int, TailGraphs] = {}  # of what follows them, likewise
+        self.modules: dict[tuple[int, int], ModuleGraphs] = {}  # of prediction modules, by depth and queries
+        if graph_sizes and not enforce_eager:
+            self._make_graphs(graph_sizes, columns, drafts, depths)
 
-    def _make_graphs(self, sizes: tuple[int, ...], columns: int, drafts: int) -> None:
+    def _make_graphs(self, sizes: tuple[int, ...], columns: int, drafts: int, depths: int) -> None:
         """Graphs of every number of queries; captured by `build.capture`."""
-        numbers, depths = (
+        served, numbers = (
+            Served.of(self.model, self.cache, self._linear, self._exchange),
             range(1, drafts + 2),
-            range(self.cache.layout.layers - self.model.config.num_hidden_layers),
         )
-        shared = Buffers.blank(self.model, sizes[-1], numbers[-1], columns)
-        given = Buffers.blank(self.model, sizes[-1], numbers[-1], columns, module=True) if depths else shared
-        of = partial(
-            DecodeGraphs,
-            self.model,
-            self.cache,
-            linear=self._linear,
-            exchange=self._exchange,
-            sizes=sizes,
-            pool=torch.cuda.graph_pool_handle(),
-        )
-        made = {queries: of(buffers=shared, what=Pass(queries)) for queries in numbers}
-        self.graphs, self.trials = made.pop(1), made
-        self.modules = {
-            (depth, queries): of(buffers=given, what=Pass(queries, depth))
-            for depth in depths
+        room = sizes[-1], numbers[-1], columns
+        buffers = StepBuffers.blank(self.model, *room)
+        self.graphs = {
+            queries: StepGraphs(served, sizes, queries, steps=self.steps, buffers=buffers)
             for queries in numbers
         }
+        if depths:
+            given = ModuleBuffers.blank(self.model, *room)
+            self.modules = {
+                (depth, queries): ModuleGraphs(served, sizes, queries, depth=depth, buffers=given)
+                for depth in range(depths)
+                for queries in numbers
+            }
+        if depths == 1 and self._alone:
+            self.tails = {
+                queries: TailGraphs(graphs, self.ahead_ND, self.ahead_previous_ND)
+                for queries, graphs in self.graphs.items()
+            }
 
     @property
-    def all_graphs(self) -> tuple[DecodeGraphs, ...]:
+    def all_graphs(self) -> tuple[Graphs, ...]:
         """Everything to capture."""
-        return () if self.graphs is None else (self.graphs, *self.trials.values(), *self.modules.values())
+        return (*self.graphs.values(), *self.tails.values(), *self.modules.values())
 
     def release(self) -> None:
         """Give up graphs, which hold on to the group that they communicate in; steps then run as written."""
@@ -183,18 +195,24 @@ class Runner:
         if self._lead is not None:
             self._lead.step(plan, drafts)
         self.write(plan.tables)
-        step = self.steps.build(plan, drafts)
-        recorded = self.tapes if self.graphs is None else self.graphs
-        if drafts is not None:
-            recorded = self.trials.get(drafts.queries)
-        replayed = None if recorded is None else recorded.run(step)
+        rows = self.steps.rows(plan, drafts)
+        graphs = self.graphs.get(1 if drafts is None else drafts.queries)
+        replayed = None if graphs is None else graphs.run(rows)
         if replayed is not None:
-            hidden = Hidden(replayed.pre_norm_TD, replayed.hidden_TD, ())
-            return StepResult(replayed.logits_TV, hidden.hidden_TD, self.model.mtp_input(hidden), step)
+            found, step, drawn = replayed
+            return self._result(found, step, drawn if self._alone else None)
+        step = self.steps.tensors(rows)
+        taped = None if self.tapes is None or drafts is not None else self.tapes.run(step)
+        if taped is not None:
+            return self._result(taped, step, None)
         hidden = self.model(step.tokens_T, step.positions_T, self._sockets(step.layout))
         hidden_TD = hidden.hidden_TD
         sampled_SD = hidden_TD if step.sampled_S is None else hidden_TD.index_select(0, step.sampled_S)
         return StepResult(self.logits(sampled_SD), hidden_TD, self.model.mtp_input(hidden), step)
+
+    def _result(self, found: Replayed, step: StepTensors, drawn: Drawn | None) -> StepResult:
+        hidden = Hidden(found.pre_norm_TD, found.hidden_TD, ())
+        return StepResult(found.logits_TV, hidden.hidden_TD, self.model.mtp_input(hidden), step, drawn)
 
     def ahead(
         self, depth: int, previous_TD: Tensor, token_T: Tensor, position_T: Tensor, layout: StepLayout
@@ -204,11 +222,10 @@ class Runner:
         The next call may overwrite what this one returned, in the order of the stream.
         """
         recorded = None if layout.decode is None else self.modules.get((depth, layout.decode.queries))
-        if recorded is not None:
-            step = StepTensors(token_T, position_T, layout, None, ())
-            replayed = recorded.run(step, previous_TD)
-            if replayed is not None:
-                return Hidden(replayed.pre_norm_TD, replayed.hidden_TD, ())
+        rows = ModuleRows(previous_TD, token_T, position_T, layout)
+        replayed = None if recorded is None else recorded.run(rows)
+        if replayed is not None:
+            return replayed
         return self.model.predict_ahead(depth, previous_TD, token_T, position_T, self._sockets(layout))
 
     def logits(self, hidden_SD: Tensor) -> Tensor:

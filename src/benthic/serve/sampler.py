@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from benthic.serve.drafts import Trial, Verdict
     from benthic.serve.messages import SamplingParams
+    from benthic.serve.step_graphs import Drawn
 
 
 KEPT_BATCHES: Final = 4
@@ -77,6 +78,12 @@ class Batch:
     penalties: Penalties | None
     min_tokens: tuple[tuple[int, int, tuple[int, ...]], ...]
     logprobs: LogprobRows | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether every token is the best one of its row, and nothing but tokens is wanted."""
+        changed = self.bias is not None or self.penalties is not None or bool(self.min_tokens)
+        return self.all_greedy and not changed and self.logprobs is None
 
     @classmethod
     def of(cls, rows: Sequence[Row], vocab_size: int, device: torch.device) -> Batch:
@@ -172,6 +179,7 @@ class Drawing:
     """Tokens that are being drawn, their way home, and the grammars that wait.
 
     `token_R` has one for each row of logits and `token_S` each sequence's newest: the same without drafts.
+    `drawn`: by the step's graph, which has noted the newest tokens as well.
     """
 
     token_S: Tensor
@@ -180,10 +188,19 @@ class Drawing:
     following: dict[int, LLMatcher] = field(default_factory=dict)
     asked: LogprobRows | None = None
     verdict: Verdict | None = None
+    drawn: Drawn | None = None
+
+    @classmethod
+    def of(cls, drawn: Drawn) -> Drawing:
+        """What a step's graph has drawn."""
+        return cls(drawn.newest_S, drawn.token_R, drawn.bring(), verdict=drawn.verdict, drawn=drawn)
 
     def collect(self) -> Sampled:
         """Wait for the tokens, and move grammars past theirs."""
         token_R, *others = self.homeward.wait()
+        if self.drawn is not None:
+            token_R, held_S = self.drawn.read(token_R)
+            return Sampled(token_R.tolist(), held=None if held_S is None else held_S.tolist())
         held = None if self.verdict is None else others.pop(0).tolist()
         tokens = token_R.tolist()
         failures = accept(self.following, tokens) if self.following else {}
@@ -226,6 +243,10 @@ class Sampler:
             self._grammars.admit(request_id, matcher)
         slot = self._table.admit(prompt, output) if _has_penalty(params) else -1
         self._rows[request_id] = Row(params, seed, stop_tokens, slot)
+
+    def plain(self, request_ids: tuple[str, ...]) -> bool:
+        """Whether the tokens of these requests are the best of raw logits, and nothing else is asked."""
+        return not self._grammars.any and self._batch_for(request_ids).plain
 
     @property
     def follows_grammars(self) -> bool:

@@ -5,8 +5,8 @@ decoding sequences) and crosses to the device without the host waiting. The newe
 each slot alone live on the device: a step that is prepared while the one before still runs gathers its tokens
 there.
 
-Shape suffixes: T rows of the step, R of them decode rows, S sequences, N scheduler slots, F tokens fed by one,
-P block-table columns, M context tokens of all prefill chunks.
+Shape suffixes: T rows of the step, R of them decode rows, S sequences, N scheduler slots, F tokens that one
+feeds, P block-table columns, M context tokens of all prefill chunks.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ class StepRows:
     """One step as the host has it: what `StepTensors` are made of, or what a graph's inputs take.
 
     Decode rows take their tokens from `StepBuilder.fed_NF`, read as one list, at `index_R`; `given` are those
-    of the chunks behind them. `sampled_S` and `chunk_rows` are as in `StepTensors`. `even`: every decode row
-    is one of its sequence's own, and draws.
+    of the chunks behind them. `sampled_S` and `chunk_rows` are as in `StepTensors`.
     """
 
     index_R: NDArray[np.int64]
@@ -72,11 +71,6 @@ class StepRows:
     chunks: list[Prefill]
     sampled_S: NDArray[np.int64] | None
     chunk_rows: tuple[range, ...]
-
-    @property
-    def even(self) -> bool:
-        """Whether these are decode rows alone, all of which draw."""
-        return self.decode is not None and not self.chunks and self.sampled_S is None
 
 
 class Replayed(NamedTuple):
@@ -221,9 +215,7 @@ class StepBuilder:
         fed_R = self.fed_NF.view(-1).index_select(0, self._to_device(rows.index_R))
         return torch.cat((fed_R, self._to_device(np.concatenate(rows.given)))) if rows.given else fed_R
 
-    def _chunk_places(
-        self, chunks: list[Prefill]
-    ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    def _chunk_places(self, chunks: list[Prefill]) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
         """Positions and cache slots of every chunk's rows."""
         positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
         return positions, [self._slots(c.slot, row) for c, row in zip(chunks, positions, strict=True)]

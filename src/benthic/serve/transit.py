@@ -45,13 +45,19 @@ class Homeward(NamedTuple):
         """Queue the copies; CPU tensors are taken as they are."""
         if not tensors or not tensors[0].is_cuda:
             return cls(tensors, None)
-        copies = tuple(
-            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-            for tensor in tensors
-        )
+        pinned = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
+        return cls.into(pinned, tensors)
+
+    @classmethod
+    def into(cls, pinned: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> Self:
+        """Queue the copies into memory that nobody else writes before they were read."""
+        for target, tensor in zip(pinned, tensors, strict=True):
+            target.copy_(tensor, non_blocking=True)
+        if not tensors[0].is_cuda:
+            return cls(pinned, None)
         done = torch.cuda.Event()
         done.record()
-        return cls(copies, done)
+        return cls(pinned, done)
 
     def wait(self) -> tuple[Tensor, ...]:
         """The copies, complete."""

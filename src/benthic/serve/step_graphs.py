@@ -1,0 +1,271 @@
+"""Whole decode steps as CUDA graphs, with the greedy draw: mostly one copy and one launch.
+
+The host writes where every row's token lies, its position and its cache slot into one array of pinned memory,
+and a single copy brings them over; the block table follows only when it has changed. The graph gathers the
+tokens, runs the model, takes the best token of each row, judges drafts where every sequence has as many as
+the graph holds, and notes each sequence's newest token for the next step. A batch that is not greedy, or
+whose drafts are uneven, takes the logits alone and draws from them (`benthic.serve.sampler`).
+
+Shape suffixes: S sequences of a graph, Q queries, T = S * Q rows, K = Q - 1 drafts, N slots of the scheduler,
+F tokens fed by a slot, P block-table columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+
+from benthic.serve.attend import DecodeRows, StepLayout
+from benthic.serve.drafts import Verdict
+from benthic.serve.graphs import Graphs
+from benthic.serve.sample import NO_TOKEN
+from benthic.serve.steps import Replayed, StepTensors
+from benthic.serve.transit import Homeward, to_device
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from benthic.model.network import DeepSeek
+    from benthic.serve.graphs import Served
+    from benthic.serve.steps import StepBuilder, StepRows
+
+RING: Final = 4
+"""Pinned arrays in turn: a step is launched before the one before it has landed, and never two."""
+
+
+class Drawn(NamedTuple):
+    """What a step's graph drew, as if every row were greedy, and judged, as if all drafts were there.
+
+    `size` is the graph's. `home_R` holds the tokens of all its rows, then how many drafts of each sequence
+    held; `pinned_R` is where they go on the host.
+    """
+
+    size: int
+    token_R: Tensor
+    newest_S: Tensor
+    verdict: Verdict | None
+    home_R: Tensor
+    pinned_R: Tensor
+
+    def bring(self) -> Homeward:
+        """Queue the copy to the host."""
+        return Homeward.into((self.pinned_R,), (self.home_R,))
+
+    def read(self, home_R: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens that came home and, where drafts were judged, how many held."""
+        token_R = home_R[: len(self.token_R)]
+        held = None if self.verdict is None else home_R[len(home_R) - len(self.newest_S) :]
+        return token_R, held
+
+
+class StepInputs(NamedTuple):
+    """A step's rows in the packed array: index of the token fed, position, cache slot; context and slot."""
+
+    index_T: Tensor
+    position_T: Tensor
+    slot_T: Tensor
+    context_S: Tensor
+    owner_S: Tensor
+
+    @classmethod
+    def of(cls, packed: Tensor, size: int, queries: int) -> StepInputs:
+        """The parts of the array for a graph of `size` sequences."""
+        rows = size * queries
+        return cls(*packed[: 3 * rows + 2 * size].split([rows, rows, rows, size, size]))
+
+
+@dataclass(eq=False)
+class StepBuffers:
+    """What the graphs of steps read and write; a graph uses the first rows.
+
+    They share one instance: none runs between another's replay and the use of its outputs.
+    """
+
+    packed: Tensor
+    ring: list[Tensor]
+    homes: list[Tensor]
+    block_table_SP: Tensor
+    pre_norm_TD: Tensor
+    hidden_TD: Tensor
+    logits_TV: Tensor
+    home_R: Tensor
+    newest_S: Tensor
+    row_S: Tensor
+    turn: int = 0
+    table_of: tuple[bytes, int, int] | None = None
+
+    @classmethod
+    def blank(cls, model: DeepSeek, sequences: int, queries: int, columns: int) -> StepBuffers:
+        """Room for a step of so many sequences with so many rows each."""
+        weight, rows = model.head_weight(), sequences * queries
+        device, on_gpu = weight.device, weight.is_cuda
+        width = 3 * rows + 2 * sequences
+        stream_TD = model.embed.weight.new_zeros(rows, model.config.hidden_size)
+        ints = torch.zeros(rows + sequences, dtype=torch.int64, device=device)
+        return cls(
+            packed=torch.zeros(width, dtype=torch.int64, device=device),
+            ring=[torch.zeros(width, dtype=torch.int64, pin_memory=on_gpu) for _ in range(RING)],
+            homes=[torch.zeros(rows + sequences, dtype=torch.int64, pin_memory=on_gpu) for _ in range(RING)],
+            block_table_SP=torch.zeros((sequences, columns), dtype=torch.int32, device=device),
+            pre_norm_TD=stream_TD,
+            hidden_TD=torch.zeros_like(stream_TD),
+            logits_TV=weight.new_zeros(rows, model.config.vocab_size),
+            home_R=ints,
+            newest_S=ints.new_zeros(sequences),
+            row_S=ints.new_zeros(sequences),
+        )
+
+    def load(self, rows: StepRows, size: int, steps: StepBuilder) -> None:
+        """Send a step's rows, padded to `size` sequences, and the block table if it is another one."""
+        decode = rows.decode
+        assert decode is not None  # noqa: S101 (the caller has looked)
+        self.turn = (self.turn + 1) % RING
+        width = (3 * decode.queries + 2) * size
+        staged = self.ring[self.turn][:width]
+        _pack(staged.numpy(), rows, size, steps.fed_NF.shape[0] - 1, steps.fed_NF.shape[1])
+        self.packed[:width].copy_(staged, non_blocking=True)
+        wanted = decode.slot_S.tobytes(), steps.version
+        if self.table_of is None or self.table_of[:2] != wanted or self.table_of[2] < decode.columns:
+            table_SP = to_device(steps.table(decode), self.packed.device)
+            self.block_table_SP[: len(decode.slot_S), : decode.columns].copy_(table_SP)
+            self.table_of = *wanted, decode.columns
+
+
+def _pack(array: NDArray[np.int64], rows: StepRows, size: int, nobody: int, fed: int) -> None:
+    """Write the parts of `StepInputs`; rows that pad belong to `nobody`'s slot and store nothing."""
+    decode = rows.decode
+    assert decode is not None  # noqa: S101 (the caller has looked)
+    real, padded, used = len(rows.index_R), size * decode.queries, len(decode.slot_S)
+    parts = ((rows.index_R, nobody * fed), (rows.position_T, 0), (rows.slot_T, -1))
+    for number, (part, blank) in enumerate(parts):
+        first = number * padded
+        array[first : first + real] = part
+        array[first + real : first + padded] = blank
+    for number, (part, blank) in enumerate(((decode.context_S, 0), (decode.slot_S, nobody))):
+        first = 3 * padded + number * size
+        array[first : first + used] = part
+        array[first + used : first + size] = blank
+
+
+class StepGraphs(Graphs):
+    """Decode steps with `queries` rows a sequence.
+
+    Args:
+        served: as for `Graphs`, and so `sizes` and `queries`.
+        sizes: see there.
+        queries: see there.
+        steps: what every slot feeds, and the block table.
+        buffers: rows and block-table columns enough for the largest size and the longest sequence.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        sizes: Sequence[int],
+        queries: int,
+        *,
+        steps: StepBuilder,
+        buffers: StepBuffers,
+    ) -> None:
+        super().__init__(served, sizes, queries)
+        self.steps = steps
+        self.buffers = buffers
+
+    def run(self, rows: StepRows) -> tuple[Replayed, StepTensors, Drawn | None] | None:
+        """A step of decode rows alone; None: the plain loop has to run it.
+
+        The next call overwrites what this one returned, in the order of the stream.
+        """
+        decode = rows.decode
+        if decode is None or rows.chunks or decode.queries != self._queries:
+            return None
+        size = self.size_for(len(decode.slot_S))
+        if size is None:
+            return None
+        self.buffers.load(rows, size, self.steps)
+        self.replay(size)
+        return self._found(rows, size, len(decode.slot_S), decode.columns)
+
+    def _found(
+        self, rows: StepRows, size: int, used: int, columns: int
+    ) -> tuple[Replayed, StepTensors, Drawn | None]:
+        """The outputs of a replay, and the step as its inputs hold it."""
+        buffers, count = self.buffers, used * self._queries
+        found = Replayed(buffers.pre_norm_TD[:count], buffers.hidden_TD[:count], buffers.logits_TV[:count])
+        inputs = self.inputs(size)
+        decode = DecodeRows(
+            self._queries, buffers.block_table_SP[:used, :columns], inputs.context_S[:used].to(torch.int32)
+        )
+        sampled_S = None if rows.sampled_S is None else to_device(rows.sampled_S, buffers.packed.device)
+        step = StepTensors(
+            tokens_T=inputs.index_T[:count],
+            positions_T=inputs.position_T[:count],
+            layout=StepLayout(inputs.slot_T[:count], decode, None),
+            sampled_S=sampled_S,
+            chunk_rows=rows.chunk_rows,
+        )
+        if sampled_S is not None:
+            return found._replace(logits_TV=found.logits_TV.index_select(0, sampled_S)), step, None
+        return found, step, self._drawn(size, used)
+
+    def _drawn(self, size: int, used: int) -> Drawn:
+        buffers, rows, verdict = self.buffers, size * self._queries, None
+        length = used
+        if self._queries > 1:
+            length = rows + used
+            verdict = Verdict(buffers.home_R[rows:length], buffers.newest_S[:used], buffers.row_S[:used])
+        return Drawn(
+            size=size,
+            token_R=buffers.home_R[: used * self._queries],
+            newest_S=buffers.newest_S[:used],
+            verdict=verdict,
+            home_R=buffers.home_R[:length],
+            pinned_R=buffers.homes[buffers.turn][:length],
+        )
+
+    def blank(self, size: int) -> None:
+        """Let the buffers hold a step that does nothing, and what it draws."""
+        inputs = self.inputs(size)
+        for each in (self.buffers.packed, self.buffers.home_R, self.buffers.newest_S, self.buffers.row_S):
+            each.zero_()
+        inputs.slot_T.fill_(-1)
+        inputs.owner_S.fill_(self.steps.fed_NF.shape[0] - 1)
+
+    def inputs(self, size: int) -> StepInputs:
+        """Where a graph finds its rows."""
+        return StepInputs.of(self.buffers.packed, size, self._queries)
+
+    def decode_rows(self, size: int) -> DecodeRows:
+        """The sequences of a graph."""
+        context_S = self.inputs(size).context_S.to(torch.int32)
+        return DecodeRows(self._queries, self.buffers.block_table_SP[:size], context_S)
+
+    def _blank(self, size: int) -> None:
+        self.blank(size)
+
+    def _forward(self, size: int) -> None:
+        buffers, inputs, rows = self.buffers, self.inputs(size), size * self._queries
+        token_T = self.steps.fed_NF.view(-1).index_select(0, inputs.index_T)
+        sockets = self.served.sockets(inputs.slot_T, self.decode_rows(size))
+        hidden = self.served.model(token_T, inputs.position_T, sockets)
+        logits_TV = self.served.model.logits(hidden.hidden_TD, self.served.linear)
+        buffers.logits_TV[:rows].copy_(logits_TV)
+        buffers.pre_norm_TD[:rows].copy_(hidden.pre_norm_TD)
+        buffers.hidden_TD[:rows].copy_(hidden.hidden_TD)
+        best_T, drawn_T = logits_TV.max(-1)
+        drawn_SQ = torch.where(best_T.isfinite(), drawn_T, NO_TOKEN).view(size, self._queries)
+        held_S1 = (
+            (drawn_SQ[:, :-1] == token_T.view(size, self._queries)[:, 1:]).cumprod(1).sum(1, keepdim=True)
+        )
+        newest_S1 = drawn_SQ.gather(1, held_S1)
+        first_S = torch.arange(size, device=newest_S1.device) * self._queries
+        buffers.home_R[: rows + size].copy_(torch.cat((drawn_SQ.flatten(), held_S1.flatten())))
+        buffers.newest_S[:size].copy_(newest_S1.squeeze(1))
+        buffers.row_S[:size].copy_(first_S + held_S1.squeeze(1))
+        self.steps.fed_NF[:, 0].index_copy_(0, inputs.owner_S, newest_S1.squeeze(1).clamp(min=0))
