@@ -6,13 +6,11 @@ import math
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 import torch
 
 from benthic.errors import TransferError
 from benthic.kernels.ops import copy_blocks
 from benthic.serve.transfer.handshake import Region
-from benthic.serve.transit import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +61,8 @@ class CudaSource:
             raise TransferError(msg)
         self._remote_LPBW = remote[: math.prod(shape)].view(shape)
         self._stream = torch.cuda.Stream(near)
+        self._ready = torch.cuda.Event()
+        self._lists = torch.zeros((2, 0), dtype=torch.int64)
 
     @torch.inference_mode()
     def pull(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> None:
@@ -70,9 +70,14 @@ class CudaSource:
 
         After the step in flight, which may still write to a block that changed hands; beside the next one.
         """
-        near = self._local_LPBW.device
-        self._stream.wait_stream(torch.cuda.current_stream(near))
-        with torch.cuda.device(near), torch.cuda.stream(self._stream):
-            blocks_2R = to_device(np.array([remote_blocks, local_blocks], dtype=np.int64), near)
-            copy_blocks(self._remote_LPBW, blocks_2R[0], self._local_LPBW, blocks_2R[1])
+        near, count = self._local_LPBW.device, len(local_blocks)
+        if self._lists.shape[1] != count:
+            self._lists = torch.zeros((2, count), dtype=torch.int64, pin_memory=True)
+        lists = self._lists.numpy()
+        lists[0], lists[1] = remote_blocks, local_blocks
+        self._ready.record(torch.cuda.current_stream(near))
+        self._stream.wait_event(self._ready)
+        with torch.cuda.stream(self._stream):
+            from_R, to_R = self._lists.to(near, non_blocking=True)
+            copy_blocks(self._remote_LPBW, from_R, self._local_LPBW, to_R)
         self._stream.synchronize()
