@@ -136,7 +136,7 @@ def test_a_graph_of_verification_rows_computes_what_the_plain_step_does(queries)
     with torch.inference_mode():
         replayed = graphs.run(rows)
         assert replayed is not None
-        found, _, drawn = replayed
+        found, drawn = replayed.outputs, replayed.drawn
         sockets = Sockets(PagedAttend(caches[1], step.layout), exchange, plain_linear)
         hidden = model(step.tokens_T, step.positions_T, sockets).hidden_TD
         torch.testing.assert_close(found.hidden_TD, hidden, rtol=1e-4, atol=1e-4)

@@ -58,6 +58,11 @@ class Drafts:
         """Rows of the decode with the most drafts."""
         return 1 + self.offered.shape[1]
 
+    @property
+    def even(self) -> bool:
+        """Whether all decodes have as many."""
+        return min(self.counts) == self.queries - 1
+
     def places(self) -> NDArray[np.int64]:
         """How many drafts precede query q of each decode, [D, Q]; negative for rows that only pad.
 

@@ -199,8 +199,7 @@ class Runner:
         graphs = self.graphs.get(1 if drafts is None else drafts.queries)
         replayed = None if graphs is None else graphs.run(rows)
         if replayed is not None:
-            found, step, drawn = replayed
-            return self._result(found, step, drawn if self._alone else None)
+            return self._result(replayed.outputs, replayed.step, replayed.drawn if self._alone else None)
         step = self.steps.tensors(rows)
         taped = None if self.tapes is None or drafts is not None else self.tapes.run(step)
         if taped is not None:

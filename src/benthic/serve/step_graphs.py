@@ -12,7 +12,8 @@ F tokens fed by a slot, P block-table columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from benthic.model.network import DeepSeek
     from benthic.serve.graphs import Served
     from benthic.serve.steps import StepBuilder, StepRows
+
+KEPT_VIEWS: Final = 64
+"""Slices of the buffers that are kept: to make those of a step takes longer than to send its rows."""
 
 RING: Final = 4
 """Pinned arrays in turn: a step is launched before the one before it has landed, and never two."""
@@ -64,6 +68,14 @@ class Drawn(NamedTuple):
         return token_R, held
 
 
+class Stepped(NamedTuple):
+    """What a replay leaves, the step as the graph's inputs hold it, and what was drawn of all its rows."""
+
+    outputs: Replayed
+    step: StepTensors
+    drawn: Drawn | None
+
+
 class StepInputs(NamedTuple):
     """A step's rows in the packed array: index of the token fed, position, cache slot; context and slot."""
 
@@ -91,6 +103,7 @@ class StepBuffers:
     ring: list[Tensor]
     homes: list[Tensor]
     block_table_SP: Tensor
+    context_S: Tensor
     pre_norm_TD: Tensor
     hidden_TD: Tensor
     logits_TV: Tensor
@@ -113,6 +126,7 @@ class StepBuffers:
             ring=[torch.zeros(width, dtype=torch.int64, pin_memory=on_gpu) for _ in range(RING)],
             homes=[torch.zeros(rows + sequences, dtype=torch.int64, pin_memory=on_gpu) for _ in range(RING)],
             block_table_SP=torch.zeros((sequences, columns), dtype=torch.int32, device=device),
+            context_S=torch.zeros(sequences, dtype=torch.int32, device=device),
             pre_norm_TD=stream_TD,
             hidden_TD=torch.zeros_like(stream_TD),
             logits_TV=weight.new_zeros(rows, model.config.vocab_size),
@@ -176,8 +190,9 @@ class StepGraphs(Graphs):
         super().__init__(served, sizes, queries)
         self.steps = steps
         self.buffers = buffers
+        self._found = functools.lru_cache(KEPT_VIEWS)(self._view)
 
-    def run(self, rows: StepRows) -> tuple[Replayed, StepTensors, Drawn | None] | None:
+    def run(self, rows: StepRows) -> Stepped | None:
         """A step of decode rows alone; None: the plain loop has to run it.
 
         The next call overwrites what this one returned, in the order of the stream.
@@ -190,29 +205,32 @@ class StepGraphs(Graphs):
             return None
         self.buffers.load(rows, size, self.steps)
         self.replay(size)
-        return self._found(rows, size, len(decode.slot_S), decode.columns)
+        found = self._found(size, len(decode.slot_S), decode.columns)
+        if rows.sampled_S is None:
+            return found._replace(drawn=self._drawn(size, len(decode.slot_S)))
+        sampled_S = to_device(rows.sampled_S, self.buffers.packed.device)
+        logits_SV = found.outputs.logits_TV.index_select(0, sampled_S)
+        return Stepped(
+            found.outputs._replace(logits_TV=logits_SV),
+            replace(found.step, sampled_S=sampled_S, chunk_rows=rows.chunk_rows),
+            None,
+        )
 
-    def _found(
-        self, rows: StepRows, size: int, used: int, columns: int
-    ) -> tuple[Replayed, StepTensors, Drawn | None]:
-        """The outputs of a replay, and the step as its inputs hold it."""
-        buffers, count = self.buffers, used * self._queries
-        found = Replayed(buffers.pre_norm_TD[:count], buffers.hidden_TD[:count], buffers.logits_TV[:count])
-        inputs = self.inputs(size)
-        decode = DecodeRows(
-            self._queries, buffers.block_table_SP[:used, :columns], inputs.context_S[:used].to(torch.int32)
+    def _view(self, size: int, used: int, columns: int) -> Stepped:
+        """Where a replay leaves its outputs, and the step as its inputs hold it."""
+        buffers, inputs, count = self.buffers, self.inputs(size), used * self._queries
+        decode = DecodeRows(self._queries, buffers.block_table_SP[:used, :columns], buffers.context_S[:used])
+        return Stepped(
+            Replayed(buffers.pre_norm_TD[:count], buffers.hidden_TD[:count], buffers.logits_TV[:count]),
+            StepTensors(
+                tokens_T=inputs.index_T[:count],
+                positions_T=inputs.position_T[:count],
+                layout=StepLayout(inputs.slot_T[:count], decode, None),
+                sampled_S=None,
+                chunk_rows=(),
+            ),
+            None,
         )
-        sampled_S = None if rows.sampled_S is None else to_device(rows.sampled_S, buffers.packed.device)
-        step = StepTensors(
-            tokens_T=inputs.index_T[:count],
-            positions_T=inputs.position_T[:count],
-            layout=StepLayout(inputs.slot_T[:count], decode, None),
-            sampled_S=sampled_S,
-            chunk_rows=rows.chunk_rows,
-        )
-        if sampled_S is not None:
-            return found._replace(logits_TV=found.logits_TV.index_select(0, sampled_S)), step, None
-        return found, step, self._drawn(size, used)
 
     def _drawn(self, size: int, used: int) -> Drawn:
         buffers, rows, verdict = self.buffers, size * self._queries, None
@@ -232,25 +250,26 @@ class StepGraphs(Graphs):
     def blank(self, size: int) -> None:
         """Let the buffers hold a step that does nothing, and what it draws."""
         inputs = self.inputs(size)
-        for each in (self.buffers.packed, self.buffers.home_R, self.buffers.newest_S, self.buffers.row_S):
+        outputs = self.buffers.home_R, self.buffers.newest_S, self.buffers.row_S, self.buffers.context_S
+        for each in (self.buffers.packed, *outputs):
             each.zero_()
         inputs.slot_T.fill_(-1)
         inputs.owner_S.fill_(self.steps.fed_NF.shape[0] - 1)
 
     def inputs(self, size: int) -> StepInputs:
-        """Where a graph finds its rows."""
+        """Where the graph of a size finds its rows."""
         return StepInputs.of(self.buffers.packed, size, self._queries)
 
     def decode_rows(self, size: int) -> DecodeRows:
         """The sequences of a graph."""
-        context_S = self.inputs(size).context_S.to(torch.int32)
-        return DecodeRows(self._queries, self.buffers.block_table_SP[:size], context_S)
+        return DecodeRows(self._queries, self.buffers.block_table_SP[:size], self.buffers.context_S[:size])
 
     def _blank(self, size: int) -> None:
         self.blank(size)
 
     def _forward(self, size: int) -> None:
         buffers, inputs, rows = self.buffers, self.inputs(size), size * self._queries
+        buffers.context_S[:size].copy_(inputs.context_S)
         token_T = self.steps.fed_NF.view(-1).index_select(0, inputs.index_T)
         sockets = self.served.sockets(inputs.slot_T, self.decode_rows(size))
         hidden = self.served.model(token_T, inputs.position_T, sockets)

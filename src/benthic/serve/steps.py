@@ -157,26 +157,44 @@ class StepBuilder:
 
     def _drafted_rows(self, plan: StepPlan, drafts: Drafts) -> StepRows:
         """Decodes with their drafts, all padded to as many rows as the one with the most, then chunks."""
-        chunks, place_DQ = list(plan.prefills), drafts.places()
-        decoding, position_D = self._slots_of(plan.decode_slots), np.array(plan.decode_positions)
+        decoding = self._slots_of(plan.decode_slots)
         if drafts.slots is None:
             self.offer(decoding.on_device, drafts.token_DK)
+        slot_D1 = decoding.here[:, None]
+        position_D = np.array(plan.decode_positions, dtype=np.int64)
+        if drafts.even and not plan.prefills:
+            position_DQ = position_D[:, None] + np.arange(drafts.queries)
+            return StepRows(
+                index_R=(slot_D1 * self.fed_NF.shape[1] + np.arange(drafts.queries)).ravel(),
+                given=[],
+                position_T=position_DQ.ravel(),
+                slot_T=self._slots(slot_D1, position_DQ).ravel(),
+                decode=self._decode_seqs(decoding.here, position_DQ[:, -1], drafts.queries),
+                chunks=[],
+                sampled_S=None,
+                chunk_rows=(),
+            )
+        return self._uneven_rows(plan, drafts, decoding.here, position_D)
+
+    def _uneven_rows(
+        self, plan: StepPlan, drafts: Drafts, slot_D: NDArray[np.int64], position_D: NDArray[np.int64]
+    ) -> StepRows:
+        """The rows of decodes of which some have fewer drafts, or of decodes beside chunks."""
+        chunks, place_DQ = list(plan.prefills), drafts.places()
         position_DQ = np.maximum(position_D[:, None] + place_DQ, 0)
-        slot_DQ = np.where(place_DQ < 0, -1, self._slots(decoding.here[:, None], position_DQ))
+        slot_DQ = np.where(place_DQ < 0, -1, self._slots(slot_D[:, None], position_DQ))
         positions, slots = self._chunk_places(chunks)
         rows = range_rows(place_DQ.size, [chunk.length for chunk in chunks])
         last = [row[-1] for chunk, row in zip(chunks, rows, strict=True) if chunk.samples]
-        real = np.flatnonzero(place_DQ >= 0)
-        plain = not chunks and real.size == place_DQ.size
-        index_DQ = decoding.here[:, None] * self.fed_NF.shape[1] + np.maximum(place_DQ, 0)
+        index_DQ = slot_D[:, None] * self.fed_NF.shape[1] + np.maximum(place_DQ, 0)
         return StepRows(
             index_R=index_DQ.ravel(),
             given=[np.array(_tokens(chunk), dtype=np.int64) for chunk in chunks],
             position_T=np.concatenate([position_DQ.ravel(), *positions]),
             slot_T=np.concatenate([slot_DQ.ravel(), *slots]),
-            decode=self._decode_seqs(decoding.here, position_D + np.array(drafts.counts), drafts.queries),
+            decode=self._decode_seqs(slot_D, position_D + np.array(drafts.counts), drafts.queries),
             chunks=chunks,
-            sampled_S=None if plain else np.concatenate([real, np.array(last, np.int64)]),
+            sampled_S=np.concatenate([np.flatnonzero(place_DQ >= 0), np.array(last, np.int64)]),
             chunk_rows=rows,
         )
 
@@ -225,8 +243,8 @@ class StepBuilder:
         return self._slots_of(slots).on_device
 
     def _slots_of(self, slots: tuple[int, ...]) -> Slots:
-        """The slots of the decoding sequences; the scheduler hands out one tuple until one comes or goes."""
-        if slots is not self._decoding.slots:
+        """The slots of the decoding sequences, which are mostly those of the step before."""
+        if slots != self._decoding.slots:
             self._decoding = Slots.of(slots, self._device)
         return self._decoding
 
