@@ -34,7 +34,7 @@ from benthic.bench.served import serving
 from benthic.serve.cache import CacheLayout, LatentCache
 from benthic.serve.instance import region_of, source_of
 from benthic.serve.transfer.handshake import Region
-from benthic.serve.transfer.memory import MappedPages
+from benthic.serve.transfer.memory import MappedPages, pull
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,14 +152,14 @@ def pull_row(
     count, pages = tokens // BLOCK_SIZE, cache.pages_LPBW
     remote, local = (rng.sample(range(pages.shape[1]), count) for _ in range(2))
     pages.zero_()
-    source.pull(remote, local)
+    pull(source, remote, local)
     if not torch.equal(pages[:, local], contents(pages)[:, remote]):
         message = f"a pull of {count} blocks brought other contents than their owner has"
         raise RuntimeError(message)
     near, far = (
         torch.zeros(count * cache.layout.block_bytes, dtype=torch.uint8, device=device) for device in devices
     )
-    pulled = seconds(lambda: source.pull(remote, local), devices[0], sizes.repeats)
+    pulled = seconds(lambda: pull(source, remote, local), devices[0], sizes.repeats)
     plain = seconds(lambda: near.copy_(far), devices[0], sizes.repeats)
     speed = near.numel() / pulled
     row = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 
@@ -14,7 +15,7 @@ from benthic.errors import AdmissionError, OverloadedError, TransferError
 from benthic.serve.messages import Remote
 from benthic.serve.transfer import nixl
 from benthic.serve.transfer.handshake import Region
-from benthic.serve.transfer.memory import Handle, MappedPages, MemorySource
+from benthic.serve.transfer.memory import Handle, MappedPages, MemorySource, pull
 
 PROMPT = list(range(20, 51))
 
@@ -198,6 +199,137 @@ def test_an_abort_at_any_moment_of_a_pull_frees_both_sides(steps: int) -> None:
         assert all_empty(both.owner, both.reader)
 
 
+class Slow:
+    """A copy that is made when it is waited for, or was looked at so often."""
+
+    def __init__(self, copy, looks: int) -> None:
+        self.copy, self.looks, self.waited = copy, looks, False
+
+    def ended(self) -> bool:
+        self.looks -= 1
+        if self.looks < 0 and self.copy is not None:
+            self.copy()
+            self.copy = None
+        return self.copy is None
+
+    def wait(self) -> None:
+        self.looks, self.waited = 0, True
+        with contextlib.suppress(TransferError):
+            self.ended()
+
+
+def slowed(reader, looks: int, *, fails: bool = False) -> list[Slow]:
+    """From the next pull on, copies of `reader` take so many looks."""
+    made, enter = [], reader._reader._enter
+
+    def entered(owner, welcome) -> None:
+        enter(owner, welcome)
+        start = owner.source.start
+
+        def begin(remote_blocks, local_blocks) -> Slow:
+            def copy() -> None:
+                if fails:
+                    msg = "the link broke"
+                    raise TransferError(msg)
+                start(remote_blocks, local_blocks)
+
+            made.append(Slow(copy, looks))
+            return made[-1]
+
+        owner.source.start = begin
+
+    reader._reader._enter = entered
+    return made
+
+
+def test_others_go_on_while_blocks_are_on_their_way() -> None:
+    asked, other = request("a", PROMPT, max_tokens=6), request("b", range(60, 70), max_tokens=30)
+    expected = colocated([asked, other])
+    with pair() as both:
+        made = slowed(both.reader, looks=12)
+        first = both.prefill(asked)
+        both.reader.add(other)
+        both.reader.add(replace_params(asked, output=first.tokens, pull=first.remote))
+        tokens = {"a": list(first.tokens), "b": []}
+        meanwhile = 0
+        while both.reader.has_work:
+            for delta in both.reader.step():
+                tokens[delta.request_id] += delta.tokens
+                meanwhile += any(copy.copy is not None for copy in made)
+        assert tokens == expected
+        assert meanwhile >= 10
+        assert both.reader.stats().pulled_blocks == 8
+        both.settle()
+        assert all_empty(both.owner, both.reader)
+
+
+def test_blocks_of_an_aborted_pull_are_given_away_after_its_copy() -> None:
+    asked = request("a", PROMPT, max_tokens=6)
+    with pair(reader={"num_blocks": 12, "enable_prefix_caching": False}) as both:
+        made = slowed(both.reader, looks=1_000_000)
+        first = both.prefill(asked)
+        both.reader.add(request("b", range(60, 62), max_tokens=40))
+        both.reader.add(replace_params(asked, output=first.tokens, pull=first.remote))
+        until = time.monotonic() + 10
+        while not made:
+            assert time.monotonic() < until, "no copy has begun"
+            both.reader.step()
+        both.reader.abort("a")
+        assert [copy.waited for copy in made] == [True] * len(made)
+        both.reader.abort("b")
+        after = request("c", PROMPT, max_tokens=6)
+        both.reader.add(after)
+        tokens = []
+        while both.reader.has_work:
+            tokens += [t for delta in both.reader.step() if delta.request_id == "c" for t in delta.tokens]
+        assert tokens == colocated([after])["c"]
+        both.settle()
+        assert all_empty(both.owner, both.reader)
+
+
+def test_a_copy_that_fails_on_its_way_is_computed_instead(caplog: pytest.LogCaptureFixture) -> None:
+    asked = request("a", PROMPT, max_tokens=6)
+    with pair() as both, caplog.at_level(logging.WARNING):
+        slowed(both.reader, looks=3, fails=True)
+        assert both.decode(asked, both.prefill(asked)) == colocated([asked])["a"]
+        assert both.reader.stats().pulled_blocks == 0
+        both.settle()
+        assert all_empty(both.owner, both.reader)
+    assert "the link broke; the prompt is computed here" in caplog.text
+
+
+class Nixl:
+    """An agent of NIXL whose reads end in a given state after so many looks."""
+
+    def __init__(self, looks: int, state: str) -> None:
+        self.looks, self.state, self.released = looks, state, 0
+
+    def transfer(self, _handle: object) -> str:
+        return "PROC"
+
+    def check_xfer_state(self, _handle: object) -> str:
+        self.looks -= 1
+        return "PROC" if self.looks > 0 else self.state
+
+    def release_xfer_handle(self, _handle: object) -> None:
+        self.released += 1
+
+
+def test_a_read_of_nixl_gives_its_handle_back_once_however_it_ends() -> None:
+    good = nixl.Read(agent := Nixl(3, "DONE"), object())
+    assert [good.ended() for _ in range(5)] == [False, False, True, True, True]
+    assert agent.released == 1
+    bad = nixl.Read(agent := Nixl(2, "ERR"), object())
+    assert not bad.ended()
+    with pytest.raises(TransferError, match="ended as 'ERR'"):
+        bad.ended()
+    bad.wait()
+    assert not bad.ended()
+    assert agent.released == 1
+    nixl.Read(agent := Nixl(4, "ERR"), object()).wait()
+    assert agent.released == 1
+
+
 def test_an_abort_after_the_hand_over_frees_the_owner() -> None:
     with pair() as both:
         first = both.prefill(request("a", PROMPT))
@@ -254,7 +386,7 @@ def test_mapped_pages_are_seen_through_another_mapping() -> None:
     mine.copy_(torch.arange(120.0).view(shape))
     local = torch.full((2, 7, 4, 5), torch.nan)
     source = MemorySource(pages.region(3), local)
-    source.pull([2, 0], [6, 1])
+    pull(source, [2, 0], [6, 1])
     assert torch.equal(local[:, 6], mine[:, 2])
     assert torch.equal(local[:, 1], mine[:, 0])
     assert local[:, [0, 2, 3, 4, 5]].isnan().all()

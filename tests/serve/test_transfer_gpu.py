@@ -10,6 +10,7 @@ import torch
 from benthic.errors import TransferError
 from benthic.serve.transfer.cuda import CudaSource, region_of
 from benthic.serve.transfer.handshake import Region
+from benthic.serve.transfer.memory import pull
 
 SHAPE = (3, 5, 4, 6)
 
@@ -30,7 +31,7 @@ def pulled_from(owner: str, reader: str) -> None:
     try:
         num_blocks, handle = mine.recv()
         local = torch.full((3, 7, 4, 6), torch.nan, dtype=torch.bfloat16, device=reader)
-        CudaSource(Region(kind="cuda", num_blocks=num_blocks, handle=handle), local).pull([4, 0], [6, 1])
+        pull(CudaSource(Region(kind="cuda", num_blocks=num_blocks, handle=handle), local), [4, 0], [6, 1])
         expected = torch.arange(360, dtype=torch.float32).view(SHAPE).to(torch.bfloat16)
         assert torch.equal(local[:, 6].cpu(), expected[:, 4])
         assert torch.equal(local[:, 1].cpu(), expected[:, 0])

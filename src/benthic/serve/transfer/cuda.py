@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import torch
@@ -61,23 +61,34 @@ class CudaSource:
             raise TransferError(msg)
         self._remote_LPBW = remote[: math.prod(shape)].view(shape)
         self._stream = torch.cuda.Stream(near)
-        self._ready = torch.cuda.Event()
-        self._lists = torch.zeros((2, 0), dtype=torch.int64)
 
     @torch.inference_mode()
-    def pull(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> None:
-        """Copy blocks, all layers of them.
+    def start(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> OnStream:
+        """Copy blocks, all layers of them; nothing waits.
 
         After the step in flight, which may still write to a block that changed hands; beside the next one.
         """
-        near, count = self._local_LPBW.device, len(local_blocks)
-        if self._lists.shape[1] != count:
-            self._lists = torch.zeros((2, count), dtype=torch.int64, pin_memory=True)
-        lists = self._lists.numpy()
-        lists[0], lists[1] = remote_blocks, local_blocks
-        self._ready.record(torch.cuda.current_stream(near))
-        self._stream.wait_event(self._ready)
+        near = self._local_LPBW.device
+        lists = torch.empty((2, len(local_blocks)), dtype=torch.int64, pin_memory=True)
+        lists.numpy()[:] = remote_blocks, local_blocks
+        self._stream.wait_stream(torch.cuda.current_stream(near))
         with torch.cuda.stream(self._stream):
-            from_R, to_R = self._lists.to(near, non_blocking=True)
+            from_R, to_R = lists.to(near, non_blocking=True)
             copy_blocks(self._remote_LPBW, from_R, self._local_LPBW, to_R)
-        self._stream.synchronize()
+            done = torch.cuda.Event()
+            done.record()
+        return OnStream(done)
+
+
+class OnStream(NamedTuple):
+    """A copy whose end an event marks."""
+
+    done: torch.cuda.Event
+
+    def ended(self) -> bool:
+        """Whether the GPU has come to the event."""
+        return self.done.query()
+
+    def wait(self) -> None:
+        """Until it has."""
+        self.done.synchronize()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -23,16 +23,48 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Copy(Protocol):
+    """Blocks on their way. Until it has ended, nobody may touch those that it writes."""
+
+    def ended(self) -> bool:
+        """Whether the blocks are there. Raises: TransferError when they will not come."""
+        ...
+
+    def wait(self) -> None:
+        """Until it writes nothing more, whether it brought the blocks or not."""
+        ...
+
+
+class Copied(NamedTuple):
+    """A copy that was made at once."""
+
+    def ended(self) -> bool:
+        """It has."""
+        return True
+
+    def wait(self) -> None:
+        """Nothing is left to wait for."""
+
+
 class Source(Protocol):
     """Another instance's pages. The one seam between the transfer and what moves it."""
 
-    def pull(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> None:
-        """Copy blocks of the other instance into blocks of this one; complete when it returns.
+    def start(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> Copy:
+        """Copy blocks of the other instance into blocks of this one, all layers of them.
 
         Raises:
             TransferError: the other side cannot be read.
         """
         ...
+
+
+def pull(source: Source, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> None:
+    """Copy and wait. Raises: TransferError."""
+    copy = source.start(remote_blocks, local_blocks)
+    copy.wait()
+    if not copy.ended():
+        msg = f"{len(local_blocks)} blocks were waited for, and have not come."
+        raise TransferError(msg)
 
 
 class Handle(msgspec.Struct, frozen=True):
@@ -91,9 +123,10 @@ class MemorySource:
         mapped = np.frombuffer(_open(handle), dtype=np.uint8)
         self._remote_LPb = mapped.reshape(layers, region.num_blocks, block_bytes)
 
-    def pull(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> None:
-        """Copy blocks, all layers of them."""
+    def start(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> Copied:
+        """Copy blocks, at once."""
         self._local_LPb[:, list(local_blocks)] = self._remote_LPb[:, list(remote_blocks)]
+        return Copied()
 
 
 def _blocks(pages: np.ndarray) -> np.ndarray:

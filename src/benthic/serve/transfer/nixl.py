@@ -6,6 +6,7 @@ one read of all the pieces of a transfer, a piece being one block of one layer.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 import uuid
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 30.0
 """A read that takes longer has lost its other side."""
+
+LOOK_S = 0.0002
+"""Seconds between two looks at a read that is waited for."""
 
 
 class Handle(msgspec.Struct, frozen=True):
@@ -68,6 +72,47 @@ class NixlPages:
         return Region(kind="nixl", num_blocks=self.pages_LPBW.shape[1], handle=encoded)
 
 
+class Read:
+    """One read, from its start.
+
+    Raises:
+        TransferError: NIXL refuses it.
+    """
+
+    def __init__(self, agent: Any, transfer: Any) -> None:
+        self._agent = agent
+        self._transfer = transfer
+        self._until = time.monotonic() + PATIENCE_S
+        self._state = agent.transfer(transfer)
+        self._look()
+
+    def ended(self) -> bool:
+        """Whether the blocks are there. Raises: TransferError on an error, or after `PATIENCE_S`."""
+        if self._state == "PROC":
+            self._state = self._agent.check_xfer_state(self._transfer)
+            self._look()
+        return bool(self._state == "DONE")
+
+    def wait(self) -> None:
+        """Until NIXL says that it is over, or `PATIENCE_S` are."""
+        with contextlib.suppress(TransferError):
+            while self._transfer is not None and not self.ended():
+                time.sleep(LOOK_S)
+
+    def _look(self) -> None:
+        """Give NIXL's handle back when the read is over, and raise when it failed."""
+        late = self._state == "PROC" and time.monotonic() > self._until
+        if self._state == "PROC" and not late:
+            return
+        if self._transfer is not None:
+            self._agent.release_xfer_handle(self._transfer)  # aborts a read that is still going on
+            self._transfer = None
+        if self._state != "DONE":
+            state, self._state = self._state, "ERR"
+            msg = f"NIXL's read ended as {state!r} (waited at most {PATIENCE_S:.0f} s)."
+            raise TransferError(msg)
+
+
 class NixlSource:
     """Reads the pages of an instance on another host."""
 
@@ -77,11 +122,11 @@ class NixlSource:
         self._num_blocks = region.num_blocks
         self._peer = mine.agent.add_remote_agent(self._handle.metadata)
 
-    def pull(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> None:
-        """Copy blocks, all layers of them.
+    def start(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> Read:
+        """Copy blocks, all layers of them; nothing waits.
 
         Raises:
-            TransferError: NIXL reports an error, or nothing within `PATIENCE_S`.
+            TransferError: NIXL refuses the read.
         """
         mine, agent = self._mine, self._mine.agent
         near = self._pieces(
@@ -95,19 +140,7 @@ class NixlSource:
             self._peer,
             b"",
         )
-        try:
-            self._wait(transfer)
-        finally:
-            agent.release_xfer_handle(transfer)
-
-    def _wait(self, transfer: Any) -> None:
-        agent, until = self._mine.agent, time.monotonic() + PATIENCE_S
-        state = agent.transfer(transfer)
-        while state == "PROC" and time.monotonic() < until:
-            state = agent.check_xfer_state(transfer)
-        if state != "DONE":
-            msg = f"NIXL's read ended as {state!r} (waited at most {PATIENCE_S:.0f} s)."
-            raise TransferError(msg)
+        return Read(agent, transfer)
 
     def _pieces(
         self, address: int, num_blocks: int, blocks: Iterable[int], device_id: int

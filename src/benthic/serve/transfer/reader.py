@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from benthic.sched.pulls import TransferPlan
     from benthic.serve.messages import Remote
     from benthic.serve.transfer.handshake import Region, Terms
-    from benthic.serve.transfer.memory import Source
+    from benthic.serve.transfer.memory import Copy, Source
 
 logger = logging.getLogger("benthic.serve.transfer")
 
@@ -44,11 +44,12 @@ class Owner:
 
 @dataclass(eq=False)
 class Incoming:
-    """One request's blocks on their way: transfers to copy, then transfers copied and not confirmed."""
+    """One request's blocks: transfers to copy, those on their way, those copied and not confirmed."""
 
     remote: Remote
     owner: Owner
     waiting: list[TransferPlan] = field(default_factory=list)
+    copying: list[tuple[TransferPlan, Copy]] = field(default_factory=list)
     copied: list[TransferPlan] = field(default_factory=list)
     asked_s: float | None = None
     verdict: bool | None = None
@@ -82,8 +83,9 @@ class Reader:
 
     @property
     def waiting(self) -> bool:
-        """Whether an answer is due."""
-        return any(each.waiting or each.asked_s is not None for each in self._incoming.values())
+        """Whether an answer is due, or blocks are on their way."""
+        each = self._incoming.values()
+        return any(one.waiting or one.copying or one.asked_s is not None for one in each)
 
     def expect(self, request_id: str, remote: Remote, now: float) -> None:
         """A request came whose blocks another instance holds: greet it, and keep the lease from now on."""
@@ -92,13 +94,18 @@ class Reader:
         self._send(owner, Renew((remote.lease_id,)))
 
     def forget(self, request_id: str) -> list[TransferPlan]:
-        """The request needs nothing (more): let its lease go; returns transfers that did not end."""
+        """The request needs nothing (more): let its lease go; returns transfers that did not end.
+
+        Waits for those on their way, for their blocks may be given to others next.
+        """
         each = self._incoming.pop(request_id, None)
         if each is None:
             return []
+        for _, copy in each.copying:
+            copy.wait()
         if each.asked_s is None:
             self._send(each.owner, Done(each.remote.lease_id))
-        return [*each.copied, *each.waiting]
+        return [*each.copied, *(plan for plan, _ in each.copying), *each.waiting]
 
     def take(self, plans: Iterable[TransferPlan]) -> list[TransferPlan]:
         """Accept transfers that the scheduler planned; returns those of requests given up already."""
@@ -125,7 +132,14 @@ class Reader:
         return ended
 
     def wait(self, seconds: float) -> None:
-        """Sleep until an owner says something, at most so long."""
+        """Sleep until blocks have come or, where none are on their way, an owner says something.
+
+        For the latter at most so many seconds.
+        """
+        for each in self._incoming.values():
+            if each.copying:
+                each.copying[0][1].wait()
+                return
         self._poller.poll(int(seconds * 1000))
 
     def shut(self) -> None:
@@ -203,7 +217,7 @@ class Reader:
             self._send(owner, Renew(tuple(lease_ids)))
 
     def _trouble(self, each: Incoming, now: float) -> str | None:
-        if not each.waiting and not each.copied:
+        if not each.waiting and not each.copying and not each.copied:
             return None
         owner = each.owner
         if each.verdict is True:
@@ -219,23 +233,28 @@ class Reader:
         return None
 
     def _copy(self, each: Incoming, now: float) -> str | None:
-        """Copy what waits; after the last transfer, ask whether the lease still holds."""
+        """Start what waits, take what came; after the last transfer, ask whether the lease still holds."""
         source = each.owner.source
         if source is None:
             return None
-        while each.waiting:
-            plan = each.waiting[0]
-            blocks = each.remote.blocks[plan.first : plan.first + len(plan.blocks)]
-            if len(blocks) != len(plan.blocks):
-                return f"the lease holds {len(each.remote.blocks)} blocks, but the prompt needs more"
-            try:
-                source.pull(blocks, plan.blocks)
-            except TransferError as error:
-                each.owner.trouble = str(error)
-                return each.owner.trouble
-            self.copied_blocks += len(blocks)
-            each.copied.append(each.waiting.pop(0))
-            if plan.last:
-                each.asked_s = now
-                self._send(each.owner, Done(each.remote.lease_id))
-        return None
+        try:
+            while each.waiting:
+                plan = each.waiting[0]
+                blocks = each.remote.blocks[plan.first : plan.first + len(plan.blocks)]
+                if len(blocks) != len(plan.blocks):
+                    return f"the lease holds {len(each.remote.blocks)} blocks, but the prompt needs more"
+                each.copying.append((plan, source.start(blocks, plan.blocks)))
+                each.waiting.pop(0)
+            while each.copying and each.copying[0][1].ended():
+                plan, _ = each.copying.pop(0)
+                self._arrived(each, plan, now)
+        except TransferError as error:
+            each.owner.trouble = str(error)
+        return each.owner.trouble
+
+    def _arrived(self, each: Incoming, plan: TransferPlan, now: float) -> None:
+        self.copied_blocks += len(plan.blocks)
+        each.copied.append(plan)
+        if plan.last:
+            each.asked_s = now
+            self._send(each.owner, Done(each.remote.lease_id))
