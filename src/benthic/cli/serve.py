@@ -261,6 +261,14 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
             rich_help_panel=FLEET,
         ),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Place the instances on a Ray cluster: ray://HEAD:10001, auto or local.",
+            rich_help_panel=FLEET,
+        ),
+    ] = None,
     kv_host: Annotated[
         str, typer.Option(help="Where other servers reach --kv-port.", rich_help_panel=FLEET)
     ] = "127.0.0.1",
@@ -353,7 +361,13 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         otlp_traces_endpoint=otlp_traces_endpoint,
     )
     launch.check_instances(
-        options, prefill=prefill, decode=decode, kv_port=kv_port, kv_nixl=kv_nixl, replan=replan
+        options,
+        prefill=prefill,
+        decode=decode,
+        kv_port=kv_port,
+        kv_nixl=kv_nixl,
+        replan=replan,
+        cluster=cluster,
     )
     bound = launch.bind(host, port)
     config = launch.check_checkpoint(folder, weights=load_format is words.LoadFormat.auto)
@@ -389,5 +403,5 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         prefill=prefill, decode=decode, prefill_policy=prefill_policy, local_tokens=local_prefill_tokens,
         replan_s=replan,
     )  # fmt: skip
-    fleet = Fleet(checkpoint=folder, engine=options, options=spread)
+    fleet = Fleet(checkpoint=folder, engine=options, options=spread, cluster=cluster, nixl=kv_nixl)
     raise typer.Exit(server.run(fleet, bound, parts))

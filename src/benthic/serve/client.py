@@ -15,10 +15,12 @@ import zmq.asyncio
 
 from benthic.errors import AdmissionError, EngineDeadError, OverloadedError
 from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
-from benthic.serve.process import EngineFactory, Pipes, Reply, Request, as_pipe, start_engine, watch_end
+from benthic.serve.process import Pipes, Reply, Request, as_pipe, start_engine, watch_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
+
+    from benthic.serve.process import EngineFactory, Place
 
 logger = logging.getLogger("benthic.serve.client")
 
@@ -138,6 +140,7 @@ class EngineClient:
 
     Args:
         factory: builds the engine in its process.
+        place: where that process runs; None for one beside this.
         stall_s: an engine that says nothing for so long is given up: it is killed and its requests fail.
         silent_s: after this much silence `trouble` names it, so that health checks fail before requests do.
         clock: seconds, monotonic.
@@ -148,20 +151,18 @@ class EngineClient:
         self,
         factory: EngineFactory,
         *,
+        place: Place | None = None,
         stall_s: float = 300.0,
         silent_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         log_level: int = logging.INFO,
     ) -> None:
-        self._pipes = Pipes.create()
         self._context = zmq.asyncio.Context()
         self._to_engine: zmq.Socket[bytes] = as_pipe(zmq.Context.shadow(self._context).socket(zmq.PUSH))
         self._from_engine = as_pipe(self._context.socket(zmq.PULL))
-        # Connected, not bound: a bound PUSH socket refuses messages until its peer is there, a connected one
-        # queues them, so that a request sent while the engine still starts is not lost.
         self._hang_ups = [watch_end(self._to_engine), watch_end(self._from_engine)]
-        self._to_engine.connect(self._pipes.requests)
-        self._from_engine.bind(self._pipes.replies)
+        self._pipes = self._meet(place)
+        self._unsent: deque[bytes] = deque()
         self._decode = msgspec.msgpack.Decoder(list[Reply]).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._streams: dict[str, EngineStream] = {}
@@ -175,8 +176,27 @@ class EngineClient:
         self._heard_s = clock()
         self._stall_s = stall_s
         self._silent_s = silent_s
-        self._process = start_engine(factory, self._pipes, log_level)
+        start = start_engine if place is None else place.start
+        self._process = start(factory, self._pipes, log_level)
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+
+    def _meet(self, place: Place | None) -> Pipes:
+        """Open this end of the pipes.
+
+        On this host the engine listens for requests, elsewhere it calls here: it knows this address, and
+        nobody knows its own before it is placed.
+        """
+        if place is None:
+            pipes = Pipes.create()
+            self._to_engine.connect(pipes.requests)
+            self._from_engine.bind(pipes.replies)
+            return pipes
+        for each in (self._to_engine, self._from_engine):
+            each.bind(f"tcp://{place.host}:0")
+        return Pipes(
+            self._to_engine.getsockopt_string(zmq.LAST_ENDPOINT),
+            self._from_engine.getsockopt_string(zmq.LAST_ENDPOINT),
+        )
 
     # --- what callers use
 
@@ -287,6 +307,7 @@ class EngineClient:
 
     def _take(self, frame: bytes) -> None:
         self._heard_s = self._clock()
+        self._flush()
         for reply in self._decode(frame):
             if isinstance(reply, Delta):
                 self._deliver(reply)
@@ -376,7 +397,15 @@ class EngineClient:
 
     def _send(self, message: Request) -> None:
         """Hand a message to the pipe, whose queue has no limit; `_watch` notices when nobody reads it."""
-        self._to_engine.send(self._encode(message), zmq.NOBLOCK)
+        self._unsent.append(self._encode(message))
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what is left; a pipe takes nothing before an engine that calls here has done so."""
+        with contextlib.suppress(zmq.Again):
+            while self._unsent:
+                self._to_engine.send(self._unsent[0], zmq.NOBLOCK)
+                self._unsent.popleft()
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:

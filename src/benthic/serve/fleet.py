@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.sched.replan import ReplanConfig
 from benthic.sched.routing import RANKINGS, Policy, Role
+from benthic.serve.cluster import Needs, RayPlace, placed_factory
 from benthic.serve.router import Router, RouterOptions
 from benthic.spec.objectives import Objectives
 
@@ -83,11 +84,17 @@ class FleetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """A checkpoint served by several instances on one host. `engine` holds for each of them."""
+    """A checkpoint served by several instances. `engine` holds for each of them.
+
+    They run on this host or, with `cluster`, on the nodes of a Ray cluster at that address; `nixl` moves
+    blocks between hosts.
+    """
 
     checkpoint: Path
     engine: EngineOptions
     options: FleetOptions
+    cluster: str | None = None
+    nixl: bool = False
 
 
 def start_router(
@@ -97,14 +104,7 @@ def start_router(
 
     Latency targets count where instances change between the two kinds.
     """
-    folder = Path(tempfile.mkdtemp(prefix="benthic-desks-"))
     options = fleet.options
-    threads = _threads(fleet.engine, options.prefill + options.decode)
-    each = replace(fleet.engine, num_threads=threads)
-
-    def factory(name: str, index: int) -> EngineFactory:
-        return functools.partial(load_instance, fleet.checkpoint, each, f"ipc://{folder}/{name}", index)
-
     router = RouterOptions(
         policy=options.policy,
         retries=options.retries,
@@ -115,7 +115,29 @@ def start_router(
         replan=_replan(fleet, objectives or Objectives()),
     )
     roles: dict[Role, int] = {"prefill": options.prefill, "decode": options.decode}
+    if fleet.cluster is not None:
+        place = _place(fleet, fleet.cluster)
+        build = placed_factory(fleet.checkpoint, fleet.engine, place.host, nixl=fleet.nixl)
+        return Router(
+            lambda _, index: functools.partial(build, index), roles, router, journal=journal, place=place
+        )
+    folder = Path(tempfile.mkdtemp(prefix="benthic-desks-"))
+    threads = _threads(fleet.engine, options.prefill + options.decode)
+    each = replace(fleet.engine, num_threads=threads)
+
+    def factory(name: str, index: int) -> EngineFactory:
+        return functools.partial(
+            load_instance, fleet.checkpoint, each, f"ipc://{folder}/{name}", index, nixl=fleet.nixl
+        )
+
     return Router(factory, roles, router, journal=journal, folder=folder)
+
+
+def _place(fleet: Fleet, address: str) -> RayPlace:
+    """The cluster: a GPU for each instance unless it is to compute on a CPU, and a core for each thread."""
+    gpus = 0 if fleet.engine.device == "cpu" else 1
+    needs = Needs(gpus=gpus, cpus=fleet.engine.num_threads or 1)
+    return RayPlace(address, needs, moves_between_hosts=fleet.nixl)
 
 
 def _replan(fleet: Fleet, objectives: Objectives) -> ReplanConfig | None:

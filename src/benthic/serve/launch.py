@@ -76,6 +76,7 @@ def check_instances(
     kv_port: int | None,
     kv_nixl: bool = False,
     replan: float | None = None,
+    cluster: str | None = None,
 ) -> None:
     """Refuse ways of running that exclude each other.
 
@@ -92,6 +93,12 @@ def check_instances(
         msg = (
             f"--replan {replan:g} moves instances between prefill and decode, but --prefill 0 and --decode 0 "
             "start none. Give both, 3 together at least."
+        )
+        raise ConfigError(msg)
+    if cluster is not None and not (prefill or decode):
+        msg = (
+            f"--cluster {cluster} places the instances of a fleet, but --prefill 0 and --decode 0 start "
+            "none. Give --decode at least."
         )
         raise ConfigError(msg)
     ranks, host_cache_gib = options.tensor_parallel_size, options.host_cache_gib

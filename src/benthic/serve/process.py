@@ -109,28 +109,73 @@ EngineFactory = Callable[[], EngineLike]
 
 @dataclass(frozen=True)
 class Pipes:
-    """Where the two processes meet: a private folder with one socket each way."""
+    """Where the two processes meet: addresses of the pipe that leads to the engine and of the one back.
 
-    folder: Path
+    On one host they are sockets in a private `folder`. Without one they are TCP ports of the HTTP process.
+    """
+
+    requests: str
+    replies: str
+    folder: Path | None = None
 
     @classmethod
     def create(cls) -> Pipes:
         """Make the folder (mode 700: the pipes carry other people's prompts)."""
-        return cls(Path(tempfile.mkdtemp(prefix="benthic-")))
-
-    @property
-    def requests(self) -> str:
-        """Address of the pipe that leads to the engine."""
-        return f"ipc://{self.folder}/requests"
-
-    @property
-    def replies(self) -> str:
-        """Address of the pipe that leads back."""
-        return f"ipc://{self.folder}/replies"
+        folder = Path(tempfile.mkdtemp(prefix="benthic-"))
+        return cls(f"ipc://{folder}/requests", f"ipc://{folder}/replies", folder)
 
     def remove(self) -> None:
         """Delete the folder; a second call does nothing."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class EngineProcess(Protocol):
+    """A process that runs an engine, wherever it is; a `multiprocessing.Process` is one."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its number on its host, once it has one."""
+        ...
+
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that is readable once it has ended."""
+        ...
+
+    @property
+    def exitcode(self) -> int | None:
+        """How it ended, negative for a signal; None while it runs."""
+        ...
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        ...
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end, at most so many seconds."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once."""
+        ...
+
+
+class Place(Protocol):
+    """Where engines are started, other than beside the HTTP process."""
+
+    @property
+    def host(self) -> str:
+        """An address of this host that engines there can reach."""
+        ...
+
+    def start(self, factory: EngineFactory, pipes: Pipes, log_level: int) -> EngineProcess:
+        """Start an engine: `engine_main` of these arguments; returns before it runs."""
+        ...
+
+    def close(self) -> None:
+        """Let the place go; the engines have ended."""
+        ...
 
 
 AnySocket = TypeVar("AnySocket", bound=zmq.Socket)
@@ -174,7 +219,11 @@ def engine_main(factory: EngineFactory, pipes: Pipes, log_level: int) -> None:
     inbox, outbox = as_pipe(context.socket(zmq.PULL)), as_pipe(context.socket(zmq.PUSH))
     # What was on its way when a pipe ends is lost, so nothing may follow on another connection.
     outbox.setsockopt(zmq.RECONNECT_IVL, -1)
-    inbox.bind(pipes.requests)
+    if pipes.folder is not None:
+        inbox.bind(pipes.requests)
+    else:
+        inbox.setsockopt(zmq.RECONNECT_IVL, -1)
+        inbox.connect(pipes.requests)
     outbox.connect(pipes.replies)
     loop = EngineLoop(inbox, outbox, functools.partial(last_words, context, pipes))
     try:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from benthic.sched.replan import ReplanConfig
     from benthic.serve.journal import Journal, PhaseName
     from benthic.serve.messages import Delta, Generate, Ready, Remote, Stats
-    from benthic.serve.process import EngineFactory
+    from benthic.serve.process import EngineFactory, Place
 
 logger = logging.getLogger("benthic.serve.router")
 
@@ -100,6 +100,7 @@ class Router:
         options: how they are treated.
         journal: where the phases of requests go.
         folder: where the instances' desks are; deleted at the end.
+        place: where instances run; None for this host.
         clock: seconds, monotonic.
     """
 
@@ -111,11 +112,16 @@ class Router:
         *,
         journal: Journal,
         folder: Path | None = None,
+        place: Place | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         def connect(name: str, index: int) -> EngineClient:
             return EngineClient(
-                factory(name, index), stall_s=options.stall_s, log_level=options.log_level, clock=clock
+                factory(name, index),
+                place=place,
+                stall_s=options.stall_s,
+                log_level=options.log_level,
+                clock=clock,
             )
 
         self.members = Members(connect, restarts=options.restarts)
@@ -123,6 +129,7 @@ class Router:
         self._options = options
         self._journal = journal
         self._folder = folder
+        self._cluster = place
         self._journeys: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
         self._num_seeds = 0
@@ -187,6 +194,8 @@ class Router:
         await asyncio.gather(*self._journeys.values(), return_exceptions=True)
         if self._folder is not None:
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        if self._cluster is not None:
+            await asyncio.to_thread(self._cluster.close)
 
     # --- one request
 
