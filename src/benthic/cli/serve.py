@@ -122,6 +122,10 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         bool,
         typer.Option("--enforce-eager", help="No CUDA graphs, no CPU tapes.", rich_help_panel=ENGINE),
     ] = False,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option("--batch-invariant", help="Scores do not depend on the batch.", rich_help_panel=ENGINE),
+    ] = False,
     async_scheduling: Annotated[
         bool | None,
         typer.Option(
@@ -323,6 +327,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         enable_expert_parallel=enable_expert_parallel,
         enforce_eager=enforce_eager,
         async_scheduling=async_scheduling,
+        batch_invariant=batch_invariant,
         cudagraph_capture_sizes=tuple(cudagraph_capture_sizes or ()),
         max_cudagraph_capture_size=max_cudagraph_capture_size,
         max_model_len=max_model_len,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from benthic.model.network import DeepSeek
     from benthic.model.sockets import Exchange, Linear
+    from benthic.serve.attend import MakeAttend
     from benthic.serve.cache import LatentCache
     from benthic.serve.steps import StepTensors
 
@@ -153,9 +154,10 @@ class DecodeGraphs:
         sizes: padded batch sizes, in rising order.
         what: the pass.
         pool: device memory of captures, which graphs that copy their outputs away may share.
+        attend: makes the socket of a pass.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what a pass depends on)
         self,
         model: DeepSeek,
         cache: LatentCache,
@@ -166,7 +168,9 @@ class DecodeGraphs:
         sizes: Sequence[int],
         what: Pass,
         pool: Any = None,
+        attend: MakeAttend = PagedAttend,
     ) -> None:
+        self._attend = attend
         self._model = model
         self._cache = cache
         self._linear = linear
@@ -255,7 +259,7 @@ class DecodeGraphs:
     def _forward(self, size: int) -> None:
         buffers, rows = self._buffers, size * self._queries
         decode = DecodeRows(self._queries, buffers.block_table_SP[:size], buffers.context_S[:size])
-        attend = PagedAttend(self._cache, StepLayout(buffers.slot_T[:rows], decode, None))
+        attend = self._attend(self._cache, StepLayout(buffers.slot_T[:rows], decode, None))
         sockets = Sockets(attend, self._exchange, self._linear)
         tokens_T, positions_T = buffers.tokens_T[:rows], buffers.positions_T[:rows]
         if self._module is None:

@@ -14,6 +14,7 @@ from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend
 from benthic.serve.columns import ColumnLinear, fastest_linear
 from benthic.serve.graphs import Buffers, DecodeGraphs, Pass
+from benthic.serve.invariant import InvariantAttend
 from benthic.serve.steps import StepBuilder, StepTensors
 from benthic.serve.tapes import DecodeTapes
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from benthic.model.network import DeepSeek
     from benthic.model.sockets import Exchange, Linear
     from benthic.sched.plans import StepPlan, TableWrite
-    from benthic.serve.attend import StepLayout
+    from benthic.serve.attend import MakeAttend, StepLayout
     from benthic.serve.cache import LatentCache
     from benthic.serve.drafts import Drafts
 
@@ -89,6 +90,7 @@ class Runner:
         exchange: how rows reach experts; None where all of them are here.
         lead: who else runs the same steps; None when nobody does, or where this runner is the one that is
         told.
+        attend: makes the socket of a step; `InvariantAttend` wants a model made invariant and its linear.
     """
 
     def __init__(  # noqa: PLR0913 (what a step depends on)
@@ -104,7 +106,9 @@ class Runner:
         drafts: int = 0,
         exchange: Exchange | None = None,
         lead: Lead | None = None,
+        attend: MakeAttend = PagedAttend,
     ) -> None:
+        self._attend = attend
         self.cache = cache
         self.model = model.eval()
         self._linear = fastest_linear(model) if linear is None else linear
@@ -128,6 +132,7 @@ class Runner:
             max_model_len=max_model_len,
             block_size=cache.layout.block_size,
             device=cache.pages_LPBW.device,
+            reads_pages=attend is InvariantAttend,
         )
 
     def _make_graphs(self, sizes: tuple[int, ...], columns: int, drafts: int) -> None:
@@ -146,6 +151,7 @@ class Runner:
             exchange=self._exchange,
             sizes=sizes,
             pool=torch.cuda.graph_pool_handle(),
+            attend=self._attend,
         )
         made = {queries: of(buffers=shared, what=Pass(queries)) for queries in numbers}
         self.graphs, self.trials = made.pop(1), made
@@ -215,7 +221,7 @@ class Runner:
         return self.model.logits(hidden_SD, self._linear)
 
     def _sockets(self, layout: StepLayout) -> Sockets:
-        return Sockets(PagedAttend(self.cache, layout), self._exchange, self._linear)
+        return Sockets(self._attend(self.cache, layout), self._exchange, self._linear)
 
     @torch.inference_mode()
     def row_logits(self, result: StepResult, rows: range) -> Iterator[Tensor]:

@@ -60,11 +60,20 @@ class StepBuilder:
         max_model_len: longest sequence.
         block_size: tokens in a block.
         device: where the tensors go.
+        reads_pages: prefill rows read pages in place, so they get a block table and not the slots of their
+            contexts.
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        reads_pages: bool = False,
     ) -> None:
+        self._reads_pages = reads_pages
         self._block_size = block_size
         self._device = device
         self._on_cpu = device.type == "cpu"
@@ -235,8 +244,11 @@ class StepBuilder:
     def _prefill(self, chunks: list[Prefill]) -> PrefillRows:
         lengths = [chunk.length for chunk in chunks]
         contexts = [chunk.start + chunk.length for chunk in chunks]
-        context_slot_M = None
-        if lengths != contexts:
+        context_slot_M = block_table_SP = None
+        if self._reads_pages:
+            columns = -(-max(contexts) // self._block_size)
+            block_table_SP = self._to_device(self._table_NP[[chunk.slot for chunk in chunks], :columns])
+        elif lengths != contexts:
             slots = [self._slots(chunk.slot, np.arange(n)) for chunk, n in zip(chunks, contexts, strict=True)]
             context_slot_M = self._to_device(np.concatenate(slots))
         return PrefillRows(
@@ -245,6 +257,7 @@ class StepBuilder:
             max_seqlen_q=max(lengths),
             max_seqlen_k=max(contexts),
             context_slot_M=context_slot_M,
+            block_table_SP=block_table_SP,
         )
 
     def _sampled(self, plan: StepPlan, singles: list[Prefill], chunks: list[Prefill]) -> Tensor | None:
