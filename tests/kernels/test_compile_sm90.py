@@ -31,7 +31,7 @@ FLOATS = {
     "step_size",
 }
 INT64 = {"target_ptr", "row_ptr", "copy_ptr", "slot_ptr", "from_ptr", "to_ptr"}
-INT32 = {"ends_ptr", "table_ptr", "context_ptr", "starts_q_ptr", "starts_k_ptr"}
+INT32 = {"ends_ptr", "table_ptr", "sequence_ptr", "context_ptr", "starts_q_ptr", "starts_k_ptr"}
 FLOAT32 = {
     "gradient_ptr",
     "master_ptr",
@@ -190,6 +190,39 @@ def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
     used = resources(built, tmp_path)
     assert_fits(used)
     assert used.wgmma > 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"), [(1, "sorted"), (24, "heads"), (200, "dense"), (600, "sorted"), (4096, "dense")]
+)
+def test_every_tiling_of_a_product_by_row_is_one_instruction_kind_without_spills(rows, kind, tmp_path):
+    module = importlib.import_module("benthic.kernels.triton_by_row")
+    block_r, block_n, block_k, warps, stages = module.tiles(torch.bfloat16, rows)
+    constants = {
+        "BLOCK_R": block_r,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "WHOLE": True,
+        "PRECISION": "tf32",
+    }
+    constants |= {"SORTED": kind == "sorted", "GROUPS": 128 if kind == "sorted" else 1}
+    constants["stride_n" if kind == "heads" else "stride_k"] = 1
+    built = compiled("triton_by_row", "_product", constants, warps=warps, stages=stages)
+    used = resources(built, tmp_path)
+    assert_fits(used)
+    kinds = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)\.f32", built.asm["ptx"])
+    assert kinds == [f"m64n{block_r}k16"] * (block_k // 16 * (block_n // (16 * warps)))
+
+
+@pytest.mark.parametrize(("heads", "cache"), [(16, "bf16"), (128, "bf16"), (32, "fp8e4nv")])
+def test_attention_by_row_does_not_spill(heads, cache, tmp_path):
+    module = importlib.import_module("benthic.kernels.triton_mla_by_row")
+    block_h, block_n, warps, stages = module.tiles(torch.bfloat16, heads, fp8_cache=cache == "fp8e4nv")
+    constants = {"C": 512, "C_PAD": 512, "R": 64, "R_PAD": 64, "PAGE": 64, "PRECISION": "ieee"}
+    constants |= {"BLOCK_H": block_h, "BLOCK_N": block_n}
+    kinds = {"cache_ptr": f"*{cache}"}
+    built = compiled("triton_mla_by_row", "_attend", constants, warps=warps, stages=stages, overrides=kinds)
+    assert_fits(resources(built, tmp_path))
 
 
 @pytest.mark.parametrize(

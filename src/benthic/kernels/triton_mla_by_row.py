@@ -36,20 +36,19 @@ def _columns(base, place, dim, kept, WIDTH: tl.constexpr, END: tl.constexpr):
 @triton.jit(do_not_specialize=["cuts"])
 def _attend(
     q_latent_ptr, q_rope_ptr, cache_ptr, table_ptr, sequence_ptr, context_ptr, part_ptr, lse_ptr,
-    stride_qt, stride_qh, stride_rt, stride_rh, stride_page, stride_token, stride_table, heads, cuts, scale,
+    stride_qt, stride_qh, stride_rt, stride_rh, stride_page, stride_token, stride_table,
+    heads, cuts, cut_size, scale,
     C: tl.constexpr, C_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
-    CUT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One cut of one query's context, for BLOCK_H of its heads."""
     blocks = tl.cdiv(heads, BLOCK_H)
     row, cut = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
     context = tl.load(context_ptr + row)
-    first = cut * CUT
-    if first >= context:
-        return
-    last = tl.minimum(first + CUT, context)
+    first = cut * cut_size
+    last = tl.minimum(first + cut_size, context)
     head = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    head_kept = head < heads
+    head_kept = head < tl.where(first < context, heads, 0)  # a cut past the context leaves nothing
     latent, rope = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
     q_latent = _columns(q_latent_ptr + row * stride_qt, head * stride_qh, latent, head_kept, C, C_PAD)
     q_rope = _columns(q_rope_ptr + row * stride_rt, head * stride_rh, rope, head_kept, R, R_PAD)
@@ -130,9 +129,9 @@ def _some_rows(out, q_latent, q_rope, cache, table, sequence_T, context_T, part,
     _attend[(rows * triton.cdiv(heads, block_h), cuts)](
         q_latent, q_rope, cache, table, sequence_T, context_T, part, lse,
         *q_latent.stride()[:2], *q_rope.stride()[:2], *cache.stride()[:2], table.stride(0),
-        heads, cuts, scale,
+        heads, cuts, CUT, scale,
         C=latent, C_PAD=latent_pad, R=rope, R_PAD=triton.next_power_of_2(max(rope, 16)), PAGE=cache.shape[1],
-        CUT=CUT, BLOCK_H=block_h, BLOCK_N=block_n, PRECISION="ieee", num_warps=warps, num_stages=stages,
+        BLOCK_H=block_h, BLOCK_N=block_n, PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _add_up[(rows * heads,)](
         part, lse, context_T, out, heads, cuts, C=latent, C_PAD=latent_pad, CUT=CUT, num_warps=2
@@ -140,11 +139,14 @@ def _some_rows(out, q_latent, q_rope, cache, table, sequence_T, context_T, part,
 
 
 def tiles(dtype, heads, *, fp8_cache=False):
-    """`(block_h, block_n, warps, stages)`, by the model alone: a batch must not change them."""
+    """`(block_h, block_n, warps, stages)`, by the model alone: a batch must not change them.
+
+    The cut's size is no constant of the kernel, else loops are unrolled until registers spill.
+    """
     if dtype == torch.float32:
         return 16, 16, 4, 1
     if heads <= 16:
         return 16, 64, 8, 2
-    if heads <= 32 or fp8_cache:
-        return 32, (32 if fp8_cache else 64), 8, 2
-    return 64, 16, 8, 2
+    if fp8_cache:
+        return 32, 16, 8, 2
+    return (32, 64, 8, 2) if heads <= 32 else (64, 16, 8, 2)
