@@ -192,10 +192,10 @@ def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
     assert used.wgmma > 0
 
 
-@pytest.mark.parametrize(
-    ("rows", "kind"), [(1, "sorted"), (24, "heads"), (200, "dense"), (600, "sorted"), (4096, "dense")]
-)
-def test_every_tiling_of_a_product_by_row_is_one_instruction_kind_without_spills(rows, kind, tmp_path):
+@pytest.mark.parametrize(("rows", "kind"), [(1, "sorted"), (24, "heads"), (4096, "dense")])
+def test_a_product_by_row_is_one_kind_of_instruction_for_few_rows_and_many_without_spills(
+    rows, kind, tmp_path
+):
     module = importlib.import_module("benthic.kernels.triton_by_row")
     block_r, block_n, block_k, warps, stages = module.tiles(torch.bfloat16, rows)
     constants = {
@@ -214,7 +214,7 @@ def test_every_tiling_of_a_product_by_row_is_one_instruction_kind_without_spills
     assert kinds == [f"m64n{block_r}k16"] * (block_k // 16 * (block_n // (16 * warps)))
 
 
-@pytest.mark.parametrize(("heads", "cache"), [(16, "bf16"), (128, "bf16"), (32, "fp8e4nv")])
+@pytest.mark.parametrize(("heads", "cache"), [(16, "bf16"), (16, "fp8e4nv")])
 def test_attention_by_row_does_not_spill(heads, cache, tmp_path):
     module = importlib.import_module("benthic.kernels.triton_mla_by_row")
     block_h, block_n, warps, stages = module.tiles(torch.bfloat16, heads, fp8_cache=cache == "fp8e4nv")

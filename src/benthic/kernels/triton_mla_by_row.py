@@ -3,7 +3,8 @@
 
 A context is cut at fixed places, every `CUT` tokens from its beginning, whatever the batch, the number of
 queries and the width of the block table. A program takes one query's heads and one cut and leaves the cut's
-normalised output and log-sum-exp; a second kernel adds the cuts up in order:
+normalised output and log-sum-exp, and goes on to another cut if there are more than programs; a second
+kernel adds the cuts up in order:
 
     out = sum_s 2^(lse_s - max) out_s / sum_s 2^(lse_s - max)
 
@@ -21,6 +22,7 @@ CUT = 512
 """Tokens of a cut. Fewer would fill a GPU with fewer queries, and write more partial outputs for prompts."""
 PART_BYTES = 256 << 20
 """Most memory for partial outputs; a call with more rows runs some of them after others."""
+_PROGRAMS = 8  # a multiprocessor: enough to share out the longest context, few enough to idle cheaply
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -41,41 +43,41 @@ def _attend(
     C: tl.constexpr, C_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One cut of one query's context, for BLOCK_H of its heads."""
+    """Some cuts of one query's context, for BLOCK_H of its heads."""
     blocks = tl.cdiv(heads, BLOCK_H)
-    row, cut = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
     context = tl.load(context_ptr + row)
-    first = cut * cut_size
-    last = tl.minimum(first + cut_size, context)
     head = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    head_kept = head < tl.where(first < context, heads, 0)  # a cut past the context leaves nothing
+    head_kept = head < heads
     latent, rope = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
-    q_latent = _columns(q_latent_ptr + row * stride_qt, head * stride_qh, latent, head_kept, C, C_PAD)
-    q_rope = _columns(q_rope_ptr + row * stride_rt, head * stride_rh, rope, head_kept, R, R_PAD)
     table_at = table_ptr + tl.load(sequence_ptr + row) * stride_table
-    acc = tl.zeros([BLOCK_H, C_PAD], tl.float32)
-    m = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    for block in range(first, last, BLOCK_N):
-        token = block + tl.arange(0, BLOCK_N)
-        kept = token < last
-        page = tl.load(table_at + token // PAGE, mask=kept, other=0).to(tl.int64)
-        place = page * stride_page + (token % PAGE) * stride_token
-        key = _columns(cache_ptr, place, latent, kept, C, C_PAD).to(q_latent.dtype)
-        key_rope = _columns(cache_ptr + C, place, rope, kept, R, R_PAD).to(q_rope.dtype)
-        s = tl.dot(q_latent, tl.trans(key), input_precision=PRECISION)
-        s = tl.dot(q_rope, tl.trans(key_rope), s, input_precision=PRECISION) * (scale * _LOG2E)
-        s = tl.where(kept[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, axis=1))
-        p = tl.exp2(s - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        total = total * alpha + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(key.dtype), key, acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
-    place = (row * heads + head) * cuts + cut
-    mask = head_kept[:, None] & (latent < C)[None, :]
-    tl.store(part_ptr + place[:, None] * C + latent[None, :], acc / total[:, None], mask=mask)
-    tl.store(lse_ptr + place, m + tl.log2(total), mask=head_kept)
+    for first in range(tl.program_id(1) * cut_size, context, tl.num_programs(1) * cut_size):
+        q_latent = _columns(q_latent_ptr + row * stride_qt, head * stride_qh, latent, head_kept, C, C_PAD)
+        q_rope = _columns(q_rope_ptr + row * stride_rt, head * stride_rh, rope, head_kept, R, R_PAD)
+        last = tl.minimum(first + cut_size, context)
+        acc = tl.zeros([BLOCK_H, C_PAD], tl.float32)
+        m = tl.full([BLOCK_H], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_H], tl.float32)
+        for block in range(first, last, BLOCK_N):
+            token = block + tl.arange(0, BLOCK_N)
+            kept = token < last
+            page = tl.load(table_at + token // PAGE, mask=kept, other=0).to(tl.int64)
+            place = page * stride_page + (token % PAGE) * stride_token
+            key = _columns(cache_ptr, place, latent, kept, C, C_PAD).to(q_latent.dtype)
+            key_rope = _columns(cache_ptr + C, place, rope, kept, R, R_PAD).to(q_rope.dtype)
+            s = tl.dot(q_latent, tl.trans(key), input_precision=PRECISION)
+            s = tl.dot(q_rope, tl.trans(key_rope), s, input_precision=PRECISION) * (scale * _LOG2E)
+            s = tl.where(kept[None, :], s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, axis=1))
+            p = tl.exp2(s - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
+            total = total * alpha + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(key.dtype), key, acc * alpha[:, None], input_precision=PRECISION)
+            m = m_new
+        place = (row * heads + head) * cuts + first // cut_size
+        mask = head_kept[:, None] & (latent < C)[None, :]
+        tl.store(part_ptr + place[:, None] * C + latent[None, :], acc / total[:, None], mask=mask)
+        tl.store(lse_ptr + place, m + tl.log2(total), mask=head_kept)
 
 
 @triton.jit(do_not_specialize=["cuts"])
@@ -126,7 +128,9 @@ def _some_rows(out, q_latent, q_rope, cache, table, sequence_T, context_T, part,
     rope, latent_pad = q_rope.shape[2], triton.next_power_of_2(max(latent, 16))
     fp8_cache = cache.dtype == torch.float8_e4m3fn
     block_h, block_n, warps, stages = tiles(q_latent.dtype, heads, fp8_cache=fp8_cache)
-    _attend[(rows * triton.cdiv(heads, block_h), cuts)](
+    programs = rows * triton.cdiv(heads, block_h)
+    shares = max(1, min(cuts, triton.cdiv(_PROGRAMS * multiprocessors(out.device), programs)))
+    _attend[(programs, shares)](
         q_latent, q_rope, cache, table, sequence_T, context_T, part, lse,
         *q_latent.stride()[:2], *q_rope.stride()[:2], *cache.stride()[:2], table.stride(0),
         heads, cuts, CUT, scale,
@@ -145,8 +149,11 @@ def tiles(dtype, heads, *, fp8_cache=False):
     """
     if dtype == torch.float32:
         return 16, 16, 4, 1
-    if heads <= 16:
-        return 16, 64, 8, 2
     if fp8_cache:
-        return 32, 16, 8, 2
-    return (32, 64, 8, 2) if heads <= 32 else (64, 16, 8, 2)
+        return 16, 32, 8, 2
+    return (16, 64, 8, 2) if heads <= 16 else (32, 16, 8, 2)
+
+
+def multiprocessors(device):
+    """Multiprocessors of a GPU; 1 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
