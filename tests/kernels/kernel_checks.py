@@ -250,7 +250,9 @@ def test_mla_by_row_on_ragged_pages_between_nans(dtype, shape, contexts, monkeyp
 
 
 @pytest.mark.parametrize(("tokens", "dims"), [(1, (36, 40)), (20, (23, 9)), (TOKENS, (36, 40))], ids=str)
-def test_products_by_row(dtype, tokens, dims):
+def test_products_by_row(dtype, tokens, dims, monkeypatch):
+    from benthic.kernels import triton_by_row
+
     inner, outer = dims
     x, weight = (
         made(tokens, 3, inner, dtype=dtype).detach(),
@@ -264,9 +266,11 @@ def test_products_by_row(dtype, tokens, dims):
     wide = ops.linear_by_row(x[:, 1], across[1], dtype=torch.float32, impl="triton")
     close(wide, exact[:, 1], dtype)
     ends = torch.tensor([tokens // 3, tokens // 3, tokens - tokens // 5], dtype=torch.int32, device=DEVICE)
-    fast = ops.grouped_linear_by_row(x[:, 2], weight, ends, impl="triton")
     wide = x[:, 2].double(), weight.double(), ends
-    close(fast, ops.grouped_linear_by_row(*wide, impl="reference"), dtype)
+    for few_rows in (0, 32):  # rows find their expert, or experts their rows
+        monkeypatch.setattr(triton_by_row, "FEW_ROWS", few_rows)
+        fast = ops.grouped_linear_by_row(x[:, 2], weight, ends, impl="triton")
+        close(fast, ops.grouped_linear_by_row(*wide, impl="reference"), dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

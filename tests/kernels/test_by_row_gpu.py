@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -181,12 +183,13 @@ def test_every_tiling_gives_the_same_bits(step, monkeypatch):
     from benthic.kernels import triton_by_row
 
     run, rows, first = STEPS[step](), torch.arange(300, device="cuda"), None
-    for tiling in (*(each for _, each in triton_by_row.TILINGS), triton_by_row.MANY_ROWS):
-        monkeypatch.setattr(triton_by_row, "tiles", lambda dtype, rows, tiling=tiling: tiling)
+    for tiling, few_rows in itertools.product(triton_by_row.TILINGS, (0, 1000)):
+        monkeypatch.setattr(triton_by_row, "tiles", lambda *_, tiling=tiling: tiling)
+        monkeypatch.setattr(triton_by_row, "FEW_ROWS", few_rows)
         found = run(rows)
         first = found if first is None else first
         differ = (found != first).sum().item()
-        assert not differ, f"{step}: {differ} of {found.numel()} numbers differ under {tiling}"
+        assert not differ, f"{step}: {differ} of {found.numel()} numbers differ under {tiling}, {few_rows}"
 
 
 @torch.inference_mode()

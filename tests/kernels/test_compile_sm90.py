@@ -192,12 +192,12 @@ def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
     assert used.wgmma > 0
 
 
-@pytest.mark.parametrize(("rows", "kind"), [(1, "sorted"), (24, "heads"), (4096, "dense")])
+@pytest.mark.parametrize(("tiling", "kind"), [(0, "sorted"), (1, "heads"), (4, "searched")])
 def test_a_product_by_row_is_one_kind_of_instruction_for_few_rows_and_many_without_spills(
-    rows, kind, tmp_path
+    tiling, kind, tmp_path
 ):
     module = importlib.import_module("benthic.kernels.triton_by_row")
-    block_r, block_n, block_k, warps, stages = module.tiles(torch.bfloat16, rows)
+    block_r, block_n, block_k, warps, stages = module.TILINGS[tiling]
     constants = {
         "BLOCK_R": block_r,
         "BLOCK_N": block_n,
@@ -205,7 +205,7 @@ def test_a_product_by_row_is_one_kind_of_instruction_for_few_rows_and_many_witho
         "WHOLE": True,
         "PRECISION": "tf32",
     }
-    constants |= {"SORTED": kind == "sorted", "GROUPS": 128 if kind == "sorted" else 1}
+    constants |= {"SORTED": kind != "heads", "SEARCH": kind == "searched", "GROUPS": 128}
     constants["stride_n" if kind == "heads" else "stride_k"] = 1
     built = compiled("triton_by_row", "_product", constants, warps=warps, stages=stages)
     used = resources(built, tmp_path)

@@ -17,34 +17,20 @@ import triton.language as tl
 from benthic.kernels.triton_tiles import find_tile, precision
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _product(
-    x_ptr, weight_ptr, out_ptr, ends_ptr,
-    rows, groups, n_dim, k_dim, stride_x, stride_xg, stride_wg, stride_n, stride_k, stride_out, stride_og,
+@triton.jit
+def _tile(
+    x_ptr, weight_ptr, out_ptr, first, end, column, n_dim, k_dim,
+    stride_x, stride_n, stride_k, stride_out, real,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SORTED: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[r, n] = sum_k weight[group, n, k] * x[r, k], k in order.
-
-    `SORTED`: rows lie one group after another and `ends` says where each ends; rows past the last give zeros.
-    Otherwise every group has all rows (the third axis of the grid), and operands have a stride for it.
-    """
-    group = tl.program_id(2)
-    start, end = tl.program_id(1) * BLOCK_R, rows
-    if SORTED:
-        group, start, end = find_tile(ends_ptr, tl.program_id(1), rows, groups, BLOCK_R, GROUPS)
-        if group > groups:
-            return
-    row = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Rows of one group from `first` on, before `end`; zeros where no weight is for them (not `real`)."""
+    row, k = (first + tl.arange(0, BLOCK_R)).to(tl.int64), tl.arange(0, BLOCK_K)
     row_kept, column_kept = row < end, column < n_dim
-    own = group.to(tl.int64)
     acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    if group < groups:
-        k = tl.arange(0, BLOCK_K)
-        weight_at = weight_ptr + own * stride_wg
-        weight_at += column[:, None].to(tl.int64) * stride_n + k[None, :] * stride_k
-        x_at = x_ptr + own * stride_xg + row[None, :] * stride_x + k[:, None]
+    weight_at = weight_ptr + column[:, None].to(tl.int64) * stride_n + k[None, :] * stride_k
+    x_at = x_ptr + row[None, :] * stride_x + k[:, None]
+    if real:
         for k_start in range(0, k_dim, BLOCK_K):
             if WHOLE:
                 weight = tl.load(weight_at, mask=column_kept[:, None], other=0.0)
@@ -56,8 +42,46 @@ def _product(
             acc = tl.dot(weight, x, acc, input_precision=PRECISION)
             weight_at += BLOCK_K * stride_k
             x_at += BLOCK_K
-    out_at = out_ptr + own * stride_og + row[None, :] * stride_out + column[:, None]
+    out_at = out_ptr + row[None, :] * stride_out + column[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=column_kept[:, None] & row_kept[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _product(
+    x_ptr, weight_ptr, out_ptr, ends_ptr,
+    rows, groups, n_dim, k_dim, stride_x, stride_xg, stride_wg, stride_n, stride_k, stride_out, stride_og,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SORTED: tl.constexpr, SEARCH: tl.constexpr, GROUPS: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[r, n] = sum_k weight[group, n, k] * x[r, k], k in order.
+
+    `SORTED`: rows lie one group after another and `ends` says where each ends; rows past the last give zeros.
+    A program then has a tile of rows, whose group it has to `SEARCH`, or all rows of a group, which are few.
+    Otherwise every group has all rows (the third axis of the grid), and operands have a stride for it.
+    """
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if SORTED and not SEARCH:
+        group = tl.program_id(1)
+        start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
+        end = tl.load(ends_ptr + group, mask=group < groups, other=rows)
+        weight_at = weight_ptr + group.to(tl.int64) * stride_wg
+        for first in range(start, end, BLOCK_R):
+            _tile(
+                x_ptr, weight_at, out_ptr, first, end, column, n_dim, k_dim,
+                stride_x, stride_n, stride_k, stride_out, group < groups,
+                BLOCK_R, BLOCK_N, BLOCK_K, WHOLE, PRECISION,
+            )  # fmt: skip
+    else:
+        group, start, end = tl.program_id(2), tl.program_id(1) * BLOCK_R, rows
+        if SEARCH:
+            group, start, end = find_tile(ends_ptr, tl.program_id(1), rows, groups, BLOCK_R, GROUPS)
+        own = group.to(tl.int64)
+        _tile(
+            x_ptr + own * stride_xg, weight_ptr + own * stride_wg, out_ptr + own * stride_og,
+            start, end, column, n_dim, k_dim, stride_x, stride_n, stride_k, stride_out, group < groups,
+            BLOCK_R, BLOCK_N, BLOCK_K, WHOLE, PRECISION,
+        )  # fmt: skip
 
 
 def linear_by_row(x_TI, weight_OI, *, dtype):
@@ -85,32 +109,44 @@ def _multiply(x_TGI, weight_GOI, out_TGO, ends_G=None):
         x_TGI = x_TGI.contiguous()
     rows, (groups, n_dim, k_dim) = x_TGI.shape[0], weight_GOI.shape
     sorted_rows = ends_G is not None
-    block_r, block_n, block_k, warps, stages = tiles(x_TGI.dtype, rows // groups if sorted_rows else rows)
-    row_tiles = rows // block_r + groups + 1 if sorted_rows else triton.cdiv(rows, block_r)
+    each = rows // groups if sorted_rows else rows
+    block_r, block_n, block_k, warps, stages = tiles(x_TGI.dtype, each, n_dim, groups)
+    search = sorted_rows and rows > FEW_ROWS * groups
+    row_tiles = triton.cdiv(rows, block_r)
+    if sorted_rows:
+        row_tiles = (rows // block_r if search else 0) + groups + 1
     if rows:
         _product[(triton.cdiv(n_dim, block_n), row_tiles, 1 if sorted_rows else groups)](
             x_TGI, weight_GOI, out_TGO, ends_G if sorted_rows else x_TGI,
             rows, groups, n_dim, k_dim, x_TGI.stride(0), 0 if sorted_rows else x_TGI.stride(1),
             *weight_GOI.stride(), out_TGO.stride(0), 0 if sorted_rows else out_TGO.stride(1),
             BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_K=block_k,
-            SORTED=sorted_rows, GROUPS=triton.next_power_of_2(groups + 2) if sorted_rows else 1,
+            SORTED=sorted_rows, SEARCH=search, GROUPS=triton.next_power_of_2(groups + 2) if search else 1,
             WHOLE=k_dim % block_k == 0, PRECISION=precision(x_TGI.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out_TGO
 
 
+FEW_ROWS = 32
+"""Rows a group, on average, up to which one program takes all rows of a group and reads its weights once."""
 TILINGS = (
-    (16, (16, 64, 128, 4, 4)),
-    (32, (32, 64, 128, 4, 4)),
-    (256, (64, 64, 128, 4, 3)),
-    (1023, (128, 128, 64, 8, 3)),
+    (16, 64, 128, 4, 4),
+    (32, 64, 128, 4, 4),
+    (64, 64, 128, 4, 3),
+    (128, 128, 64, 8, 3),
+    (256, 128, 64, 8, 3),
 )
-"""Up to how many rows a group which `(block_r, block_n, block_k, warps, stages)`; all give the same bits."""
-MANY_ROWS = (256, 128, 64, 8, 3)
+"""`(block_r, block_n, block_k, warps, stages)` that give the same bits."""
+_ENOUGH = 80  # programs from which a larger tile is worth more than busier multiprocessors
 
 
-def tiles(dtype, rows):
-    """`(block_r, block_n, block_k, warps, stages)` for about `rows` rows a group."""
+def tiles(dtype, rows, columns, groups):
+    """The tiling for about `rows` rows in each of `groups` groups: the largest that keeps a GPU busy."""
     if dtype == torch.float32:
         return 16, 64, 32, 4, 2
-    return next((tiling for most, tiling in TILINGS if rows <= most), MANY_ROWS)
+    for tiling in TILINGS[:1:-1]:
+        block_r, block_n = tiling[:2]
+        programs = triton.cdiv(rows, block_r) * triton.cdiv(columns, block_n) * groups
+        if 2 * rows > block_r and (programs >= _ENOUGH or tiling is TILINGS[2]) and rows > FEW_ROWS:
+            return tiling
+    return TILINGS[rows > 16]
