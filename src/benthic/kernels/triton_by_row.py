@@ -16,6 +16,18 @@ import triton.language as tl
 
 from benthic.kernels.triton_tiles import find_tile, precision
 
+FEW_ROWS = 32
+"""Rows a group, on average, up to which one program takes all rows of a group and reads its weights once."""
+TILINGS = (
+    (16, 64, 128, 4, 4),
+    (32, 64, 128, 4, 4),
+    (64, 64, 128, 4, 3),
+    (128, 128, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+)
+"""`(block_r, block_n, block_k, warps, stages)` that give the same bits."""
+_ENOUGH = 80  # programs from which a larger tile is worth more than busier multiprocessors
+
 
 @triton.jit
 def _tile(
@@ -127,26 +139,16 @@ def _multiply(x_TGI, weight_GOI, out_TGO, ends_G=None):
     return out_TGO
 
 
-FEW_ROWS = 32
-"""Rows a group, on average, up to which one program takes all rows of a group and reads its weights once."""
-TILINGS = (
-    (16, 64, 128, 4, 4),
-    (32, 64, 128, 4, 4),
-    (64, 64, 128, 4, 3),
-    (128, 128, 64, 8, 3),
-    (256, 128, 64, 8, 3),
-)
-"""`(block_r, block_n, block_k, warps, stages)` that give the same bits."""
-_ENOUGH = 80  # programs from which a larger tile is worth more than busier multiprocessors
-
-
 def tiles(dtype, rows, columns, groups):
     """The tiling for about `rows` rows in each of `groups` groups: the largest that keeps a GPU busy."""
     if dtype == torch.float32:
         return 16, 64, 32, 4, 2
-    for tiling in TILINGS[:1:-1]:
-        block_r, block_n = tiling[:2]
-        programs = triton.cdiv(rows, block_r) * triton.cdiv(columns, block_n) * groups
-        if 2 * rows > block_r and (programs >= _ENOUGH or tiling is TILINGS[2]) and rows > FEW_ROWS:
-            return tiling
-    return TILINGS[rows > 16]
+    if rows <= FEW_ROWS:
+        return TILINGS[rows > 16]
+    fitting = [
+        (block_r, block_n, *rest)
+        for block_r, block_n, *rest in TILINGS[3:]
+        if 2 * rows > block_r
+        and triton.cdiv(rows, block_r) * triton.cdiv(columns, block_n) * groups >= _ENOUGH
+    ]
+    return fitting[-1] if fitting else TILINGS[2]
