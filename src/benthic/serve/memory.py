@@ -110,7 +110,8 @@ def peak_of_step(
     rows, longest = options.max_num_batched_tokens, min(options.max_num_batched_tokens, max_model_len)
     starts = [*range(0, rows, longest), rows]
     bounds = torch.tensor(starts, dtype=torch.int32, device=device)
-    pages_SP = bounds.new_zeros(len(starts) - 1, -(-longest // cache.layout.block_size))
+    # as wide as the longest context's: an attention that reads pages in place has room for all of its parts
+    pages_SP = bounds.new_zeros(len(starts) - 1, -(-max_model_len // cache.layout.block_size))
     prefill = PrefillRows(bounds, bounds, longest, longest, None, pages_SP)
     tokens_T = torch.arange(rows, device=device) % model.config.vocab_size
     attending = attend(cache, StepLayout(torch.full_like(tokens_T, -1), None, prefill))
