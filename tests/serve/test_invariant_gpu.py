@@ -56,9 +56,9 @@ def model():
     return random_model(WIDE).cuda().to(torch.bfloat16)
 
 
-def one_by_one(model, requests):
-    options = {"enable_prefix_caching": False, "max_num_seqs": 1, "max_num_batched_tokens": 1024}
-    engine = small_engine(model, **(ROOM | options))
+def one_by_one(model, requests, **options):
+    quiet = {"enable_prefix_caching": False, "max_num_seqs": 1, "max_num_batched_tokens": 1024}
+    engine = small_engine(model, **(ROOM | quiet | options))
     return found({each.request_id: serve(engine, [each])[each.request_id] for each in requests})
 
 
@@ -93,6 +93,7 @@ def test_an_answer_that_comes_back_in_a_prompt_is_as_good_cached_as_computed_aga
     assert found(answers) == one_by_one(model, again)
 
 
-def test_an_ordinary_engine_is_not_invariant_in_bfloat16_or_this_mode_has_nothing_to_do(model, alone):
-    engine = small_engine(model, **(ROOM | {"batch_invariant": False}))
-    assert found(serve(engine, asked())) != alone
+def test_an_ordinary_engine_gives_other_bits_in_a_batch_than_alone_or_this_mode_has_nothing_to_do(model):
+    ordinary = {"batch_invariant": False}
+    together = found(serve(small_engine(model, **(ROOM | ordinary)), asked()))
+    assert together != one_by_one(model, asked(), **ordinary)
