@@ -126,8 +126,7 @@ def mla_by_row(q_latent_THC, q_rope_THr, cache_PBW, block_table_SP, sequence_T, 
 def _some_rows(out, q_latent, q_rope, cache, table, sequence_T, context_T, part, lse, cuts, scale):
     rows, heads, latent = q_latent.shape
     rope, latent_pad = q_rope.shape[2], triton.next_power_of_2(max(latent, 16))
-    fp8_cache = cache.dtype == torch.float8_e4m3fn
-    block_h, block_n, warps, stages = tiles(q_latent.dtype, heads, fp8_cache=fp8_cache)
+    block_h, block_n, warps, stages = tiles(q_latent.dtype, fp8_cache=cache.dtype == torch.float8_e4m3fn)
     programs = rows * triton.cdiv(heads, block_h)
     shares = max(1, min(cuts, triton.cdiv(_PROGRAMS * multiprocessors(out.device), programs)))
     _attend[(programs, shares)](
@@ -142,16 +141,14 @@ def _some_rows(out, q_latent, q_rope, cache, table, sequence_T, context_T, part,
     )
 
 
-def tiles(dtype, heads, *, fp8_cache=False):
-    """`(block_h, block_n, warps, stages)`, by the model alone: a batch must not change them.
+def tiles(dtype, *, fp8_cache=False):
+    """`(block_h, block_n, warps, stages)`: whatever the batch. More heads a program spill registers.
 
-    The cut's size is no constant of the kernel, else loops are unrolled until registers spill.
+    For the same reason the cut's size is no constant of the kernel: loops would be unrolled.
     """
     if dtype == torch.float32:
         return 16, 16, 4, 1
-    if fp8_cache:
-        return 16, 32, 8, 2
-    return (16, 64, 8, 2) if heads <= 16 else (32, 16, 8, 2)
+    return (16, 32, 8, 2) if fp8_cache else (16, 64, 8, 2)
 
 
 def multiprocessors(device):
