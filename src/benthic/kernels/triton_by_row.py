@@ -25,7 +25,7 @@ TILINGS = (
     (128, 128, 64, 8, 3),
     (256, 128, 64, 8, 3),
 )
-"""`(block_r, block_n, block_k, warps, stages)` that give the same bits."""
+"""`(block_r, block_n, block_k, warps, stages)` that give the same bits; any one of them would do for all."""
 _ENOUGH = 80  # programs from which a larger tile is worth more than busier multiprocessors
 
 
@@ -140,15 +140,17 @@ def _multiply(x_TGI, weight_GOI, out_TGO, ends_G=None):
 
 
 def tiles(dtype, rows, columns, groups):
-    """The tiling for about `rows` rows in each of `groups` groups: the largest that keeps a GPU busy."""
+    """The tiling for about `rows` rows in each of `groups` groups: the largest that keeps a GPU busy.
+
+    It holds all rows, or 64 of them, since weights are read again for every tile of rows.
+    """
     if dtype == torch.float32:
         return 16, 64, 32, 4, 2
-    if rows <= FEW_ROWS:
-        return TILINGS[rows > 16]
-    fitting = [
-        (block_r, block_n, *rest)
-        for block_r, block_n, *rest in TILINGS[3:]
-        if 2 * rows > block_r
-        and triton.cdiv(rows, block_r) * triton.cdiv(columns, block_n) * groups >= _ENOUGH
+    tall = [tiling for tiling in TILINGS if tiling[0] >= min(rows, 64)]
+    busy = [
+        tiling
+        for tiling in tall
+        if 2 * rows > tiling[0]
+        and triton.cdiv(rows, tiling[0]) * triton.cdiv(columns, tiling[1]) * groups >= _ENOUGH
     ]
-    return fitting[-1] if fitting else TILINGS[2]
+    return busy[-1] if busy else tall[0] if tall else TILINGS[-1]
