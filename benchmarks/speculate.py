@@ -8,6 +8,7 @@ included, through `Engine.step`, over `--groups` batches of different prompts on
 
     python benchmarks/speculate.py                    # trains tiny, then measures
     python benchmarks/speculate.py --checkpoint runs/x/hf --device cuda
+    python benchmarks/speculate.py --batch-invariant  # the same tokens in bfloat16 too
     python benchmarks/speculate.py --small            # a rehearsal on a CPU
 """
 
@@ -44,7 +45,18 @@ def main() -> None:
         rows = measure(checkpoint, words)
     settings = {
         name: getattr(words, name)
-        for name in ("small", "device", "dtype", "recipe", "set", "drafts", "always", "tokens", "repeats")
+        for name in (
+            "small",
+            "device",
+            "dtype",
+            "recipe",
+            "set",
+            "drafts",
+            "always",
+            "batch_invariant",
+            "tokens",
+            "repeats",
+        )
     }
     print(write_result("speculate", rows, out=words.out, **settings))
 
@@ -62,6 +74,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], help="override of the recipe")
     parser.add_argument(
         "--always", action="store_true", help="draft in every step, also where it does not pay"
+    )
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="scores that do not depend on the number of rows"
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--drafts", type=int, default=3)
@@ -130,6 +145,7 @@ def make_engine(checkpoint: Path, words: argparse.Namespace, speculative: Specul
         enable_prefix_caching=False,
         gpu_memory_utilization=0.25,
         speculative=speculative,
+        batch_invariant=words.batch_invariant,
     )
     return Engine.from_pretrained(checkpoint, options)
 

@@ -99,6 +99,10 @@ def test_a_port_in_use_is_an_error_before_the_model_is_looked_at(fails: Fails) -
         (("a", "--dtype", "int3"), "int3"),
         (("a", "--port", "70000"), "--port"),
         (("a", "--tensor-parallel-size", "0"), "--tensor-parallel-size"),
+        (
+            ("a", "--batch-invariant", "-tp", "2"),
+            "batch_invariant = True needs tensor_parallel_size = 1, not 2",
+        ),
         (("a", "--kv-port", "5000", "--decode", "2"), "--kv-port 5000"),
         (("a", "-tp", "2", "--prefill", "1", "--decode", "1"), "--prefill 1 --decode 1 takes engines of 1"),
         (("a", "--tensor-parallel-size", "2", "--kv-port", "5000"), "--kv-port 5000 takes engines of 1 rank"),

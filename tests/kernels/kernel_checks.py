@@ -226,6 +226,53 @@ def test_mla_decode_on_ragged_pages_between_nans(dtype, shape, contexts):
     close(fast, exact, dtype)
 
 
+ALONE = [(a, b) for a in DECODES for b in CONTEXTS] if ON_GPU else list(zip(DECODES, CONTEXTS, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "contexts"), ALONE, ids=str)
+def test_mla_by_row_on_ragged_pages_between_nans(dtype, shape, contexts, monkeypatch):
+    from benthic.kernels import triton_mla_by_row
+
+    heads, queries, latent, rope, block = shape
+    if not ON_GPU:  # several cuts, and more queries than partial outputs have room for
+        monkeypatch.setattr(triton_mla_by_row, "CUT", 16)
+        monkeypatch.setattr(triton_mla_by_row, "PART_BYTES", 4 * heads * latent * 10)
+    cache, table = paged(contexts, block=block, latent=latent, rope=rope, dtype=dtype)
+    sequence = torch.arange(len(contexts), dtype=torch.int32, device=DEVICE).repeat_interleave(queries)
+    unseen = torch.arange(queries, dtype=torch.int32, device=DEVICE).repeat(len(contexts))
+    context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)[sequence.long()] - unseen
+    q_latent = made(len(sequence), heads, latent, dtype=dtype).detach()
+    q_rope = made(len(sequence), heads, rope, dtype=dtype, seed=1).detach()
+    readers, scale = (table, sequence, context), (latent + rope) ** -0.5
+    fast = ops.mla_by_row(q_latent, q_rope, cache, *readers, scale=scale, impl="triton")
+    wide = q_latent.double(), q_rope.double(), cache.double()
+    close(fast, ops.mla_by_row(*wide, *readers, scale=scale, impl="reference"), dtype)
+
+
+@pytest.mark.parametrize(("tokens", "dims"), [(1, (36, 40)), (20, (23, 9)), (TOKENS, (36, 40))], ids=str)
+def test_products_by_row(dtype, tokens, dims, monkeypatch):
+    from benthic.kernels import triton_by_row
+
+    inner, outer = dims
+    x, weight = (
+        made(tokens, 3, inner, dtype=dtype).detach(),
+        made(3, outer, inner, dtype=dtype, seed=1).detach(),
+    )
+    across = weight.transpose(1, 2).contiguous().transpose(1, 2)  # as W^UK lies
+    exact = torch.einsum("thi,hoi->tho", x.double(), weight.double())
+    close(ops.heads_linear_by_row(x, weight, impl="triton"), exact, dtype)
+    close(ops.heads_linear_by_row(x, across, impl="triton"), exact, dtype)
+    close(ops.linear_by_row(x[:, 1], weight[1], impl="triton"), exact[:, 1], dtype)
+    wide = ops.linear_by_row(x[:, 1], across[1], dtype=torch.float32, impl="triton")
+    close(wide, exact[:, 1], dtype)
+    ends = torch.tensor([tokens // 3, tokens // 3, tokens - tokens // 5], dtype=torch.int32, device=DEVICE)
+    wide = x[:, 2].double(), weight.double(), ends
+    for few_rows in (0, 32):  # rows find their expert, or experts their rows
+        monkeypatch.setattr(triton_by_row, "FEW_ROWS", few_rows)
+        fast = ops.grouped_linear_by_row(x[:, 2], weight, ends, impl="triton")
+        close(fast, ops.grouped_linear_by_row(*wide, impl="reference"), dtype)
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_mla_decode_does_not_depend_on_the_number_of_splits(dtype, splits):
     from benthic.kernels import triton_mla

@@ -31,7 +31,7 @@ FLOATS = {
     "step_size",
 }
 INT64 = {"target_ptr", "row_ptr", "copy_ptr", "slot_ptr", "from_ptr", "to_ptr"}
-INT32 = {"ends_ptr", "table_ptr", "context_ptr", "starts_q_ptr", "starts_k_ptr"}
+INT32 = {"ends_ptr", "table_ptr", "sequence_ptr", "context_ptr", "starts_q_ptr", "starts_k_ptr"}
 FLOAT32 = {
     "gradient_ptr",
     "master_ptr",
@@ -190,6 +190,39 @@ def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
     used = resources(built, tmp_path)
     assert_fits(used)
     assert used.wgmma > 0
+
+
+@pytest.mark.parametrize(("tiling", "kind"), [(0, "sorted"), (1, "heads"), (4, "searched")])
+def test_a_product_by_row_is_one_kind_of_instruction_for_few_rows_and_many_without_spills(
+    tiling, kind, tmp_path
+):
+    module = importlib.import_module("benthic.kernels.triton_by_row")
+    block_r, block_n, block_k, warps, stages = module.TILINGS[tiling]
+    constants = {
+        "BLOCK_R": block_r,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "WHOLE": True,
+        "PRECISION": "tf32",
+    }
+    constants |= {"SORTED": kind != "heads", "SEARCH": kind == "searched", "GROUPS": 128}
+    constants["stride_n" if kind == "heads" else "stride_k"] = 1
+    built = compiled("triton_by_row", "_product", constants, warps=warps, stages=stages)
+    used = resources(built, tmp_path)
+    assert_fits(used)
+    kinds = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\w+)\.f32", built.asm["ptx"])
+    assert kinds == [f"m64n{block_r}k16"] * (block_k // 16 * (block_n // (16 * warps)))
+
+
+@pytest.mark.parametrize("cache", ["bf16", "fp8e4nv"])
+def test_attention_by_row_does_not_spill(cache, tmp_path):
+    module = importlib.import_module("benthic.kernels.triton_mla_by_row")
+    block_h, block_n, warps, stages = module.tiles(torch.bfloat16, fp8_cache=cache == "fp8e4nv")
+    constants = {"C": 512, "C_PAD": 512, "R": 64, "R_PAD": 64, "PAGE": 64, "PRECISION": "ieee"}
+    constants |= {"BLOCK_H": block_h, "BLOCK_N": block_n}
+    kinds = {"cache_ptr": f"*{cache}"}
+    built = compiled("triton_mla_by_row", "_attend", constants, warps=warps, stages=stages, overrides=kinds)
+    assert_fits(resources(built, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,16 @@ def grouped_linear(made, impl, *, columns=False):
     return ops.grouped_linear(made(TOKENS, WIDTH), weight, integers(1, 1, 4, TOKENS), impl=impl)
 
 
+def grouped_linear_by_row(made, impl):
+    ends = integers(1, 1, 4, TOKENS)
+    return ops.grouped_linear_by_row(made(TOKENS, WIDTH), made(EXPERTS, 32, WIDTH), ends, impl=impl)
+
+
+def mla_by_row(made, impl):
+    operands = made(2, 3, WIDTH), made(2, 3, 4), made(4, 8, WIDTH + 4), integers([2, 0], [3, 1])
+    return ops.mla_by_row(*operands, integers(1, 0), integers(9, 5), scale=0.2, impl=impl)
+
+
 def linear_cross_entropy(made, impl):
     return ops.linear_cross_entropy(made(TOKENS, WIDTH), made(9, WIDTH), torch.arange(TOKENS), impl=impl)
 
@@ -104,6 +114,12 @@ CALLS = {
     "unpermute": unpermute,
     "grouped_linear": grouped_linear,
     "grouped_linear in columns": lambda made, impl: grouped_linear(made, impl, columns=True),
+    "linear_by_row": lambda made, impl: ops.linear_by_row(made(TOKENS, WIDTH), made(9, WIDTH), impl=impl),
+    "heads_linear_by_row": lambda made, impl: ops.heads_linear_by_row(
+        made(TOKENS, 3, WIDTH), made(3, 9, WIDTH), impl=impl
+    ),
+    "grouped_linear_by_row": grouped_linear_by_row,
+    "mla_by_row": mla_by_row,
     "linear_cross_entropy": linear_cross_entropy,
     "quantise_fp8": lambda made, impl: ops.quantise_fp8_rows(made(TOKENS, WIDTH), impl=impl)[1],
     "dequantise_fp8": lambda made, impl: ops.dequantise_fp8(
@@ -203,7 +219,7 @@ def test_nothing_counts_as_recorded_under_no_grad(call):
 
 def test_native_refuses_every_op_whose_gradients_are_recorded():
     refused = [call for call, each in EVERY if each.name == "native" and case_of(call, grad=True).grad]
-    assert len(refused) == 11
+    assert len(refused) == 15
     for call in refused:
         with pytest.raises(BackendError, match=r"gradients recorded.* native: "):
             CALLS[call](maker(grad=True), "native")

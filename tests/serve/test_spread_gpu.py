@@ -17,7 +17,7 @@ from test_spread import children, rank_of, wait_gone
 
 from benthic.errors import EngineDeadError
 from benthic.model.checkpoint import save_pretrained
-from benthic.serve.client import EngineClient, EngineStream
+from benthic.serve.client import EngineClient
 from benthic.serve.engine import Engine
 from benthic.serve.launch import load_engine
 from benthic.serve.options import EngineOptions
@@ -26,6 +26,8 @@ from benthic.serve.spread import SpreadEngine
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from benthic.serve.streams import EngineStream
 
 pytestmark = [pytest.mark.multigpu, pytest.mark.gpu]
 

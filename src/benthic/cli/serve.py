@@ -5,308 +5,72 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from pathlib import Path  # noqa: TC003 (typer reads the annotations)
-from typing import Annotated
 
 import typer
 
+from benthic.cli import serve_flags as flags
 from benthic.cli import serve_words as words
 from benthic.cli.folders import user_cache
 
-ENGINE = "Engine"
-CACHE = "KV cache"
-REQUESTS = "Requests"
-HTTP = "HTTP"
-FLEET = "Prefill and decode instances"
 
-
-def serve(  # noqa: PLR0913 (one parameter a flag)
-    model: Annotated[
-        Path | None, typer.Argument(help="Checkpoint folder: config.json, *.safetensors, tokenizer.json.")
-    ] = None,
+def serve(  # noqa: PLR0913 (one flag each)
+    model: flags.Model = None,
     *,
-    model_flag: Annotated[Path | None, typer.Option("--model", help="The same as MODEL.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks one.", rich_help_panel=HTTP)] = 8000,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Name that requests use (default: MODEL as given). Repeat for more.", rich_help_panel=HTTP
-        ),
-    ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Require `Authorization: Bearer KEY`. Repeat for more; also BENTHIC_API_KEY.",
-            rich_help_panel=HTTP,
-        ),
-    ] = None,
-    max_body_bytes: Annotated[
-        int, typer.Option(min=1024, help="Largest request body; larger ones get 413.", rich_help_panel=HTTP)
-    ] = 16 << 20,
-    max_requests_per_minute: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of one API key, or one address; more get 429.", rich_help_panel=HTTP),
-    ] = None,
-    request_timeout: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Seconds from arrival to the end of an answer.", rich_help_panel=HTTP),
-    ] = None,
-    uvicorn_log_level: Annotated[
-        words.LogLevel, typer.Option(help="How much uvicorn says.", rich_help_panel=HTTP)
-    ] = words.LogLevel.info,
-    disable_uvicorn_access_log: Annotated[
-        bool,
-        typer.Option("--disable-uvicorn-access-log", help="No line per HTTP request.", rich_help_panel=HTTP),
-    ] = False,
-    shutdown_timeout: Annotated[
-        float,
-        typer.Option(
-            min=0, help="Seconds that requests may go on after SIGTERM or Ctrl-C.", rich_help_panel=HTTP
-        ),
-    ] = 30.0,
-    tensor_parallel_size: Annotated[
-        int,
-        typer.Option(
-            "--tensor-parallel-size",
-            "-tp",
-            min=1,
-            help="Devices that hold a shard of the model each and compute every step together.",
-            rich_help_panel=ENGINE,
-        ),
-    ] = 1,
-    enable_expert_parallel: Annotated[
-        bool,
-        typer.Option(
-            "--enable-expert-parallel",
-            help="Each of these devices holds whole experts, not a part of every one.",
-            rich_help_panel=ENGINE,
-        ),
-    ] = False,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Longest prompt plus output (default: the model's).", rich_help_panel=ENGINE
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="Most sequences in one step.", rich_help_panel=ENGINE)
-    ] = 64,
-    max_num_batched_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Most tokens in one step; longer prefills are chunked.", rich_help_panel=ENGINE
-        ),
-    ] = 2048,
-    dtype: Annotated[
-        words.Dtype,
-        typer.Option(help="auto: the checkpoint's on a GPU, float32 on a CPU.", rich_help_panel=ENGINE),
-    ] = words.Dtype.auto,
-    load_format: Annotated[
-        words.LoadFormat,
-        typer.Option(
-            help="dummy: random weights; MODEL needs config.json and tokenizer.json alone.",
-            rich_help_panel=ENGINE,
-        ),
-    ] = words.LoadFormat.auto,
-    quantization: Annotated[
-        words.Quantization,
-        typer.Option(
-            "--quantization",
-            "-q",
-            help="auto: FP8 weights stay FP8 on a GPU; fp8: everywhere, others are quantised; none: widen.",
-            rich_help_panel=ENGINE,
-        ),
-    ] = words.Quantization.auto,
-    enforce_eager: Annotated[
-        bool,
-        typer.Option("--enforce-eager", help="No CUDA graphs, no CPU tapes.", rich_help_panel=ENGINE),
-    ] = False,
-    async_scheduling: Annotated[
-        bool | None,
-        typer.Option(
-            "--async-scheduling/--no-async-scheduling",
-            help="Prepare a step while the one before runs (default: on a GPU).",
-            rich_help_panel=ENGINE,
-        ),
-    ] = None,
-    speculative_config: Annotated[
-        str | None,
-        typer.Option(
-            help='JSON, as {"method": "mtp", "num_speculative_tokens": 2}; or "ngram".',
-            rich_help_panel=ENGINE,
-        ),
-    ] = None,
-    cudagraph_capture_sizes: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--cudagraph-capture-sizes",
-            "--cuda-graph-sizes",
-            min=1,
-            help="Batch size that gets a CUDA graph. Repeat for more (default: 1, 2, 4, 8, 16, 24, …).",
-            rich_help_panel=ENGINE,
-        ),
-    ] = None,
-    max_cudagraph_capture_size: Annotated[
-        int,
-        typer.Option(min=0, help="Largest batch that gets a CUDA graph; 0 for none.", rich_help_panel=ENGINE),
-    ] = 512,
-    device: Annotated[
-        str,
-        typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU if there is one.", rich_help_panel=ENGINE),
-    ] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed for requests that bring none.", rich_help_panel=ENGINE)] = 0,
-    num_threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of the engine.", rich_help_panel=ENGINE)
-    ] = None,
-    engine_stall_timeout: Annotated[
-        float,
-        typer.Option(
-            min=1, help="Seconds of silence after which the engine is given up.", rich_help_panel=ENGINE
-        ),
-    ] = 300.0,
-    block_size: Annotated[
-        int, typer.Option(min=1, help="Tokens in a cache block.", rich_help_panel=CACHE)
-    ] = 64,
-    kv_cache_dtype: Annotated[
-        words.CacheDtype,
-        typer.Option(help="auto: as activations; fp8: E4M3, half the bytes.", rich_help_panel=CACHE),
-    ] = words.CacheDtype.auto,
-    num_gpu_blocks_override: Annotated[
-        int | None,
-        typer.Option(
-            "--num-gpu-blocks-override",
-            "--num-blocks",
-            min=1,
-            help="Blocks in the cache, on any device.",
-            rich_help_panel=CACHE,
-        ),
-    ] = None,
-    kv_cache_memory: Annotated[
-        int | None,
-        typer.Option(
-            "--kv-cache-memory",
-            "--kv-cache-memory-bytes",
-            min=1,
-            help="Bytes of the cache.",
-            rich_help_panel=CACHE,
-        ),
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float,
-        typer.Option(help="Share of GPU memory for weights and cache, in (0, 1].", rich_help_panel=CACHE),
-    ] = 0.9,
-    host_cache_gib: Annotated[
-        float,
-        typer.Option(
-            "--host-cache-gib",
-            "--kv-offloading-size",
-            min=0,
-            help="GiB of host memory, of an engine, for blocks evicted from the cache.",
-            rich_help_panel=CACHE,
-        ),
-    ] = 0.0,
-    enable_prefix_caching: Annotated[
-        bool, typer.Option(help="Reuse blocks of equal prompt beginnings.", rich_help_panel=CACHE)
-    ] = True,
-    max_waiting: Annotated[
-        int, typer.Option(min=0, help="Sequences that may wait; more get 503.", rich_help_panel=REQUESTS)
-    ] = 1024,
-    max_logprobs: Annotated[
-        int,
-        typer.Option(min=0, max=20, help="Most logprobs a request may ask for.", rich_help_panel=REQUESTS),
-    ] = 20,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(
-            help="Jinja file (or text) instead of the checkpoint's template.", rich_help_panel=REQUESTS
-        ),
-    ] = None,
-    generation_config: Annotated[
-        str,
-        typer.Option(
-            help="Sampling defaults: auto (the model's generation_config.json), none, or a folder.",
-            rich_help_panel=REQUESTS,
-        ),
-    ] = "auto",
-    tool_call_parser: Annotated[
-        words.ToolParser,
-        typer.Option(help="auto reads the format off the chat template.", rich_help_panel=REQUESTS),
-    ] = words.ToolParser.auto,
-    reasoning_parser: Annotated[
-        words.ReasoningParser,
-        typer.Option(help="auto looks for <think> in the chat template.", rich_help_panel=REQUESTS),
-    ] = words.ReasoningParser.auto,
-    prefill: Annotated[
-        int, typer.Option(min=0, help="Instances that prefill for others.", rich_help_panel=FLEET)
-    ] = 0,
-    decode: Annotated[
-        int, typer.Option(min=0, help="Instances that pull and decode.", rich_help_panel=FLEET)
-    ] = 0,
-    prefill_policy: Annotated[
-        str, typer.Option(help="prefix_affinity or shortest_queue.", rich_help_panel=FLEET)
-    ] = "prefix_affinity",
-    local_prefill_tokens: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Prompts with at most so many new tokens skip the transfer.", rich_help_panel=FLEET
-        ),
-    ] = 0,
-    replan: Annotated[
-        float | None,
-        typer.Option(
-            min=1,
-            metavar="SECONDS",
-            help="Move instances to the kind that the load of so long needs more (default: never).",
-            rich_help_panel=FLEET,
-        ),
-    ] = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Place the instances on a Ray cluster: ray://HEAD:10001, auto or local.",
-            rich_help_panel=FLEET,
-        ),
-    ] = None,
-    kv_host: Annotated[
-        str, typer.Option(help="Where other servers reach --kv-port.", rich_help_panel=FLEET)
-    ] = "127.0.0.1",
-    kv_port: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=65535, help="Take part in transfers with other servers here.", rich_help_panel=FLEET
-        ),
-    ] = None,
-    kv_nixl: Annotated[
-        bool, typer.Option("--kv-nixl", help="Move blocks between hosts by NIXL.", rich_help_panel=FLEET)
-    ] = False,
-    disable_log_requests: Annotated[
-        bool,
-        typer.Option(
-            "--disable-log-requests", help="No lines when requests start and end.", rich_help_panel=REQUESTS
-        ),
-    ] = False,
-    goodput: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Latency targets in ms that /metrics counts, as 'ttft:500 tpot:50'.",
-            rich_help_panel=REQUESTS,
-        ),
-    ] = None,
-    otlp_traces_endpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="OpenTelemetry collector for traces, e.g. http://localhost:4318/v1/traces.",
-            rich_help_panel=REQUESTS,
-        ),
-    ] = None,
-    disable_log_stats: Annotated[
-        bool,
-        typer.Option(
-            "--disable-log-stats", help="No throughput line every ten seconds.", rich_help_panel=REQUESTS
-        ),
-    ] = False,
+    model_flag: flags.ModelFlag = None,
+    host: flags.Host = "127.0.0.1",
+    port: flags.Port = 8000,
+    served_model_name: flags.ServedModelName = None,
+    api_key: flags.ApiKey = None,
+    max_body_bytes: flags.MaxBodyBytes = 16 << 20,
+    max_requests_per_minute: flags.MaxRequestsPerMinute = None,
+    request_timeout: flags.RequestTimeout = None,
+    uvicorn_log_level: flags.UvicornLogLevel = words.LogLevel.info,
+    disable_uvicorn_access_log: flags.DisableUvicornAccessLog = False,
+    shutdown_timeout: flags.ShutdownTimeout = 30.0,
+    tensor_parallel_size: flags.TensorParallelSize = 1,
+    enable_expert_parallel: flags.EnableExpertParallel = False,
+    max_model_len: flags.MaxModelLen = None,
+    max_num_seqs: flags.MaxNumSeqs = 64,
+    max_num_batched_tokens: flags.MaxNumBatchedTokens = 2048,
+    dtype: flags.Dtype = words.Dtype.auto,
+    load_format: flags.LoadFormat = words.LoadFormat.auto,
+    quantization: flags.Quantization = words.Quantization.auto,
+    enforce_eager: flags.EnforceEager = False,
+    batch_invariant: flags.BatchInvariant = False,
+    async_scheduling: flags.AsyncScheduling = None,
+    speculative_config: flags.SpeculativeConfig = None,
+    cudagraph_capture_sizes: flags.CudagraphCaptureSizes = None,
+    max_cudagraph_capture_size: flags.MaxCudagraphCaptureSize = 512,
+    device: flags.Device = "auto",
+    seed: flags.Seed = 0,
+    num_threads: flags.NumThreads = None,
+    engine_stall_timeout: flags.EngineStallTimeout = 300.0,
+    block_size: flags.BlockSize = 64,
+    kv_cache_dtype: flags.KvCacheDtype = words.CacheDtype.auto,
+    num_gpu_blocks_override: flags.NumGpuBlocksOverride = None,
+    kv_cache_memory: flags.KvCacheMemory = None,
+    gpu_memory_utilization: flags.GpuMemoryUtilization = 0.9,
+    host_cache_gib: flags.HostCacheGib = 0.0,
+    enable_prefix_caching: flags.EnablePrefixCaching = True,
+    max_waiting: flags.MaxWaiting = 1024,
+    max_logprobs: flags.MaxLogprobs = 20,
+    chat_template: flags.ChatTemplate = None,
+    generation_config: flags.GenerationConfig = "auto",
+    tool_call_parser: flags.ToolCallParser = words.ToolParser.auto,
+    reasoning_parser: flags.ReasoningParser = words.ReasoningParser.auto,
+    prefill: flags.Prefill = 0,
+    decode: flags.Decode = 0,
+    prefill_policy: flags.PrefillPolicy = "prefix_affinity",
+    local_prefill_tokens: flags.LocalPrefillTokens = 0,
+    replan: flags.Replan = None,
+    cluster: flags.Cluster = None,
+    kv_host: flags.KvHost = "127.0.0.1",
+    kv_port: flags.KvPort = None,
+    kv_nixl: flags.KvNixl = False,
+    disable_log_requests: flags.DisableLogRequests = False,
+    goodput: flags.Goodput = None,
+    otlp_traces_endpoint: flags.OtlpTracesEndpoint = None,
+    disable_log_stats: flags.DisableLogStats = False,
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API."""
     # imported here so that `benthic --help` needs neither FastAPI nor tokenizers
@@ -331,6 +95,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         enable_expert_parallel=enable_expert_parallel,
         enforce_eager=enforce_eager,
         async_scheduling=async_scheduling,
+        batch_invariant=batch_invariant,
         cudagraph_capture_sizes=tuple(cudagraph_capture_sizes or ()),
         max_cudagraph_capture_size=max_cudagraph_capture_size,
         max_model_len=max_model_len,

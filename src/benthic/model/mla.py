@@ -61,6 +61,7 @@ class Attention(nn.Module, ABC):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.latent_up: type[LatentUp] = LatentUp
         self.layer = layer
         self.scale = softmax_scale(config)
         self.query_split = (config.qk_nope_head_dim, config.qk_rope_head_dim)
@@ -98,7 +99,7 @@ class Attention(nn.Module, ABC):
             ops.rope(q_rope_THr, angles.cos_Tr2, angles.sin_Tr2),
             self.kv_a_norm(latent_TC),
             ops.rope(k_rope_Tr, angles.cos_Tr2, angles.sin_Tr2),
-            LatentUp(self.kv_b.weight, self.query_split[0], self.v_dim, linear),
+            self.latent_up(self.kv_b.weight, self.query_split[0], self.v_dim, linear),
             layer=self.layer,
             scale=self.scale,
         )

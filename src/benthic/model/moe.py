@@ -28,6 +28,7 @@ class Gate(nn.Module):
     """Chooses experts in float32; `bias` (only with `noaux_tc`) steers the choice and not the weights."""
 
     bias: Tensor | None
+    logits: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -36,12 +37,13 @@ class Gate(nn.Module):
         biased = config.topk_method == "noaux_tc"
         bias = torch.empty(config.n_routed_experts, dtype=torch.float32) if biased else None
         self.register_buffer("bias", bias)
+        self.logits = gate_logits
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route every row of the normed `x_TD`; logits, scores and weights are float32."""
         config = self.config
         return ops.route(
-            _logits(x_TD, self.weight),
+            self.logits(x_TD, self.weight),
             self.bias,
             scoring_func=config.scoring_func,
             topk_method=config.topk_method,
@@ -61,7 +63,7 @@ class Gate(nn.Module):
         return self
 
 
-def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """The gate's product in float32, for whose gradient x is kept as it came and not in float32."""
     if x_TD.dtype.itemsize >= 4:
         return F.linear(x_TD.float(), weight_ED.float())

@@ -12,16 +12,18 @@ context tokens of all prefill sequences; H heads, n nope, r rope, v value, C lat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from benthic.kernels.ops import attention, mla_decode, store_latent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-    from benthic.model.sockets import LatentUp
+    from benthic.model.sockets import Attend, LatentUp
     from benthic.serve.cache import LatentCache
 
 
@@ -49,7 +51,8 @@ class PrefillRows:
 
     `cu_seqlens_q` and `cu_seqlens_k` int32 [sequences + 1] bound each sequence's rows and its context (which
     ends with those rows). `context_slot_M` int64 lists the slots of all contexts in order; None when every
-    context is made of this step's rows alone, which then need not be read back.
+    context is made of this step's rows alone, which then need not be read back. `block_table_SP` int32 is
+    there for an attention that reads pages in place, see `benthic.serve.invariant`.
     """
 
     cu_seqlens_q: Tensor
@@ -57,6 +60,7 @@ class PrefillRows:
     max_seqlen_q: int
     max_seqlen_k: int
     context_slot_M: Tensor | None
+    block_table_SP: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ class StepLayout:
     slot_T: Tensor
     decode: DecodeRows | None
     prefill: PrefillRows | None
+
+
+MakeAttend: TypeAlias = "Callable[[LatentCache, StepLayout], Attend]"
+"""Makes the `attend` socket of one step: `PagedAttend`, or `benthic.serve.invariant.InvariantAttend`."""
 
 
 class PagedAttend:

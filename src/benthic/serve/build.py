@@ -28,10 +28,12 @@ from benthic.model.sharded import load_shard
 from benthic.parallel.divided import exchange_for
 from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
+from benthic.serve.attend import PagedAttend
 from benthic.serve.cache import CacheLayout, CacheSize, LatentCache
 from benthic.serve.columns import fastest_linear
 from benthic.serve.grammar import Grammars
 from benthic.serve.graphs import padded_sizes
+from benthic.serve.invariant import InvariantAttend, invariant_linear
 from benthic.serve.memory import MemoryUse, measure_use
 from benthic.serve.messages import Ready
 from benthic.serve.runner import Runner
@@ -45,7 +47,9 @@ if TYPE_CHECKING:
 
     from benthic.model.block_scaled import Scales
     from benthic.model.network import DeepSeek
+    from benthic.model.sockets import Linear
     from benthic.parallel.team import Team
+    from benthic.serve.attend import MakeAttend
     from benthic.serve.graphs import Progress
     from benthic.serve.options import EngineOptions
     from benthic.serve.runner import Lead
@@ -197,7 +201,8 @@ def assemble(
         dtype=cache_dtype(options, weight.dtype),
         mtp_layers=ahead,
     )
-    linear = block_scaled_linear(model, scales) if scales else fastest_linear(model)
+    attend: MakeAttend = InvariantAttend if options.batch_invariant else PagedAttend
+    linear = linear_socket(model, options, scales)
     experts = LocalExchange(config.n_routed_experts) if rank is None else exchange_for(config, rank.shard)
     sizes = graph_sizes(options, weight.device)
     use: MemoryUse | None = None
@@ -210,6 +215,7 @@ def assemble(
             exchange=experts,
             graph_sizes=sizes,
             max_model_len=max_model_len,
+            attend=attend,
         )
     if use is not None and speculative is not None:
         # each number of drafts has graphs of its own; they are taken to cost what those without drafts do
@@ -260,9 +266,20 @@ def assemble(
         exchange=experts,
         alone=rank is None,
         lead=None if rank is None else rank.lead,
+        attend=attend,
     )
     capture(runner, capture_progress if leads else iter)
     return Parts(runner, scheduler, ready, size, use)
+
+
+def linear_socket(model: DeepSeek, options: EngineOptions, scales: Scales | None) -> Linear:
+    """How matrices are multiplied: by row if the options ask for it, by blocks in FP8, or the fastest way.
+
+    Raises: ConfigError as `invariant_linear`.
+    """
+    if options.batch_invariant:
+        return invariant_linear(model, scales)
+    return block_scaled_linear(model, scales) if scales else fastest_linear(model)
 
 
 def check_ranks(options: EngineOptions, rank: Rank | None) -> None:

@@ -8,7 +8,6 @@ to be the same on all nodes, and the checkpoint has to be at the same path.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
 import os
@@ -21,10 +20,7 @@ from benthic.errors import ConfigError
 from benthic.serve.process import EngineProcess, Pipes, engine_main
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from benthic.serve.options import EngineOptions
-    from benthic.serve.process import EngineFactory, EngineLike
+    from benthic.serve.process import EngineFactory
 
 logger = logging.getLogger("benthic.serve.router")
 
@@ -90,8 +86,8 @@ class RayPlace:
             found = there.get(name, 0)
             if found < needed:
                 msg = (
-                    f"--cluster {address} has {found:g} {name}s, but an instance needs {needed}. Add nodes, or "
-                    "change --device or --num-threads."
+                    f"--cluster {address} has {found:g} {name}s, but an instance needs {needed}. Add nodes, "
+                    "or change --device or --num-threads."
                 )
                 raise ConfigError(msg)
 
@@ -152,22 +148,6 @@ class ActorProcess:
             self._ended.set()
             os.close(self._writing)
             self.kill()  # gives its node's room back
-
-
-def load_placed(
-    checkpoint: Path, options: EngineOptions, router: str, index: int, *, nixl: bool
-) -> EngineLike:
-    """Build an instance where it was placed, with a desk at the address from which it reaches the router."""
-    from benthic.serve.fleet import load_instance  # noqa: PLC0415 (it imports this module)
-
-    return load_instance(checkpoint, options, f"tcp://{own_address(router)}:0", index, nixl=nixl)
-
-
-def placed_factory(
-    checkpoint: Path, options: EngineOptions, router: str, *, nixl: bool
-) -> functools.partial[EngineLike]:
-    """`load_placed` before its index."""
-    return functools.partial(load_placed, checkpoint, options, router, nixl=nixl)
 
 
 def own_address(toward: str) -> str:

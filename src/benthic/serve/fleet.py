@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.sched.replan import ReplanConfig
 from benthic.sched.routing import RANKINGS, Policy, Role
-from benthic.serve.cluster import Needs, RayPlace, placed_factory
+from benthic.serve.cluster import Needs, RayPlace, own_address
 from benthic.serve.router import Router, RouterOptions
 from benthic.spec.objectives import Objectives
 
@@ -117,7 +117,7 @@ def start_router(
     roles: dict[Role, int] = {"prefill": options.prefill, "decode": options.decode}
     if fleet.cluster is not None:
         place = _place(fleet, fleet.cluster)
-        build = placed_factory(fleet.checkpoint, fleet.engine, place.host, nixl=fleet.nixl)
+        build = functools.partial(load_placed, fleet.checkpoint, fleet.engine, place.host, nixl=fleet.nixl)
         return Router(
             lambda _, index: functools.partial(build, index), roles, router, journal=journal, place=place
         )
@@ -173,6 +173,11 @@ def load_instance(
     parts = from_checkpoint(path, options)
     transfer = TransferOptions(address=address, model=digest_of(parts.runner.model), nixl=nixl)
     return Instance(parts, options, transfer)
+
+
+def load_placed(path: Path, options: EngineOptions, router: str, index: int, *, nixl: bool) -> EngineLike:
+    """Build an instance where it was placed, with a desk at the address from which it reaches the router."""
+    return load_instance(path, options, f"tcp://{own_address(router)}:0", index, nixl=nixl)
 
 
 def _device(asked: str, index: int, gpus: int) -> str:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from benthic.model.network import DeepSeek
     from benthic.model.sockets import Exchange, Linear
+    from benthic.serve.attend import MakeAttend
     from benthic.serve.cache import LatentCache
 
 Progress: TypeAlias = "Callable[[Sequence[int]], Iterable[int]]"
@@ -83,25 +84,35 @@ class Captured(NamedTuple):
 class Served:
     """What all graphs of an engine run: a model over its cache, through these sockets.
 
-    `pool` is the device memory of captures, which graphs that copy their outputs away may share.
+    `attend` makes the socket of a pass. `pool` is the device memory of captures, which graphs that copy
+    their outputs away may share.
     """
 
     model: DeepSeek
     cache: LatentCache
     linear: Linear
     exchange: Exchange
+    attend: MakeAttend = PagedAttend
     pool: Any = None
 
     @classmethod
-    def of(cls, model: DeepSeek, cache: LatentCache, linear: Linear, exchange: Exchange) -> Served:
+    def of(
+        cls,
+        model: DeepSeek,
+        cache: LatentCache,
+        linear: Linear,
+        exchange: Exchange,
+        attend: MakeAttend = PagedAttend,
+    ) -> Served:
         """With a pool of their own."""
         on_gpu = cache.pages_LPBW.is_cuda
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        return cls(model, cache, linear, exchange, pool)
+        return cls(model, cache, linear, exchange, attend, pool)
 
     def sockets(self, slot_T: Tensor, decode: DecodeRows) -> Sockets:
         """The sockets of decode rows."""
-        return Sockets(PagedAttend(self.cache, StepLayout(slot_T, decode, None)), self.exchange, self.linear)
+        attend = self.attend(self.cache, StepLayout(slot_T, decode, None))
+        return Sockets(attend, self.exchange, self.linear)
 
 
 class Graphs(abc.ABC):

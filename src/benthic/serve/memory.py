@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from benthic.model.network import DeepSeek
     from benthic.model.sockets import Exchange, Linear
+    from benthic.serve.attend import MakeAttend
     from benthic.serve.options import EngineOptions
 
 SAMPLING_COPIES = 6
@@ -69,6 +70,7 @@ def measure_use(
     exchange: Exchange,
     graph_sizes: Sequence[int],
     max_model_len: int,
+    attend: MakeAttend = PagedAttend,
 ) -> MemoryUse:
     """Run the largest step and capture the two largest graphs over a cache of one block; keep nothing.
 
@@ -78,13 +80,13 @@ def measure_use(
     weights = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
     cache = LatentCache(layout, 1, device)
     activations = peak_of_step(
-        model, cache, options, linear=linear, exchange=exchange, max_model_len=max_model_len
+        model, cache, options, linear=linear, exchange=exchange, max_model_len=max_model_len, attend=attend
     )
     graphs = 0
     if graph_sizes:
         columns = -(-max_model_len // layout.block_size)
         graphs = graph_bytes(
-            model, cache, linear=linear, exchange=exchange, sizes=graph_sizes, columns=columns
+            model, cache, linear=linear, exchange=exchange, sizes=graph_sizes, columns=columns, attend=attend
         )
     del cache
     torch.cuda.empty_cache()
@@ -103,16 +105,19 @@ def peak_of_step(
     linear: Linear,
     exchange: Exchange,
     max_model_len: int,
+    attend: MakeAttend = PagedAttend,
 ) -> int:
     """Bytes that a step of fresh prompts adds at its peak, or sampling `max_num_seqs` rows after it."""
     device = model.head_weight().device
     rows, longest = options.max_num_batched_tokens, min(options.max_num_batched_tokens, max_model_len)
     starts = [*range(0, rows, longest), rows]
     bounds = torch.tensor(starts, dtype=torch.int32, device=device)
-    prefill = PrefillRows(bounds, bounds, longest, longest, None)
+    # as wide as the longest context's: an attention that reads pages in place has room for all of its parts
+    pages_SP = bounds.new_zeros(len(starts) - 1, -(-max_model_len // cache.layout.block_size))
+    prefill = PrefillRows(bounds, bounds, longest, longest, None, pages_SP)
     tokens_T = torch.arange(rows, device=device) % model.config.vocab_size
-    attend = PagedAttend(cache, StepLayout(torch.full_like(tokens_T, -1), None, prefill))
-    sockets = Sockets(attend, exchange, linear)
+    attending = attend(cache, StepLayout(torch.full_like(tokens_T, -1), None, prefill))
+    sockets = Sockets(attending, exchange, linear)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -132,13 +137,14 @@ def graph_bytes(
     exchange: Exchange,
     sizes: Sequence[int],
     columns: int,
+    attend: MakeAttend = PagedAttend,
 ) -> int:
     """Bytes that graphs of all sizes will take: those of the two largest, and for each other the second's."""
     torch.cuda.empty_cache()
     before, _ = torch.cuda.mem_get_info()
     block, device = cache.layout.block_size, model.embed.weight.device
     graphs = StepGraphs(
-        Served.of(model, cache, linear, exchange),
+        Served.of(model, cache, linear, exchange, attend),
         sizes[-2:],
         1,
         steps=StepBuilder(

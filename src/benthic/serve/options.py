@@ -55,6 +55,8 @@ class EngineOptions:
         native_folder: where compiled CPU kernels are kept; None leaves it to `kernels.native_build`.
         share_pages: lay the cache where other processes on this host can read it.
         lease_seconds: how long a held request's blocks stay for their reader without a sign of it.
+        batch_invariant: a token's scores have the same bits whatever else is in the batch, with drafts or
+            without, however its prompt was chunked or cached; see `benthic.serve.invariant`.
         record: file that gets every call to the scheduler as a JSON line, for `benthic.sched.replay`.
     """
 
@@ -85,6 +87,7 @@ class EngineOptions:
     native_folder: str | None = None
     share_pages: bool = False
     lease_seconds: float = 30.0
+    batch_invariant: bool = False
     record: str | None = None
 
     def __post_init__(self) -> None:
@@ -110,6 +113,15 @@ class EngineOptions:
             problems.append(
                 f"host_cache_gib = {self.host_cache_gib} keeps blocks for the prefix cache, but "
                 "enable_prefix_caching = False; leave out one or the other"
+            )
+        if self.batch_invariant and self.tensor_parallel_size > 1:
+            problems.append(
+                f"batch_invariant = True needs tensor_parallel_size = 1, not {self.tensor_parallel_size}: "
+                "the order of sums over ranks depends on their size; leave out one or the other"
+            )
+        if self.batch_invariant and self.quantization == "fp8":
+            problems.append(
+                'batch_invariant = True multiplies no FP8 weights, but quantization = "fp8"; take "none"'
             )
         problems += [
             f"{name} = {value}, but it must be at least 0"

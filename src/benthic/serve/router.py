@@ -23,9 +23,10 @@ import msgspec
 
 from benthic.errors import BenthicError, EngineDeadError, OverloadedError
 from benthic.sched.routing import Policy, Query, Role, Route, choose
-from benthic.serve.client import EngineClient, EngineStream
+from benthic.serve.client import EngineClient
 from benthic.serve.members import Load, Member, Members
 from benthic.serve.replanning import Replanning
+from benthic.serve.streams import EngineStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

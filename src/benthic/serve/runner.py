@@ -13,6 +13,7 @@ from benthic.model.sockets import Sockets
 from benthic.serve.attend import PagedAttend
 from benthic.serve.columns import ColumnLinear, fastest_linear
 from benthic.serve.graphs import ModuleBuffers, ModuleGraphs, ModuleRows, Served
+from benthic.serve.invariant import InvariantAttend
 from benthic.serve.step_graphs import StepBuffers, StepGraphs
 from benthic.serve.steps import StepBuilder
 from benthic.serve.tail_graphs import TailGraphs
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from benthic.model.network import DeepSeek
     from benthic.model.sockets import Exchange, Linear
     from benthic.sched.plans import StepPlan, TableWrite
-    from benthic.serve.attend import StepLayout
+    from benthic.serve.attend import MakeAttend, StepLayout
     from benthic.serve.cache import LatentCache
     from benthic.serve.drafts import Drafts
     from benthic.serve.graphs import Graphs
@@ -95,6 +96,7 @@ class Runner:
         alone: nobody else holds a shard of the model, so what a graph draws is what is drawn.
         lead: who else runs the same steps; None when nobody does, or where this runner is the one that is
         told.
+        attend: makes the socket of a step; `InvariantAttend` wants a model made invariant and its linear.
     """
 
     def __init__(  # noqa: PLR0913 (what a step depends on)
@@ -111,7 +113,9 @@ class Runner:
         exchange: Exchange | None = None,
         alone: bool = True,
         lead: Lead | None = None,
+        attend: MakeAttend = PagedAttend,
     ) -> None:
+        self._attend = attend
         self.cache = cache
         self.model = model.eval()
         self._linear = fastest_linear(model) if linear is None else linear
@@ -131,6 +135,7 @@ class Runner:
             block_size=cache.layout.block_size,
             device=cache.pages_LPBW.device,
             drafts=drafts,
+            reads_pages=attend is InvariantAttend,
         )
         depths = cache.layout.layers - model.config.num_hidden_layers
         lines = max_num_seqs + 1 if depths else 0
@@ -146,7 +151,7 @@ class Runner:
     def _make_graphs(self, sizes: tuple[int, ...], columns: int, drafts: int, depths: int) -> None:
         """Graphs of every number of queries; captured by `build.capture`."""
         served, numbers = (
-            Served.of(self.model, self.cache, self._linear, self._exchange),
+            Served.of(self.model, self.cache, self._linear, self._exchange, self._attend),
             range(1, drafts + 2),
         )
         room = sizes[-1], numbers[-1], columns
@@ -232,7 +237,7 @@ class Runner:
         return self.model.logits(hidden_SD, self._linear)
 
     def _sockets(self, layout: StepLayout) -> Sockets:
-        return Sockets(PagedAttend(self.cache, layout), self._exchange, self._linear)
+        return Sockets(self._attend(self.cache, layout), self._exchange, self._linear)
 
     @torch.inference_mode()
     def row_logits(self, result: StepResult, rows: range) -> Iterator[Tensor]:

@@ -95,11 +95,21 @@ class StepBuilder:
         block_size: tokens in a block.
         device: where the tensors go.
         drafts: most drafts of a sequence.
+        reads_pages: prefill rows read pages in place, so they get a block table and not the slots of their
+            contexts.
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device, drafts: int = 0
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        drafts: int = 0,
+        reads_pages: bool = False,
     ) -> None:
+        self._reads_pages = reads_pages
         self.block_size = block_size
         self._device = device
         self._table_NP = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
@@ -312,8 +322,11 @@ class StepBuilder:
     def _prefill(self, chunks: list[Prefill]) -> PrefillRows:
         lengths = [chunk.length for chunk in chunks]
         contexts = [chunk.start + chunk.length for chunk in chunks]
-        context_slot_M = None
-        if lengths != contexts:
+        context_slot_M = block_table_SP = None
+        if self._reads_pages:
+            columns = -(-max(contexts) // self.block_size)
+            block_table_SP = self._to_device(self._table_NP[[chunk.slot for chunk in chunks], :columns])
+        elif lengths != contexts:
             slots = [self._slots(chunk.slot, np.arange(n)) for chunk, n in zip(chunks, contexts, strict=True)]
             context_slot_M = self._to_device(np.concatenate(slots))
         return PrefillRows(
@@ -322,6 +335,7 @@ class StepBuilder:
             max_seqlen_q=max(lengths),
             max_seqlen_k=max(contexts),
             context_slot_M=context_slot_M,
+            block_table_SP=block_table_SP,
         )
 
     def _sampled(

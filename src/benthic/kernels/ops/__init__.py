@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.errors import BackendError
 from benthic.kernels.ops.attention import ATTENTION, attention
+from benthic.kernels.ops.by_row import (
+    GROUPED_LINEAR_BY_ROW,
+    HEADS_LINEAR_BY_ROW,
+    LINEAR_BY_ROW,
+    MLA_BY_ROW,
+    grouped_linear_by_row,
+    heads_linear_by_row,
+    linear_by_row,
+    mla_by_row,
+)
 from benthic.kernels.ops.copies import (
     GATHER_COPIES,
     SUM_COPIES,
@@ -124,8 +134,12 @@ __all__ = [
     "gather_copies",
     "grouped_input_gradient",
     "grouped_linear",
+    "grouped_linear_by_row",
+    "heads_linear_by_row",
+    "linear_by_row",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
+    "mla_by_row",
     "mla_decode",
     "permute",
     "quantise_e5m6",
@@ -182,6 +196,10 @@ OPS: tuple[Op, ...] = (
     FP8_WEIGHT_GRADIENT,
     GROUPED_FP8_WEIGHT_GRADIENT,
     ADAMW,
+    LINEAR_BY_ROW,
+    HEADS_LINEAR_BY_ROW,
+    GROUPED_LINEAR_BY_ROW,
+    MLA_BY_ROW,
 )
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {op.name: op.implementations for op in OPS}
 

@@ -1,0 +1,85 @@
+"""Answers as they arrive: the deltas of requests that belong together, for whoever waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benthic.serve.messages import Delta
+
+
+class Aborter(Protocol):
+    """Whoever runs the requests of a stream."""
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request; an id that is not in flight is ignored."""
+        ...
+
+
+class EngineStream:
+    """Deltas of one request or of several that belong together, in order of arrival.
+
+    Ends when the last of them has finished. Close it (or use `async with`): what has not finished is aborted.
+    """
+
+    def __init__(self, client: Aborter, request_ids: Sequence[str]) -> None:
+        self._client = client
+        self._open = set(request_ids)
+        self._items: deque[Delta | Exception] = deque()
+        self._arrived = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> EngineStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """The next delta.
+
+        Raises:
+            AdmissionError: the engine could never serve one of the requests.
+            OverloadedError: it cannot serve it now.
+            EngineDeadError: the engine process ended.
+        """
+        while not self._items:
+            if not self._open:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        item = self._items.popleft()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def abort(self, request_id: str) -> None:
+        """End one request early: no more of its deltas follow, and its blocks are freed at the next step."""
+        self._items = deque(i for i in self._items if isinstance(i, Exception) or i.request_id != request_id)
+        if request_id in self._open:
+            self._open.discard(request_id)
+            self._client.abort(request_id)
+            self._arrived.set()
+
+    def close(self) -> None:
+        """Abort whatever has not finished."""
+        for request_id in tuple(self._open):
+            self.abort(request_id)
+
+    def put(self, delta: Delta) -> None:
+        """Called by the client: one more delta."""
+        if delta.finish_reason is not None:
+            self._open.discard(delta.request_id)
+        self._items.append(delta)
+        self._arrived.set()
+
+    def fail(self, error: Exception) -> None:
+        """Called by the client: nothing more will come."""
+        self._items.append(error)
+        self._arrived.set()
