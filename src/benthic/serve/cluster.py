@@ -27,10 +27,11 @@ logger = logging.getLogger("benthic.serve.router")
 
 @dataclass(frozen=True)
 class Needs:
-    """What an instance takes of its node."""
+    """What each of so many instances takes of its node."""
 
     gpus: int
     cpus: int
+    instances: int = 1
 
 
 class RayPlace:
@@ -39,7 +40,7 @@ class RayPlace:
     Args:
         address: what `ray.init` takes: `ray://HEAD:10001`, `HEAD:6379`, `auto`, or `local` for one on this
             host.
-        needs: of each instance.
+        needs: of the instances to start with; those that find no room wait until there is.
         moves_between_hosts: whether blocks can go from one host to another.
 
     Raises:
@@ -90,6 +91,11 @@ class RayPlace:
                     "or change --device or --num-threads."
                 )
                 raise ConfigError(msg)
+            wanted = needed * self._needs.instances
+            if found < wanted:
+                logger.warning(
+                    "%s has %g %ss, but %d are wanted: instances wait", address, found, name, wanted
+                )
 
 
 class Actor:

@@ -136,7 +136,8 @@ def start_router(
 def _place(fleet: Fleet, address: str) -> RayPlace:
     """The cluster: a GPU for each instance unless it is to compute on a CPU, and a core for each thread."""
     gpus = 0 if fleet.engine.device == "cpu" else 1
-    needs = Needs(gpus=gpus, cpus=fleet.engine.num_threads or 1)
+    count = fleet.options.prefill + fleet.options.decode
+    needs = Needs(gpus=gpus, cpus=fleet.engine.num_threads or 1, instances=count)
     return RayPlace(address, needs, moves_between_hosts=fleet.nixl)
 
 
