@@ -79,6 +79,7 @@ def parse() -> argparse.Namespace:
         "--batch-invariant", action="store_true", help="scores that do not depend on the number of rows"
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--drafters", nargs="*", choices=["mtp", "ngram"], default=["mtp", "ngram"])
     parser.add_argument("--drafts", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=200)
@@ -108,7 +109,7 @@ def measure(checkpoint: Path, words: argparse.Namespace) -> list[dict[str, Any]]
     """One row for each drafter and batch, and one that compares greedy outputs."""
     prompts = make_prompts(checkpoint, words.prompts)
     chosen: dict[str, Speculative | None] = {"none": None}
-    for name in ("mtp", "ngram"):
+    for name in words.drafters:
         chosen[name] = Speculative(
             method=name, num_speculative_tokens=words.drafts, adaptive=not words.always
         )
@@ -144,6 +145,7 @@ def make_engine(checkpoint: Path, words: argparse.Namespace, speculative: Specul
         max_num_seqs=max(words.batches),
         enable_prefix_caching=False,
         gpu_memory_utilization=0.25,
+        cudagraph_capture_sizes=tuple(words.batches),
         speculative=speculative,
         batch_invariant=words.batch_invariant,
     )
