@@ -1,11 +1,14 @@
-"""Decode and prefill of one engine on one, two or more GPUs, experts by width or whole; Moonlight's shape.
+"""Decode and prefill on one, two or more GPUs, experts by width or whole, or engines that share experts.
+
+Moonlight's shape. With tensor parallelism one engine has all sequences; with data parallelism ("own
+requests") each rank is an engine with its share of them, and a batch is that of all ranks together.
 
 Weights are random and the same whatever the number of ranks, so tokens are compared with those of the first
 row too: in bfloat16 a sum over ranks is rounded otherwise, and near ties may fall differently. Every number
 goes through `Engine.step`.
 
     python benchmarks/serve_ranks.py                 # 1 and 2 GPUs, about four minutes
-    python benchmarks/serve_ranks.py --ranks 1 2 4 8
+    python benchmarks/serve_ranks.py --ranks 1 2 4 8 --data-ranks 2 4 8
     python benchmarks/serve_ranks.py --small         # on a CPU, tiny: a rehearsal
 """
 
@@ -14,10 +17,12 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from data_ranks import measure_data_ranks, own_options
 from provenance import write_result
 from serve_gpu import Sizes, decode, requests
 
@@ -34,6 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--data-ranks", type=int, nargs="*", default=[2])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,6 +54,11 @@ def main() -> None:
             path = write_result(
                 "serve_ranks", rows, out=arguments.out, small=arguments.small, model=sizes.config.name
             )
+        for ranks in arguments.data_ranks:
+            rows += measure_together(Path(folder), sizes, ranks, expected)
+            path = write_result(
+                "serve_ranks", rows, out=arguments.out, small=arguments.small, model=sizes.config.name
+            )
     print(table(rows))
     print(path)
 
@@ -56,18 +67,7 @@ def measure(
     folder: Path, sizes: Sizes, ranks: int, expected: dict[int, dict[str, list[int]]], *, whole: bool
 ) -> list[dict[str, Any]]:
     """One layout: a row for prefill, and one for each batch."""
-    options = EngineOptions(
-        device=sizes.device,
-        load_format="dummy",
-        max_num_seqs=max(sizes.batches),
-        max_num_batched_tokens=sizes.budget,
-        enable_prefix_caching=False,
-        cudagraph_capture_sizes=sizes.batches,
-        async_scheduling=True,
-        num_blocks=None if sizes.device == "cuda" else 512,
-        tensor_parallel_size=ranks,
-        enable_expert_parallel=whole,
-    )
+    options = replace(options_of(sizes), tensor_parallel_size=ranks, enable_expert_parallel=whole)
     kind = SpreadEngine if ranks > 1 else Engine
     engine = kind.from_pretrained(folder, options)
     layout = {"ranks": ranks, "experts": "whole" if whole else "by width"}
@@ -75,9 +75,7 @@ def measure(
     print(rows[-1], flush=True)
     for batch in sizes.batches:
         seconds, tokens = decode(engine, sizes, batch)
-        first = expected.setdefault(batch, tokens)
-        pairs = [pair for name in tokens for pair in zip(tokens[name], first[name], strict=False)]
-        same = sum(a == b for a, b in pairs) / len(pairs)
+        same = share_of(tokens, expected.setdefault(batch, tokens))
         rows.append(layout | {"what": "decode", "batch": batch, "step_ms": seconds * 1e3})
         rows[-1] |= {"tokens_per_second": batch / seconds, "tokens_of_first": same}
         print(rows[-1], flush=True)
@@ -88,6 +86,40 @@ def measure(
     if sizes.device == "cuda":
         torch.cuda.empty_cache()
     return rows
+
+
+def options_of(sizes: Sizes) -> EngineOptions:
+    """What all layouts have in common."""
+    return EngineOptions(
+        device=sizes.device,
+        load_format="dummy",
+        max_num_seqs=max(sizes.batches),
+        max_num_batched_tokens=sizes.budget,
+        enable_prefix_caching=False,
+        cudagraph_capture_sizes=sizes.batches,
+        async_scheduling=True,
+        num_blocks=None if sizes.device == "cuda" else 512,
+    )
+
+
+def measure_together(
+    folder: Path, sizes: Sizes, ranks: int, expected: dict[int, dict[str, list[int]]]
+) -> list[dict[str, Any]]:
+    """Engines that share experts: the same rows."""
+    rows, tokens = measure_data_ranks(folder, sizes, own_options(options_of(sizes), ranks))
+    rows = [{"ranks": ranks, "experts": "whole, own requests"} | row for row in rows]
+    for row in rows:
+        if row["what"] == "decode":
+            own = tokens[row["batch"]]
+            row["tokens_of_first"] = share_of(own, expected.setdefault(row["batch"], own))
+        print(row, flush=True)
+    return rows
+
+
+def share_of(tokens: dict[str, list[int]], first: dict[str, list[int]]) -> float:
+    """How many tokens are those of the first row."""
+    pairs = [pair for name in tokens for pair in zip(tokens[name], first[name], strict=False)]
+    return sum(a == b for a, b in pairs) / len(pairs)
 
 
 def prefill(engine: Engine, sizes: Sizes) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def test_a_model_that_does_not_divide_is_refused_before_anything_starts(folder: 
     assert "num_attention_heads = 4 does not divide over tensor_parallel_size = 3" in error
     error = fails("serve", str(folder), "--port", "0", "-tp", "16", "--enable-expert-parallel")
     assert "n_routed_experts = 8 does not divide over tensor_parallel_size = 16" in error
+    error = fails("serve", str(folder), "--port", "0", "-dp", "3", "--enable-expert-parallel")
+    assert "n_routed_experts = 8 does not divide over data_parallel_size = 3" in error
 
 
 def test_a_port_in_use_is_an_error_before_the_model_is_looked_at(fails: Fails) -> None:
@@ -106,6 +108,9 @@ def test_a_port_in_use_is_an_error_before_the_model_is_looked_at(fails: Fails) -
         (("a", "--kv-port", "5000", "--decode", "2"), "--kv-port 5000"),
         (("a", "-tp", "2", "--prefill", "1", "--decode", "1"), "--prefill 1 --decode 1 takes engines of 1"),
         (("a", "--tensor-parallel-size", "2", "--kv-port", "5000"), "--kv-port 5000 takes engines of 1 rank"),
+        (("a", "-dp", "2"), "data_parallel_size = 2 divides whole experts"),
+        (("a", "-dp", "2", "-tp", "2", "--enable-expert-parallel"), "tensor_parallel_size = 2"),
+        (("a", "-dp", "2", "--enable-expert-parallel", "--decode", "2"), "--prefill 0 --decode 2 takes"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_refused(flags: tuple[str, ...], words: str, fails: Fails) -> None:

@@ -13,6 +13,7 @@ from benthic.sched.routing import (
     PrefixMap,
     Query,
     Route,
+    cache_aware,
     choose,
     shortest_queue,
 )
@@ -38,6 +39,13 @@ def test_prefix_affinity_weighs_cached_tokens_against_the_queue() -> None:
     states = [instance("p0", queued_tokens=60), instance("p1"), instance("d0")]
     assert choose(Query(100, cached={"p0": 80}), states, Policy()) == Route("d0", "p0")
     assert choose(Query(100, cached={"p0": 40}), states, Policy()) == Route("d0", "p1")
+
+
+def test_a_conversation_goes_back_to_its_cache_unless_that_instance_holds_more_by_as_much() -> None:
+    policy = Policy(decode=cache_aware)
+    for used, chosen in ((0, "d1"), (20, "d1"), (21, "d2"), (40, "d2")):
+        states = [instance("d1", used_blocks=used), instance("d2", used_blocks=10)]
+        assert choose(Query(100, cached={"d1": 40}), states, policy) == Route(chosen), used
 
 
 def test_a_short_prompt_is_prefilled_where_it_decodes() -> None:

@@ -91,3 +91,13 @@ def test_a_row_without_a_finite_best_fails_alone():
     answers = serve(engine, [request("bad", [3, bad]), request("good", [3, 4, 5])])
     assert answers["bad"].finish == "error"
     assert len(answers["good"].tokens) == 8
+
+
+def test_a_prompt_of_one_token_is_a_row_among_decodes():
+    asked = [request("long", [3, 4, 5], max_tokens=9), request("one", [7], prompt_logprobs=0)]
+    plain = tokens(small_engine(enforce_eager=True), asked)
+    engine = small_engine()
+    replayed = counted(engine._runner.graphs[1])
+    assert tokens(engine, asked[1:]) == {"one": plain["one"]}
+    assert replayed
+    assert tokens(engine, asked) == plain

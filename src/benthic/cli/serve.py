@@ -28,6 +28,7 @@ def serve(  # noqa: PLR0913 (one flag each)
     disable_uvicorn_access_log: flags.DisableUvicornAccessLog = False,
     shutdown_timeout: flags.ShutdownTimeout = 30.0,
     tensor_parallel_size: flags.TensorParallelSize = 1,
+    data_parallel_size: flags.DataParallelSize = 1,
     enable_expert_parallel: flags.EnableExpertParallel = False,
     max_model_len: flags.MaxModelLen = None,
     max_num_seqs: flags.MaxNumSeqs = 64,
@@ -81,7 +82,6 @@ def serve(  # noqa: PLR0913 (one flag each)
     from benthic.serve.service import ServiceSettings  # noqa: PLC0415
     from benthic.serve.tokenizer import Tokenizer  # noqa: PLC0415
     from benthic.spec.objectives import Objectives  # noqa: PLC0415
-    from benthic.spec.shard import Shard  # noqa: PLC0415
 
     folder = words.one_model(model, model_flag)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(name)s: %(message)s")
@@ -92,6 +92,7 @@ def serve(  # noqa: PLR0913 (one flag each)
         quantization=quantization.value,
         kv_cache_dtype=kv_cache_dtype.value,
         tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
         enable_expert_parallel=enable_expert_parallel,
         enforce_eager=enforce_eager,
         async_scheduling=async_scheduling,
@@ -136,7 +137,7 @@ def serve(  # noqa: PLR0913 (one flag each)
     )
     bound = launch.bind(host, port)
     config = launch.check_checkpoint(folder, weights=load_format is words.LoadFormat.auto)
-    Shard(size=tensor_parallel_size, whole_experts=enable_expert_parallel).check(config)
+    launch.check_division(options, config)
     tokenizer = Tokenizer.from_folder(folder)
     template = launch.read_template(tokenizer, chat_template)
     parts = server.Parts(
@@ -145,7 +146,7 @@ def serve(  # noqa: PLR0913 (one flag each)
         settings=ServiceSettings(
             served_names=tuple(served_model_name or [str(folder)]),
             root=str(folder),
-            max_num_seqs=max_num_seqs * max(1, decode),
+            max_num_seqs=max_num_seqs * max(1, decode, data_parallel_size),
             max_waiting=max_waiting,
             defaults=launch.read_sampling_defaults(folder, generation_config),
             request_timeout_s=request_timeout,
@@ -162,6 +163,9 @@ def serve(  # noqa: PLR0913 (one flag each)
             load_instance, folder, options, f"tcp://{kv_host}:{kv_port}", 0, nixl=kv_nixl
         )
         raise typer.Exit(server.run(build, bound, parts))
+    if data_parallel_size > 1:
+        together = FleetOptions.together(data_parallel_size)
+        raise typer.Exit(server.run(Fleet(checkpoint=folder, engine=options, options=together), bound, parts))
     if not prefill and not decode:
         raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
     spread = FleetOptions(

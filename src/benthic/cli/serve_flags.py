@@ -66,6 +66,16 @@ TensorParallelSize = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+DataParallelSize = Annotated[
+    int,
+    typer.Option(
+        "--data-parallel-size",
+        "-dp",
+        min=1,
+        help="Engines with requests of their own that divide the routed experts and step together.",
+        rich_help_panel=ENGINE,
+    ),
+]
 EnableExpertParallel = Annotated[
     bool,
     typer.Option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,16 @@ def gather(whole: Tensor, shard: Tensor, group: Group) -> None:
 def reduce_scatter(shard: Tensor, whole: Tensor, group: Group) -> None:
     """Fill `shard` with this rank's part of the sum of `whole` over the group."""
     _SCATTER(shard, whole, group=group.handle)
+
+
+def start_gather(whole: Tensor, shard: Tensor, group: Group) -> dist.Work:
+    """As `gather`, but goes on at once; both tensors must stay until the work has been waited for."""
+    return cast("dist.Work", _GATHER(whole, shard, group=group.handle, async_op=True))
+
+
+def start_reduce_scatter(shard: Tensor, whole: Tensor, group: Group) -> dist.Work:
+    """As `reduce_scatter`, but goes on at once; both tensors must stay until the work has been waited for."""
+    return cast("dist.Work", _SCATTER(shard, whole, group=group.handle, async_op=True))
 
 
 def exchange(sent: Tensor, out: list[int], into: list[int], group: Group) -> Tensor:

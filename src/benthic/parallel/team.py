@@ -13,6 +13,8 @@ from benthic.parallel.collectives import gather
 from benthic.parallel.mesh import Group
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 HOST: Final = "127.0.0.1"
@@ -24,6 +26,11 @@ Store = dist.TCPStore
 def open_store() -> Store:
     """A store of this process, which the others reach at its `port`."""
     return Store(HOST, 0, is_master=True, wait_for_workers=False)
+
+
+def file_store(path: Path, size: int) -> dist.Store:
+    """A store in a file, for `size` ranks of one host of which none comes first."""
+    return dist.FileStore(str(path), size)
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,12 @@ class Team:
 
     @classmethod
     def join(
-        cls, store: Store | int, index: int, size: int, device: torch.device, *, timeout_s: float
+        cls, store: dist.Store | int, index: int, size: int, device: torch.device, *, timeout_s: float
     ) -> Team:
         """Become rank `index` of the default process group; every rank must call it.
 
         Args:
-            store: of `open_store`, or its port.
+            store: where the ranks find each other, or the port of `open_store`'s.
             index: this rank.
             size: how many there are.
             device: what this rank computes on; on GPUs each has one of its own.
@@ -64,6 +71,11 @@ class Team:
         )
         return cls(index, size, device)
 
+    @property
+    def group(self) -> Group:
+        """The ranks as a group for collectives."""
+        return Group(tuple(range(self.size)), self.index, None)
+
     def part(self, *, orderly: bool = True) -> None:
         """Leave the group; unless all ranks do, NCCL's is left as it is, since taking it down could hang."""
         if orderly or self.device.type != "cuda":
@@ -78,7 +90,7 @@ class Team:
         """All ranks' columns side by side."""
         rows, width = part_SV.shape
         whole_NSV = part_SV.new_empty((self.size * rows, width))
-        gather(whole_NSV, part_SV.contiguous(), Group(tuple(range(self.size)), self.index, None))
+        gather(whole_NSV, part_SV.contiguous(), self.group)
         return whole_NSV.view(self.size, rows, width).transpose(0, 1).reshape(rows, self.size * width)
 
     def told(self, tensor: Tensor) -> Tensor:

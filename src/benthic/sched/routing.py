@@ -83,10 +83,20 @@ def least_loaded(query: Query, state: InstanceState) -> tuple[float, ...]:  # no
     return (state.used_blocks / state.num_blocks, state.num_requests)
 
 
+def cache_aware(query: Query, state: InstanceState) -> tuple[float, ...]:
+    """The smallest share of its cache held once the request is there, what is cached of it for nothing.
+
+    So a conversation goes back to where it was, unless that instance holds more by as many tokens.
+    """
+    held = state.used_blocks * state.block_size + query.missing(state.name)
+    return (held / (state.num_blocks * state.block_size), state.num_requests)
+
+
 RANKINGS: Mapping[str, Ranking] = {
     "shortest_queue": shortest_queue,
     "prefix_affinity": prefix_affinity,
     "least_loaded": least_loaded,
+    "cache_aware": cache_aware,
 }
 
 

@@ -47,12 +47,12 @@ if TYPE_CHECKING:
 
     from benthic.model.block_scaled import Scales
     from benthic.model.network import DeepSeek
-    from benthic.model.sockets import Linear
+    from benthic.model.sockets import Exchange, Linear
     from benthic.parallel.team import Team
     from benthic.serve.attend import MakeAttend
     from benthic.serve.graphs import Progress
     from benthic.serve.options import EngineOptions
-    from benthic.serve.runner import Lead
+    from benthic.serve.runner import Lead, Turns
     from benthic.spec.model import ModelConfig
     from benthic.spec.shard import Shard
 
@@ -78,11 +78,25 @@ class Parts:
 
 @dataclass(frozen=True)
 class Rank:
-    """One of several ranks that compute an engine's steps together; `lead` on rank 0 alone."""
+    """One of several ranks that share weights.
+
+    Either they compute one engine's steps, which rank 0 leads by `lead`; or each is an engine, and they take
+    `turns`.
+    """
 
     shard: Shard
     team: Team
-    lead: Lead | None
+    lead: Lead | None = None
+    turns: Turns | None = None
+
+    def exchange(self, config: ModelConfig) -> Exchange:
+        """How rows reach experts."""
+        return exchange_for(config, self.shard) if self.turns is None else self.turns.exchange
+
+    @property
+    def reports(self) -> bool:
+        """Whether it says where memory goes; the others are like it."""
+        return self.shard.index == 0
 
 
 def from_checkpoint(path: Path, options: EngineOptions) -> Parts:
@@ -203,7 +217,7 @@ def assemble(
     )
     attend: MakeAttend = InvariantAttend if options.batch_invariant else PagedAttend
     linear = linear_socket(model, options, scales)
-    experts = LocalExchange(config.n_routed_experts) if rank is None else exchange_for(config, rank.shard)
+    experts = LocalExchange(config.n_routed_experts) if rank is None else rank.exchange(config)
     sizes = graph_sizes(options, weight.device)
     use: MemoryUse | None = None
     if weight.device.type == "cuda":
@@ -222,14 +236,14 @@ def assemble(
         use = replace(use, graphs=use.graphs * (1 + speculative.num_speculative_tokens))
     reserve = ACTIVATION_BYTES if use is None else use.reserve
     size = cache_size(layout, options, max_model_len, weight.device, reserve=reserve)
-    if rank is not None:
+    if rank is not None and rank.turns is None:
         size = replace(size, num_blocks=rank.team.least(size.num_blocks))
     shared = options.share_pages and weight.device.type == "cpu"
     memory = MappedPages(size.num_blocks * layout.block_bytes) if shared else None
     host = host_size(layout, options)
     cache = LatentCache(layout, size.num_blocks, weight.device, memory, host.num_blocks)
-    leads = rank is None or rank.lead is not None
-    if leads:
+    reports = rank is None or rank.reports
+    if reports:
         report(size, host, use, options, cache, ahead)
     batching = BatchingConfig(
         num_blocks=size.num_blocks,
@@ -264,11 +278,12 @@ def assemble(
         graph_sizes=sizes,
         drafts=batching.num_speculative_tokens,
         exchange=experts,
-        alone=rank is None,
+        alone=rank is None or rank.turns is not None,
         lead=None if rank is None else rank.lead,
         attend=attend,
+        turns=None if rank is None else rank.turns,
     )
-    capture(runner, capture_progress if leads else iter)
+    capture(runner, capture_progress if reports else iter)
     return Parts(runner, scheduler, ready, size, use)
 
 
@@ -284,11 +299,12 @@ def linear_socket(model: DeepSeek, options: EngineOptions, scales: Scales | None
 
 def check_ranks(options: EngineOptions, rank: Rank | None) -> None:
     """Raises: ConfigError when this process is not one of as many ranks as the options ask for."""
-    asked, there = options.tensor_parallel_size, 1 if rank is None else rank.shard.size
+    asked, there = options.ranks, 1 if rank is None else rank.shard.size
     if asked != there:
+        degree = "data_parallel_size" if options.data_parallel_size > 1 else "tensor_parallel_size"
         msg = (
-            f"tensor_parallel_size = {asked}, but this engine runs on {there}. Only `benthic serve "
-            "--tensor-parallel-size` starts several, and not for prefill and decode instances."
+            f"{degree} = {asked}, but this engine runs on {there}. Only `benthic serve "
+            f"--{degree.replace('_', '-')}` starts several, and not for prefill and decode instances."
         )
         raise ConfigError(msg)
 

@@ -1,4 +1,4 @@
-"""Builds the instances that a router starts: one engine each, with a desk in a private folder."""
+"""Builds the instances that a router starts: one engine each, with a desk or its peers in a folder."""
 
 from __future__ import annotations
 
@@ -72,6 +72,11 @@ class FleetOptions:
                 kind = "policy"
                 raise UnknownFieldError(kind, name, RANKINGS)
 
+    @classmethod
+    def together(cls, size: int) -> FleetOptions:
+        """So many engines that share experts: when one ends, nothing can go on."""
+        return cls(prefill=0, decode=size, decode_policy="cache_aware", retries=0, restarts=0)
+
     @property
     def policy(self) -> Policy:
         """The policy of these names."""
@@ -113,6 +118,7 @@ def start_router(
         seed=fleet.engine.seed,
         log_level=log_level,
         replan=_replan(fleet, objectives or Objectives()),
+        together=fleet.engine.data_parallel_size > 1,
     )
     roles: dict[Role, int] = {"prefill": options.prefill, "decode": options.decode}
     if fleet.cluster is not None:
@@ -126,6 +132,8 @@ def start_router(
     each = replace(fleet.engine, num_threads=threads)
 
     def factory(name: str, index: int) -> EngineFactory:
+        if each.data_parallel_size > 1:
+            return functools.partial(load_data_rank, fleet.checkpoint, each, folder, index)
         return functools.partial(
             load_instance, fleet.checkpoint, each, f"ipc://{folder}/{name}", index, nixl=fleet.nixl
         )
@@ -179,6 +187,17 @@ def load_instance(
 def load_placed(path: Path, options: EngineOptions, router: str, index: int, *, nixl: bool) -> EngineLike:
     """Build an instance where it was placed, with a desk at the address from which it reaches the router."""
     return load_instance(path, options, f"tcp://{own_address(router)}:0", index, nixl=nixl)
+
+
+def load_data_rank(path: Path, options: EngineOptions, folder: Path, rank: int) -> EngineLike:
+    """Build one of the engines that share experts, in its own process; they meet in `folder`."""
+    import torch  # noqa: PLC0415 (the router's process imports this module and must stay light)
+
+    from benthic.serve.data_rank import DataRank  # noqa: PLC0415
+
+    if options.device == "auto":
+        options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
+    return DataRank.join(path, options, folder, rank)
 
 
 def _device(asked: str, index: int, gpus: int) -> str:

@@ -56,6 +56,7 @@ def fleet_routes(members: Members) -> APIRouter:
     @router.post("/instances", response_model=InstanceCard, status_code=202)
     async def join(body: JoinBody) -> Response:
         """Start one more; it gets requests as soon as it is up."""
+        _refuse_if_together(members)
         return _json(card(members[members.join(body.role)]), 202)
 
     @router.delete("/instances/{name}", response_model=InstanceCard, status_code=202)
@@ -65,6 +66,7 @@ def fleet_routes(members: Members) -> APIRouter:
             member = members[name]
         except ServeError as error:
             raise api_errors.ApiError(404, str(error), param="name") from error
+        _refuse_if_together(members)
         member.draining = True
         task = asyncio.create_task(members.leave(name) if now else members.drain(name))
         leaving.add(task)
@@ -72,6 +74,16 @@ def fleet_routes(members: Members) -> APIRouter:
         return _json(card(member), 202)
 
     return router
+
+
+def _refuse_if_together(members: Members) -> None:
+    """Raises: ApiError when none may come or leave."""
+    if members.together:
+        msg = (
+            f"the {len(members)} instances share experts (--data-parallel-size), so none can come or leave. "
+            "Start the server anew with another number."
+        )
+        raise api_errors.ApiError(409, msg)
 
 
 def card(member: Member) -> InstanceCard:

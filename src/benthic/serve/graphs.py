@@ -167,6 +167,11 @@ class Graphs(abc.ABC):
         """The smallest captured batch that holds so many; None when none does."""
         return next((size for size in self._sizes if size >= sequences and size in self._graphs), None)
 
+    def idle(self, size: int) -> None:
+        """Launch the graph of a size on rows that store nothing and see nothing."""
+        self._blank(size)
+        self.replay(size)
+
     def replay(self, size: int) -> None:
         """Launch the graph of a size on whatever the buffers hold."""
         self._graphs[size].graph.replay()
@@ -244,8 +249,12 @@ class ModuleBuffers:
         self.context_S[:used].copy_(decode.context_S)
         self.given_TD[:count].copy_(rows.previous_TD)
         if used < sequences:
-            self.slot_T[count : sequences * decode.queries].fill_(-1)
-            self.context_S[used:sequences].zero_()
+            self.clear(used, sequences, decode.queries)
+
+    def clear(self, first: int, end: int, queries: int) -> None:
+        """Let sequences `first` to `end` store nothing and see nothing."""
+        self.slot_T[first * queries : end * queries].fill_(-1)
+        self.context_S[first:end].zero_()
 
 
 class ModuleRows(NamedTuple):
@@ -275,20 +284,26 @@ class ModuleGraphs(Graphs):
         self._depth = depth
         self._buffers = buffers
 
-    def run(self, rows: ModuleRows) -> Hidden | None:
-        """A pass over decode rows; None: the plain loop has to run it.
+    def size_of(self, rows: ModuleRows) -> int | None:
+        """The smallest captured batch that holds a pass; None when none does."""
+        decode = rows.layout.decode
+        if decode is None or rows.layout.prefill is not None or decode.queries != self._queries:
+            return None
+        return self.size_for(decode.block_table_SP.shape[0])
+
+    def run(self, rows: ModuleRows, size: int) -> Hidden:
+        """A pass over decode rows in a batch of `size`, at least that of `size_of`.
 
         The next call overwrites what this one returned, in the order of the stream.
         """
         decode = rows.layout.decode
-        if decode is None or rows.layout.prefill is not None or decode.queries != self._queries:
-            return None
-        size = self.size_for(decode.block_table_SP.shape[0])
-        if size is None:
-            return None
+        assert decode is not None  # noqa: S101 (there is a size)
         self._buffers.fill(rows, decode, size)
         self.replay(size)
         return Hidden(self._buffers.pre_norm_TD[: decode.rows], self._buffers.hidden_TD[: decode.rows], ())
+
+    def _blank(self, size: int) -> None:
+        self._buffers.clear(0, size, self._queries)
 
     def _forward(self, size: int) -> None:
         buffers, rows = self._buffers, size * self._queries

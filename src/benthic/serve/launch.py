@@ -14,6 +14,7 @@ from benthic.serve.chat_template import ChatTemplate
 from benthic.serve.sampling_defaults import SamplingDefaults
 from benthic.serve.tools import AnswerFormats
 from benthic.spec import hf
+from benthic.spec.shard import Shard
 
 if TYPE_CHECKING:
     from benthic.serve.options import EngineOptions
@@ -101,12 +102,13 @@ def check_instances(
             "none. Give --decode at least."
         )
         raise ConfigError(msg)
-    ranks, host_cache_gib = options.tensor_parallel_size, options.host_cache_gib
+    ranks, host_cache_gib = options.ranks, options.host_cache_gib
     if ranks > 1 and (kv_port is not None or prefill or decode):
         alone = f"--kv-port {kv_port}" if kv_port is not None else f"--prefill {prefill} --decode {decode}"
+        flag = "--data-parallel-size" if options.data_parallel_size > 1 else "--tensor-parallel-size"
         msg = (
-            f"--tensor-parallel-size {ranks}, but {alone} takes engines of 1 rank: blocks are not moved "
-            "between several. Leave out one or the other."
+            f"{flag} {ranks}, but {alone} takes engines of 1 rank: blocks are not moved between several. "
+            "Leave out one or the other."
         )
         raise ConfigError(msg)
     if kv_nixl and host_cache_gib:
@@ -115,6 +117,14 @@ def check_instances(
             "are on their way to the host. Leave out one or the other."
         )
         raise ConfigError(msg)
+
+
+def check_division(options: EngineOptions, config: ModelConfig) -> None:
+    """Raises: ConfigError when the model does not divide over the ranks, with both numbers."""
+    own_tokens = options.data_parallel_size > 1
+    Shard(size=options.ranks, whole_experts=options.enable_expert_parallel, own_tokens=own_tokens).check(
+        config
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -75,9 +75,13 @@ class Members:
     Args:
         connect: starts the process of an instance, by its name and its index (from 0, never reused).
         restarts: how many instances that died are replaced, in all.
+        together: none can serve without the others; when one dies, the others end by themselves.
     """
 
-    def __init__(self, connect: Callable[[str, int], EngineClient], *, restarts: int) -> None:
+    def __init__(
+        self, connect: Callable[[str, int], EngineClient], *, restarts: int, together: bool = False
+    ) -> None:
+        self.together = together
         self.changed = asyncio.Event()
         self.places: PrefixMap | None = None
         self._connect = connect
@@ -87,6 +91,7 @@ class Members:
         self._num_joined = 0
         self._gone = _sum(())
         self._last_words = "none was started"
+        self._first_words: str | None = None
         self._closing = False
 
     def __iter__(self) -> Iterator[Member]:
@@ -111,6 +116,8 @@ class Members:
         """Why no instance can be relied on; None while one can."""
         if any(member.open for member in self):
             return None
+        if self._first_words is not None:
+            return f"the instances share experts and cannot go on without {self._first_words}"
         if self._members:
             words = [f"{member.name}: {member.client.trouble or 'draining'}" for member in self]
             return f"no instance takes requests ({'; '.join(words)})"
@@ -201,7 +208,10 @@ class Members:
             self.places.forget(member.name)
         if not member.draining and not self._closing:
             logger.error("%s: %s", member.name, self._last_words)
-            self._replace(member)
+            if self.together:
+                self._give_up(f"{member.name}: {self._last_words}")
+            else:
+                self._replace(member)
         self.changed.set()
         await member.client.close()
 
@@ -213,6 +223,12 @@ class Members:
             self.places = PrefixMap(block_size=ready.block_size)
         logger.info("%s is up (%d blocks of %d)", member.name, ready.num_blocks, ready.block_size)
         self.changed.set()
+
+    def _give_up(self, words: str) -> None:
+        """The first one has ended: the others get nothing new while they end."""
+        self._first_words = words
+        for member in self:
+            member.draining = True
 
     def _replace(self, member: Member) -> None:
         if member.ready is None:

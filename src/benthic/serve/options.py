@@ -29,6 +29,8 @@ class EngineOptions:
             CPU; "fp8" keeps them anywhere, and quantises others (128 x 128 blocks); "none" widens them.
         tensor_parallel_size: ranks, each on a device of its own, that hold a shard of the model and compute
             every step together; on GPUs they take those from `device` on.
+        data_parallel_size: engines that each have requests of their own, on a device of their own, and all
+            of the model but the routed experts, of which each holds some; they step together.
         enable_expert_parallel: each of them holds whole experts instead of a part of every expert's width.
         kv_cache_dtype: "auto" stores latents as activations are; "fp8" (or "fp8_e4m3") in E4M3, unscaled.
         max_model_len: longest prompt plus output; None takes the model's `max_position_embeddings`.
@@ -65,6 +67,7 @@ class EngineOptions:
     load_format: LoadFormatName = "auto"
     quantization: QuantizationName = "auto"
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     enable_expert_parallel: bool = False
     kv_cache_dtype: CacheDtypeName = "auto"
     max_model_len: int | None = None
@@ -95,6 +98,7 @@ class EngineOptions:
             f"{name} = {value}, but it must be at least 1"
             for name, value in (
                 ("tensor_parallel_size", self.tensor_parallel_size),
+                ("data_parallel_size", self.data_parallel_size),
                 ("max_model_len", self.max_model_len),
                 ("max_num_seqs", self.max_num_seqs),
                 ("max_num_batched_tokens", self.max_num_batched_tokens),
@@ -114,9 +118,10 @@ class EngineOptions:
                 f"host_cache_gib = {self.host_cache_gib} keeps blocks for the prefix cache, but "
                 "enable_prefix_caching = False; leave out one or the other"
             )
-        if self.batch_invariant and self.tensor_parallel_size > 1:
+        if self.batch_invariant and self.ranks > 1:
+            degree = "data_parallel_size" if self.data_parallel_size > 1 else "tensor_parallel_size"
             problems.append(
-                f"batch_invariant = True needs tensor_parallel_size = 1, not {self.tensor_parallel_size}: "
+                f"batch_invariant = True needs {degree} = 1, not {self.ranks}: "
                 "the order of sums over ranks depends on their size; leave out one or the other"
             )
         if self.batch_invariant and self.quantization == "fp8":
@@ -140,5 +145,26 @@ class EngineOptions:
                 f"num_blocks = {self.num_blocks} and kv_cache_memory = {self.kv_cache_memory} both size the "
                 "cache; give one"
             )
+        problems += [] if self.data_parallel_size == 1 else self._problems_together()
         if problems:
             raise ConfigError("; ".join(problems))
+
+    @property
+    def ranks(self) -> int:
+        """How many devices share the weights."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    def _problems_together(self) -> list[str]:
+        """What engines that step together cannot do."""
+        size, problems = self.data_parallel_size, []
+        if not self.enable_expert_parallel:
+            problems.append(
+                f"data_parallel_size = {size} divides whole experts, but enable_expert_parallel = False; "
+                f"give --enable-expert-parallel too, or --decode {size} for engines that share nothing"
+            )
+        if self.tensor_parallel_size > 1:
+            problems.append(
+                f"data_parallel_size = {size} and tensor_parallel_size = {self.tensor_parallel_size}, but "
+                "attention is either whole on each rank or divided; give one of them"
+            )
+        return problems

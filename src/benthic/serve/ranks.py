@@ -69,7 +69,12 @@ class Leading:
 
 def shard_of(options: EngineOptions, rank: int) -> Shard:
     """What a rank holds, as the options say."""
-    return Shard(index=rank, size=options.tensor_parallel_size, whole_experts=options.enable_expert_parallel)
+    return Shard(
+        index=rank,
+        size=options.ranks,
+        whole_experts=options.enable_expert_parallel,
+        own_tokens=options.data_parallel_size > 1,
+    )
 
 
 def own_options(options: EngineOptions, rank: int) -> EngineOptions:
@@ -78,16 +83,17 @@ def own_options(options: EngineOptions, rank: int) -> EngineOptions:
     Raises:
         ConfigError: there are fewer GPUs than ranks.
     """
-    device, size = torch.device(options.device), options.tensor_parallel_size
+    device, size = torch.device(options.device), options.ranks
     options = options if rank == 0 else replace(options, record=None)
     if device.type != "cuda":
         threads = options.num_threads or max(1, ((os.cpu_count() or 1) - 1) // size)
         return replace(options, num_threads=threads)
     first, there = device.index or 0, torch.cuda.device_count()
     if first + size > there:
+        degree = shard_of(options, rank).degree
         msg = (
-            f"tensor_parallel_size = {size} from cuda:{first} on needs {first + size} GPUs, but torch sees "
-            f"{there} here. Lower tensor_parallel_size."
+            f"{degree} = {size} from cuda:{first} on needs {first + size} GPUs, but torch sees {there} here. "
+            f"Lower {degree}."
         )
         raise ConfigError(msg)
     return replace(options, device=f"cuda:{first + rank}")

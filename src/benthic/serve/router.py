@@ -52,6 +52,7 @@ class RouterOptions:
         seed: from which requests without a seed get theirs, in order of arrival.
         log_level: of the instances.
         replan: when instances change their roles; None leaves them as they are.
+        together: they share experts: none can serve without the others, come or leave.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -61,6 +62,7 @@ class RouterOptions:
     seed: int = 0
     log_level: int = logging.INFO
     replan: ReplanConfig | None = None
+    together: bool = False
 
 
 @dataclass(eq=False)
@@ -125,7 +127,7 @@ class Router:
                 clock=clock,
             )
 
-        self.members = Members(connect, restarts=options.restarts)
+        self.members = Members(connect, restarts=options.restarts, together=options.together)
         self.retried = 0
         self._options = options
         self._journal = journal

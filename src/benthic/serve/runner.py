@@ -10,7 +10,8 @@ import torch
 from benthic.model.local import LocalExchange
 from benthic.model.network import Hidden
 from benthic.model.sockets import Sockets
-from benthic.serve.attend import PagedAttend
+from benthic.sched.lockstep import MODEL, Intent
+from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
 from benthic.serve.columns import ColumnLinear, fastest_linear
 from benthic.serve.graphs import ModuleBuffers, ModuleGraphs, ModuleRows, Served
 from benthic.serve.invariant import InvariantAttend
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
     from benthic.model.network import DeepSeek
     from benthic.model.sockets import Exchange, Linear
+    from benthic.sched.lockstep import Turn
     from benthic.sched.plans import StepPlan, TableWrite
-    from benthic.serve.attend import MakeAttend, StepLayout
+    from benthic.serve.attend import MakeAttend
     from benthic.serve.cache import LatentCache
     from benthic.serve.drafts import Drafts
     from benthic.serve.graphs import Graphs
@@ -79,6 +81,19 @@ class Lead(Protocol):
         ...
 
 
+class Turns(Protocol):
+    """Others that run passes of their own, which meet this runner's in collectives."""
+
+    @property
+    def exchange(self) -> Exchange:
+        """How rows reach experts in the pass that all run now, as it is written."""
+        ...
+
+    def take(self, intent: Intent) -> Turn:
+        """Tell them what would run here, and find out what all run."""
+        ...
+
+
 class Runner:
     """One model on one device with its cache.
 
@@ -93,9 +108,10 @@ class Runner:
         graph_sizes: padded batch sizes for which `capture` makes CUDA graphs.
         drafts: most drafts of a sequence; every number of them up to this gets graphs of its own.
         exchange: how rows reach experts; None where all of them are here.
-        alone: nobody else holds a shard of the model, so what a graph draws is what is drawn.
+        alone: nobody else draws for this runner's requests, so what a graph draws is what is drawn.
         lead: who else runs the same steps; None when nobody does, or where this runner is the one that is
         told.
+        turns: who else runs steps of their own at the same time; None when nobody does.
         attend: makes the socket of a step; `InvariantAttend` wants a model made invariant and its linear.
     """
 
@@ -113,6 +129,7 @@ class Runner:
         exchange: Exchange | None = None,
         alone: bool = True,
         lead: Lead | None = None,
+        turns: Turns | None = None,
         attend: MakeAttend = PagedAttend,
     ) -> None:
         self._attend = attend
@@ -121,6 +138,7 @@ class Runner:
         self._linear = fastest_linear(model) if linear is None else linear
         self._exchange = LocalExchange(model.config.n_routed_experts) if exchange is None else exchange
         self._lead = lead
+        self._turns = turns
         self.tapes: DecodeTapes | None = None  # None: every step runs as it is written
         columns = -(-max_model_len // cache.layout.block_size)
         taped = isinstance(self._linear, ColumnLinear) and cache.layout.dtype == torch.float32
@@ -167,7 +185,7 @@ class Runner:
                 for depth in range(depths)
                 for queries in numbers
             }
-        if depths == 1 and self._alone:
+        if depths == 1 and self._alone and self._turns is None:
             self.tails = {
                 queries: TailGraphs(graphs, self.ahead_ND, self.ahead_previous_ND)
                 for queries, graphs in self.graphs.items()
@@ -201,9 +219,13 @@ class Runner:
             self._lead.step(plan, drafts)
         self.write(plan.tables)
         rows = self.steps.rows(plan, drafts)
-        graphs = self.graphs.get(1 if drafts is None else drafts.queries)
-        replayed = None if graphs is None else graphs.run(rows)
-        if replayed is not None:
+        queries = 1 if drafts is None else drafts.queries
+        graphs = self.graphs.get(queries)
+        size = None if graphs is None else graphs.size_of(rows)
+        if self._turns is not None:
+            size = self._agreed(size, MODEL, queries, len(rows.position_T))
+        if graphs is not None and size is not None:
+            replayed = graphs.run(rows, size)
             return self._result(replayed.outputs, replayed.step, replayed.drawn if self._alone else None)
         step = self.steps.tensors(rows)
         taped = None if self.tapes is None or drafts is not None else self.tapes.run(step)
@@ -218,6 +240,32 @@ class Runner:
         hidden = Hidden(found.pre_norm_TD, found.hidden_TD, ())
         return StepResult(found.logits_TV, hidden.hidden_TD, self.model.mtp_input(hidden), step, drawn)
 
+    def _agreed(self, size: int | None, module: int, queries: int, rows: int) -> int | None:
+        """The batch in which all replay this pass, or None: as written. Passes of others may come first."""
+        assert self._turns is not None  # noqa: S101 (the caller has looked)
+        intent = Intent(rows=rows, size=size or 0, queries=queries, working=True, module=module)
+        while not intent.joins(turn := self._turns.take(intent)):
+            self.stand_in(turn)
+            intent = intent._replace(waited=intent.waited + 1)
+        return turn.size or None
+
+    @torch.inference_mode()
+    def stand_in(self, turn: Turn) -> None:
+        """Run rows that store nothing and see nothing, because others run theirs."""
+        if turn.size:
+            main, key = turn.module == MODEL, (turn.module, turn.queries)
+            graphs: Graphs = self.graphs[turn.queries] if main else self.modules[key]
+            graphs.idle(turn.size)
+            return
+        zero_T = torch.zeros(1, dtype=torch.int64, device=self.cache.pages_LPBW.device)
+        none_S = zero_T.to(torch.int32)
+        sockets = self._sockets(StepLayout(zero_T - 1, DecodeRows(1, none_S.unsqueeze(0), none_S), None))
+        if turn.module == MODEL:
+            self.model(zero_T, zero_T, sockets)
+        else:
+            previous_TD = self.model.embed(zero_T)
+            self.model.predict_ahead(turn.module, previous_TD, zero_T, zero_T, sockets)
+
     def ahead(
         self, depth: int, previous_TD: Tensor, token_T: Tensor, position_T: Tensor, layout: StepLayout
     ) -> Hidden:
@@ -225,11 +273,16 @@ class Runner:
 
         The next call may overwrite what this one returned, in the order of the stream.
         """
-        recorded = None if layout.decode is None else self.modules.get((depth, layout.decode.queries))
+        if self._turns is not None:
+            previous_TD = previous_TD.clone()  # what runs for others meanwhile may overwrite it
+        queries = 1 if layout.decode is None else layout.decode.queries
+        graphs = self.modules.get((depth, queries))
         rows = ModuleRows(previous_TD, token_T, position_T, layout)
-        replayed = None if recorded is None else recorded.run(rows)
-        if replayed is not None:
-            return replayed
+        size = None if graphs is None else graphs.size_of(rows)
+        if self._turns is not None:
+            size = self._agreed(size, depth, queries, len(token_T))
+        if graphs is not None and size is not None:
+            return graphs.run(rows, size)
         return self.model.predict_ahead(depth, previous_TD, token_T, position_T, self._sockets(layout))
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
@@ -237,7 +290,8 @@ class Runner:
         return self.model.logits(hidden_SD, self._linear)
 
     def _sockets(self, layout: StepLayout) -> Sockets:
-        return Sockets(self._attend(self.cache, layout), self._exchange, self._linear)
+        exchange = self._exchange if self._turns is None else self._turns.exchange
+        return Sockets(self._attend(self.cache, layout), exchange, self._linear)
 
     @torch.inference_mode()
     def row_logits(self, result: StepResult, rows: range) -> Iterator[Tensor]:

@@ -192,22 +192,26 @@ class StepGraphs(Graphs):
         self.buffers = buffers
         self._found = functools.lru_cache(KEPT_VIEWS)(self._view)
 
-    def run(self, rows: StepRows) -> Stepped | None:
-        """A step of decode rows alone; None: the plain loop has to run it.
+    def size_of(self, rows: StepRows) -> int | None:
+        """The smallest captured batch that holds a step; None when none does."""
+        decode = rows.decode
+        if decode is None or rows.chunks or decode.queries != self._queries:
+            return None
+        return self.size_for(len(decode.slot_S))
+
+    def run(self, rows: StepRows, size: int) -> Stepped:
+        """A step of decode rows alone in a batch of `size`, at least that of `size_of`.
 
         The next call overwrites what this one returned, in the order of the stream.
         """
         decode = rows.decode
-        if decode is None or rows.chunks or decode.queries != self._queries:
-            return None
-        size = self.size_for(len(decode.slot_S))
-        if size is None:
-            return None
+        assert decode is not None  # noqa: S101 (there is a size)
         self.buffers.load(rows, size, self.steps)
         self.replay(size)
         found = self._found(size, len(decode.slot_S), decode.columns)
         if rows.sampled_S is None:
-            return found._replace(drawn=self._drawn(size, len(decode.slot_S)))
+            step = replace(found.step, chunk_rows=rows.chunk_rows) if rows.chunk_rows else found.step
+            return found._replace(step=step, drawn=self._drawn(size, len(decode.slot_S)))
         sampled_S = to_device(rows.sampled_S, self.buffers.packed.device)
         logits_SV = found.outputs.logits_TV.index_select(0, sampled_S)
         return Stepped(

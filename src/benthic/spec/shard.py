@@ -1,8 +1,9 @@
 """Which part of every parameter one of several ranks holds that serve a model together.
 
-Every rank sees every token. Heads, feed-forward columns and the vocabulary are divided evenly over the ranks
-(Shoeybi et al. 2019); latents, norms and gates are whole on each. A layer of routed experts is divided either
-by their width, like any other feed-forward network, or into whole experts.
+Where every rank sees every token, heads, feed-forward columns and the vocabulary are divided evenly over the
+ranks (Shoeybi et al. 2019); latents, norms and gates are whole on each. A layer of routed experts is divided
+either by their width, like any other feed-forward network, or into whole experts. Where every rank has tokens
+of its own (DeepSeek-V3 report section 3.4), whole experts are divided and nothing else.
 """
 
 from __future__ import annotations
@@ -23,11 +24,20 @@ Box = tuple[slice, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Rank `index` of `size`; `whole_experts` says how routed experts are divided."""
+    """Rank `index` of `size`; `whole_experts` says how routed experts are divided.
+
+    `own_tokens`: each rank has tokens of its own, and all parameters but whole experts.
+    """
 
     index: int = 0
     size: int = 1
     whole_experts: bool = False
+    own_tokens: bool = False
+
+    @property
+    def degree(self) -> str:
+        """What the number of ranks is called."""
+        return "data_parallel_size" if self.own_tokens else "tensor_parallel_size"
 
     def check(self, config: ModelConfig) -> None:
         """Refuse a model that does not divide.
@@ -41,15 +51,22 @@ class Shard:
 
     def problems(self, config: ModelConfig) -> Iterator[str]:
         """Everything that keeps `config` from being divided so, a sentence each."""
+        if self.own_tokens and not config.n_routed_experts:
+            yield (
+                f"n_routed_experts = 0, so data_parallel_size = {self.size} has no experts to divide. "
+                f"Start {self.size} independent instances by --decode {self.size}."
+            )
         for name, width in self._divided(config).items():
             if width % self.size:
                 yield (
-                    f"{name} = {width} does not divide over tensor_parallel_size = {self.size}. "
-                    f"Set tensor_parallel_size to a divisor of {width}."
+                    f"{name} = {width} does not divide over {self.degree} = {self.size}. "
+                    f"Set {self.degree} to a divisor of {width}."
                 )
 
     def _divided(self, config: ModelConfig) -> dict[str, int]:
         """What is divided in this model, by name."""
+        if self.own_tokens:
+            return {"n_routed_experts": config.n_routed_experts}
         widths = {"num_attention_heads": config.num_attention_heads, "vocab_size": config.vocab_size}
         if not all(config.is_moe(layer) for layer in range(config.num_hidden_layers)):
             widths["intermediate_size"] = config.intermediate_size
@@ -70,10 +87,10 @@ class Shard:
 
     def box(self, param: Param) -> Box:
         """The part of `param` that is here: one slice for each dim."""
-        divided = {"heads", "vocab"}
+        divided = set() if self.own_tokens else {"heads", "vocab"}
         if "expert" in param.axes and self.whole_experts:
             divided.add("expert")
-        else:
+        elif not self.own_tokens:
             divided.add("ffn")
         return tuple(
             self._piece(size) if axis in divided else slice(0, size)
