@@ -28,16 +28,22 @@ if TYPE_CHECKING:
 
 Part = Literal["F", "I", "W"]
 
+_SUM: Final = 8.0
+"""Bytes of an element of an FP32 sum, read and written."""
 LOGITS: Final = 2**30
 """Bytes of one chunk of logits on a GPU (`kernels.ops.linear_cross_entropy_sum`)."""
 
 
 class Step(NamedTuple):
-    """One operation: whether forward, backward to the input, or weights; what it is for; the operation."""
+    """One operation: whether forward, backward to the input, or weights; what it is for; the operation.
+
+    inside: what the same kernel moves while it multiplies; it takes the longer of both.
+    """
 
     part: Part
     name: str
     op: Op
+    inside: Op | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +91,7 @@ def embedding(shape: Shape) -> Iterator[Step]:
     elements = shape.model.vocab_size * shape.model.hidden_size
     yield Step("F", "embedding", MemoryBound(bytes=2 * size))
     yield Step("W", "embedding", MemoryBound(bytes=6 * size + 2.0 * elements))
-    yield Step("W", "gradients", _accumulate(shape, elements))
+    yield Step("W", "gradients", MemoryBound(bytes=(2 + _SUM) * elements, name="accumulate"))
 
 
 def head(shape: Shape) -> Iterator[Step]:
@@ -98,11 +104,11 @@ def head(shape: Shape) -> Iterator[Step]:
     yield Step("F", "norms", MemoryBound(bytes=2 * size, name="rms_norm"))
     yield Step("I", "norms", MemoryBound(bytes=3 * size, name="rms_norm backward"))
     m, n, k = tokens, model.vocab_size, model.hidden_size
-    for product in (Gemm(m=m, n=n, k=k), Gemm(m=m, n=k, k=n), Gemm(m=n, n=k, k=m)):
-        yield Step("F", "head", product)
-    yield Step("F", "head", MemoryBound(bytes=2 * logits))
     chunks = max(1.0, logits / LOGITS)
-    yield Step("F", "gradients", MemoryBound(bytes=8.0 * chunks * n * k, name="accumulate"))
+    yield Step("F", "head", Gemm(m=m, n=n, k=k))
+    yield Step("F", "head", Gemm(m=m, n=k, k=n))
+    yield Step("F", "head", Gemm(m=n, n=k, k=m), MemoryBound(bytes=_SUM * chunks * n * k))
+    yield Step("F", "head", MemoryBound(bytes=2 * logits))
     yield Step("I", "head", MemoryBound(bytes=2 * size))
 
 
@@ -217,8 +223,7 @@ def _grouped(shape: Shape, n: float, k: float, *, again: bool) -> Iterator[Step]
     if again:
         yield Step("I", "recomputation", product(n, k))
     yield Step("I", "routed experts", product(k, n))
-    yield Step("W", "routed experts", product(n, k))
-    yield Step("W", "gradients", _accumulate(shape, experts * n * k))
+    yield from _weights("routed experts", product(n, k), experts * n * k)
     yield from _gradients_narrowed(shape, rows * n)
 
 
@@ -231,17 +236,18 @@ def _product(
     if again:
         yield Step("I", "recomputation", Gemm(m=m, n=n, k=k, dtype=kind))
     yield Step("I", name, Gemm(m=m, n=k, k=n, dtype=kind))
-    yield Step("W", name, Gemm(m=n, n=k, k=m, dtype=kind))
-    yield Step("W", "gradients", _accumulate(shape, n * k))
+    yield from _weights(name, Gemm(m=n, n=k, k=m, dtype=kind), n * k)
     if kind == "fp8":
         yield from _gradients_narrowed(shape, m * n)
 
 
-def _accumulate(shape: Shape, elements: float) -> MemoryBound:
-    """Adding a weight gradient to its FP32 sum: on the way out of the product in FP8, else from BF16."""
-    if shape.products == "fp8":
-        return MemoryBound(bytes=8.0 * elements, name="accumulate fp32")
-    return MemoryBound(bytes=10.0 * elements, name="accumulate")
+def _weights(name: str, product: Gemm | GroupedGemm, elements: float) -> Iterator[Step]:
+    """A weight gradient added to its FP32 sum: where the product leaves it, or in FP8 by a kernel after it."""
+    if product.dtype != "fp8":
+        yield Step("W", name, product, MemoryBound(bytes=_SUM * elements))
+        return
+    yield Step("W", name, product)
+    yield Step("W", "gradients", MemoryBound(bytes=(4 + _SUM) * elements, name="accumulate fp32"))
 
 
 def _narrowed(shape: Shape, elements: float) -> Iterator[Step]:

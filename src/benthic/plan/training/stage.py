@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.parallel.parts import parts_of
 from benthic.parallel.setup import expanded
 from benthic.plan.cost.price import price
 from benthic.plan.cost.priced import Total, total
+from benthic.plan.training import launches
 from benthic.plan.training.block import Shape, block, embedding, head, hop, projection
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
     from benthic.model.part import Part
     from benthic.plan.cost.machine import Machine
+    from benthic.plan.cost.priced import Priced
     from benthic.plan.training.block import Step
     from benthic.plan.training.candidate import Candidate
+    from benthic.plan.training.launches import Calls
     from benthic.sched.pipeline.table import Slot
 
 EXCHANGE_SMS: Final = 20
@@ -27,20 +30,30 @@ EXCHANGE_SMS: Final = 20
 OVERLAP_BUSY: Final = 0.916
 """Part of an overlapped pair during which products run (DeepSeek's training trace: EP64, TP1, 4K)."""
 EXCHANGE: Final = "exchange"
-WEIGHTS_LAUNCH: Final = 1 / 6
-"""Part of a backward's launches that are weights': a product and a sum for each of a block's weights."""
 
 
 class Host(NamedTuple):
-    """Seconds of the host for one microbatch: launching a forward, launching a backward, and drains.
+    """Seconds of the host for one microbatch: launching a forward, its two backwards, and drains.
 
     A drain is what the GPU waits after the host has waited for it (the router's counts are read in every
     mixture's forward): the first launches after it meet an empty queue.
     """
 
     forward: float = 0.0
-    backward: float = 0.0
+    input: float = 0.0
+    weight: float = 0.0
     drain: float = 0.0
+
+    @classmethod
+    def of(cls, calls: Calls, machine: Machine, *, drain: float = 0.0) -> Host:
+        """The seconds of `calls`, by what the machine's profile knows of its host."""
+        each = machine.overhead("host collective")
+        return cls(
+            machine.overhead("host operator forward") * calls.forward + each * calls.forward_collectives,
+            machine.overhead("host operator input") * calls.input + each * calls.input_collectives,
+            machine.overhead("host operator weight") * calls.weight,
+            drain,
+        )
 
     def plus(self, other: Host) -> Host:
         """Both."""
@@ -84,6 +97,10 @@ class Work:
             self.host.times(count),
         )
 
+    def launching(self, host: Host) -> Work:
+        """With this for the host on top."""
+        return replace(self, host=self.host.plus(host)) if any(host) else self
+
     @property
     def whole(self) -> Total:
         """Everything, nothing hidden."""
@@ -117,7 +134,13 @@ def stages(candidate: Candidate, machine: Machine, count: int) -> tuple[Work, ..
     """
     shape = shape_of(candidate, machine)
     parts = parts_of(candidate.model, candidate.layout, count)
-    return tuple(_stage(shape, part, machine) for part in parts)
+    zero = Host.of(launches.of_zero(candidate.layout.zero_stage), machine)
+    return tuple(_stage(shape, part, machine).launching(zero.times(_layers(part))) for part in parts)
+
+
+def _layers(part: Part) -> int:
+    """Blocks of a stage, those of prediction modules too."""
+    return len(part.layers) + len(part.mtp)
 
 
 def named(candidate: Candidate, machine: Machine, part: Part) -> dict[str, float]:
@@ -125,7 +148,7 @@ def named(candidate: Candidate, machine: Machine, part: Part) -> dict[str, float
     found: dict[str, float] = defaultdict(float)
     for steps, count in _pieces(shape_of(candidate, machine), part):
         for step in steps:
-            found[step.name] += count * price(step.op, machine).seconds
+            found[step.name] += count * _priced(step, machine).seconds
     return dict(found)
 
 
@@ -158,32 +181,27 @@ def _pieces(shape: Shape, part: Part) -> Iterator[tuple[Iterable[Step], int]]:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _block(shape: Shape, machine: Machine, *, moe: bool) -> Work:
-    return _work(block(shape, moe=moe), machine, host=_host(shape, machine, moe=moe))
+    drain = machine.overhead("host drain") if moe else 0.0
+    host = Host.of(launches.of_block(shape, moe=moe), machine, drain=drain)
+    return _work(block(shape, moe=moe), machine, host=host)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _ends(shape: Shape, machine: Machine, name: str) -> Work:
     steps = {"embedding": embedding, "head": head, "projection": projection}[name](shape)
-    return _work(steps, machine, host=Host())
+    return _work(steps, machine, host=Host.of(launches.of_end(name), machine))
 
 
-def _host(shape: Shape, machine: Machine, *, moe: bool) -> Host:
-    """What the host does for a block, by what the profile knows."""
-    forward, backward = machine.overhead("host block forward"), machine.overhead("host block backward")
-    collectives = (5 if shape.tp > 1 else 0) + (1 if shape.cp > 1 else 0)
-    each = machine.overhead("host collective")
-    exchange = machine.overhead("host exchange") if moe and shape.ep > 1 else 0.0
-    again = forward if {"attention", "experts"} & shape.again else 0.0
-    balance = each if moe and shape.tp * shape.cp > 1 else 0.0
-    return Host(
-        forward + collectives * each + balance + exchange,
-        backward + collectives * each + exchange + again,
-        machine.overhead("host drain") if moe else 0.0,
-    )
+def _priced(step: Step, machine: Machine) -> Priced:
+    """The longer of an operation and what it does beside."""
+    alone = price(step.op, machine)
+    if step.inside is None:
+        return alone
+    return max(alone, price(step.inside, machine), key=lambda one: one.seconds)
 
 
 def _work(steps: Iterable[Step], machine: Machine, *, host: Host) -> Work:
-    priced = [(step.part, step.name == EXCHANGE, price(step.op, machine)) for step in steps]
+    priced = [(step.part, step.name == EXCHANGE, _priced(step, machine)) for step in steps]
 
     def of(part: str, *, exchange: bool) -> Total:
         return total(one for its, travels, one in priced if its == part and travels == exchange)
@@ -198,17 +216,28 @@ def _work(steps: Iterable[Step], machine: Machine, *, host: Host) -> Work:
     )
 
 
+class Sync(NamedTuple):
+    """Seconds of ZeRO's collectives before a forward and around a backward, on links and in memory."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
 class Lanes(NamedTuple):
-    """Seconds of one action: products, exchange, the host's launches, and the GPU's waiting after drains."""
+    """Seconds of one action: products, exchange, the host's launches, the GPU's waiting after drains, ZeRO."""
 
     products: float
     exchange: float
     launch: float
     drain: float
+    sync: float
 
     def plus(self, other: Lanes) -> Lanes:
         """Both."""
         return Lanes(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+_NO_SYNC: Final = Sync()
 
 
 class Prices:
@@ -218,15 +247,17 @@ class Prices:
     beside the other's products, which have the other SMs for as long as the pair lasts: it takes the longer
     of C/(1 - s) and N, of C seconds of products and N of exchange, s being the share of the SMs that the
     exchange holds; and the part of it in which products cannot run on top, as in DeepSeek's trace. Pairs
-    without exchange take what their actions take. The GPU waits after every drain on top, and no slot is
-    over before the host has launched it.
+    without exchange take what their actions take. ZeRO's collectives and the GPU's waiting after every drain
+    come on top, and no slot is over before the host has launched it.
     """
 
-    def __init__(self, work: tuple[Work, ...], machine: Machine, *, transfer: float) -> None:
+    def __init__(
+        self, work: tuple[Work, ...], machine: Machine, *, transfer: float, sync: Sync = _NO_SYNC
+    ) -> None:
         self.work = work
         self._transfer = transfer
         self.taken = EXCHANGE_SMS / machine.hardware.sms
-        self._actions = {kind: tuple(_of(one, kind) for one in work) for kind in ("F", "B", "I", "W")}
+        self._actions = {kind: tuple(_of(one, kind, sync) for one in work) for kind in ("F", "B", "I", "W")}
 
     @property
     def transfer(self) -> float:
@@ -236,11 +267,12 @@ class Prices:
     def of_slot(self, slot: Slot) -> float:
         """Seconds of one action or of an overlapped pair."""
         lanes = self.lanes(slot)
-        return max(self._busy(slot, lanes) + lanes.drain, lanes.launch)
+        return max(self._busy(slot, lanes) + lanes.drain + lanes.sync, lanes.launch)
 
     def waits(self, slot: Slot) -> float:
         """Seconds of a slot in which the GPU waits for the host."""
-        return self.of_slot(slot) - self._busy(slot, self.lanes(slot))
+        lanes = self.lanes(slot)
+        return self.of_slot(slot) - self._busy(slot, lanes) - lanes.sync
 
     def lanes(self, slot: Slot) -> Lanes:
         """What the actions of a slot take, nothing hidden."""
@@ -256,17 +288,17 @@ class Prices:
         return max(lanes.products / (1 - self.taken), lanes.exchange) / OVERLAP_BUSY
 
 
-def _of(work: Work, kind: str) -> Lanes:
-    """One action; weights have their part of a backward's launches."""
-    host = work.host
+def _of(work: Work, kind: str, sync: Sync) -> Lanes:
+    """One action."""
+    host, inputs, travels = work.host, work.input.seconds, work.input_exchange.seconds
     if kind == "F":
-        return Lanes(work.forward.seconds, work.forward_exchange.seconds, host.forward, host.drain)
+        forward, exchange = work.forward.seconds, work.forward_exchange.seconds
+        return Lanes(forward, exchange, host.forward, host.drain, sync.forward)
     if kind == "W":
-        return Lanes(work.weight.seconds, 0.0, host.backward * WEIGHTS_LAUNCH, 0.0)
-    inputs, exchange = work.input.seconds, work.input_exchange.seconds
+        return Lanes(work.weight.seconds, 0.0, host.weight, 0.0, 0.0)
     if kind == "I":
-        return Lanes(inputs, exchange, host.backward * (1 - WEIGHTS_LAUNCH), 0.0)
-    return Lanes(inputs + work.weight.seconds, exchange, host.backward, 0.0)
+        return Lanes(inputs, travels, host.input, 0.0, sync.backward)
+    return Lanes(inputs + work.weight.seconds, travels, host.input + host.weight, 0.0, sync.backward)
 
 
 def transfer(candidate: Candidate, machine: Machine) -> float:
