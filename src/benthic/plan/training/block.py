@@ -159,8 +159,25 @@ def _attention(shape: Shape) -> Iterator[Step]:
     o_width = heads * model.v_head_dim
     yield from _narrowed(shape, wide * o_width)
     yield from _product(shape, "attention products", wide, size, o_width)
+    yield from _assembled(shape, wide * heads, again=again)
     yield from _norm(shape, "add_rms_norm", 4.0, again="norms" in shape.again)
     yield from _shared_tokens(shape, latent)
+
+
+def _assembled(shape: Shape, rows: float, *, again: bool) -> Iterator[Step]:
+    """Queries and keys put together from two parts, values laid out; in backward taken apart and summed.
+
+    `rows` is tokens times heads. Counted from the tensors that autograd reads and writes between our kernels:
+    in backward a slice's gradient fills its whole, and gradients of what several read are added one by one.
+    """
+    model = shape.model
+    parts = 2.0 * rows * (2 * 2 * model.qk_head_dim + 2 * model.v_head_dim)
+    sums = 2.0 * shape.tokens * model.hidden_size
+    yield Step("F", "copies and sums", MemoryBound(bytes=parts + 3 * sums))
+    if again:
+        yield Step("I", "recomputation", MemoryBound(bytes=parts))
+    apart = 2.0 * rows * (9 * model.qk_head_dim + 8 * model.v_head_dim)
+    yield Step("I", "copies and sums", MemoryBound(bytes=apart + 20 * sums))
 
 
 def _shared_tokens(shape: Shape, latent: int) -> Iterator[Step]:
@@ -216,14 +233,15 @@ def _grouped(shape: Shape, n: float, k: float, *, again: bool) -> Iterator[Step]
     model = shape.model
     rows, experts = shape.tokens * model.num_experts_per_tok, model.n_routed_experts / shape.ep
 
-    def product(n: float, k: float) -> GroupedGemm:
-        return GroupedGemm(rows=rows, experts=experts, n=n, k=k, dtype=shape.products, skew=shape.skew)
+    def product(n: float, k: float, *, gradient: bool = False) -> GroupedGemm:
+        kind, skew = shape.products, shape.skew
+        return GroupedGemm(rows=rows, experts=experts, n=n, k=k, dtype=kind, skew=skew, gradient=gradient)
 
     yield Step("F", "routed experts", product(n, k))
     if again:
         yield Step("I", "recomputation", product(n, k))
     yield Step("I", "routed experts", product(k, n))
-    yield from _weights("routed experts", product(n, k), experts * n * k)
+    yield from _weights("routed experts", product(n, k, gradient=True), experts * n * k)
     yield from _gradients_narrowed(shape, rows * n)
 
 
