@@ -1,10 +1,10 @@
-"""Which of two fleets the planner prefers, beside which was better when measured.
+"""Which of two fleets the planner prefers, and by how much, beside what was measured.
 
-`disaggregate.json` holds two GPUs with a prefill and a decode instance, and two that do both, on H100s under
-three workloads. Here the same fleets are simulated at the same rates: every request drawn alike, the live
-scheduler's own decisions, our engine as it was when they ran (fitted to an H200's decode steps and prompts in
-BF16, so that nothing is fitted to these H100 runs; that one token behind pulled blocks is no graph,
-they taught). Both sides' goodput is read off their rates by one rule.
+`disaggregate.json` holds two GPUs with a prefill and a decode instance, and two that do both, under three
+workloads. Here the same fleets are simulated at the same rates, on GPUs of the kind that they ran on: every
+request drawn alike, the live scheduler's own decisions, the engine that ships (fitted to steps of one H200 in
+BF16, so that nothing is fitted to these runs), blocks at the speed of `transfer.json`. Both sides' goodput is
+read off their rates by one rule.
 
     python benchmarks/plan_fleets.py
 """
@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -28,10 +28,15 @@ from benthic.plan.serving.demand import Fixed, drawn
 from benthic.plan.serving.goodput import Targets, Trial, trial_of
 from benthic.plan.serving.group import GroupSpec
 from benthic.plan.serving.layout import ServingLayout, memory_of
-from benthic.plan.serving.priced import Engine, PricedStep
+from benthic.plan.serving.priced import PricedStep
 from benthic.sched.plans import BatchingConfig
+from benthic.spec import hardware as gpus
 from benthic.spec import presets
 from benthic.spec.objectives import Objectives
+
+if TYPE_CHECKING:
+    from benthic.plan.cost.machine import Machine
+    from benthic.plan.serving.priced import Engine
 
 Row = dict[str, Any]
 
@@ -46,31 +51,53 @@ ATTAINMENT: Final = 0.9
 AHEAD: Final = 1.05
 SECONDS: Final = 8.0
 BLOCK: Final = 64
-THEN: Final = Engine(name="benthic, 5510470", eager_layer_s=1.007e-3, graph_layer_s=5.318e-5, stretch=1.009)
-"""Our engine when the fleets were measured: fitted to `serve_gpu.json` of commit 5510470."""
 
 
 def main() -> None:
     """All workloads and fleets, printed and written."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engine", help="a name or a file instead of the engine of those runs")
+    parser.add_argument("--engine", default="benthic", help="a name or a file")
+    parser.add_argument("--hardware", help="instead of the GPUs that the fleets ran on")
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
-    record = json.loads((RESULTS / "disaggregate.json").read_text())["rows"]
-    engine = engines.get(words.engine) if words.engine else THEN
-    rows = [row for name in WORKLOADS for row in compared(name, record, engine)]
+    found = json.loads((RESULTS / "disaggregate.json").read_text())
+    machine = machines.get(words.hardware or kind_of(found["hardware"]["gpus"][0]))
+    engine = engines.get(words.engine)
+    rows = [row for name in WORKLOADS for row in compared(name, found["rows"], engine, machine)]
     for row in rows:
         print(row)
-    print(write_result("plan_fleets", rows, out=words.out, engine=engine.name))
+    for row in rows:
+        if "foretold" in row:
+            print(sentence(row))
+    print(write_result("plan_fleets", rows, out=words.out, engine=engine.name, machine=machine.name))
 
 
-def compared(name: str, record: Row, engine: Engine) -> list[Row]:
+def kind_of(gpu: str) -> str:
+    """Such as "h100" of "NVIDIA H100 80GB HBM3"."""
+    return next(name for name in gpus.names() if name in gpu.lower().split())
+
+
+def sentence(row: Row) -> str:
+    """Who wins a workload, and by what ratio of goodputs, foretold and measured."""
+    told, seen = (ratio(row[side]) for side in ("foretold", "measured"))
+    return (
+        f"{row['workload']:<14} 1P1D over 2 colocated: foretold {told:5.2f} ({row['foretold_winner']}), "
+        f"measured {seen:5.2f} ({row['measured_winner']})"
+    )
+
+
+def ratio(found: dict[str, float]) -> float:
+    """Of goodputs, 1P1D's over that of two colocated instances."""
+    return found["1P1D"] / max(found["2 colocated"], 1e-9)
+
+
+def compared(name: str, record: Row, engine: Engine, machine: Machine) -> list[Row]:
     """Every rate of a workload, and then which fleet wins."""
     rows: list[Row] = []
     foretold, seen = {}, {}
     for fleet in FLEETS:
         runs = [r for r in record["runs"] if (r["workload"], r["fleet"]) == (name, fleet)]
-        trials = [simulated(fleet, name, run["rate"], engine) for run in runs]
+        trials = [simulated(fleet, name, run["rate"], engine, machine) for run in runs]
         rows += [beside(name, fleet, run, trial) for run, trial in zip(runs, trials, strict=True)]
         foretold[fleet] = goodput([(trial.rate, trial.attainment) for trial in trials])
         seen[fleet] = goodput([(run["rate"], run["attainment"] or 0.0) for run in runs])
@@ -89,19 +116,19 @@ def winner(found: dict[str, float]) -> str:
     return first if found[first] > AHEAD * found[second] else "neither"
 
 
-def simulated(fleet: str, name: str, rate: float, engine: Engine) -> Trial:
+def simulated(fleet: str, name: str, rate: float, engine: Engine, machine: Machine) -> Trial:
     """One rate of one fleet, as many requests as the run had."""
     prompt, output, ttft, tpot = WORKLOADS[name]
     targets = Targets(objectives=Objectives(ttft_s=ttft, tpot_s=tpot), attainment=ATTAINMENT)
     demand = drawn(
         Fixed(prompt_tokens=prompt, output_tokens=output), round(rate * SECONDS), rate=rate, seed=0
     )
-    return trial_of(rate, Cluster(specs(fleet, engine), link=link()).play(demand), targets)
+    return trial_of(rate, Cluster(specs(fleet, engine, machine), link=link(machine)).play(demand), targets)
 
 
-def specs(fleet: str, engine: Engine) -> list[GroupSpec]:
-    """The instances, each on one H100."""
-    model, machine, layout = presets.get("moonlight-16b-a3b"), machines.get("h100"), ServingLayout()
+def specs(fleet: str, engine: Engine, machine: Machine) -> list[GroupSpec]:
+    """The instances, each on one GPU."""
+    model, layout = presets.get("moonlight-16b-a3b"), ServingLayout()
     memory = memory_of(model, layout, machine.hardware, utilisation=0.85)
     batching = BatchingConfig(
         num_blocks=memory.blocks(BLOCK),
@@ -116,10 +143,17 @@ def specs(fleet: str, engine: Engine) -> list[GroupSpec]:
     return [GroupSpec(role=role, batching=batching, step=step) for role in FLEETS[fleet]]  # type: ignore[arg-type]
 
 
-def link() -> Link:
-    """Blocks of latents over NVLink."""
-    memory = memory_of(presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h100").hardware)
-    return Link(block_bytes=BLOCK * memory.token_bytes, bytes_per_second=300e9, latency_s=50e-6)
+def link(machine: Machine) -> Link:
+    """Blocks of latents as `transfer.json` pulled them: a line through its shortest and its longest pull."""
+    pulls = json.loads((RESULTS / "transfer.json").read_text())["rows"]["bandwidth"]
+    few, many = (pick(pulls, key=lambda pull: pull["bytes"]) for pick in (min, max))
+    rate = (many["bytes"] - few["bytes"]) / (many["pull_us"] - few["pull_us"]) * 1e6
+    memory = memory_of(presets.get("moonlight-16b-a3b"), ServingLayout(), machine.hardware)
+    return Link(
+        block_bytes=BLOCK * memory.token_bytes,
+        bytes_per_second=rate,
+        latency_s=max(0.0, few["pull_us"] / 1e6 - few["bytes"] / rate),
+    )
 
 
 def beside(name: str, fleet: str, run: Row, trial: Trial) -> Row:
