@@ -3,8 +3,8 @@
 `disaggregate.json` holds two GPUs with a prefill and a decode instance, and two that do both, under three
 workloads. Here the same fleets are simulated at the same rates, on GPUs of the kind that they ran on: every
 request drawn alike, the live scheduler's own decisions, the engine that ships (fitted to steps of one H200 in
-BF16, so that nothing is fitted to these runs), blocks at the speed of `transfer.json`. Both sides' goodput is
-read off their rates by one rule.
+BF16, so that nothing is fitted to these runs), blocks at the speed of `transfer.json`. The foretold goodput
+comes from a climb of its own, by the rules and seeds of `disaggregate.py`, and knows none of the runs.
 
     python benchmarks/plan_fleets.py
 """
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, Final
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -41,15 +43,17 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 WORKLOADS: Final = {
-    "prefill-heavy": (4096, 64, 1.0, 0.03),
-    "balanced": (2048, 256, 0.6, 0.03),
-    "decode-heavy": (512, 512, 0.3, 0.03),
+    "prefill-heavy": (4096, 64, 1.0, 0.03, (4.0, 8.0, 14.0, 20.0, 26.0)),
+    "balanced": (2048, 256, 0.6, 0.03, (10.0, 18.0, 26.0, 34.0)),
+    "decode-heavy": (512, 512, 0.3, 0.03, (8.0, 16.0, 24.0, 32.0, 40.0, 48.0)),
 }
-"""Prompt and answer in tokens, targets of TTFT and TPOT in seconds; as in `disaggregate.py`."""
+"""Prompt and answer in tokens, targets of TTFT and TPOT in seconds, rates; as in `disaggregate.py`."""
 FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decode")}
 ATTAINMENT: Final = 0.9
 AHEAD: Final = 1.05
-SECONDS: Final = 8.0
+SECONDS: Final = 20.0
+SEEDS: Final = 2
+HALVINGS: Final = 2
 BLOCK: Final = 64
 
 
@@ -63,7 +67,9 @@ def main() -> None:
     found = json.loads((RESULTS / "disaggregate.json").read_text())
     machine = machines.get(words.hardware or kind_of(found["hardware"]["gpus"][0]))
     engine = engines.get(words.engine)
-    rows = [row for name in WORKLOADS for row in compared(name, found["rows"], engine, machine)]
+    fleets = {fleet: Fleet(fleet, engine, machine) for fleet in FLEETS}
+    seconds = float(found["settings"].get("seconds", SECONDS))
+    rows = [row for name in WORKLOADS for row in compared(name, found["rows"]["runs"], fleets, seconds)]
     for row in rows:
         print(row)
     for row in rows:
@@ -91,17 +97,24 @@ def ratio(found: dict[str, float]) -> float:
     return found["1P1D"] / max(found["2 colocated"], 1e-9)
 
 
-def compared(name: str, record: Row, engine: Engine, machine: Machine) -> list[Row]:
-    """Every rate of a workload, and then which fleet wins."""
+def compared(name: str, record: list[Row], fleets: dict[str, Fleet], seconds: float) -> list[Row]:
+    """Every measured rate of a workload, and then which fleet wins."""
     rows: list[Row] = []
     foretold, seen = {}, {}
-    for fleet in FLEETS:
-        runs = [r for r in record["runs"] if (r["workload"], r["fleet"]) == (name, fleet)]
-        trials = [simulated(fleet, name, run["rate"], engine, machine) for run in runs]
-        rows += [beside(name, fleet, run, trial) for run, trial in zip(runs, trials, strict=True)]
-        foretold[fleet] = goodput([(trial.rate, trial.attainment) for trial in trials])
-        seen[fleet] = goodput([(run["rate"], run["attainment"] or 0.0) for run in runs])
+    for fleet, one in fleets.items():
+        runs = [r for r in record if (r["workload"], r["fleet"]) == (name, fleet)]
+        rows += [beside(name, fleet, run, one.trial(name, run["rate"], 0, seconds)) for run in runs]
+        foretold[fleet] = goodput(one.climb(name))
+        seen[fleet] = goodput(by_rate(runs))
     return [*rows, {"workload": name, "foretold": foretold, "measured": seen, **verdict(foretold, seen)}]
+
+
+def by_rate(runs: list[Row]) -> list[tuple[float, float]]:
+    """Attainment at each rate, the mean of its seeds."""
+    return [
+        (rate, mean(run["attainment"] or 0.0 for run in runs if run["rate"] == rate))
+        for rate in sorted({run["rate"] for run in runs})
+    ]
 
 
 def verdict(foretold: dict[str, float], seen: dict[str, float]) -> Row:
@@ -116,14 +129,42 @@ def winner(found: dict[str, float]) -> str:
     return first if found[first] > AHEAD * found[second] else "neither"
 
 
-def simulated(fleet: str, name: str, rate: float, engine: Engine, machine: Machine) -> Trial:
-    """One rate of one fleet, as many requests as the run had."""
-    prompt, output, ttft, tpot = WORKLOADS[name]
-    targets = Targets(objectives=Objectives(ttft_s=ttft, tpot_s=tpot), attainment=ATTAINMENT)
-    demand = drawn(
-        Fixed(prompt_tokens=prompt, output_tokens=output), round(rate * SECONDS), rate=rate, seed=0
-    )
-    return trial_of(rate, Cluster(specs(fleet, engine, machine), link=link(machine)).play(demand), targets)
+@dataclass(frozen=True)
+class Fleet:
+    """Instances of one engine, and what becomes of requests that come to them."""
+
+    name: str
+    engine: Engine
+    machine: Machine
+
+    def climb(self, name: str) -> list[tuple[float, float]]:
+        """Attainment at rising rates until one fails, then halving the gap below it."""
+        found: list[tuple[float, float]] = []
+        met, failed = 0.0, 0.0
+        for rate in WORKLOADS[name][4]:
+            found.append((rate, self.attained(name, rate)))
+            if found[-1][1] < ATTAINMENT:
+                failed = rate
+                break
+            met = rate
+        for _ in range(HALVINGS if failed else 0):
+            middle = (met + failed) / 2
+            found.append((middle, self.attained(name, middle)))
+            met, failed = (middle, failed) if found[-1][1] >= ATTAINMENT else (met, middle)
+        return found
+
+    def attained(self, name: str, rate: float) -> float:
+        """Share of requests that meet both targets, over all seeds."""
+        return mean(self.trial(name, rate, seed, SECONDS).attainment for seed in range(SEEDS))
+
+    def trial(self, name: str, rate: float, seed: int, seconds: float) -> Trial:
+        """One rate, as many requests as arrive in `seconds`."""
+        prompt, output, ttft, tpot, _ = WORKLOADS[name]
+        targets = Targets(objectives=Objectives(ttft_s=ttft, tpot_s=tpot), attainment=ATTAINMENT)
+        lengths = Fixed(prompt_tokens=prompt, output_tokens=output)
+        demand = drawn(lengths, round(rate * seconds), rate=rate, seed=seed)
+        cluster = Cluster(specs(self.name, self.engine, self.machine), link=link(self.machine))
+        return trial_of(rate, cluster.play(demand), targets)
 
 
 def specs(fleet: str, engine: Engine, machine: Machine) -> list[GroupSpec]:
@@ -162,6 +203,7 @@ def beside(name: str, fleet: str, run: Row, trial: Trial) -> Row:
         "workload": name,
         "fleet": fleet,
         "rate": run["rate"],
+        "seed": run.get("seed", 0),
         "attainment": [round(trial.attainment, 3), run["attainment"]],
         "ttft_p50_ms": [round(1e3 * trial.ttft_p50_s, 1), run["median_ttft_ms"]],
         "ttft_p90_ms": [round(1e3 * trial.ttft_p90_s, 1), run["p90_ttft_ms"]],
