@@ -31,11 +31,12 @@ _PER_DOUBLING = 4
 class Grid:
     """A function of one size, priced at grid points and linear between them; made to never fall."""
 
-    __slots__ = ("_at", "_known")
+    __slots__ = ("_at", "_between", "_known")
 
     def __init__(self, seconds: Callable[[float], float]) -> None:
         self._at = seconds
         self._known: dict[int, float] = {}
+        self._between: dict[int, tuple[float, float, float, float]] = {}
 
     def __call__(self, size: float) -> float:
         """Seconds; 0 for nothing."""
@@ -43,11 +44,17 @@ class Grid:
             return 0.0
         if size <= 1.0:
             return self._point(0)
-        place = math.log2(size) * _PER_DOUBLING
-        below = int(place)
+        below = int(math.log2(size) * _PER_DOUBLING)
+        known = self._between.get(below)
+        first, rise, low, width = self._line(below) if known is None else known
+        return first + rise * (size - low) / width
+
+    def _line(self, below: int) -> tuple[float, float, float, float]:
+        """Seconds at a grid point, and to the next one their rise; its size, and the distance."""
         low, high = 2.0 ** (below / _PER_DOUBLING), 2.0 ** ((below + 1) / _PER_DOUBLING)
         first = self._point(below)
-        return first + (self._point(below + 1) - first) * (size - low) / (high - low)
+        self._between[below] = found = (first, self._point(below + 1) - first, low, high - low)
+        return found
 
     def _point(self, index: int) -> float:
         known = self._known.get(index)
