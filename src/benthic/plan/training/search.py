@@ -138,7 +138,7 @@ class _Search:
         machine = self.question.machine
         work = stages(one, machine, table.table.stages)
         ending = update(one, machine, table.table.routes)
-        sync = sync_of(ending, one, table.table)
+        sync = sync_of(ending, one, table.forwards)
         prices = Prices(work, machine, transfer=transfer(one, machine), sync=sync)
         seconds = table.least(prices, work) + ending.end.seconds
         return first._replace(seconds=max(first.seconds, seconds * _ROUNDING), closeness=1)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from benthic.plan.training.block import Step
     from benthic.plan.training.candidate import Candidate
     from benthic.plan.training.launches import Calls
+    from benthic.spec.model import ModelConfig
     from benthic.sched.pipeline.table import Slot
 
 EXCHANGE_SMS: Final = 20
@@ -126,6 +127,24 @@ def shape_of(candidate: Candidate, machine: Machine) -> Shape:
     )
 
 
+class Kind(NamedTuple):
+    """What a stage holds, as far as its work depends on it; stages alike are priced once."""
+
+    mixed: int
+    dense: int
+    embeddings: int
+    heads: int
+    projections: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, part: Part) -> Kind:
+        """Of a part; prediction modules have a block, an embedding, a head and a projection each."""
+        layers = [*part.layers, *(model.num_hidden_layers + depth for depth in part.mtp)]
+        mixed, depths = sum(model.is_moe(layer) for layer in layers), len(part.mtp)
+        embeds = bool(part.embed and part.layers[0] == 0)
+        return cls(mixed, len(layers) - mixed, embeds + depths, part.head + depths, depths)
+
+
 def stages(candidate: Candidate, machine: Machine, count: int) -> tuple[Work, ...]:
     """The work of each of `count` stages.
 
@@ -133,50 +152,47 @@ def stages(candidate: Candidate, machine: Machine, count: int) -> tuple[Work, ..
         ConfigError: fewer layers than stages.
     """
     shape = shape_of(candidate, machine)
-    parts = parts_of(candidate.model, candidate.layout, count)
+    kinds = _kinds(candidate.model, parts_of(candidate.model, candidate.layout, count))
     zero = Host.of(launches.of_zero(candidate.layout.zero_stage), machine)
-    return tuple(_stage(shape, part, machine).launching(zero.times(_layers(part))) for part in parts)
+    found = {
+        kind: _stage(shape, kind, machine).launching(zero.times(kind.mixed + kind.dense))
+        for kind in dict.fromkeys(kinds)
+    }
+    return tuple(found[kind] for kind in kinds)
 
 
-def _layers(part: Part) -> int:
-    """Blocks of a stage, those of prediction modules too."""
-    return len(part.layers) + len(part.mtp)
+@functools.lru_cache(maxsize=256)
+def _kinds(model: ModelConfig, parts: tuple[Part, ...]) -> tuple[Kind, ...]:
+    return tuple(Kind.of(model, part) for part in parts)
 
 
 def named(candidate: Candidate, machine: Machine, part: Part) -> dict[str, float]:
     """The seconds of a stage's operations by what they are for."""
     found: dict[str, float] = defaultdict(float)
-    for steps, count in _pieces(shape_of(candidate, machine), part):
+    for steps, count in _pieces(shape_of(candidate, machine), Kind.of(candidate.model, part)):
         for step in steps:
             found[step.name] += count * _priced(step, machine).seconds
     return dict(found)
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _stage(shape: Shape, part: Part, machine: Machine) -> Work:
-    layers = [*part.layers, *(shape.model.num_hidden_layers + depth for depth in part.mtp)]
-    mixed = sum(shape.model.is_moe(layer) for layer in layers)
-    found = _block(shape, machine, moe=True).times(mixed)
-    found += _block(shape, machine, moe=False).times(len(layers) - mixed)
-    if part.embed and part.layers[0] == 0:
-        found += _ends(shape, machine, "embedding")
-    if part.head:
-        found += _ends(shape, machine, "head")
-    for _ in part.mtp:
-        found += _ends(shape, machine, "embedding") + _ends(shape, machine, "projection")
-        found += _ends(shape, machine, "head")
+def _stage(shape: Shape, kind: Kind, machine: Machine) -> Work:
+    found = _block(shape, machine, moe=True).times(kind.mixed)
+    found += _block(shape, machine, moe=False).times(kind.dense)
+    ends = {"embedding": kind.embeddings, "head": kind.heads, "projection": kind.projections}
+    for name, count in ends.items():
+        if count:
+            found += _ends(shape, machine, name).times(count)
     return found
 
 
-def _pieces(shape: Shape, part: Part) -> Iterator[tuple[Iterable[Step], int]]:
+def _pieces(shape: Shape, kind: Kind) -> Iterator[tuple[Iterable[Step], int]]:
     """The operations of a stage, each group with how often it runs."""
-    layers = [*part.layers, *(shape.model.num_hidden_layers + depth for depth in part.mtp)]
-    mixed = sum(shape.model.is_moe(layer) for layer in layers)
-    yield block(shape, moe=True), mixed
-    yield block(shape, moe=False), len(layers) - mixed
-    yield embedding(shape), int(part.embed and part.layers[0] == 0) + len(part.mtp)
-    yield head(shape), int(part.head) + len(part.mtp)
-    yield projection(shape), len(part.mtp)
+    yield block(shape, moe=True), kind.mixed
+    yield block(shape, moe=False), kind.dense
+    yield embedding(shape), kind.embeddings
+    yield head(shape), kind.heads
+    yield projection(shape), kind.projections
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -257,7 +273,11 @@ class Prices:
         self.work = work
         self._transfer = transfer
         self.taken = EXCHANGE_SMS / machine.hardware.sms
-        self._actions = {kind: tuple(_of(one, kind, sync) for one in work) for kind in ("F", "B", "I", "W")}
+        alike = {id(one): one for one in work}
+        self._actions: dict[str, list[Lanes]] = {}
+        for kind in ("F", "B", "I", "W"):
+            found = {key: _of(one, kind, sync) for key, one in alike.items()}
+            self._actions[kind] = [found[id(one)] for one in work]
 
     @property
     def transfer(self) -> float:

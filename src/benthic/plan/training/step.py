@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from benthic.parallel.parts import parts_of, stages_of
 from benthic.plan.cost.priced import Total
 from benthic.plan.training.stage import EXCHANGE, Prices, named, stages, transfer
+from benthic.plan.training.tables import forwards_of
 from benthic.plan.training.update import sync_of, update
 from benthic.sched.pipeline.simulate import Order
 
@@ -62,7 +63,7 @@ def step(candidate: Candidate, machine: Machine, order: Order | None = None) -> 
     table = order.table
     work = stages(candidate, machine, table.stages)
     ending = update(candidate, machine, table.routes)
-    sync = sync_of(ending, candidate, table)
+    sync = sync_of(ending, candidate, forwards_of(table))
     prices = Prices(work, machine, transfer=transfer(candidate, machine), sync=sync)
     timeline = order.run(prices)
     seconds = timeline.makespan + ending.end.seconds

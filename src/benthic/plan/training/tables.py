@@ -37,6 +37,11 @@ class Digest:
         """The table, ready to be simulated."""
         return Order.of(self.table)
 
+    @functools.cached_property
+    def forwards(self) -> int:
+        """Of the first rank."""
+        return forwards_of(self.table)
+
     def least(self, prices: Prices, work: Sequence[Work]) -> float:
         """A makespan that no simulation undercuts: a rank's own slots, and the way to and from them."""
         return max(
@@ -49,6 +54,11 @@ class Digest:
     def activations(self, pp: int, size: Sequence[float]) -> float:
         """The most bytes in flight on a rank, `size` being a microbatch's on each stage."""
         return max(sum(size[stage] * count for stage, count in held) for held in self.held[pp])
+
+
+def forwards_of(table: Table) -> int:
+    """How many forwards the first rank runs."""
+    return sum(action.kind == "F" for slot in table.slots[0] for action in slot.actions)
 
 
 @functools.lru_cache(maxsize=1 << 10)

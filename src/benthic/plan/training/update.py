@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from benthic.plan.cost.machine import Machine
     from benthic.plan.cost.ops import Op
     from benthic.plan.training.candidate import Candidate
-    from benthic.sched.pipeline.table import Table
     from benthic.spec.model import ModelConfig
 
 Routes = tuple[tuple[int, ...], ...]
@@ -66,11 +65,7 @@ def update(candidate: Candidate, machine: Machine, routes: Routes) -> Update:
     """What summing, updating and gathering takes."""
     model, layout = candidate.model, candidate.layout
     parts = parts_of(model, layout, len(routes[0]))
-    held_on = [
-        tuple(part for stage, part in enumerate(parts) if any(route[stage] == pp for route in routes))
-        for pp in range(layout.pp_degree)
-    ]
-    held = max((_held(model, here, layout.ep_degree, layout.tp_degree) for here in held_on), key=_size)
+    held = _most_held(model, parts, routes, layout.ep_degree, layout.tp_degree)
     gathers = [price(op, machine) for op in _gathers(candidate, machine, held)]
     sums = [price(op, machine) for op in _sums(candidate, machine, held)]
     return Update(
@@ -79,6 +74,18 @@ def update(candidate: Candidate, machine: Machine, routes: Routes) -> Update:
         each_forward=total(gathers),
         each_backward=total([*gathers, *sums]),
     )
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _most_held(
+    model: ModelConfig, parts: tuple[Part, ...], routes: Routes, ep: int, tp: int
+) -> dict[str, Held]:
+    """Elements by kind on the pipeline rank that holds most."""
+    held_on = [
+        tuple(part for stage, part in enumerate(parts) if any(route[stage] == pp for route in routes))
+        for pp in sorted({pp for route in routes for pp in route})
+    ]
+    return max((_held(model, here, ep, tp) for here in held_on), key=_size)
 
 
 def _size(held: dict[str, Held]) -> float:
@@ -166,8 +173,7 @@ def _collective(name: str, moved: float, ranks: int, per_node: int) -> Collectiv
     return Collective(name=names[name], bytes=moved, ranks=ranks, per_node=per_node)  # type: ignore[arg-type]
 
 
-def sync_of(found: Update, candidate: Candidate, table: Table) -> Sync:
-    """What each forward and backward of the first rank has of what ZeRO does for a microbatch."""
-    forwards = sum(action.kind == "F" for slot in table.slots[0] for action in slot.actions)
-    share = candidate.microbatches / max(1, forwards)
+def sync_of(found: Update, candidate: Candidate, forwards: int) -> Sync:
+    """What each of so many forwards of a rank, and each backward, has of what ZeRO does for a microbatch."""
+    share = candidate.microbatches / forwards
     return Sync(share * found.each_forward.seconds, share * found.each_backward.seconds)
