@@ -122,7 +122,7 @@ def calibration_run(profile: Profile) -> tuple[tuple[Work, ...], list[dict[str, 
 
 
 def host_of_operators(profile: Profile) -> dict[str, float]:
-    """What the host takes for an operator, and what the GPU waits after a drain, read from slots that show it.
+    """What the host takes for an operator and the GPU waits after a drain, read from slots that show it.
 
     The second rank never waits for the first: its slots last as long as launching two mixtures and the head.
     Forwards of the first rank but the first two begin with everything queued up to the one drain, which is
@@ -144,7 +144,8 @@ def host_of_collectives() -> dict[str, float]:
     (few,) = (
         row["microseconds"] / 1e6
         for row in rows
-        if (row["tokens"], row["wire"], row["exchange"], row["what"]) == (128, "bf16", "all_to_all", "combine")
+        if (row["tokens"], row["wire"], row["exchange"], row["what"])
+        == (128, "bf16", "all_to_all", "combine")
     )
     return {"host collective": few}
 

@@ -26,7 +26,7 @@ def parts_of(config: ModelConfig, layout: Layout, stages: int) -> tuple[Part, ..
 
 
 @functools.lru_cache(maxsize=256)
-def _parts(config: ModelConfig, stages: int, layers_per_stage: tuple[int, ...] | None) -> tuple[Part, ...]:
+def _parts(config: ModelConfig, stages: int, layers_per_stage: tuple[int, ...]) -> tuple[Part, ...]:
     depths = tuple(range(config.num_nextn_predict_layers))
     cut = layers_of_stages(config, stages, layers_per_stage)
     last = len(cut) - 1

@@ -240,7 +240,8 @@ def test_two_workers_come_to_the_plan_of_one(plan):
 def test_a_worker_hands_on_what_went_wrong_and_says_when_it_died():
     def fails(number: int) -> int:
         if number == 2:
-            raise ConfigError("2 is wrong")
+            message = "2 is wrong"
+            raise ConfigError(message)
         return number * number
 
     assert list(mapped(lambda number: number * number, [1, 3, 4], 2)) == [1, 9, 16]

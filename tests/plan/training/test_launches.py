@@ -14,13 +14,13 @@ from benthic.plan.training import launches
 from benthic.plan.training.candidate import Candidate, Rows
 from benthic.plan.training.stage import Kind, shape_of
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 import launches as counts
+from provenance import RESULTS
 from stdlib_corpus import make_data
 
-ROWS = json.loads((BENCHMARKS / "results" / "launches.json").read_text())["rows"]
+ROWS = json.loads((RESULTS / "launches.json").read_text())["rows"]
 SLOTS = {"F": ("forward",), "I": ("input",), "W": ("weight",), "B": ("input", "weight")}
 
 

@@ -84,7 +84,10 @@ class GroupedGemm:
     skew: float = 1.0
     gradient: bool = False
 
-    portable: ClassVar[bool] = True
+    @property
+    def portable(self) -> bool:
+        """Whether another machine's measurements speak for this one: not how we make FP8 gradients."""
+        return not self.gradient or self.dtype != "fp8"
 
     @property
     def kind(self) -> str:

@@ -91,7 +91,7 @@ TUNED = Engine()
 
 
 class Rank(NamedTuple):
-    """One rank's part of a step: rows, whether it has prompts, seconds of what it does alone, also in halves."""
+    """One rank's part of a step: rows, whether with prompts, seconds of its own work, also in halves."""
 
     tokens: int
     prompts: bool

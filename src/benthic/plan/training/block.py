@@ -254,13 +254,13 @@ def _product(
     if again:
         yield Step("I", "recomputation", Gemm(m=m, n=n, k=k, dtype=kind))
     yield Step("I", name, Gemm(m=m, n=k, k=n, dtype=kind))
-    yield from _weights(name, Gemm(m=n, n=k, k=m, dtype=kind), n * k)
+    yield from _weights(name, Gemm(m=n, n=k, k=m, dtype=kind, name="gradient"), n * k)
     if kind == "fp8":
         yield from _gradients_narrowed(shape, m * n)
 
 
 def _weights(name: str, product: Gemm | GroupedGemm, elements: float) -> Iterator[Step]:
-    """A weight gradient added to its FP32 sum: where the product leaves it, or in FP8 by a kernel after it."""
+    """A weight gradient added to its FP32 sum: as the product leaves it, or in FP8 by a kernel after it."""
     if product.dtype != "fp8":
         yield Step("W", name, product, MemoryBound(bytes=_SUM * elements))
         return
@@ -272,13 +272,14 @@ def _narrowed(shape: Shape, elements: float) -> Iterator[Step]:
     """Quantising what a product reads; for the weights' gradient it is turned round and quantised again."""
     if shape.products == "fp8":
         yield Step("F", "quantisation", MemoryBound(bytes=3.0 * elements, name="quantise 1x128"))
-        yield Step("W", "quantisation", MemoryBound(bytes=2.0 * elements, name="quantise 1x128"))
+        yield Step("W", "quantisation", MemoryBound(bytes=2.0 * elements, name="retile"))
 
 
 def _gradients_narrowed(shape: Shape, elements: float) -> Iterator[Step]:
     """Quantising an output's gradient along both of its dims."""
     if shape.products == "fp8":
-        yield Step("I", "quantisation", MemoryBound(bytes=4.0 * elements, name="quantise 1x128"))
+        yield Step("I", "quantisation", MemoryBound(bytes=3.0 * elements, name="quantise 1x128"))
+        yield Step("I", "quantisation", MemoryBound(bytes=3.0 * elements, name="quantise 128x1"))
 
 
 def _swiglu(shape: Shape, rows: float, width: float) -> Iterator[Step]:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from benthic.plan.training.block import Step
     from benthic.plan.training.candidate import Candidate
     from benthic.plan.training.launches import Calls
-    from benthic.spec.model import ModelConfig
     from benthic.sched.pipeline.table import Slot
+    from benthic.spec.model import ModelConfig
 
 EXCHANGE_SMS: Final = 20
 """Streaming multiprocessors that the exchange takes while it is overlapped (DeepSeek-V3, section 3.2.2)."""
@@ -240,7 +240,7 @@ class Sync(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """Seconds of one action: products, exchange, the host's launches, the GPU's waiting after drains, ZeRO."""
+    """Seconds of one action: products, exchange, the host's launches, waiting after drains, ZeRO."""
 
     products: float
     exchange: float
