@@ -16,7 +16,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any, Final
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,6 +37,8 @@ from benthic.spec import presets
 from benthic.spec.objectives import Objectives
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from benthic.plan.cost.machine import Machine
     from benthic.plan.serving.priced import Engine
 
@@ -64,18 +66,37 @@ def main() -> None:
     parser.add_argument("--hardware", help="instead of the GPUs that the fleets ran on")
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
-    found = json.loads((RESULTS / "disaggregate.json").read_text())
-    machine = machines.get(words.hardware or kind_of(found["hardware"]["gpus"][0]))
-    engine = engines.get(words.engine)
-    fleets = {fleet: Fleet(fleet, engine, machine) for fleet in FLEETS}
-    seconds = float(found["settings"].get("seconds", SECONDS))
-    rows = [row for name in WORKLOADS for row in compared(name, found["rows"]["runs"], fleets, seconds)]
+    rows, machine = all_rows(words.engine, words.hardware)
     for row in rows:
         print(row)
     for row in rows:
         if "foretold" in row:
             print(sentence(row))
-    print(write_result("plan_fleets", rows, out=words.out, engine=engine.name, machine=machine.name))
+    print(write_result("plan_fleets", rows, out=words.out, engine=words.engine, machine=machine.name))
+
+
+def all_rows(engine: str, hardware: str | None = None) -> tuple[list[Row], Machine]:
+    """Every rate, every workload's verdict, how far off latencies are; and on what the fleets ran."""
+    found = json.loads((RESULTS / "disaggregate.json").read_text())
+    machine = machines.get(hardware or kind_of(found["hardware"]["gpus"][0]))
+    fleets = {fleet: Fleet(fleet, engines.get(engine), machine) for fleet in FLEETS}
+    seconds = float(found["settings"].get("seconds", SECONDS))
+    rows = [row for name in WORKLOADS for row in compared(name, found["rows"]["runs"], fleets, seconds)]
+    return [*rows, *(row for fleet in FLEETS for row in errors(fleet, rows))], machine
+
+
+def errors(fleet: str, rows: list[Row]) -> Iterator[Row]:
+    """Median error of each latency over the rates that kept their targets when measured."""
+    kept = [row for row in rows if row.get("fleet") == fleet and row["attainment"][1] >= ATTAINMENT]
+    for name in ("ttft_p50_ms", "ttft_p90_ms", "tpot_p50_ms", "tpot_p90_ms"):
+        off = [told / seen - 1 for told, seen in (row[name] for row in kept)]
+        yield {
+            "served": fleet,
+            "what": name,
+            "rates": len(off),
+            "median_error": round(median(off), 4) if off else None,
+            "median_size": round(median(map(abs, off)), 4) if off else None,
+        }
 
 
 def kind_of(gpu: str) -> str:
