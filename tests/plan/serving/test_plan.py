@@ -230,11 +230,17 @@ def test_a_single_prompt_near_its_price_is_the_kernels_and_a_slow_one_the_hosts(
     assert found.prompt_stretch == 1.0
 
 
-def test_two_workers_come_to_the_plan_of_one(plan):
-    two = plan_serving(question(), workers=2)
-    assert [(a.candidate.name, a.goodput) for a in plan.answers] == [
+def test_two_workers_come_to_the_plan_of_one():
+    asked = question(gpus=1, lengths=Fixed(prompt_tokens=300, output_tokens=5))
+    one, two = (plan_serving(asked, workers=workers) for workers in (1, 2))
+    assert [(a.candidate.name, a.goodput) for a in one.answers] == [
         (a.candidate.name, a.goodput) for a in two.answers
     ]
+
+
+def test_requests_too_few_to_break_a_target_end_the_search_at_twice_the_estimate():
+    answers = plan_serving(question(lengths=Fixed(prompt_tokens=32, output_tokens=2))).answers
+    assert 0.0 < answers[0].rate <= 2.0 * answers[0].candidate.rate
 
 
 def test_a_worker_hands_on_what_went_wrong_and_says_when_it_died():

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _TOGETHER, _APART = 2, 2
 _PRECISION: Final = 0.04
+_MOST: Final = 2.0
+"""Times the estimate: above, the requests of a simulation are too few to break a target."""
 
 
 class Rejected(NamedTuple):
@@ -150,6 +152,7 @@ def _simulated(candidate: Candidate, question: Question) -> Goodput:
         start=0.9 * candidate.rate,
         precision=_PRECISION,
         least=candidate.rate / 64.0,
+        most=_MOST * candidate.rate,
     )
 
 
