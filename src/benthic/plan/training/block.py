@@ -158,9 +158,9 @@ def _attention(shape: Shape) -> Iterator[Step]:
             yield Step("I", "recomputation", core)
     o_width = heads * model.v_head_dim
     yield from _narrowed(shape, wide * o_width)
-    yield from _product(shape, "attention products", wide, size, o_width)
+    yield from _product(shape, "attention products", wide, size, o_width, again=again)
     yield from _assembled(shape, wide * heads, again=again)
-    yield from _norm(shape, "add_rms_norm", 4.0, again="norms" in shape.again)
+    yield from _norm(shape, "add_rms_norm", 4.0, again=again or "norms" in shape.again)
     yield from _shared_tokens(shape, latent)
 
 
@@ -193,14 +193,18 @@ def _shared_tokens(shape: Shape, latent: int) -> Iterator[Step]:
 
 
 def _mlp(shape: Shape, width: int, name: str) -> Iterator[Step]:
-    """A SwiGLU network on this rank's tokens, its columns divided by tensor parallelism."""
+    """A SwiGLU network on this rank's tokens, its columns divided by tensor parallelism.
+
+    Of a dense layer the last product is not computed again: nothing of its phase needs what it gave.
+    """
     model, tokens, columns = shape.model, shape.gathered, width / shape.tp
     again = "experts" in shape.again
     if name == "dense MLP":
         yield from _narrowed(shape, tokens * model.hidden_size)
     yield from _product(shape, name, tokens, 2 * columns, model.hidden_size, again=again)
     yield from _swiglu(shape, tokens, columns)
-    yield from _product(shape, name, tokens, model.hidden_size, columns)
+    last = again and name != "dense MLP"
+    yield from _product(shape, name, tokens, model.hidden_size, columns, again=last)
     if shape.tp > 1:
         moved = 2 * 2.0 * tokens * model.hidden_size
         yield from _twice("tensor parallelism", _collective(shape, "all-gather", moved, shape.tp))
