@@ -6,7 +6,7 @@ import itertools
 import statistics
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -31,6 +31,7 @@ _REPEATS: Final = 7
 _HOST: Final = "a host"
 _COLD_BYTES: Final = 128 * 2**20
 """Weights are used in turn from copies of this size together, so that no GPU's cache holds them all."""
+_SIDE, _REST_S, _HOT_S = 8192, 1.0, 5.0
 _SHORT_S: Final = 5e-4
 """Below, calls are timed inside a CUDA graph, where the host does not count; a step of serving is one."""
 
@@ -132,6 +133,7 @@ def calibrate(
     if device == "cuda" and kernels is not None:
         for calls in (calibration_kernels.gradients, calibration_kernels.tiles, calibration_kernels.decoding):
             points += [Measured(op, watch.seconds(call), source) for op, call in calls(device, kernels)]
+        points += [Measured(op, seconds, source) for op, seconds in _sustained(launched)]
         # a backward pass runs on the stream of its forward pass, which is not one that captures
         attention = calibration_kernels.attention(device, kernels)
         points += [Measured(op, launched.seconds(call), source) for op, call in attention]
@@ -207,6 +209,17 @@ def _in_turn(
     """Calls `function` with the next of `weights` every time."""
     turn = itertools.cycle(weights)
     return lambda: function(rows, next(turn), *rest, **options)
+
+
+def _sustained(watch: Stopwatch) -> Iterator[tuple[Op, float]]:
+    """A large product on a GPU that has rested, and after seconds of it, when power limits its clock."""
+    side = torch.randn(_SIDE, _SIDE, device=watch.device, dtype=torch.bfloat16)
+    sleep(_REST_S)
+    yield Gemm(m=_SIDE, n=_SIDE, k=_SIDE), watch.seconds(partial(torch.matmul, side, side))
+    began = watch.clock()
+    while watch.clock() - began < _HOT_S:
+        took = watch.seconds(partial(torch.matmul, side, side))
+    yield Gemm(m=_SIDE, n=_SIDE, k=_SIDE, name="sustained"), took
 
 
 def _copies(device: str, num_bytes: float) -> int:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from benthic.cli import plan as command
 from benthic.errors import ConfigError, ScheduleError
 from benthic.plan.cost import machine as machines
-from benthic.plan.cost.ops import Attention
+from benthic.plan.cost.machine import Measured
+from benthic.plan.cost.ops import Attention, Gemm
 from benthic.plan.cost.price import price
 from benthic.plan.training.block import block
 from benthic.plan.training.candidate import Candidate, Rows
@@ -151,3 +152,25 @@ def test_the_command_writes_the_foretold_step_and_refuses_a_run_with_nowhere_to_
     assert "1 files of --measured, but 0 of --perfetto" in str(refused.exception)
     assert "ZeRO has stages 1 to 3" in str(RUN.invoke(command.app, [*words, "--zero", "4"]).exception)
     assert "kept_pairs = 1.5" in str(RUN.invoke(command.app, [*words, "--kept-pairs", "1.5"]).exception)
+
+
+def test_products_of_a_hot_gpu_take_as_long_as_the_calibration_saw():
+    cool, hot = (
+        dataclasses.replace(
+            H200.profiles[0],
+            points=(
+                *H200.profiles[0].points,
+                Measured(Gemm(m=512, n=512, k=512), 1e-5),
+                Measured(Gemm(m=512, n=512, k=512, name="sustained"), share * 1e-5),
+            ),
+            overheads={},
+        )
+        for share in (1.0, 1.25)
+    )
+    steps = [
+        waterfall(step(one(), dataclasses.replace(H200, profiles=(first, *H200.profiles[1:]))))
+        for first in (cool, hot)
+    ]
+    for name in ("attention products", "attention core"):
+        assert steps[1][name] == pytest.approx(1.25 * steps[0][name])
+    assert steps[1]["norms"] == steps[0]["norms"]

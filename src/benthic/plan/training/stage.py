@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.parallel.parts import parts_of
 from benthic.parallel.setup import expanded
+from benthic.plan.cost.ops import Attention, Gemm, GroupedGemm
 from benthic.plan.cost.price import price
-from benthic.plan.cost.priced import Total, total
+from benthic.plan.cost.priced import Priced, Total, total
 from benthic.plan.training import launches
 from benthic.plan.training.block import Shape, block, embedding, head, hop, projection
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from benthic.model.part import Part
     from benthic.plan.cost.machine import Machine
-    from benthic.plan.cost.priced import Priced
     from benthic.plan.training.block import Step
     from benthic.plan.training.candidate import Candidate
     from benthic.plan.training.launches import Calls
@@ -209,8 +209,11 @@ def _ends(shape: Shape, machine: Machine, name: str) -> Work:
 
 
 def _priced(step: Step, machine: Machine) -> Priced:
-    """The longer of an operation and what it does beside."""
+    """The longer of an operation, its products as slow as a hot GPU's, and what it does beside."""
     alone = price(step.op, machine)
+    if machine.sustained > 1.0 and isinstance(step.op, Gemm | GroupedGemm | Attention):
+        seconds, low, high = (machine.sustained * one for one in (alone.seconds, alone.low, alone.high))
+        alone = Priced(seconds, low, high, alone.provenance)
     if step.inside is None:
         return alone
     return max(alone, price(step.inside, machine), key=lambda one: one.seconds)
