@@ -36,8 +36,11 @@ class Gemm:
 
     @property
     def portable(self) -> bool:
-        """Whether another machine's measurements speak for this one: a named whole is one implementation."""
-        return self.name == "gemm"
+        """Whether another machine's measurements speak for this one.
+
+        A named whole is one implementation, and kernels in FP8 differ too much.
+        """
+        return self.name == "gemm" and self.dtype != "fp8"
 
     @property
     def kind(self) -> str:
@@ -86,8 +89,8 @@ class GroupedGemm:
 
     @property
     def portable(self) -> bool:
-        """Whether another machine's measurements speak for this one: not how we make FP8 gradients."""
-        return not self.gradient or self.dtype != "fp8"
+        """Whether another machine's measurements speak for this one: kernels in FP8 differ too much."""
+        return self.dtype != "fp8"
 
     @property
     def kind(self) -> str:
