@@ -100,6 +100,7 @@ def test_attention_is_timed_both_ways_for_whole_rows_and_for_documents():
         "memory quantise 1x128",
         "memory quantise 128x1",
         "memory retile",
+        "memory transpose fp8",
     }
 
 

@@ -137,7 +137,7 @@ def _experts(device: str, sizes: Kernels, weight: tuple[int, int], wide: torch.d
 
 
 def tiles(device: str, sizes: Kernels) -> Calls:
-    """Quantising for FP8 products: rows, columns, and rows turned into columns."""
+    """Quantising for FP8 products: rows, columns, rows turned into columns; and weights turned round."""
     wide = torch.bfloat16 if device == "cuda" else torch.float32
     for rows, width in sizes.columns:
         x = torch.randn(rows, width, device=device, dtype=wide)
@@ -146,6 +146,10 @@ def tiles(device: str, sizes: Kernels) -> Calls:
         yield MemoryBound(bytes=3 * count, name="quantise 1x128"), partial(ops.quantise_fp8_rows, x)
         yield MemoryBound(bytes=3 * count, name="quantise 128x1"), partial(ops.quantise_fp8_columns, x)
         yield MemoryBound(bytes=2 * count, name="retile"), partial(ops.retile_fp8, narrow)
+    for n, k in sizes.weights:
+        weights = torch.zeros(sizes.experts, n, k, device=device).to(torch.float8_e4m3fn)
+        turned = weights.transpose(1, 2)
+        yield MemoryBound(bytes=2.0 * weights.numel(), name="transpose fp8"), turned.contiguous
 
 
 def decoding(device: str, sizes: Kernels) -> Calls:
