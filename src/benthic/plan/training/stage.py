@@ -153,7 +153,12 @@ def stages(candidate: Candidate, machine: Machine, count: int) -> tuple[Work, ..
     """
     shape = shape_of(candidate, machine)
     kinds = _kinds(candidate.model, parts_of(candidate.model, candidate.layout, count))
-    zero = Host.of(launches.of_zero(candidate.layout.zero_stage), machine)
+    return _worked(shape, kinds, machine, Host.of(launches.of_zero(candidate.layout.zero_stage), machine))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _worked(shape: Shape, kinds: tuple[Kind, ...], machine: Machine, zero: Host) -> tuple[Work, ...]:
+    """Stages of these kinds, those alike the same, with what ZeRO adds to the host's work for a block."""
     found = {
         kind: _stage(shape, kind, machine).launching(zero.times(kind.mixed + kind.dense))
         for kind in dict.fromkeys(kinds)
@@ -278,9 +283,12 @@ class Prices:
         self.taken = EXCHANGE_SMS / machine.hardware.sms
         alike = {id(one): one for one in work}
         self._actions: dict[str, list[Lanes]] = {}
+        self._alone: dict[str, list[float]] = {}
         for kind in ("F", "B", "I", "W"):
             found = {key: _of(one, kind, sync) for key, one in alike.items()}
             self._actions[kind] = [found[id(one)] for one in work]
+            alone = {key: _longer(lanes.products + lanes.exchange, lanes) for key, lanes in found.items()}
+            self._alone[kind] = [alone[id(one)] for one in work]
 
     @property
     def transfer(self) -> float:
@@ -289,8 +297,10 @@ class Prices:
 
     def of_slot(self, slot: Slot) -> float:
         """Seconds of one action or of an overlapped pair."""
+        if slot.second is None:
+            return self._alone[slot.first.kind][slot.first.stage]
         lanes = self.lanes(slot)
-        return max(self._busy(slot, lanes) + lanes.drain + lanes.sync, lanes.launch)
+        return _longer(self._busy(slot, lanes), lanes)
 
     def waits(self, slot: Slot) -> float:
         """Seconds of a slot in which the GPU waits for the host."""
@@ -309,6 +319,11 @@ class Prices:
         if slot.second is None or not lanes.exchange:
             return lanes.products + lanes.exchange
         return max(lanes.products / (1 - self.taken), lanes.exchange) / OVERLAP_BUSY
+
+
+def _longer(busy: float, lanes: Lanes) -> float:
+    """Seconds of a slot whose device works for `busy`, or of the host that launches it."""
+    return max(busy + lanes.drain + lanes.sync, lanes.launch)
 
 
 def _of(work: Work, kind: str, sync: Sync) -> Lanes:

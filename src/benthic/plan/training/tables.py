@@ -80,12 +80,16 @@ def digest(schedule: str, ranks: int, microbatches: int, virtual_stages: int | N
 
 def _counted(slots: tuple[Slot, ...]) -> tuple[tuple[Slot, int], ...]:
     """Slots alike but for their microbatches, of which the first stands for all."""
-    counts: Counter[tuple[tuple[str, int], ...]] = Counter()
-    first: dict[tuple[tuple[str, int], ...], Slot] = {}
+    counts: dict[tuple[object, ...], int] = {}
+    first: dict[tuple[object, ...], Slot] = {}
     for slot in slots:
-        key = tuple((action.kind, action.stage) for action in slot.actions)
-        counts[key] += 1
-        first.setdefault(key, slot)
+        one, other = slot.first, slot.second
+        pair = () if other is None else (other.kind, other.stage)
+        key = (one.kind, one.stage, *pair)
+        if key in counts:
+            counts[key] += 1
+        else:
+            counts[key], first[key] = 1, slot
     return tuple((first[key], count) for key, count in counts.items())
 
 
