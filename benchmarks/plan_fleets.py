@@ -1,10 +1,10 @@
-"""Which of two fleets the planner prefers, beside which was better when measured.
+"""Which of two fleets the planner prefers, and by how much, beside what was measured.
 
-`disaggregate.json` holds two GPUs with a prefill and a decode instance, and two that do both, on H100s under
-three workloads. Here the same fleets are simulated at the same rates: every request drawn alike, the live
-scheduler's own decisions, our engine as it was when they ran (fitted to an H200's decode steps and prompts in
-BF16, so that nothing is fitted to these H100 runs; that one token behind pulled blocks is no graph,
-they taught). Both sides' goodput is read off their rates by one rule.
+`disaggregate.json` holds two GPUs with a prefill and a decode instance, and two that do both, under three
+workloads. Here the same fleets are simulated at the same rates, on GPUs of the kind that they ran on: every
+request drawn alike, the live scheduler's own decisions, the engine that ships (fitted to steps of one H200 in
+BF16, so that nothing is fitted to these runs), blocks at the speed of `transfer.json`. The foretold goodput
+comes from a climb of its own, by the rules and seeds of `disaggregate.py`, and knows none of the runs.
 
     python benchmarks/plan_fleets.py
 """
@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any, Final
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -28,53 +30,112 @@ from benthic.plan.serving.demand import Fixed, drawn
 from benthic.plan.serving.goodput import Targets, Trial, trial_of
 from benthic.plan.serving.group import GroupSpec
 from benthic.plan.serving.layout import ServingLayout, memory_of
-from benthic.plan.serving.priced import Engine, PricedStep
+from benthic.plan.serving.priced import PricedStep
 from benthic.sched.plans import BatchingConfig
+from benthic.spec import hardware as gpus
 from benthic.spec import presets
 from benthic.spec.objectives import Objectives
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benthic.plan.cost.machine import Machine
+    from benthic.plan.serving.priced import Engine
 
 Row = dict[str, Any]
 
 WORKLOADS: Final = {
-    "prefill-heavy": (4096, 64, 1.0, 0.03),
-    "balanced": (2048, 256, 0.6, 0.03),
-    "decode-heavy": (512, 512, 0.3, 0.03),
+    "prefill-heavy": (4096, 64, 1.0, 0.03, (4.0, 8.0, 14.0, 20.0, 26.0)),
+    "balanced": (2048, 256, 0.6, 0.03, (10.0, 18.0, 26.0, 34.0)),
+    "decode-heavy": (512, 512, 0.3, 0.03, (8.0, 16.0, 24.0, 32.0, 40.0, 48.0)),
 }
-"""Prompt and answer in tokens, targets of TTFT and TPOT in seconds; as in `disaggregate.py`."""
+"""Prompt and answer in tokens, targets of TTFT and TPOT in seconds, rates; as in `disaggregate.py`."""
 FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decode")}
 ATTAINMENT: Final = 0.9
 AHEAD: Final = 1.05
-SECONDS: Final = 8.0
+SECONDS: Final = 20.0
+SEEDS: Final = 2
+HALVINGS: Final = 2
 BLOCK: Final = 64
-THEN: Final = Engine(name="benthic, 5510470", eager_layer_s=1.007e-3, graph_layer_s=5.318e-5, stretch=1.009)
-"""Our engine when the fleets were measured: fitted to `serve_gpu.json` of commit 5510470."""
 
 
 def main() -> None:
     """All workloads and fleets, printed and written."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engine", help="a name or a file instead of the engine of those runs")
+    parser.add_argument("--engine", default="benthic", help="a name or a file")
+    parser.add_argument("--hardware", help="instead of the GPUs that the fleets ran on")
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
-    record = json.loads((RESULTS / "disaggregate.json").read_text())["rows"]
-    engine = engines.get(words.engine) if words.engine else THEN
-    rows = [row for name in WORKLOADS for row in compared(name, record, engine)]
+    rows, machine = all_rows(words.engine, words.hardware)
     for row in rows:
         print(row)
-    print(write_result("plan_fleets", rows, out=words.out, engine=engine.name))
+    for row in rows:
+        if "foretold" in row:
+            print(sentence(row))
+    print(write_result("plan_fleets", rows, out=words.out, engine=words.engine, machine=machine.name))
 
 
-def compared(name: str, record: Row, engine: Engine) -> list[Row]:
-    """Every rate of a workload, and then which fleet wins."""
+def all_rows(engine: str, hardware: str | None = None) -> tuple[list[Row], Machine]:
+    """Every rate, every workload's verdict, how far off latencies are; and on what the fleets ran."""
+    found = json.loads((RESULTS / "disaggregate.json").read_text())
+    machine = machines.get(hardware or kind_of(found["hardware"]["gpus"][0]))
+    fleets = {fleet: Fleet(fleet, engines.get(engine), machine) for fleet in FLEETS}
+    seconds = float(found["settings"].get("seconds", SECONDS))
+    rows = [row for name in WORKLOADS for row in compared(name, found["rows"]["runs"], fleets, seconds)]
+    return [*rows, *(row for fleet in FLEETS for row in errors(fleet, rows))], machine
+
+
+def errors(fleet: str, rows: list[Row]) -> Iterator[Row]:
+    """Median error of each latency over the rates that kept their targets when measured."""
+    kept = [row for row in rows if row.get("fleet") == fleet and row["attainment"][1] >= ATTAINMENT]
+    for name in ("ttft_p50_ms", "ttft_p90_ms", "tpot_p50_ms", "tpot_p90_ms"):
+        off = [told / seen - 1 for told, seen in (row[name] for row in kept)]
+        yield {
+            "served": fleet,
+            "what": name,
+            "rates": len(off),
+            "median_error": round(median(off), 4) if off else None,
+            "median_size": round(median(map(abs, off)), 4) if off else None,
+        }
+
+
+def kind_of(gpu: str) -> str:
+    """Such as "h100" of "NVIDIA H100 80GB HBM3"."""
+    return next(name for name in gpus.names() if name in gpu.lower().split())
+
+
+def sentence(row: Row) -> str:
+    """Who wins a workload, and by what ratio of goodputs, foretold and measured."""
+    told, seen = (ratio(row[side]) for side in ("foretold", "measured"))
+    return (
+        f"{row['workload']:<14} 1P1D over 2 colocated: foretold {told:5.2f} ({row['foretold_winner']}), "
+        f"measured {seen:5.2f} ({row['measured_winner']})"
+    )
+
+
+def ratio(found: dict[str, float]) -> float:
+    """Of goodputs, 1P1D's over that of two colocated instances."""
+    return found["1P1D"] / max(found["2 colocated"], 1e-9)
+
+
+def compared(name: str, record: list[Row], fleets: dict[str, Fleet], seconds: float) -> list[Row]:
+    """Every measured rate of a workload, and then which fleet wins."""
     rows: list[Row] = []
     foretold, seen = {}, {}
-    for fleet in FLEETS:
-        runs = [r for r in record["runs"] if (r["workload"], r["fleet"]) == (name, fleet)]
-        trials = [simulated(fleet, name, run["rate"], engine) for run in runs]
-        rows += [beside(name, fleet, run, trial) for run, trial in zip(runs, trials, strict=True)]
-        foretold[fleet] = goodput([(trial.rate, trial.attainment) for trial in trials])
-        seen[fleet] = goodput([(run["rate"], run["attainment"] or 0.0) for run in runs])
+    for fleet, one in fleets.items():
+        runs = [r for r in record if (r["workload"], r["fleet"]) == (name, fleet)]
+        rows += [beside(name, fleet, run, one.trial(name, run["rate"], 0, seconds)) for run in runs]
+        foretold[fleet] = goodput(one.climb(name))
+        seen[fleet] = goodput(by_rate(runs))
     return [*rows, {"workload": name, "foretold": foretold, "measured": seen, **verdict(foretold, seen)}]
+
+
+def by_rate(runs: list[Row]) -> list[tuple[float, float]]:
+    """Attainment at each rate, the mean of its seeds."""
+    return [
+        (rate, mean(run["attainment"] or 0.0 for run in runs if run["rate"] == rate))
+        for rate in sorted({run["rate"] for run in runs})
+    ]
 
 
 def verdict(foretold: dict[str, float], seen: dict[str, float]) -> Row:
@@ -89,19 +150,47 @@ def winner(found: dict[str, float]) -> str:
     return first if found[first] > AHEAD * found[second] else "neither"
 
 
-def simulated(fleet: str, name: str, rate: float, engine: Engine) -> Trial:
-    """One rate of one fleet, as many requests as the run had."""
-    prompt, output, ttft, tpot = WORKLOADS[name]
-    targets = Targets(objectives=Objectives(ttft_s=ttft, tpot_s=tpot), attainment=ATTAINMENT)
-    demand = drawn(
-        Fixed(prompt_tokens=prompt, output_tokens=output), round(rate * SECONDS), rate=rate, seed=0
-    )
-    return trial_of(rate, Cluster(specs(fleet, engine), link=link()).play(demand), targets)
+@dataclass(frozen=True)
+class Fleet:
+    """Instances of one engine, and what becomes of requests that come to them."""
+
+    name: str
+    engine: Engine
+    machine: Machine
+
+    def climb(self, name: str) -> list[tuple[float, float]]:
+        """Attainment at rising rates until one fails, then halving the gap below it."""
+        found: list[tuple[float, float]] = []
+        met, failed = 0.0, 0.0
+        for rate in WORKLOADS[name][4]:
+            found.append((rate, self.attained(name, rate)))
+            if found[-1][1] < ATTAINMENT:
+                failed = rate
+                break
+            met = rate
+        for _ in range(HALVINGS if failed else 0):
+            middle = (met + failed) / 2
+            found.append((middle, self.attained(name, middle)))
+            met, failed = (middle, failed) if found[-1][1] >= ATTAINMENT else (met, middle)
+        return found
+
+    def attained(self, name: str, rate: float) -> float:
+        """Share of requests that meet both targets, over all seeds."""
+        return mean(self.trial(name, rate, seed, SECONDS).attainment for seed in range(SEEDS))
+
+    def trial(self, name: str, rate: float, seed: int, seconds: float) -> Trial:
+        """One rate, as many requests as arrive in `seconds`."""
+        prompt, output, ttft, tpot, _ = WORKLOADS[name]
+        targets = Targets(objectives=Objectives(ttft_s=ttft, tpot_s=tpot), attainment=ATTAINMENT)
+        lengths = Fixed(prompt_tokens=prompt, output_tokens=output)
+        demand = drawn(lengths, round(rate * seconds), rate=rate, seed=seed)
+        cluster = Cluster(specs(self.name, self.engine, self.machine), link=link(self.machine))
+        return trial_of(rate, cluster.play(demand), targets)
 
 
-def specs(fleet: str, engine: Engine) -> list[GroupSpec]:
-    """The instances, each on one H100."""
-    model, machine, layout = presets.get("moonlight-16b-a3b"), machines.get("h100"), ServingLayout()
+def specs(fleet: str, engine: Engine, machine: Machine) -> list[GroupSpec]:
+    """The instances, each on one GPU."""
+    model, layout = presets.get("moonlight-16b-a3b"), ServingLayout()
     memory = memory_of(model, layout, machine.hardware, utilisation=0.85)
     batching = BatchingConfig(
         num_blocks=memory.blocks(BLOCK),
@@ -116,10 +205,17 @@ def specs(fleet: str, engine: Engine) -> list[GroupSpec]:
     return [GroupSpec(role=role, batching=batching, step=step) for role in FLEETS[fleet]]  # type: ignore[arg-type]
 
 
-def link() -> Link:
-    """Blocks of latents over NVLink."""
-    memory = memory_of(presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h100").hardware)
-    return Link(block_bytes=BLOCK * memory.token_bytes, bytes_per_second=300e9, latency_s=50e-6)
+def link(machine: Machine) -> Link:
+    """Blocks of latents as `transfer.json` pulled them: a line through its shortest and its longest pull."""
+    pulls = json.loads((RESULTS / "transfer.json").read_text())["rows"]["bandwidth"]
+    few, many = (pick(pulls, key=lambda pull: pull["bytes"]) for pick in (min, max))
+    rate = (many["bytes"] - few["bytes"]) / (many["pull_us"] - few["pull_us"]) * 1e6
+    memory = memory_of(presets.get("moonlight-16b-a3b"), ServingLayout(), machine.hardware)
+    return Link(
+        block_bytes=BLOCK * memory.token_bytes,
+        bytes_per_second=rate,
+        latency_s=max(0.0, few["pull_us"] / 1e6 - few["bytes"] / rate),
+    )
 
 
 def beside(name: str, fleet: str, run: Row, trial: Trial) -> Row:
@@ -128,6 +224,7 @@ def beside(name: str, fleet: str, run: Row, trial: Trial) -> Row:
         "workload": name,
         "fleet": fleet,
         "rate": run["rate"],
+        "seed": run.get("seed", 0),
         "attainment": [round(trial.attainment, 3), run["attainment"]],
         "ttft_p50_ms": [round(1e3 * trial.ttft_p50_s, 1), run["median_ttft_ms"]],
         "ttft_p90_ms": [round(1e3 * trial.ttft_p90_s, 1), run["p90_ttft_ms"]],

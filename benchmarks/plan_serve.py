@@ -4,6 +4,9 @@
 
 steps      steps of our engine on one H200 (a result of `benchmarks/serve_gpu.py`): priced from operations
            alone, by the engine that ships, and with numbers fitted on the *other* rows (leave one out)
+alone      requests one at a time over HTTP on one H200 (`transfer.json`): TTFT and TPOT
+fleets     two fleets of two GPUs (`disaggregate.json`, see `plan_fleets.py`): goodput, and how far TTFT and
+           TPOT are off where the targets were kept
 deepseek   what DeepSeek published of its deployment
 distserve  OPT-13B on A100 by its published fit: goodput a GPU, mean of five seeds
 trace      one instance that serves a whole recorded trace, step by step, with the live scheduler
@@ -13,12 +16,15 @@ plan       `benthic plan serve deepseek-v3` on 64 H200
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from provenance import write_result
+import plan_fleets
+from provenance import RESULTS, write_result
 
 from benthic.plan.cost import machine as machines
 from benthic.plan.serving import engines
@@ -33,6 +39,7 @@ from benthic.plan.serving.options import Question
 from benthic.plan.serving.priced import PricedStep
 from benthic.plan.serving.recordings import play_recording, read_trace
 from benthic.plan.serving.search import plan_serving
+from benthic.plan.serving.steps import StepLoad
 from benthic.spec import presets
 from benthic.spec.objectives import Objectives
 
@@ -69,6 +76,39 @@ def step_rows(path: Path) -> list[Row]:
             case = f"decode steps in {weights}, median |{name}|"
             rows.append({"case": case, "value": round(statistics.median(errors), 4)})
     return rows
+
+
+def alone_rows() -> list[Row]:
+    """A prompt of 4,096 tokens and the tokens behind it, which nothing was fitted to."""
+    record = json.loads((RESULTS / "transfer.json").read_text())
+    sizes, times = record["settings"]["sizes"], record["rows"]["first_tokens"]["one server"]
+    prompt, tokens = sizes["sent"], sizes["tokens"]
+    step = PricedStep(
+        presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h200"), engines.get("benthic")
+    )
+    first, second, last = (times[name]["median"] for name in ("first_ms", "second_ms", "last_ms"))
+    measured = {"ttft_ms": first, "tpot_ms": (last - second) / (tokens - 2)}
+    pairs = prompt * (prompt + 1) // 2
+    foretold = {
+        "ttft_ms": 1e3 * step([StepLoad(0, 0, 0, prompt, pairs, prompt, 1)]),
+        "tpot_ms": 1e3 * step([StepLoad(1, 1, prompt + tokens // 2, 0, 0, 0, 1)]),
+    }
+    return [
+        {
+            "case": f"alone, {name}",
+            "foretold": round(foretold[name], 3),
+            "measured": round(measured[name], 3),
+            "error": round(foretold[name] / measured[name] - 1, 4),
+        }
+        for name in measured
+    ]
+
+
+def fleet_rows() -> list[Row]:
+    """Goodput of both fleets under each workload, and errors of their latencies."""
+    rows, machine = plan_fleets.all_rows("benthic")
+    kept = [row for row in rows if "foretold" in row or "served" in row]
+    return [{"case": f"fleets on two {machine.name}", **row} for row in kept]
 
 
 def published_rows() -> list[Row]:
@@ -120,8 +160,8 @@ def trace_row(path: Path) -> Row:
 
 
 def plan_row() -> Row:
-    """Processor seconds of the whole question, and its answer."""
-    began = time.process_time()
+    """Processor seconds of the whole question, those of its workers too; seconds; and its answer."""
+    began, started = os.times(), time.perf_counter()
     plan = plan_serving(
         Question(
             model=presets.get("deepseek-v3"),
@@ -129,11 +169,15 @@ def plan_row() -> Row:
             gpus=64,
             lengths=Fixed(prompt_tokens=4000, output_tokens=500),
             targets=Targets(objectives=Objectives(ttft_s=2.0, tpot_s=0.03)),
-        )
+        ),
+        workers=os.cpu_count() or 1,
     )
+    ended = os.times()
+    cpu = sum(ended[:4]) - sum(began[:4])
     return {
         "case": "plan serve deepseek-v3, 64 h200",
-        "cpu_s": round(time.process_time() - began, 2),
+        "cpu_s": round(cpu, 2),
+        "seconds": round(time.perf_counter() - started, 2),
         "screened": plan.screened,
         "best": plan.best.candidate.name,
         "output_tokens_per_gpu": round(plan.best.output_per_gpu, 1),
@@ -149,7 +193,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = step_rows(arguments.measured) if arguments.measured else []
-    rows += [*published_rows(), distserve_row(), plan_row()]
+    rows += [*alone_rows(), *fleet_rows(), *published_rows(), distserve_row(), plan_row()]
     if arguments.trace:
         rows.append(trace_row(arguments.trace))
     for row in rows:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from benthic.cli import calibration_kernels
 from benthic.cli.calibration import ON_CPU, Sizes, _fp8_products, calibrate, errors, machine_of
 from benthic.errors import BackendError
 from benthic.plan.cost import machine as machines
@@ -19,7 +20,6 @@ FEW = Sizes(
     expert_rows=(3, 64),
     weights=((32, 32), (64, 32)),
     bytes=(2**14, 2**16),
-    attention=(),
     experts=(2,),
 )
 
@@ -58,6 +58,50 @@ def test_products_in_fp8_and_their_experts_are_those_that_training_runs():
     for op, call in _fp8_products("cpu", FEW):
         assert op.dtype == "fp8"
         assert call().shape == ((op.rows if isinstance(op, GroupedGemm) else op.m), op.n)
+
+
+FEW_KERNELS = calibration_kernels.Kernels(
+    attention=((2, 64),),
+    packed=((2, 64),),
+    rows=(128,),
+    expert_rows=(128,),
+    experts=2,
+    weights=((64, 32),),
+    decode=((3, 100),),
+    heads=(2,),
+    columns=((128, 128),),
+)
+
+
+def test_gradients_that_are_timed_are_those_of_their_weights():
+    for op, call in calibration_kernels.gradients("cpu", FEW_KERNELS):
+        found = call()
+        grouped = isinstance(op, GroupedGemm)
+        assert op.gradient if grouped else op.name == "gradient"
+        if op.dtype == "fp8":
+            assert found.shape == ((2, 64, 32) if grouped else (64, 32))
+
+
+def test_decoding_is_timed_over_both_kinds_of_cache():
+    found = [(op.cache_dtype, call().shape) for op, call in calibration_kernels.decoding("cpu", FEW_KERNELS)]
+    assert found == [("fp32", (3, 1, 2, 512)), ("fp8", (3, 1, 2, 512))]
+
+
+def test_attention_is_timed_both_ways_for_whole_rows_and_for_documents():
+    found = list(calibration_kernels.attention("cpu", FEW_KERNELS))
+    assert [(op.packed, op.kept, op.backward) for op, _ in found] == [
+        (False, 1.0, False),
+        (False, 1.0, True),
+        (True, 34 / 64, False),
+        (True, 34 / 64, True),
+    ]
+    assert [len(call()) for _, call in found] == [128, 3, 128, 3]
+    assert {op.kind for op, call in calibration_kernels.tiles("cpu", FEW_KERNELS) if call() is not None} == {
+        "memory quantise 1x128",
+        "memory quantise 128x1",
+        "memory retile",
+        "memory transpose fp8",
+    }
 
 
 def test_sizes_of_a_cpu_are_measured_in_reasonable_memory():

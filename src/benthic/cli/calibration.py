@@ -6,15 +6,16 @@ import itertools
 import statistics
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from benthic.cli import calibration_kernels
 from benthic.errors import BackendError
 from benthic.kernels import ops
 from benthic.plan.cost.machine import Measured, Profile
-from benthic.plan.cost.ops import Attention, Gemm, GroupedGemm, MemoryBound
+from benthic.plan.cost.ops import Gemm, GroupedGemm, MemoryBound
 from benthic.plan.cost.points import Points
 from benthic.plan.cost.roofline import ideal
 from benthic.spec import hardware as gpus
@@ -22,6 +23,7 @@ from benthic.spec import hardware as gpus
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from benthic.cli.calibration_kernels import Kernels
     from benthic.plan.cost.ops import Dtype, Op
     from benthic.spec.hardware import Hardware
 
@@ -29,13 +31,14 @@ _REPEATS: Final = 7
 _HOST: Final = "a host"
 _COLD_BYTES: Final = 128 * 2**20
 """Weights are used in turn from copies of this size together, so that no GPU's cache holds them all."""
+_SIDE, _REST_S, _HOT_S = 8192, 1.0, 5.0
 _SHORT_S: Final = 5e-4
 """Below, calls are timed inside a CUDA graph, where the host does not count; a step of serving is one."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: rows of products, (n, k) of their weights, bytes, (rows, tokens) of attention.
+    """What is measured: rows of products, (n, k) of their weights, bytes.
 
     Experts' products have `expert_rows` rows for each of `experts` experts.
     """
@@ -44,7 +47,6 @@ class Sizes:
     expert_rows: tuple[int, ...]
     weights: tuple[tuple[int, int], ...]
     bytes: tuple[int, ...]
-    attention: tuple[tuple[int, int], ...]
     experts: tuple[int, ...]
 
 
@@ -52,8 +54,7 @@ ON_GPU: Final = Sizes(
     rows=(1, 8, 32, 64, 96, 128, 256, 512, 1024, 2048, 3072, 4096, 8192, 16384),
     expert_rows=(1, 3, 6, 12, 24, 48, 128, 256, 512),
     weights=((2112, 7168), (24576, 1536), (4096, 7168), (7168, 2048), (2816, 2048), (3072, 2048)),
-    bytes=tuple(2**power for power in range(22, 32)),
-    attention=((1, 2048), (1, 4096), (4, 4096), (1, 8192)),
+    bytes=tuple(round(2 ** (half / 2)) for half in range(44, 63)),
     experts=(8, 32, 64),
 )
 ON_CPU: Final = Sizes(
@@ -61,7 +62,6 @@ ON_CPU: Final = Sizes(
     expert_rows=(32, 48, 64),
     weights=((256, 256), (512, 256), (1024, 512)),
     bytes=tuple(2**power for power in range(18, 26)),
-    attention=(),
     experts=(4,),
 )
 
@@ -111,9 +111,13 @@ class GraphStopwatch(Stopwatch):
 
 
 def calibrate(
-    device: str, *, sizes: Sizes | None = None, clock: Callable[[], float] = perf_counter
+    device: str,
+    *,
+    sizes: Sizes | None = None,
+    kernels: Kernels | None = calibration_kernels.ON_GPU,
+    clock: Callable[[], float] = perf_counter,
 ) -> Profile:
-    """Time products, grouped products, streams and, on a GPU, attention: under two minutes.
+    """Time products, grouped products, streams and, on a GPU, our own `kernels`: under two minutes.
 
     Raises:
         BackendError: "cuda" was asked for and there is none.
@@ -126,8 +130,13 @@ def calibrate(
     watch = GraphStopwatch(device, clock) if device == "cuda" else launched
     source = f"benthic calibrate, torch {torch.__version__}, {_threads(device)}"
     points = [Measured(op, watch.seconds(call), source) for op, call in _calls(device, chosen)]
-    # a backward pass runs on the stream of its forward pass, which is not one that captures
-    points += [Measured(op, launched.seconds(call), source) for op, call in _attention(device, chosen)]
+    if device == "cuda" and kernels is not None:
+        for calls in (calibration_kernels.gradients, calibration_kernels.tiles, calibration_kernels.decoding):
+            points += [Measured(op, watch.seconds(call), source) for op, call in calls(device, kernels)]
+        points += [Measured(op, seconds, source) for op, seconds in _sustained(launched)]
+        # a backward pass runs on the stream of its forward pass, which is not one that captures
+        attention = calibration_kernels.attention(device, kernels)
+        points += [Measured(op, launched.seconds(call), source) for op, call in attention]
     return Profile(hardware=_name(device), source=source, points=tuple(points))
 
 
@@ -202,6 +211,17 @@ def _in_turn(
     return lambda: function(rows, next(turn), *rest, **options)
 
 
+def _sustained(watch: Stopwatch) -> Iterator[tuple[Op, float]]:
+    """A large product on a GPU that has rested, and after seconds of it, when power limits its clock."""
+    side = torch.randn(_SIDE, _SIDE, device=watch.device, dtype=torch.bfloat16)
+    sleep(_REST_S)
+    yield Gemm(m=_SIDE, n=_SIDE, k=_SIDE), watch.seconds(partial(torch.matmul, side, side))
+    began = watch.clock()
+    while watch.clock() - began < _HOT_S:
+        took = watch.seconds(partial(torch.matmul, side, side))
+    yield Gemm(m=_SIDE, n=_SIDE, k=_SIDE, name="sustained"), took
+
+
 def _copies(device: str, num_bytes: float) -> int:
     return -(-_COLD_BYTES // int(num_bytes)) if device == "cuda" else 1
 
@@ -270,31 +290,3 @@ def _streams(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op
         yield MemoryBound(bytes=2 * x.nbytes), partial(y.copy_, x)
         yield MemoryBound(bytes=2 * x.nbytes, name="rms_norm"), partial(ops.rms_norm, x, weight, 1e-6)
         yield MemoryBound(bytes=1.5 * x.nbytes, name="swiglu"), partial(ops.swiglu, x)
-
-
-def _attention(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], object]]]:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    heads, qk_dim, v_dim = 16, 192, 128
-    for rows, seq_len in sizes.attention:
-        shapes = (qk_dim, qk_dim, v_dim)
-        q, k, v = (
-            torch.randn(rows * seq_len, heads, d, device=device, dtype=dtype, requires_grad=True)
-            for d in shapes
-        )
-        cu = torch.arange(rows + 1, device=device, dtype=torch.int32) * seq_len
-
-        attend = partial(
-            ops.attention,
-            q, k, v, cu, cu,
-            max_seqlen_q=seq_len,
-            max_seqlen_k=seq_len,
-            scale=qk_dim**-0.5,
-            causal=True,
-        )  # fmt: skip
-        out = attend()
-        back = partial(torch.autograd.grad, out, (q, k, v), torch.randn_like(out), retain_graph=True)
-        for backward, call in ((False, attend), (True, back)):
-            op = Attention(
-                rows=rows, heads=heads, seq_len=seq_len, qk_dim=qk_dim, v_dim=v_dim, backward=backward
-            )
-            yield op, call

@@ -54,7 +54,8 @@ def engine(
         typer.echo(f"median error left out: {units.percent(statistics.median(map(abs, errors)))}")
     typer.echo(
         f"wrote {out}: {units.seconds(found.graph_layer_s)} a layer between kernels, kernels "
-        f"{found.stretch:.3f} x their prices, host {units.seconds(found.eager_layer_s)} a layer with prompts"
+        f"{found.stretch:.3f} x their prices; with prompts {found.prompt_stretch:.3f} x, host "
+        f"{units.seconds(found.eager_layer_s)} a layer"
     )
 
 

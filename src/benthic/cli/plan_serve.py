@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,7 +91,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
         dollars=price,
         seed=seed,
     )
-    plan = plan_serving(question)
+    plan = plan_serving(question, workers=os.cpu_count() or 1)
     if report is not None:
         from benthic.plan.serving.page import draw_page  # noqa: PLC0415
 

@@ -22,8 +22,13 @@ def parts_of(config: ModelConfig, layout: Layout, stages: int) -> tuple[Part, ..
     The first embeds. The last holds head and MTP modules, and for the latter a copy of the embedding, whose
     gradients are summed with those of the first.
     """
+    return _parts(config, stages, layout.layers_per_stage)
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(config: ModelConfig, stages: int, layers_per_stage: tuple[int, ...]) -> tuple[Part, ...]:
     depths = tuple(range(config.num_nextn_predict_layers))
-    cut = layers_of_stages(config, stages, layout.layers_per_stage)
+    cut = layers_of_stages(config, stages, layers_per_stage)
     last = len(cut) - 1
     copies = bool(depths) or config.tie_word_embeddings
     return tuple(

@@ -50,10 +50,11 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     ("change", "message"),
     [
         ({"stretch": 0}, "stretch is 0, but it must be a finite number of 0.1 or more"),
+        ({"prompt_stretch": "1"}, "prompt_stretch is '1'"),
         ({"graph_layer_s": -1e-6}, "graph_layer_s is -1e-06"),
         ({"eager_layer_s": "1"}, "eager_layer_s is '1'"),
-        ({"more": 1}, "6 of the 6 fields .* missing or unknown: more"),
-        ({"format": 2}, "missing or unknown: format 2"),
+        ({"more": 1}, "7 of the 7 fields .* missing or unknown: more"),
+        ({"format": 1}, "missing or unknown: format 1"),
     ],
 )
 def test_a_file_that_is_no_engine_says_which_number_is_wrong(change, message):
@@ -67,10 +68,11 @@ def test_a_file_that_is_no_engine_says_which_number_is_wrong(change, message):
 def test_kernels_for_few_rows_may_be_faster_than_prices_measured_with_many():
     fast = [MeasuredStep(decode(b), 0.9 * PLAIN([decode(b)]) + 3e-3) for b in (1, 16, 64)]
     found = fit_engine("x", PLAIN, fast)
-    assert found.stretch == pytest.approx(0.9)
-    assert found.graph_layer_s == pytest.approx(3e-3 / 27)
+    assert 0.9 < found.stretch < 0.95, "prices are worth something too"
+    for each in fast:
+        assert replace_engine(PLAIN, found)([each.load]) == pytest.approx(each.seconds, rel=0.03)
     prompt = StepLoad(0, 0, 0, 4096, 4096 * 2048, 0, 1)
-    assert replace_engine(PLAIN, found)([prompt]) == pytest.approx(PLAIN([prompt]) + 3e-3)
+    assert replace_engine(PLAIN, found)([prompt]) == PLAIN([prompt]), "nothing was measured of it"
     single = fit_engine("x", PLAIN, fast[:1])
     assert replace_engine(PLAIN, single)([fast[0].load]) == pytest.approx(fast[0].seconds)
     with pytest.raises(DataError, match="0 of 0 measured steps decode"):
@@ -79,12 +81,12 @@ def test_kernels_for_few_rows_may_be_faster_than_prices_measured_with_many():
         fit_engine("x", PLAIN, [MeasuredStep(decode(1), 0.0)])
 
 
-def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_six_percent():
+def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_five_percent():
     steps = [each for each in read_measured(MEASURED, "bf16") if not each.load.prefill_tokens]
     assert [each.load.decodes for each in steps] == [1, 32, 64, 256]
     errors = [abs(error) for error in left_out("benthic", PLAIN, steps)]
-    assert statistics.median(errors) <= 0.06
-    assert max(errors) <= 0.14  # of one sequence, from three steps of many
+    assert statistics.median(errors) <= 0.05
+    assert max(errors) <= 0.1
 
 
 def test_files_without_measured_steps_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benthic.cli import main
-from benthic.errors import ConfigError, UnknownFieldError
+from benthic.errors import BenthicError, ConfigError, UnknownFieldError
 from benthic.plan.cost import machine as machines
 from benthic.plan.serving.candidates import Slice, candidates
 from benthic.plan.serving.demand import Fixed
@@ -24,6 +25,7 @@ from benthic.plan.serving.priced import Echo, Engine, PricedStep
 from benthic.plan.serving.search import capacity, plan_serving
 from benthic.plan.serving.steps import StepLoad
 from benthic.plan.serving.tables import as_dict
+from benthic.plan.serving.workers import mapped
 from benthic.spec import presets
 from benthic.spec.objectives import Objectives
 
@@ -187,9 +189,10 @@ def test_faster_hardware_never_slows_a_step():
 def test_the_host_sets_the_time_of_a_step_that_is_no_graph():
     step = PricedStep(MOONLIGHT, ServingLayout(), H200, Engine(name="slow host", eager_layer_s=1.0))
     plain, layers = PricedStep(MOONLIGHT, ServingLayout(), H200), MOONLIGHT.num_hidden_layers
-    assert step([prompt(100)]) == pytest.approx(layers + plain([prompt(100)]))
+    assert step([prompt(100)]) == layers
     assert step([decode(8)]) == plain([decode(8)])
-    assert step([decode(8)._replace(chunks=1)]) == layers, "a pulled request's first token is no graph"
+    quick = PricedStep(MOONLIGHT, ServingLayout(), H200, Engine(name="quick host", eager_layer_s=1e-6))
+    assert quick([prompt(100)]) == plain([prompt(100)]), "launches go on beside the device"
 
 
 def test_an_echo_of_equal_ranks_is_the_step_of_all_of_them():
@@ -207,13 +210,51 @@ def test_a_fitted_engine_gives_its_own_steps_back():
         MOONLIGHT,
         ServingLayout(),
         H200,
-        Engine(name="x", graph_layer_s=5e-5, stretch=1.2, eager_layer_s=5e-3),
+        Engine(name="x", graph_layer_s=5e-5, stretch=1.02, eager_layer_s=2e-3, prompt_stretch=1.05),
     )
-    loads = [decode(1), decode(64), prompt(100), prompt(16000)]
+    loads = [decode(1), decode(64), decode(256), prompt(100), prompt(8000), prompt(16000)]
     fitted = fit_engine("x", truth, [MeasuredStep(load, truth([load])) for load in loads])
     again = PricedStep(MOONLIGHT, ServingLayout(), H200, fitted)
-    for load in (decode(16), decode(200), prompt(300)):
-        assert again([load]) == pytest.approx(truth([load]), rel=0.01)
+    for load in (decode(16), decode(200), prompt(300), prompt(12000)):
+        assert again([load]) == pytest.approx(truth([load]), rel=0.02)
+
+
+def test_a_single_prompt_near_its_price_is_the_kernels_and_a_slow_one_the_hosts():
+    plain = PricedStep(MOONLIGHT, ServingLayout(), H200)
+    steps = [MeasuredStep(decode(8), plain([decode(8)]))]
+    near, far = ([*steps, MeasuredStep(prompt(4096), share * plain([prompt(4096)]))] for share in (1.1, 2.0))
+    assert fit_engine("near", plain, near).eager_layer_s == 0.0
+    assert fit_engine("near", plain, near).prompt_stretch == pytest.approx(1.1, abs=0.03)
+    found = fit_engine("far", plain, far)
+    assert found.eager_layer_s * MOONLIGHT.num_hidden_layers == pytest.approx(2 * plain([prompt(4096)]))
+    assert found.prompt_stretch == 1.0
+
+
+def test_two_workers_come_to_the_plan_of_one():
+    asked = question(gpus=1, lengths=Fixed(prompt_tokens=300, output_tokens=5))
+    one, two = (plan_serving(asked, workers=workers) for workers in (1, 2))
+    assert [(a.candidate.name, a.goodput) for a in one.answers] == [
+        (a.candidate.name, a.goodput) for a in two.answers
+    ]
+
+
+def test_requests_too_few_to_break_a_target_end_the_search_at_twice_the_estimate():
+    answers = plan_serving(question(lengths=Fixed(prompt_tokens=32, output_tokens=2))).answers
+    assert 0.0 < answers[0].rate <= 2.0 * answers[0].candidate.rate
+
+
+def test_a_worker_hands_on_what_went_wrong_and_says_when_it_died():
+    def fails(number: int) -> int:
+        if number == 2:
+            message = "2 is wrong"
+            raise ConfigError(message)
+        return number * number
+
+    assert list(mapped(lambda number: number * number, [1, 3, 4], 2)) == [1, 9, 16]
+    with pytest.raises(ConfigError, match="2 is wrong"):
+        list(mapped(fails, [1, 2, 3], 2))
+    with pytest.raises(BenthicError, match="ended with code 3 and 0 results"):
+        list(mapped(lambda _: os._exit(3), [1, 2], 2))
 
 
 def test_a_slice_holds_both_phases_nearly_in_proportion():

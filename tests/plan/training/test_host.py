@@ -11,10 +11,14 @@ from typer.testing import CliRunner
 from benthic.cli import plan as command
 from benthic.errors import ConfigError, ScheduleError
 from benthic.plan.cost import machine as machines
-from benthic.plan.cost.ops import Attention
+from benthic.plan.cost.machine import Measured
+from benthic.plan.cost.ops import Attention, Gemm
 from benthic.plan.cost.price import price
+from benthic.plan.training.block import block
 from benthic.plan.training.candidate import Candidate, Rows
+from benthic.plan.training.launches import DENSE, HEAD, MIXTURE, Calls
 from benthic.plan.training.overlay import overlay
+from benthic.plan.training.stage import shape_of
 from benthic.plan.training.step import step, waterfall
 from benthic.sched.pipeline.schedules import build
 from benthic.sched.pipeline.spans import Span, write_spans
@@ -38,10 +42,14 @@ def with_host(**seconds: float):
 
 
 def test_a_slow_host_sets_the_time_of_a_step_and_a_fast_one_none_of_it():
-    free, slow = step(one(), with_host()), step(one(), with_host(block_forward=1.0, block_backward=2.0))
-    fast = step(one(), with_host(block_forward=1e-6, block_backward=1e-6))
+    free = step(one(), with_host())
+    slow = step(one(), with_host(operator_forward=1.0, operator_input=2.0, operator_weight=3.0))
+    fast = step(one(), with_host(operator_forward=1e-9, operator_input=1e-9, operator_weight=1e-9))
+    calls = Calls()
+    for each in (DENSE, MIXTURE, MIXTURE, MIXTURE, HEAD):
+        calls = calls.plus(each)
     assert fast.seconds == free.seconds
-    assert slow.timeline.makespan == pytest.approx(8 * 4 * 3.0)
+    assert slow.timeline.makespan == pytest.approx(8 * (calls.forward + 2 * calls.input + 3 * calls.weight))
     assert waterfall(slow)["host"] == pytest.approx(slow.seconds - free.seconds, rel=1e-6)
     assert "host" not in waterfall(free)
 
@@ -52,11 +60,33 @@ def test_every_drain_of_a_mixture_is_waited_for():
 
 
 def test_a_division_by_tensor_ranks_leaves_the_host_its_launches():
-    machine = with_host(block_forward=0.01, block_backward=0.02, collective=1e-3)
+    machine = with_host(collective=1.0)
     divided = step(one(layout=Layout(tp_degree=2)), machine)
-    assert divided.timeline.makespan == pytest.approx(8 * (4 * (0.03 + 10e-3) + 3 * 1e-3)), (
-        "the balance's sum"
+    assert divided.timeline.makespan == pytest.approx(8 * (4 * 10 + 3)), "the balance's sum"
+
+
+def test_zero_adds_its_collectives_to_every_slot_and_a_slow_host_hides_them():
+    sharded = one(layout=Layout(dp_degree=2, zero_stage=3))
+    free, whole = step(sharded, with_host()), step(one(layout=Layout(dp_degree=2)), with_host())
+    each = free.update.each_microbatch.seconds
+    assert each > 0.0
+    assert free.timeline.makespan == pytest.approx(whole.timeline.makespan + 4 * each)
+    slow = {"operator_forward": 1.0, "operator_input": 1.0, "operator_weight": 1.0}
+    later = step(sharded, with_host(**slow)).timeline.makespan
+    assert later == pytest.approx(
+        step(one(layout=Layout(dp_degree=2)), with_host(**slow)).timeline.makespan + 4 * 4 * 42
+    ), "only the operators that it adds"
+    assert waterfall(free)["gradients and weights over links"] == pytest.approx(
+        free.update.collectives.seconds + 4 * each
     )
+
+
+def test_sums_ride_inside_the_products_that_make_them():
+    shape = shape_of(one(), H200)
+    inside = [each for each in block(shape, moe=True) if each.inside is not None]
+    assert {each.part for each in inside} == {"W"}
+    experts = next(each for each in inside if each.name == "routed experts")
+    assert experts.inside.bytes == 8.0 * 64 * 2 * 1408 * 2048
 
 
 def test_documents_take_the_packed_kernel_and_fewer_pairs_less_time():
@@ -122,3 +152,25 @@ def test_the_command_writes_the_foretold_step_and_refuses_a_run_with_nowhere_to_
     assert "1 files of --measured, but 0 of --perfetto" in str(refused.exception)
     assert "ZeRO has stages 1 to 3" in str(RUN.invoke(command.app, [*words, "--zero", "4"]).exception)
     assert "kept_pairs = 1.5" in str(RUN.invoke(command.app, [*words, "--kept-pairs", "1.5"]).exception)
+
+
+def test_products_of_a_hot_gpu_take_as_long_as_the_calibration_saw():
+    cool, hot = (
+        dataclasses.replace(
+            H200.profiles[0],
+            points=(
+                *H200.profiles[0].points,
+                Measured(Gemm(m=512, n=512, k=512), 1e-5),
+                Measured(Gemm(m=512, n=512, k=512, name="sustained"), share * 1e-5),
+            ),
+            overheads={},
+        )
+        for share in (1.0, 1.25)
+    )
+    steps = [
+        waterfall(step(one(), dataclasses.replace(H200, profiles=(first, *H200.profiles[1:]))))
+        for first in (cool, hot)
+    ]
+    for name in ("attention products", "attention core"):
+        assert steps[1][name] == pytest.approx(1.25 * steps[0][name])
+    assert steps[1]["norms"] == steps[0]["norms"]

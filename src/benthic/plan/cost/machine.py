@@ -99,6 +99,14 @@ class Machine:
         """The profiles as shares of rooflines."""
         return tuple(Table.of(profile, self.hardware) for profile in self.profiles)
 
+    @functools.cached_property
+    def sustained(self) -> float:
+        """How much longer a product takes after seconds of products than at once; 1 where nobody measured."""
+        kinds = self.profiles[0].kinds if self.profiles else {}
+        long = {one.op.at: one.seconds for one in kinds.get("sustained bf16", ())}
+        short = {one.op.at: one.seconds for one in kinds.get("gemm bf16", ()) if one.op.at in long}
+        return max((long[at] / seconds for at, seconds in short.items()), default=1.0)
+
     def overhead(self, name: str) -> float:
         """Seconds that the first profile gives, whose software it is; 0 if that does not know `name`."""
         return self.profiles[0].overheads.get(name, 0.0) if self.profiles else 0.0

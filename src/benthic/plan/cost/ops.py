@@ -36,8 +36,11 @@ class Gemm:
 
     @property
     def portable(self) -> bool:
-        """Whether another machine's measurements speak for this one: a named whole is one implementation."""
-        return self.name == "gemm"
+        """Whether another machine's measurements speak for this one.
+
+        A named whole is one implementation, and kernels in FP8 differ too much.
+        """
+        return self.name == "gemm" and self.dtype != "fp8"
 
     @property
     def kind(self) -> str:
@@ -72,6 +75,8 @@ class GroupedGemm:
     """`experts` products with `[k, n]` each, over `rows` rows in all.
 
     `skew` is what the busiest GPU gets over the mean of all GPUs: it works on `rows x skew` rows.
+    gradient: the weights' gradient, a product over rows that our kernel adds to an FP32 sum; `n` and `k` are
+        still the weights' sizes.
     """
 
     rows: float
@@ -80,13 +85,17 @@ class GroupedGemm:
     k: float
     dtype: Dtype = "bf16"
     skew: float = 1.0
+    gradient: bool = False
 
-    portable: ClassVar[bool] = True
+    @property
+    def portable(self) -> bool:
+        """Whether another machine's measurements speak for this one: kernels in FP8 differ too much."""
+        return self.dtype != "fp8"
 
     @property
     def kind(self) -> str:
-        """By dtype."""
-        return f"grouped gemm {self.dtype}"
+        """By dtype and by what it makes."""
+        return f"grouped gemm {self.dtype}{' gradient' if self.gradient else ''}"
 
     @property
     def at(self) -> tuple[float, ...]:
@@ -95,9 +104,11 @@ class GroupedGemm:
 
     @property
     def alike(self) -> tuple[Alike, ...]:
-        """Grouped in BF16, or one product with all rows."""
+        """Grouped, in BF16, or one product with all rows."""
         one = (max(1.0, self.rows * self.skew), self.n, self.k)
-        return (("grouped gemm bf16", self.at), (f"gemm {self.dtype}", one))
+        kinds = dict.fromkeys((f"grouped gemm {self.dtype}", "grouped gemm bf16"))
+        grouped = tuple((kind, self.at) for kind in kinds if kind != self.kind)
+        return (*grouped, (f"gemm {self.dtype}", one))
 
     @property
     def flops(self) -> float:

@@ -49,7 +49,10 @@ def price(op: Op, machine: Machine) -> Priced:
 
 
 def _shares(op: Op, machine: Machine) -> Iterator[tuple[Found, Provenance]]:
-    """What is known of the share of the roofline that `op` reaches, the best knowledge first."""
+    """What is known of the share of the roofline that `op` reaches, the best knowledge first.
+
+    What is not portable is known from the first profile alone, and from others of this hardware.
+    """
     tables = machine.tables
     far: list[Found] = []
     for table in tables:
@@ -57,10 +60,10 @@ def _shares(op: Op, machine: Machine) -> Iterator[tuple[Found, Provenance]]:
         if found is None:
             continue
         if found.distance > REACH:
-            far += [found] if table.own or op.portable else []
+            far += [found] if table.own or op.portable or table is tables[0] else []
         elif table.own:
             yield found, "interpolated" if found.distance else "measured"
-        elif op.portable:
+        elif op.portable or table is tables[0]:
             yield found, "transferred"
     if far:
         yield min(far, key=_distance), "transferred"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.errors import DataError
@@ -14,7 +13,9 @@ if TYPE_CHECKING:
     from benthic.plan.serving.steps import StepLoad
 
 
-_FLAT: Final = 1e-9  # spread of the priced times below which they are one time
+_PRICES: Final = 0.1
+_STEPS: Final = 0.05
+_PRIOR: Final = (_STEPS / _PRICES) ** 2
 
 
 class MeasuredStep(NamedTuple):
@@ -27,10 +28,9 @@ class MeasuredStep(NamedTuple):
 def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> Engine:
     """Gap a layer and stretch of the kernels that fit decode steps best; relative squares, prices given.
 
-    A stretch below 1 is an engine whose kernels are faster than those that made the prices: a few rows an
-    expert are priced from many. With a single step the gap alone is fitted and the stretch is 1, or less if
-    the step is faster than its price; a negative gap is 0 and the stretch alone is fitted. Host seconds of a
-    step with prompts in it are what these steps last beyond that.
+    Prices are taken to be within `_PRICES` of the kernels and steps to repeat within `_STEPS`, so that the
+    stretch leaves 1 only as far as the steps insist. A negative gap is 0 and the stretch alone is fitted.
+    Steps with prompts are the host's up to some size, and the device's from there on.
 
     Raises:
         DataError: no decode step, or a time that is not above 0.
@@ -45,10 +45,15 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     plain = replace_engine(step, TUNED)
     layers = step.model.num_hidden_layers
     gap, stretch = _line([(plain([each.load]), each.seconds) for each in decodes])
-    engine = Engine(name=name, graph_layer_s=gap / layers, stretch=stretch)
-    fitted = replace_engine(step, engine)
-    prompts = [each for each in measured if each.load.prefill_tokens]
-    return replace(engine, eager_layer_s=_rest([(fitted([p.load]), p.seconds) for p in prompts]) / layers)
+    prompts = [(plain([each.load]), each.seconds) for each in measured if each.load.prefill_tokens]
+    host, prompt_stretch = _longer(prompts)
+    return Engine(
+        name=name,
+        eager_layer_s=host / layers,
+        graph_layer_s=gap / layers,
+        stretch=stretch,
+        prompt_stretch=prompt_stretch,
+    )
 
 
 def left_out(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> list[float]:
@@ -67,20 +72,38 @@ def replace_engine(step: PricedStep, engine: Engine) -> PricedStep:
 
 
 def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """`a` >= 0 and `b` of `y = a + b x`, with least squares of `(a + b x - y) / y`; `b` is 1 for one `x`."""
+    """`a` >= 0 and `b` of `y = a + b x`: least squares of `(a + b x - y) / y` and of the prior of `b`."""
     w = [1.0 / (y * y) for _, y in pairs]
     s = sum(w)
     sx = sum([wi * x for wi, (x, _) in zip(w, pairs, strict=True)])
     sy = sum([wi * y for wi, (_, y) in zip(w, pairs, strict=True)])
-    sxx = sum([wi * x * x for wi, (x, _) in zip(w, pairs, strict=True)])
-    sxy = sum([wi * x * y for wi, (x, y) in zip(w, pairs, strict=True)])
-    spread = s * sxx - sx * sx
-    b = (s * sxy - sx * sy) / spread if spread > _FLAT * s * sxx else 1.0
+    sxx = sum([wi * x * x for wi, (x, _) in zip(w, pairs, strict=True)]) + _PRIOR
+    sxy = sum([wi * x * y for wi, (x, y) in zip(w, pairs, strict=True)]) + _PRIOR
+    b = (s * sxy - sx * sy) / (s * sxx - sx * sx)
     a = (sy - b * sx) / s
     return (0.0, sxy / sxx) if a < 0.0 else (a, b)
 
 
-def _rest(pairs: Sequence[tuple[float, float]]) -> float:
-    """`a` >= 0 of `y = a + x`, with least squares of `(a + x - y) / y`; 0 without pairs."""
-    weight = sum([1.0 / (y * y) for _, y in pairs])
-    return max(0.0, sum([(y - x) / (y * y) for x, y in pairs]) / weight) if pairs else 0.0
+def _longer(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """`h` >= 0 and `b` of `y = max(h, b x)`: the split of the `x` in order that leaves the least squares.
+
+    What `h` explains is longer than its price by twice what prices may be off.
+    """
+    ordered = sorted(pairs)
+    slow = 0
+    while slow < len(ordered) and ordered[slow][1] > (1 + 2 * _PRICES) * ordered[slow][0]:
+        slow += 1
+    found = [_split(ordered[:count], ordered[count:]) for count in range(slow + 1)]
+    return min(found, key=lambda each: _left(each, ordered))
+
+
+def _split(flat: Sequence[tuple[float, float]], rising: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    host = sum([1.0 / y for _, y in flat]) / sum([1.0 / (y * y) for _, y in flat]) if flat else 0.0
+    shares = [x / y for x, y in rising]
+    return host, (sum(shares) + _PRIOR) / (sum([share * share for share in shares]) + _PRIOR)
+
+
+def _left(found: tuple[float, float], pairs: Sequence[tuple[float, float]]) -> float:
+    host, stretch = found
+    left = sum([(max(host, stretch * x) / y - 1.0) ** 2 for x, y in pairs])
+    return left + _PRIOR * (stretch - 1.0) ** 2

@@ -17,10 +17,11 @@ from benthic.plan.serving.priced import TUNED, Engine
 
 SHIPPED: Final = ("benthic",)
 NAMES: Final = (TUNED.name, *SHIPPED)
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 _SECONDS: Final = ("eager_layer_s", "graph_layer_s")
-_KEYS: Final = frozenset({"format", "name", "source", "stretch", *_SECONDS})
+_STRETCHES: Final = ("stretch", "prompt_stretch")
+_KEYS: Final = frozenset({"format", "name", "source", *_STRETCHES, *_SECONDS})
 
 
 def get(word: str) -> Engine:
@@ -69,8 +70,8 @@ def parse(text: str, *, where: str) -> Engine:
         )
         raise ConfigError(message)
     seconds = {name: _number(record, name, where, least=0.0) for name in _SECONDS}
-    stretch = _number(record, "stretch", where, least=0.1)
-    return Engine(name=str(record["name"]), stretch=stretch, **seconds)
+    stretches = {name: _number(record, name, where, least=0.1) for name in _STRETCHES}
+    return Engine(name=str(record["name"]), **stretches, **seconds)
 
 
 def _number(record: dict[str, Any], name: str, where: str, *, least: float) -> float:

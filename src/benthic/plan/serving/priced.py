@@ -31,11 +31,12 @@ _PER_DOUBLING = 4
 class Grid:
     """A function of one size, priced at grid points and linear between them; made to never fall."""
 
-    __slots__ = ("_at", "_known")
+    __slots__ = ("_at", "_between", "_known")
 
     def __init__(self, seconds: Callable[[float], float]) -> None:
         self._at = seconds
         self._known: dict[int, float] = {}
+        self._between: dict[int, tuple[float, float, float, float]] = {}
 
     def __call__(self, size: float) -> float:
         """Seconds; 0 for nothing."""
@@ -43,11 +44,17 @@ class Grid:
             return 0.0
         if size <= 1.0:
             return self._point(0)
-        place = math.log2(size) * _PER_DOUBLING
-        below = int(place)
+        below = int(math.log2(size) * _PER_DOUBLING)
+        known = self._between.get(below)
+        first, rise, low, width = self._line(below) if known is None else known
+        return first + rise * (size - low) / width
+
+    def _line(self, below: int) -> tuple[float, float, float, float]:
+        """Seconds at a grid point, and to the next one their rise; its size, and the distance."""
         low, high = 2.0 ** (below / _PER_DOUBLING), 2.0 ** ((below + 1) / _PER_DOUBLING)
         first = self._point(below)
-        return first + (self._point(below + 1) - first) * (size - low) / (high - low)
+        self._between[below] = found = (first, self._point(below + 1) - first, low, high - low)
+        return found
 
     def _point(self, index: int) -> float:
         known = self._known.get(index)
@@ -66,18 +73,17 @@ class Engine:
     Attributes:
         name: which engine.
         eager_layer_s: host seconds a layer of a step that is no CUDA graph: one with any piece of a prompt.
-            The GPU waits for them where prompts are computed; where the pieces are single tokens behind
-            blocks that were pulled, they run beside the GPU.
+            The host launches ahead, so that such a step takes the longer of these and of the device's.
         graph_layer_s: device seconds a layer between the kernels of a graph.
-        stretch: seconds of its kernels over the prices of the operations. Below 1, its kernels for few rows
-            are faster than the prices, which were measured with many; steps with prompts, which have many
-            rows, then take the prices as they are.
+        stretch: seconds of its kernels over the prices of the operations, in steps that only decode.
+        prompt_stretch: the same in steps with prompts, whose many rows take other kernels.
     """
 
     name: str = "tuned"
     eager_layer_s: float = 0.0
     graph_layer_s: float = 0.0
     stretch: float = 1.0
+    prompt_stretch: float = 1.0
 
 
 TUNED = Engine()
@@ -85,10 +91,9 @@ TUNED = Engine()
 
 
 class Rank(NamedTuple):
-    """One rank's part of a step: rows, pieces of prompts, seconds of what it does alone, also in halves."""
+    """One rank's part of a step: rows, whether with prompts, seconds of its own work, also in halves."""
 
     tokens: int
-    chunks: int
     prompts: bool
     whole_s: float
     half_s: float
@@ -140,8 +145,7 @@ class PricedStep:
     def rank(self, load: StepLoad) -> Rank:
         """What one rank does before it meets the others."""
         halves = self._rank(load, 2) if self.layout.overlap else 0.0
-        chunks = load.chunks or int(load.prefill_tokens > 0)
-        return Rank(load.tokens, chunks, load.prefill_tokens > 0, self._rank(load, 1), halves)
+        return Rank(load.tokens, load.prefill_tokens > 0, self._rank(load, 1), halves)
 
     def together(self, ranks: Sequence[Rank]) -> float:
         """Seconds of a step of all ranks; their tokens spread over all experts."""
@@ -153,17 +157,9 @@ class PricedStep:
             products, exchanges = self._experts(mean / 2.0)
             products += max([rank.half_s for rank in ranks])
             device = min(device, 2.0 * max(products, exchanges))
-        many_rows = any(rank.prompts for rank in ranks)
-        stretch = max(1.0, engine.stretch) if many_rows else engine.stretch
-        device = stretch * device + engine.graph_layer_s * self._layers
-        return self._launched(device, ranks) if engine.eager_layer_s else device
-
-    def _launched(self, device: float, ranks: Sequence[Rank]) -> float:
-        """With what the host needs for a step that is no graph."""
-        host = self.engine.eager_layer_s * self._layers
         if any(rank.prompts for rank in ranks):
-            return device + host
-        return max(device, host) if any(rank.chunks for rank in ranks) else device
+            return max(engine.prompt_stretch * device, engine.eager_layer_s * self._layers)
+        return engine.stretch * device + engine.graph_layer_s * self._layers
 
     def _rank(self, load: StepLoad, parts: int) -> float:
         seconds = self._rows(load.decode_tokens + load.prefill_tokens, load.samples, parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.errors import ConfigError
@@ -11,6 +12,7 @@ from benthic.plan.serving.candidates import Candidate, Slice, candidates
 from benthic.plan.serving.goodput import Goodput, Trial, find_goodput, trial_of
 from benthic.plan.serving.options import Option, Question, options
 from benthic.plan.serving.steps import StepLoad
+from benthic.plan.serving.workers import mapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _TOGETHER, _APART = 2, 2
 _PRECISION: Final = 0.04
+_MOST: Final = 2.0
+"""Times the estimate: above, the requests of a simulation are too few to break a target."""
 
 
 class Rejected(NamedTuple):
@@ -90,8 +94,10 @@ class ServingPlan:
         return tuple(front)
 
 
-def plan_serving(question: Question, on_answer: Callable[[Answer], None] = lambda _: None) -> ServingPlan:
-    """Find the deployment of highest goodput.
+def plan_serving(
+    question: Question, on_answer: Callable[[Answer], None] = lambda _: None, *, workers: int = 1
+) -> ServingPlan:
+    """Find the deployment of highest goodput, simulating up to `workers` of them at once.
 
     Raises:
         ConfigError: the model does not fit, or nothing keeps the targets; the nearest that can be kept is
@@ -103,8 +109,9 @@ def plan_serving(question: Question, on_answer: Callable[[Answer], None] = lambd
         raise ConfigError(_nearest(question, choices))
     chosen = _choose(found)
     answers = []
-    for each in chosen:
-        answers.append(Answer(candidate=each, goodput=_simulated(each, question)))
+    simulated = mapped(partial(_simulated, question=question), chosen, workers)
+    for each, goodput in zip(chosen, simulated, strict=True):
+        answers.append(Answer(candidate=each, goodput=goodput))
         on_answer(answers[-1])
     answers.sort(key=lambda answer: (-answer.rate, answer.candidate.gpus))
     if not answers[0].rate:
@@ -145,6 +152,7 @@ def _simulated(candidate: Candidate, question: Question) -> Goodput:
         start=0.9 * candidate.rate,
         precision=_PRECISION,
         least=candidate.rate / 64.0,
+        most=_MOST * candidate.rate,
     )
 
 

@@ -24,7 +24,6 @@ class StepLoad(NamedTuple):
         prefill_pairs: pairs of a prompt token and a position that it sees, causal.
         prefill_context: positions that the prompts' chunks see, summed over the chunks.
         samples: rows from which tokens are drawn.
-        chunks: pieces of prompts, those of one token too: with any, the engine launches the step by itself.
     """
 
     decodes: int
@@ -34,7 +33,6 @@ class StepLoad(NamedTuple):
     prefill_pairs: int
     prefill_context: int
     samples: int
-    chunks: int = 0
 
     @property
     def tokens(self) -> int:
@@ -63,7 +61,7 @@ def load_of(plan: StepPlan) -> StepLoad:
         pairs += length * chunk.start + length * (length + 1) // 2
         seen += end
     rows = plan.num_tokens - tokens
-    return StepLoad(decodes + singles, rows, context, tokens, pairs, seen, samples, len(plan.prefills))
+    return StepLoad(decodes + singles, rows, context, tokens, pairs, seen, samples)
 
 
 class StepTime(Protocol):

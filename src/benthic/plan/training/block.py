@@ -28,16 +28,22 @@ if TYPE_CHECKING:
 
 Part = Literal["F", "I", "W"]
 
+_SUM: Final = 8.0
+"""Bytes of an element of an FP32 sum, read and written."""
 LOGITS: Final = 2**30
 """Bytes of one chunk of logits on a GPU (`kernels.ops.linear_cross_entropy_sum`)."""
 
 
 class Step(NamedTuple):
-    """One operation: whether forward, backward to the input, or weights; what it is for; the operation."""
+    """One operation: whether forward, backward to the input, or weights; what it is for; the operation.
+
+    inside: what the same kernel moves while it multiplies; it takes the longer of both.
+    """
 
     part: Part
     name: str
     op: Op
+    inside: Op | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +91,7 @@ def embedding(shape: Shape) -> Iterator[Step]:
     elements = shape.model.vocab_size * shape.model.hidden_size
     yield Step("F", "embedding", MemoryBound(bytes=2 * size))
     yield Step("W", "embedding", MemoryBound(bytes=6 * size + 2.0 * elements))
-    yield Step("W", "gradients", _accumulate(shape, elements))
+    yield Step("W", "gradients", MemoryBound(bytes=(2 + _SUM) * elements, name="accumulate"))
 
 
 def head(shape: Shape) -> Iterator[Step]:
@@ -98,11 +104,11 @@ def head(shape: Shape) -> Iterator[Step]:
     yield Step("F", "norms", MemoryBound(bytes=2 * size, name="rms_norm"))
     yield Step("I", "norms", MemoryBound(bytes=3 * size, name="rms_norm backward"))
     m, n, k = tokens, model.vocab_size, model.hidden_size
-    for product in (Gemm(m=m, n=n, k=k), Gemm(m=m, n=k, k=n), Gemm(m=n, n=k, k=m)):
-        yield Step("F", "head", product)
-    yield Step("F", "head", MemoryBound(bytes=2 * logits))
     chunks = max(1.0, logits / LOGITS)
-    yield Step("F", "gradients", MemoryBound(bytes=8.0 * chunks * n * k, name="accumulate"))
+    yield Step("F", "head", Gemm(m=m, n=n, k=k))
+    yield Step("F", "head", Gemm(m=m, n=k, k=n))
+    yield Step("F", "head", Gemm(m=n, n=k, k=m), MemoryBound(bytes=_SUM * chunks * n * k))
+    yield Step("F", "head", MemoryBound(bytes=2 * logits))
     yield Step("I", "head", MemoryBound(bytes=2 * size))
 
 
@@ -152,9 +158,26 @@ def _attention(shape: Shape) -> Iterator[Step]:
             yield Step("I", "recomputation", core)
     o_width = heads * model.v_head_dim
     yield from _narrowed(shape, wide * o_width)
-    yield from _product(shape, "attention products", wide, size, o_width)
-    yield from _norm(shape, "add_rms_norm", 4.0, again="norms" in shape.again)
+    yield from _product(shape, "attention products", wide, size, o_width, again=again)
+    yield from _assembled(shape, wide * heads, again=again)
+    yield from _norm(shape, "add_rms_norm", 4.0, again=again or "norms" in shape.again)
     yield from _shared_tokens(shape, latent)
+
+
+def _assembled(shape: Shape, rows: float, *, again: bool) -> Iterator[Step]:
+    """Queries and keys put together from two parts, values laid out; in backward taken apart and summed.
+
+    `rows` is tokens times heads. Counted from the tensors that autograd reads and writes between our kernels:
+    in backward a slice's gradient fills its whole, and gradients of what several read are added one by one.
+    """
+    model = shape.model
+    parts = 2.0 * rows * (2 * 2 * model.qk_head_dim + 2 * model.v_head_dim)
+    sums = 2.0 * shape.tokens * model.hidden_size
+    yield Step("F", "copies and sums", MemoryBound(bytes=parts + 3 * sums))
+    if again:
+        yield Step("I", "recomputation", MemoryBound(bytes=parts))
+    apart = 2.0 * rows * (9 * model.qk_head_dim + 8 * model.v_head_dim)
+    yield Step("I", "copies and sums", MemoryBound(bytes=apart + 20 * sums))
 
 
 def _shared_tokens(shape: Shape, latent: int) -> Iterator[Step]:
@@ -170,14 +193,18 @@ def _shared_tokens(shape: Shape, latent: int) -> Iterator[Step]:
 
 
 def _mlp(shape: Shape, width: int, name: str) -> Iterator[Step]:
-    """A SwiGLU network on this rank's tokens, its columns divided by tensor parallelism."""
+    """A SwiGLU network on this rank's tokens, its columns divided by tensor parallelism.
+
+    Of a dense layer the last product is not computed again: nothing of its phase needs what it gave.
+    """
     model, tokens, columns = shape.model, shape.gathered, width / shape.tp
     again = "experts" in shape.again
     if name == "dense MLP":
         yield from _narrowed(shape, tokens * model.hidden_size)
     yield from _product(shape, name, tokens, 2 * columns, model.hidden_size, again=again)
     yield from _swiglu(shape, tokens, columns)
-    yield from _product(shape, name, tokens, model.hidden_size, columns)
+    last = again and name != "dense MLP"
+    yield from _product(shape, name, tokens, model.hidden_size, columns, again=last)
     if shape.tp > 1:
         moved = 2 * 2.0 * tokens * model.hidden_size
         yield from _twice("tensor parallelism", _collective(shape, "all-gather", moved, shape.tp))
@@ -210,15 +237,16 @@ def _grouped(shape: Shape, n: float, k: float, *, again: bool) -> Iterator[Step]
     model = shape.model
     rows, experts = shape.tokens * model.num_experts_per_tok, model.n_routed_experts / shape.ep
 
-    def product(n: float, k: float) -> GroupedGemm:
-        return GroupedGemm(rows=rows, experts=experts, n=n, k=k, dtype=shape.products, skew=shape.skew)
+    def product(n: float, k: float, *, gradient: bool = False) -> GroupedGemm:
+        kind, skew = shape.products, shape.skew
+        return GroupedGemm(rows=rows, experts=experts, n=n, k=k, dtype=kind, skew=skew, gradient=gradient)
 
     yield Step("F", "routed experts", product(n, k))
     if again:
         yield Step("I", "recomputation", product(n, k))
     yield Step("I", "routed experts", product(k, n))
-    yield Step("W", "routed experts", product(n, k))
-    yield Step("W", "gradients", _accumulate(shape, experts * n * k))
+    yield from _turned(shape.products, experts * n * k)
+    yield from _weights("routed experts", product(n, k, gradient=True), experts * n * k)
     yield from _gradients_narrowed(shape, rows * n)
 
 
@@ -231,30 +259,39 @@ def _product(
     if again:
         yield Step("I", "recomputation", Gemm(m=m, n=n, k=k, dtype=kind))
     yield Step("I", name, Gemm(m=m, n=k, k=n, dtype=kind))
-    yield Step("W", name, Gemm(m=n, n=k, k=m, dtype=kind))
-    yield Step("W", "gradients", _accumulate(shape, n * k))
+    yield from _turned(kind, n * k)
+    yield from _weights(name, Gemm(m=n, n=k, k=m, dtype=kind, name="gradient"), n * k)
     if kind == "fp8":
         yield from _gradients_narrowed(shape, m * n)
 
 
-def _accumulate(shape: Shape, elements: float) -> MemoryBound:
-    """Adding a weight gradient to its FP32 sum: on the way out of the product in FP8, else from BF16."""
-    if shape.products == "fp8":
-        return MemoryBound(bytes=8.0 * elements, name="accumulate fp32")
-    return MemoryBound(bytes=10.0 * elements, name="accumulate")
+def _weights(name: str, product: Gemm | GroupedGemm, elements: float) -> Iterator[Step]:
+    """A weight gradient added to its FP32 sum: as the product leaves it, or in FP8 by a kernel after it."""
+    if product.dtype != "fp8":
+        yield Step("W", name, product, MemoryBound(bytes=_SUM * elements))
+        return
+    yield Step("W", name, product)
+    yield Step("W", "gradients", MemoryBound(bytes=(4 + _SUM) * elements, name="accumulate fp32"))
+
+
+def _turned(dtype: Dtype, elements: float) -> Iterator[Step]:
+    """Weights in FP8 laid out along the other side for the input's gradient, every time."""
+    if dtype == "fp8":
+        yield Step("I", "quantisation", MemoryBound(bytes=2.0 * elements, name="transpose fp8"))
 
 
 def _narrowed(shape: Shape, elements: float) -> Iterator[Step]:
     """Quantising what a product reads; for the weights' gradient it is turned round and quantised again."""
     if shape.products == "fp8":
         yield Step("F", "quantisation", MemoryBound(bytes=3.0 * elements, name="quantise 1x128"))
-        yield Step("W", "quantisation", MemoryBound(bytes=2.0 * elements, name="quantise 1x128"))
+        yield Step("W", "quantisation", MemoryBound(bytes=2.0 * elements, name="retile"))
 
 
 def _gradients_narrowed(shape: Shape, elements: float) -> Iterator[Step]:
     """Quantising an output's gradient along both of its dims."""
     if shape.products == "fp8":
-        yield Step("I", "quantisation", MemoryBound(bytes=4.0 * elements, name="quantise 1x128"))
+        yield Step("I", "quantisation", MemoryBound(bytes=3.0 * elements, name="quantise 1x128"))
+        yield Step("I", "quantisation", MemoryBound(bytes=3.0 * elements, name="quantise 128x1"))
 
 
 def _swiglu(shape: Shape, rows: float, width: float) -> Iterator[Step]:

@@ -20,7 +20,7 @@ from benthic.plan.training.space import Space, candidate, walk
 from benthic.plan.training.stage import Prices, stages, transfer
 from benthic.plan.training.step import Step, step
 from benthic.plan.training.tables import digest
-from benthic.plan.training.update import update
+from benthic.plan.training.update import sync_of, update
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -137,10 +137,10 @@ class _Search:
         one, table = self._of(first.choice)
         machine = self.question.machine
         work = stages(one, machine, table.table.stages)
-        prices = Prices(work, machine, transfer=transfer(one, machine))
         ending = update(one, machine, table.table.routes)
+        sync = sync_of(ending, one, table.forwards)
+        prices = Prices(work, machine, transfer=transfer(one, machine), sync=sync)
         seconds = table.least(prices, work) + ending.end.seconds
-        seconds += ending.each_microbatch.seconds * one.microbatches
         return first._replace(seconds=max(first.seconds, seconds * _ROUNDING), closeness=1)
 
     def _simulate(self, first: _Waiting) -> _Waiting | None:

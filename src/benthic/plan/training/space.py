@@ -223,7 +223,7 @@ class _Part:
         each = work.forward.seconds + work.input.seconds + work.weight.seconds + host.drain
         if schedule not in OVERLAPPED:
             each += work.forward_exchange.seconds + work.input_exchange.seconds
-        return max(each, host.forward + host.backward) * microbatches / pp * (1 - 1e-9)
+        return max(each, host.forward + host.input + host.weight) * microbatches / pp * (1 - 1e-9)
 
     def _activations(self, pp: int, microbatches: int, schedule: str, virtual: int | None) -> float:
         """The fewest blocks in flight on the rank that holds most."""

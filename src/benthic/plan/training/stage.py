@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.parallel.parts import parts_of
 from benthic.parallel.setup import expanded
+from benthic.plan.cost.ops import Attention, Gemm, GroupedGemm
 from benthic.plan.cost.price import price
-from benthic.plan.cost.priced import Total, total
+from benthic.plan.cost.priced import Priced, Total, total
+from benthic.plan.training import launches
 from benthic.plan.training.block import Shape, block, embedding, head, hop, projection
 
 if TYPE_CHECKING:
@@ -20,27 +22,39 @@ if TYPE_CHECKING:
     from benthic.plan.cost.machine import Machine
     from benthic.plan.training.block import Step
     from benthic.plan.training.candidate import Candidate
+    from benthic.plan.training.launches import Calls
     from benthic.sched.pipeline.table import Slot
+    from benthic.spec.model import ModelConfig
 
 EXCHANGE_SMS: Final = 20
 """Streaming multiprocessors that the exchange takes while it is overlapped (DeepSeek-V3, section 3.2.2)."""
 OVERLAP_BUSY: Final = 0.916
 """Part of an overlapped pair during which products run (DeepSeek's training trace: EP64, TP1, 4K)."""
 EXCHANGE: Final = "exchange"
-WEIGHTS_LAUNCH: Final = 1 / 6
-"""Part of a backward's launches that are weights': a product and a sum for each of a block's weights."""
 
 
 class Host(NamedTuple):
-    """Seconds of the host for one microbatch: launching a forward, launching a backward, and drains.
+    """Seconds of the host for one microbatch: launching a forward, its two backwards, and drains.
 
     A drain is what the GPU waits after the host has waited for it (the router's counts are read in every
     mixture's forward): the first launches after it meet an empty queue.
     """
 
     forward: float = 0.0
-    backward: float = 0.0
+    input: float = 0.0
+    weight: float = 0.0
     drain: float = 0.0
+
+    @classmethod
+    def of(cls, calls: Calls, machine: Machine, *, drain: float = 0.0) -> Host:
+        """The seconds of `calls`, by what the machine's profile knows of its host."""
+        each = machine.overhead("host collective")
+        return cls(
+            machine.overhead("host operator forward") * calls.forward + each * calls.forward_collectives,
+            machine.overhead("host operator input") * calls.input + each * calls.input_collectives,
+            machine.overhead("host operator weight") * calls.weight,
+            drain,
+        )
 
     def plus(self, other: Host) -> Host:
         """Both."""
@@ -84,6 +98,10 @@ class Work:
             self.host.times(count),
         )
 
+    def launching(self, host: Host) -> Work:
+        """With this for the host on top."""
+        return replace(self, host=self.host.plus(host)) if any(host) else self
+
     @property
     def whole(self) -> Total:
         """Everything, nothing hidden."""
@@ -109,6 +127,24 @@ def shape_of(candidate: Candidate, machine: Machine) -> Shape:
     )
 
 
+class Kind(NamedTuple):
+    """What a stage holds, as far as its work depends on it; stages alike are priced once."""
+
+    mixed: int
+    dense: int
+    embeddings: int
+    heads: int
+    projections: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, part: Part) -> Kind:
+        """Of a part; prediction modules have a block, an embedding, a head and a projection each."""
+        layers = [*part.layers, *(model.num_hidden_layers + depth for depth in part.mtp)]
+        mixed, depths = sum(model.is_moe(layer) for layer in layers), len(part.mtp)
+        embeds = bool(part.embed and part.layers[0] == 0)
+        return cls(mixed, len(layers) - mixed, embeds + depths, part.head + depths, depths)
+
+
 def stages(candidate: Candidate, machine: Machine, count: int) -> tuple[Work, ...]:
     """The work of each of `count` stages.
 
@@ -116,74 +152,80 @@ def stages(candidate: Candidate, machine: Machine, count: int) -> tuple[Work, ..
         ConfigError: fewer layers than stages.
     """
     shape = shape_of(candidate, machine)
-    parts = parts_of(candidate.model, candidate.layout, count)
-    return tuple(_stage(shape, part, machine) for part in parts)
+    kinds = _kinds(candidate.model, parts_of(candidate.model, candidate.layout, count))
+    return _worked(shape, kinds, machine, Host.of(launches.of_zero(candidate.layout.zero_stage), machine))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _worked(shape: Shape, kinds: tuple[Kind, ...], machine: Machine, zero: Host) -> tuple[Work, ...]:
+    """Stages of these kinds, those alike the same, with what ZeRO adds to the host's work for a block."""
+    found = {
+        kind: _stage(shape, kind, machine).launching(zero.times(kind.mixed + kind.dense))
+        for kind in dict.fromkeys(kinds)
+    }
+    return tuple(found[kind] for kind in kinds)
+
+
+@functools.lru_cache(maxsize=256)
+def _kinds(model: ModelConfig, parts: tuple[Part, ...]) -> tuple[Kind, ...]:
+    return tuple(Kind.of(model, part) for part in parts)
 
 
 def named(candidate: Candidate, machine: Machine, part: Part) -> dict[str, float]:
     """The seconds of a stage's operations by what they are for."""
     found: dict[str, float] = defaultdict(float)
-    for steps, count in _pieces(shape_of(candidate, machine), part):
+    for steps, count in _pieces(shape_of(candidate, machine), Kind.of(candidate.model, part)):
         for step in steps:
-            found[step.name] += count * price(step.op, machine).seconds
+            found[step.name] += count * _priced(step, machine).seconds
     return dict(found)
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _stage(shape: Shape, part: Part, machine: Machine) -> Work:
-    layers = [*part.layers, *(shape.model.num_hidden_layers + depth for depth in part.mtp)]
-    mixed = sum(shape.model.is_moe(layer) for layer in layers)
-    found = _block(shape, machine, moe=True).times(mixed)
-    found += _block(shape, machine, moe=False).times(len(layers) - mixed)
-    if part.embed and part.layers[0] == 0:
-        found += _ends(shape, machine, "embedding")
-    if part.head:
-        found += _ends(shape, machine, "head")
-    for _ in part.mtp:
-        found += _ends(shape, machine, "embedding") + _ends(shape, machine, "projection")
-        found += _ends(shape, machine, "head")
+def _stage(shape: Shape, kind: Kind, machine: Machine) -> Work:
+    found = _block(shape, machine, moe=True).times(kind.mixed)
+    found += _block(shape, machine, moe=False).times(kind.dense)
+    ends = {"embedding": kind.embeddings, "head": kind.heads, "projection": kind.projections}
+    for name, count in ends.items():
+        if count:
+            found += _ends(shape, machine, name).times(count)
     return found
 
 
-def _pieces(shape: Shape, part: Part) -> Iterator[tuple[Iterable[Step], int]]:
+def _pieces(shape: Shape, kind: Kind) -> Iterator[tuple[Iterable[Step], int]]:
     """The operations of a stage, each group with how often it runs."""
-    layers = [*part.layers, *(shape.model.num_hidden_layers + depth for depth in part.mtp)]
-    mixed = sum(shape.model.is_moe(layer) for layer in layers)
-    yield block(shape, moe=True), mixed
-    yield block(shape, moe=False), len(layers) - mixed
-    yield embedding(shape), int(part.embed and part.layers[0] == 0) + len(part.mtp)
-    yield head(shape), int(part.head) + len(part.mtp)
-    yield projection(shape), len(part.mtp)
+    yield block(shape, moe=True), kind.mixed
+    yield block(shape, moe=False), kind.dense
+    yield embedding(shape), kind.embeddings
+    yield head(shape), kind.heads
+    yield projection(shape), kind.projections
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _block(shape: Shape, machine: Machine, *, moe: bool) -> Work:
-    return _work(block(shape, moe=moe), machine, host=_host(shape, machine, moe=moe))
+    drain = machine.overhead("host drain") if moe else 0.0
+    host = Host.of(launches.of_block(shape, moe=moe), machine, drain=drain)
+    return _work(block(shape, moe=moe), machine, host=host)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _ends(shape: Shape, machine: Machine, name: str) -> Work:
     steps = {"embedding": embedding, "head": head, "projection": projection}[name](shape)
-    return _work(steps, machine, host=Host())
+    return _work(steps, machine, host=Host.of(launches.of_end(name), machine))
 
 
-def _host(shape: Shape, machine: Machine, *, moe: bool) -> Host:
-    """What the host does for a block, by what the profile knows."""
-    forward, backward = machine.overhead("host block forward"), machine.overhead("host block backward")
-    collectives = (5 if shape.tp > 1 else 0) + (1 if shape.cp > 1 else 0)
-    each = machine.overhead("host collective")
-    exchange = machine.overhead("host exchange") if moe and shape.ep > 1 else 0.0
-    again = forward if {"attention", "experts"} & shape.again else 0.0
-    balance = each if moe and shape.tp * shape.cp > 1 else 0.0
-    return Host(
-        forward + collectives * each + balance + exchange,
-        backward + collectives * each + exchange + again,
-        machine.overhead("host drain") if moe else 0.0,
-    )
+def _priced(step: Step, machine: Machine) -> Priced:
+    """The longer of an operation, its products as slow as a hot GPU's, and what it does beside."""
+    alone = price(step.op, machine)
+    if machine.sustained > 1.0 and isinstance(step.op, Gemm | GroupedGemm | Attention):
+        seconds, low, high = (machine.sustained * one for one in (alone.seconds, alone.low, alone.high))
+        alone = Priced(seconds, low, high, alone.provenance)
+    if step.inside is None:
+        return alone
+    return max(alone, price(step.inside, machine), key=lambda one: one.seconds)
 
 
 def _work(steps: Iterable[Step], machine: Machine, *, host: Host) -> Work:
-    priced = [(step.part, step.name == EXCHANGE, price(step.op, machine)) for step in steps]
+    priced = [(step.part, step.name == EXCHANGE, _priced(step, machine)) for step in steps]
 
     def of(part: str, *, exchange: bool) -> Total:
         return total(one for its, travels, one in priced if its == part and travels == exchange)
@@ -198,17 +240,28 @@ def _work(steps: Iterable[Step], machine: Machine, *, host: Host) -> Work:
     )
 
 
+class Sync(NamedTuple):
+    """Seconds of ZeRO's collectives before a forward and around a backward, on links and in memory."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
 class Lanes(NamedTuple):
-    """Seconds of one action: products, exchange, the host's launches, and the GPU's waiting after drains."""
+    """Seconds of one action: products, exchange, the host's launches, waiting after drains, ZeRO."""
 
     products: float
     exchange: float
     launch: float
     drain: float
+    sync: float
 
     def plus(self, other: Lanes) -> Lanes:
         """Both."""
         return Lanes(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+_NO_SYNC: Final = Sync()
 
 
 class Prices:
@@ -218,15 +271,24 @@ class Prices:
     beside the other's products, which have the other SMs for as long as the pair lasts: it takes the longer
     of C/(1 - s) and N, of C seconds of products and N of exchange, s being the share of the SMs that the
     exchange holds; and the part of it in which products cannot run on top, as in DeepSeek's trace. Pairs
-    without exchange take what their actions take. The GPU waits after every drain on top, and no slot is
-    over before the host has launched it.
+    without exchange take what their actions take. ZeRO's collectives and the GPU's waiting after every drain
+    come on top, and no slot is over before the host has launched it.
     """
 
-    def __init__(self, work: tuple[Work, ...], machine: Machine, *, transfer: float) -> None:
+    def __init__(
+        self, work: tuple[Work, ...], machine: Machine, *, transfer: float, sync: Sync = _NO_SYNC
+    ) -> None:
         self.work = work
         self._transfer = transfer
         self.taken = EXCHANGE_SMS / machine.hardware.sms
-        self._actions = {kind: tuple(_of(one, kind) for one in work) for kind in ("F", "B", "I", "W")}
+        alike = {id(one): one for one in work}
+        self._actions: dict[str, list[Lanes]] = {}
+        self._alone: dict[str, list[float]] = {}
+        for kind in ("F", "B", "I", "W"):
+            found = {key: _of(one, kind, sync) for key, one in alike.items()}
+            self._actions[kind] = [found[id(one)] for one in work]
+            alone = {key: _longer(lanes.products + lanes.exchange, lanes) for key, lanes in found.items()}
+            self._alone[kind] = [alone[id(one)] for one in work]
 
     @property
     def transfer(self) -> float:
@@ -235,12 +297,15 @@ class Prices:
 
     def of_slot(self, slot: Slot) -> float:
         """Seconds of one action or of an overlapped pair."""
+        if slot.second is None:
+            return self._alone[slot.first.kind][slot.first.stage]
         lanes = self.lanes(slot)
-        return max(self._busy(slot, lanes) + lanes.drain, lanes.launch)
+        return _longer(self._busy(slot, lanes), lanes)
 
     def waits(self, slot: Slot) -> float:
         """Seconds of a slot in which the GPU waits for the host."""
-        return self.of_slot(slot) - self._busy(slot, self.lanes(slot))
+        lanes = self.lanes(slot)
+        return self.of_slot(slot) - self._busy(slot, lanes) - lanes.sync
 
     def lanes(self, slot: Slot) -> Lanes:
         """What the actions of a slot take, nothing hidden."""
@@ -256,17 +321,22 @@ class Prices:
         return max(lanes.products / (1 - self.taken), lanes.exchange) / OVERLAP_BUSY
 
 
-def _of(work: Work, kind: str) -> Lanes:
-    """One action; weights have their part of a backward's launches."""
-    host = work.host
+def _longer(busy: float, lanes: Lanes) -> float:
+    """Seconds of a slot whose device works for `busy`, or of the host that launches it."""
+    return max(busy + lanes.drain + lanes.sync, lanes.launch)
+
+
+def _of(work: Work, kind: str, sync: Sync) -> Lanes:
+    """One action."""
+    host, inputs, travels = work.host, work.input.seconds, work.input_exchange.seconds
     if kind == "F":
-        return Lanes(work.forward.seconds, work.forward_exchange.seconds, host.forward, host.drain)
+        forward, exchange = work.forward.seconds, work.forward_exchange.seconds
+        return Lanes(forward, exchange, host.forward, host.drain, sync.forward)
     if kind == "W":
-        return Lanes(work.weight.seconds, 0.0, host.backward * WEIGHTS_LAUNCH, 0.0)
-    inputs, exchange = work.input.seconds, work.input_exchange.seconds
+        return Lanes(work.weight.seconds, 0.0, host.weight, 0.0, 0.0)
     if kind == "I":
-        return Lanes(inputs, exchange, host.backward * (1 - WEIGHTS_LAUNCH), 0.0)
-    return Lanes(inputs + work.weight.seconds, exchange, host.backward, 0.0)
+        return Lanes(inputs, travels, host.input, 0.0, sync.backward)
+    return Lanes(inputs + work.weight.seconds, travels, host.input + host.weight, 0.0, sync.backward)
 
 
 def transfer(candidate: Candidate, machine: Machine) -> float:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from benthic.parallel.parts import parts_of, stages_of
 from benthic.plan.cost.priced import Total
 from benthic.plan.training.stage import EXCHANGE, Prices, named, stages, transfer
-from benthic.plan.training.update import update
+from benthic.plan.training.tables import forwards_of
+from benthic.plan.training.update import sync_of, update
 from benthic.sched.pipeline.simulate import Order
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Step:
     """One step of a candidate on a machine.
 
     price: the whole step with its interval and coverage. timeline: of the pipeline. busiest: the rank that
-    idles least. sync: seconds that ZeRO-2 and 3 add inside the pipeline.
+    idles least.
     """
 
     candidate: Candidate
@@ -35,7 +36,6 @@ class Step:
     timeline: Timeline
     prices: Prices
     update: Update
-    sync: float
 
     @property
     def seconds(self) -> float:
@@ -62,14 +62,14 @@ def step(candidate: Candidate, machine: Machine, order: Order | None = None) -> 
     order = Order.of(candidate.table()) if order is None else order
     table = order.table
     work = stages(candidate, machine, table.stages)
-    prices = Prices(work, machine, transfer=transfer(candidate, machine))
-    timeline = order.run(prices)
     ending = update(candidate, machine, table.routes)
-    sync = ending.each_microbatch.seconds * candidate.microbatches
-    seconds = timeline.makespan + sync + ending.end.seconds
+    sync = sync_of(ending, candidate, forwards_of(table))
+    prices = Prices(work, machine, transfer=transfer(candidate, machine), sync=sync)
+    timeline = order.run(prices)
+    seconds = timeline.makespan + ending.end.seconds
     spent = _spent(table, work) + ending.end + ending.each_microbatch.times(candidate.microbatches)
     price = spent.times(seconds / spent.seconds) if spent.seconds else spent
-    return Step(candidate, machine, price, timeline, prices, ending, sync)
+    return Step(candidate, machine, price, timeline, prices, ending)
 
 
 def _spent(table: Table, work: tuple[Work, ...]) -> Total:
@@ -100,13 +100,14 @@ def waterfall(found: Step) -> dict[str, float]:
         for name, seconds in named(found.candidate, found.machine, parts[stage]).items():
             times[name] += seconds * count
     times.pop(EXCHANGE, None)
-    products = exposed = slowed = host = 0.0
+    products = exposed = slowed = host = sync = 0.0
     for timed in found.timeline.slots[rank]:
         lanes, waited = prices.lanes(timed.slot), prices.waits(timed.slot)
         computed, travelled = lanes.products, lanes.exchange
         products += computed
         host += waited
-        took = timed.end - timed.start - waited
+        sync += lanes.sync
+        took = timed.end - timed.start - waited - lanes.sync
         if timed.slot.second is None:
             exposed += travelled
         else:
@@ -115,6 +116,6 @@ def waterfall(found: Step) -> dict[str, float]:
             exposed += took - computed - slow
     times |= {"exchange, not hidden": exposed, "exchange, SMs taken": slowed, "host": host}
     times["bubble"] = found.timeline.bubble(rank)
-    times["gradients and weights over links"] = found.update.collectives.seconds + found.sync
+    times["gradients and weights over links"] = found.update.collectives.seconds + sync
     times["optimizer"] = found.update.optimizer.seconds
     return {name: seconds for name, seconds in times.items() if seconds > 0}

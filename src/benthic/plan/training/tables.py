@@ -37,6 +37,11 @@ class Digest:
         """The table, ready to be simulated."""
         return Order.of(self.table)
 
+    @functools.cached_property
+    def forwards(self) -> int:
+        """Of the first rank."""
+        return forwards_of(self.table)
+
     def least(self, prices: Prices, work: Sequence[Work]) -> float:
         """A makespan that no simulation undercuts: a rank's own slots, and the way to and from them."""
         return max(
@@ -49,6 +54,11 @@ class Digest:
     def activations(self, pp: int, size: Sequence[float]) -> float:
         """The most bytes in flight on a rank, `size` being a microbatch's on each stage."""
         return max(sum(size[stage] * count for stage, count in held) for held in self.held[pp])
+
+
+def forwards_of(table: Table) -> int:
+    """How many forwards the first rank runs."""
+    return sum(action.kind == "F" for slot in table.slots[0] for action in slot.actions)
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -70,12 +80,16 @@ def digest(schedule: str, ranks: int, microbatches: int, virtual_stages: int | N
 
 def _counted(slots: tuple[Slot, ...]) -> tuple[tuple[Slot, int], ...]:
     """Slots alike but for their microbatches, of which the first stands for all."""
-    counts: Counter[tuple[tuple[str, int], ...]] = Counter()
-    first: dict[tuple[tuple[str, int], ...], Slot] = {}
+    counts: dict[tuple[object, ...], int] = {}
+    first: dict[tuple[object, ...], Slot] = {}
     for slot in slots:
-        key = tuple((action.kind, action.stage) for action in slot.actions)
-        counts[key] += 1
-        first.setdefault(key, slot)
+        one, other = slot.first, slot.second
+        pair = () if other is None else (other.kind, other.stage)
+        key = (one.kind, one.stage, *pair)
+        if key in counts:
+            counts[key] += 1
+        else:
+            counts[key], first[key] = 1, slot
     return tuple((first[key], count) for key, count in counts.items())
 
 

@@ -16,6 +16,7 @@ from benthic.parallel.parts import held_by, kind_of, parts_of
 from benthic.plan.cost.ops import Collective, MemoryBound
 from benthic.plan.cost.price import price
 from benthic.plan.cost.priced import Total, total
+from benthic.plan.training.stage import Sync
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,11 +43,17 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """Seconds at the end of a step on the rank that holds most, and seconds a microbatch during it."""
+    """Seconds at the end of a step on the rank that holds most, and of each microbatch during it."""
 
     collectives: Total
     optimizer: Total
-    each_microbatch: Total
+    each_forward: Total
+    each_backward: Total
+
+    @property
+    def each_microbatch(self) -> Total:
+        """What ZeRO-2 and 3 do around every microbatch."""
+        return self.each_forward + self.each_backward
 
     @property
     def end(self) -> Total:
@@ -58,17 +65,27 @@ def update(candidate: Candidate, machine: Machine, routes: Routes) -> Update:
     """What summing, updating and gathering takes."""
     model, layout = candidate.model, candidate.layout
     parts = parts_of(model, layout, len(routes[0]))
-    held_on = [
-        tuple(part for stage, part in enumerate(parts) if any(route[stage] == pp for route in routes))
-        for pp in range(layout.pp_degree)
-    ]
-    held = max((_held(model, here, layout.ep_degree, layout.tp_degree) for here in held_on), key=_size)
-    every = list(_every_microbatch(candidate, machine, held))
+    held = _most_held(model, parts, routes, layout.ep_degree, layout.tp_degree)
+    gathers = [price(op, machine) for op in _gathers(candidate, machine, held)]
+    sums = [price(op, machine) for op in _sums(candidate, machine, held)]
     return Update(
         collectives=total(price(op, machine) for op in _once(candidate, machine, held, routes)),
         optimizer=total(price(op, machine) for op in _arithmetic(candidate, held)),
-        each_microbatch=total(price(op, machine) for op in every),
+        each_forward=total(gathers),
+        each_backward=total([*gathers, *sums]),
     )
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _most_held(
+    model: ModelConfig, parts: tuple[Part, ...], routes: Routes, ep: int, tp: int
+) -> dict[str, Held]:
+    """Elements by kind on the pipeline rank that holds most."""
+    held_on = [
+        tuple(part for stage, part in enumerate(parts) if any(route[stage] == pp for route in routes))
+        for pp in sorted({pp for route in routes for pp in route})
+    ]
+    return max((_held(model, here, ep, tp) for here in held_on), key=_size)
 
 
 def _size(held: dict[str, Held]) -> float:
@@ -110,17 +127,23 @@ def _once(candidate: Candidate, machine: Machine, held: dict[str, Held], routes:
             yield _collective("all-reduce", _GRADIENT * one.elements / ranks, 2, near)
 
 
-def _every_microbatch(candidate: Candidate, machine: Machine, held: dict[str, Held]) -> Iterator[Op]:
-    stage = candidate.layout.zero_stage
+def _gathers(candidate: Candidate, machine: Machine, held: dict[str, Held]) -> Iterator[Op]:
+    """Weights under ZeRO-3, before every forward and every backward."""
     for kind, one in held.items():
         ranks, per_node = _group(candidate, machine, kind)
-        if stage >= 2:
-            if ranks > 1:
-                yield _collective("reduce-scatter", _GRADIENT * one.elements, ranks, per_node)
-            yield MemoryBound(bytes=_GRADIENT * one.elements * (1 + 3 / ranks))  # cleared; added to the shard
-        if stage == 3 and ranks > 1:
-            for _ in range(2):
-                yield _collective("all-gather", _running(candidate, one), ranks, per_node)
+        if candidate.layout.zero_stage == 3 and ranks > 1:
+            yield _collective("all-gather", _running(candidate, one), ranks, per_node)
+
+
+def _sums(candidate: Candidate, machine: Machine, held: dict[str, Held]) -> Iterator[Op]:
+    """Gradients from ZeRO-2 on, after every backward."""
+    if candidate.layout.zero_stage == 1:
+        return
+    for kind, one in held.items():
+        ranks, per_node = _group(candidate, machine, kind)
+        if ranks > 1:
+            yield _collective("reduce-scatter", _GRADIENT * one.elements, ranks, per_node)
+        yield MemoryBound(bytes=_GRADIENT * one.elements * (1 + 3 / ranks))  # cleared; added to the shard
 
 
 def _arithmetic(candidate: Candidate, held: dict[str, Held]) -> Iterator[Op]:
@@ -148,3 +171,9 @@ def _running(candidate: Candidate, held: Held) -> float:
 def _collective(name: str, moved: float, ranks: int, per_node: int) -> Collective:
     names = {"reduce-scatter": "reduce-scatter", "all-gather": "all-gather", "all-reduce": "all-reduce"}
     return Collective(name=names[name], bytes=moved, ranks=ranks, per_node=per_node)  # type: ignore[arg-type]
+
+
+def sync_of(found: Update, candidate: Candidate, forwards: int) -> Sync:
+    """What each of so many forwards of a rank, and each backward, has of what ZeRO does for a microbatch."""
+    share = candidate.microbatches / forwards
+    return Sync(share * found.each_forward.seconds, share * found.each_backward.seconds)
