@@ -17,6 +17,7 @@ from benthic.serve.attend import PagedAttend
 from benthic.serve.cache import CacheLayout, LatentCache
 from benthic.serve.drafts import Drafts
 from benthic.serve.graphs import Served
+from benthic.serve.plugs import Plugs
 from benthic.serve.speculative import Speculative
 from benthic.serve.step_graphs import StepBuffers, StepGraphs
 from benthic.serve.steps import StepBuilder
@@ -125,7 +126,7 @@ def test_a_graph_of_verification_rows_computes_what_the_plain_step_does(queries)
         cache.pages_LPBW.normal_(generator=filling)
     exchange = LocalExchange(ROUND.n_routed_experts)
     graphs = StepGraphs(
-        Served.of(model, caches[0], plain_linear, exchange),
+        Served.of(model, caches[0], Plugs(plain_linear, exchange)),
         (2, 4),
         queries,
         steps=steps,

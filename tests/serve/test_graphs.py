@@ -107,7 +107,7 @@ def test_the_block_table_crosses_again_when_it_or_the_batch_has_changed_and_not_
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_no_graph_is_asked_for_without_a_gpu_or_against_the_options(device: str) -> None:
-    from benthic.serve.build import graph_sizes
+    from benthic.serve.capture import graph_sizes
     from benthic.serve.options import EngineOptions
 
     where = SimpleNamespace(type=device)

@@ -119,7 +119,7 @@ def test_the_scores_are_those_of_an_ordinary_engine_but_for_rounding(model, alon
 def test_no_tape_and_no_expanded_attention_takes_part(model):
     runner = small_engine(model, batch_invariant=True)._runner
     assert runner.tapes is None
-    assert runner._attend is InvariantAttend
+    assert runner._plugs.attend is InvariantAttend
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from benthic.errors import CheckpointError, ConfigError
 from benthic.kernels import native_build
@@ -30,27 +28,23 @@ from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
 from benthic.serve.attend import PagedAttend
 from benthic.serve.cache import CacheLayout, CacheSize, LatentCache
+from benthic.serve.capture import capture, capture_progress, graph_sizes
 from benthic.serve.columns import fastest_linear
 from benthic.serve.grammar import Grammars
-from benthic.serve.graphs import padded_sizes
 from benthic.serve.invariant import InvariantAttend, invariant_linear
 from benthic.serve.memory import MemoryUse, measure_use
 from benthic.serve.messages import Ready
+from benthic.serve.plugs import Plugs
 from benthic.serve.runner import Runner
 from benthic.serve.sizing import ACTIVATION_BYTES, cache_dtype, cache_size, host_size, longest
 from benthic.serve.transfer.memory import MappedPages
 from benthic.spec import hf
-from benthic.units import binary_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from benthic.model.block_scaled import Scales
     from benthic.model.network import DeepSeek
     from benthic.model.sockets import Exchange, Linear
     from benthic.parallel.team import Team
-    from benthic.serve.attend import MakeAttend
-    from benthic.serve.graphs import Progress
     from benthic.serve.options import EngineOptions
     from benthic.serve.runner import Lead, Turns
     from benthic.spec.model import ModelConfig
@@ -205,35 +199,21 @@ def assemble(
     check_ranks(options, rank)
     if not scales and options.quantization == "fp8":
         scales = narrow(model)
-    config = model.config
-    weight = model.head_weight()
-    max_model_len = longest(config, options)
-    ahead, speculative = mtp_layers(config, options), options.speculative
+    weight, max_model_len = model.head_weight(), longest(model.config, options)
+    ahead = mtp_layers(model.config, options)
     layout = CacheLayout.of(
-        config,
+        model.config,
         block_size=options.block_size,
         dtype=cache_dtype(options, weight.dtype),
         mtp_layers=ahead,
     )
-    attend: MakeAttend = InvariantAttend if options.batch_invariant else PagedAttend
-    linear = linear_socket(model, options, scales)
-    experts = LocalExchange(config.n_routed_experts) if rank is None else rank.exchange(config)
+    plugs = plugs_for(model, options, scales, rank)
     sizes = graph_sizes(options, weight.device)
-    use: MemoryUse | None = None
+    use = None
     if weight.device.type == "cuda":
-        use = measure_use(
-            model,
-            layout,
-            options,
-            linear=linear,
-            exchange=experts,
-            graph_sizes=sizes,
-            max_model_len=max_model_len,
-            attend=attend,
-        )
-    if use is not None and speculative is not None:
+        use = measure_use(model, layout, options, plugs, graph_sizes=sizes, max_model_len=max_model_len)
         # each number of drafts has graphs of its own; they are taken to cost what those without drafts do
-        use = replace(use, graphs=use.graphs * (1 + speculative.num_speculative_tokens))
+        use = replace(use, graphs=use.graphs * (1 + most_drafts(options)))
     reserve = ACTIVATION_BYTES if use is None else use.reserve
     size = cache_size(layout, options, max_model_len, weight.device, reserve=reserve)
     if rank is not None and rank.turns is None:
@@ -245,25 +225,11 @@ def assemble(
     reports = rank is None or rank.reports
     if reports:
         report(size, host, use, options, cache, ahead)
-    batching = BatchingConfig(
-        num_blocks=size.num_blocks,
-        block_size=options.block_size,
-        max_model_len=max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        enable_prefix_caching=options.enable_prefix_caching,
-        eos_token_ids=eos,
-        lease_seconds=options.lease_seconds,
-        num_speculative_tokens=0 if speculative is None else speculative.num_speculative_tokens,
-        adaptive_drafts=speculative is not None and speculative.adaptive,
-        mtp_depth=ahead,
-        host_blocks=host.num_blocks,
-    )
-    scheduler = make_scheduler(batching, options.record)
+    batching = batching_config(options, size, host, max_model_len, eos=eos, ahead=ahead)
     ready = Ready(
         model_name=model_name,
         max_model_len=max_model_len,
-        vocab_size=config.vocab_size,
+        vocab_size=model.config.vocab_size,
         eos_token_ids=eos,
         num_blocks=size.num_blocks,
         block_size=options.block_size,
@@ -273,18 +239,60 @@ def assemble(
         cache,
         max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
-        linear=linear,
+        plugs=plugs,
         enforce_eager=options.enforce_eager or (rank is not None and not sizes),  # tapes hold no collectives
         graph_sizes=sizes,
-        drafts=batching.num_speculative_tokens,
-        exchange=experts,
+        drafts=most_drafts(options),
         alone=rank is None or rank.turns is not None,
         lead=None if rank is None else rank.lead,
-        attend=attend,
         turns=None if rank is None else rank.turns,
     )
     capture(runner, capture_progress if reports else iter)
-    return Parts(runner, scheduler, ready, size, use)
+    return Parts(runner, make_scheduler(batching, options.record), ready, size, use)
+
+
+def batching_config(
+    options: EngineOptions,
+    size: CacheSize,
+    host: CacheSize,
+    max_model_len: int,
+    *,
+    eos: tuple[int, ...],
+    ahead: int,
+) -> BatchingConfig:
+    """What the scheduler may do; `ahead` prediction modules follow the sequences."""
+    return BatchingConfig(
+        num_blocks=size.num_blocks,
+        block_size=options.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        enable_prefix_caching=options.enable_prefix_caching,
+        eos_token_ids=eos,
+        lease_seconds=options.lease_seconds,
+        num_speculative_tokens=most_drafts(options),
+        adaptive_drafts=options.speculative is not None and options.speculative.adaptive,
+        mtp_depth=ahead,
+        host_blocks=host.num_blocks,
+    )
+
+
+def most_drafts(options: EngineOptions) -> int:
+    """Drafts of a sequence in one step at most."""
+    return 0 if options.speculative is None else options.speculative.num_speculative_tokens
+
+
+def plugs_for(model: DeepSeek, options: EngineOptions, scales: Scales | None, rank: Rank | None) -> Plugs:
+    """What goes into the model's sockets.
+
+    Raises: ConfigError as `invariant_linear`.
+    """
+    config = model.config
+    return Plugs(
+        linear=linear_socket(model, options, scales),
+        exchange=LocalExchange(config.n_routed_experts) if rank is None else rank.exchange(config),
+        attend=InvariantAttend if options.batch_invariant else PagedAttend,
+    )
 
 
 def linear_socket(model: DeepSeek, options: EngineOptions, scales: Scales | None) -> Linear:
@@ -326,32 +334,6 @@ def report(
         logger.info("latent cache: %s B/token of it for %d prediction layers", f"{share:,}", mtp)
     for line in [] if use is None else use.lines(options.gpu_memory_utilization, cache.num_bytes):
         logger.info("memory: %s", line)
-
-
-def capture(runner: Runner, progress: Progress) -> None:
-    """Capture the runner's CUDA graphs, if it is to have any."""
-    for graphs in runner.all_graphs:
-        graphs.capture(progress)
-        took = binary_bytes(graphs.num_bytes)
-        what = "CUDA graphs of %d rows a sequence: %d batch sizes up to %d took %s"
-        logger.info(what, graphs.queries, len(graphs), graphs.sizes[-1], took)
-
-
-def graph_sizes(options: EngineOptions, device: torch.device) -> tuple[int, ...]:
-    """Padded batch sizes that get a CUDA graph; none on a CPU, with `enforce_eager` or a limit of 0."""
-    if device.type != "cuda" or options.enforce_eager or not options.max_cudagraph_capture_size:
-        return ()
-    return padded_sizes(
-        options.max_num_seqs,
-        limit=options.max_cudagraph_capture_size,
-        sizes=options.cudagraph_capture_sizes,
-    )
-
-
-def capture_progress(sizes: Sequence[int]) -> Iterable[int]:
-    """A bar on the terminal while graphs are captured; nothing where there is no terminal."""
-    console = Console(stderr=True)
-    return track(sizes, "capturing CUDA graphs", console=console, disable=not console.is_terminal)
 
 
 def make_scheduler(config: BatchingConfig, record: str | None) -> Scheduler:

@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 import torch
 
 from benthic.model.network import Hidden
-from benthic.model.sockets import Sockets
-from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
+from benthic.serve.attend import DecodeRows, StepLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,9 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.network import DeepSeek
-    from benthic.model.sockets import Exchange, Linear
-    from benthic.serve.attend import MakeAttend
+    from benthic.model.sockets import Sockets
     from benthic.serve.cache import LatentCache
+    from benthic.serve.plugs import Plugs
 
 Progress: TypeAlias = "Callable[[Sequence[int]], Iterable[int]]"
 """Goes through batch sizes and shows how far it is."""
@@ -82,37 +81,29 @@ class Captured(NamedTuple):
 
 @dataclass(frozen=True)
 class Served:
-    """What all graphs of an engine run: a model over its cache, through these sockets.
+    """What all graphs of an engine run: a model over its cache.
 
-    `attend` makes the socket of a pass. `pool` is the device memory of captures, which graphs that copy
-    their outputs away may share.
+    `pool` is the device memory of captures, which graphs that copy their outputs away may share.
     """
 
     model: DeepSeek
     cache: LatentCache
-    linear: Linear
-    exchange: Exchange
-    attend: MakeAttend = PagedAttend
+    plugs: Plugs
     pool: Any = None
 
     @classmethod
-    def of(
-        cls,
-        model: DeepSeek,
-        cache: LatentCache,
-        linear: Linear,
-        exchange: Exchange,
-        attend: MakeAttend = PagedAttend,
-    ) -> Served:
+    def of(cls, model: DeepSeek, cache: LatentCache, plugs: Plugs) -> Served:
         """With a pool of their own."""
-        on_gpu = cache.pages_LPBW.is_cuda
-        pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        return cls(model, cache, linear, exchange, attend, pool)
+        pool = torch.cuda.graph_pool_handle() if cache.pages_LPBW.is_cuda else None
+        return cls(model, cache, plugs, pool)
 
     def sockets(self, slot_T: Tensor, decode: DecodeRows) -> Sockets:
         """The sockets of decode rows."""
-        attend = self.attend(self.cache, StepLayout(slot_T, decode, None))
-        return Sockets(attend, self.exchange, self.linear)
+        return self.plugs.sockets(self.cache, StepLayout(slot_T, decode, None))
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """Scores of the next token for some rows."""
+        return self.model.logits(hidden_SD, self.plugs.linear)
 
 
 class Graphs(abc.ABC):

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benthic.model.sockets import Sockets
-from benthic.serve.attend import PagedAttend, PrefillRows, StepLayout
+from benthic.serve.attend import PrefillRows, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
 from benthic.serve.graphs import Served
 from benthic.serve.step_graphs import StepBuffers, StepGraphs
@@ -24,9 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benthic.model.network import DeepSeek
-    from benthic.model.sockets import Exchange, Linear
-    from benthic.serve.attend import MakeAttend
     from benthic.serve.options import EngineOptions
+    from benthic.serve.plugs import Plugs
 
 SAMPLING_COPIES = 6
 """Float32 copies of the logits that a sampling step holds at once, its float64 sums counted as two."""
@@ -65,12 +63,10 @@ def measure_use(
     model: DeepSeek,
     layout: CacheLayout,
     options: EngineOptions,
+    plugs: Plugs,
     *,
-    linear: Linear,
-    exchange: Exchange,
     graph_sizes: Sequence[int],
     max_model_len: int,
-    attend: MakeAttend = PagedAttend,
 ) -> MemoryUse:
     """Run the largest step and capture the two largest graphs over a cache of one block; keep nothing.
 
@@ -79,15 +75,11 @@ def measure_use(
     device = model.head_weight().device
     weights = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
     cache = LatentCache(layout, 1, device)
-    activations = peak_of_step(
-        model, cache, options, linear=linear, exchange=exchange, max_model_len=max_model_len, attend=attend
-    )
+    activations = peak_of_step(model, cache, options, plugs, max_model_len=max_model_len)
     graphs = 0
     if graph_sizes:
         columns = -(-max_model_len // layout.block_size)
-        graphs = graph_bytes(
-            model, cache, linear=linear, exchange=exchange, sizes=graph_sizes, columns=columns, attend=attend
-        )
+        graphs = graph_bytes(model, cache, plugs, sizes=graph_sizes, columns=columns)
     del cache
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
@@ -101,11 +93,9 @@ def peak_of_step(
     model: DeepSeek,
     cache: LatentCache,
     options: EngineOptions,
+    plugs: Plugs,
     *,
-    linear: Linear,
-    exchange: Exchange,
     max_model_len: int,
-    attend: MakeAttend = PagedAttend,
 ) -> int:
     """Bytes that a step of fresh prompts adds at its peak, or sampling `max_num_seqs` rows after it."""
     device = model.head_weight().device
@@ -116,14 +106,13 @@ def peak_of_step(
     pages_SP = bounds.new_zeros(len(starts) - 1, -(-max_model_len // cache.layout.block_size))
     prefill = PrefillRows(bounds, bounds, longest, longest, None, pages_SP)
     tokens_T = torch.arange(rows, device=device) % model.config.vocab_size
-    attending = attend(cache, StepLayout(torch.full_like(tokens_T, -1), None, prefill))
-    sockets = Sockets(attending, exchange, linear)
+    sockets = plugs.sockets(cache, StepLayout(torch.full_like(tokens_T, -1), None, prefill))
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     hidden_TD = model(tokens_T, tokens_T % longest, sockets).hidden_TD
     drafts = 0 if options.speculative is None else options.speculative.num_speculative_tokens
-    logits_SV = model.logits(hidden_TD[: options.max_num_seqs * (1 + drafts)], linear)
+    logits_SV = model.logits(hidden_TD[: options.max_num_seqs * (1 + drafts)], plugs.linear)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return max(peak, logits_SV.numel() * 4 * SAMPLING_COPIES)
@@ -132,19 +121,17 @@ def peak_of_step(
 def graph_bytes(
     model: DeepSeek,
     cache: LatentCache,
+    plugs: Plugs,
     *,
-    linear: Linear,
-    exchange: Exchange,
     sizes: Sequence[int],
     columns: int,
-    attend: MakeAttend = PagedAttend,
 ) -> int:
     """Bytes that graphs of all sizes will take: those of the two largest, and for each other the second's."""
     torch.cuda.empty_cache()
     before, _ = torch.cuda.mem_get_info()
     block, device = cache.layout.block_size, model.embed.weight.device
     graphs = StepGraphs(
-        Served.of(model, cache, linear, exchange, attend),
+        Served.of(model, cache, plugs),
         sizes[-2:],
         1,
         steps=StepBuilder(

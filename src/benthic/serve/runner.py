@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from benthic.model.local import LocalExchange
 from benthic.model.network import Hidden
-from benthic.model.sockets import Sockets
 from benthic.sched.lockstep import MODEL, Intent
-from benthic.serve.attend import DecodeRows, PagedAttend, StepLayout
-from benthic.serve.columns import ColumnLinear, fastest_linear
+from benthic.serve.attend import DecodeRows, StepLayout
+from benthic.serve.columns import ColumnLinear
 from benthic.serve.graphs import ModuleBuffers, ModuleGraphs, ModuleRows, Served
 from benthic.serve.invariant import InvariantAttend
+from benthic.serve.plugs import Plugs
 from benthic.serve.step_graphs import StepBuffers, StepGraphs
 from benthic.serve.steps import StepBuilder
 from benthic.serve.tail_graphs import TailGraphs
@@ -26,10 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.network import DeepSeek
-    from benthic.model.sockets import Exchange, Linear
+    from benthic.model.sockets import Exchange, Sockets
     from benthic.sched.lockstep import Turn
     from benthic.sched.plans import StepPlan, TableWrite
-    from benthic.serve.attend import MakeAttend
     from benthic.serve.cache import LatentCache
     from benthic.serve.drafts import Drafts
     from benthic.serve.graphs import Graphs
@@ -102,17 +100,14 @@ class Runner:
         cache: pages for at least the model's layers.
         max_num_seqs: scheduler slots.
         max_model_len: longest sequence.
-        linear: how matrices are multiplied; None takes the fastest exact way here, see
-        `benthic.serve.columns`.
+        plugs: the sockets; None takes the fastest exact ones here.
         enforce_eager: run every step as it is written, without tapes.
         graph_sizes: padded batch sizes for which `capture` makes CUDA graphs.
         drafts: most drafts of a sequence; every number of them up to this gets graphs of its own.
-        exchange: how rows reach experts; None where all of them are here.
         alone: nobody else draws for this runner's requests, so what a graph draws is what is drawn.
         lead: who else runs the same steps; None when nobody does, or where this runner is the one that is
         told.
         turns: who else runs steps of their own at the same time; None when nobody does.
-        attend: makes the socket of a step; `InvariantAttend` wants a model made invariant and its linear.
     """
 
     def __init__(  # noqa: PLR0913 (what a step depends on)
@@ -122,29 +117,25 @@ class Runner:
         *,
         max_num_seqs: int,
         max_model_len: int,
-        linear: Linear | None = None,
+        plugs: Plugs | None = None,
         enforce_eager: bool = False,
         graph_sizes: tuple[int, ...] = (),
         drafts: int = 0,
-        exchange: Exchange | None = None,
         alone: bool = True,
         lead: Lead | None = None,
         turns: Turns | None = None,
-        attend: MakeAttend = PagedAttend,
     ) -> None:
-        self._attend = attend
         self.cache = cache
         self.model = model.eval()
-        self._linear = fastest_linear(model) if linear is None else linear
-        self._exchange = LocalExchange(model.config.n_routed_experts) if exchange is None else exchange
+        self._plugs = plugs = plugs or Plugs.fastest(model)
         self._lead = lead
         self._turns = turns
         self.tapes: DecodeTapes | None = None  # None: every step runs as it is written
         columns = -(-max_model_len // cache.layout.block_size)
-        taped = isinstance(self._linear, ColumnLinear) and cache.layout.dtype == torch.float32
+        taped = isinstance(plugs.linear, ColumnLinear) and cache.layout.dtype == torch.float32
         if taped and not enforce_eager:
             self.tapes = DecodeTapes(
-                model, cache, linear=self._linear, exchange=self._exchange, columns=columns
+                model, cache, linear=plugs.linear, exchange=plugs.exchange, columns=columns
             )
             self.tapes.warm_up()
         self.steps = StepBuilder(
@@ -153,7 +144,7 @@ class Runner:
             block_size=cache.layout.block_size,
             device=cache.pages_LPBW.device,
             drafts=drafts,
-            reads_pages=attend is InvariantAttend,
+            reads_pages=plugs.attend is InvariantAttend,
         )
         depths = cache.layout.layers - model.config.num_hidden_layers
         lines = max_num_seqs + 1 if depths else 0
@@ -169,7 +160,7 @@ class Runner:
     def _make_graphs(self, sizes: tuple[int, ...], columns: int, drafts: int, depths: int) -> None:
         """Graphs of every number of queries; captured by `build.capture`."""
         served, numbers = (
-            Served.of(self.model, self.cache, self._linear, self._exchange, self._attend),
+            Served.of(self.model, self.cache, self._plugs),
             range(1, drafts + 2),
         )
         room = sizes[-1], numbers[-1], columns
@@ -287,11 +278,11 @@ class Runner:
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Scores of the next token for some rows."""
-        return self.model.logits(hidden_SD, self._linear)
+        return self.model.logits(hidden_SD, self._plugs.linear)
 
     def _sockets(self, layout: StepLayout) -> Sockets:
-        exchange = self._exchange if self._turns is None else self._turns.exchange
-        return Sockets(self._attend(self.cache, layout), exchange, self._linear)
+        plugs = self._plugs if self._turns is None else replace(self._plugs, exchange=self._turns.exchange)
+        return plugs.sockets(self.cache, layout)
 
     @torch.inference_mode()
     def row_logits(self, result: StepResult, rows: range) -> Iterator[Tensor]:

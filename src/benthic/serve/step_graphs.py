@@ -277,7 +277,7 @@ class StepGraphs(Graphs):
         token_T = self.steps.fed_NF.view(-1).index_select(0, inputs.index_T)
         sockets = self.served.sockets(inputs.slot_T, self.decode_rows(size))
         hidden = self.served.model(token_T, inputs.position_T, sockets)
-        logits_TV = self.served.model.logits(hidden.hidden_TD, self.served.linear)
+        logits_TV = self.served.logits(hidden.hidden_TD)
         buffers.logits_TV[:rows].copy_(logits_TV)
         buffers.pre_norm_TD[:rows].copy_(hidden.pre_norm_TD)
         buffers.hidden_TD[:rows].copy_(hidden.hidden_TD)

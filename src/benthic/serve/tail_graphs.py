@@ -67,7 +67,7 @@ class TailGraphs(Graphs):
                 fed = previous_SD, tokens[-1], position_S
                 ahead = served.model.predict_ahead(0, *fed, served.sockets(slot_S, decode))
                 hidden_SD, previous_SD = ahead.hidden_TD, served.model.mtp_input(ahead)
-            tokens.append(served.model.logits(hidden_SD, served.linear).argmax(-1))
+            tokens.append(served.logits(hidden_SD).argmax(-1))
         steps.fed_NF[:, 1 : 1 + drafts].index_copy_(0, inputs.owner_S, torch.stack(tokens, dim=1))
 
     def _last(self, rows: int) -> Hidden:

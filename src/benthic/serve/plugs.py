@@ -1,0 +1,35 @@
+"""What an engine puts into a model's three sockets, chosen once; `attend` still lacks the step it is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benthic.model.local import LocalExchange
+from benthic.model.sockets import Sockets
+from benthic.serve.attend import PagedAttend
+from benthic.serve.columns import fastest_linear
+
+if TYPE_CHECKING:
+    from benthic.model.network import DeepSeek
+    from benthic.model.sockets import Exchange, Linear
+    from benthic.serve.attend import MakeAttend, StepLayout
+    from benthic.serve.cache import LatentCache
+
+
+@dataclass(frozen=True)
+class Plugs:
+    """How matrices are multiplied, how rows reach experts, and what makes a step's attention."""
+
+    linear: Linear
+    exchange: Exchange
+    attend: MakeAttend = PagedAttend
+
+    @classmethod
+    def fastest(cls, model: DeepSeek) -> Plugs:
+        """The fastest exact products here, and all experts."""
+        return cls(fastest_linear(model), LocalExchange(model.config.n_routed_experts))
+
+    def sockets(self, cache: LatentCache, layout: StepLayout) -> Sockets:
+        """For one step against a cache."""
+        return Sockets(self.attend(cache, layout), self.exchange, self.linear)
