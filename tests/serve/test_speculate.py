@@ -354,7 +354,7 @@ def test_a_drafter_that_knows_the_distribution_is_always_accepted_by_shared_rand
     for i, name in enumerate(names):
         sampler.admit(name, SamplingParams(temperature=1.2, top_p=0.9), (1,), seed=i, stop_tokens=())
     logits_SV = torch.randn(500, 50, generator=torch.Generator().manual_seed(0))
-    drafts = sampler.guess(logits_SV.clone(), names, [7] * 500)
+    drafts = sampler.guess(logits_SV.clone(), names, torch.full((500,), 7))
     assert len(set(drafts.tolist())) > 20
     assert drafts.tolist() == sampler.sample(logits_SV.clone(), names, [7] * 500).tokens
 

@@ -83,7 +83,7 @@ def mla_by_row(
     context_T = context_T.to(torch.int32).clamp(min=0)
     tokens, heads, latent = q_latent_THC.shape
     out_THC = torch.empty((tokens, heads, latent))
-    library().mla_decode(
+    failed = library().mla_decode(
         q_latent_THC.data_ptr(),
         q_latent_THC.stride(0),
         q_latent_THC.stride(1),
@@ -103,6 +103,9 @@ def mla_by_row(
         cache_PBW.shape[1],
         scale,
     )
+    if failed:
+        msg = f"mla_by_row: no memory for the scores of {tokens} contexts up to {int(context_T.max())} tokens"
+        raise MemoryError(msg)
     return out_THC
 
 

@@ -79,6 +79,17 @@ MakeAttend: TypeAlias = "Callable[[LatentCache, StepLayout], Attend]"
 """Makes the `attend` socket of one step: `PagedAttend`, or `benthic.serve.invariant.InvariantAttend`."""
 
 
+def rows_behind(
+    position_S: Tensor, limit_S: Tensor, table_SP: Tensor, block: int
+) -> tuple[Tensor, DecodeRows]:
+    """Where a row of each sequence is written, and what it sees; nothing at or beyond `limit_S`."""
+    inside_S = position_S < limit_S
+    column_S1 = torch.where(inside_S, position_S // block, 0).unsqueeze(1)
+    first_S = table_SP.gather(1, column_S1).squeeze(1).to(torch.int64) * block
+    slot_S = torch.where(inside_S, first_S + position_S % block, -1)
+    return slot_S, DecodeRows(1, table_SP, torch.minimum(position_S + 1, limit_S).to(torch.int32))
+
+
 class PagedAttend:
     """Attention of one step against the cache (an `Attend` socket)."""
 

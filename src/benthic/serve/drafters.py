@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benthic.serve.drafts import Drafts
 from benthic.serve.lookup import PromptLookup
-from benthic.serve.transit import to_device
+from benthic.serve.transit import tensor_of, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,9 +62,7 @@ class Drafter(Protocol):
 class Guesser(Protocol):
     """Makes drafts of logits; a `Sampler` does."""
 
-    def guess(
-        self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int] | Tensor
-    ) -> Tensor:
+    def guess(self, logits_SV: Tensor, request_ids: tuple[str, ...], position_S: Tensor) -> Tensor:
         """The token that each row would draw at these positions, or nearly; int64."""
         ...
 
@@ -189,7 +187,8 @@ class MtpDrafter:
         states = States(*(each.index_select(0, slots) for each in (self._hidden_ND, self._previous_ND)))
         early = list(self._early_NK.index_select(0, slots).unbind(1))
         passes = self._runner.steps.passes(plan, counts)
-        return Drafts(counts, self._chain(states, early, passes, plan.decode_ids, positions[: len(counts)]))
+        position_D = tensor_of(positions[: len(counts)], np.int64, slots.device)
+        return Drafts(counts, self._chain(states, early, passes, plan.decode_ids, position_D))
 
     def _chain(
         self,
@@ -197,7 +196,7 @@ class MtpDrafter:
         early: list[Tensor],
         passes: Sequence[tuple[Tensor, StepLayout]],
         ids: tuple[str, ...],
-        positions: Sequence[int] | Tensor,
+        position_S: Tensor,
     ) -> Tensor:
         """Drafts one after another, one more than `passes`, of which the deeper modules made the first."""
         tokens, most = early[: len(passes) + 1], len(passes) + 1
@@ -210,11 +209,7 @@ class MtpDrafter:
                 )
                 states = States(ahead.hidden_TD, self._model.mtp_input(ahead))
             logits_DV = self._runner.logits(states.hidden_SD)
-            if isinstance(positions, torch.Tensor):
-                places: Sequence[int] | Tensor = positions + len(tokens)
-            else:
-                places = [position + len(tokens) for position in positions]
-            tokens.append(self._sampler.guess(logits_DV, ids, places))
+            tokens.append(self._sampler.guess(logits_DV, ids, position_S + len(tokens)))
         return torch.stack(tokens, dim=1)
 
     @torch.inference_mode()
@@ -261,7 +256,7 @@ class MtpDrafter:
         held_S = None if drawing.verdict is None else drawing.verdict.held_S
         early = list(self._early_NK.index_select(0, self._slots(plan)).unbind(1))
         passes = self._runner.steps.passes_behind(plan, held_S, most - 1)
-        position_S = to_device(np.array(positions, dtype=np.int64) + 1, self._hidden_ND.device)
+        position_S = tensor_of(positions, np.int64, self._hidden_ND.device) + 1
         if held_S is not None:
             position_S = position_S + held_S
         return self._chain(states, early, passes, plan.sampled_ids, position_S)

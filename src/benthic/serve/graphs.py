@@ -160,7 +160,7 @@ class Graphs(abc.ABC):
 
     def idle(self, size: int) -> None:
         """Launch the graph of a size on rows that store nothing and see nothing."""
-        self._blank(size)
+        self.blank(size)
         self.replay(size)
 
     def replay(self, size: int) -> None:
@@ -172,7 +172,7 @@ class Graphs(abc.ABC):
         self._graphs.clear()
 
     def _capture(self, size: int) -> Captured:
-        self._blank(size)
+        self.blank(size)
         self._forward(size)  # compiles and loads kernels, which a capture must not do
         if not self.served.cache.pages_LPBW.is_cuda:
             return Captured(Again(functools.partial(self._forward, size)), 0)
@@ -186,7 +186,7 @@ class Graphs(abc.ABC):
         after, _ = torch.cuda.mem_get_info()
         return Captured(graph, max(0, before - after))
 
-    def _blank(self, size: int) -> None:  # noqa: B027 (most buffers are blank until they are used)
+    def blank(self, size: int) -> None:  # noqa: B027 (most buffers are blank until they are used)
         """Let the inputs of a size be those of a step that does nothing."""
 
     @abc.abstractmethod

@@ -291,7 +291,8 @@ class Sampler:
         raw_LV = None if asked is None else logits_SV.index_select(0, asked.row_L)
         self._adjust(logits_SV, batch, positions, trial)
         following = self._grammars.apply(logits_SV, request_ids)
-        token_R = _choose(logits_SV, batch, positions)
+        position_R = None if batch.all_greedy else tensor_of(positions, np.int64, self._device)
+        token_R = _choose(logits_SV, batch, position_R)
         verdict = None if trial is None else trial.judge(token_R)
         if batch.penalties is not None:
             kept_R = None if trial is None or verdict is None else trial.kept(verdict)
@@ -304,9 +305,7 @@ class Sampler:
         return Drawing(newest_S, token_R, Homeward.start(*home), following, asked, verdict)
 
     @torch.inference_mode()
-    def guess(
-        self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int] | Tensor
-    ) -> Tensor:
+    def guess(self, logits_SV: Tensor, request_ids: tuple[str, ...], position_S: Tensor) -> Tensor:
         """What a drafter's logits make of the random numbers that `start` will use at these positions.
 
         Temperature and filters apply; penalties, biases and grammars do not, which costs acceptance at most.
@@ -314,7 +313,7 @@ class Sampler:
         batch = self._batch_for(request_ids)
         if batch.all_greedy:
             return logits_SV.argmax(-1)
-        return _choose(logits_SV.to(torch.float32), batch, positions).clamp(min=0)
+        return _choose(logits_SV.to(torch.float32), batch, position_S).clamp(min=0)
 
     def _batch_for(self, request_ids: tuple[str, ...]) -> Batch:
         batch = self._batches.pop(request_ids, None)
@@ -339,7 +338,7 @@ class Sampler:
             self._table.apply(logits_SV, batch.penalties, trial)
 
 
-def _choose(logits_SV: Tensor, batch: Batch, positions: Sequence[int] | Tensor) -> Tensor:
+def _choose(logits_SV: Tensor, batch: Batch, position_S: Tensor | None) -> Tensor:
     best_S, greedy_S = _greedy(logits_SV)
     if batch.all_greedy:
         return greedy_S
@@ -350,11 +349,8 @@ def _choose(logits_SV: Tensor, batch: Batch, positions: Sequence[int] | Tensor) 
     if batch.filters is not None:
         top_k_S, top_p_S, min_p_S, most_k = batch.filters
         probs_SV = keep_probable(probs_SV, top_k_S, top_p_S, min_p_S, most_k=most_k)
-    if isinstance(positions, torch.Tensor):
-        position_S = positions
-    else:
-        position_S = tensor_of(positions, np.int64, logits_SV.device)
     assert batch.seed_S is not None  # noqa: S101 (Batch.of sets it unless all rows are greedy)
+    assert position_S is not None  # noqa: S101 (likewise)
     token_S = draw(probs_SV, uniform(batch.seed_S, position_S))
     if batch.greedy_S is not None:
         token_S = torch.where(batch.greedy_S, greedy_S, token_S)

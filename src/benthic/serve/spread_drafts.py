@@ -70,11 +70,9 @@ class LeadingGuesser:
     sampler: Guesser
     team: Team
 
-    def guess(
-        self, logits_SV: Tensor, request_ids: tuple[str, ...], positions: Sequence[int] | Tensor
-    ) -> Tensor:
+    def guess(self, logits_SV: Tensor, request_ids: tuple[str, ...], position_S: Tensor) -> Tensor:
         """Guess."""
-        return self.team.told(self.sampler.guess(logits_SV, request_ids, positions).contiguous())
+        return self.team.told(self.sampler.guess(logits_SV, request_ids, position_S).contiguous())
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class ToldGuesser:
         self,
         logits_SV: Tensor,
         request_ids: tuple[str, ...],  # noqa: ARG002 (the protocol's)
-        positions: Sequence[int] | Tensor,  # noqa: ARG002 (the protocol's)
+        position_S: Tensor,  # noqa: ARG002 (the protocol's)
     ) -> Tensor:
         """Rank 0's guesses."""
         return self.team.told(torch.empty(len(logits_SV), dtype=torch.int64, device=logits_SV.device))

@@ -110,6 +110,7 @@ class StepBuffers:
     home_R: Tensor
     newest_S: Tensor
     row_S: Tensor
+    tokens_T: Tensor
     turn: int = 0
     table_of: tuple[bytes, int, int] | None = None
 
@@ -133,6 +134,7 @@ class StepBuffers:
             home_R=ints,
             newest_S=ints.new_zeros(sequences),
             row_S=ints.new_zeros(sequences),
+            tokens_T=ints.new_zeros(rows),
         )
 
     def load(self, rows: StepRows, size: int, steps: StepBuilder) -> None:
@@ -208,10 +210,11 @@ class StepGraphs(Graphs):
         assert decode is not None  # noqa: S101 (there is a size)
         self.buffers.load(rows, size, self.steps)
         self.replay(size)
-        found = self._found(size, len(decode.slot_S), decode.columns)
+        found = self._found(size, len(decode.slot_S), decode.columns, self.buffers.turn)
         if rows.sampled_S is None:
-            step = replace(found.step, chunk_rows=rows.chunk_rows) if rows.chunk_rows else found.step
-            return found._replace(step=step, drawn=self._drawn(size, len(decode.slot_S)))
+            if not rows.chunk_rows:
+                return found
+            return found._replace(step=replace(found.step, chunk_rows=rows.chunk_rows))
         sampled_S = to_device(rows.sampled_S, self.buffers.packed.device)
         logits_SV = found.outputs.logits_TV.index_select(0, sampled_S)
         return Stepped(
@@ -220,23 +223,23 @@ class StepGraphs(Graphs):
             None,
         )
 
-    def _view(self, size: int, used: int, columns: int) -> Stepped:
+    def _view(self, size: int, used: int, columns: int, turn: int) -> Stepped:
         """Where a replay leaves its outputs, and the step as its inputs hold it."""
         buffers, inputs, count = self.buffers, self.inputs(size), used * self._queries
         decode = DecodeRows(self._queries, buffers.block_table_SP[:used, :columns], buffers.context_S[:used])
         return Stepped(
             Replayed(buffers.pre_norm_TD[:count], buffers.hidden_TD[:count], buffers.logits_TV[:count]),
             StepTensors(
-                tokens_T=inputs.index_T[:count],
+                tokens_T=buffers.tokens_T[:count],
                 positions_T=inputs.position_T[:count],
                 layout=StepLayout(inputs.slot_T[:count], decode, None),
                 sampled_S=None,
                 chunk_rows=(),
             ),
-            None,
+            self._drawn(size, used, turn),
         )
 
-    def _drawn(self, size: int, used: int) -> Drawn:
+    def _drawn(self, size: int, used: int, turn: int) -> Drawn:
         buffers, rows, verdict = self.buffers, size * self._queries, None
         length = used
         if self._queries > 1:
@@ -248,7 +251,7 @@ class StepGraphs(Graphs):
             newest_S=buffers.newest_S[:used],
             verdict=verdict,
             home_R=buffers.home_R[:length],
-            pinned_R=buffers.homes[buffers.turn][:length],
+            pinned_R=buffers.homes[turn][:length],
         )
 
     def blank(self, size: int) -> None:
@@ -268,13 +271,11 @@ class StepGraphs(Graphs):
         """The sequences of a graph."""
         return DecodeRows(self._queries, self.buffers.block_table_SP[:size], self.buffers.context_S[:size])
 
-    def _blank(self, size: int) -> None:
-        self.blank(size)
-
     def _forward(self, size: int) -> None:
         buffers, inputs, rows = self.buffers, self.inputs(size), size * self._queries
         buffers.context_S[:size].copy_(inputs.context_S)
-        token_T = self.steps.fed_NF.view(-1).index_select(0, inputs.index_T)
+        token_T = buffers.tokens_T[:rows]
+        torch.index_select(self.steps.fed_NF.view(-1), 0, inputs.index_T, out=token_T)
         sockets = self.served.sockets(inputs.slot_T, self.decode_rows(size))
         hidden = self.served.model(token_T, inputs.position_T, sockets)
         logits_TV = self.served.logits(hidden.hidden_TD)
@@ -283,9 +284,8 @@ class StepGraphs(Graphs):
         buffers.hidden_TD[:rows].copy_(hidden.hidden_TD)
         best_T, drawn_T = logits_TV.max(-1)
         drawn_SQ = torch.where(best_T.isfinite(), drawn_T, NO_TOKEN).view(size, self._queries)
-        held_S1 = (
-            (drawn_SQ[:, :-1] == token_T.view(size, self._queries)[:, 1:]).cumprod(1).sum(1, keepdim=True)
-        )
+        fed_SQ = token_T.view(size, self._queries)
+        held_S1 = (drawn_SQ[:, :-1] == fed_SQ[:, 1:]).cumprod(1).sum(1, keepdim=True)
         newest_S1 = drawn_SQ.gather(1, held_S1)
         first_S = torch.arange(size, device=newest_S1.device) * self._queries
         buffers.home_R[: rows + size].copy_(torch.cat((drawn_SQ.flatten(), held_S1.flatten())))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from benthic.serve.attend import DecodeRows, PrefillRows, StepLayout
+from benthic.serve.attend import DecodeRows, PrefillRows, StepLayout, rows_behind
 from benthic.serve.transit import to_device
 
 if TYPE_CHECKING:
@@ -300,17 +300,9 @@ class StepBuilder:
         table_SP = self._to_device(self._table_NP[slots, : int(limit_S.max()) // block])
         first_S, limit_S = self._to_device(np.stack([np.array(ends + chunks, dtype=np.int64), limit_S]))
         first_S = first_S if held_S is None else first_S + held_S
-        position_KS = first_S + torch.arange(passes, device=self._device).unsqueeze(1)
-        inside_KS = position_KS < limit_S
-        column_KS = torch.where(inside_KS, position_KS // block, 0)
-        block_KS = table_SP.gather(1, column_KS.T).T.to(torch.int64)
-        slot_KS = torch.where(inside_KS, block_KS * block + position_KS % block, -1)
-        context_KS = torch.minimum(position_KS + 1, limit_S).to(torch.int32)
-        rows = zip(position_KS, slot_KS, context_KS, strict=True)
-        return [
-            (position_S, StepLayout(slot_S, DecodeRows(1, table_SP, context_S), None))
-            for position_S, slot_S, context_S in rows
-        ]
+        positions = [first_S + ahead for ahead in range(passes)]
+        rows = [(each, rows_behind(each, limit_S, table_SP, block)) for each in positions]
+        return [(position_S, StepLayout(slot_S, decode, None)) for position_S, (slot_S, decode) in rows]
 
     def _decode_seqs(
         self, slot_S: NDArray[np.int64], position_S: NDArray[np.int64], queries: int

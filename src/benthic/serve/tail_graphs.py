@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.model.network import Hidden
-from benthic.serve.attend import DecodeRows
+from benthic.serve.attend import rows_behind
 from benthic.serve.graphs import Graphs
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class TailGraphs(Graphs):
         self._hidden_ND = hidden_ND
         self._previous_ND = previous_ND
 
-    def _blank(self, size: int) -> None:
+    def blank(self, size: int) -> None:
+        """As of the step's graphs."""
         self._step.blank(size)
 
     def _forward(self, size: int) -> None:
@@ -59,11 +60,12 @@ class TailGraphs(Graphs):
         newest_S = first_S + 1 + buffers.home_R[rows : rows + size]
         covered_S = (first_S + drafts) // steps.block_size * steps.block_size + steps.block_size
         limit_S = torch.where(inputs.context_S > 0, covered_S, 0)
+        table_SP = buffers.block_table_SP[:size]
         tokens: list[Tensor] = []
         for number in range(drafts):
             if number:
                 position_S = newest_S + (number - 1)
-                slot_S, decode = self._behind(position_S, limit_S, size)
+                slot_S, decode = rows_behind(position_S, limit_S, table_SP, steps.block_size)
                 fed = previous_SD, tokens[-1], position_S
                 ahead = served.model.predict_ahead(0, *fed, served.sockets(slot_S, decode))
                 hidden_SD, previous_SD = ahead.hidden_TD, served.model.mtp_input(ahead)
@@ -73,13 +75,3 @@ class TailGraphs(Graphs):
     def _last(self, rows: int) -> Hidden:
         """The states that the step left."""
         return Hidden(self._step.buffers.pre_norm_TD[:rows], self._step.buffers.hidden_TD[:rows], ())
-
-    def _behind(self, position_S: Tensor, limit_S: Tensor, size: int) -> tuple[Tensor, DecodeRows]:
-        """Where one row a sequence is written, and what it sees; nothing beyond the blocks it has."""
-        block, table_SP = self._step.steps.block_size, self._step.buffers.block_table_SP[:size]
-        inside_S = position_S < limit_S
-        column_S1 = torch.where(inside_S, position_S // block, 0).unsqueeze(1)
-        first_S = table_SP.gather(1, column_S1).squeeze(1).to(torch.int64) * block
-        slot_S = torch.where(inside_S, first_S + position_S % block, -1)
-        context_S = torch.minimum(position_S + 1, limit_S).to(torch.int32)
-        return slot_S, DecodeRows(1, table_SP, context_S)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
@@ -35,7 +35,7 @@ class Copy(Protocol):
         ...
 
 
-class Copied(NamedTuple):
+class Copied:
     """A copy that was made at once."""
 
     def ended(self) -> bool:
