@@ -4,7 +4,8 @@ Weights are random, made on the GPU so that random tokens spread over the expert
 tokens to few experts flatter decode); how evenly they do is part of the result. Every number goes through
 `Engine.step`, scheduler and sampler included. For decode there are three times of a step: of the overlapped
 loop, of the plain loop on the same requests, and of the GPU alone (the step's graph replayed back to back),
-so that the share of a step outside the GPU is a measurement.
+so that the share of a step outside the GPU is a measurement. Prompts, and prompts beside decodes, are
+measured with their CUDA graphs and as written.
 
 Roofs are of this card, measured in the same run: a step of decode reads its weights (those of the experts
 that balanced routing touches) and its latent cache at the speed of a device copy; prefill multiplies at the
@@ -25,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from provenance import write_result
 from serve_gpu_peer import Peer
@@ -41,20 +43,22 @@ from benthic.spec import presets
 from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from benthic.model.network import DeepSeek
     from benthic.spec.model import ModelConfig
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: prompts of one length, batches at one context."""
+    """What is measured: prompts (so many, so long), batches at one context, a prompt beside decodes."""
 
     config: ModelConfig
     device: str
-    prompt: int = 4096
-    prompts: tuple[int, ...] = (1, 4, 16)
+    prompts: tuple[tuple[int, int], ...] = ((1, 128), (1, 512), (1, 2048), (1, 4096), (4, 4096), (16, 4096))
     context: int = 1024
     batches: tuple[int, ...] = (1, 32, 64, 256)
+    beside: tuple[tuple[int, int], ...] = ((512, 64), (2048, 64))
     steps: int = 48
     budget: int = 16384
     repeats: int = 3
@@ -72,7 +76,8 @@ class Sizes:
             num_nextn_predict_layers=0,
             max_position_embeddings=512,
         )
-        return cls(config, device, 96, (1, 2), 32, (1, 4), steps=6, budget=128, repeats=1)
+        prompts = ((1, 32), (2, 96))
+        return cls(config, device, prompts, 32, (1, 4), ((16, 4),), steps=6, budget=128, repeats=1)
 
 
 def main() -> None:
@@ -126,7 +131,7 @@ def our_rows(sizes: Sizes, part: str, roofs: dict[str, float]) -> list[dict[str,
     model = random_weights(
         sizes.config, torch.device(sizes.device), torch.bfloat16 if on_gpu else torch.float32, seed=0
     )
-    spread = balance(model, sizes.device, sizes.prompt)
+    spread = balance(model, sizes.device, sizes.prompts[-1][1])
     options = EngineOptions(
         device=sizes.device,
         quantization="fp8" if part == "fp8" else "none",
@@ -143,26 +148,30 @@ def our_rows(sizes: Sizes, part: str, roofs: dict[str, float]) -> list[dict[str,
     start = {"what": "start", "weights": part, "seconds": time.perf_counter() - began, **spread}
     rows = [start | memory_of(engine)]
     print(rows[-1], flush=True)
-    for count in sizes.prompts:
-        rows.append({"weights": part, **prefill_row(engine, sizes, count, roofs)})
+    for count, length in sizes.prompts:
+        rows.append({"weights": part, **prefill_row(engine, sizes, count, length, roofs)})
         print(rows[-1], flush=True)
     for batch in sizes.batches:
         rows.append({"weights": part, **decode_row(engine, options, sizes, batch, roofs)})
+        print(rows[-1], flush=True)
+    for length, batch in sizes.beside:
+        rows.append({"weights": part, **beside_row(engine, sizes, length, batch)})
         print(rows[-1], flush=True)
     return rows
 
 
 def memory_of(engine: Engine) -> dict[str, Any]:
     """The account of the GPU's memory in bytes, and what the graphs took in the end."""
-    use, graphs = engine.parts.memory, engine.parts.runner.graphs
-    if use is None or graphs is None:
+    use, graphs = engine.parts.memory, engine.parts.runner.all_graphs
+    if use is None:
         return {}
     return {
         "memory": {
             "weights": use.weights,
             "activations": use.activations,
             "graphs_expected": use.graphs,
-            "graphs": graphs.num_bytes,
+            "graphs": sum(each.num_bytes for each in graphs),
+            "num_graphs": sum(map(len, graphs)),
             "cache": engine.parts.runner.cache.num_bytes,
         }
     }
@@ -182,25 +191,81 @@ def requests(sizes: Sizes, count: int, length: int, new: int, seed: int) -> list
     ]
 
 
-def prefill_row(engine: Engine, sizes: Sizes, count: int, roofs: dict[str, float]) -> dict[str, Any]:
-    """From the first `add` to the last first token."""
-    seconds = []
-    for turn in range(sizes.repeats + 1):
-        asked = requests(sizes, count, sizes.prompt, 1, seed=turn)
-        began = time.perf_counter()
-        for each in asked:
+def prefill_row(
+    engine: Engine, sizes: Sizes, count: int, length: int, roofs: dict[str, float]
+) -> dict[str, Any]:
+    """From the first `add` to the last first token, and the same without graphs."""
+
+    def run(turn: int) -> None:
+        for each in requests(sizes, count, length, 1, seed=turn):
             engine.add(each)
         while engine.has_work:
             engine.step()
-        seconds.append(time.perf_counter() - began)
-    took, tokens = statistics.median(seconds[1:]), count * sizes.prompt
-    flops = prefill_flops(sizes.config, count, sizes.prompt)
+
+    took, plain = (repeated(run, sizes.repeats) for _ in with_and_without_graphs(engine))
+    flops = prefill_flops(sizes.config, count, length)
     return {
         "what": "prefill",
-        "prompts": f"{count} x {sizes.prompt}",
-        "tokens_per_second": tokens / took,
+        "prompts": f"{count} x {length}",
+        "tokens_per_second": count * length / took,
+        "ms": took * 1e3,
+        "as_written_ms": plain * 1e3,
         "of_bf16_product": flops / took / roofs["product_flops"],
     }
+
+
+def repeated(run: Callable[[int], None], repeats: int) -> float:
+    """Median seconds of `run(1)`, `run(2)` and so on, after `run(0)`."""
+    seconds = []
+    for turn in range(repeats + 1):
+        began = time.perf_counter()
+        run(turn)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def with_and_without_graphs(engine: Engine) -> Iterator[None]:
+    """Once as the engine is, once without the graphs of steps with prompts."""
+    runner = engine.parts.runner
+    yield
+    graphs, runner.prompts = runner.prompts, ()
+    yield
+    runner.prompts = graphs
+
+
+def beside_row(engine: Engine, sizes: Sizes, length: int, batch: int) -> dict[str, Any]:
+    """A step in which a prompt is taken in while others decode, with graphs and as written."""
+    took, plain = (mixed_step(engine, sizes, length, batch) for _ in with_and_without_graphs(engine))
+    return {
+        "what": "a prompt beside decodes",
+        "prompt": length,
+        "batch": batch,
+        "context": sizes.context,
+        "step_ms": took * 1e3,
+        "as_written_ms": plain * 1e3,
+    }
+
+
+def mixed_step(engine: Engine, sizes: Sizes, length: int, batch: int) -> float:
+    """Seconds of such a step: one prompt is added before each, and ends with its first token."""
+    steps, waiting = sizes.steps // 3, set()
+    for each in requests(sizes, batch, sizes.context, 1000, seed=7):
+        engine.add(each)
+        waiting.add(each.request_id)
+    while waiting:
+        waiting -= {delta.request_id for delta in engine.step()}
+    began = 0.0
+    for number, each in enumerate(requests(sizes, 2 + steps, length, 1, seed=8)):
+        if number == 2:
+            began = time.perf_counter()
+        engine.add(msgspec.structs.replace(each, request_id=f"prompt {number}"))
+        engine.step()
+    seconds = (time.perf_counter() - began) / steps
+    for number in range(batch):
+        engine.abort(str(number))
+    while engine.has_work:
+        engine.step()
+    return seconds
 
 
 def decode_row(
@@ -262,11 +327,9 @@ def decode(engine: Engine, sizes: Sizes, batch: int) -> tuple[float, dict[str, l
 
 def alone(engine: Engine, batch: int) -> float | None:
     """Seconds that the GPU takes for the graph of the last step of this size, replayed back to back."""
-    graphs = engine.parts.runner.graphs
-    if graphs is None:
-        return None
-    size = graphs.size_for(batch)
-    if size is None:
+    graphs = engine.parts.runner.graphs.get(1)
+    size = None if graphs is None else graphs.size_for(batch)
+    if graphs is None or size is None:
         return None
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graphs.replay(size)
@@ -329,11 +392,11 @@ def timed(call: Any, device: str) -> float:
 def peer_rows(sizes: Sizes) -> list[dict[str, Any]]:
     """The same shapes through transformers, in bfloat16 (float32 on a CPU)."""
     peer, rows = Peer(sizes.config, sizes.device), []
-    for count in sizes.prompts:
-        seconds = peer.prefill(count, sizes.prompt, sizes.repeats)
-        rate = None if seconds is None else count * sizes.prompt / seconds
+    for count, length in sizes.prompts:
+        seconds = peer.prefill(count, length, sizes.repeats)
+        rate = None if seconds is None else count * length / seconds
         rows.append(
-            {"weights": "transformers", "what": "prefill", "prompts": f"{count} x {sizes.prompt}"}
+            {"weights": "transformers", "what": "prefill", "prompts": f"{count} x {length}"}
             | {"tokens_per_second": rate}
         )
         print(rows[-1], flush=True)

@@ -99,6 +99,33 @@ def test_overlapped_bfloat16_equals_its_plain_loop_when_batches_are_alike():
     assert loops[0] == loops[1]
 
 
+@pytest.mark.parametrize("how", [{}, {"kv_cache_dtype": "fp8"}, {"quantization": "fp8"}], ids=str)
+def test_recorded_steps_with_prompts_leave_the_states_of_steps_as_written(how):
+    found, asked = [], [request(str(i), p) for i, p in enumerate(prompts(9, seed=3, shortest=2, longest=90))]
+    for size in (0, 4096):
+        settings = {"max_num_batched_tokens": 80, "max_prompt_graph_size": size, "async_scheduling": False}
+        engine, results = small_engine(gpu_model(torch.bfloat16), **settings, **how), []
+        run, replayed = engine._runner.run, []
+        for graphs in engine._runner.prompts:
+            graphs.replay = lambda size, replay=graphs.replay, to=replayed: (to.append(size), replay(size))
+
+        def noted(plan, drafts=None, *, run=run, results=results):
+            result = run(plan, drafts)
+            results.append((plan, result.hidden_TD.float().clone()))
+            return result
+
+        engine._runner.run = noted
+        serve(engine, asked)
+        found.append(results)
+        assert set(replayed) == ({64, 80} if size else set())
+    both = [(a, b) for a, b in zip(*found, strict=False) if a[0].prefills]
+    first = both[: next(i for i, (a, b) in enumerate(both) if a[0].decode_slots and b[0].decode_slots) + 1]
+    assert len(first) > 1
+    for (plan, expected_TD), (other, states_TD) in first:
+        assert plan.num_tokens == other.num_tokens
+        assert ((states_TD - expected_TD).norm() / expected_TD.norm()).item() < 0.02
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_graph_of_verification_rows_computes_what_the_plain_step_does(queries):
     model = gpu_model()
@@ -135,8 +162,7 @@ def test_a_graph_of_verification_rows_computes_what_the_plain_step_does(queries)
     graphs.capture(iter)
     assert torch.equal(caches[0].pages_LPBW, caches[1].pages_LPBW), "capturing wrote to the cache"
     with torch.inference_mode():
-        replayed = graphs.run(rows)
-        assert replayed is not None
+        replayed = graphs.run(rows, graphs.size_of(rows))
         found, drawn = replayed.outputs, replayed.drawn
         sockets = Sockets(PagedAttend(caches[1], step.layout), exchange, plain_linear)
         hidden = model(step.tokens_T, step.positions_T, sockets).hidden_TD

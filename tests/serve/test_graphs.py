@@ -111,10 +111,12 @@ def test_no_graph_is_asked_for_without_a_gpu_or_against_the_options(device: str)
     from benthic.serve.options import EngineOptions
 
     where = SimpleNamespace(type=device)
-    assert graph_sizes(EngineOptions(enforce_eager=True), where) == ()
-    assert graph_sizes(EngineOptions(max_cudagraph_capture_size=0), where) == ()
+    assert graph_sizes(EngineOptions(enforce_eager=True), where) == ((), ())
+    assert graph_sizes(EngineOptions(max_cudagraph_capture_size=0), where) == ((), ())
     some = graph_sizes(EngineOptions(max_num_seqs=4, max_num_batched_tokens=8), where)
-    assert some == (() if device == "cpu" else (1, 2, 4))
+    assert some == (((), ()) if device == "cpu" else ((1, 2, 4), (8,)))
+    few = graph_sizes(EngineOptions(max_num_seqs=4, max_prompt_graph_size=0), where)
+    assert few == (((), ()) if device == "cpu" else ((1, 2, 4), ()))
 
 
 def test_garbage_is_collected_before_a_capture_and_not_within() -> None:

@@ -13,11 +13,12 @@ from test_speculate import mixed, speculative
 from trained import starts, trained_model
 
 from benthic.serve import build
+from benthic.serve.capture import GraphSizes
 
 
 @pytest.fixture(autouse=True)
 def graphs_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(build, "graph_sizes", lambda options, _: (1, 2, 5, options.max_num_seqs))
+    monkeypatch.setattr(build, "graph_sizes", lambda options, _: GraphSizes((1, 2, 5, options.max_num_seqs)))
 
 
 def tokens(engine, asked):

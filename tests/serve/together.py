@@ -14,6 +14,7 @@ from small_engine import Answer, is_empty
 
 from benthic.parallel.team import Team
 from benthic.serve import build
+from benthic.serve.capture import GraphSizes
 from benthic.serve.data_rank import DataRank
 from benthic.serve.options import EngineOptions
 from benthic.serve.peers import Peers
@@ -78,7 +79,7 @@ def drive(engine: DataRank, script: dict[int, list[Generate | str]], until: Path
 def take_part(rank: int, ranks: int, folder: str, shared: str, options: dict, scripts: list[dict]) -> None:
     replays = options.pop("replays", False)
     if replays:
-        build.graph_sizes = lambda options, _: (1, 2, 5, options.max_num_seqs)
+        build.graph_sizes = lambda options, _: GraphSizes((1, 2, 5, options.max_num_seqs))
     engine, sizes = meet(rank, ranks, folder, shared, options), []
     take = engine._turns.take
 

@@ -150,6 +150,14 @@ MaxCudagraphCaptureSize = Annotated[
     int,
     typer.Option(min=0, help="Largest batch that gets a CUDA graph; 0 for none.", rich_help_panel=ENGINE),
 ]
+MaxPromptGraphSize = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Most rows of a step with prompts that gets a CUDA graph; 0 for none.",
+        rich_help_panel=ENGINE,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU if there is one.", rich_help_panel=ENGINE),

@@ -67,12 +67,15 @@ class PrefillRows:
 class StepLayout:
     """Where one step's rows come from and go to: built once by the runner, read by every layer.
 
-    `slot_T` int64: where each row's latent is written.
+    `slot_T` int64: where each row's latent is written. `border_1` int64 [1] is there where the host does not
+    know how many rows decode: `decode` then has one query for each of the first rows, as if all of them
+    decoded, and `prefill` has all rows, those that decode being its first sequence.
     """
 
     slot_T: Tensor
     decode: DecodeRows | None
     prefill: PrefillRows | None
+    border_1: Tensor | None = None
 
 
 MakeAttend: TypeAlias = "Callable[[LatentCache, StepLayout], Attend]"
@@ -96,6 +99,10 @@ class PagedAttend:
     def __init__(self, cache: LatentCache, layout: StepLayout) -> None:
         self._cache = cache
         self._layout = layout
+        self._decoding_S11: Tensor | None = None
+        if layout.border_1 is not None and layout.decode is not None:
+            row_S = torch.arange(layout.decode.rows, device=layout.border_1.device)
+            self._decoding_S11 = (row_S < layout.border_1).view(-1, 1, 1)
 
     def __call__(
         self,
@@ -115,29 +122,29 @@ class PagedAttend:
         if prefill is None:
             assert decode is not None  # noqa: S101 (the runner plans no step without rows)
             return _absorbed(q_nope_THn, q_rope_THr, up, pages_PBW, decode, scale=scale)
-        context = self._context(prefill, decode, latent_TC, k_rope_Tr, layer)
+        first = 0 if decode is None or self._decoding_S11 is not None else decode.rows
+        context = self._context(prefill, first, latent_TC, k_rope_Tr, layer)
+        expanded_THv = _expanded(q_nope_THn[first:], q_rope_THr[first:], up, context, prefill, scale=scale)
         if decode is None:
-            return _expanded(q_nope_THn, q_rope_THr, up, context, prefill, scale=scale)
-        border = decode.rows
-        return torch.cat(
-            (
-                _absorbed(q_nope_THn[:border], q_rope_THr[:border], up, pages_PBW, decode, scale=scale),
-                _expanded(q_nope_THn[border:], q_rope_THr[border:], up, context, prefill, scale=scale),
-            )
-        )
+            return expanded_THv
+        rows = slice(decode.rows)
+        absorbed_THv = _absorbed(q_nope_THn[rows], q_rope_THr[rows], up, pages_PBW, decode, scale=scale)
+        if self._decoding_S11 is None:
+            return torch.cat((absorbed_THv, expanded_THv))
+        expanded_THv[rows] = torch.where(self._decoding_S11, absorbed_THv, expanded_THv[rows])
+        return expanded_THv
 
     def _context(
         self,
         prefill: PrefillRows,
-        decode: DecodeRows | None,
+        first: int,
         latent_TC: Tensor,
         k_rope_Tr: Tensor,
         layer: int,
     ) -> tuple[Tensor, Tensor]:
-        """Latents and rotated keys that the prefill rows see, `(latent_MC, rope_Mr)`."""
+        """Latents and rotated keys that the prefill rows, from `first` on, see: `(latent_MC, rope_Mr)`."""
         if prefill.context_slot_M is None:
-            border = 0 if decode is None else decode.rows
-            return latent_TC[border:], k_rope_Tr[border:]
+            return latent_TC[first:], k_rope_Tr[first:]
         rows_MW = self._cache.read(layer, prefill.context_slot_M).to(latent_TC.dtype)
         latent_dim = latent_TC.shape[-1]
         return rows_MW[:, :latent_dim], rows_MW[:, latent_dim:]

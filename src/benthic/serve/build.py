@@ -211,9 +211,7 @@ def assemble(
     sizes = graph_sizes(options, weight.device)
     use = None
     if weight.device.type == "cuda":
-        use = measure_use(model, layout, options, plugs, graph_sizes=sizes, max_model_len=max_model_len)
-        # each number of drafts has graphs of its own; they are taken to cost what those without drafts do
-        use = replace(use, graphs=use.graphs * (1 + most_drafts(options)))
+        use = measure_use(model, layout, options, plugs, sizes=sizes, max_model_len=max_model_len)
     reserve = ACTIVATION_BYTES if use is None else use.reserve
     size = cache_size(layout, options, max_model_len, weight.device, reserve=reserve)
     if rank is not None and rank.turns is None:
@@ -240,9 +238,10 @@ def assemble(
         max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
         plugs=plugs,
-        enforce_eager=options.enforce_eager or (rank is not None and not sizes),  # tapes hold no collectives
+        enforce_eager=options.enforce_eager
+        or (rank is not None and not sizes.decodes),  # tapes hold no collectives
         graph_sizes=sizes,
-        drafts=most_drafts(options),
+        drafts=options.most_drafts,
         alone=rank is None or rank.turns is not None,
         lead=None if rank is None else rank.lead,
         turns=None if rank is None else rank.turns,
@@ -270,16 +269,11 @@ def batching_config(
         enable_prefix_caching=options.enable_prefix_caching,
         eos_token_ids=eos,
         lease_seconds=options.lease_seconds,
-        num_speculative_tokens=most_drafts(options),
+        num_speculative_tokens=options.most_drafts,
         adaptive_drafts=options.speculative is not None and options.speculative.adaptive,
         mtp_depth=ahead,
         host_blocks=host.num_blocks,
     )
-
-
-def most_drafts(options: EngineOptions) -> int:
-    """Drafts of a sequence in one step at most."""
-    return 0 if options.speculative is None else options.speculative.num_speculative_tokens
 
 
 def plugs_for(model: DeepSeek, options: EngineOptions, scales: Scales | None, rank: Rank | None) -> Plugs:

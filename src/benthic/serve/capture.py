@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from rich.console import Console
 from rich.progress import track
 
 from benthic.serve.graphs import padded_sizes
+from benthic.serve.prompt_graphs import prompt_sizes
 from benthic.units import binary_bytes
 
 if TYPE_CHECKING:
@@ -28,18 +29,38 @@ def capture(runner: Runner, progress: Progress) -> None:
     for graphs in runner.all_graphs:
         graphs.capture(progress)
         took = binary_bytes(graphs.num_bytes)
-        what = "CUDA graphs of %d rows a sequence: %d batch sizes up to %d took %s"
-        logger.info(what, graphs.queries, len(graphs), graphs.sizes[-1], took)
+        logger.info(
+            "CUDA graphs of %s: %d sizes up to %d took %s", graphs.what, len(graphs), graphs.sizes[-1], took
+        )
 
 
-def graph_sizes(options: EngineOptions, device: torch.device) -> tuple[int, ...]:
-    """Padded batch sizes that get a CUDA graph; none on a CPU, with `enforce_eager` or a limit of 0."""
+class GraphSizes(NamedTuple):
+    """Sizes that get a CUDA graph: batches of decode steps, and rows of steps with prompts."""
+
+    decodes: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
+
+
+NO_GRAPHS: Final = GraphSizes()
+
+
+def graph_sizes(options: EngineOptions, device: torch.device) -> GraphSizes:
+    """What gets a CUDA graph; nothing on a CPU, with `enforce_eager` or limits of 0.
+
+    Steps with prompts get none where attention reads pages in place, row by row, or where engines run steps
+    of their own and meet in passes.
+    """
     if device.type != "cuda" or options.enforce_eager or not options.max_cudagraph_capture_size:
-        return ()
-    return padded_sizes(
+        return NO_GRAPHS
+    decodes = padded_sizes(
         options.max_num_seqs,
         limit=options.max_cudagraph_capture_size,
         sizes=options.cudagraph_capture_sizes,
+    )
+    if options.batch_invariant or options.data_parallel_size > 1:
+        return GraphSizes(decodes)
+    return GraphSizes(
+        decodes, prompt_sizes(min(options.max_prompt_graph_size, options.max_num_batched_tokens))
     )
 
 

@@ -5,9 +5,10 @@ for few rows. A graph keeps the launches and the addresses they read; so its inp
 step overwrites, and a batch that is smaller than a graph's is padded with rows that store nothing (slot -1)
 and attend to nothing (context 0). Nothing in a step asks the host how many rows an expert got.
 
-The plain loop stays beside it; whatever a graph cannot hold (prefill rows, a batch above the largest size)
-runs plainly. Here are what all graphs have in common, and those of a prediction module, which is a step of
-one layer that is also given the states before it; `step_graphs` holds those of whole steps.
+The plain loop stays beside it; whatever a graph cannot hold (a batch above the largest size) runs plainly.
+Here are what all graphs have in common, and those of a prediction module, which is a step of one layer that
+is also given the states before it; `step_graphs` holds those of whole decode steps, `prompt_graphs` those of
+steps with chunks of prompts.
 
 On a CPU, where tests run, a "graph" is the function that a capture would record, called anew.
 
@@ -134,6 +135,11 @@ class Graphs(abc.ABC):
     def queries(self) -> int:
         """Tokens of each sequence in a step."""
         return self._queries
+
+    @property
+    def what(self) -> str:
+        """Words for the log."""
+        return f"{self._queries} rows a sequence"
 
     @property
     def num_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 What activations and graphs take is measured, on this model and this GPU, before the cache is allocated: one
 prefill step of `max_num_batched_tokens` rows and the logits of `max_num_seqs` rows, then the captures of the
-two largest graphs over a cache of one block.
+two largest graphs of decodes, and of steps with prompts, over a cache of one block.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import torch
 from benthic.serve.attend import PrefillRows, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
 from benthic.serve.graphs import Served
+from benthic.serve.prompt_graphs import PromptGraphs
 from benthic.serve.step_graphs import StepBuffers, StepGraphs
 from benthic.serve.steps import StepBuilder
 from benthic.units import binary_bytes, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from benthic.model.network import DeepSeek
+    from benthic.serve.capture import GraphSizes
+    from benthic.serve.graphs import Graphs
     from benthic.serve.options import EngineOptions
     from benthic.serve.plugs import Plugs
 
@@ -65,22 +68,25 @@ def measure_use(
     options: EngineOptions,
     plugs: Plugs,
     *,
-    graph_sizes: Sequence[int],
+    sizes: GraphSizes,
     max_model_len: int,
 ) -> MemoryUse:
     """Run the largest step and capture the two largest graphs over a cache of one block; keep nothing.
 
-    Cost: one prefill step and four decode steps.
+    Each number of drafts has graphs of its own, which are taken to cost what those without drafts do.
+    Cost: five prefill steps and four decode steps.
     """
     device = model.head_weight().device
     weights = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
     cache = LatentCache(layout, 1, device)
     activations = peak_of_step(model, cache, options, plugs, max_model_len=max_model_len)
-    graphs = 0
-    if graph_sizes:
-        columns = -(-max_model_len // layout.block_size)
-        graphs = graph_bytes(model, cache, plugs, sizes=graph_sizes, columns=columns)
-    del cache
+    columns, drafts, graphs = -(-max_model_len // layout.block_size), options.most_drafts, 0
+    served = Served.of(model, cache, plugs)
+    if sizes.decodes:
+        graphs += (1 + drafts) * decode_graph_bytes(served, sizes.decodes, columns)
+    if sizes.prompts:
+        graphs += prompt_graph_bytes(served, sizes.prompts, options.max_num_seqs, columns)
+    del cache, served
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return MemoryUse(
@@ -111,35 +117,46 @@ def peak_of_step(
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     hidden_TD = model(tokens_T, tokens_T % longest, sockets).hidden_TD
-    drafts = 0 if options.speculative is None else options.speculative.num_speculative_tokens
-    logits_SV = model.logits(hidden_TD[: options.max_num_seqs * (1 + drafts)], plugs.linear)
+    logits_SV = model.logits(hidden_TD[: options.max_num_seqs * (1 + options.most_drafts)], plugs.linear)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return max(peak, logits_SV.numel() * 4 * SAMPLING_COPIES)
 
 
-def graph_bytes(
-    model: DeepSeek,
-    cache: LatentCache,
-    plugs: Plugs,
-    *,
-    sizes: Sequence[int],
-    columns: int,
-) -> int:
-    """Bytes that graphs of all sizes will take: those of the two largest, and for each other the second's."""
+def decode_graph_bytes(served: Served, sizes: Sequence[int], columns: int) -> int:
+    """Bytes that graphs of decode steps of all sizes will take."""
+    block, model = served.cache.layout.block_size, served.model
+    steps = StepBuilder(
+        max_num_seqs=sizes[-1],
+        max_model_len=columns * block,
+        block_size=block,
+        device=model.embed.weight.device,
+    )
+    return captured_bytes(
+        lambda: StepGraphs(
+            served,
+            sizes[-2:],
+            1,
+            steps=steps,
+            buffers=StepBuffers.blank(model, sizes[-1], 1, columns),
+        ),
+        len(sizes),
+    )
+
+
+def prompt_graph_bytes(served: Served, sizes: Sequence[int], max_num_seqs: int, columns: int) -> int:
+    """Bytes that graphs of steps with prompts will take: all are taken to cost what those with context do."""
+    count = len(PromptGraphs.kinds(served, sizes, max_num_seqs=max_num_seqs, columns=columns)) * len(sizes)
+    return captured_bytes(
+        lambda: PromptGraphs.kinds(served, sizes[-2:], max_num_seqs=max_num_seqs, columns=columns)[-1], count
+    )
+
+
+def captured_bytes(make: Callable[[], Graphs], count: int) -> int:
+    """Bytes of `count` graphs: the two largest are made and captured, others take what the second does."""
     torch.cuda.empty_cache()
     before, _ = torch.cuda.mem_get_info()
-    block, device = cache.layout.block_size, model.embed.weight.device
-    graphs = StepGraphs(
-        Served.of(model, cache, plugs),
-        sizes[-2:],
-        1,
-        steps=StepBuilder(
-            max_num_seqs=sizes[-1], max_model_len=columns * block, block_size=block, device=device
-        ),
-        buffers=StepBuffers.blank(model, sizes[-1], 1, columns),
-    )
+    graphs = make()
     graphs.capture(iter)
     after, _ = torch.cuda.mem_get_info()
-    others = (len(sizes) - len(graphs)) * graphs.bytes_of(graphs.sizes[0])
-    return max(0, before - after) + others
+    return max(0, before - after) + (count - len(graphs)) * graphs.bytes_of(graphs.sizes[0])

@@ -53,6 +53,7 @@ class EngineOptions:
         cudagraph_capture_sizes: padded batch sizes of the graphs; empty takes 1, 2, 4, then every 8th (above
             256 every 16th).
         max_cudagraph_capture_size: largest batch that has a graph; larger ones run as written. 0: no graphs.
+        max_prompt_graph_size: most rows of a step with prompts that has a graph. 0: no such graphs.
         speculative: who drafts tokens for the model to verify, and how many; None drafts nothing.
         native_folder: where compiled CPU kernels are kept; None leaves it to `kernels.native_build`.
         share_pages: lay the cache where other processes on this host can read it.
@@ -86,6 +87,7 @@ class EngineOptions:
     async_scheduling: bool | None = None
     cudagraph_capture_sizes: tuple[int, ...] = ()
     max_cudagraph_capture_size: int = 512
+    max_prompt_graph_size: int = 4096
     speculative: Speculative | None = None
     native_folder: str | None = None
     share_pages: bool = False
@@ -134,6 +136,7 @@ class EngineOptions:
                 ("host_cache_gib", self.host_cache_gib),
                 ("max_logprobs", self.max_logprobs),
                 ("max_cudagraph_capture_size", self.max_cudagraph_capture_size),
+                ("max_prompt_graph_size", self.max_prompt_graph_size),
             )
             if value < 0
         ]
@@ -153,6 +156,11 @@ class EngineOptions:
     def ranks(self) -> int:
         """How many devices share the weights."""
         return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def most_drafts(self) -> int:
+        """Drafts of a sequence in one step at most."""
+        return 0 if self.speculative is None else self.speculative.num_speculative_tokens
 
     def _problems_together(self) -> list[str]:
         """What engines that step together cannot do."""

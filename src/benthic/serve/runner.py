@@ -10,10 +10,12 @@ import torch
 from benthic.model.network import Hidden
 from benthic.sched.lockstep import MODEL, Intent
 from benthic.serve.attend import DecodeRows, StepLayout
+from benthic.serve.capture import NO_GRAPHS
 from benthic.serve.columns import ColumnLinear
 from benthic.serve.graphs import ModuleBuffers, ModuleGraphs, ModuleRows, Served
 from benthic.serve.invariant import InvariantAttend
 from benthic.serve.plugs import Plugs
+from benthic.serve.prompt_graphs import PromptGraphs
 from benthic.serve.step_graphs import StepBuffers, StepGraphs
 from benthic.serve.steps import StepBuilder
 from benthic.serve.tail_graphs import TailGraphs
@@ -29,10 +31,11 @@ if TYPE_CHECKING:
     from benthic.sched.lockstep import Turn
     from benthic.sched.plans import StepPlan, TableWrite
     from benthic.serve.cache import LatentCache
+    from benthic.serve.capture import GraphSizes
     from benthic.serve.drafts import Drafts
     from benthic.serve.graphs import Graphs
     from benthic.serve.step_graphs import Drawn
-    from benthic.serve.steps import Replayed, StepTensors
+    from benthic.serve.steps import Replayed, StepRows, StepTensors
 
 LOGIT_ROWS = 256
 """Most rows of prompt logits that exist at one time: 256 rows of a 129,280-token vocabulary are 132 MB."""
@@ -102,7 +105,7 @@ class Runner:
         max_model_len: longest sequence.
         plugs: the sockets; None takes the fastest exact ones here.
         enforce_eager: run every step as it is written, without tapes.
-        graph_sizes: padded batch sizes for which `capture` makes CUDA graphs.
+        graph_sizes: sizes for which `capture` makes CUDA graphs.
         drafts: most drafts of a sequence; every number of them up to this gets graphs of its own.
         alone: nobody else draws for this runner's requests, so what a graph draws is what is drawn.
         lead: who else runs the same steps; None when nobody does, or where this runner is the one that is
@@ -119,7 +122,7 @@ class Runner:
         max_model_len: int,
         plugs: Plugs | None = None,
         enforce_eager: bool = False,
-        graph_sizes: tuple[int, ...] = (),
+        graph_sizes: GraphSizes = NO_GRAPHS,
         drafts: int = 0,
         alone: bool = True,
         lead: Lead | None = None,
@@ -151,18 +154,22 @@ class Runner:
         self.ahead_ND = model.embed.weight.new_zeros((lines, model.config.hidden_size))
         self.ahead_previous_ND = torch.zeros_like(self.ahead_ND)
         self._alone = alone
-        self.graphs: dict[int, StepGraphs] = {}  # of steps, by queries a sequence
+        self.graphs: dict[int, StepGraphs] = {}  # of decode steps, by queries a sequence
+        self.prompts: tuple[PromptGraphs, ...] = ()  # of steps with prompts, the first that holds one runs it
         self.tails: dict[int, TailGraphs] = {}  # of what follows them, likewise
         self.modules: dict[tuple[int, int], ModuleGraphs] = {}  # of prediction modules, by depth and queries
-        if graph_sizes and not enforce_eager:
-            self._make_graphs(graph_sizes, columns, drafts, depths)
+        if graph_sizes.decodes and not enforce_eager:
+            served = Served.of(model, cache, plugs)
+            self._make_graphs(served, graph_sizes.decodes, columns, drafts, depths)
+            self.prompts = PromptGraphs.kinds(
+                served, graph_sizes.prompts, max_num_seqs=max_num_seqs, columns=columns
+            )
 
-    def _make_graphs(self, sizes: tuple[int, ...], columns: int, drafts: int, depths: int) -> None:
-        """Graphs of every number of queries; captured by `build.capture`."""
-        served, numbers = (
-            Served.of(self.model, self.cache, self._plugs),
-            range(1, drafts + 2),
-        )
+    def _make_graphs(
+        self, served: Served, sizes: tuple[int, ...], columns: int, drafts: int, depths: int
+    ) -> None:
+        """Graphs of decode steps with every number of queries; captured by `benthic.serve.capture`."""
+        numbers = range(1, drafts + 2)
         room = sizes[-1], numbers[-1], columns
         buffers = StepBuffers.blank(self.model, *room)
         self.graphs = {
@@ -184,8 +191,8 @@ class Runner:
 
     @property
     def all_graphs(self) -> tuple[Graphs, ...]:
-        """Everything to capture."""
-        return (*self.graphs.values(), *self.tails.values(), *self.modules.values())
+        """Everything to capture, what needs the most memory first: the others find it there."""
+        return (*self.prompts, *self.graphs.values(), *self.tails.values(), *self.modules.values())
 
     def release(self) -> None:
         """Give up graphs, which hold on to the group that they communicate in; steps then run as written."""
@@ -222,10 +229,18 @@ class Runner:
         taped = None if self.tapes is None or drafts is not None else self.tapes.run(step)
         if taped is not None:
             return self._result(taped, step, None)
-        hidden = self.model(step.tokens_T, step.positions_T, self._sockets(step.layout))
+        hidden = self._hidden(rows, step)
         hidden_TD = hidden.hidden_TD
         sampled_SD = hidden_TD if step.sampled_S is None else hidden_TD.index_select(0, step.sampled_S)
         return StepResult(self.logits(sampled_SD), hidden_TD, self.model.mtp_input(hidden), step)
+
+    def _hidden(self, rows: StepRows, step: StepTensors) -> Hidden:
+        """The states of a step's rows, from a graph that holds it or as it is written."""
+        for graphs in self.prompts:
+            size = graphs.size_of(rows)
+            if size is not None:
+                return graphs.run(rows, step, size)
+        return self.model(step.tokens_T, step.positions_T, self._sockets(step.layout))
 
     def _result(self, found: Replayed, step: StepTensors, drawn: Drawn | None) -> StepResult:
         hidden = Hidden(found.pre_norm_TD, found.hidden_TD, ())
