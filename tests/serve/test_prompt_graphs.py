@@ -15,7 +15,7 @@ from test_overlap import mixed_requests
 from test_speculate import speculative
 
 from benthic.serve import build
-from benthic.serve.capture import GraphSizes
+from benthic.serve.graphs import GraphSizes
 from benthic.serve.prompt_graphs import CHUNKS, CONTEXT_ROWS, bounds, prompt_sizes
 
 SIZES = (6, 16, 33, 64)

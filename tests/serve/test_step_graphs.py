@@ -13,7 +13,7 @@ from test_speculate import mixed, speculative
 from trained import starts, trained_model
 
 from benthic.serve import build
-from benthic.serve.capture import GraphSizes
+from benthic.serve.graphs import GraphSizes
 
 
 @pytest.fixture(autouse=True)

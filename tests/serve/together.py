@@ -14,8 +14,8 @@ from small_engine import Answer, is_empty
 
 from benthic.parallel.team import Team
 from benthic.serve import build
-from benthic.serve.capture import GraphSizes
 from benthic.serve.data_rank import DataRank
+from benthic.serve.graphs import GraphSizes
 from benthic.serve.options import EngineOptions
 from benthic.serve.peers import Peers
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import track
 
-from benthic.serve.graphs import padded_sizes
+from benthic.serve.graphs import NO_GRAPHS, GraphSizes, padded_sizes
 from benthic.serve.prompt_graphs import prompt_sizes
 from benthic.units import binary_bytes
 
@@ -32,16 +32,6 @@ def capture(runner: Runner, progress: Progress) -> None:
         logger.info(
             "CUDA graphs of %s: %d sizes up to %d took %s", graphs.what, len(graphs), graphs.sizes[-1], took
         )
-
-
-class GraphSizes(NamedTuple):
-    """Sizes that get a CUDA graph: batches of decode steps, and rows of steps with prompts."""
-
-    decodes: tuple[int, ...] = ()
-    prompts: tuple[int, ...] = ()
-
-
-NO_GRAPHS: Final = GraphSizes()
 
 
 def graph_sizes(options: EngineOptions, device: torch.device) -> GraphSizes:

@@ -22,7 +22,7 @@ import contextlib
 import functools
 import gc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -41,6 +41,16 @@ if TYPE_CHECKING:
 
 Progress: TypeAlias = "Callable[[Sequence[int]], Iterable[int]]"
 """Goes through batch sizes and shows how far it is."""
+
+
+class GraphSizes(NamedTuple):
+    """Sizes that get a CUDA graph: batches of decode steps, and rows of steps with prompts."""
+
+    decodes: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
+
+
+NO_GRAPHS: Final = GraphSizes()
 
 
 def padded_sizes(most: int, *, limit: int = 512, sizes: Sequence[int] | None = None) -> tuple[int, ...]:

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from benthic.model.network import DeepSeek
-    from benthic.serve.capture import GraphSizes
-    from benthic.serve.graphs import Graphs
+    from benthic.serve.graphs import Graphs, GraphSizes
     from benthic.serve.options import EngineOptions
     from benthic.serve.plugs import Plugs
 
@@ -81,10 +80,11 @@ def measure_use(
     cache = LatentCache(layout, 1, device)
     activations = peak_of_step(model, cache, options, plugs, max_model_len=max_model_len)
     columns, drafts, graphs = -(-max_model_len // layout.block_size), options.most_drafts, 0
-    served = Served.of(model, cache, plugs)
     if sizes.decodes:
+        served = Served.of(model, cache, plugs)
         graphs += (1 + drafts) * decode_graph_bytes(served, sizes.decodes, columns)
     if sizes.prompts:
+        served = Served.of(model, cache, plugs)  # a pool whose graphs are all gone takes no new ones
         graphs += prompt_graph_bytes(served, sizes.prompts, options.max_num_seqs, columns)
     del cache, served
     torch.cuda.empty_cache()

@@ -10,9 +10,8 @@ import torch
 from benthic.model.network import Hidden
 from benthic.sched.lockstep import MODEL, Intent
 from benthic.serve.attend import DecodeRows, StepLayout
-from benthic.serve.capture import NO_GRAPHS
 from benthic.serve.columns import ColumnLinear
-from benthic.serve.graphs import ModuleBuffers, ModuleGraphs, ModuleRows, Served
+from benthic.serve.graphs import NO_GRAPHS, ModuleBuffers, ModuleGraphs, ModuleRows, Served
 from benthic.serve.invariant import InvariantAttend
 from benthic.serve.plugs import Plugs
 from benthic.serve.prompt_graphs import PromptGraphs
@@ -31,9 +30,8 @@ if TYPE_CHECKING:
     from benthic.sched.lockstep import Turn
     from benthic.sched.plans import StepPlan, TableWrite
     from benthic.serve.cache import LatentCache
-    from benthic.serve.capture import GraphSizes
     from benthic.serve.drafts import Drafts
-    from benthic.serve.graphs import Graphs
+    from benthic.serve.graphs import Graphs, GraphSizes
     from benthic.serve.step_graphs import Drawn
     from benthic.serve.steps import Replayed, StepRows, StepTensors
 
