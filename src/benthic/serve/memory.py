@@ -80,13 +80,14 @@ def measure_use(
     cache = LatentCache(layout, 1, device)
     activations = peak_of_step(model, cache, options, plugs, max_model_len=max_model_len)
     columns, drafts, graphs = -(-max_model_len // layout.block_size), options.most_drafts, 0
+    # each with a pool of its own: one whose graphs are all gone takes no new ones
     if sizes.decodes:
-        served = Served.of(model, cache, plugs)
-        graphs += (1 + drafts) * decode_graph_bytes(served, sizes.decodes, columns)
+        graphs += (1 + drafts) * decode_graph_bytes(Served.of(model, cache, plugs), sizes.decodes, columns)
     if sizes.prompts:
-        served = Served.of(model, cache, plugs)  # a pool whose graphs are all gone takes no new ones
+        served = Served.of(model, cache, plugs)
         graphs += prompt_graph_bytes(served, sizes.prompts, options.max_num_seqs, columns)
-    del cache, served
+        del served
+    del cache
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return MemoryUse(
