@@ -53,7 +53,7 @@ def test_a_stream_has_the_documented_events_in_their_order(client: openai.OpenAI
         "response.output_item.done", "response.incomplete",
     ]  # fmt: skip
     assert [event.sequence_number for event in events] == list(range(len(events)))
-    assert len(deltas) == 4
+    assert deltas
     assert "".join(event.delta for event in deltas) == whole.output_text
     assert events[0].response.output == []
     last = events[-1].response

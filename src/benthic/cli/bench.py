@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import sys
@@ -184,6 +183,8 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     Exit status: 0; 1 when a run completed no request; 3 when this client could not keep up.
     """
     # imported here so that `benthic --help` needs no HTTP client
+    import uvloop  # noqa: PLC0415
+
     from benthic.bench import session  # noqa: PLC0415
     from benthic.bench.client import Target  # noqa: PLC0415
     from benthic.bench.inputs import Inputs, Lengths, read_extra  # noqa: PLC0415
@@ -231,7 +232,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         result=result, detailed=detailed, plot=plot, attainment=attainment, command=("benthic", *sys.argv[1:])
     )
     console = Console(highlight=False, soft_wrap=True)
-    points = asyncio.run(session.run(settings, output, console, clock=time.perf_counter, wall=time.time))
+    points = uvloop.run(session.run(settings, output, console, clock=time.perf_counter, wall=time.time))
     raise typer.Exit(session.status(points))
 
 

@@ -165,7 +165,9 @@ class CompletionJob:
 
     def _choice(self, piece: Piece) -> CompletionChoice:
         first = piece.index not in self._writers
-        writer = self._writers.setdefault(piece.index, self._writer())
+        if first:
+            self._writers[piece.index] = self._writer()
+        writer = self._writers[piece.index]
         self._tally.take(piece)
         echo = first and bool(self._body.echo)
         own = self._body.prompt_logprobs

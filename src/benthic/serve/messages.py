@@ -114,6 +114,18 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     queued_s: float = 0.0
     remote: Remote | None = None
 
+    def then(self, later: Delta) -> Delta:
+        """This delta and the request's next one, as one."""
+        logprobs = (self.logprobs or ()) + (later.logprobs or ())
+        return msgspec.structs.replace(
+            later,
+            tokens=self.tokens + later.tokens,
+            logprobs=None if self.logprobs is None and later.logprobs is None else logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            cached_tokens=self.cached_tokens,
+            queued_s=self.queued_s,
+        )
+
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Totals and gauges of the engine at one instant (counters since the start).

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import uvicorn
+import uvloop
 
 from benthic import collector
 from benthic.errors import EngineDeadError, ServeError
@@ -305,4 +306,4 @@ def report_line(before: Stats, now: Stats, seconds: float) -> str:
 
 def run(engines: EngineFactory | Fleet, bound: socket.socket, parts: Parts) -> int:
     """`serve` on a new event loop."""
-    return asyncio.run(serve(engines, bound, parts))
+    return uvloop.run(serve(engines, bound, parts))

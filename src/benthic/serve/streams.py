@@ -6,10 +6,10 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Protocol, Self
 
+from benthic.serve.messages import Delta
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from benthic.serve.messages import Delta
 
 
 class Aborter(Protocol):
@@ -23,6 +23,8 @@ class Aborter(Protocol):
 class EngineStream:
     """Deltas of one request or of several that belong together, in order of arrival.
 
+    Deltas of a request that wait to be read become one: whoever reads too slowly for every token gets several
+    at a time, and falls no further behind.
     Ends when the last of them has finished. Close it (or use `async with`): what has not finished is aborted.
     """
 
@@ -76,8 +78,21 @@ class EngineStream:
         """Called by the client: one more delta."""
         if delta.finish_reason is not None:
             self._open.discard(delta.request_id)
-        self._items.append(delta)
+        place = None if delta.finish_reason in ("error", "abort") else self._waiting(delta.request_id)
+        if place is None:
+            self._items.append(delta)
+        else:
+            self._items[place] = self._items[place].then(delta)
         self._arrived.set()
+
+    def _waiting(self, request_id: str) -> int | None:
+        """Where a delta of this request waits to be read."""
+        places = (
+            place
+            for place, item in enumerate(self._items)
+            if isinstance(item, Delta) and item.request_id == request_id
+        )
+        return next(places, None)
 
     def fail(self, error: Exception) -> None:
         """Called by the client: nothing more will come."""
