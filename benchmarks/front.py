@@ -1,0 +1,189 @@
+"""How many tokens a second the one process streams that stands before all engines, and what a token costs it.
+
+The HTTP server is the real one and so is the pipe behind it; the engine has no model and puts out a token of
+every request each step. Clients are one process that reads bytes and counts. A token's cost is the server's
+CPU time over the tokens; where it has less of it than the engine asks for, tokens that wait become one event,
+and the second column says how many events were sent for them.
+
+    python benchmarks/front.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from provenance import write_result
+from random_checkpoint import make_folder, shape
+
+from benthic.bench.served import free_port
+from benthic.serve import launch, server
+from benthic.serve.messages import Delta, Generate, Ready, Stats
+from benthic.serve.service import ServiceSettings
+from benthic.serve.tokenizer import Tokenizer
+
+VOCAB = 320
+MODEL = "without-a-model"
+
+
+@dataclass
+class Echo:
+    """An engine that counts upwards: a token of every request each `step_seconds`."""
+
+    step_seconds: float
+    requests: dict[str, Generate] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request runs."""
+        return bool(self.requests)
+
+    def ready(self) -> Ready:
+        """A model of which only the sizes exist."""
+        sizes = {"max_model_len": 8192, "vocab_size": VOCAB, "num_blocks": 1 << 20, "block_size": 64}
+        return Ready(model_name=MODEL, eos_token_ids=(1,), **sizes)
+
+    def add(self, request: Generate) -> None:
+        """Run it from the next step on."""
+        self.requests[request.request_id], self.counts[request.request_id] = request, 0
+
+    def abort(self, request_id: str) -> None:
+        """Forget it."""
+        self.requests.pop(request_id, None)
+
+    def step(self) -> list[Delta]:
+        """A token for each."""
+        time.sleep(self.step_seconds)
+        return [self._advance(request) for request in list(self.requests.values())]
+
+    def _advance(self, request: Generate) -> Delta:
+        name = request.request_id
+        self.counts[name] += 1
+        ended = self.counts[name] >= request.params.max_tokens
+        if ended:
+            del self.requests[name], self.counts[name]
+        token = 40 + self.counts.get(name, 0) % 200
+        return Delta(request_id=name, tokens=(token,), finish_reason="length" if ended else None)
+
+    def stats(self) -> Stats:
+        """Nothing worth knowing."""
+        zeros = dict.fromkeys(("prefix_cache_queries", "prefix_cache_hits", "preemptions", "steps"), 0)
+        totals = {"prompt_tokens": 0, "generation_tokens": 0, "step_seconds": 0.0, "num_waiting": 0}
+        blocks = {"num_blocks": 1 << 20, "num_free_blocks": 1 << 20}
+        return Stats(num_running=len(self.requests), **totals, **blocks, **zeros)
+
+
+def main() -> None:
+    """One server for each number of streams."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--streams", type=int, nargs="+", default=[16, 64, 256, 512])
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--step-ms", type=float, default=15.0)
+    parser.add_argument("--out", type=Path)
+    words = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_folder(Path(folder) / "model", shape(small=True))
+        for streams in words.streams:
+            rows.append(measure(model, streams, words.tokens, words.step_ms / 1e3))
+            print(rows[-1], flush=True)
+    print(write_result("front", rows, out=words.out, tokens=words.tokens, step_ms=words.step_ms))
+
+
+def measure(model: Path, streams: int, tokens: int, step_seconds: float) -> dict[str, Any]:
+    """Start a server, let that many requests stream from it at once, and end it."""
+    port = free_port()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(model, port, step_seconds))
+    process.start()
+    try:
+        return uvloop.run(load(port, process.pid or 0, streams, tokens))
+    finally:
+        process.terminate()
+        process.join()
+
+
+def serve(model: Path, port: int, step_seconds: float) -> None:
+    """Body of the server's process."""
+    logging.basicConfig(level=logging.WARNING)
+    settings = ServiceSettings(served_names=(MODEL,), root=MODEL, max_num_seqs=1024, max_waiting=1024)
+    parts = server.Parts(
+        tokenizer=Tokenizer.from_folder(model),
+        template=None,
+        settings=settings,
+        options=server.ServerOptions(access_log=False, report_s=0),
+        wall=time.time,
+    )
+    server.run(functools.partial(Echo, step_seconds), launch.bind("127.0.0.1", port), parts)
+
+
+async def load(port: int, pid: int, streams: int, tokens: int) -> dict[str, Any]:
+    """Rates and costs of `streams` requests at once, after a few that warm up."""
+    await until_up(port)
+    await asyncio.gather(*(stream(port, 8) for _ in range(4)))
+    cpu, began = cpu_seconds(pid), time.perf_counter()
+    events = sum(await asyncio.gather(*(stream(port, tokens) for _ in range(streams))))
+    seconds, used = time.perf_counter() - began, cpu_seconds(pid) - cpu
+    made = streams * tokens
+    return {
+        "streams": streams,
+        "tokens_per_second": round(made / seconds, 1),
+        "events_a_token": round(events / made, 3),
+        "cpu_us_a_token": round(used / made * 1e6, 1),
+        "tokens_per_cpu_second": round(made / used, 1),
+    }
+
+
+async def until_up(port: int) -> None:
+    """Wait until somebody listens. Raises: TimeoutError after a minute."""
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.1)
+            else:
+                writer.close()
+                return
+
+
+async def stream(port: int, tokens: int) -> int:
+    """One request to its end; returns how many events with tokens came."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = {"model": MODEL, "prompt": [40, 41, 42], "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    data = json.dumps(body).encode()
+    fields = "Host: x", "Content-Type: application/json", f"Content-Length: {len(data)}"
+    writer.write("\r\n".join(("POST /v1/completions HTTP/1.1", *fields, "\r\n")).encode() + data)
+    seen = b""
+    while b"[DONE]" not in seen:
+        piece = await reader.read(1 << 16)
+        if not piece:
+            message = f"the stream ended before its end: {seen[:200]!r}"
+            raise RuntimeError(message)
+        seen += piece
+    writer.close()
+    if not seen.startswith(b"HTTP/1.1 200"):
+        message = f"the server answered {seen[:200]!r}"
+        raise RuntimeError(message)
+    return seen.count(b"data: {")
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()
