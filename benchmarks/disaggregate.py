@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 FLEETS = {"1P1D": ("1", "1"), "2 colocated": ("0", "2")}
 ATTAINMENT = 0.9
 HALVINGS = 2
+SEQUENCES = 512
 SHOWN = ("attainment", "completed", "median_ttft_ms", "p90_ttft_ms", "median_tpot_ms", "p90_tpot_ms")
 
 Row = dict[str, Any]
@@ -56,8 +57,8 @@ class Workload:
 
 WORKLOADS = (
     Workload("prefill-heavy", 4096, 64, 1000, 30, (4.0, 8.0, 14.0, 20.0, 26.0)),
-    Workload("balanced", 2048, 256, 600, 30, (10.0, 18.0, 26.0, 34.0)),
-    Workload("decode-heavy", 512, 512, 300, 30, (8.0, 16.0, 24.0, 32.0, 40.0, 48.0)),
+    Workload("balanced", 2048, 256, 600, 30, (10.0, 18.0, 26.0, 34.0, 42.0, 50.0)),
+    Workload("decode-heavy", 512, 512, 300, 30, (8.0, 16.0, 24.0, 32.0, 40.0, 48.0, 56.0)),
 )
 SMALL = tuple(
     replace(work, prompt=work.prompt // 64, output=8, ttft=2000, tpot=500, rates=(2.0, 4.0))
@@ -89,6 +90,7 @@ def main() -> None:
     summary = {work.name: summarised(work.name, rows) for work in works}
     print(*(each["verdict"] for each in summary.values()), sep="\n")
     settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
+    settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False}
     print(write_result("disaggregate", {"summary": summary, "runs": rows}, out=words.out, **settings))
 
 
@@ -108,13 +110,9 @@ def climb_with(fleet: str, work: Workload, model: Path, gpus: str, words: argpar
     """Start a fleet on these GPUs and offer it one workload at the rates that matter."""
     prefill, decode = FLEETS[fleet]
     serve = [str(model), *DUMMY, *QUIET, "--prefill", prefill, "--decode", decode]
-    serve += ["--max-num-seqs", "8" if words.small else "256"]
-    serve += [
-        "--max-num-batched-tokens",
-        "256" if words.small else "4096",
-        "--gpu-memory-utilization",
-        "0.85",
-    ]
+    serve += ["--max-num-seqs", "8" if words.small else str(SEQUENCES), "--gpu-memory-utilization", "0.85"]
+    serve += ["--max-num-batched-tokens", "256" if words.small else "4096"]
+    serve += ["--no-enable-prefix-caching"]  # every rate draws the same prompts
     log = model.parent / f"{work.name}-{prefill}-{decode}.log"
     with serving(serve, log, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus}) as server:
 

@@ -46,8 +46,8 @@ Row = dict[str, Any]
 
 WORKLOADS: Final = {
     "prefill-heavy": (4096, 64, 1.0, 0.03, (4.0, 8.0, 14.0, 20.0, 26.0)),
-    "balanced": (2048, 256, 0.6, 0.03, (10.0, 18.0, 26.0, 34.0)),
-    "decode-heavy": (512, 512, 0.3, 0.03, (8.0, 16.0, 24.0, 32.0, 40.0, 48.0)),
+    "balanced": (2048, 256, 0.6, 0.03, (10.0, 18.0, 26.0, 34.0, 42.0, 50.0)),
+    "decode-heavy": (512, 512, 0.3, 0.03, (8.0, 16.0, 24.0, 32.0, 40.0, 48.0, 56.0)),
 }
 """Prompt and answer in tokens, targets of TTFT and TPOT in seconds, rates; as in `disaggregate.py`."""
 FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decode")}
@@ -79,7 +79,8 @@ def all_rows(engine: str, hardware: str | None = None) -> tuple[list[Row], Machi
     """Every rate, every workload's verdict, how far off latencies are; and on what the fleets ran."""
     found = json.loads((RESULTS / "disaggregate.json").read_text())
     machine = machines.get(hardware or kind_of(found["hardware"]["gpus"][0]))
-    fleets = {fleet: Fleet(fleet, engines.get(engine), machine) for fleet in FLEETS}
+    sequences = int(found["settings"].get("max_num_seqs", 256))
+    fleets = {fleet: Fleet(fleet, engines.get(engine), machine, sequences) for fleet in FLEETS}
     seconds = float(found["settings"].get("seconds", SECONDS))
     rows = [row for name in WORKLOADS for row in compared(name, found["rows"]["runs"], fleets, seconds)]
     return [*rows, *(row for fleet in FLEETS for row in errors(fleet, rows))], machine
@@ -157,6 +158,7 @@ class Fleet:
     name: str
     engine: Engine
     machine: Machine
+    sequences: int = 256
 
     def climb(self, name: str) -> list[tuple[float, float]]:
         """Attainment at rising rates until one fails, then halving the gap below it."""
@@ -184,11 +186,13 @@ class Fleet:
         targets = Targets(objectives=Objectives(ttft_s=ttft, tpot_s=tpot), attainment=ATTAINMENT)
         lengths = Fixed(prompt_tokens=prompt, output_tokens=output)
         demand = drawn(lengths, round(rate * seconds), rate=rate, seed=seed)
-        cluster = Cluster(specs(self.name, self.engine, self.machine), link=link(self.machine))
+        cluster = Cluster(
+            specs(self.name, self.engine, self.machine, self.sequences), link=link(self.machine)
+        )
         return trial_of(rate, cluster.play(demand), targets)
 
 
-def specs(fleet: str, engine: Engine, machine: Machine) -> list[GroupSpec]:
+def specs(fleet: str, engine: Engine, machine: Machine, sequences: int) -> list[GroupSpec]:
     """The instances, each on one GPU."""
     model, layout = presets.get("moonlight-16b-a3b"), ServingLayout()
     memory = memory_of(model, layout, machine.hardware, utilisation=0.85)
@@ -196,7 +200,7 @@ def specs(fleet: str, engine: Engine, machine: Machine) -> list[GroupSpec]:
         num_blocks=memory.blocks(BLOCK),
         block_size=BLOCK,
         max_model_len=8192,
-        max_num_seqs=256,
+        max_num_seqs=sequences,
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
         counted=True,

@@ -2,9 +2,9 @@
 
     python benchmarks/plan_serve.py --measured serve_gpu.json --trace AzureLLMInferenceTrace2023_conv.csv
 
-steps      steps of our engine on one H200 (a result of `benchmarks/serve_gpu.py`): priced from operations
+steps      steps of our engine on one GPU (a result of `benchmarks/serve_gpu.py`): priced from operations
            alone, by the engine that ships, and with numbers fitted on the *other* rows (leave one out)
-alone      requests one at a time over HTTP on one H200 (`transfer.json`): TTFT and TPOT
+alone      requests one at a time over HTTP on one GPU (`transfer.json`): TTFT and TPOT
 fleets     two fleets of two GPUs (`disaggregate.json`, see `plan_fleets.py`): goodput, and how far TTFT and
            TPOT are off where the targets were kept
 deepseek   what DeepSeek published of its deployment
@@ -27,6 +27,7 @@ import plan_fleets
 from provenance import RESULTS, write_result
 
 from benthic.plan.cost import machine as machines
+from benthic.plan.cost.machine import Machine
 from benthic.plan.serving import engines
 from benthic.plan.serving.demand import SHAREGPT, Fixed
 from benthic.plan.serving.distserve import Degrees, Study
@@ -52,11 +53,12 @@ def step_rows(path: Path) -> list[Row]:
     The shipped engine was fitted to the rows in BF16: those in FP8 are its blind test.
     """
     rows = []
+    machine = machine_of(json.loads(path.read_text()))
     for weights in ("bf16", "fp8"):
         layout = ServingLayout(weights=weights, cache=weights)
-        plain = PricedStep(presets.get("moonlight-16b-a3b"), layout, machines.get("h200"))
+        plain = PricedStep(presets.get("moonlight-16b-a3b"), layout, machine)
         shipped = replace_engine(plain, engines.get("benthic"))
-        steps = read_measured(path, weights)
+        steps = read_measured(path, weights, graph_rows=shipped.engine.graph_rows)
         for each, error in zip(steps, left_out("benthic", plain, steps), strict=True):
             rows.append(
                 {
@@ -64,6 +66,7 @@ def step_rows(path: Path) -> list[Row]:
                     "weights": weights,
                     "decodes": each.load.decodes,
                     "prefill_tokens": each.load.prefill_tokens,
+                    "recorded": each.recorded or not each.load.prefill_tokens,
                     "measured_ms": round(1e3 * each.seconds, 3),
                     "priced_error": round(plain([each.load]) / each.seconds - 1, 4),
                     "shipped_error": round(shipped([each.load]) / each.seconds - 1, 4),
@@ -72,10 +75,21 @@ def step_rows(path: Path) -> list[Row]:
             )
     for name in ("priced_error", "shipped_error", "fitted_error"):
         for weights in ("bf16", "fp8"):
-            errors = [abs(row[name]) for row in rows if row.get("decodes") and row["weights"] == weights]
-            case = f"decode steps in {weights}, median |{name}|"
-            rows.append({"case": case, "value": round(statistics.median(errors), 4)})
+            own = [row for row in rows if row.get("weights") == weights]
+            kinds = {
+                "decode steps": [row for row in own if not row["prefill_tokens"]],
+                "recorded steps with prompts": [r for r in own if r["recorded"] and r["prefill_tokens"]],
+            }
+            for kind, some in kinds.items():
+                errors = [abs(row[name]) for row in some]
+                case = f"{kind} in {weights}, median |{name}|"
+                rows += [{"case": case, "value": round(statistics.median(errors), 4)}] if errors else []
     return rows
+
+
+def machine_of(record: Row) -> Machine:
+    """The GPUs that a result was measured on."""
+    return machines.get(plan_fleets.kind_of(record["hardware"]["gpus"][0]))
 
 
 def alone_rows() -> list[Row]:
@@ -84,7 +98,7 @@ def alone_rows() -> list[Row]:
     sizes, times = record["settings"]["sizes"], record["rows"]["first_tokens"]["one server"]
     prompt, tokens = sizes["sent"], sizes["tokens"]
     step = PricedStep(
-        presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h200"), engines.get("benthic")
+        presets.get("moonlight-16b-a3b"), ServingLayout(), machine_of(record), engines.get("benthic")
     )
     first, second, last = (times[name]["median"] for name in ("first_ms", "second_ms", "last_ms"))
     measured = {"ttft_ms": first, "tpot_ms": (last - second) / (tokens - 2)}

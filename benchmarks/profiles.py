@@ -5,6 +5,8 @@ of the libraries that we call (cuBLAS, block-scaled FP8, NCCL; medians on two H2
 What `benthic calibrate` measured on an H200 (`benchmarks/results/calibrate_h200.json`) is added, but for
 attention below 0.5 ms, which it timed as the host launched it. What the host takes for an operator comes from
 the slots of one training run, zb-h1.
+`h100.json` holds what `benthic calibrate` measured on an H100 (`benchmarks/results/calibrate_h100.json`), but
+for calls that took longer there than others with more of the same work (three of 423).
 `h800.json` holds what DeepSeek published of its kernels on H800.
 """
 
@@ -14,7 +16,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,13 +41,20 @@ from benthic.plan.training.stage import Work, stages
 from benthic.spec import hardware as gpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 RESULTS: Final = Path(__file__).parent / "results"
 PROFILES: Final = Path(cost.__file__).parent / "profiles"
 OURS: Final = {"cudnn", "triton", "grouped_mm_cuda", "chunked", "torch"}
 LAUNCHED: Final = 5e-4
 """Calls of attention that take less were bound by the host when `calibrate_h200.json` was measured."""
+AMOUNTS: Final = {
+    Gemm: ("m",),
+    GroupedGemm: ("rows",),
+    MlaDecode: ("requests", "context"),
+    Attention: ("rows", "seq_len"),
+}
+"""Fields that say how much an operation has to do."""
 LIBRARIES: Final = "cuBLAS, scaled_mm and NCCL 2.28.9 on two H200, medians, 2026-11-22"
 DEEPGEMM: Final = "DeepGEMM README, February 2025, H800"
 DEEPEP: Final = "DeepEP README, H800: 4096 tokens, hidden 7168, top-8 of 4 groups, FP8 out and BF16 home"
@@ -79,14 +88,34 @@ DEEPEP_NORMAL: Final = ((8, 153, 158), (16, 43, 43), (32, 58, 57), (64, 51, 50))
 
 
 def main() -> None:
-    """Write both."""
+    """Write all three."""
     measured = RESULTS / "calibrate_h200.json"
     more = [one for one in read(measured).points if not launched(one)]
     libraries = [*products(CUBLAS, "bf16", LIBRARIES), *links()]
     source = "benchmarks/results/kernels_h200.json; " + LIBRARIES
     write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {DEEPEP}; {FLASHMLA}", {})
+    h100 = read(RESULTS / "calibrate_h100.json")
+    write("h100", list(sound(h100.points)), h100.source, {})
     bare = write("h200", [*kernels(), *libraries, *more], f"{source}; {HOST}", {})
     write("h200", list(bare.points), bare.source, {**host_of_operators(bare), **host_of_collectives()})
+
+
+def sound(points: Sequence[Measured]) -> Iterator[Measured]:
+    """The points that no call with as much or more of the same work beats by a fifth."""
+    for one in points:
+        if not any(other.seconds * 1.2 < one.seconds and covers(other.op, one.op) for other in points):
+            yield one
+
+
+def covers(more: Op, less: Op) -> bool:
+    """Whether an operation is another one with as much or more to do."""
+    amounts = AMOUNTS.get(type(less), ())
+    if type(more) is not type(less) or not amounts:
+        return False
+    others = [field.name for field in fields(less) if field.name not in amounts]
+    return all(getattr(more, name) == getattr(less, name) for name in others) and all(
+        getattr(more, name) >= getattr(less, name) for name in amounts
+    )
 
 
 def launched(one: Measured) -> bool:

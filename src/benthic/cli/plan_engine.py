@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 Out = Annotated[Path, typer.Option(help="Where the engine is written, for `benthic plan serve --engine`.")]
 
 
-def engine(
+def engine(  # noqa: PLR0913, PLR0917 (one option each)
     measured: Annotated[Path, typer.Argument(help="A result of benchmarks/serve_gpu.py, on one GPU.")],
     model: Annotated[str, typer.Option(help="A preset, a config.json or the folder of one.")],
     hardware: Hardware,
     weights: Annotated[str, typer.Option(help="Whose steps: bf16 or fp8.")] = "bf16",
     name: Annotated[str, typer.Option(help="What the engine is called.")] = "own",
+    graph_rows: Annotated[
+        int, typer.Option(min=0, help="Most rows of a step with prompts that was a CUDA graph.")
+    ] = 4096,
     out: Out = Path("engine.json"),
     profile: ProfileFile = None,
     as_json: Json = False,  # noqa: FBT002
@@ -40,7 +43,7 @@ def engine(
     dtype = dtype_of("weights", weights) or "bf16"
     layout = ServingLayout(weights=dtype, cache=dtype)
     step = PricedStep(config_of(model), layout, machine_of(hardware, 1, profile))
-    steps = read_measured(measured, dtype)
+    steps = read_measured(measured, dtype, graph_rows=graph_rows)
     found = fit_engine(name, step, steps)
     record = text(found, f"{measured.name}, {len(steps)} steps in {dtype}")
     out.write_text(record, encoding="utf-8")
@@ -49,7 +52,7 @@ def engine(
         return
     errors = left_out(name, step, steps) if len(steps) > 1 else []
     for each, error in zip(steps, errors, strict=False):
-        typer.echo(f"{_words(each):<28} {units.seconds(each.seconds):>9}, left out: {100 * error:+.1f} %")
+        typer.echo(f"{_words(each):<44} {units.seconds(each.seconds):>9}, left out: {100 * error:+.1f} %")
     if errors:
         typer.echo(f"median error left out: {units.percent(statistics.median(map(abs, errors)))}")
     typer.echo(
@@ -61,4 +64,8 @@ def engine(
 
 def _words(step: MeasuredStep) -> str:
     load = step.load
-    return f"{load.decodes} decodes" if load.decodes else f"prompts of {load.prefill_tokens} tokens"
+    decodes, prompts = f"{load.decodes} decodes", f"prompts of {load.prefill_tokens} tokens"
+    if not load.prefill_tokens:
+        return decodes
+    what = f"{prompts}, {decodes}" if load.decodes else prompts
+    return what if step.recorded else f"{what}, as written"

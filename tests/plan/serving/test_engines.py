@@ -35,7 +35,8 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     assert engines.get("tuned") is TUNED
     own = engines.get("benthic")
     assert own.name == "benthic"
-    assert own.graph_layer_s > 0.0
+    assert own.prompt_layer_s > 0.0
+    assert own.graph_rows == 4096
     file = tmp_path / "own.json"
     engine = Engine(name="own", eager_layer_s=1e-3, graph_layer_s=5e-5, stretch=1.25)
     file.write_text(engines.as_json(engine, "a test"))
@@ -53,7 +54,7 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         ({"prompt_stretch": "1"}, "prompt_stretch is '1'"),
         ({"graph_layer_s": -1e-6}, "graph_layer_s is -1e-06"),
         ({"eager_layer_s": "1"}, "eager_layer_s is '1'"),
-        ({"more": 1}, "7 of the 7 fields .* missing or unknown: more"),
+        ({"more": 1}, "9 of the 9 fields .* missing or unknown: more"),
         ({"format": 1}, "missing or unknown: format 1"),
     ],
 )
@@ -87,6 +88,19 @@ def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_five_
     errors = [abs(error) for error in left_out("benthic", PLAIN, steps)]
     assert statistics.median(errors) <= 0.05
     assert max(errors) <= 0.1
+
+
+def test_recorded_steps_with_prompts_are_foretold_from_the_others_within_a_tenth():
+    plain = PricedStep(presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h100"))
+    steps = read_measured(MEASURED.with_name("serve_gpu_h100.json"), "bf16", graph_rows=4096)
+    recorded = [(each.load.prefill_tokens, each.load.decodes) for each in steps if each.recorded]
+    assert recorded == [(128, 0), (512, 0), (2048, 0), (4096, 0), (512, 64), (2048, 64)]
+    errors = left_out("benthic", plain, steps)
+    off = [abs(error) for step, error in zip(steps, errors, strict=True) if step.recorded]
+    assert statistics.median(off) < 0.05
+    assert max(off) < 0.1
+    written = read_measured(MEASURED.with_name("serve_gpu_h100.json"), "bf16")
+    assert not any(each.recorded for each in written)
 
 
 def test_files_without_measured_steps_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -216,6 +217,23 @@ def test_a_fitted_engine_gives_its_own_steps_back():
     fitted = fit_engine("x", truth, [MeasuredStep(load, truth([load])) for load in loads])
     again = PricedStep(MOONLIGHT, ServingLayout(), H200, fitted)
     for load in (decode(16), decode(200), prompt(300), prompt(12000)):
+        assert again([load]) == pytest.approx(truth([load]), rel=0.02)
+
+
+def test_a_fitted_engine_whose_steps_with_prompts_are_graphs_gives_them_back():
+    engine = Engine(name="x", graph_layer_s=4e-5, prompt_layer_s=9e-5, prompt_stretch=1.08, graph_rows=2048)
+    host = dataclasses.replace(engine, eager_layer_s=2e-3)
+    truth, written = (
+        PricedStep(MOONLIGHT, ServingLayout(), H200, each)
+        for each in (host, dataclasses.replace(host, graph_rows=0))
+    )
+    loads = [decode(1), decode(64), prompt(100), prompt(700), prompt(2048), prompt(16000)]
+    steps = [
+        MeasuredStep(load, truth([load]), recorded=0 < load.prefill_tokens <= 2048) for load in loads
+    ] + [MeasuredStep(prompt(100), written([prompt(100)]))]
+    again = PricedStep(MOONLIGHT, ServingLayout(), H200, fit_engine("x", truth, steps))
+    assert again.engine.graph_rows == 2048
+    for load in (decode(16), prompt(300), prompt(1500), prompt(2100), prompt(12000)):
         assert again([load]) == pytest.approx(truth([load]), rel=0.02)
 
 

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from benthic.plan.cost.ops import Op
     from benthic.spec.hardware import Hardware
 
-SHIPPED: Final = ("h200", "h800")
-"""Profiles that come with the package; an earlier one lends its shares where a machine has none."""
+LENDERS: Final = ("h200", "h800")
+"""Profiles that lend their shares to machines that have none, an earlier one first."""
+SHIPPED: Final = (*LENDERS, "h100")
+"""Profiles that come with the package."""
 
 _KEYS: Final = {"format", "hardware", "source", "overheads", "points"}
 FORMAT: Final = 1
@@ -147,7 +149,7 @@ def get(name: str, *, gpus_per_node: int = 8, profile: Profile | None = None) ->
         UnknownFieldError: no such GPU; the message names the nearest one.
     """
     hardware = gpus.get(name)
-    order = sorted(SHIPPED, key=lambda shipped: shipped != hardware.name)
+    order = dict.fromkeys((hardware.name, *LENDERS) if hardware.name in SHIPPED else LENDERS)
     found = tuple(map(shipped_profile, order))
     own = () if profile is None else (profile,)
     return Machine(hardware=hardware, profiles=(*own, *found), gpus_per_node=gpus_per_node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.errors import DataError
@@ -19,10 +20,11 @@ _PRIOR: Final = (_STEPS / _PRICES) ** 2
 
 
 class MeasuredStep(NamedTuple):
-    """One step and its seconds."""
+    """One step and its seconds; `recorded` as a CUDA graph, or launched kernel by kernel."""
 
     load: StepLoad
     seconds: float
+    recorded: bool = False
 
 
 def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> Engine:
@@ -30,7 +32,8 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
 
     Prices are taken to be within `_PRICES` of the kernels and steps to repeat within `_STEPS`, so that the
     stretch leaves 1 only as far as the steps insist. A negative gap is 0 and the stretch alone is fitted.
-    Steps with prompts are the host's up to some size, and the device's from there on.
+    Steps with prompts that are no graphs are the host's up to some size, and the device's from there on. If
+    any are graphs, steps with up to the most rows of those are taken to be.
 
     Raises:
         DataError: no decode step, or a time that is not above 0.
@@ -45,14 +48,21 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     plain = replace_engine(step, TUNED)
     layers = step.model.num_hidden_layers
     gap, stretch = _line([(plain([each.load]), each.seconds) for each in decodes])
-    prompts = [(plain([each.load]), each.seconds) for each in measured if each.load.prefill_tokens]
-    host, prompt_stretch = _longer(prompts)
+    prompts = [each for each in measured if each.load.prefill_tokens]
+    launched = [(plain([each.load]), each.seconds) for each in prompts if not each.recorded]
+    recorded = [(plain([each.load]), each.seconds) for each in prompts if each.recorded]
+    host, prompt_stretch = _longer(launched)
+    prompt_gap = 0.0
+    if recorded:
+        prompt_gap, prompt_stretch = _line([*recorded, *(pair for pair in launched if pair[0] > host)])
     return Engine(
         name=name,
         eager_layer_s=host / layers,
         graph_layer_s=gap / layers,
         stretch=stretch,
         prompt_stretch=prompt_stretch,
+        prompt_layer_s=prompt_gap / layers,
+        graph_rows=max((each.load.tokens for each in prompts if each.recorded), default=0),
     )
 
 
@@ -61,7 +71,9 @@ def left_out(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> l
     errors = []
     for each in measured:
         others = [other for other in measured if other is not each]
-        foretold = replace_engine(step, fit_engine(name, step, others))([each.load])
+        engine = fit_engine(name, step, others)
+        rows = max(engine.graph_rows, each.load.tokens) if each.recorded else 0
+        foretold = replace_engine(step, replace(engine, graph_rows=rows))([each.load])
         errors.append(foretold / each.seconds - 1.0)
     return errors
 

@@ -17,11 +17,12 @@ from benthic.plan.serving.priced import TUNED, Engine
 
 SHIPPED: Final = ("benthic",)
 NAMES: Final = (TUNED.name, *SHIPPED)
-FORMAT: Final = 2
+FORMAT: Final = 3
 
-_SECONDS: Final = ("eager_layer_s", "graph_layer_s")
+_SECONDS: Final = ("eager_layer_s", "graph_layer_s", "prompt_layer_s")
 _STRETCHES: Final = ("stretch", "prompt_stretch")
-_KEYS: Final = frozenset({"format", "name", "source", *_STRETCHES, *_SECONDS})
+_ROWS: Final = "graph_rows"
+_KEYS: Final = frozenset({"format", "name", "source", *_STRETCHES, *_SECONDS, _ROWS})
 
 
 def get(word: str) -> Engine:
@@ -71,7 +72,8 @@ def parse(text: str, *, where: str) -> Engine:
         raise ConfigError(message)
     seconds = {name: _number(record, name, where, least=0.0) for name in _SECONDS}
     stretches = {name: _number(record, name, where, least=0.1) for name in _STRETCHES}
-    return Engine(name=str(record["name"]), **stretches, **seconds)
+    rows = int(_number(record, _ROWS, where, least=0.0))
+    return Engine(name=str(record["name"]), graph_rows=rows, **stretches, **seconds)
 
 
 def _number(record: dict[str, Any], name: str, where: str, *, least: float) -> float:

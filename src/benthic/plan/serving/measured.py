@@ -10,7 +10,7 @@ from benthic.plan.serving.engine_fit import MeasuredStep
 from benthic.plan.serving.steps import StepLoad
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from benthic.plan.serving.layout import WeightDtype
@@ -21,11 +21,14 @@ BUDGET: Final = 16384
 """Tokens of a step: more prompts than fit are several steps, which say nothing of one."""
 
 
-def read_measured(path: Path, weights: WeightDtype) -> list[MeasuredStep]:
+def read_measured(path: Path, weights: WeightDtype, *, graph_rows: int = 0) -> list[MeasuredStep]:
     """Decode steps, and prompts that fit one step, of the rows whose weights are in `weights`.
 
-    `{"what": "decode", "weights", "batch", "context", "step_ms"}` and
-    `{"what": "prefill", "weights", "prompts": "4 x 4096", "tokens_per_second"}`; others are passed over.
+    `{"what": "decode", "weights", "batch", "context", "step_ms"}`,
+    `{"what": "prefill", "weights", "prompts": "4 x 4096", "tokens_per_second"}` and
+    `{"what": "a prompt beside decodes", "weights", "prompt", "batch", "context", "step_ms"}`; others are
+    passed over. Where one of the latter two has `as_written_ms`, it is two steps, the first of them a graph
+    if it has no more than `graph_rows` rows.
 
     Raises:
         DataError: no such file, no JSON with rows, or a row of these that lacks a number.
@@ -38,20 +41,27 @@ def read_measured(path: Path, weights: WeightDtype) -> list[MeasuredStep]:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         msg = f"{path} holds no rows of measured steps ({error!r}). Write it with benchmarks/serve_gpu.py."
         raise DataError(msg) from error
-    return list(_steps(rows, weights, path))
+    return list(_steps(rows, weights, path, graph_rows))
 
 
-def _steps(rows: list[dict[str, Any]], weights: WeightDtype, path: Path) -> Iterator[MeasuredStep]:
+def _steps(
+    rows: list[dict[str, Any]], weights: WeightDtype, path: Path, graph_rows: int
+) -> Iterator[MeasuredStep]:
     for number, row in enumerate(rows, 1):
-        if row.get("weights") != weights or row.get("what") not in {"decode", "prefill"}:
+        read = _READERS.get(row.get("what", ""))
+        if row.get("weights") != weights or read is None:
             continue
         try:
-            found = _decode(row) if row["what"] == "decode" else _prefill(row)
+            found, written = read(row), float(row.get("as_written_ms", 0.0)) / 1e3
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             msg = f"row {number} of {path} is no measured step ({error!r}). Measure it again."
             raise DataError(msg) from error
-        if found is not None:
-            yield found
+        if found is None:
+            continue
+        recorded = bool(written) and found.load.tokens <= graph_rows
+        yield found._replace(recorded=recorded)
+        if recorded:
+            yield found._replace(seconds=written)
 
 
 def _decode(row: dict[str, Any]) -> MeasuredStep:
@@ -67,3 +77,17 @@ def _prefill(row: dict[str, Any]) -> MeasuredStep | None:
         return None
     load = StepLoad(0, 0, 0, tokens, pairs, tokens, count)
     return MeasuredStep(load, tokens / row["tokens_per_second"])
+
+
+def _beside(row: dict[str, Any]) -> MeasuredStep:
+    length, batch, context = int(row["prompt"]), int(row["batch"]), int(row["context"])
+    pairs = length * (length + 1) // 2
+    load = StepLoad(batch, batch, batch * (context + DRAWN), length, pairs, length, batch + 1)
+    return MeasuredStep(load, row["step_ms"] / 1e3)
+
+
+_READERS: Final[dict[str, Callable[[dict[str, Any]], MeasuredStep | None]]] = {
+    "decode": _decode,
+    "prefill": _prefill,
+    "a prompt beside decodes": _beside,
+}

@@ -72,9 +72,12 @@ class Engine:
 
     Attributes:
         name: which engine.
-        eager_layer_s: host seconds a layer of a step that is no CUDA graph: one with any piece of a prompt.
-            The host launches ahead, so that such a step takes the longer of these and of the device's.
-        graph_layer_s: device seconds a layer between the kernels of a graph.
+        eager_layer_s: host seconds a layer of a step that is no CUDA graph: one with any piece of a prompt
+            and more than `graph_rows` rows. The host launches ahead, so that such a step takes the longer of
+            these and of the device's.
+        graph_rows: most rows of a step with prompts that is a CUDA graph.
+        graph_layer_s: device seconds a layer between the kernels of a graph of a step that only decodes.
+        prompt_layer_s: the same in steps with prompts.
         stretch: seconds of its kernels over the prices of the operations, in steps that only decode.
         prompt_stretch: the same in steps with prompts, whose many rows take other kernels.
     """
@@ -84,6 +87,8 @@ class Engine:
     graph_layer_s: float = 0.0
     stretch: float = 1.0
     prompt_stretch: float = 1.0
+    prompt_layer_s: float = 0.0
+    graph_rows: int = 0
 
 
 TUNED = Engine()
@@ -157,8 +162,11 @@ class PricedStep:
             products, exchanges = self._experts(mean / 2.0)
             products += max([rank.half_s for rank in ranks])
             device = min(device, 2.0 * max(products, exchanges))
-        if any(rank.prompts for rank in ranks):
+        prompts = any(rank.prompts for rank in ranks)
+        if prompts and max([rank.tokens for rank in ranks]) > engine.graph_rows:
             return max(engine.prompt_stretch * device, engine.eager_layer_s * self._layers)
+        if prompts:
+            return engine.prompt_stretch * device + engine.prompt_layer_s * self._layers
         return engine.stretch * device + engine.graph_layer_s * self._layers
 
     def _rank(self, load: StepLoad, parts: int) -> float:
