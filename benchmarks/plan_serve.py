@@ -21,13 +21,12 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import plan_fleets
 from provenance import RESULTS, write_result
 
 from benthic.plan.cost import machine as machines
-from benthic.plan.cost.machine import Machine
 from benthic.plan.serving import engines
 from benthic.plan.serving.demand import SHAREGPT, Fixed
 from benthic.plan.serving.distserve import Degrees, Study
@@ -43,6 +42,9 @@ from benthic.plan.serving.search import plan_serving
 from benthic.plan.serving.steps import StepLoad
 from benthic.spec import presets
 from benthic.spec.objectives import Objectives
+
+if TYPE_CHECKING:
+    from benthic.plan.cost.machine import Machine
 
 Row = dict[str, Any]
 
