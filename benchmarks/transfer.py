@@ -32,7 +32,7 @@ from random_checkpoint import DUMMY, NAME, QUIET, make_folder, shape
 
 from benthic.bench.served import serving
 from benthic.serve.cache import CacheLayout, LatentCache
-from benthic.serve.instance import region_of, source_of
+from benthic.serve.transfer.pages import region_of, source_of
 from benthic.serve.transfer.handshake import Region
 from benthic.serve.transfer.memory import MappedPages, pull
 
