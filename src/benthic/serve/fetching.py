@@ -1,4 +1,4 @@
-"""A rank other than 0 in a pull: it copies the blocks that rank 0 names, for itself, and says when it has them."""
+"""A rank other than 0 in a pull: it copies the blocks that rank 0 names, and says when it has them."""
 
 from __future__ import annotations
 

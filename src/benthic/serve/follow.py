@@ -58,7 +58,7 @@ FAILED: Final = 1
 """Exit code of a rank that could not go on."""
 
 
-def follow(  # noqa: PLR0913 (what a process has to be told)
+def follow(
     path: Path,
     options: EngineOptions,
     port: int,

@@ -106,5 +106,5 @@ class Shard:
 
 
 def always_held(param: Param) -> tuple[int | slice, ...]:
-    """An index into `param` of values that rank 0 holds at that place, in whatever way the model is divided."""
+    """An index into `param` of what rank 0 holds at that place, however the model is divided."""
     return tuple(0 if axis in DIVISIBLE else slice(None) for axis in param.axes)
