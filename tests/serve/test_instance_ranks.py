@@ -1,0 +1,259 @@
+"""Instances of several ranks hand blocks over: the tokens of one engine, whatever each side's parallelism."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import signal
+import threading
+import time
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import forked_ranks
+import msgspec
+import pytest
+import torch
+from small_engine import is_empty, random_model, request, serve
+from small_fleet import Pair, fleet_folder, replace_params
+from test_router import all_of, nothing_left, seeded, tokens_of, until
+from test_spread import children, wait_gone
+
+from benthic.errors import ConfigError
+from benthic.model.checkpoint import load_pretrained, save_pretrained
+from benthic.model.sharded import load_shard
+from benthic.serve.engine import Engine
+from benthic.serve.fleet import Fleet, FleetOptions, load_instance, start_router
+from benthic.serve.instance import digest_of
+from benthic.serve.journal import Journal
+from benthic.serve.launch import check_instances
+from benthic.serve.options import EngineOptions
+from benthic.serve.seats import Seat, Seats
+from benthic.serve.transfer.handshake import Region, Welcome
+from benthic.serve.transfer.memory import Handle
+from benthic.spec.shard import Shard
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from benthic.serve.router import Router
+
+pytestmark = pytest.mark.dist
+
+ENGINE = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "block_size": 4,
+    "num_blocks": 96,
+    "num_threads": 1,
+    "enforce_eager": True,
+}
+ASKED = seeded(24, seed=4, longest=30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`nano` with logits of order 1, in float32, so that a sum in another order changes no token."""
+    folder = tmp_path_factory.mktemp("ranks") / "nano"
+    save_pretrained(random_model(), folder, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, list[int]]:
+    engine = Engine.from_pretrained(folder, EngineOptions(**ENGINE))
+    return {name: answer.tokens for name, answer in serve(engine, ASKED).items()}
+
+
+@pytest.fixture(autouse=True)
+def _processes_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benthic.serve.client.start_engine", forked_ranks.start_engine)
+
+
+@asynccontextmanager
+async def fleet(folder: Path, prefill_ranks: int, decode_ranks: int, **options) -> AsyncIterator[Router]:
+    """One instance of each kind; what dies is not replaced."""
+    sides = FleetOptions(
+        prefill=1, decode=1, prefill_ranks=prefill_ranks, decode_ranks=decode_ranks, restarts=0
+    )
+    made = Fleet(checkpoint=folder, engine=EngineOptions(**(ENGINE | options)), options=sides)
+    router = start_router(made, journal=Journal(time.monotonic), stall_s=60.0, log_level=40)
+    families = []
+    try:
+        await router.wait_ready()
+        families = [pid for member in router.members for pid in children(member.client.pid)]
+        yield router
+    finally:
+        await router.close()
+    assert len(families) == prefill_ranks + decode_ranks - 2
+    wait_gone(families)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [((2, 1), {}), ((1, 2), {"async_scheduling": True}), ((2, 2), {"enable_expert_parallel": True})],
+    ids=str,
+)
+def test_instances_of_any_ranks_answer_as_one_engine_does(ranks, options, folder, expected) -> None:
+    async def scenario() -> None:
+        async with fleet(folder, *ranks, **options) as router:
+            assert await asyncio.wait_for(all_of(router, ASKED), 60) == expected
+            await nothing_left(router)
+            assert router.stats.pulled_blocks > 50
+            assert router.retried == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_killed_rank_ends_its_instance_and_the_other_one_goes_on(side, folder, expected) -> None:
+    """The error names the rank, requests get the tokens they would have got, and no block stays behind."""
+    ranks = {"prefill": 1, "decode": 1, side: 2}
+
+    async def scenario() -> None:
+        async with fleet(folder, ranks["prefill"], ranks["decode"]) as router:
+            (member,) = [member for member in router.members if member.role == side]
+            (victim,) = children(member.client.pid)
+            answers = asyncio.create_task(all_of(router, ASKED))
+            await until(lambda: router.stats.pulled_blocks > 8)
+            os.kill(victim, signal.SIGKILL)
+            assert await asyncio.wait_for(answers, 60) == expected
+            await nothing_left(router)
+            assert len(router.members) == 1
+            assert f"rank 1 (pid {victim}) was killed by signal 9" in router.members._last_words
+            again = replace_params(ASKED[0], request_id="again")
+            assert await tokens_of(router, again) == expected[ASKED[0].request_id]
+
+    asyncio.run(scenario())
+
+
+@dataclass
+class Spread:
+    """An instance of one rank that owns blocks, and one of two ranks, rank 0 of it here, that reads them."""
+
+    both: Pair
+    follower: int
+
+
+@contextmanager
+def spread_reader(folder: Path) -> Iterator[Spread]:
+    options = EngineOptions(**ENGINE)
+    with fleet_folder() as desks:
+        reader = load_instance(folder, replace(options, tensor_parallel_size=2), f"ipc://{desks}/b", Seat())
+        try:
+            owner = load_instance(folder, options, f"ipc://{desks}/a", Seat())
+            (follower,) = reader.engine.followers.pids
+            yield Spread(Pair(owner, reader), follower)
+            owner.leave()
+        finally:
+            reader.leave()
+
+
+PROMPT = list(range(20, 51))
+
+
+def test_what_one_rank_cannot_read_is_computed_and_nobody_writes_to_blocks_that_were_let_go(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [request(f"r{i}", PROMPT[i:], max_tokens=8) for i in range(4)]
+    with spread_reader(folder) as made, caplog.at_level(logging.WARNING):
+        both = made.both
+        whole = both.owner._desk._welcome
+        before = [replace_params(each, request_id=f"before-{each.request_id}") for each in asked]
+        expected = {name[-2:]: answer.tokens for name, answer in serve(both.owner, before).items()}
+
+        # every rank pulls
+        assert both.decode(asked[0], both.prefill(asked[0])) == expected["r0"]
+        assert both.reader.stats().pulled_blocks == 8
+
+        # rank 1 cannot open what it is to read; the owner lives on under another id
+        gone = Region(kind="memory", num_blocks=96, handle=msgspec.msgpack.encode(Handle(2**22 + 1, 3, 1)))
+        both.owner.instance_id = "broken"
+        both.owner._desk._welcome = Welcome("broken", (whole.regions[0], gone))
+        assert both.decode(asked[1], both.prefill(asked[1])) == expected["r1"]
+        assert re.search("rank 1: the other instance shares 1 bytes, .* computed here", caplog.text)
+        assert both.reader.stats().pulled_blocks == 8
+
+        # an abort waits for a rank that is late
+        both.owner.instance_id = whole.instance_id
+        both.owner._desk._welcome = whole
+        both.reader._reader.wait = time.sleep
+        first = both.prefill(asked[2])
+        os.kill(made.follower, signal.SIGSTOP)
+        both.reader.add(replace_params(asked[2], output=first.tokens, pull=first.remote))
+        begun = both.reader._reader._incoming["r2"]
+        deadline = time.monotonic() + 20
+        while not begun.copying:
+            assert time.monotonic() < deadline
+            both.reader.step()
+        free = both.reader.stats().num_free_blocks
+        events = []
+
+        def go_on() -> None:
+            events.append("the rank goes on")
+            os.kill(made.follower, signal.SIGCONT)
+
+        threading.Timer(0.2, go_on).start()
+        both.reader.abort("r2")
+        assert events == ["the rank goes on"]
+        assert both.reader.stats().num_free_blocks > free
+        assert both.decode(asked[3], both.prefill(asked[3])) == expected["r3"]
+        both.settle()
+        assert is_empty(both.owner)
+        assert is_empty(both.reader)
+
+
+def test_shards_of_one_model_have_its_fingerprint_and_another_model_does_not(folder: Path) -> None:
+    whole = digest_of(load_pretrained(folder, mtp=False))
+    for size, whole_experts in ((2, False), (4, False), (4, True)):
+        shard, _ = load_shard(
+            folder, Shard(size=size, whole_experts=whole_experts), device=torch.device("cpu")
+        )
+        assert digest_of(shard) == whole
+    other = load_pretrained(folder, mtp=False)
+    with torch.no_grad():
+        other.head.weight[0, 1] += 1.0
+    assert digest_of(other) != whole
+
+
+def test_instances_take_gpus_that_nobody_has() -> None:
+    seats = Seats(shared=False)
+    assert [seats.take("a", 2).device("auto", 2, 8), seats.take("b", 1).device("cuda", 1, 8)] == [
+        "cuda:0",
+        "cuda:2",
+    ]
+    assert seats.take("c", 2).device("cuda:3", 2, 8) == "cuda:6"
+    seats.leave("a")
+    assert seats.take("d", 1) == Seat(0, shared=False)
+    assert seats.take("e", 2) == Seat(5, shared=False)
+    assert seats.take("f", 1) == Seat(1, shared=False)
+    with pytest.raises(ConfigError, match=r"2 ranks takes its GPUs from cuda:5 on, so 7 .* torch sees 6"):
+        Seat(5, shared=False).device("auto", 2, 6)
+    assert Seat(5).device("auto", 1, 2) == "cuda:1"
+    assert Seat(5, shared=False).device("auto", 2, 0) == "cpu"
+    with pytest.raises(ConfigError, match="torch sees 0 GPUs"):
+        Seat().device("cuda", 1, 0)
+
+
+def test_ranks_that_cannot_be_are_refused_with_the_flags() -> None:
+    def refused(says: str, **how: object) -> None:
+        with pytest.raises(ConfigError, match=says):
+            check_instances(EngineOptions(), **({"prefill": 1, "decode": 1, "kv_port": None} | how))
+
+    refused("--cluster auto gives an instance 1 GPU, but it is to have 4", cluster="auto", decode_ranks=4)
+    refused(
+        "--prefill-tensor-parallel-size 2 .* but --prefill 0 and --decode 0 start none",
+        prefill=0,
+        decode=0,
+        prefill_ranks=2,
+    )
+    with pytest.raises(ConfigError, match=r"--replan 30 .* have 2 and None tensor-parallel ranks"):
+        FleetOptions(prefill=2, decode=1, replan_s=30.0, prefill_ranks=2)
+    options = FleetOptions(prefill=1, decode=1, decode_ranks=2)
+    fleet = Fleet(checkpoint=Path(), engine=EngineOptions(batch_invariant=True), options=options)
+    with pytest.raises(ConfigError, match="batch_invariant = True needs tensor_parallel_size = 1, not 2"):
+        _ = fleet.engines
