@@ -186,12 +186,13 @@ class Followers:
         """The ranks that ended, without those that ended because of others where there are such."""
         until = time.monotonic() + patience_s
         while True:
+            # before looking who has ended: one that ends between the two looks is waited for, and found
+            running = [link.process.sentinel for link in self._links if link.process.exitcode is None]
             with self._reading:
                 for link in self._links:
                     link.read()
             ended = [link for link in self._links if link.fate() is not None]
             blamed = [link for link in ended if link.failure is None or not link.failure.lost]
-            running = [link.process.sentinel for link in self._links if link.process.exitcode is None]
             if blamed or not running or not connection.wait(running, max(0.0, until - time.monotonic())):
                 return blamed or ended
 
