@@ -32,9 +32,9 @@ from random_checkpoint import DUMMY, NAME, QUIET, make_folder, shape
 
 from benthic.bench.served import serving
 from benthic.serve.cache import CacheLayout, LatentCache
+from benthic.serve.pages import region_of, source_of
 from benthic.serve.transfer.handshake import Region
 from benthic.serve.transfer.memory import MappedPages, pull
-from benthic.serve.transfer.pages import region_of, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

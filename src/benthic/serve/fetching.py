@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from benthic.serve.commands import ClosePages, Fetch, OpenPages
+    from benthic.serve.pages import Pages
     from benthic.serve.transfer.memory import Copy, Source
-    from benthic.serve.transfer.pages import Pages
 
 LOOK_S: Final = 0.0005
 """Seconds between two looks at copies while rank 0 says nothing."""

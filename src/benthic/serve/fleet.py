@@ -22,8 +22,8 @@ from benthic.spec.objectives import Objectives
 if TYPE_CHECKING:
     from benthic.serve.journal import Journal
     from benthic.serve.options import EngineOptions
+    from benthic.serve.pages import Mover
     from benthic.serve.process import EngineFactory, EngineLike
-    from benthic.serve.transfer.pages import Mover
 
 logger = logging.getLogger("benthic.serve.engine")
 
@@ -232,9 +232,9 @@ def load_instance(
         engine = Engine.from_pretrained(path, options)
         return Instance(engine, transfer(engine))
 
+    from benthic.serve.pages import Pages  # noqa: PLC0415
     from benthic.serve.spread import SpreadEngine  # noqa: PLC0415 (only these engines need other ranks)
     from benthic.serve.spread_pages import SpreadPages  # noqa: PLC0415
-    from benthic.serve.transfer.pages import Pages  # noqa: PLC0415
 
     spread = SpreadEngine.from_pretrained(path, options, mover=mover)
     try:

@@ -34,9 +34,9 @@ from benthic.serve.commands import (
 from benthic.serve.drafters import drafter_for
 from benthic.serve.drafts import Drafts, Trial
 from benthic.serve.fetching import Fetching
+from benthic.serve.pages import Pages
 from benthic.serve.ranks import build_shard, join, own_options
 from benthic.serve.spread_drafts import ToldGuesser, told_drawing
-from benthic.serve.transfer.pages import Pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from benthic.sched.plans import StepPlan
     from benthic.serve.drafters import Drafter
     from benthic.serve.options import EngineOptions
+    from benthic.serve.pages import Mover
     from benthic.serve.runner import Runner, StepResult
-    from benthic.serve.transfer.pages import Mover
 
 logger = logging.getLogger("benthic.serve.engine")
 

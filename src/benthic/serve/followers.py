@@ -148,10 +148,11 @@ class Followers:
         return list(self._read(self._links).items())
 
     def _read(self, links: list[Link]) -> dict[int, Answer]:
+        """The next answer of each of these that has said something. Raises: PeerLostError."""
         with self._reading:
             said = {link.rank: link.read() for link in links if link.pipe.poll(0)}
-        answers = {rank: a for rank, a in said.items() if a is not None and not isinstance(a, Failed)}
-        if len(answers) < len(said):
+        answers: dict[int, Answer] = {rank: answer for rank, answer in said.items() if answer is not None}
+        if len(answers) < len(said) or any(isinstance(answer, Failed) for answer in answers.values()):
             raise self.lost(None)
         return answers
 

@@ -18,10 +18,10 @@ import torch
 from benthic import __version__
 from benthic.sched.batching import Started
 from benthic.serve.messages import Remote
+from benthic.serve.pages import Pages
 from benthic.serve.process import Shared
 from benthic.serve.transfer.desk import Desk
 from benthic.serve.transfer.handshake import Terms, Welcome
-from benthic.serve.transfer.pages import Pages
 from benthic.serve.transfer.reader import Reader
 from benthic.spec.parameters import parameters
 from benthic.spec.shard import always_held
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from benthic.serve.cache import CacheLayout
     from benthic.serve.engine import Clock, Engine
     from benthic.serve.messages import Delta, Generate, Ready, Stats
-    from benthic.serve.transfer.pages import Mover, Opener
+    from benthic.serve.pages import Mover
+    from benthic.serve.transfer.memory import Opener
 
 IDLE_S = 0.001
 """How long a step without tokens to compute waits for an answer from another instance."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from benthic.serve.launched import Launched
     from benthic.serve.messages import Delta
     from benthic.serve.options import EngineOptions
-    from benthic.serve.transfer.pages import Mover
+    from benthic.serve.pages import Mover
 
 logger = logging.getLogger("benthic.serve.engine")
 

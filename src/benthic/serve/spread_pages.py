@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benthic.serve.followers import Followers
+    from benthic.serve.pages import Pages
     from benthic.serve.transfer.handshake import Region
     from benthic.serve.transfer.memory import Copy, Source
-    from benthic.serve.transfer.pages import Pages
 
 
 class SpreadPages:
-    """The pages of an instance's ranks, seen from rank 0 (a `benthic.serve.transfer.pages.Opener`).
+    """The pages of an instance's ranks, seen from rank 0 (a `benthic.serve.transfer.memory.Opener`).
 
     Args:
         own: rank 0's.

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from benthic.sched.pulls import TransferPlan
     from benthic.serve.messages import Remote
     from benthic.serve.transfer.handshake import Terms
-    from benthic.serve.transfer.memory import Copy, Source
-    from benthic.serve.transfer.pages import Opener
+    from benthic.serve.transfer.memory import Copy, Opener, Source
 
 logger = logging.getLogger("benthic.serve.transfer")
 

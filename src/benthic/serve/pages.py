@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from benthic.errors import TransferError
 from benthic.serve.transfer import cuda
@@ -17,27 +17,6 @@ if TYPE_CHECKING:
 
 Mover = Literal["host", "nixl"]
 """What moves blocks: shared memory or CUDA IPC on this host, or NIXL between hosts."""
-
-
-class Opener(Protocol):
-    """An instance's pages on all of its ranks."""
-
-    @property
-    def regions(self) -> tuple[Region, ...]:
-        """How others read them, by rank; every rank holds the same blocks."""
-        ...
-
-    def open(self, instance_id: str, regions: Sequence[Region]) -> Source:
-        """Map another instance's pages, so that blocks can be copied from there to here.
-
-        Raises:
-            TransferError: they cannot be read here.
-        """
-        ...
-
-    def close(self, instance_id: str) -> None:
-        """Let another instance's pages go; those that were never opened are ignored."""
-        ...
 
 
 class Pages:
