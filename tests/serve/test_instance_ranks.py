@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import re
 import signal
-import threading
 import time
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import forked_ranks
-import msgspec
 import pytest
 import torch
-from small_engine import is_empty, random_model, request, serve
-from small_fleet import Pair, fleet_folder, replace_params
+from small_engine import random_model, serve
+from small_fleet import replace_params
 from test_router import all_of, nothing_left, seeded, tokens_of, until
 from test_spread import children, wait_gone
 
@@ -27,19 +22,17 @@ from benthic.errors import ConfigError
 from benthic.model.checkpoint import load_pretrained, save_pretrained
 from benthic.model.sharded import load_shard
 from benthic.serve.engine import Engine
-from benthic.serve.fleet import Fleet, FleetOptions, load_instance, start_router
+from benthic.serve.fleet import Fleet, FleetOptions, start_router
 from benthic.serve.instance import digest_of
 from benthic.serve.journal import Journal
 from benthic.serve.launch import check_instances
 from benthic.serve.options import EngineOptions
 from benthic.serve.seats import Seat, Seats
 from benthic.serve.speculative import Speculative
-from benthic.serve.transfer.handshake import Region, Welcome
-from benthic.serve.transfer.memory import Handle
 from benthic.spec.shard import Shard
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from benthic.serve.router import Router
 
@@ -131,82 +124,6 @@ async def lose_a_rank(router: Router, victim: int, expected: dict[str, list[int]
     assert f"rank 1 (pid {victim}) was killed by signal 9" in router.members._last_words
     again = replace_params(ASKED[0], request_id="again")
     assert await tokens_of(router, again) == expected[ASKED[0].request_id]
-
-
-@dataclass
-class Spread:
-    """An instance of one rank that owns blocks, and one of two ranks, rank 0 of it here, that reads them."""
-
-    both: Pair
-    follower: int
-
-
-@contextmanager
-def spread_reader(folder: Path) -> Iterator[Spread]:
-    options = EngineOptions(**ENGINE)
-    with fleet_folder() as desks:
-        reader = load_instance(folder, replace(options, tensor_parallel_size=2), f"ipc://{desks}/b", Seat())
-        try:
-            owner = load_instance(folder, options, f"ipc://{desks}/a", Seat())
-            (follower,) = reader.engine.followers.pids
-            yield Spread(Pair(owner, reader), follower)
-            owner.leave()
-        finally:
-            reader.leave()
-
-
-PROMPT = list(range(20, 51))
-
-
-def test_what_one_rank_cannot_read_is_computed_and_nobody_writes_to_blocks_that_were_let_go(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    asked = [request(f"r{i}", PROMPT[i:], max_tokens=8) for i in range(4)]
-    with spread_reader(folder) as made, caplog.at_level(logging.WARNING):
-        both = made.both
-        whole = both.owner._desk._welcome
-        before = [replace_params(each, request_id=f"before-{each.request_id}") for each in asked]
-        expected = {name[-2:]: answer.tokens for name, answer in serve(both.owner, before).items()}
-
-        # every rank pulls
-        assert both.decode(asked[0], both.prefill(asked[0])) == expected["r0"]
-        assert both.reader.stats().pulled_blocks == 8
-
-        # rank 1 cannot open what it is to read; the owner lives on under another id
-        gone = Region(kind="memory", num_blocks=96, handle=msgspec.msgpack.encode(Handle(2**22 + 1, 3, 1)))
-        both.owner.instance_id = "broken"
-        both.owner._desk._welcome = Welcome("broken", (whole.regions[0], gone))
-        assert both.decode(asked[1], both.prefill(asked[1])) == expected["r1"]
-        assert re.search("rank 1: the other instance shares 1 bytes, .* computed here", caplog.text)
-        assert both.reader.stats().pulled_blocks == 8
-
-        # an abort waits for a rank that is late
-        both.owner.instance_id = whole.instance_id
-        both.owner._desk._welcome = whole
-        both.reader._reader.wait = time.sleep
-        first = both.prefill(asked[2])
-        os.kill(made.follower, signal.SIGSTOP)
-        both.reader.add(replace_params(asked[2], output=first.tokens, pull=first.remote))
-        begun = both.reader._reader._incoming["r2"]
-        deadline = time.monotonic() + 20
-        while not begun.copying:
-            assert time.monotonic() < deadline
-            both.reader.step()
-        free = both.reader.stats().num_free_blocks
-        events = []
-
-        def go_on() -> None:
-            events.append("the rank goes on")
-            os.kill(made.follower, signal.SIGCONT)
-
-        threading.Timer(0.2, go_on).start()
-        both.reader.abort("r2")
-        assert events == ["the rank goes on"]
-        assert both.reader.stats().num_free_blocks > free
-        assert both.decode(asked[3], both.prefill(asked[3])) == expected["r3"]
-        both.settle()
-        assert is_empty(both.owner)
-        assert is_empty(both.reader)
 
 
 def test_shards_of_one_model_have_its_fingerprint_and_another_model_does_not(folder: Path) -> None:

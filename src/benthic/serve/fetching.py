@@ -58,7 +58,7 @@ class Fetching:
 
     def start(self, command: Fetch) -> None:
         """Begin a copy; its end, good or bad, is told once this rank writes nothing more for it."""
-        source = self._sources.get(command.instance_id, f"instance {command.instance_id} was never opened")
+        source = self._sources.get(command.instance_id, f"instance {command.instance_id} is not open here")
         if isinstance(source, str):
             self._tell(command.number, source)
             return
