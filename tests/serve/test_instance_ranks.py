@@ -170,9 +170,12 @@ def test_ranks_that_cannot_be_are_refused_with_the_flags() -> None:
         decode=0,
         prefill_ranks=2,
     )
-    with pytest.raises(ConfigError, match=r"--replan 30 .* have 2 and None tensor-parallel ranks"):
-        FleetOptions(prefill=2, decode=1, replan_s=30.0, prefill_ranks=2)
-    options = FleetOptions(prefill=1, decode=1, decode_ranks=2)
-    fleet = Fleet(checkpoint=Path(), engine=EngineOptions(batch_invariant=True), options=options)
+
+    def unlike(engine: EngineOptions, **sides: object) -> None:
+        Fleet(checkpoint=Path(), engine=engine, options=FleetOptions(prefill=2, decode=1, **sides))
+
+    with pytest.raises(ConfigError, match=r"--replan 30 .* have 2 and 1 tensor-parallel ranks"):
+        unlike(EngineOptions(), replan_s=30.0, prefill_ranks=2)
+    unlike(EngineOptions(tensor_parallel_size=2), replan_s=30.0, prefill_ranks=2)
     with pytest.raises(ConfigError, match="batch_invariant = True needs tensor_parallel_size = 1, not 2"):
-        _ = fleet.engines
+        unlike(EngineOptions(batch_invariant=True), decode_ranks=2)

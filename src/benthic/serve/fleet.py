@@ -46,7 +46,7 @@ class FleetOptions:
 
     Raises:
         ConfigError: there is one instance alone or none that decodes, a policy is unknown, or instances are
-            to change, but there are too few or they are not alike.
+            to change, but there are too few.
     """
 
     prefill: int
@@ -71,13 +71,6 @@ class FleetOptions:
             msg = (
                 f"--replan {self.replan_s:g} with --prefill {self.prefill} and --decode {self.decode}, but "
                 "one instance of each kind must stay, so that 3 are needed for one to change. Start more, or "
-                "leave out --replan."
-            )
-            raise ConfigError(msg)
-        if self.replan_s is not None and self.prefill_ranks != self.decode_ranks:
-            msg = (
-                f"--replan {self.replan_s:g} moves instances between prefill and decode, but those have "
-                f"{self.prefill_ranks} and {self.decode_ranks} tensor-parallel ranks. Give both as many, or "
                 "leave out --replan."
             )
             raise ConfigError(msg)
@@ -107,6 +100,9 @@ class Fleet:
 
     They run on this host or, with `cluster`, on the nodes of a Ray cluster at that address; `nixl` moves
     blocks between hosts.
+
+    Raises:
+        ConfigError: an instance cannot have so many ranks, or is to change its role and would have others.
     """
 
     checkpoint: Path
@@ -115,22 +111,19 @@ class Fleet:
     cluster: str | None = None
     nixl: bool = False
 
-    def engine_of(self, role: Role) -> EngineOptions:
-        """The engine of an instance that starts in this role.
-
-        Raises:
-            ConfigError: it cannot have as many ranks.
-        """
-        given = self.options.prefill_ranks if role == "prefill" else self.options.decode_ranks
-        return self.engine if given is None else replace(self.engine, tensor_parallel_size=given)
+    def __post_init__(self) -> None:
+        ranks = [engine.tensor_parallel_size for engine in self.engines.values()]
+        if self.options.replan_s is not None and ranks[0] != ranks[1]:
+            msg = (
+                f"--replan {self.options.replan_s:g} moves instances between prefill and decode, but those "
+                f"have {ranks[0]} and {ranks[1]} tensor-parallel ranks. Give both as many, or leave out "
+                "--replan."
+            )
+            raise ConfigError(msg)
 
     @property
     def engines(self) -> dict[Role, EngineOptions]:
-        """The engine of an instance, by the role that it starts in.
-
-        Raises:
-            ConfigError: it cannot have so many ranks.
-        """
+        """The engine of an instance, by the role that it starts in."""
         asked: dict[Role, int | None] = {
             "prefill": self.options.prefill_ranks,
             "decode": self.options.decode_ranks,
@@ -217,6 +210,9 @@ def load_instance(
 
     from benthic.serve.engine import Engine  # noqa: PLC0415
     from benthic.serve.instance import Instance, TransferOptions, digest_of  # noqa: PLC0415
+    from benthic.serve.pages import Pages  # noqa: PLC0415
+    from benthic.serve.spread import SpreadEngine  # noqa: PLC0415
+    from benthic.serve.spread_pages import SpreadPages  # noqa: PLC0415
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
@@ -225,23 +221,17 @@ def load_instance(
     logger.info("device: %s", options.device)
     mover: Mover = "nixl" if nixl else "host"
 
-    def transfer(engine: Engine) -> TransferOptions:
-        return TransferOptions(address=address, model=digest_of(engine.parts.runner.model), mover=mover)
+    def instance(engine: Engine, pages: SpreadPages | None = None) -> Instance:
+        model = digest_of(engine.parts.runner.model)
+        return Instance(engine, TransferOptions(address=address, model=model, mover=mover), pages)
 
     if options.tensor_parallel_size == 1:
-        engine = Engine.from_pretrained(path, options)
-        return Instance(engine, transfer(engine))
-
-    from benthic.serve.pages import Pages  # noqa: PLC0415
-    from benthic.serve.spread import SpreadEngine  # noqa: PLC0415 (only these engines need other ranks)
-    from benthic.serve.spread_pages import SpreadPages  # noqa: PLC0415
-
+        return instance(Engine.from_pretrained(path, options))
     spread = SpreadEngine.from_pretrained(path, options, mover=mover)
     try:
-        pages = SpreadPages(Pages(spread.parts.runner.cache, mover), spread.followers)
-        return Instance(spread, transfer(spread), pages)
+        return instance(spread, SpreadPages(Pages(spread.parts.runner.cache, mover), spread.followers))
     except Exception:
-        spread.leave()  # this process would wait for them
+        spread.leave()  # this process would wait for the other ranks to end
         raise
 
 
