@@ -12,6 +12,10 @@ that join and drain under load, and for 2P1D twenty times:
     link      a connection between the router and some instance is shut down (each way in turn)
     silence   SIGSTOP: some instance stays connected and says nothing more (a quarter as often)
 
+and for 1P1D whose instances have two tensor-parallel ranks, after 200 requests, half as often:
+
+    rank      SIGKILL hits rank 1 of some instance, which ends with it
+
 At the end no request, block, lease, process or folder may be left.
 """
 
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
     from benthic.serve.router import Router
 
 KINDS = ("prefill", "decode", "link", "silence")
+ANYWHERE = ("link", "silence", "rank")
 STALL_S = 6.0
 PATIENCE_S = 120.0
 ENGINE = EngineOptions(
@@ -141,11 +146,12 @@ def make_checkpoint(folder: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def fleet(checkpoint: Path, prefill: int, decode: int) -> AsyncIterator[Router]:
+async def fleet(checkpoint: Path, prefill: int, decode: int, ranks: int) -> AsyncIterator[Router]:
     """Instances behind a router for the length of the block."""
     options = FleetOptions(prefill=prefill, decode=decode, retries=100, restarts=10_000)
     journal = Journal(time.monotonic)
-    what = Fleet(checkpoint=checkpoint, engine=ENGINE, options=options)
+    engine = replace(ENGINE, tensor_parallel_size=ranks)
+    what = Fleet(checkpoint=checkpoint, engine=engine, options=options)
     router = start_router(what, journal=journal, stall_s=STALL_S, log_level=logging.CRITICAL)
     try:
         await router.wait_ready()
@@ -169,11 +175,13 @@ async def strike(router: Router, kind: str, rng: random.Random, turn: int) -> Ki
     whole = sum(member.open for member in router.members)
     await asyncio.sleep(rng.uniform(0.0, 1.0))
     await until(lambda: sum(member.open for member in router.members) == whole, "all instances up")
-    member = rng.choice([m for m in router.members if m.open and kind in (m.role, "link", "silence")])
+    member = rng.choice([m for m in router.members if m.open and kind in (m.role, *ANYWHERE)])
     await until(lambda: bool(member.loads), f"a request at {member.name}")
     requests, began = len(member.loads), time.monotonic()
     if kind == "link":
         cut(member.client, ("requests", "replies")[turn % 2])
+    elif kind == "rank":
+        os.kill(rng.choice(ranks_of(member)), signal.SIGKILL)
     else:
         os.kill(process_of(member), signal.SIGSTOP if kind == "silence" else signal.SIGKILL)
     await until(lambda: member not in list(router.members), f"{member.name} to be given up")
@@ -187,6 +195,11 @@ def process_of(member: Member) -> int:
         message = f"{member.name} has no process"
         raise RuntimeError(message)
     return member.client.pid
+
+
+def ranks_of(member: Member) -> list[int]:
+    """Process ids of an instance's ranks other than 0, which a server of its own has forked."""
+    return [rank for server in children(process_of(member)) for rank in children(server)]
 
 
 async def nothing_left(router: Router) -> None:
@@ -207,10 +220,10 @@ async def nothing_left(router: Router) -> None:
         raise RuntimeError(message)
 
 
-def children() -> set[int]:
-    """Processes of this one, whatever their state."""
+def children(process: int) -> set[int]:
+    """Processes of one, whatever their state."""
     found: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
+    for task in Path(f"/proc/{process}/task").iterdir():
         with contextlib.suppress(OSError):
             found |= {int(pid) for pid in (task / "children").read_text().split()}
     return found
@@ -240,7 +253,10 @@ def compare(checkpoint: Path, load: Load) -> None:
 
 @dataclass(frozen=True)
 class Drill:
-    """A fleet and what is done to it: `requests` alone, or `kills` of each of `kinds`, or `moves`."""
+    """A fleet, of so many `ranks` an instance, and what is done to it.
+
+    `requests` alone, or `kills` of each of `kinds`, or `moves`.
+    """
 
     prefill: int
     decode: int
@@ -248,11 +264,13 @@ class Drill:
     kinds: tuple[str, ...] = ()
     kills: int = 0
     moves: int = 0
+    ranks: int = 1
 
     @property
     def name(self) -> str:
         """The fleet, as it is written."""
-        return f"{self.prefill}P{self.decode}D"
+        apart = f"{self.prefill}P{self.decode}D"
+        return apart if self.ranks == 1 else f"{apart} of {self.ranks} ranks"
 
     async def disturb(self, router: Router, rng: random.Random) -> list[Kill]:
         """Do everything that is to be done under load, with a line for each."""
@@ -281,7 +299,7 @@ async def join_and_drain(router: Router, rng: random.Random) -> None:
 async def carry_out(drill: Drill, checkpoint: Path, seed: int) -> tuple[Load, dict[str, Any]]:
     """The load that was answered, and the row of the result file but for the comparison."""
     rng = random.Random(f"{seed} {drill}")  # noqa: S311 (requests and moments, not a secret)
-    async with fleet(checkpoint, drill.prefill, drill.decode) as router:
+    async with fleet(checkpoint, drill.prefill, drill.decode, drill.ranks) as router:
         load, began = Load(router, rng), time.monotonic()
         if drill.requests is not None:
             await load.run(drill.requests)
@@ -323,14 +341,14 @@ def run(drill: Drill, folder: Path, seed: int) -> dict[str, Any]:
     checkpoint = folder / "nano"
     if not checkpoint.exists():
         make_checkpoint(checkpoint)
-    before = children()
+    before = children(os.getpid())
     desks = Path(tempfile.mkdtemp(prefix="b", dir=tempfile.gettempdir()))
     outer, tempfile.tempdir = tempfile.tempdir, str(desks)
     try:
         load, row = asyncio.run(carry_out(drill, checkpoint, seed))
     finally:
         tempfile.tempdir = outer
-    left = {"processes": len(alive(children() - before)), "folders": len(list(desks.iterdir()))}
+    left = {"processes": len(alive(children(os.getpid()) - before)), "folders": len(list(desks.iterdir()))}
     if any(left.values()):
         message = f"{drill}: {left} are left"
         raise RuntimeError(message)
@@ -363,6 +381,8 @@ def main() -> None:
         Drill(2, 1, requests=words.requests),
         Drill(2, 1, moves=words.moves),
         Drill(2, 1, kinds=KINDS, kills=words.kills),
+        Drill(1, 1, requests=words.requests, ranks=2),
+        Drill(1, 1, kinds=("rank",), kills=-(-words.kills // 2), ranks=2),
     ]
     logging.disable(logging.CRITICAL)  # every kill is one
     rows = []

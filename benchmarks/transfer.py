@@ -9,6 +9,7 @@ one decode instance. With two instances the first token comes before the blocks 
 time is compared as well: it holds the transfer.
 
     python benchmarks/transfer.py            # two GPUs
+    python benchmarks/transfer.py --ranks 2  # four: each engine has two tensor-parallel ranks
     python benchmarks/transfer.py --small    # shared memory of a CPU and the nano model: a rehearsal
 """
 
@@ -32,7 +33,7 @@ from random_checkpoint import DUMMY, NAME, QUIET, make_folder, shape
 
 from benthic.bench.served import serving
 from benthic.serve.cache import CacheLayout, LatentCache
-from benthic.serve.instance import region_of, source_of
+from benthic.serve.pages import region_of, source_of
 from benthic.serve.transfer.handshake import Region
 from benthic.serve.transfer.memory import MappedPages, pull
 
@@ -68,15 +69,16 @@ def main() -> None:
     """Bandwidth, then TTFT; both are printed as they come."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel, of each engine")
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
     sizes = SMALL if words.small else Sizes()
     devices = ("cpu", "cpu") if words.small else two_gpus()
     moved = bandwidth(devices, sizes, small=words.small)
     with tempfile.TemporaryDirectory() as folder:
-        waited = first_tokens(Path(folder), sizes, small=words.small)
+        waited = first_tokens(Path(folder), sizes, small=words.small, ranks=words.ranks)
     rows = {"bandwidth": moved, "first_tokens": waited, "targets": TARGETS}
-    settings = {"small": words.small, "devices": devices, "sizes": asdict(sizes)}
+    settings = {"small": words.small, "devices": devices, "ranks": words.ranks, "sizes": asdict(sizes)}
     print(write_result("transfer", rows, out=words.out, **settings))
 
 
@@ -191,12 +193,13 @@ def seconds(do: Callable[[], object], device: str, repeats: int) -> float:
 # --- time to the first tokens
 
 
-def first_tokens(folder: Path, sizes: Sizes, *, small: bool) -> dict[str, Any]:
+def first_tokens(folder: Path, sizes: Sizes, *, small: bool, ranks: int = 1) -> dict[str, Any]:
     """Milliseconds to the first and second token of each kind of server, and what two instances add."""
     config = shape(small=small)
     model = make_folder(folder / "model", config)
     words = [str(model), *DUMMY, *QUIET, "--max-num-batched-tokens", "8192", "--block-size", str(BLOCK_SIZE)]
     words += ["--num-blocks", "512"] if small else ["--gpu-memory-utilization", "0.85"]
+    words += ["--tensor-parallel-size", str(ranks)]
     kinds = {"one server": [], "1P1D": ["--prefill", "1", "--decode", "1"]}
     found: dict[str, Any] = {}
     for number, (kind, more) in enumerate(kinds.items()):

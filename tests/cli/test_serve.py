@@ -106,8 +106,15 @@ def test_a_port_in_use_is_an_error_before_the_model_is_looked_at(fails: Fails) -
             "batch_invariant = True needs tensor_parallel_size = 1, not 2",
         ),
         (("a", "--kv-port", "5000", "--decode", "2"), "--kv-port 5000"),
-        (("a", "-tp", "2", "--prefill", "1", "--decode", "1"), "--prefill 1 --decode 1 takes engines of 1"),
-        (("a", "--tensor-parallel-size", "2", "--kv-port", "5000"), "--kv-port 5000 takes engines of 1 rank"),
+        (
+            ("a", "-tp", "2", "--prefill", "1", "--decode", "1", "--cluster", "auto"),
+            "gives an instance 1 GPU, but it is to have 2",
+        ),
+        (("a", "--decode-tensor-parallel-size", "2"), "--decode-tensor-parallel-size 2 is about instances"),
+        (
+            ("a", "--prefill", "2", "--decode", "1", "--replan", "9", "--prefill-tensor-parallel-size", "2"),
+            "have 2 and 1 tensor-parallel ranks",
+        ),
         (("a", "-dp", "2"), "data_parallel_size = 2 divides whole experts"),
         (("a", "-dp", "2", "-tp", "2", "--enable-expert-parallel"), "tensor_parallel_size = 2"),
         (("a", "-dp", "2", "--enable-expert-parallel", "--decode", "2"), "--prefill 0 --decode 2 takes"),

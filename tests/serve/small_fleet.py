@@ -16,6 +16,7 @@ from small_engine import EOS, random_model, serve, small_engine
 
 from benthic.sched.routing import Policy
 from benthic.serve.build import assemble
+from benthic.serve.engine import Engine
 from benthic.serve.instance import Instance, TransferOptions, digest_of
 from benthic.serve.journal import Journal
 from benthic.serve.options import EngineOptions
@@ -51,7 +52,7 @@ def small_instance(
     model = random_model(seed=seed)
     parts = assemble(model, settings, model_name="nano", eos=(EOS,))
     transfer = TransferOptions(address=address, model=digest_of(model), patience_s=patience_s)
-    return Instance(parts, settings, transfer, clock=clock)
+    return Instance(Engine(parts, settings, clock=clock), transfer, clock=clock)
 
 
 def factory_in(

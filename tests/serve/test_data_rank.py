@@ -225,5 +225,7 @@ def test_what_ranks_cannot_do_together_is_refused(options: dict, says: str) -> N
 def test_ranks_take_no_part_in_transfers() -> None:
     options = EngineOptions(data_parallel_size=2, enable_expert_parallel=True)
     for how in ({"prefill": 1, "decode": 1, "kv_port": None}, {"prefill": 0, "decode": 0, "kv_port": 5000}):
-        with pytest.raises(ConfigError, match=r"--data-parallel-size 2, but .* takes engines of 1 rank"):
+        with pytest.raises(
+            ConfigError, match=r"--data-parallel-size 2, but .* takes engines that share nothing"
+        ):
             check_instances(options, **how)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 from contextlib import contextmanager
+from multiprocessing import Pipe
 from typing import TYPE_CHECKING
 
 import fake_ranks
@@ -109,3 +110,33 @@ def test_what_fails_on_rank_0_itself_is_said_too() -> None:
     with ranks(fake_ranks.obedient, size=2) as followers:
         followers.meet("started")
         assert "rank 0 failed: ValueError: a bad chip" in str(followers.lost(ValueError("a bad chip")))
+
+
+class Ending:
+    """A process that ends between two looks at it."""
+
+    pid, exitcodes = 7, [None]
+
+    def __init__(self) -> None:
+        self.sentinel, writing = os.pipe()
+        os.close(writing)
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.exitcodes.pop() if self.exitcodes else -9
+
+    def join(self, _seconds: float | None = None) -> None:
+        """It has."""
+
+    def kill(self) -> None:
+        """It needs no more."""
+
+
+def test_a_rank_that_ends_while_it_is_looked_for_is_found() -> None:
+    with ranks(fake_ranks.obedient, size=1) as followers:
+        here, there = Pipe()
+        followers._links.append(module.Link(1, Ending(), here))
+        lost = followers.lost(RuntimeError("Connection reset by peer"))
+        assert "rank 1 (pid 7) was killed by signal 9" in str(lost)
+        followers._links.clear()
+        assert not there.poll(0)

@@ -62,6 +62,8 @@ def serve(  # noqa: PLR0913 (one flag each)
     reasoning_parser: flags.ReasoningParser = words.ReasoningParser.auto,
     prefill: flags.Prefill = 0,
     decode: flags.Decode = 0,
+    prefill_tensor_parallel_size: flags.PrefillTensorParallelSize = None,
+    decode_tensor_parallel_size: flags.DecodeTensorParallelSize = None,
     prefill_policy: flags.PrefillPolicy = "prefix_affinity",
     local_prefill_tokens: flags.LocalPrefillTokens = 0,
     replan: flags.Replan = None,
@@ -80,6 +82,7 @@ def serve(  # noqa: PLR0913 (one flag each)
     from benthic.serve import launch, server, speculative  # noqa: PLC0415
     from benthic.serve.fleet import Fleet, FleetOptions, load_instance  # noqa: PLC0415
     from benthic.serve.options import EngineOptions  # noqa: PLC0415
+    from benthic.serve.seats import Seat  # noqa: PLC0415
     from benthic.serve.service import ServiceSettings  # noqa: PLC0415
     from benthic.serve.tokenizer import Tokenizer  # noqa: PLC0415
     from benthic.spec.objectives import Objectives  # noqa: PLC0415
@@ -136,10 +139,28 @@ def serve(  # noqa: PLR0913 (one flag each)
         kv_nixl=kv_nixl,
         replan=replan,
         cluster=cluster,
+        prefill_ranks=prefill_tensor_parallel_size,
+        decode_ranks=decode_tensor_parallel_size,
     )
+    fleet: Fleet | None = None
+    if prefill or decode:
+        spread = FleetOptions(
+            prefill=prefill,
+            decode=decode,
+            prefill_policy=prefill_policy,
+            local_tokens=local_prefill_tokens,
+            replan_s=replan,
+            prefill_ranks=prefill_tensor_parallel_size,
+            decode_ranks=decode_tensor_parallel_size,
+        )
+        fleet = Fleet(checkpoint=folder, engine=options, options=spread, cluster=cluster, nixl=kv_nixl)
+    elif data_parallel_size > 1:
+        together = FleetOptions.together(data_parallel_size)
+        fleet = Fleet(checkpoint=folder, engine=options, options=together)
     bound = launch.bind(host, port)
     config = launch.check_checkpoint(folder, weights=load_format is words.LoadFormat.auto)
-    launch.check_division(options, config)
+    for engine in (options,) if fleet is None else fleet.engines.values():
+        launch.check_division(engine, config)
     tokenizer = Tokenizer.from_folder(folder)
     template = launch.read_template(tokenizer, chat_template)
     parts = server.Parts(
@@ -162,17 +183,8 @@ def serve(  # noqa: PLR0913 (one flag each)
     )
     if kv_port is not None:
         build = functools.partial(
-            load_instance, folder, options, f"tcp://{kv_host}:{kv_port}", 0, nixl=kv_nixl
+            load_instance, folder, options, f"tcp://{kv_host}:{kv_port}", Seat(), nixl=kv_nixl
         )
         raise typer.Exit(server.run(build, bound, parts))
-    if data_parallel_size > 1:
-        together = FleetOptions.together(data_parallel_size)
-        raise typer.Exit(server.run(Fleet(checkpoint=folder, engine=options, options=together), bound, parts))
-    if not prefill and not decode:
-        raise typer.Exit(server.run(functools.partial(launch.load_engine, folder, options), bound, parts))
-    spread = FleetOptions(
-        prefill=prefill, decode=decode, prefill_policy=prefill_policy, local_tokens=local_prefill_tokens,
-        replan_s=replan,
-    )  # fmt: skip
-    fleet = Fleet(checkpoint=folder, engine=options, options=spread, cluster=cluster, nixl=kv_nixl)
-    raise typer.Exit(server.run(fleet, bound, parts))
+    started = functools.partial(launch.load_engine, folder, options) if fleet is None else fleet
+    raise typer.Exit(server.run(started, bound, parts))

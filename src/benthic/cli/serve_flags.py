@@ -244,6 +244,17 @@ Prefill = Annotated[
     int, typer.Option(min=0, help="Instances that prefill for others.", rich_help_panel=FLEET)
 ]
 Decode = Annotated[int, typer.Option(min=0, help="Instances that pull and decode.", rich_help_panel=FLEET)]
+PrefillTensorParallelSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Ranks of an instance that prefills (default: --tensor-parallel-size).",
+        rich_help_panel=FLEET,
+    ),
+]
+DecodeTensorParallelSize = Annotated[
+    int | None, typer.Option(min=1, help="The same of one that decodes.", rich_help_panel=FLEET)
+]
 PrefillPolicy = Annotated[str, typer.Option(help="prefix_affinity or shortest_queue.", rich_help_panel=FLEET)]
 LocalPrefillTokens = Annotated[
     int,

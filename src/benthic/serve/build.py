@@ -306,7 +306,7 @@ def check_ranks(options: EngineOptions, rank: Rank | None) -> None:
         degree = "data_parallel_size" if options.data_parallel_size > 1 else "tensor_parallel_size"
         msg = (
             f"{degree} = {asked}, but this engine runs on {there}. Only `benthic serve "
-            f"--{degree.replace('_', '-')}` starts several, and not for prefill and decode instances."
+            f"--{degree.replace('_', '-')}` starts several."
         )
         raise ConfigError(msg)
 

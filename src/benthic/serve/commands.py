@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from benthic.sched.plans import BlockCopy, Prefill, StepPlan, TableWrite
+from benthic.serve.transfer.handshake import Region  # noqa: TC001 (msgspec reads the annotations of messages)
 
 if TYPE_CHECKING:
     from benthic.serve.drafts import Drafts
@@ -90,6 +91,28 @@ class Learn(msgspec.Struct, frozen=True, array_like=True, tag=True):
     rows: int
 
 
+class OpenPages(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Map the pages of another instance, which `regions` are, by rank: rank r takes r mod their number."""
+
+    instance_id: str
+    regions: tuple[Region, ...]
+
+
+class ClosePages(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Let another instance's pages go."""
+
+    instance_id: str
+
+
+class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Copy blocks of another instance into blocks of this one; answered by `Fetched`, at any time later."""
+
+    number: int
+    instance_id: str
+    remote_blocks: tuple[int, ...]
+    local_blocks: tuple[int, ...]
+
+
 class Leave(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """There is nothing more to run."""
 
@@ -100,6 +123,19 @@ class Here(msgspec.Struct, frozen=True, array_like=True, tag=True):
     stage: str
 
 
+class Readable(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Where a rank's pages are, once it has built its engine."""
+
+    region: Region
+
+
+class Fetched(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A rank writes nothing more for a fetch; `trouble` says why it does not have the blocks, if so."""
+
+    number: int
+    trouble: str | None
+
+
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A rank is about to end, and why; `lost` when only because it has lost another one."""
 
@@ -107,8 +143,8 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     lost: bool
 
 
-Command = Step | Move | Score | Remember | Draft | Learn | Leave
-Answer = Here | Failed
+Command = Step | Move | Score | Remember | Draft | Learn | OpenPages | ClosePages | Fetch | Leave
+Answer = Here | Readable | Fetched | Failed
 
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_command: Final = msgspec.msgpack.Decoder(Command).decode

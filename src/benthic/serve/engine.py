@@ -74,6 +74,7 @@ class Engine:
         self._launched: deque[Launched] = deque()
         self._num_added = 0
         self._step_seconds = 0.0
+        self.observers: list[Callable[[StepPlan], None]] = []  # called with every plan before it runs
 
     @classmethod
     def from_pretrained(
@@ -172,6 +173,8 @@ class Engine:
             if isinstance(event, Started) and not event.resumed:
                 entry = self._in_flight[event.request_id]
                 entry.cached_tokens, entry.queued_s = event.cached_tokens, now - entry.added_s
+        for observe in self.observers:
+            observe(plan)
 
     def stats(self) -> Stats:
         """Totals since the start and gauges of this instant."""

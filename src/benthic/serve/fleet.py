@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.sched.replan import ReplanConfig
 from benthic.sched.routing import RANKINGS, Policy, Role
+from benthic.serve import followers
 from benthic.serve.cluster import Needs, RayPlace, own_address
 from benthic.serve.router import Router, RouterOptions
+from benthic.serve.seats import Seat, Seats
 from benthic.spec.objectives import Objectives
 
 if TYPE_CHECKING:
     from benthic.serve.journal import Journal
     from benthic.serve.options import EngineOptions
+    from benthic.serve.pages import Mover
     from benthic.serve.process import EngineFactory, EngineLike
 
 logger = logging.getLogger("benthic.serve.engine")
@@ -38,6 +41,8 @@ class FleetOptions:
         retries: how often a request is moved when its instance dies.
         restarts: how many instances that died are replaced, in all.
         replan_s: seconds of load by which instances change between the two kinds; None lets none change.
+        prefill_ranks: tensor-parallel ranks of an instance that prefills; None takes the engine's.
+        decode_ranks: of one that decodes.
 
     Raises:
         ConfigError: there is one instance alone or none that decodes, a policy is unknown, or instances are
@@ -52,6 +57,8 @@ class FleetOptions:
     retries: int = 3
     restarts: int = 16
     replan_s: float | None = None
+    prefill_ranks: int | None = None
+    decode_ranks: int | None = None
 
     def __post_init__(self) -> None:
         if self.prefill < 0 or self.decode < 1 or self.prefill + self.decode < 2:
@@ -93,6 +100,9 @@ class Fleet:
 
     They run on this host or, with `cluster`, on the nodes of a Ray cluster at that address; `nixl` moves
     blocks between hosts.
+
+    Raises:
+        ConfigError: an instance cannot have so many ranks, or is to change its role and would have others.
     """
 
     checkpoint: Path
@@ -100,6 +110,28 @@ class Fleet:
     options: FleetOptions
     cluster: str | None = None
     nixl: bool = False
+
+    def __post_init__(self) -> None:
+        ranks = [engine.tensor_parallel_size for engine in self.engines.values()]
+        if self.options.replan_s is not None and ranks[0] != ranks[1]:
+            msg = (
+                f"--replan {self.options.replan_s:g} moves instances between prefill and decode, but those "
+                f"have {ranks[0]} and {ranks[1]} tensor-parallel ranks. Give both as many, or leave out "
+                "--replan."
+            )
+            raise ConfigError(msg)
+
+    @property
+    def engines(self) -> dict[Role, EngineOptions]:
+        """The engine of an instance, by the role that it starts in."""
+        asked: dict[Role, int | None] = {
+            "prefill": self.options.prefill_ranks,
+            "decode": self.options.decode_ranks,
+        }
+        return {
+            role: self.engine if ranks is None else replace(self.engine, tensor_parallel_size=ranks)
+            for role, ranks in asked.items()
+        }
 
 
 def start_router(
@@ -128,17 +160,20 @@ def start_router(
             lambda _, index: functools.partial(build, index), roles, router, journal=journal, place=place
         )
     folder = Path(tempfile.mkdtemp(prefix="benthic-desks-"))
-    threads = _threads(fleet.engine, options.prefill + options.decode)
-    each = replace(fleet.engine, num_threads=threads)
+    engines = fleet.engines
+    ranks = sum(count * engines[role].tensor_parallel_size for role, count in roles.items())
+    threads = _threads(fleet.engine, ranks)
+    seats = Seats(shared=all(each.ranks == 1 for each in engines.values()))
 
     def factory(name: str, index: int) -> EngineFactory:
+        role: Role = "prefill" if name.startswith("prefill") else "decode"
+        each = replace(engines[role], num_threads=threads)
         if each.data_parallel_size > 1:
             return functools.partial(load_data_rank, fleet.checkpoint, each, folder, index)
-        return functools.partial(
-            load_instance, fleet.checkpoint, each, f"ipc://{folder}/{name}", index, nixl=fleet.nixl
-        )
+        seat, address = seats.take(name, each.ranks), f"ipc://{folder}/{name}"
+        return functools.partial(load_instance, fleet.checkpoint, each, address, seat, nixl=fleet.nixl)
 
-    return Router(factory, roles, router, journal=journal, folder=folder)
+    return Router(factory, roles, router, journal=journal, folder=folder, gone=seats.leave)
 
 
 def _place(fleet: Fleet, address: str) -> RayPlace:
@@ -166,27 +201,43 @@ def _replan(fleet: Fleet, objectives: Objectives) -> ReplanConfig | None:
 
 
 def load_instance(
-    path: Path, options: EngineOptions, address: str, index: int, *, nixl: bool = False
+    path: Path, options: EngineOptions, address: str, seat: Seat, *, nixl: bool = False
 ) -> EngineLike:
-    """Build one instance, in its own process; on GPUs, instance `index` takes the GPU of that number."""
+    """Build one instance, in its own process; on GPUs it takes those of its seat."""
+    if options.tensor_parallel_size > 1:
+        followers.prepare()
     import torch  # noqa: PLC0415 (the router's process imports this module and must stay light)
 
-    from benthic.serve.build import from_checkpoint  # noqa: PLC0415
+    from benthic.serve.engine import Engine  # noqa: PLC0415
     from benthic.serve.instance import Instance, TransferOptions, digest_of  # noqa: PLC0415
+    from benthic.serve.pages import Pages  # noqa: PLC0415
+    from benthic.serve.spread import SpreadEngine  # noqa: PLC0415
+    from benthic.serve.spread_pages import SpreadPages  # noqa: PLC0415
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    device = _device(options.device, index, torch.cuda.device_count())
+    device = seat.device(options.device, options.ranks, torch.cuda.device_count())
     options = replace(options, device=device, share_pages=not nixl)
     logger.info("device: %s", options.device)
-    parts = from_checkpoint(path, options)
-    transfer = TransferOptions(address=address, model=digest_of(parts.runner.model), nixl=nixl)
-    return Instance(parts, options, transfer)
+    mover: Mover = "nixl" if nixl else "host"
+
+    def instance(engine: Engine, pages: SpreadPages | None = None) -> Instance:
+        model = digest_of(engine.parts.runner.model)
+        return Instance(engine, TransferOptions(address=address, model=model, mover=mover), pages)
+
+    if options.tensor_parallel_size == 1:
+        return instance(Engine.from_pretrained(path, options))
+    spread = SpreadEngine.from_pretrained(path, options, mover=mover)
+    try:
+        return instance(spread, SpreadPages(Pages(spread.parts.runner.cache, mover), spread.followers))
+    except Exception:
+        spread.leave()  # this process would wait for the other ranks to end
+        raise
 
 
 def load_placed(path: Path, options: EngineOptions, router: str, index: int, *, nixl: bool) -> EngineLike:
     """Build an instance where it was placed, with a desk at the address from which it reaches the router."""
-    return load_instance(path, options, f"tcp://{own_address(router)}:0", index, nixl=nixl)
+    return load_instance(path, options, f"tcp://{own_address(router)}:0", Seat(index), nixl=nixl)
 
 
 def load_data_rank(path: Path, options: EngineOptions, folder: Path, rank: int) -> EngineLike:
@@ -198,16 +249,6 @@ def load_data_rank(path: Path, options: EngineOptions, folder: Path, rank: int) 
     if options.device == "auto":
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
     return DataRank.join(path, options, folder, rank)
-
-
-def _device(asked: str, index: int, gpus: int) -> str:
-    """The device of instance `index`. Raises: ConfigError when GPUs are asked for and there is none."""
-    if asked == "cuda" and not gpus:
-        msg = "device = cuda, but torch sees 0 GPUs here. Use --device cpu."
-        raise ConfigError(msg)
-    if asked in ("auto", "cuda"):
-        return f"cuda:{index % gpus}" if gpus else "cpu"
-    return asked
 
 
 def _threads(options: EngineOptions, count: int) -> int | None:

@@ -16,11 +16,15 @@ import torch
 from benthic.parallel.start import broke
 from benthic.serve.build import drafts_with_mtp
 from benthic.serve.commands import (
+    ClosePages,
     Draft,
     Failed,
+    Fetch,
     Here,
     Leave,
     Move,
+    OpenPages,
+    Readable,
     Remember,
     Score,
     Step,
@@ -29,6 +33,8 @@ from benthic.serve.commands import (
 )
 from benthic.serve.drafters import drafter_for
 from benthic.serve.drafts import Drafts, Trial
+from benthic.serve.fetching import Fetching
+from benthic.serve.pages import Pages
 from benthic.serve.ranks import build_shard, join, own_options
 from benthic.serve.spread_drafts import ToldGuesser, told_drawing
 
@@ -43,6 +49,7 @@ if TYPE_CHECKING:
     from benthic.sched.plans import StepPlan
     from benthic.serve.drafters import Drafter
     from benthic.serve.options import EngineOptions
+    from benthic.serve.pages import Mover
     from benthic.serve.runner import Runner, StepResult
 
 logger = logging.getLogger("benthic.serve.engine")
@@ -52,9 +59,15 @@ FAILED: Final = 1
 
 
 def follow(
-    path: Path, options: EngineOptions, port: int, log_level: int, rank: int, pipe: Connection
+    path: Path,
+    options: EngineOptions,
+    port: int,
+    log_level: int,
+    mover: Mover | None,
+    rank: int,
+    pipe: Connection,
 ) -> None:
-    """Body of the process of a rank.
+    """Body of the process of a rank; `mover` is what moves blocks, where the engine takes part in transfers.
 
     Signals are left to rank 0, as it leaves them to the HTTP process; the end of rank 0 ends this process. A
     failure is told and ends it at once: what is left of a broken group may hang when it is taken down.
@@ -73,7 +86,13 @@ def follow(
         here = join(own, port, rank)
         runner, team = build_shard(path, own, here, tell).runner, here.team
         modules = drafter_for(own, runner, ToldGuesser(team)) if drafts_with_mtp(own) else None
-        Follower(runner, team, modules).obey(pipe.recv_bytes)
+        fetching = None
+        if mover is not None:
+            pages = Pages(runner.cache, mover)
+            pipe.send_bytes(encode(Readable(pages.region)))
+            fetching = Fetching(rank, pages, pipe)
+        receive = pipe.recv_bytes if fetching is None else fetching.receive
+        Follower(runner, team, modules, fetching).obey(receive)
         runner.release()
         team.part()
     except EOFError:
@@ -94,12 +113,16 @@ class Follower:
         runner: of this rank's shard.
         team: through which tensors come.
         drafter: of this rank, where prediction modules draft.
+        fetching: of this rank, where blocks are pulled.
     """
 
-    def __init__(self, runner: Runner, team: Team, drafter: Drafter | None = None) -> None:
+    def __init__(
+        self, runner: Runner, team: Team, drafter: Drafter | None = None, fetching: Fetching | None = None
+    ) -> None:
         self._runner = runner
         self._team = team
         self._drafter = drafter
+        self._fetching = fetching
         self._slots: tuple[int, ...] = ()
         self._latest: tuple[StepPlan, StepResult, Trial | None] | None = None
 
@@ -121,6 +144,8 @@ class Follower:
             elif isinstance(command, Draft):
                 plan = command.step.plan(self._same(command.step.slots))
                 self._modules().draft(plan, (0,) * len(plan.sampled_ids))
+            elif isinstance(command, OpenPages | ClosePages | Fetch):
+                self._pull(command)
             else:
                 plan, result, trial = self._step()
                 drawing = told_drawing(command.rows, trial, self._team)
@@ -132,6 +157,15 @@ class Follower:
             drafts = Drafts(command.drafts, self._told(len(command.drafts), max(command.drafts)))
         trial = None if drafts is None else Trial.of(drafts, len(plan.sampled_ids))
         self._latest = plan, self._runner.run(plan, drafts), trial
+
+    def _pull(self, command: OpenPages | ClosePages | Fetch) -> None:
+        assert self._fetching is not None  # noqa: S101 (rank 0 has the same mover)
+        if isinstance(command, Fetch):
+            self._fetching.start(command)
+        elif isinstance(command, OpenPages):
+            self._fetching.open(command)
+        else:
+            self._fetching.close(command)
 
     def _same(self, slots: tuple[int, ...]) -> tuple[int, ...]:
         """The tuple that the runner knows, if it has not changed."""

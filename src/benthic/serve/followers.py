@@ -11,7 +11,7 @@ from multiprocessing import connection, forkserver
 from typing import TYPE_CHECKING, Final
 
 from benthic.errors import PeerLostError
-from benthic.serve.commands import Answer, Failed, Here, Leave, decode_answer, encode
+from benthic.serve.commands import Answer, Failed, Here, Leave, Readable, decode_answer, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     from benthic.serve.commands import Command
+    from benthic.serve.transfer.handshake import Region
 
     Body = Callable[[int, Connection], None]
 
@@ -42,6 +43,15 @@ def prepare() -> None:
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
     forkserver.ensure_running()
+
+
+def start_rank(body: Body, rank: int, pipe: Connection) -> BaseProcess:
+    """Start the process of a rank, which has its end of the pipe then."""
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=body, args=(rank, pipe), name=f"benthic-rank-{rank}")
+    process.start()
+    pipe.close()
+    return process
 
 
 @dataclass
@@ -83,19 +93,15 @@ class Followers:
     """
 
     def __init__(self, body: Body, size: int) -> None:
-        self._size = size
+        self.size = size
         self._leaving = threading.Event()
         self._lost = False
         self._reading = threading.Lock()
         self._links: list[Link] = []
         prepare()
-        context = multiprocessing.get_context("forkserver")
         for rank in range(1, size):
-            here, there = context.Pipe()
-            process = context.Process(target=body, args=(rank, there), name=f"benthic-rank-{rank}")
-            process.start()
-            there.close()
-            self._links.append(Link(rank, process, here))
+            here, there = multiprocessing.Pipe()
+            self._links.append(Link(rank, start_rank(body, rank, there), here))
 
     @property
     def pids(self) -> tuple[int | None, ...]:
@@ -108,15 +114,47 @@ class Followers:
         Raises:
             PeerLostError: one has ended instead.
         """
-        missing = list(self._links)
-        while missing:
+        if any(answer != Here(stage) for answer in self._answers()):
+            raise self.lost(None)
+
+    def regions(self) -> list[Region]:
+        """Where the ranks' pages are, which each says once, when it has built its engine.
+
+        Raises:
+            PeerLostError: one has ended instead.
+        """
+        answers = self._answers()
+        found = [answer.region for answer in answers if isinstance(answer, Readable)]
+        if len(found) < len(answers):
+            raise self.lost(None)
+        return found
+
+    def _answers(self) -> list[Answer]:
+        """Wait for the next answer of every rank. Raises: PeerLostError when one ends or fails instead."""
+        found: dict[int, Answer] = {}
+        while missing := [link for link in self._links if link.rank not in found]:
             connection.wait([link.pipe for link in missing])
-            with self._reading:
-                answers = [(link, link.read()) for link in missing if link.pipe.poll(0)]
-            arrived = [link for link, answer in answers if answer == Here(stage)]
-            if len(arrived) < len(answers):
-                raise self.lost(None)
-            missing = [link for link in missing if link not in arrived]
+            found |= self._read(missing)
+        return [found[link.rank] for link in self._links]
+
+    def heard(self, *, wait: bool) -> list[tuple[int, Answer]]:
+        """What ranks have said, at most one answer each, with their numbers; with `wait`, one at least.
+
+        Raises:
+            PeerLostError: one has ended or failed.
+        """
+        if wait:
+            connection.wait([link.pipe for link in self._links])
+        return list(self._read(self._links).items())
+
+    def _read(self, links: list[Link]) -> dict[int, Answer]:
+        """The next answer of each of these that has said something. Raises: PeerLostError."""
+        with self._reading:
+            said = {link.rank: link.read() for link in links if link.pipe.poll(0)}
+        answers: dict[int, Answer] = {rank: answer for rank, answer in said.items() if answer is not None}
+        if len(answers) < len(said) or any(isinstance(answer, Failed) for answer in answers.values()):
+            raise self.lost(None)
+        return answers
 
     def tell(self, command: Command) -> None:
         """Let every rank run something.
@@ -141,7 +179,7 @@ class Followers:
         if not words:
             words = f"rank 0 failed: {type(cause).__name__}: {cause}"
         return PeerLostError(
-            f"the {self._size} ranks of this engine compute every step together and cannot go on: {words}. "
+            f"the {self.size} ranks of this engine compute every step together and cannot go on: {words}. "
             "Start it again."
         )
 
@@ -149,12 +187,13 @@ class Followers:
         """The ranks that ended, without those that ended because of others where there are such."""
         until = time.monotonic() + patience_s
         while True:
+            # before looking who has ended: one that ends between the two looks is waited for, and found
+            running = [link.process.sentinel for link in self._links if link.process.exitcode is None]
             with self._reading:
                 for link in self._links:
                     link.read()
             ended = [link for link in self._links if link.fate() is not None]
             blamed = [link for link in ended if link.failure is None or not link.failure.lost]
-            running = [link.process.sentinel for link in self._links if link.process.exitcode is None]
             if blamed or not running or not connection.wait(running, max(0.0, until - time.monotonic())):
                 return blamed or ended
 

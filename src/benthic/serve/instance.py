@@ -1,6 +1,7 @@
 """An engine among others: it keeps prompts for those that read them, and reads what others keep.
 
-The plain engine plans, runs and commits steps; this one also plans, carries out and commits transfers.
+The engine plans, runs and commits steps, on one rank or several; between two of them the instance plans,
+carries out and commits transfers.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ import msgspec
 import torch
 
 from benthic import __version__
-from benthic.errors import TransferError
 from benthic.sched.batching import Started
-from benthic.serve.engine import Engine
 from benthic.serve.messages import Remote
-from benthic.serve.transfer import cuda
+from benthic.serve.pages import Pages
+from benthic.serve.process import Shared
 from benthic.serve.transfer.desk import Desk
-from benthic.serve.transfer.handshake import Region, Terms, Welcome
-from benthic.serve.transfer.memory import MemorySource, Source
-from benthic.serve.transfer.nixl import NixlPages, NixlSource
+from benthic.serve.transfer.handshake import Terms, Welcome
 from benthic.serve.transfer.reader import Reader
+from benthic.spec.parameters import parameters
+from benthic.spec.shard import always_held
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from benthic.model.network import DeepSeek
-    from benthic.sched.batching import Finished, StepPlan
-    from benthic.serve.build import Parts
-    from benthic.serve.cache import CacheLayout, LatentCache
-    from benthic.serve.engine import Clock
-    from benthic.serve.messages import Delta, Generate
-    from benthic.serve.options import EngineOptions
-    from benthic.serve.sample import Logprobs
+    from benthic.sched.batching import StepPlan
+    from benthic.serve.cache import CacheLayout
+    from benthic.serve.engine import Clock, Engine
+    from benthic.serve.messages import Delta, Generate, Ready, Stats
+    from benthic.serve.pages import Mover
+    from benthic.serve.transfer.memory import Opener
 
 IDLE_S = 0.001
 """How long a step without tokens to compute waits for an answer from another instance."""
@@ -47,48 +48,58 @@ class TransferOptions:
     Attributes:
         address: where its desk listens.
         model: digest of configuration and weights; instances share blocks only when it is equal.
-        nixl: move blocks by NIXL, between hosts; otherwise by shared memory or CUDA IPC on this one.
+        mover: what moves blocks.
         patience_s: how long another instance may take to answer before its blocks are computed here.
     """
 
     address: str
     model: str
-    nixl: bool = False
+    mover: Mover = "host"
     patience_s: float = 2.0
 
 
-class Instance(Engine):
+class Instance:
     """An engine that takes part in prefill/decode disaggregation, on either side.
 
     Args:
-        parts: as for `Engine`; the cache must be shared (`EngineOptions.share_pages`) on a CPU.
-        options: settings.
+        engine: what computes; it belongs to this instance from now on.
         transfer: how it takes part.
-        clock: seconds since some fixed moment.
+        pages: of all ranks of the engine; None where it has one.
+        clock: that of the engine.
     """
 
     def __init__(
         self,
-        parts: Parts,
-        options: EngineOptions,
+        engine: Engine,
         transfer: TransferOptions,
+        pages: Opener | None = None,
         *,
         clock: Clock = time.monotonic,
     ) -> None:
-        super().__init__(parts, options, clock=clock)
-        cache = parts.runner.cache
-        terms = terms_of(transfer.model, cache.layout)
-        pages = NixlPages(cache.pages_LPBW) if transfer.nixl else None
-        region = region_of(cache, pages)
+        self.engine = engine
         self.instance_id = uuid.uuid4().hex
-        self._desk = Desk(transfer.address, terms, Welcome(self.instance_id, region))
+        self._scheduler = engine.parts.scheduler
+        self._clock = clock
+        cache = engine.parts.runner.cache
+        terms = terms_of(transfer.model, cache.layout)
+        pages = pages or Pages(cache, transfer.mover)
+        self._desk = Desk(transfer.address, terms, Welcome(self.instance_id, pages.regions))
+        lease_s = self._scheduler.config.lease_seconds
+        self._reader = Reader(terms, pages, lease_s=lease_s, patience_s=transfer.patience_s)
+        engine.observers.append(self._observe)
 
-        def open_source(region: Region) -> Source:
-            return source_of(region, cache, pages)
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is waiting, pulled or running."""
+        return self.engine.has_work
 
-        self._reader = Reader(
-            terms, open_source, lease_s=options.lease_seconds, patience_s=transfer.patience_s
-        )
+    def ready(self) -> Ready:
+        """As `Engine.ready`."""
+        return self.engine.ready()
+
+    def stats(self) -> Stats:
+        """As `Engine.stats`."""
+        return self.engine.stats()
 
     @property
     def wake_fd(self) -> int:
@@ -102,13 +113,13 @@ class Instance(Engine):
 
     def add(self, request: Generate) -> None:
         """As `Engine.add`; where blocks are to be pulled, their lease is kept alive from now on."""
-        super().add(request)
+        self.engine.add(request)
         if request.pull is not None:
             self._reader.expect(request.request_id, request.pull, self._clock())
 
     def abort(self, request_id: str) -> None:
-        """As `Engine.abort`; also ends a lease of that name, and a pull."""
-        super().abort(request_id)
+        """As `Engine.abort`; also ends a lease of that name, and a pull, whose copies it waits for."""
+        self.engine.abort(request_id)
         for transfer in self._reader.forget(request_id):
             self._scheduler.pulls.fail(transfer)
         if self._scheduler.leases.get(request_id) is not None:
@@ -119,19 +130,29 @@ class Instance(Engine):
         """As `Engine.step`, between two turns of the transfers."""
         self._serve_readers()
         steps = self._scheduler.totals.steps
-        deltas = super().step()
+        deltas = [self._with_lease(delta) for delta in self.engine.step()]
         self._move()
         if self._scheduler.totals.steps == steps and self._reader.waiting:
             self._reader.wait(IDLE_S)
         return deltas
+
+    def watch(self, last_words: Callable[[str], None]) -> None:
+        """Call `last_words` from a thread when the engine has lost another rank and waits for it."""
+        if isinstance(self.engine, Shared):
+            self.engine.watch(last_words)
+
+    def leave(self) -> None:
+        """Leave the others alone, and let the engine's other ranks go; it can do nothing more. Once."""
+        self.shut()
+        if isinstance(self.engine, Shared):
+            self.engine.leave()
 
     def shut(self) -> None:
         """Leave the others alone; the engine itself can go on."""
         self._desk.shut()
         self._reader.shut()
 
-    def _observe(self, plan: StepPlan, now: float) -> None:
-        super()._observe(plan, now)
+    def _observe(self, plan: StepPlan) -> None:
         for event in plan.events:
             if isinstance(event, Started) and event.request_id not in self._scheduler.pulls:
                 self._reader.forget(event.request_id)  # the prefix cache had everything
@@ -158,18 +179,16 @@ class Instance(Engine):
             if self._desk.close(lease_id):
                 leases.release(lease_id)
 
-    def _delta(
-        self, request_id: str, tokens: list[int], end: Finished | None, logprobs: tuple[Logprobs, ...] | None
-    ) -> Delta:
-        delta = super()._delta(request_id, tokens, end, logprobs)
-        lease = None if end is None else self._scheduler.leases.get(request_id)
+    def _with_lease(self, delta: Delta) -> Delta:
+        """The delta; where it ends a request that is held, it says where the blocks are."""
+        lease = None if delta.finish_reason is None else self._scheduler.leases.get(delta.request_id)
         if lease is None:
             return delta
-        self._desk.open(request_id)
+        self._desk.open(delta.request_id)
         remote = Remote(
             instance_id=self.instance_id,
             address=self._desk.address,
-            lease_id=request_id,
+            lease_id=delta.request_id,
             blocks=lease.blocks,
             num_tokens=lease.num_tokens,
         )
@@ -188,49 +207,17 @@ def terms_of(model: str, layout: CacheLayout) -> Terms:
     )
 
 
-def region_of(cache: LatentCache, nixl: NixlPages | None) -> Region:
-    """How others read this cache.
-
-    Raises:
-        TransferError: the pages are this process's alone.
-    """
-    if nixl is not None:
-        return nixl.region()
-    if cache.memory is not None:
-        return cache.memory.region(cache.num_blocks)
-    if cache.pages_LPBW.device.type == "cuda":
-        return cuda.region_of(cache.pages_LPBW)
-    msg = "the cache is this process's alone. Build the engine with share_pages=True."
-    raise TransferError(msg)
-
-
-def source_of(region: Region, cache: LatentCache, nixl: NixlPages | None) -> Source:
-    """Open another instance's pages.
-
-    Raises:
-        TransferError: this instance cannot read pages of that kind.
-    """
-    if region.kind == "nixl" and nixl is not None:
-        return NixlSource(region, nixl)
-    device = cache.pages_LPBW.device.type
-    if region.kind == "memory" and device == "cpu":
-        return MemorySource(region, cache.pages_LPBW)
-    if region.kind == "cuda" and device == "cuda":
-        return cuda.CudaSource(region, cache.pages_LPBW)
-    mine = "nixl" if nixl is not None else {"cpu": "memory", "cuda": "cuda"}[device]
-    msg = (
-        f"the other instance's blocks move by {region.kind!r}, but this one's by {mine!r}. Start both alike."
-    )
-    raise TransferError(msg)
-
-
 def digest_of(model: DeepSeek) -> str:
     """A fingerprint of configuration and weights: instances that differ in either must not share blocks.
 
-    Reads a slice of every parameter (at most 64 values), not all of them.
+    Reads a slice of every parameter (at most 64 values), not all of them, and of those that are divided over
+    ranks what rank 0 holds however many there are: `model` may be its shard.
     """
     digest = hashlib.blake2b(repr(model.config).encode(), digest_size=12)
-    for name, parameter in sorted(model.named_parameters()):
-        some = parameter.detach().reshape(-1)[:64].to(torch.float32).cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
+    held = dict(model.named_parameters())
+    for param in sorted(parameters(model.config), key=lambda param: param.name):
+        if param.name in held:
+            here = held[param.name].detach()[always_held(param)]
+            some = here.reshape(-1)[:64].to(torch.float32).cpu()
+            digest.update(param.name.encode() + some.numpy().tobytes())
     return digest.hexdigest()

@@ -69,7 +69,7 @@ def check_checkpoint(path: Path, *, weights: bool = True) -> ModelConfig:
     return hf.read(path / "config.json").config
 
 
-def check_instances(
+def check_instances(  # noqa: PLR0913 (one flag each)
     options: EngineOptions,
     *,
     prefill: int,
@@ -78,45 +78,59 @@ def check_instances(
     kv_nixl: bool = False,
     replan: float | None = None,
     cluster: str | None = None,
+    prefill_ranks: int | None = None,
+    decode_ranks: int | None = None,
 ) -> None:
     """Refuse ways of running that exclude each other.
 
     Raises:
         ConfigError: naming the flags.
     """
-    if kv_port is not None and (prefill or decode):
+    if not (prefill or decode):
+        _refuse_without_fleet(replan, cluster, prefill_ranks, decode_ranks)
+    elif kv_port is not None:
         msg = (
             f"--kv-port {kv_port} makes one engine part of others' fleets, but --prefill {prefill} and "
             f"--decode {decode} start a fleet of its own. Choose one."
         )
         raise ConfigError(msg)
-    if replan is not None and not (prefill or decode):
-        msg = (
-            f"--replan {replan:g} moves instances between prefill and decode, but --prefill 0 and --decode 0 "
-            "start none. Give both, 3 together at least."
-        )
-        raise ConfigError(msg)
-    if cluster is not None and not (prefill or decode):
-        msg = (
-            f"--cluster {cluster} places the instances of a fleet, but --prefill 0 and --decode 0 start "
-            "none. Give --decode at least."
-        )
-        raise ConfigError(msg)
-    ranks, host_cache_gib = options.ranks, options.host_cache_gib
-    if ranks > 1 and (kv_port is not None or prefill or decode):
+    if options.data_parallel_size > 1 and (kv_port is not None or prefill or decode):
         alone = f"--kv-port {kv_port}" if kv_port is not None else f"--prefill {prefill} --decode {decode}"
-        flag = "--data-parallel-size" if options.data_parallel_size > 1 else "--tensor-parallel-size"
         msg = (
-            f"{flag} {ranks}, but {alone} takes engines of 1 rank: blocks are not moved between several. "
-            "Leave out one or the other."
+            f"--data-parallel-size {options.data_parallel_size}, but {alone} takes engines that share "
+            "nothing: those that share experts move no blocks. Leave out one or the other."
         )
         raise ConfigError(msg)
-    if kv_nixl and host_cache_gib:
+    ranks = max(options.tensor_parallel_size, prefill_ranks or 1, decode_ranks or 1)
+    if cluster is not None and ranks > 1:
         msg = (
-            f"--host-cache-gib {host_cache_gib}, but --kv-nixl writes blocks without waiting for those that "
-            "are on their way to the host. Leave out one or the other."
+            f"--cluster {cluster} gives an instance 1 GPU, but it is to have {ranks} tensor-parallel ranks. "
+            "Start servers with --kv-port on the nodes instead, or leave out the ranks."
         )
         raise ConfigError(msg)
+    if kv_nixl and options.host_cache_gib:
+        msg = (
+            f"--host-cache-gib {options.host_cache_gib}, but --kv-nixl writes blocks without waiting for "
+            "those that are on their way to the host. Leave out one or the other."
+        )
+        raise ConfigError(msg)
+
+
+def _refuse_without_fleet(
+    replan: float | None, cluster: str | None, prefill_ranks: int | None, decode_ranks: int | None
+) -> None:
+    """Raises: ConfigError for what is about the instances of a fleet where none are started."""
+    given = {
+        "replan": (replan, "moves instances between prefill and decode", "Give both, 3 together at least"),
+        "cluster": (cluster, "places the instances of a fleet", "Give --decode at least"),
+        "prefill-tensor-parallel-size": (prefill_ranks, "is about instances that prefill", "Give both"),
+        "decode-tensor-parallel-size": (decode_ranks, "is about instances that decode", "Give both"),
+    }
+    for flag, (value, what, remedy) in given.items():
+        if value is not None:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            msg = f"--{flag} {shown} {what}, but --prefill 0 and --decode 0 start none. {remedy}."
+            raise ConfigError(msg)
 
 
 def check_division(options: EngineOptions, config: ModelConfig) -> None:

@@ -76,15 +76,22 @@ class Members:
         connect: starts the process of an instance, by its name and its index (from 0, never reused).
         restarts: how many instances that died are replaced, in all.
         together: none can serve without the others; when one dies, the others end by themselves.
+        gone: called with the name of an instance whose process has ended.
     """
 
     def __init__(
-        self, connect: Callable[[str, int], EngineClient], *, restarts: int, together: bool = False
+        self,
+        connect: Callable[[str, int], EngineClient],
+        *,
+        restarts: int,
+        together: bool = False,
+        gone: Callable[[str], None] | None = None,
     ) -> None:
         self.together = together
         self.changed = asyncio.Event()
         self.places: PrefixMap | None = None
         self._connect = connect
+        self._call_gone = gone
         self._restarts = self._restarts_left = restarts
         self._members: dict[str, Member] = {}
         self._watchers: set[asyncio.Task[None]] = set()
@@ -204,6 +211,8 @@ class Members:
         if stats is not None:
             self._gone = _sum([self._gone, _totals(stats)])
         del self._members[member.name]
+        if self._call_gone is not None:
+            self._call_gone(member.name)
         if self.places is not None:
             self.places.forget(member.name)
         if not member.draining and not self._closing:

@@ -104,6 +104,7 @@ class Router:
         journal: where the phases of requests go.
         folder: where the instances' desks are; deleted at the end.
         place: where instances run; None for this host.
+        gone: called with the name of an instance whose process has ended, before another one replaces it.
         clock: seconds, monotonic.
     """
 
@@ -116,6 +117,7 @@ class Router:
         journal: Journal,
         folder: Path | None = None,
         place: Place | None = None,
+        gone: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         def connect(name: str, index: int) -> EngineClient:
@@ -127,7 +129,7 @@ class Router:
                 clock=clock,
             )
 
-        self.members = Members(connect, restarts=options.restarts, together=options.together)
+        self.members = Members(connect, restarts=options.restarts, together=options.together, gone=gone)
         self.retried = 0
         self._options = options
         self._journal = journal

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from benthic.serve.launched import Launched
     from benthic.serve.messages import Delta
     from benthic.serve.options import EngineOptions
+    from benthic.serve.pages import Mover
 
 logger = logging.getLogger("benthic.serve.engine")
 
@@ -63,9 +64,17 @@ class SpreadEngine(Engine):
 
     @classmethod
     def from_pretrained(
-        cls, path: Path | str, options: EngineOptions, *, clock: Clock = time.monotonic
+        cls,
+        path: Path | str,
+        options: EngineOptions,
+        *,
+        clock: Clock = time.monotonic,
+        mover: Mover | None = None,
     ) -> SpreadEngine:
         """Start the other ranks and load a shard of the checkpoint on each; `leave` lets them go.
+
+        With `mover` they can pull blocks, see `benthic.serve.spread_pages.SpreadPages`, which has to be made
+        before the first step.
 
         Raises:
             ConfigError: the model or the machine's GPUs do not divide so.
@@ -75,7 +84,7 @@ class SpreadEngine(Engine):
         folder = Path(path)
         shard_of(options, 0).check(hf.read(folder).config)
         own, store = own_options(options, 0), open_store()
-        body = functools.partial(follow, folder, options, store.port, logging.getLogger().level)
+        body = functools.partial(follow, folder, options, store.port, logging.getLogger().level, mover)
         followers, rank = Followers(body, options.tensor_parallel_size), None
         try:
             followers.meet("started")

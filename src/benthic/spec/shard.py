@@ -9,7 +9,7 @@ of its own (DeepSeek-V3 report section 3.4), whole experts are divided and nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from benthic.errors import ConfigError
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from benthic.spec.parameters import Param
 
 Box = tuple[slice, ...]
+
+DIVISIBLE: Final = frozenset({"heads", "vocab", "ffn", "expert"})
+"""Axes of parameters that some shard divides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +103,8 @@ class Shard:
     def _piece(self, size: int) -> slice:
         width = size // self.size
         return slice(self.index * width, (self.index + 1) * width)
+
+
+def always_held(param: Param) -> tuple[int | slice, ...]:
+    """An index into `param` of what rank 0 holds at that place, however the model is divided."""
+    return tuple(0 if axis in DIVISIBLE else slice(None) for axis in param.axes)

@@ -50,10 +50,13 @@ class Greet(msgspec.Struct, frozen=True, tag=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """The owner's pages, and the id of this life of its process."""
+    """The owner's pages on each of its ranks, and the id of this life of its process.
+
+    Latents are the same on every rank, so a reader takes whichever it likes.
+    """
 
     instance_id: str
-    region: Region
+    regions: tuple[Region, ...]
 
 
 class Refuse(msgspec.Struct, frozen=True, tag=True):

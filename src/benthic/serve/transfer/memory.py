@@ -58,6 +58,27 @@ class Source(Protocol):
         ...
 
 
+class Opener(Protocol):
+    """An instance's pages on all of its ranks."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """How others read them, by rank; every rank holds the same blocks."""
+        ...
+
+    def open(self, instance_id: str, regions: Sequence[Region]) -> Source:
+        """Map another instance's pages, so that blocks can be copied from there to here.
+
+        Raises:
+            TransferError: they cannot be read here.
+        """
+        ...
+
+    def close(self, instance_id: str) -> None:
+        """Let another instance's pages go; those that were never opened are ignored."""
+        ...
+
+
 def pull(source: Source, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> None:
     """Copy and wait. Raises: TransferError."""
     copy = source.start(remote_blocks, local_blocks)

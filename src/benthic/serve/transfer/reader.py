@@ -17,12 +17,12 @@ from benthic.errors import TransferError
 from benthic.serve.transfer.handshake import Done, FromDesk, Greet, Held, Refuse, Renew, Welcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from benthic.sched.pulls import TransferPlan
     from benthic.serve.messages import Remote
-    from benthic.serve.transfer.handshake import Region, Terms
-    from benthic.serve.transfer.memory import Copy, Source
+    from benthic.serve.transfer.handshake import Terms
+    from benthic.serve.transfer.memory import Copy, Opener, Source
 
 logger = logging.getLogger("benthic.serve.transfer")
 
@@ -60,21 +60,20 @@ class Reader:
 
     Args:
         terms: this instance's.
-        open_source: maps an owner's pages; see `benthic.serve.transfer.memory.Source`.
+        pages: this instance's, into which blocks are copied, and which opens an owner's.
         lease_s: how long an owner keeps blocks without a renewal; renewals go out four times as often.
         patience_s: how long an answer may take.
     """
 
-    def __init__(
-        self, terms: Terms, open_source: Callable[[Region], Source], *, lease_s: float, patience_s: float
-    ) -> None:
+    def __init__(self, terms: Terms, pages: Opener, *, lease_s: float, patience_s: float) -> None:
         self._terms = terms
-        self._open_source = open_source
+        self._pages = pages
         self._renew_s = lease_s / 4
         self._patience_s = patience_s
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._owners: dict[str, Owner] = {}
+        self._replaced: list[Owner] = []
         self._incoming: dict[str, Incoming] = {}
         self._renewed_s = 0.0
         self._decode = msgspec.msgpack.Decoder(FromDesk).decode
@@ -129,6 +128,7 @@ class Reader:
                 logger.warning("%s: %s; the prompt is computed here", request_id, trouble)
             if trouble is not None or each.verdict is not None:
                 ended += [(plan, trouble is None) for plan in self.forget(request_id)]
+        self._let_go()
         return ended
 
     def wait(self, seconds: float) -> None:
@@ -153,6 +153,8 @@ class Reader:
         if known is not None and known.instance_id == remote.instance_id and known.trouble is None:
             return known
         if known is not None:  # another life of the process at that address, or one that failed before
+            known.trouble = known.trouble or f"instance {known.instance_id} is gone from {remote.address}"
+            self._replaced.append(known)
             self._part(known)
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
@@ -163,6 +165,14 @@ class Reader:
         self._owners[remote.address] = owner
         self._send(owner, Greet(self._terms))
         return owner
+
+    def _let_go(self) -> None:
+        """Let pages go from which nothing is copied any more, because something is wrong with their owner."""
+        for owner in (*self._owners.values(), *self._replaced):
+            if owner.trouble is not None and owner.source is not None:
+                owner.source = None
+                self._pages.close(owner.instance_id)
+        self._replaced.clear()
 
     def _part(self, owner: Owner) -> None:
         for each in (owner.socket, owner.hang_up):
@@ -201,7 +211,7 @@ class Reader:
             )
             return
         try:
-            owner.source = self._open_source(welcome.region)
+            owner.source = self._pages.open(welcome.instance_id, welcome.regions)
         except TransferError as error:
             owner.trouble = str(error)
 
