@@ -78,21 +78,20 @@ class EngineStream:
         """Called by the client: one more delta."""
         if delta.finish_reason is not None:
             self._open.discard(delta.request_id)
-        place = None if delta.finish_reason in ("error", "abort") else self._waiting(delta.request_id)
-        if place is None:
+        before = None if delta.finish_reason in ("error", "abort") else self._waiting(delta.request_id)
+        if before is None:
             self._items.append(delta)
         else:
-            self._items[place] = self._items[place].then(delta)
+            place, earlier = before
+            self._items[place] = earlier.then(delta)
         self._arrived.set()
 
-    def _waiting(self, request_id: str) -> int | None:
-        """Where a delta of this request waits to be read."""
-        places = (
-            place
-            for place, item in enumerate(self._items)
-            if isinstance(item, Delta) and item.request_id == request_id
-        )
-        return next(places, None)
+    def _waiting(self, request_id: str) -> tuple[int, Delta] | None:
+        """The delta of this request that waits to be read, and its place in line."""
+        for place, item in enumerate(self._items):
+            if isinstance(item, Delta) and item.request_id == request_id:
+                return place, item
+        return None
 
     def fail(self, error: Exception) -> None:
         """Called by the client: nothing more will come."""
