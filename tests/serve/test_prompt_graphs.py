@@ -104,8 +104,8 @@ def test_drafting_modules_learn_from_recorded_prompts():
     seen = watched(engine)
     assert tokens(engine, asked) == expected
     assert engine.stats().accepted_at == plain.stats().accepted_at
-    assert any(seen.values())
     assert engine.stats().drafts > 0
+    assert [what for what, ran in seen.items() if ran and what.endswith("of 4 rows")], "chunks beside drafts"
 
 
 def test_a_bad_prompt_fails_alone_in_a_recorded_step():
@@ -137,7 +137,7 @@ def test_few_decodes_take_graphs_of_their_own(monkeypatch):
     seen = watched(engine)
     plain = tokens(small_engine(enforce_eager=True), mixed_requests())
     assert tokens(engine, mixed_requests()) == plain
-    assert [what.rpartition(" to ")[2] for what in seen] == [
+    assert [what.split(" to ")[1].split(" of ")[0] for what in seen] == [
         "2 decodes",
         "2 decodes",
         "8 decodes",

@@ -85,7 +85,7 @@ def measure_use(
         graphs += (1 + drafts) * decode_graph_bytes(Served.of(model, cache, plugs), sizes.decodes, columns)
     if sizes.prompts:
         served = Served.of(model, cache, plugs)
-        graphs += prompt_graph_bytes(served, sizes.prompts, options.max_num_seqs, columns)
+        graphs += prompt_graph_bytes(served, sizes.prompts, options, columns)
         del served
     del cache
     torch.cuda.empty_cache()
@@ -145,12 +145,14 @@ def decode_graph_bytes(served: Served, sizes: Sequence[int], columns: int) -> in
     )
 
 
-def prompt_graph_bytes(served: Served, sizes: Sequence[int], max_num_seqs: int, columns: int) -> int:
+def prompt_graph_bytes(served: Served, sizes: Sequence[int], options: EngineOptions, columns: int) -> int:
     """Bytes that graphs of steps with prompts will take: all are taken to cost what those with context do."""
-    count = len(PromptGraphs.kinds(served, sizes, max_num_seqs=max_num_seqs, columns=columns)) * len(sizes)
-    return captured_bytes(
-        lambda: PromptGraphs.kinds(served, sizes[-2:], max_num_seqs=max_num_seqs, columns=columns)[-1], count
-    )
+
+    def kinds(sizes: Sequence[int]) -> tuple[PromptGraphs, ...]:
+        seqs, drafts = options.max_num_seqs, options.most_drafts
+        return PromptGraphs.kinds(served, sizes, max_num_seqs=seqs, columns=columns, drafts=drafts)
+
+    return captured_bytes(lambda: kinds(sizes[-2:])[-1], len(kinds(sizes)) * len(sizes))
 
 
 def captured_bytes(make: Callable[[], Graphs], count: int) -> int:

@@ -8,10 +8,11 @@ rows, and each row takes what it should (`benthic.serve.attend`). To the latter 
 sequence, each chunk is another, and the rows that pad the step are the last.
 
 There are graphs for steps of whole prompts, which attend to their own rows, and others for steps whose chunks
-continue something that is cached, with room for so many rows of context.
+continue something that is cached, with room for so many rows of context; and both again for decodes that
+verify as many drafts as there may be.
 
-Shape suffixes: T rows of a graph, S sequences that may decode, P block-table columns, M rows of context, C
-chunks, B = C + 3 bounds of the sequences of expanded attention.
+Shape suffixes: T rows of a graph, S sequences that may decode, Q rows of each, P block-table columns, M rows
+of context, C chunks, B = C + 3 bounds of the sequences of expanded attention.
 """
 
 from __future__ import annotations
@@ -99,11 +100,11 @@ class PromptBuffers:
         self.slot_T[:count].copy_(step.layout.slot_T)
         self.slot_T[count:size].fill_(-1)
         self.context_S.zero_()
-        border = 0
+        border = 0 if decode is None else decode.rows
         if decode is not None:
-            border, columns = decode.block_table_SP.shape
-            self.context_S[:border].copy_(decode.context_S)
-            self.block_table_SP[:border, :columns].copy_(decode.block_table_SP)
+            used, columns = decode.block_table_SP.shape
+            self.context_S[:used].copy_(decode.context_S)
+            self.block_table_SP[:used, :columns].copy_(decode.block_table_SP)
         self.border_1.fill_(border)
         self.bounds_2B.copy_(to_device(bounds(rows, border, size), self.bounds_2B.device))
         assert step.layout.prefill is not None  # noqa: S101 (there is a size)
@@ -147,6 +148,7 @@ class PromptGraphs(Graphs):
     Args:
         served: as for `Graphs`.
         sizes: row counts, in rising order.
+        queries: rows of each sequence that decodes.
         sequences: most that may decode.
         reads_cache: chunks continue something that is cached.
         buffers: room for the largest size, so many sequences and the longest of them.
@@ -156,27 +158,36 @@ class PromptGraphs(Graphs):
         self,
         served: Served,
         sizes: Sequence[int],
+        queries: int = 1,
         *,
         sequences: int,
         reads_cache: bool,
         buffers: PromptBuffers,
     ) -> None:
-        super().__init__(served, sizes, 1)
+        super().__init__(served, sizes, queries)
         self._sequences = sequences
         self._reads_cache = reads_cache
         self._buffers = buffers
 
     @classmethod
     def kinds(
-        cls, served: Served, sizes: Sequence[int], *, max_num_seqs: int, columns: int
+        cls, served: Served, sizes: Sequence[int], *, max_num_seqs: int, columns: int, drafts: int = 0
     ) -> tuple[PromptGraphs, ...]:
-        """All that an engine may want, those for few decodes first; none without sizes."""
+        """All that an engine may want, those for few decodes first; none without sizes.
+
+        Drafts are for few decodes, so that those with drafts are for no more.
+        """
         if not sizes:
             return ()
         buffers = PromptBuffers.blank(served.model, sizes[-1], max_num_seqs, columns)
+        few = min(FEW_DECODES, max_num_seqs)
+        decodes = [
+            *((1, each) for each in sorted({few, max_num_seqs})),
+            *([(1 + drafts, few)] if drafts else []),
+        ]
         return tuple(
-            cls(served, sizes, sequences=sequences, reads_cache=reads_cache, buffers=buffers)
-            for sequences in sorted({min(FEW_DECODES, max_num_seqs), max_num_seqs})
+            cls(served, sizes, queries, sequences=sequences, reads_cache=reads_cache, buffers=buffers)
+            for queries, sequences in decodes
             for reads_cache in (False, True)
         )
 
@@ -184,14 +195,15 @@ class PromptGraphs(Graphs):
     def what(self) -> str:
         """Words for the log."""
         chunks = "chunks of cached prompts" if self._reads_cache else "whole prompts"
-        return f"{chunks} beside up to {self._sequences} decodes"
+        return f"{chunks} beside up to {self._sequences} decodes of {self._queries} rows"
 
     def size_of(self, rows: StepRows) -> int | None:
         """The fewest captured rows that hold a step; None when none do."""
         decode = rows.decode
         decodes = 0 if decode is None else len(decode.slot_S)
+        queries = 1 if decode is None else decode.queries
         fits = 0 < len(rows.chunks) <= CHUNKS and decodes <= self._sequences
-        if not fits or (decode is not None and decode.queries > 1) or whole(rows) == self._reads_cache:
+        if not fits or queries != self._queries or whole(rows) == self._reads_cache:
             return None
         if self._reads_cache and sum(context_lengths(rows)) > CONTEXT_ROWS:
             return None
@@ -217,11 +229,11 @@ class PromptGraphs(Graphs):
 
     def layout(self, size: int) -> StepLayout:
         """The step of a graph as attention sees it."""
-        buffers, most = self._buffers, min(self._sequences, size)
+        buffers, most = self._buffers, min(self._sequences, size // self._queries)
         rows_B, context_B = buffers.bounds_2B
         return StepLayout(
             buffers.slot_T[:size],
-            DecodeRows(1, buffers.block_table_SP[:most], buffers.context_S[:most]),
+            DecodeRows(self._queries, buffers.block_table_SP[:most], buffers.context_S[:most]),
             PrefillRows(
                 cu_seqlens_q=rows_B,
                 cu_seqlens_k=context_B,

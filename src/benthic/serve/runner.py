@@ -160,7 +160,7 @@ class Runner:
             served = Served.of(model, cache, plugs)
             self._make_graphs(served, graph_sizes.decodes, columns, drafts, depths)
             self.prompts = PromptGraphs.kinds(
-                served, graph_sizes.prompts, max_num_seqs=max_num_seqs, columns=columns
+                served, graph_sizes.prompts, max_num_seqs=max_num_seqs, columns=columns, drafts=drafts
             )
 
     def _make_graphs(
