@@ -45,8 +45,11 @@ def watched(engine) -> dict[str, list[tuple[int, int]]]:
     return seen
 
 
-@pytest.mark.parametrize("overlapped", [False, True], ids=["plain loop", "overlapped"])
-@pytest.mark.parametrize("options", [{}, {"num_blocks": 24}, {"kv_cache_dtype": "fp8"}], ids=str)
+@pytest.mark.parametrize(
+    ("overlapped", "options"),
+    [(False, {}), (True, {}), (True, {"num_blocks": 24}), (True, {"kv_cache_dtype": "fp8"})],
+    ids=str,
+)
 def test_every_kind_of_request_gets_the_tokens_of_plain_steps(overlapped, options):
     settings = {"max_num_batched_tokens": 48, "async_scheduling": overlapped, **options}
     plain = tokens(small_engine(enforce_eager=True, **settings), mixed_requests())

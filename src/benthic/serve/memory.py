@@ -7,6 +7,7 @@ two largest graphs of decodes, and of steps with prompts, over a cache of one bl
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -147,12 +148,14 @@ def decode_graph_bytes(served: Served, sizes: Sequence[int], columns: int) -> in
 
 def prompt_graph_bytes(served: Served, sizes: Sequence[int], options: EngineOptions, columns: int) -> int:
     """Bytes that graphs of steps with prompts will take: all are taken to cost what those with context do."""
-
-    def kinds(sizes: Sequence[int]) -> tuple[PromptGraphs, ...]:
-        seqs, drafts = options.max_num_seqs, options.most_drafts
-        return PromptGraphs.kinds(served, sizes, max_num_seqs=seqs, columns=columns, drafts=drafts)
-
-    return captured_bytes(lambda: kinds(sizes[-2:])[-1], len(kinds(sizes)) * len(sizes))
+    make = functools.partial(
+        PromptGraphs.kinds,
+        served,
+        max_num_seqs=options.max_num_seqs,
+        columns=columns,
+        drafts=options.most_drafts,
+    )
+    return captured_bytes(lambda: make(sizes[-2:])[-1], len(make(sizes)) * len(sizes))
 
 
 def captured_bytes(make: Callable[[], Graphs], count: int) -> int:
