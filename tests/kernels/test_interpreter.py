@@ -37,8 +37,10 @@ pytestmark = [
 def interpret(path, words):
     """Run tests with kernels interpreted: Triton reads the switch when imported, so in a new process."""
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    settings |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "-k", words]
+    where = os.pathsep.join([*sys.path, str(CHECKS.parent)])
+    settings |= {"PYTHONPATH": where, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    plugins = ["-p", "no:cacheprovider", "-p", "members_once"]
+    options = ["-q", "-o", "addopts=", *plugins, "-W", "ignore", "-k", words]
     done = subprocess.run(
         ["env", *(f"{k}={v}" for k, v in settings.items()), sys.executable, "-m", "pytest", path, *options],
         capture_output=True,
