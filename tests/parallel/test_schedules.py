@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import pytest
-from layouts import run_layouts, save, train, trainer_of
+from layouts import alone, run_layouts, save, train
 from parity_layouts import MIXED, SCHEDULES, SPLIT, config_for
 from small_runs import write_documents
 from spawn import spawn
@@ -56,7 +56,7 @@ def test_mixed_layouts_have_the_losses_and_gradients_of_one_process(ranks: int, 
 def compare(layouts: list[Layout], folder: Path, *, ranks: int) -> None:
     data = write_documents(folder / "data")
     config = rows_enough(layouts, config_for(layouts, steps=STEPS))
-    serial = save(train(trainer_of(config, data), STEPS, keep=(1, STEPS)), folder / "serial.pt")
+    serial = save(train(alone(config, data), STEPS, keep=(1, STEPS)), folder / "serial.pt")
     spawn(run_layouts, ranks, config, layouts, str(data), str(serial), TOLERANCE, seconds=240)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist  # noqa: TID251 (sums what spawned processes found)
-from layouts import run_layouts, save, train, trainer_of, with_layout
+from layouts import alone, run_layouts, save, train, trainer_of, with_layout
 from small_models import BASE, furthest, packed, random_model
 from small_runs import small_run, write_documents
 from spawn import spawn
@@ -159,7 +159,7 @@ def runs(tmp_path_factory):
     found = []
     for plain in (small_run(layers=2, rows=4, microbatches=2), small_run(layers=2), small_run(layers=4)):
         config = replace(plain, recompute=("attention", "experts"))
-        serial = train(trainer_of(config, data), config.train.steps, keep=(1, config.train.steps))
+        serial = train(alone(config, data), config.train.steps, keep=(1, config.train.steps))
         found.append((config, str(data), str(save(serial, folder / f"{len(found)}.pt"))))
     return found
 

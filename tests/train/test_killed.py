@@ -51,7 +51,7 @@ def kill_when(running: forked.Command, ready: Callable[[], bool]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_run_killed_three_times_has_the_losses_of_the_undisturbed_run(dataset: Path, tmp_path: Path) -> None:
-    """A dense block, one of experts and MTP, 200 steps; killed at a random step, during a save, at a random step."""
+    """A layer of each kind, 200 steps; killed at a random step, during a save, at a random step."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     start(straight, dataset).finish(LIMIT_S)
     rng = random.Random(20)  # noqa: S311 (moments to kill at, not a secret)
