@@ -138,19 +138,20 @@ def through(model, x_TD, positions_T, sockets, dout_TD):
 
 
 TWO = [Layout(tp_degree=2), Layout(cp_degree=2)]
-FOUR = [Layout(tp_degree=2, cp_degree=2), Layout(tp_degree=2, dp_degree=2, ep_degree=4)]
-PIPELINES = [
-    Layout(pp_degree=2, tp_degree=2, schedule="dualpipe"),
+FOUR = [
+    Layout(tp_degree=2, cp_degree=2),
+    Layout(tp_degree=2, dp_degree=2, ep_degree=4),
     Layout(pp_degree=2, tp_degree=2, ep_degree=2),
     Layout(pp_degree=2, cp_degree=2, ep_degree=2, zero_stage=2),
 ]
+DUALPIPE = [Layout(pp_degree=2, tp_degree=2, schedule="dualpipe")]
 SPLIT = [Layout(pp_degree=2, cp_degree=2, ep_degree=2, zero_stage=3, schedule="dualpipev")]
 LOSS, GRADIENT = 1e-6, 1e-5
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Of a step in two parts, of one that fills a pipeline and of one that fills two stages a rank.
+    """Of a step in two parts, of one that fills DualPipe and of one that fills two stages a rank.
 
     Of each: config, data, what one process found.
     """
@@ -184,7 +185,7 @@ def two_ranks(rank, config, data, serial):
 def four_ranks(rank, *runs):
     context_attention_equals_local(rank)
     divided_blocks_equal_whole_ones(rank)
-    for layouts, (config, data, serial) in zip((FOUR, PIPELINES, SPLIT), runs, strict=True):
+    for layouts, (config, data, serial) in zip((FOUR, DUALPIPE, SPLIT), runs, strict=True):
         run_layouts(rank, config, layouts, data, serial, (LOSS, GRADIENT))
 
 
