@@ -39,8 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """From here on the collector looks only at what tests make."""
-    gc.collect()
+    """From here on the collector looks only at what tests make; to look for leftovers takes a second."""
     gc.freeze()
     gc.enable()
 
