@@ -5,9 +5,14 @@ from __future__ import annotations
 import gc
 import importlib.util
 import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 # A test on a busy machine may take any time; what is too slow is the suite's limit to say.
 settings.register_profile("benthic", deadline=None)
@@ -18,9 +23,23 @@ gc.disable()
 """Collecting tests makes a million objects that stay: to look through them again and again takes as long."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Each worker of a parallel run starts to read the test files at another place.
+
+    Where none has been read before, pytest rewrites the assertions of every one of them, for seconds, and
+    keeps what it wrote; in one order, workers would do so side by side, each for itself.
+    """
+    worker = getattr(config, "workerinput", None)
+    folders = [Path(argument) for argument in config.args]
+    if worker is not None and all(folder.is_dir() for folder in folders):
+        files = [str(file) for folder in folders for file in sorted(folder.rglob("test_*.py"))]
+        number, workers = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+        starts = [(number + turn) % workers for turn in range(workers)]
+        config.args[:] = itertools.chain(*(files[start::workers] for start in starts))
+
+
 def pytest_collection_finish() -> None:
-    """From here on the collector looks only at what tests make."""
-    gc.collect()
+    """From here on the collector looks only at what tests make; to look for leftovers takes a second."""
     gc.freeze()
     gc.enable()
 
@@ -54,9 +73,14 @@ def _long_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
     return order + behind
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        items.sort(key=lambda item: item.path)
+    yield
+    items[:] = _long_first(items, worker["workercount"] if worker else 1)
     devices = _cuda_devices()
-    items[:] = _long_first(items, getattr(config, "workerinput", {}).get("workercount", 1))
     for item in items:
         for marker, needed in (("gpu", 1), ("multigpu", 2)):
             if marker in item.keywords and devices < needed:

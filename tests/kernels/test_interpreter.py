@@ -19,11 +19,15 @@ WHAT_RUNS = Path(__file__).with_name("test_what_runs.py")
 NAMED = {
     "attention, values and gradients": "test_attention",
     "experts and permutation": "(grouped or permute or copies or rout or rows_are or gate) and not fp8",
-    "FP8 tiles and products": "fp8",
 }
 # What is left is a group too, so that every check belongs to one; each of them costs seconds to start.
 REST = f"not ({' or '.join(f'({words})' for words in NAMED.values())})"
-GROUPS = NAMED | {"rows, paged decode and cache, the optimizer": REST}
+CHECKED = {name: f"kernel_checks and ({words})" for name, words in NAMED.items()}
+GROUPS = CHECKED | {
+    "FP8, rows, paged decode, the optimizer; each op alone": (
+        f"(kernel_checks and {REST}) or (what_runs and triton and alone)"
+    )
+}
 
 LIMIT_S = 500
 
@@ -34,13 +38,16 @@ pytestmark = [
 ]
 
 
-def interpret(path, words):
+def interpret(words):
     """Run tests with kernels interpreted: Triton reads the switch when imported, so in a new process."""
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    settings |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore", "-k", words]
+    where = os.pathsep.join([*sys.path, str(CHECKS.parent)])
+    settings |= {"PYTHONPATH": where, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    plugins = ["-p", "no:cacheprovider", "-p", "members_once"]
+    options = ["-q", "-o", "addopts=", *plugins, "-W", "ignore", "-k", words]
+    command = [sys.executable, "-m", "pytest", CHECKS, WHAT_RUNS, *options]
     done = subprocess.run(
-        ["env", *(f"{k}={v}" for k, v in settings.items()), sys.executable, "-m", "pytest", path, *options],
+        ["env", *(f"{k}={v}" for k, v in settings.items()), *command],
         capture_output=True,
         text=True,
         check=False,
@@ -52,11 +59,7 @@ def interpret(path, words):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_interpreted_kernels_equal_their_definitions(group):
-    interpret(CHECKS, GROUPS[group])
-
-
-def test_interpreted_kernels_run_themselves_alone_or_say_why_not():
-    interpret(WHAT_RUNS, "triton and alone")
+    interpret(GROUPS[group])
 
 
 def test_triton_kernels_are_refused_on_a_plain_cpu():

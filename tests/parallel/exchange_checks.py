@@ -6,6 +6,7 @@ import functools
 import itertools
 
 import pytest
+import spawn as launcher
 import torch
 from peer_checks import check_overlap_and_recomputation, check_same_bits, shared_file_memory, size_for
 from routings import PER_RANK, ROUTINGS, batches
@@ -34,6 +35,14 @@ def every_routing(rank, ranks, folder):
         )
 
 
+@pytest.fixture
+def _ranks_that_interpret(monkeypatch):
+    """They need few of the modules that other tests' ranks do, and the interpreter's quicker way."""
+    needed = ["torch.distributed", "benthic.parallel.exchange_nvlink", "members_once", "pytest"]
+    monkeypatch.setattr(launcher, "IMPORTED_ONCE", needed)
+
+
+@pytest.mark.usefixtures("_ranks_that_interpret")
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_both_exchanges_give_the_same_bits(ranks, tmp_path):
     spawn(every_routing, ranks, ranks, str(tmp_path), seconds=200)

@@ -40,6 +40,12 @@ def trainer_of(config: RunConfig, data: Path, mesh: Mesh | None = None) -> Train
     return Trainer(config, TokenShards(data, read_meta(data), "train"), mesh)
 
 
+def alone(config: RunConfig, data: Path) -> Trainer:
+    """Of one process, whose step is one microbatch: small ones would cost it as much as large ones."""
+    loop = dataclasses.replace(config.train, local_batch_size=config.train.global_batch_size)
+    return trainer_of(dataclasses.replace(config, train=loop), data)
+
+
 def train(trainer: Trainer, steps: int, *, keep: tuple[int, ...] = ()) -> Found:
     losses, norms, counts, gradients = [], [], [], {}
     for step in range(1, steps + 1):

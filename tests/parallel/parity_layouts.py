@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from benthic.train.config import RunConfig
 
 SCHEDULES: Final = tuple(BUILDERS)
+SPLIT: Final = ("zb-v", "dualpipev", "interleaved")
 
 MIXED: Final = (
     Layout(ep_degree=2, dp_degree=2),
@@ -46,7 +47,7 @@ def config_for(layouts: Sequence[Layout], *, steps: int) -> RunConfig:
     """
     ranks = max(layout.pp_degree for layout in layouts)
     data = max(layout.dp_degree for layout in layouts)
-    split = any(layout.schedule in {"zb-v", "dualpipev", "interleaved"} for layout in layouts)
+    split = any(layout.schedule in SPLIT for layout in layouts)
     config = small_run(layers=max(2, ranks * (2 if split else 1)))
     loop = dataclasses.replace(
         config.train, steps=steps, lr=5e-4, local_batch_size=1, global_batch_size=max(2, 2 * ranks) * data

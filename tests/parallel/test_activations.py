@@ -53,7 +53,7 @@ def config(
     offload: tuple[str, ...] = (),
 ) -> RunConfig:
     """Widths that tell terms apart; keys as wide as values, so that attention on a CPU pads neither."""
-    small = small_run(rows=4, microbatches=2)
+    small = small_run(layers=2, rows=4, microbatches=2)
     model = dataclasses.replace(
         small.model,
         hidden_size=256,
@@ -168,6 +168,7 @@ def test_what_is_offloaded_is_not_counted_and_not_alive(
 def test_peak_counts_each_stage_by_its_own_size() -> None:
     """The last of two ranks holds one microbatch of the stage with the head, the first two of the other."""
     own = with_layout(config("bfloat16"), Layout(pp_degree=2))
+    own = dataclasses.replace(own, model=dataclasses.replace(own.model, num_hidden_layers=3))
     table = schedules.build("1f1b", 2, 4)
     sizes = [peak_bytes(own, table, pp) for pp in range(2)]
     layers = [block_bytes(own, layer) for layer in range(4)]

@@ -21,8 +21,9 @@ pytestmark = [
 def test_interpreted_exchange_between_processes_equals_the_all_to_all_one():
     checks = Path(__file__).with_name("exchange_checks.py")
     settings = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    settings |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
+    where = os.pathsep.join([*sys.path, str(checks.parents[1] / "kernels")])
+    settings |= {"PYTHONPATH": where, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "members_once", "-W", "ignore"]
     done = subprocess.run(
         ["env", *(f"{k}={v}" for k, v in settings.items()), sys.executable, "-m", "pytest", checks, *options],
         capture_output=True,

@@ -34,7 +34,7 @@ LAYOUTS = (
 
 
 def config(layout: Layout) -> RunConfig:
-    microbatches = 8 if layout.pp_degree > 1 else 4
+    microbatches = 8 if layout.schedule == "dualpipe" else 4
     small = small_run(layers=2, rows=8 // microbatches, microbatches=microbatches)
     precision = dataclasses.replace(small.precision, weights="fp8", matmul="fp8")
     return with_layout(dataclasses.replace(small, precision=precision), layout)

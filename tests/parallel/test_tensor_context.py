@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist  # noqa: TID251 (sums what spawned processes found)
-from layouts import run_layouts, save, train, trainer_of, with_layout
+from layouts import alone, run_layouts, save, train, trainer_of, with_layout
 from small_models import BASE, furthest, packed, random_model
 from small_runs import small_run, write_documents
 from spawn import spawn
@@ -138,25 +138,29 @@ def through(model, x_TD, positions_T, sockets, dout_TD):
 
 
 TWO = [Layout(tp_degree=2), Layout(cp_degree=2)]
-FOUR = [Layout(tp_degree=2, cp_degree=2), Layout(tp_degree=2, dp_degree=2, ep_degree=4)]
-PIPELINES = [
-    Layout(pp_degree=2, tp_degree=2, schedule="dualpipe"),
+FOUR = [
+    Layout(tp_degree=2, cp_degree=2),
+    Layout(tp_degree=2, dp_degree=2, ep_degree=4),
     Layout(pp_degree=2, tp_degree=2, ep_degree=2),
     Layout(pp_degree=2, cp_degree=2, ep_degree=2, zero_stage=2),
-    Layout(pp_degree=2, cp_degree=2, ep_degree=2, zero_stage=3, schedule="dualpipev"),
 ]
+DUALPIPE = [Layout(pp_degree=2, tp_degree=2, schedule="dualpipe")]
+SPLIT = [Layout(pp_degree=2, cp_degree=2, ep_degree=2, zero_stage=3, schedule="dualpipev")]
 LOSS, GRADIENT = 1e-6, 1e-5
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Of a step in two parts, and of one that fills a pipeline: config, data, what one process found."""
+    """Of a step in two parts, of one that fills DualPipe and of one that fills two stages a rank.
+
+    Of each: config, data, what one process found.
+    """
     folder = tmp_path_factory.mktemp("runs")
     data = write_documents(folder / "data")
     found = []
-    for plain in (small_run(layers=2, rows=4, microbatches=2), small_run(layers=4)):
+    for plain in (small_run(layers=2, rows=4, microbatches=2), small_run(layers=2), small_run(layers=4)):
         config = replace(plain, recompute=("attention", "experts"))
-        serial = train(trainer_of(config, data), config.train.steps, keep=(1, config.train.steps))
+        serial = train(alone(config, data), config.train.steps, keep=(1, config.train.steps))
         found.append((config, str(data), str(save(serial, folder / f"{len(found)}.pt"))))
     return found
 
@@ -178,10 +182,10 @@ def two_ranks(rank, config, data, serial):
         assert found.mtp_acceptance is None  # a draft is compared with the next token, which another rank has
 
 
-def four_ranks(rank, plain, pipelined):
+def four_ranks(rank, *runs):
     context_attention_equals_local(rank)
     divided_blocks_equal_whole_ones(rank)
-    for layouts, (config, data, serial) in ((FOUR, plain), (PIPELINES, pipelined)):
+    for layouts, (config, data, serial) in zip((FOUR, DUALPIPE, SPLIT), runs, strict=True):
         run_layouts(rank, config, layouts, data, serial, (LOSS, GRADIENT))
 
 

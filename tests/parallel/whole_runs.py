@@ -56,7 +56,7 @@ def run_of(
     layout: Layout = LAYOUT,
 ) -> Run:
     """Six steps of four rows with a checkpoint after every other, on this rank; resumes what is there."""
-    small = small_run(rows=1, steps=6)
+    small = small_run(layers=2, rows=1, steps=6)
     config = dataclasses.replace(
         small,
         layout=layout,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from benthic.spec.model import ModelConfig
 
 NANO = replace(presets.get("nano"), initializer_range=0.15)
+SHALLOW = replace(NANO, num_hidden_layers=2)
+"""With one layer of each kind."""
 EOS = 1
 
 

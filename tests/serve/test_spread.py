@@ -15,7 +15,7 @@ import forked_instances
 import pytest
 import torch
 from running import benthic_server
-from small_engine import NANO, Answer, is_empty, prompts, random_model, request, serve
+from small_engine import NANO, SHALLOW, Answer, is_empty, prompts, random_model, request, serve
 from small_tokenizer import save_tokenizer
 from test_overlap import mixed_requests
 
@@ -49,7 +49,7 @@ TIGHT = SMALL | {"max_num_batched_tokens": 11, "block_size": 3, "num_blocks": 36
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`nano` with logits of order 1, in float32, so that a sum in another order changes no token."""
     folder = tmp_path_factory.mktemp("spread") / "nano"
-    save_pretrained(random_model(), folder, dtype=torch.float32)
+    save_pretrained(random_model(SHALLOW, seed=1), folder, dtype=torch.float32)
     save_tokenizer(folder)
     return folder
 

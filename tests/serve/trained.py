@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from small_engine import NANO, random_model
+from small_engine import SHALLOW, random_model
 from torch.nn import functional as F
 
 from benthic.model.local import packed_sockets, plain_linear
@@ -34,7 +34,7 @@ def texts(count: int, generator: torch.Generator) -> torch.Tensor:
 @functools.cache
 def trained_model(depth: int = 1, steps: int = 60) -> DeepSeek:
     """The `nano` model with `depth` prediction modules after some steps of AdamW on main and MTP loss."""
-    model = random_model(replace(NANO, num_nextn_predict_layers=depth, initializer_range=0.05))
+    model = random_model(replace(SHALLOW, num_nextn_predict_layers=depth, initializer_range=0.05))
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     bounds = torch.arange(0, COPIES * LENGTH + 1, LENGTH, dtype=torch.int32)

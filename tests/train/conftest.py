@@ -103,10 +103,11 @@ def facts() -> HardwareFacts:
 
 @pytest.fixture
 def nano() -> RunConfig:
-    """The nano recipe with rows short enough that a step takes milliseconds."""
+    """The nano recipe with one layer of each kind, and rows short enough that a step takes milliseconds."""
     config = recipes.nano_test()
+    model = dataclasses.replace(config.model, num_hidden_layers=2)
     loop = dataclasses.replace(config.train, steps=20, seq_len=32, local_batch_size=2, global_batch_size=4)
-    return dataclasses.replace(config, train=loop)
+    return dataclasses.replace(config, model=model, train=loop)
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import resource
+import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
+from spawn import RankError, spawn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: TID251 (as a user would)
 
 from benthic.cli.settings import apply
@@ -19,7 +22,6 @@ from benthic.train.checkpoint import FolderStore, Saved, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from benthic.train.config import RunConfig
     from benthic.train.trainer import Trainer
@@ -154,62 +156,43 @@ def test_too_little_space_is_told_before_anything_is_written(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3"]
 
 
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from benthic.errors import CheckpointError
-from benthic.parallel.held import Held
-from benthic.train.checkpoint import FolderStore, Saved
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-store = FolderStore(Path(sys.argv[1]))
-for wait in (True, False):
-    try:
-        store.save(Saved(9, {"w": Held.whole(torch.zeros(1 << 20))}, {}), wait=wait)
-        store.wait()
-    except CheckpointError as error:
-        print(error)
-"""
+def full_disk(rank: int, folder: str) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    store = FolderStore(Path(folder))
+    for wait in (True, False):
+        with pytest.raises(CheckpointError) as told:
+            save_and_wait(store, Saved(9, {"w": Held.whole(torch.zeros(1 << 20))}, {}), wait=wait)
+        assert "checkpoint of step 9 (4194304 bytes) could not be written" in str(told.value)
+        assert "Step 3 is intact" in str(told.value)
+
+
+def save_and_wait(store: FolderStore, saved: Saved, *, wait: bool) -> None:
+    store.save(saved, wait=wait)
+    store.wait()
 
 
 def test_write_that_fails_half_way_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
     """The operating system itself refuses to write more than 1 MiB of a 4 MiB checkpoint."""
     store = FolderStore(tmp_path)
     store.save(saved(3))
-    program = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(program, check=True, capture_output=True, text=True)
-    here, in_thread = done.stdout.splitlines()
-    for told in (here, in_thread):
-        assert "checkpoint of step 9 (4194304 bytes) could not be written" in told
-        assert "Step 3 is intact" in told
+    spawn(full_disk, 1, str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3"]
     assert store.open(3).step == 3
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from benthic.parallel.held import Held
-from benthic.train.checkpoint import FolderStore, Saved
-flush = os.fsync
-def save_and_die(store, moment):
-    calls = 0
-    def dying(handle):
+def save_and_die(rank: int, folder: str, moment: int) -> None:
+    flush, calls = os.fsync, 0
+
+    def dying(handle: int) -> None:
         nonlocal calls
         calls += 1
         if calls == moment:
             os.kill(os.getpid(), signal.SIGKILL)
         flush(handle)
+
     os.fsync = dying
-    store.save(Saved(9, {"w": Held.whole(torch.zeros(8))}, {"step": 9}))
-for folder in sys.argv[1:]:
-    child = os.fork()
-    if not child:
-        save_and_die(FolderStore(Path(folder)), int(Path(folder).name))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-"""
+    FolderStore(Path(folder)).save(Saved(9, {"w": Held.whole(torch.zeros(8))}, {"step": 9}))
 
 
 def test_kill_at_any_moment_of_a_save_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -217,9 +200,9 @@ def test_kill_at_any_moment_of_a_save_leaves_the_last_good_checkpoint(tmp_path: 
     stores = {moment: FolderStore(tmp_path / str(moment)) for moment in range(1, 7)}
     for store in stores.values():
         store.save(saved(3))
-    folders = [str(store.folder) for store in stores.values()]
-    subprocess.run([sys.executable, "-c", KILLED, *folders], check=True)
     for moment, store in stores.items():
+        with pytest.raises(RankError, match="SIGKILL"):
+            spawn(save_and_die, 1, str(store.folder), moment)
         expected = 9 if moment == 6 else 3
         assert store.latest() == expected
         assert store.open(expected).step == expected
