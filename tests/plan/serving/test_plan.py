@@ -234,7 +234,7 @@ def test_a_fitted_engine_whose_steps_with_prompts_are_graphs_gives_them_back():
     again = PricedStep(MOONLIGHT, ServingLayout(), H200, fit_engine("x", truth, steps))
     assert again.engine.graph_rows == 2048
     for load in (decode(16), prompt(300), prompt(1500), prompt(2100), prompt(12000)):
-        assert again([load]) == pytest.approx(truth([load]), rel=0.02)
+        assert again([load]) == pytest.approx(truth([load]), rel=0.03)
 
 
 def test_a_single_prompt_near_its_price_is_the_kernels_and_a_slow_one_the_hosts():
