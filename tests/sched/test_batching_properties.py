@@ -150,7 +150,7 @@ def _come_back(
         assert event.num_generated == len(outcome.outputs[event.request_id])
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(workloads())
 def test_every_request_ends_with_the_tokens_it_would_have_alone(work: Workload) -> None:
     outcome = execute(work)
@@ -167,7 +167,7 @@ def test_every_request_ends_with_the_tokens_it_would_have_alone(work: Workload) 
         assert end.cached_tokens == 0 or (request.reuse_prefix and work.config.enable_prefix_caching)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(workloads())
 def test_a_recorded_run_replays_to_identical_plans(work: Workload) -> None:
     outcome = execute(work)
@@ -176,7 +176,7 @@ def test_a_recorded_run_replays_to_identical_plans(work: Workload) -> None:
     assert replayed.requests == len(work.requests)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(workloads(trouble=False))
 def test_a_request_without_preemption_runs_in_every_step_from_its_first_decode_on(work: Workload) -> None:
     outcome = execute(work)

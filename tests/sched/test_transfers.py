@@ -208,7 +208,7 @@ class World:
             trip.end = "abort"
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(journeys())
 def test_every_request_ends_with_its_own_tokens_whatever_happens_to_its_transfer(
     journey: tuple[BatchingConfig, BatchingConfig, list[Trip], Trouble],
