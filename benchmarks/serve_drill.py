@@ -4,7 +4,8 @@
 
 Instances are processes of their own behind a router; a request is prefilled in one and its cache blocks are
 pulled by another. Random requests are always in flight, and what they answer is compared afterwards, token
-for token, with one engine that does everything. Drilled are 200 requests through 1P1D and 2P1D, instances
+for token, with one engine that does everything; draws so close to two tokens that rounding decides are
+counted. Drilled are 200 requests through 1P1D and 2P1D, instances
 that join and drain under load, and for 2P1D twenty times:
 
     prefill   SIGKILL hits a prefill instance
@@ -37,6 +38,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from links import cut
 from provenance import write_result
@@ -61,6 +63,8 @@ KINDS = ("prefill", "decode", "link", "silence")
 ANYWHERE = ("link", "silence", "rank")
 STALL_S = 6.0
 PATIENCE_S = 120.0
+NUDGE = 1e-4
+"""Far above what float32 loses in a logit of order 1 to 10, far below what a wrong block changes."""
 ENGINE = EngineOptions(
     max_num_seqs=16,
     max_num_batched_tokens=32,
@@ -229,26 +233,54 @@ def children(process: int) -> set[int]:
     return found
 
 
-def compare(checkpoint: Path, load: Load) -> None:
-    """Raises: RuntimeError where a request's tokens are not those of one engine that does everything."""
+def compare(checkpoint: Path, load: Load) -> int:
+    """How many requests have another token than one engine that does everything, by rounding alone.
+
+    Sums in float32 depend on who else is in a step, and a draw that falls between two tokens goes to one or
+    the other. Raises: RuntimeError where tokens are others and no draw was as close as that.
+    """
     torch.set_num_threads(1)
     options = replace(ENGINE, max_num_seqs=64, max_num_batched_tokens=512, num_blocks=8192)
     engine = Engine.from_pretrained(checkpoint, options)
-    expected: dict[str, list[int]] = {}
-    for request in load.asked:
+    expected = all_tokens(engine, load.asked)
+    wrong = [each for each in load.asked if load.answers[each.request_id] != expected[each.request_id]]
+    for request in wrong:
+        name = request.request_id
+        if not is_close_call(engine, request, expected[name], load.answers[name]):
+            message = (
+                f"{len(wrong)} of {len(expected)} requests have other tokens; {name}: {load.answers[name]}, "
+                f"but one engine gives {expected[name]}"
+            )
+            raise RuntimeError(message)
+    return len(wrong)
+
+
+def all_tokens(engine: Engine, requests: list[Generate]) -> dict[str, list[int]]:
+    """The tokens of each request."""
+    found: dict[str, list[int]] = {}
+    for request in requests:
         engine.add(request)
-        expected[request.request_id] = []
+        found[request.request_id] = []
     while engine.has_work:
         for delta in engine.step():
-            expected[delta.request_id] += delta.tokens
-    wrong = [name for name, tokens in expected.items() if load.answers[name] != tokens]
-    if wrong:
-        name = wrong[0]
-        message = (
-            f"{len(wrong)} of {len(expected)} requests have other tokens; {name}: {load.answers[name]}, but "
-            f"one engine gives {expected[name]}"
-        )
-        raise RuntimeError(message)
+            found[delta.request_id] += delta.tokens
+    return found
+
+
+def is_close_call(engine: Engine, request: Generate, expected: list[int], found: list[int]) -> bool:
+    """Whether a request's first other token is drawn here too, if its logit is `NUDGE` higher."""
+    pairs = zip(expected, found, strict=False)
+    place = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
+    if place is None:
+        return False
+    bias = {found[place]: NUDGE}
+    nudged = msgspec.structs.replace(
+        request,
+        request_id=f"{request.request_id} again",
+        output=tuple(found[:place]),
+        params=msgspec.structs.replace(request.params, logit_bias=bias),
+    )
+    return all_tokens(engine, [nudged])[nudged.request_id][0] == found[place]
 
 
 @dataclass(frozen=True)
@@ -298,9 +330,10 @@ async def join_and_drain(router: Router, rng: random.Random) -> None:
 
 async def carry_out(drill: Drill, checkpoint: Path, seed: int) -> tuple[Load, dict[str, Any]]:
     """The load that was answered, and the row of the result file but for the comparison."""
-    rng = random.Random(f"{seed} {drill}")  # noqa: S311 (requests and moments, not a secret)
+    # requests of their own draws, so that a run's can be drawn again whenever its kills fell
+    asked, rng = (random.Random(f"{seed} {drill} {what}") for what in ("requests", "moments"))  # noqa: S311
     async with fleet(checkpoint, drill.prefill, drill.decode, drill.ranks) as router:
-        load, began = Load(router, rng), time.monotonic()
+        load, began = Load(router, asked), time.monotonic()
         if drill.requests is not None:
             await load.run(drill.requests)
             kills: list[Kill] = []
@@ -353,8 +386,12 @@ def run(drill: Drill, folder: Path, seed: int) -> dict[str, Any]:
         message = f"{drill}: {left} are left"
         raise RuntimeError(message)
     desks.rmdir()
-    compare(checkpoint, load)
-    return row | {"same_tokens": True, "left": left | {"requests": 0, "blocks": 0, "leases": 0}}
+    rounded = compare(checkpoint, load)
+    return row | {
+        "same_tokens": not rounded,
+        "other_by_rounding": rounded,
+        "left": left | {"requests": 0, "blocks": 0, "leases": 0},
+    }
 
 
 def alive(pids: set[int]) -> set[int]:
