@@ -5,9 +5,11 @@ On a CPU a "graph" is its function called again, so that all but the capture run
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from small_engine import is_empty, random_model, request, serve, small_engine
+from small_engine import NANO, is_empty, random_model, request, serve, small_engine
 from test_overlap import mixed_requests
 from test_speculate import mixed, speculative
 from trained import starts, trained_model
@@ -102,3 +104,17 @@ def test_a_prompt_of_one_token_is_a_row_among_decodes():
     assert tokens(engine, asked[1:]) == {"one": plain["one"]}
     assert replayed
     assert tokens(engine, asked) == plain
+
+
+def test_an_idle_graph_stores_nothing_whatever_it_ran_before():
+    model = random_model(replace(NANO, num_nextn_predict_layers=1))
+    engine = small_engine(model, speculative=speculative())
+    tokens(engine, [request(str(i), [3 + i, 4, 5], max_tokens=9) for i in range(5)])
+    runner = engine._runner
+    before = runner.cache.pages_LPBW.clone()
+    assert {type(each).__name__ for each in runner.all_graphs} == {"StepGraphs", "TailGraphs", "ModuleGraphs"}
+    with torch.inference_mode():
+        for graphs in runner.all_graphs:
+            for size in graphs.sizes:
+                graphs.idle(size)
+    assert torch.equal(runner.cache.pages_LPBW, before)

@@ -202,7 +202,8 @@ class Graphs(abc.ABC):
         after, _ = torch.cuda.mem_get_info()
         return Captured(graph, max(0, before - after))
 
-    def blank(self, size: int) -> None:  # noqa: B027 (most buffers are blank until they are used)
+    @abc.abstractmethod
+    def blank(self, size: int) -> None:
         """Let the inputs of a size be those of a step that does nothing."""
 
     @abc.abstractmethod
@@ -309,7 +310,8 @@ class ModuleGraphs(Graphs):
         self.replay(size)
         return Hidden(self._buffers.pre_norm_TD[: decode.rows], self._buffers.hidden_TD[: decode.rows], ())
 
-    def _blank(self, size: int) -> None:
+    def blank(self, size: int) -> None:
+        """Let the buffers hold a pass of rows that pad."""
         self._buffers.clear(0, size, self._queries)
 
     def _forward(self, size: int) -> None:
