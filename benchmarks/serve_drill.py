@@ -5,8 +5,8 @@
 Instances are processes of their own behind a router; a request is prefilled in one and its cache blocks are
 pulled by another. Random requests are always in flight, and what they answer is compared afterwards, token
 for token, with one engine that does everything; draws so close to two tokens that rounding decides are
-counted. Drilled are 200 requests through 1P1D and 2P1D, instances
-that join and drain under load, and for 2P1D twenty times:
+counted. Drilled are 200 requests through 1P1D and 2P1D, instances that join and drain under load, and for
+2P1D twenty times:
 
     prefill   SIGKILL hits a prefill instance
     decode    SIGKILL hits the decode instance
