@@ -56,9 +56,9 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("prefill-heavy", 4096, 64, 1000, 30, (4.0, 8.0, 14.0, 20.0, 26.0)),
-    Workload("balanced", 2048, 256, 600, 30, (10.0, 18.0, 26.0, 34.0, 42.0, 50.0)),
-    Workload("decode-heavy", 512, 512, 300, 30, (8.0, 16.0, 24.0, 32.0, 40.0, 48.0, 56.0)),
+    Workload("prefill-heavy", 4096, 64, 1000, 30, (8.0, 14.0, 20.0, 26.0)),
+    Workload("balanced", 2048, 256, 600, 30, (18.0, 26.0, 34.0, 42.0, 50.0)),
+    Workload("decode-heavy", 512, 512, 300, 30, (16.0, 28.0, 40.0, 50.0, 60.0)),
 )
 SMALL = tuple(
     replace(work, prompt=work.prompt // 64, output=8, ttft=2000, tpot=500, rates=(2.0, 4.0))
@@ -74,6 +74,8 @@ def main() -> None:
     free: queue.Queue[str] = queue.Queue()
     for pair in range(max(1, pairs)):
         free.put(f"{2 * pair},{2 * pair + 1}")
+    rows: list[Row] = []
+    summary: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         model = make_folder(Path(temporary) / "model", shape(small=words.small))
 
@@ -86,12 +88,15 @@ def main() -> None:
 
         with ThreadPoolExecutor(max(1, pairs)) as pool:
             asked = [pool.submit(job, work, fleet) for work in works for fleet in FLEETS]
-            rows = [row for each in asked for row in each.result()]
-    summary = {work.name: summarised(work.name, rows) for work in works}
-    print(*(each["verdict"] for each in summary.values()), sep="\n")
-    settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
-    settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False}
-    print(write_result("disaggregate", {"summary": summary, "runs": rows}, out=words.out, **settings))
+            settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
+            settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False}
+            for work in works:  # written after each, so that a run cut short has shown something
+                for _ in FLEETS:
+                    rows += asked.pop(0).result()
+                summary[work.name] = summarised(work.name, rows)
+                print(summary[work.name]["verdict"], flush=True)
+                found = {"summary": summary, "runs": rows}
+                print(write_result("disaggregate", found, out=words.out, **settings))
 
 
 def parse() -> argparse.Namespace:
