@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 WORKLOADS: Final = {
-    "prefill-heavy": (4096, 64, 1.0, 0.03, (4.0, 8.0, 14.0, 20.0, 26.0)),
-    "balanced": (2048, 256, 0.6, 0.03, (10.0, 18.0, 26.0, 34.0, 42.0, 50.0)),
-    "decode-heavy": (512, 512, 0.3, 0.03, (8.0, 16.0, 24.0, 32.0, 40.0, 48.0, 56.0)),
+    "prefill-heavy": (4096, 64, 1.0, 0.03, (8.0, 14.0, 20.0, 26.0)),
+    "balanced": (2048, 256, 0.6, 0.03, (18.0, 26.0, 34.0, 42.0, 50.0)),
+    "decode-heavy": (512, 512, 0.3, 0.03, (16.0, 28.0, 40.0, 50.0, 60.0)),
 }
 """Prompt and answer in tokens, targets of TTFT and TPOT in seconds, rates; as in `disaggregate.py`."""
 FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decode")}

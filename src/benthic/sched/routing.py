@@ -6,6 +6,7 @@ instances, the lowest first, and a length; another policy is another pair of fun
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,8 +181,10 @@ class PrefixMap:
     def keys(self, tokens: Sequence[int]) -> tuple[bytes, ...]:
         """One key for every full block, each naming all tokens up to its end."""
         keys, parent = [], ROOT
-        for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
-            parent = block_key(parent, repr(tuple(tokens[start : start + self.block_size])).encode())
+        packed = array("q", tokens)
+        whole, size = packed.tobytes(), self.block_size * packed.itemsize
+        for start in range(0, len(whole) - size + 1, size):
+            parent = block_key(parent, whole[start : start + size])
             keys.append(parent)
         return tuple(keys)
 

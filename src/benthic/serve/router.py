@@ -67,13 +67,17 @@ class RouterOptions:
 
 @dataclass(eq=False)
 class Journey:
-    """One request, and what has been put out for it so far. `alone`: one instance shall do all of it."""
+    """One request, and what has been put out for it so far.
+
+    `alone`: one instance shall do all of it. `keys` name the beginnings of its prompt, once it was placed.
+    """
 
     request: Generate
     stream: EngineStream
     output: list[int] = field(default_factory=list)
     attempts: int = 0
     alone: bool = False
+    keys: tuple[bytes, ...] = ()
 
     def part(self) -> Generate:
         """The request as the next instance sees it; every attempt has an id of its own."""
@@ -289,11 +293,11 @@ class Router:
         places, output = self.members.places, journey.output
         if places is None:
             return None
-        tokens = journey.request.prompt + tuple(output)
+        journey.keys = journey.keys or places.keys(journey.request.prompt)
         query = Query(
-            len(tokens),
+            len(journey.request.prompt) + len(output),
             decodes=journey.request.params.max_tokens > len(output) + 1,
-            cached=places.cached(places.keys(tokens)),
+            cached=places.cached(journey.keys),
         )
         route = choose(query, self.members.states(), self._options.policy)
         return route._replace(prefill=None) if route is not None and journey.alone else route
@@ -309,7 +313,7 @@ class Router:
             blocks = -(-(num_tokens + 1) // block_size)
             member.loads[name] = Load(num_tokens if member is computing else 0, blocks)
             if self.members.places is not None:
-                self.members.places.note(member.name, self.members.places.keys(journey.request.prompt))
+                self.members.places.note(member.name, journey.keys)
         return decode, prefill
 
     async def _prefill(self, member: Member, part: Generate, journey: Journey) -> Remote | None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-
 Shared = tuple[int, bytes, int, int, bytes, int, bytes, bool]
 """What `UntypedStorage._share_cuda_` gives: device, memory handle, bytes, offset, the reference counter's
 handle and offset, event handle, and whether to wait for it."""
@@ -61,29 +60,33 @@ class CudaSource:
             raise TransferError(msg)
         self._remote_LPBW = remote[: math.prod(shape)].view(shape)
         self._stream = torch.cuda.Stream(near)
+        self._launched = torch.cuda.Event()
 
     @torch.inference_mode()
     def start(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> OnStream:
         """Copy blocks, all layers of them; nothing waits.
 
         After the step in flight, which may still write to a block that changed hands; beside the next one.
+        The kernel reads which blocks from pinned memory: sending the lists first takes the host longer.
         """
-        near = self._local_LPBW.device
-        lists = torch.empty((2, len(local_blocks)), dtype=torch.int64, pin_memory=True)
-        lists.numpy()[:] = remote_blocks, local_blocks
-        self._stream.wait_stream(torch.cuda.current_stream(near))
+        count = len(local_blocks)
+        even = count + count % 2  # both lists then begin where the kernel was compiled for
+        lists_2R = torch.empty((2, even), dtype=torch.int64, pin_memory=True)[:, :count]
+        lists_2R.numpy()[:] = remote_blocks, local_blocks
+        self._launched.record(torch.cuda.current_stream(self._local_LPBW.device))
+        self._stream.wait_event(self._launched)
         with torch.cuda.stream(self._stream):
-            from_R, to_R = lists.to(near, non_blocking=True)
-            copy_blocks(self._remote_LPBW, from_R, self._local_LPBW, to_R)
+            copy_blocks(self._remote_LPBW, lists_2R[0], self._local_LPBW, lists_2R[1])
             done = torch.cuda.Event()
             done.record()
-        return OnStream(done)
+        return OnStream(done, lists_2R)
 
 
 class OnStream(NamedTuple):
-    """A copy whose end an event marks."""
+    """A copy whose end an event marks, and the lists that its kernel reads until then."""
 
     done: torch.cuda.Event
+    lists_2R: Tensor
 
     def ended(self) -> bool:
         """Whether the GPU has come to the event."""
