@@ -23,6 +23,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 
 from provenance import write_result
+from sampling import sampling
 from timing import WORST_ERROR, Bench, Make, relative
 
 from benthic.errors import BackendError
@@ -360,7 +361,7 @@ def fp8(bench: Bench) -> None:
             )
 
 
-SUITES = (roofs, memory_bound, attention, decode, experts, copies, head, fp8)
+SUITES = (roofs, memory_bound, attention, decode, experts, copies, head, fp8, sampling)
 
 
 def main() -> None:

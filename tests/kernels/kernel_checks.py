@@ -6,6 +6,8 @@ Not collected by itself. `test_interpreter.py` runs it in Triton's CPU interpret
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -795,3 +797,84 @@ def test_adamw_leaves_what_lies_behind_its_operands(dtype):
     ops.adamw(*(t[1:257] for t in held), by, impl="triton")
     assert all((t[:1] == 3.0).all() and (t[257:] == 3.0).all() for t in held)
     assert (held[0][1:257] != 3.0).all()
+
+
+ROWS, VOCAB = (70, 163_840) if ON_GPU else (4, 1999)
+
+
+@pytest.fixture
+def _small_pieces(monkeypatch):
+    """The interpreter takes its time for each stretch; a few of either kind are enough."""
+    if not ON_GPU:
+        sample = importlib.import_module("benthic.kernels.triton_sample")
+        monkeypatch.setattr(sample, "PIECE", 512)
+        monkeypatch.setattr(sample, "STRETCH", 1024)
+
+
+def drawn_alike(logits, temperature, filters):
+    """Draws of the kernel and of the definition, which may differ where the number falls on a border."""
+    rows = logits.shape[0]
+    seed = torch.arange(rows, device=DEVICE) * 7919 - 3
+    position = torch.arange(rows, device=DEVICE) * 13
+    settings = (temperature.to(DEVICE), seed, position, filters)
+    found = ops.draw_tokens(logits, *settings, impl="triton")
+    exact = ops.draw_tokens(logits, *settings, impl="reference")
+    assert (found != exact).sum() <= rows // 30, (found, exact)
+    return found
+
+
+def filters_of(rows, *, min_p=0.0, top_k=None, top_p=1.0):
+    top_k = VOCAB if top_k is None else top_k
+    return ops.Filters(
+        torch.full((rows,), min_p, device=DEVICE),
+        torch.full((rows,), top_k, device=DEVICE),
+        torch.full((rows,), top_p, device=DEVICE),
+        top_k,
+    )
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_tokens_are_drawn_as_defined_at_every_temperature(dtype):
+    logits = (4 * made(ROWS, VOCAB + 3, dtype=dtype).detach())[:, :VOCAB]
+    temperature = torch.tensor([0.0, 0.3, 1.0, 1.7, 0.0, 1e-4] * ROWS)[:ROWS]
+    found = drawn_alike(logits, temperature, None)
+    greedy = temperature == 0.0
+    assert torch.equal(found[greedy], logits.argmax(-1)[greedy])
+    assert found.dtype == torch.int64
+
+
+@pytest.mark.usefixtures("_small_pieces")
+@pytest.mark.parametrize(
+    "kept",
+    [{"top_p": 0.6}, {"top_k": 40}, {"min_p": 0.05}, {"min_p": 1e-3, "top_k": 500, "top_p": 0.9}],
+    ids=str,
+)
+def test_filters_keep_what_they_are_defined_to_keep(dtype, kept):
+    logits = 3 * made(ROWS, VOCAB, dtype=dtype, seed=4).detach()
+    logits[::2] = logits[::2].round()  # many alike
+    temperature = torch.tensor([0.8, 1.0, 1.4, 0.0] * ROWS)[:ROWS]
+    drawn_alike(logits, temperature, filters_of(ROWS, **kept))
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_a_token_is_drawn_from_the_few_that_are_left(dtype):
+    logits = torch.full((4, VOCAB), -torch.inf, dtype=dtype, device=DEVICE)
+    logits[:, 1100] = 5.0
+    logits[0, 7], logits[1, VOCAB - 1] = 5.0, 1.0
+    temperature = torch.full((4,), 0.5)
+    for filters in (None, filters_of(4, min_p=1e-5, top_k=3, top_p=0.999)):
+        found = drawn_alike(logits, temperature, filters).tolist()
+        assert found[2:] == [1100, 1100]
+        assert found[0] in (7, 1100)
+        assert found[1] in (1100, VOCAB - 1)
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_no_token_is_drawn_from_what_is_not_finite(dtype):
+    logits = made(4, VOCAB, dtype=dtype).detach()
+    logits[0, 1990], logits[1, 3], logits[2] = torch.nan, torch.inf, -torch.inf
+    temperature = torch.tensor([1.0, 0.0, 0.7, 1.0])
+    for filters in (None, filters_of(4, top_p=0.5)):
+        found = drawn_alike(logits, temperature, filters).tolist()
+        assert found[:3] == [-1, -1, -1]
+        assert 0 <= found[3] < VOCAB

@@ -282,6 +282,9 @@ def test_fp8_products_use_wgmma_without_spills(direction, rows, tmp_path):
 GATE = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weight_ptr"), "*fp32")
 GATE["expert_ptr"] = "*i32"
 
+SAMPLED = dict.fromkeys(("temperature_ptr", "best_ptr", "mass_ptr", "least_ptr", "top_p_ptr"), "*fp32")
+SAMPLED |= dict.fromkeys(("first_ptr", "floor_ptr", "ties_ptr", "ties_before_ptr"), "*i32")
+SAMPLED |= dict.fromkeys(("seed_ptr", "position_ptr", "top_k_ptr", "token_ptr"), "*i64")
 MEMORY_BOUND = [
     ("triton_norm", "_norm_forward", {"HAS_RESIDUAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
     ("triton_norm", "_norm_backward", {"HAS_DTOTAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
@@ -298,6 +301,16 @@ MEMORY_BOUND = [
         for gate in (
             {"GROUPS": 1, "KEPT": 1, "BEST": 2, "TOP_K": 6, "CHOSEN": 8, "WIDTH": 64},
             {"GROUPS": 8, "KEPT": 4, "BEST": 2, "TOP_K": 8, "CHOSEN": 8, "WIDTH": 256},
+        )
+    ),
+    *(
+        ("triton_sample", kernel, constants, 8, SAMPLED | {"logits_ptr": f"*{dtype}"})
+        for dtype, shift in (("bf16", 16), ("fp32", 0))
+        for kernel, constants in (
+            ("_weigh", {"PIECE": 4096}),
+            ("_filter", {"SHIFT": shift, "STRETCH": 1024, "PIECE": 4096, "PIECES": 64}),
+            ("_draw", {"FILTERED": True, "SHIFT": shift, "PIECE": 4096, "PIECES": 64}),
+            ("_draw", {"FILTERED": False, "SHIFT": shift, "PIECE": 4096, "PIECES": 64}),
         )
     ),
     ("triton_moe", "_zero_rows", {"ROWS": 32, "WIDTH": 128}, 4, {}),

@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benthic.serve.admission import MOST
-from benthic.serve.messages import LEAST_TEMPERATURE, SamplingParams
-from benthic.serve.sample import (
+from benthic.kernels.reference.sampling import (
     NO_TOKEN,
+    Filters,
     draw,
     keep_probable,
-    logprobs_of,
     splitmix64,
-    to_int64,
     uniform,
 )
+from benthic.serve.admission import MOST
+from benthic.serve.messages import LEAST_TEMPERATURE, SamplingParams
+from benthic.serve.sample import logprobs_of, to_int64
 from benthic.serve.sampler import Sampler
 
 VOCAB = 50
@@ -222,9 +222,8 @@ def test_filters_equal_a_literal_sort_and_cut(
 ) -> None:
     row = logits(1, seed)[0]
     probs = ((row / coarse).round() * coarse).softmax(-1)
-    found = keep_probable(
-        probs.unsqueeze(0), torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p]), most_k=top_k
-    )[0]
+    filters = Filters(torch.tensor([min_p]), torch.tensor([top_k]), torch.tensor([top_p]), most_k=top_k)
+    found = keep_probable(probs.unsqueeze(0), filters)[0]
     order = sorted(range(VOCAB), key=lambda token: (-probs[token].item(), token))
     kept = [token for token in order[:top_k] if probs[token] >= torch.tensor(min_p) * probs[order[0]]]
     mass = sum(probs[token].item() for token in kept)

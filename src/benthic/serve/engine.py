@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from benthic.errors import BenthicError
+from benthic.kernels.reference.sampling import splitmix64
 from benthic.sched.batching import Request, Started
 from benthic.serve.admission import check
 from benthic.serve.build import Parts, assemble, from_checkpoint
@@ -28,7 +29,7 @@ from benthic.serve.drafts import Trial
 from benthic.serve.grammar import matcher_for
 from benthic.serve.launched import InFlight, Launched, PromptRows, Row
 from benthic.serve.messages import Delta, Generate, Ready, Stats
-from benthic.serve.sample import Logprobs, measure, splitmix64, to_int64
+from benthic.serve.sample import Logprobs, measure, to_int64
 from benthic.serve.sampler import Drawing, Sampler
 from benthic.serve.transit import to_device
 
@@ -68,6 +69,8 @@ class Engine:
         self._clock = clock
         self._device = parts.runner.cache.pages_LPBW.device
         self._sampler = Sampler(parts.ready.vocab_size, self._device)
+        if self._device.type == "cuda":
+            self._sampler.warm_up(parts.runner.model.head_weight().dtype)
         self._drafter = drafter_for(options, parts.runner, self._sampler)
         self._in_flight: dict[str, InFlight] = {}
         self._depth = 2 if overlaps(options, self._device) else 1

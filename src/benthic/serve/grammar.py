@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from benthic.errors import AdmissionError
-from benthic.serve.sample import NO_TOKEN
+from benthic.kernels.reference.sampling import NO_TOKEN
 from benthic.serve.transit import to_device
 
 if TYPE_CHECKING:

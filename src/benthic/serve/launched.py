@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
-from benthic.serve.sample import NO_TOKEN, Logprobs, Measured, logprobs_from
+from benthic.kernels.reference.sampling import NO_TOKEN
+from benthic.serve.sample import Logprobs, Measured, logprobs_from
 from benthic.serve.transit import Homeward
 
 if TYPE_CHECKING:

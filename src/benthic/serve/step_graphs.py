@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
+from benthic.kernels.reference.sampling import NO_TOKEN
 from benthic.serve.attend import DecodeRows, StepLayout
 from benthic.serve.drafts import Verdict
 from benthic.serve.graphs import Graphs
-from benthic.serve.sample import NO_TOKEN
 from benthic.serve.steps import Replayed, StepTensors
 from benthic.serve.transit import Homeward, to_device
 

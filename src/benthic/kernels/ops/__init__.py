@@ -100,9 +100,11 @@ from benthic.kernels.ops.norm import (
     rope,
     swiglu,
 )
+from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
 from benthic.kernels.ops.update import ADAMW, adamw
 from benthic.kernels.reference.fp8_linear import Fp8
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
+from benthic.kernels.reference.sampling import Filters
 from benthic.kernels.reference.update import AdamWStep
 from benthic.kernels.table import Case, Implementation, Op
 
@@ -114,6 +116,7 @@ __all__ = [
     "OPS",
     "AdamWStep",
     "Choice",
+    "Filters",
     "Fp8",
     "Permuted",
     "Routing",
@@ -127,6 +130,7 @@ __all__ = [
     "dequantise_e5m6",
     "dequantise_fp8",
     "dequantise_fp8_rows",
+    "draw_tokens",
     "explain",
     "fp8_linear",
     "fp8_weight_gradient",
@@ -200,6 +204,7 @@ OPS: tuple[Op, ...] = (
     HEADS_LINEAR_BY_ROW,
     GROUPED_LINEAR_BY_ROW,
     MLA_BY_ROW,
+    DRAW_TOKENS,
 )
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {op.name: op.implementations for op in OPS}
 
