@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 FLOATS = {
+    "whole",
     "beta2",
     "correction",
     "decay",
@@ -282,9 +283,14 @@ def test_fp8_products_use_wgmma_without_spills(direction, rows, tmp_path):
 GATE = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weight_ptr"), "*fp32")
 GATE["expert_ptr"] = "*i32"
 
-SAMPLED = dict.fromkeys(("temperature_ptr", "best_ptr", "mass_ptr", "least_ptr", "top_p_ptr"), "*fp32")
-SAMPLED |= dict.fromkeys(("first_ptr", "floor_ptr", "ties_ptr", "ties_before_ptr"), "*i32")
-SAMPLED |= dict.fromkeys(("seed_ptr", "position_ptr", "top_k_ptr", "token_ptr"), "*i64")
+SAMPLED = dict.fromkeys(("seed_ptr", "position_ptr", "token_ptr"), "*i64") | {
+    f"{name}_ptr": kind
+    for kind, names in (
+        ("*fp32", "temperature best mass least wish share share_in above above_in wanted"),
+        ("*i32", "first floor ties tied found found_in"),
+    )
+    for name in names.split()
+}
 MEMORY_BOUND = [
     ("triton_norm", "_norm_forward", {"HAS_RESIDUAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
     ("triton_norm", "_norm_backward", {"HAS_DTOTAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
@@ -305,12 +311,13 @@ MEMORY_BOUND = [
     ),
     *(
         ("triton_sample", kernel, constants, 8, SAMPLED | {"logits_ptr": f"*{dtype}"})
-        for dtype, shift in (("bf16", 16), ("fp32", 0))
+        for dtype, spare in (("bf16", 16), ("fp32", 0))
         for kernel, constants in (
             ("_weigh", {"PIECE": 4096}),
-            ("_filter", {"SHIFT": shift, "STRETCH": 1024, "PIECE": 4096, "PIECES": 64}),
-            ("_draw", {"FILTERED": True, "SHIFT": shift, "PIECE": 4096, "PIECES": 64}),
-            ("_draw", {"FILTERED": False, "SHIFT": shift, "PIECE": 4096, "PIECES": 64}),
+            ("_survey", {"MASS": True, "SPARE": spare, "STRETCH": 1024, "PIECE": 4096, "PIECES": 64}),
+            ("_conclude", {"MASS": True, "SPARE": spare, "PIECES": 64}),
+            ("_settle", {"SPARE": spare, "PIECE": 4096, "PIECES": 64}),
+            ("_draw", {"FILTERED": True, "SPARE": spare, "PIECE": 4096, "PIECES": 64}),
         )
     ),
     ("triton_moe", "_zero_rows", {"ROWS": 32, "WIDTH": 128}, 4, {}),

@@ -34,7 +34,7 @@ if torch.cuda.is_available():
             globals()[_name] = pytest.mark.parametrize(
                 "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str
             )(_value)
-        elif _name == "_uninitialised_memory_is_nan":
+        elif _name in ("_uninitialised_memory_is_nan", "_small_pieces"):
             globals()[_name] = _value
 
 

@@ -129,6 +129,8 @@ def _filters(params: Sequence[SamplingParams], vocab_size: int, device: torch.de
         top_k_S=tensor_of(top_k, np.int64, device),
         top_p_S=tensor_of([p.top_p for p in params], np.float32, device),
         most_k=max(top_k),
+        some_top_k=min(top_k) < vocab_size,
+        some_top_p=any(p.top_p < 1.0 for p in params),
     )
 
 

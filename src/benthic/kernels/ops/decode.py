@@ -174,10 +174,9 @@ def copy_blocks(
     """`target[:, to_r] = source[:, from_r]` for all layers, in place: blocks from or to another cache.
 
     Shapes: source [L, P, block, W] and target [L, P', block, W], both contiguous and of one dtype; from, to
-    integer [R]. Where one of the caches is on a GPU, that GPU copies: the source may be the memory of another
-    GPU that it can read, and the other cache and the lists pinned memory of the host (lists must then live
-    until the copy has ended). One kernel loads or stores over the link and nothing is kept in between.
-    Blocks in `to` must differ.
+    integer [R] on the device that copies. On a GPU the source may be the memory of another GPU that this one
+    can read, and source or target pinned memory of the host; one kernel then loads or stores over the link
+    and nothing is kept in between. Blocks in `to` must differ.
     For inference: where autograd records, only the definition runs.
     Raises: ShapeError when the caches' layers, blocks or dtypes disagree, or one has gaps; BackendError when
     `impl` cannot run.
@@ -197,7 +196,7 @@ def copy_blocks(
         )
         raise ShapeError(msg)
     case = Case(
-        device_type(source_LPBW if target_LPBW.is_cpu else target_LPBW),
+        device_type(to_R),
         target_LPBW.dtype,
         (target_LPBW.shape[3],),
         grad=torch.is_grad_enabled() and source_LPBW.requires_grad,

@@ -31,12 +31,16 @@ class Filters(NamedTuple):
         top_k_S: int64: so many of the likeliest tokens; the vocabulary size keeps all.
         top_p_S: float32 in (0, 1]: the likeliest tokens that make up this share of what is left.
         most_k: the greatest entry of `top_k_S`.
+        some_top_k: whether some row sets top-k.
+        some_top_p: whether some row sets top-p.
     """
 
     min_p_S: Tensor
     top_k_S: Tensor
     top_p_S: Tensor
     most_k: int
+    some_top_k: bool = True
+    some_top_p: bool = True
 
 
 def draw_tokens(
@@ -92,7 +96,7 @@ def keep_probable(probs_SV: Tensor, filters: Filters) -> Tensor:
     Each filter keeps a prefix of the row sorted by falling probability; among equals the lower token id comes
     first, so exactly `top_k` tokens are kept. At least one token always is. `probs_SV` is float32.
     """
-    min_p_S, top_k_S, top_p_S, most_k = filters
+    min_p_S, top_k_S, top_p_S, most_k, *_ = filters
     sorted_SK = probs_SV.topk(most_k, dim=-1).values
     rank_K = torch.arange(most_k, device=probs_SV.device)
     kept_SK = (rank_K < top_k_S.unsqueeze(-1)) & (sorted_SK >= min_p_S.unsqueeze(-1) * sorted_SK[:, :1])

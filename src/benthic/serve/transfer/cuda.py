@@ -67,26 +67,25 @@ class CudaSource:
         """Copy blocks, all layers of them; nothing waits.
 
         After the step in flight, which may still write to a block that changed hands; beside the next one.
-        The kernel reads which blocks from pinned memory: sending the lists first takes the host longer.
         """
         count = len(local_blocks)
         even = count + count % 2  # both lists then begin where the kernel was compiled for
-        lists_2R = torch.empty((2, even), dtype=torch.int64, pin_memory=True)[:, :count]
-        lists_2R.numpy()[:] = remote_blocks, local_blocks
+        lists_2R = torch.empty((2, even), dtype=torch.int64, pin_memory=True)
+        lists_2R.numpy()[:, :count] = remote_blocks, local_blocks
         self._launched.record(torch.cuda.current_stream(self._local_LPBW.device))
         self._stream.wait_event(self._launched)
         with torch.cuda.stream(self._stream):
-            copy_blocks(self._remote_LPBW, lists_2R[0], self._local_LPBW, lists_2R[1])
+            from_R, to_R = lists_2R.to(self._local_LPBW.device, non_blocking=True)[:, :count]
+            copy_blocks(self._remote_LPBW, from_R, self._local_LPBW, to_R)
             done = torch.cuda.Event()
             done.record()
-        return OnStream(done, lists_2R)
+        return OnStream(done)
 
 
 class OnStream(NamedTuple):
-    """A copy whose end an event marks, and the lists that its kernel reads until then."""
+    """A copy whose end an event marks."""
 
     done: torch.cuda.Event
-    lists_2R: Tensor
 
     def ended(self) -> bool:
         """Whether the GPU has come to the event."""
