@@ -808,7 +808,7 @@ def _small_pieces(monkeypatch):
     if not ON_GPU:
         sample = importlib.import_module("benthic.kernels.triton_sample")
         monkeypatch.setattr(sample, "PIECE", 512)
-        monkeypatch.setattr(sample, "STRETCH", 512)
+        monkeypatch.setattr(sample, "STRETCH", 256)
         monkeypatch.setitem(sample.SPARE_BITS, torch.float32, 16)
 
 

@@ -314,7 +314,7 @@ MEMORY_BOUND = [
         for dtype, spare in (("bf16", 16), ("fp32", 0))
         for kernel, constants in (
             ("_weigh", {"PIECE": 4096}),
-            ("_survey", {"MASS": True, "SPARE": spare, "STRETCH": 1024, "PIECE": 4096, "PIECES": 64}),
+            ("_survey", {"MASS": True, "SPARE": spare, "STRETCH": 256, "PIECE": 4096, "PIECES": 64}),
             ("_conclude", {"MASS": True, "SPARE": spare, "PIECES": 64}),
             ("_settle", {"SPARE": spare, "PIECE": 4096, "PIECES": 64}),
             ("_draw", {"FILTERED": True, "SPARE": spare, "PIECE": 4096, "PIECES": 64}),

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 PIECE = 4096
-STRETCH = 1024
+STRETCH = 256
 """Logits of a program, and those that it compares with all candidates at a time."""
 SPARE_BITS = {torch.bfloat16: 16, torch.float16: 12}
 """The lowest bits that are zero when such a logit is a float32; in digits of four."""
@@ -123,7 +123,7 @@ def _survey(
     candidate = found + (way.to(tl.uint32) << digit)
     temperature, _ = _temperature(temperature_ptr, row)
     best = _best_of(best_ptr, row, pieces, PIECES)
-    total = tl.zeros([WAYS], tl.float32)
+    totals = tl.zeros([STRETCH, WAYS], tl.float32)
     for start in range(piece * PIECE, piece * PIECE + PIECE, STRETCH):
         v = start + tl.arange(0, STRETCH)
         x = _logits(logits_ptr + row * stride, v, vocab)
@@ -133,7 +133,8 @@ def _survey(
             power = _powers(x, best, temperature)
             floor = tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)
             each = tl.where((rank > floor) & (power >= tl.load(least_ptr + row)), power * each, 0.0)
-        total += tl.sum(tl.where(rank[:, None] >= candidate[None, :], each[:, None], 0.0), axis=0)
+        totals += tl.where(rank[:, None] >= candidate[None, :], each[:, None], 0.0)
+    total = tl.sum(totals, axis=0)
     if MASS and piece == 0:
         total += _mass_of_ties(floor_ptr, ties_ptr, least_ptr, row, best, temperature, candidate, SPARE)
     tl.store(share_ptr + (row * pieces + piece) * WAYS + way, total)
