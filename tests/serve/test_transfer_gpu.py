@@ -12,11 +12,12 @@ from benthic.serve.transfer.cuda import CudaSource, region_of
 from benthic.serve.transfer.handshake import Region
 from benthic.serve.transfer.memory import pull
 
-SHAPE = (3, 5, 4, 6)
+SHAPE = (3, 20, 4, 6)
+NUMBERS = torch.arange(3 * 20 * 4 * 6, dtype=torch.float32).view(SHAPE).to(torch.bfloat16)
 
 
 def own(device: str, pipe) -> None:
-    pages = torch.arange(360, dtype=torch.float32, device=device).view(SHAPE).to(torch.bfloat16)
+    pages = NUMBERS.to(device)
     torch.cuda.synchronize(device)
     region = region_of(pages)
     pipe.send((region.num_blocks, region.handle))
@@ -30,13 +31,22 @@ def pulled_from(owner: str, reader: str) -> None:
     process.start()
     try:
         num_blocks, handle = mine.recv()
-        local = torch.full((3, 7, 4, 6), torch.nan, dtype=torch.bfloat16, device=reader)
-        pull(CudaSource(Region(kind="cuda", num_blocks=num_blocks, handle=handle), local), [4, 0], [6, 1])
-        expected = torch.arange(360, dtype=torch.float32).view(SHAPE).to(torch.bfloat16)
-        assert torch.equal(local[:, 6].cpu(), expected[:, 4])
-        assert torch.equal(local[:, 1].cpu(), expected[:, 0])
-        assert local[:, [0, 2, 3, 4, 5]].isnan().all()
-        wide = torch.zeros((3, 7, 4, 60), dtype=torch.bfloat16, device=reader)
+        source = CudaSource(
+            Region(kind="cuda", num_blocks=num_blocks, handle=handle),
+            local := torch.full((3, 24, 4, 6), torch.nan, dtype=torch.bfloat16, device=reader),
+        )
+        pull(source, [4, 0], [6, 1])
+        assert torch.equal(local[:, [6, 1]].cpu(), NUMBERS[:, [4, 0]])
+        assert local[:, [0, *range(2, 6), *range(7, 24)]].isnan().all()
+        many = list(range(19, 8, -1))  # more than the smallest recorded copy
+        on_their_way = [source.start([3], [8]), source.start([5, 7], [0, 23]), source.start(many, many)]
+        for copy in on_their_way:
+            copy.wait()
+            assert copy.ended()
+        assert torch.equal(local[:, [8, 0, 23, *many]].cpu(), NUMBERS[:, [3, 5, 7, *many]])
+        pull(source, [2], [8])  # by a recording that was used before
+        assert torch.equal(local[:, [8, 0, 6]].cpu(), NUMBERS[:, [2, 5, 4]])
+        wide = torch.zeros((3, 24, 4, 60), dtype=torch.bfloat16, device=reader)
         with pytest.raises(TransferError, match="but its terms make"):
             CudaSource(Region(kind="cuda", num_blocks=num_blocks, handle=handle), wide)
     finally:
