@@ -23,10 +23,10 @@ from small_engine import (
 from benthic.errors import AdmissionError, CheckpointError, ConfigError
 from benthic.model.checkpoint import save_pretrained
 from benthic.model.local import packed_sockets, plain_linear
-from benthic.serve.build import eos_token_ids
 from benthic.serve.engine import Engine
 from benthic.serve.options import EngineOptions
 from benthic.serve.runner import Runner
+from benthic.serve.weights import eos_token_ids
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -246,7 +246,7 @@ def test_others_go_on_while_blocks_are_on_their_way() -> None:
     asked, other = request("a", PROMPT, max_tokens=6), request("b", range(60, 70), max_tokens=30)
     expected = colocated([asked, other])
     with pair() as both:
-        made = slowed(both.reader, looks=12)
+        made = slowed(both.reader, looks=24)  # two a step
         first = both.prefill(asked)
         both.reader.add(other)
         both.reader.add(replace_params(asked, output=first.tokens, pull=first.remote))

@@ -31,7 +31,7 @@ def serve(  # noqa: PLR0913 (one flag each)
     data_parallel_size: flags.DataParallelSize = 1,
     enable_expert_parallel: flags.EnableExpertParallel = False,
     max_model_len: flags.MaxModelLen = None,
-    max_num_seqs: flags.MaxNumSeqs = 64,
+    max_num_seqs: flags.MaxNumSeqs = 256,
     max_num_batched_tokens: flags.MaxNumBatchedTokens = 2048,
     dtype: flags.Dtype = words.Dtype.auto,
     load_format: flags.LoadFormat = words.LoadFormat.auto,

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from benthic.errors import CheckpointError, ConfigError
-from benthic.kernels import native_build
+from benthic.errors import ConfigError
 from benthic.model.block_scaled import (
     block_scaled_linear,
-    load_block_scaled,
     narrow,
-    stored_in_fp8,
 )
-from benthic.model.checkpoint import load_pretrained
-from benthic.model.dummy import random_weights
 from benthic.model.local import LocalExchange
-from benthic.model.sharded import load_shard
 from benthic.parallel.divided import exchange_for
 from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
@@ -38,21 +28,20 @@ from benthic.serve.plugs import Plugs
 from benthic.serve.runner import Runner
 from benthic.serve.sizing import ACTIVATION_BYTES, cache_dtype, cache_size, host_size, longest
 from benthic.serve.transfer.memory import MappedPages
-from benthic.spec import hf
+from benthic.serve.weights import drafts_with_mtp, eos_token_ids, load_weights, prepare
 
 if TYPE_CHECKING:
     from benthic.model.block_scaled import Scales
     from benthic.model.network import DeepSeek
     from benthic.model.sockets import Exchange, Linear
     from benthic.parallel.team import Team
+    from benthic.serve.graphs import GraphSizes
     from benthic.serve.options import EngineOptions
     from benthic.serve.runner import Lead, Turns
     from benthic.spec.model import ModelConfig
     from benthic.spec.shard import Shard
 
 logger = logging.getLogger("benthic.serve.engine")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -113,52 +102,6 @@ def with_grammars(parts: Parts, path: Path) -> Parts:
     return replace(parts, grammars=grammars)
 
 
-def prepare(options: EngineOptions) -> tuple[torch.device, torch.dtype | None]:
-    """Set this process up for the device; returns it and what weights become (None: as stored)."""
-    device = torch.device(options.device)
-    if device.index is not None:
-        torch.cuda.set_device(device)  # Triton launches on the current GPU, wherever its operands are
-    if options.native_folder is not None:
-        native_build.configure(Path(options.native_folder))
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
-    elif device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
-    return device, DTYPES.get(options.dtype, torch.float32 if device.type == "cpu" else None)
-
-
-def load_weights(
-    path: Path,
-    options: EngineOptions,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    shard: Shard | None = None,
-) -> tuple[DeepSeek, Scales]:
-    """The model, or a shard of it, and the scales of weights that stay in FP8.
-
-    A checkpoint's FP8 weights stay as they are on a GPU and are widened on a CPU, unless `quantization` says
-    otherwise.
-
-    Raises: as `load_pretrained`.
-    """
-    mtp = drafts_with_mtp(options)
-    if options.load_format == "dummy":
-        config = hf.read(path).config
-        return random_weights(config, device, dtype, seed=options.seed, mtp=mtp, shard=shard), {}
-    kept = options.quantization == "fp8" or (options.quantization == "auto" and device.type == "cuda")
-    narrow_ones = kept and stored_in_fp8(path)
-    if shard is not None:
-        return load_shard(path, shard, device=device, dtype=dtype, mtp=mtp, narrow=narrow_ones)
-    if narrow_ones:
-        return load_block_scaled(path, device=device, dtype=dtype, mtp=mtp)
-    return load_pretrained(path, device=device, dtype=dtype, mtp=mtp), {}
-
-
-def drafts_with_mtp(options: EngineOptions) -> bool:
-    """Whether the model's prediction modules are needed."""
-    return options.speculative is not None and options.speculative.method == "mtp"
-
-
 def mtp_layers(config: ModelConfig, options: EngineOptions) -> int:
     """Layers that the cache holds for drafting, one for each prediction module.
 
@@ -199,55 +142,92 @@ def assemble(
     check_ranks(options, rank)
     if not scales and options.quantization == "fp8":
         scales = narrow(model)
-    weight, max_model_len = model.head_weight(), longest(model.config, options)
-    ahead = mtp_layers(model.config, options)
-    layout = CacheLayout.of(
-        model.config,
-        block_size=options.block_size,
-        dtype=cache_dtype(options, weight.dtype),
-        mtp_layers=ahead,
-    )
+    max_model_len, ahead = longest(model.config, options), mtp_layers(model.config, options)
     plugs = plugs_for(model, options, scales, rank)
-    sizes = graph_sizes(options, weight.device)
-    use = None
-    if weight.device.type == "cuda":
-        use = measure_use(model, layout, options, plugs, sizes=sizes, max_model_len=max_model_len)
-    reserve = ACTIVATION_BYTES if use is None else use.reserve
-    size = cache_size(layout, options, max_model_len, weight.device, reserve=reserve)
-    if rank is not None and rank.turns is None:
-        size = replace(size, num_blocks=rank.team.least(size.num_blocks))
-    shared = options.share_pages and weight.device.type == "cpu"
-    memory = MappedPages(size.num_blocks * layout.block_bytes) if shared else None
-    host = host_size(layout, options)
-    cache = LatentCache(layout, size.num_blocks, weight.device, memory, host.num_blocks)
+    sizes = graph_sizes(options, model.head_weight().device)
+    room = make_room(model, options, plugs, sizes, rank, ahead=ahead, max_model_len=max_model_len)
     reports = rank is None or rank.reports
     if reports:
-        report(size, host, use, options, cache, ahead)
-    batching = batching_config(options, size, host, max_model_len, eos=eos, ahead=ahead)
+        report(room.size, room.host, room.use, options, room.cache, ahead)
+    batching = batching_config(options, room.size, room.host, max_model_len, eos=eos, ahead=ahead)
     ready = Ready(
         model_name=model_name,
         max_model_len=max_model_len,
         vocab_size=model.config.vocab_size,
         eos_token_ids=eos,
-        num_blocks=size.num_blocks,
+        num_blocks=room.size.num_blocks,
         block_size=options.block_size,
     )
-    runner = Runner(
+    runner = make_runner(model, options, plugs, sizes, rank, cache=room.cache, max_model_len=max_model_len)
+    capture(runner, capture_progress if reports else iter)
+    return Parts(runner, make_scheduler(batching, options.record), ready, room.size, room.use)
+
+
+@dataclass(frozen=True)
+class Room:
+    """The cache, how many blocks it has on the device and on the host, and what else takes a GPU's memory."""
+
+    size: CacheSize
+    host: CacheSize
+    use: MemoryUse | None
+    cache: LatentCache
+
+
+def make_room(
+    model: DeepSeek,
+    options: EngineOptions,
+    plugs: Plugs,
+    sizes: GraphSizes,
+    rank: Rank | None,
+    *,
+    ahead: int,
+    max_model_len: int,
+) -> Room:
+    """Measure what steps and graphs take on a GPU, and lay out the cache in what is left.
+
+    Raises:
+        ConfigError: not one block fits.
+    """
+    weight = model.head_weight()
+    device, dtype = weight.device, cache_dtype(options, weight.dtype)
+    layout = CacheLayout.of(model.config, block_size=options.block_size, dtype=dtype, mtp_layers=ahead)
+    use = None
+    if device.type == "cuda":
+        use = measure_use(model, layout, options, plugs, sizes=sizes, max_model_len=max_model_len)
+    reserve = ACTIVATION_BYTES if use is None else use.reserve
+    size = cache_size(layout, options, max_model_len, device, reserve=reserve)
+    if rank is not None and rank.turns is None:
+        size = replace(size, num_blocks=rank.team.least(size.num_blocks))
+    shared = options.share_pages and device.type == "cpu"
+    memory = MappedPages(size.num_blocks * layout.block_bytes) if shared else None
+    host = host_size(layout, options)
+    return Room(size, host, use, LatentCache(layout, size.num_blocks, device, memory, host.num_blocks))
+
+
+def make_runner(
+    model: DeepSeek,
+    options: EngineOptions,
+    plugs: Plugs,
+    sizes: GraphSizes,
+    rank: Rank | None,
+    *,
+    cache: LatentCache,
+    max_model_len: int,
+) -> Runner:
+    """What runs steps; a rank among others has no tapes, which hold no collectives."""
+    return Runner(
         model,
         cache,
         max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
         plugs=plugs,
-        enforce_eager=options.enforce_eager
-        or (rank is not None and not sizes.decodes),  # tapes hold no collectives
+        enforce_eager=options.enforce_eager or (rank is not None and not sizes.decodes),
         graph_sizes=sizes,
         drafts=options.most_drafts,
         alone=rank is None or rank.turns is not None,
         lead=None if rank is None else rank.lead,
         turns=None if rank is None else rank.turns,
     )
-    capture(runner, capture_progress if reports else iter)
-    return Parts(runner, make_scheduler(batching, options.record), ready, size, use)
 
 
 def batching_config(
@@ -336,28 +316,3 @@ def make_scheduler(config: BatchingConfig, record: str | None) -> Scheduler:
         return Scheduler(config)
     file = Path(record).open("w", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the engine)
     return RecordingScheduler(config, lambda line: file.write(line + "\n"))
-
-
-def eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:
-    """The tokens that end a sequence: `generation_config.json`'s if it names any, else the model config's.
-
-    Chat checkpoints name several (end of text, end of turn) in the former and one in the latter.
-
-    Raises:
-        CheckpointError: the file is not JSON, or its `eos_token_id` is neither a number nor a list of them.
-    """
-    file = path / "generation_config.json"
-    if not file.exists():
-        return (config.eos_token_id,)
-    try:
-        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
-        msg = f"{file} is not a JSON object: {error}. Repair or remove it."
-        raise CheckpointError(msg) from error
-    ids = [named] if isinstance(named, int) else named
-    if ids is None:
-        return (config.eos_token_id,)
-    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-        msg = f"{file} has eos_token_id = {named!r}; expected a number or a list of numbers."
-        raise CheckpointError(msg)
-    return tuple(ids)

@@ -19,11 +19,12 @@ from benthic.parallel.gathered import GatheredExperts
 from benthic.parallel.start import broke
 from benthic.parallel.team import Team, file_store
 from benthic.sched.lockstep import Intent
-from benthic.serve.build import Rank, assemble, eos_token_ids, load_weights, prepare, with_grammars
+from benthic.serve.build import Rank, assemble, with_grammars
 from benthic.serve.engine import Engine
 from benthic.serve.peers import Peers
 from benthic.serve.ranks import COLLECTIVE_S, own_options, shard_of
 from benthic.serve.turns import Together
+from benthic.serve.weights import eos_token_ids, load_weights, prepare
 from benthic.spec import hf
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benthic.parallel.start import broke
-from benthic.serve.build import drafts_with_mtp
 from benthic.serve.commands import (
     ClosePages,
     Draft,
@@ -37,6 +36,7 @@ from benthic.serve.fetching import Fetching
 from benthic.serve.pages import Pages
 from benthic.serve.ranks import build_shard, join, own_options
 from benthic.serve.spread_drafts import ToldGuesser, told_drawing
+from benthic.serve.weights import drafts_with_mtp
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -127,8 +127,9 @@ class Instance:
             self._scheduler.leases.release(request_id)
 
     def step(self) -> list[Delta]:
-        """As `Engine.step`, between two turns of the transfers."""
+        """As `Engine.step`; pulls that have ended count before it, those that it plans start behind it."""
         self._serve_readers()
+        self._finish_pulls()
         steps = self._scheduler.totals.steps
         deltas = [self._with_lease(delta) for delta in self.engine.step()]
         self._move()
@@ -162,6 +163,10 @@ class Instance:
         pulls = self._scheduler.pulls
         for plan in self._reader.take(pulls.plan()):
             pulls.fail(plan)
+        self._finish_pulls()
+
+    def _finish_pulls(self) -> None:
+        pulls = self._scheduler.pulls
         for plan, brought in self._reader.advance(self._clock()):
             if brought:
                 pulls.commit(plan)

@@ -72,7 +72,7 @@ class EngineOptions:
     enable_expert_parallel: bool = False
     kv_cache_dtype: CacheDtypeName = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 64
+    max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     block_size: int = 64
     num_blocks: int | None = None

@@ -16,8 +16,9 @@ import torch
 from benthic.errors import ConfigError
 from benthic.parallel.divided import divide
 from benthic.parallel.team import Team
-from benthic.serve.build import Rank, assemble, eos_token_ids, load_weights, prepare
+from benthic.serve.build import Rank, assemble
 from benthic.serve.commands import Move, Remember, Score, Step
+from benthic.serve.weights import eos_token_ids, load_weights, prepare
 from benthic.spec.shard import Shard
 
 if TYPE_CHECKING:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from benthic.errors import PeerLostError
 from benthic.parallel.team import open_store
-from benthic.serve.build import drafts_with_mtp, with_grammars
+from benthic.serve.build import with_grammars
 from benthic.serve.drafters import drafter_for
 from benthic.serve.engine import Engine
 from benthic.serve.follow import follow
 from benthic.serve.followers import Followers
 from benthic.serve.ranks import build_shard, join, own_options, shard_of
 from benthic.serve.spread_drafts import LeadingDrafter, LeadingGuesser
+from benthic.serve.weights import drafts_with_mtp
 from benthic.spec import hf
 
 if TYPE_CHECKING:
