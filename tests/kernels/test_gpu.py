@@ -127,4 +127,4 @@ def test_the_table_chooses_the_documented_kernels():
     assert chosen["mla_decode"] == "triton"
     assert chosen["grouped_linear"] == "grouped_mm_cuda"
     assert chosen["attention"] == "triton"
-    assert chosen["attention (equal lengths)"] == "cudnn"
+    assert chosen["attention (equal lengths)"] == "gluon"
