@@ -126,5 +126,5 @@ def test_the_table_chooses_the_documented_kernels():
     assert chosen["rms_norm"] == "triton"
     assert chosen["mla_decode"] == "triton"
     assert chosen["grouped_linear"] == "grouped_mm_cuda"
-    assert chosen["attention"] == "triton"
+    assert chosen["attention"] == "gluon"
     assert chosen["attention (equal lengths)"] == "gluon"
