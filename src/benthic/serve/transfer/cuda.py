@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -62,7 +61,6 @@ class CudaSource:
         self._remote_LPBW = remote[: math.prod(shape)].view(shape)
         self._stream = torch.cuda.Stream(near)
         self._launched = torch.cuda.Event()
-        self._trips: dict[int, list[Trip]] = {}
 
     @torch.inference_mode()
     def start(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> OnStream:
@@ -70,60 +68,18 @@ class CudaSource:
 
         After the step in flight, which may still write to a block that changed hands; beside the next one.
         """
-        trip = self._trip(len(local_blocks))
-        trip.fill(remote_blocks, local_blocks)
+        count = len(local_blocks)
+        even = count + count % 2  # both lists then begin where the kernel was compiled for
+        lists_2R = torch.empty((2, even), dtype=torch.int64, pin_memory=True)
+        lists_2R.numpy()[:, :count] = remote_blocks, local_blocks
         self._launched.record(torch.cuda.current_stream(self._local_LPBW.device))
         self._stream.wait_event(self._launched)
         with torch.cuda.stream(self._stream):
-            trip.graph.replay()
-            trip.done = torch.cuda.Event()
-            trip.done.record()
-        return OnStream(trip.done)
-
-    def _trip(self, count: int) -> Trip:
-        """A recorded copy of so many blocks or more that is not on its way."""
-        size = max(LEAST_BLOCKS, 1 << (count - 1).bit_length())
-        trips = self._trips.setdefault(size, [])
-        for trip in trips:
-            if trip.done is None or trip.done.query():
-                return trip
-        trips.append(self._record(size))
-        return trips[-1]
-
-    def _record(self, size: int) -> Trip:
-        """Record a copy of `size` blocks, which costs the host a millisecond and every copy by it a tenth."""
-        near = self._local_LPBW.device
-        lists_2R = torch.full((2, size), -1, dtype=torch.int64, pin_memory=True)
-        sent_2R = torch.full((2, size), -1, dtype=torch.int64, device=near)
-        self._stream.wait_stream(torch.cuda.current_stream(near))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            copy_blocks(self._remote_LPBW, sent_2R[0], self._local_LPBW, sent_2R[1])  # compiles; skips all
-            graph.capture_begin(capture_error_mode="thread_local")
-            sent_2R.copy_(lists_2R, non_blocking=True)
-            copy_blocks(self._remote_LPBW, sent_2R[0], self._local_LPBW, sent_2R[1])
-            graph.capture_end()
-        return Trip(lists_2R, sent_2R, graph)
-
-
-LEAST_BLOCKS = 8
-"""Blocks of the smallest recorded copy; the others are twice as large each."""
-
-
-@dataclass(eq=False)
-class Trip:
-    """A recorded copy: which blocks, in memory of the host and of the device, and the end of its last use."""
-
-    lists_2R: Tensor
-    sent_2R: Tensor
-    graph: torch.cuda.CUDAGraph
-    done: torch.cuda.Event | None = None
-
-    def fill(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> None:
-        """Say which blocks; what is left of the lists is skipped."""
-        count, lists_2R = len(local_blocks), self.lists_2R.numpy()
-        lists_2R[:, :count] = remote_blocks, local_blocks
-        lists_2R[:, count:] = [[0], [-1]]
+            from_R, to_R = lists_2R.to(self._local_LPBW.device, non_blocking=True)[:, :count]
+            copy_blocks(self._remote_LPBW, from_R, self._local_LPBW, to_R)
+            done = torch.cuda.Event()
+            done.record()
+        return OnStream(done)
 
 
 class OnStream(NamedTuple):
