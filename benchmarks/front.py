@@ -28,7 +28,7 @@ from provenance import write_result
 from random_checkpoint import make_folder, shape
 
 from benthic.bench.served import free_port
-from benthic.serve import launch, server
+from benthic.serve import http, launch, server
 from benthic.serve.messages import Delta, Generate, Ready, Stats
 from benthic.serve.service import ServiceSettings
 from benthic.serve.tokenizer import Tokenizer
@@ -118,11 +118,11 @@ def serve(model: Path, port: int, step_seconds: float) -> None:
     """Body of the server's process."""
     logging.basicConfig(level=logging.WARNING)
     settings = ServiceSettings(served_names=(MODEL,), root=MODEL, max_num_seqs=1024, max_waiting=1024)
-    parts = server.Parts(
+    parts = http.Parts(
         tokenizer=Tokenizer.from_folder(model),
         template=None,
         settings=settings,
-        options=server.ServerOptions(access_log=False, report_s=0),
+        options=http.ServerOptions(access_log=False, report_s=0),
         wall=time.time,
     )
     server.run(functools.partial(Echo, step_seconds), launch.bind("127.0.0.1", port), parts)
