@@ -79,7 +79,7 @@ async def serve_front(seat: Seat, bound: socket.socket, parts: Parts) -> int:
         return 0 if await answer(service, bound, parts, stop) else 1
     finally:
         reporting.cancel()
-        client.report(metrics.counts())
+        client.report()
         await client.leave()
 
 

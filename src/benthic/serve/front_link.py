@@ -38,6 +38,7 @@ class FrontLink:
         self.serving = asyncio.Event()
         self.heard_s = 0.0
         self.counts: msgspec.Raw = NOBODY
+        self.census = 0
         self._socket = socket
         self._in_flight = in_flight
         self._encode = msgspec.msgpack.Encoder().encode

@@ -68,9 +68,11 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a front has counted (`Counts`), and its requests in flight (entries of its journal).
 
-    It comes every half second and before each `Scrape`. Both are passed on as they are.
+    It comes every half second, and when asked for by a `Census`, whose number it then has. Both are passed on
+    as they are.
     """
 
+    census: int
     counts: msgspec.Raw
     active: msgspec.Raw
 
@@ -169,11 +171,17 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     value: float | bytes | Refusal
 
 
+class Census(msgspec.Struct, frozen=True, tag=True):
+    """Report now."""
+
+    number: int
+
+
 class Stopping(msgspec.Struct, frozen=True, tag=True):
     """Drain; at once when it comes a second time."""
 
 
 ToHub = Hello | Serving | Open | Abort | Ended | Report | Ask
-ToFront = Delta | Failed | Mark | State | Welcome | Active | Ended | Answer | Stopping
+ToFront = Delta | Failed | Mark | State | Welcome | Active | Ended | Answer | Census | Stopping
 FromFront = tuple[int, list[ToHub]]
 FromHub = tuple[int, list[ToFront]]

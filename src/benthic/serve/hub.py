@@ -7,6 +7,7 @@ all that the loop found before its next turn leaves as one message a front.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from benthic.errors import BenthicError, EngineDeadError
+from benthic.errors import BenthicError, EngineDeadError, ServeError
 from benthic.serve.api_errors import ApiError
 from benthic.serve.fleet_routes import InstanceList
 from benthic.serve.front_link import NOBODY, FrontLink, failure_of
@@ -26,6 +27,7 @@ from benthic.serve.front_messages import (
     Answer,
     Ask,
     Cards,
+    Census,
     Ended,
     Failed,
     FromFront,
@@ -66,6 +68,12 @@ logger = logging.getLogger("benthic.serve.hub")
 
 STATE_S: Final = 0.25
 """Seconds between two looks at how the engines are."""
+
+CENSUS_S: Final = 1.0
+"""How long `/metrics` waits for what each front has counted; its last report counts after that."""
+
+LAST_WORDS: Final = 10
+"""How often the pipe is looked into for the last words of a front; others go on speaking."""
 
 
 class RoutedJournal(Journal):
@@ -123,6 +131,8 @@ class Hub:
         self._owners: dict[str, FrontLink] = {}
         self._gone: list[msgspec.Raw] = []
         self._num_joined = 0
+        self._census = 0
+        self._reported = asyncio.Event()
         self._state = self._look()
         self._answering: set[asyncio.Task[None]] = set()
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
@@ -147,7 +157,9 @@ class Hub:
 
     async def leave(self, front: FrontLink) -> None:
         """A front's process has ended: hear its last words, abort its requests, keep what it counted."""
-        while await self._from_fronts.poll(20):
+        for _ in range(LAST_WORDS):
+            if not await self._from_fronts.poll(20):
+                break
             await asyncio.sleep(0)  # `_listen` takes them
         del self._fronts[front.seat.number]
         self._gone.append(front.counts)
@@ -163,6 +175,10 @@ class Hub:
         """Tell every front."""
         for front in self._fronts.values():
             front.post(message)
+
+    async def wait_broken(self) -> None:
+        """Wait for an error in here, and raise it: without this, nobody is answered any more."""
+        await asyncio.gather(*self._tasks)
 
     def stop_all(self) -> None:
         """Let every front drain, or stop at once when it drains already."""
@@ -206,7 +222,8 @@ class Hub:
             self._journal.conclude(message.entry)
             self._tell_others(front, message)
         elif isinstance(message, Report):
-            front.counts = message.counts
+            front.counts, front.census = message.counts, message.census
+            self._reported.set()
             self._tell_others(front, Active(front=front.seat.number, entries=message.active))
         elif isinstance(message, Ask):
             self._start(self._answer(front, message))
@@ -253,6 +270,9 @@ class Hub:
                 await stream.relay(front.deliver)
         except BenthicError as error:
             self._fail(front, names, error)
+        except Exception as error:
+            self._fail(front, names, ServeError(f"the server failed ({type(error).__name__}); see its log"))
+            raise
         finally:
             for name in names:
                 front.streams.pop(name, None)
@@ -275,6 +295,10 @@ class Hub:
             value: float | bytes | Refusal = await self._value(ask)
         except ApiError as error:
             value = Refusal(status=error.status, message=str(error), param=error.param, code=error.code)
+        except Exception as error:
+            words = f"the server failed ({type(error).__name__}); see its log"
+            front.post(Answer(number=ask.number, value=Refusal(status=500, message=words)))
+            raise
         front.post(Answer(number=ask.number, value=value))
 
     async def _value(self, ask: Ask) -> float | bytes:
@@ -283,7 +307,19 @@ class Hub:
             return await self._whole.take(question.who)
         if isinstance(question, Cards | Join | Leave):
             return await _about(self._whole.instances, question)
+        await self._take_census()
         return self._whole.metrics.render(self.counts())
+
+    async def _take_census(self) -> None:
+        """Let every front say what it has counted by now; one that is too busy has said so before."""
+        self._census += 1
+        number = self._census
+        self.tell_all(Census(number))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CENSUS_S):
+                while any(each.census < number for each in self._fronts.values() if each.serving.is_set()):
+                    self._reported.clear()
+                    await self._reported.wait()
 
     def counts(self) -> list[Counts]:
         """What each front has counted, those that are gone too."""
@@ -294,6 +330,8 @@ class Hub:
         while True:
             await asyncio.sleep(STATE_S)
             self._share_state()
+            for front in self._fronts.values():
+                front.flush()  # what was meant for a front whose end of the pipe was not there yet
 
     def _share_state(self) -> None:
         """Tell every front how the engines are, if that has changed."""

@@ -20,6 +20,7 @@ from benthic.serve.front_messages import (
     Answer,
     Ask,
     Cards,
+    Census,
     Ended,
     Failed,
     FromHub,
@@ -103,6 +104,8 @@ class RemoteClient:
         self._outbox: list[ToHub] = []
         self._streams: dict[str, EngineStream] = {}
         self._others = 0
+        self._census = 0
+        self.counts: Callable[[], Counts] = list
         self._state = State(stats=None, trouble="the front is starting", instances=b"")
         self._death: str | None = None
         self._questions: dict[int, asyncio.Future[float | bytes]] = {}
@@ -185,10 +188,11 @@ class RemoteClient:
         finally:
             del self._questions[number]
 
-    def report(self, counts: Counts) -> None:
+    def report(self) -> None:
         """Say what was counted here and what is in flight."""
+        counts = msgspec.Raw(self._encode(self.counts()))
         active = msgspec.Raw(self._encode(self._journal.own))
-        self.post(Report(counts=msgspec.Raw(self._encode(counts)), active=active))
+        self.post(Report(census=self._census, counts=counts, active=active))
 
     def die(self, cause: str) -> None:
         """Fail everything in flight, once."""
@@ -248,6 +252,9 @@ class RemoteClient:
             self._journal.show(message.entry)
         elif isinstance(message, Answer):
             self._answer(message)
+        elif isinstance(message, Census):
+            self._census = message.number
+            self.report()
         elif isinstance(message, Welcome):
             self._state = message.state
             for entry in message.ended:
@@ -289,11 +296,11 @@ class RemoteWhole:
     def __init__(self, client: RemoteClient, metrics: Metrics) -> None:
         self._client = client
         self.metrics = metrics
+        client.counts = metrics.counts
         self.instances = RemoteInstances(client) if client.instances else None
 
     async def exposition(self) -> bytes:
-        """What `/metrics` says; what was answered here is in it."""
-        self._client.report(self.metrics.counts())
+        """What `/metrics` says."""
         return _bytes(await self._client.ask(Scrape()))
 
     async def take(self, who: str) -> float:
@@ -305,7 +312,7 @@ class RemoteWhole:
         """Report what is counted here, until cancelled."""
         while True:
             await asyncio.sleep(REPORT_S)
-            self._client.report(self.metrics.counts())
+            self._client.report()
 
 
 class RemoteInstances:

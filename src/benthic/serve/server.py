@@ -158,19 +158,22 @@ async def _serve_fronts(
         try:
             await fronts.wait_serving()
             say_where(bound, parts.settings, ready)
-            return await _stand_behind(fronts, client, stop, parts.options)
+            return await _stand_behind(hub, fronts, client, stop, parts.options)
         finally:
             await fronts.kill()
     finally:
         await hub.close()
 
 
-async def _stand_behind(fronts: Fronts, client: Client, stop: Stop, options: ServerOptions) -> int:
+async def _stand_behind(hub: Hub, fronts: Fronts, client: Client, stop: Stop, options: ServerOptions) -> int:
     """Wait for a signal, or the end of all fronts."""
     stopped, ended = asyncio.ensure_future(stop.drain.wait()), asyncio.ensure_future(fronts.wait_ended())
-    await asyncio.wait({stopped, ended}, return_when=asyncio.FIRST_COMPLETED)
+    broken = asyncio.ensure_future(hub.wait_broken())
+    await asyncio.wait({stopped, ended, broken}, return_when=asyncio.FIRST_COMPLETED)
     for task in (stopped, ended):
         task.cancel()
+    if broken.done():
+        broken.result()
     if not stop.drain.is_set():
         logger.error("no front is left")
         return 1
