@@ -212,12 +212,12 @@ def test_room_is_that_of_the_whole_server_and_is_free_again_when_clients_leave(s
 
 
 def test_a_killed_front_loses_its_own_requests_and_another_takes_its_place(slow: Running) -> None:
-    before = pids(slow)
     with (
         one_client_a_front(slow) as clients,
         streaming(clients[0], 250) as lost,
         streaming(clients[1], 60) as kept,
     ):
+        before = pids(slow)
         os.kill(before[0], signal.SIGKILL)
         with pytest.raises(httpx.TransportError):
             list(lost)

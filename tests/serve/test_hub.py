@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import multiprocessing
 import pickle
 import re
+import socket
+import sys
 import time
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from benthic.errors import AdmissionError, EngineDeadError, OverloadedError, ServeError
+from benthic.serve import front, launch
 from benthic.serve.api_errors import ApiError
 from benthic.serve.chat_template import ChatTemplate
 from benthic.serve.front_messages import Join, Serving, Take
+from benthic.serve.fronts import Fronts, spread
 from benthic.serve.hub import Hub, RoutedJournal
 from benthic.serve.journal import Journal
 from benthic.serve.messages import Delta, Generate, Ready, SamplingParams, Stats
@@ -30,6 +37,8 @@ from benthic.serve.whole import Alone
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
+
+    from benthic.serve.journal import Entry
 
 READY = Ready(
     model_name="m", max_model_len=64, vocab_size=10, eos_token_ids=(1,), num_blocks=8, block_size=16
@@ -71,6 +80,7 @@ class Pair:
 
     def __init__(self, max_waiting: int) -> None:
         self.engine, self.stops = Engine(), []
+        self.parts = SimpleNamespace(options=SimpleNamespace(stall_s=60.0))
         self.journal = RoutedJournal(time.monotonic)
         metrics = Metrics("m", READY, lambda: self.engine.stats)
         self.hub = Hub(
@@ -264,6 +274,8 @@ def since(text: bytes) -> list[float]:
 def test_phases_that_a_router_notes_reach_the_front_of_the_request() -> None:
     async def scenario() -> None:
         async with pair() as made:
+            traced: list[Entry] = []
+            made.journal.on_end(traced.append)
             made.journals[0].begin("a", arrival_s=time.monotonic(), prompt_tokens=1)
             made.fronts[0].open([request("a")])
             await until(lambda: made.engine.in_flight == 1)
@@ -273,6 +285,7 @@ def test_phases_that_a_router_notes_reach_the_front_of_the_request() -> None:
             made.journals[0].end("a", "length", tokens=1, met=None)
             await until(lambda: len(made.journals[1].ended) == len(made.journal.ended) == 1)
             (seen,) = made.journals[1].ended
+            assert [entry.request_id for entry in traced] == ["a"]
             assert [phase[::2] for phase in seen.phases] == [("queue", ""), ("prefill", "prefill-0")]
 
     asyncio.run(scenario())
@@ -287,6 +300,50 @@ def test_fronts_are_told_to_stop_as_often_as_the_server_is() -> None:
             return sorted(made.stops)
 
     assert asyncio.run(scenario()) == [0, 0, 1, 1]
+
+
+def test_a_front_that_ends_before_it_serves_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_words: object) -> multiprocessing.process.BaseProcess:
+        process = multiprocessing.get_context("fork").Process(target=sys.exit, args=(3,))
+        process.start()
+        return process
+
+    async def scenario() -> None:
+        monkeypatch.setattr(front, "start_front", start)
+        async with pair() as made:
+            bound = launch.bind("127.0.0.1", 0)
+            fronts = Fronts(made.hub, spread(bound, 2), made.parts)
+            with pytest.raises(ServeError, match="a front ended before it served"):
+                await fronts.wait_serving()
+            await fronts.kill()
+            assert bound.fileno() == -1
+
+    asyncio.run(scenario())
+
+
+def test_sockets_of_fronts_share_a_port_that_nobody_else_can_have() -> None:
+    sockets = spread(launch.bind("127.0.0.1", 0), 3)
+    try:
+        host, port = sockets[0].getsockname()
+        assert {each.getsockname() for each in sockets} == {(host, port)}
+        with pytest.raises(ServeError, match=f"cannot listen on {host}:{port}"):
+            launch.bind(host, port)
+        for _ in range(60):
+            socket.create_connection((host, port)).close()
+        assert all(accepted(each) for each in sockets)
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def accepted(listening: socket.socket) -> int:
+    """Connections that wait at a socket."""
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            listening.accept()[0].close()
+            count += 1
+    return count
 
 
 def test_processes_that_number_requests_never_give_one_number_twice() -> None:
