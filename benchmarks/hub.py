@@ -1,6 +1,6 @@
 """What a token costs the main process that passes it on to the fronts, and how many a second it can pass on.
 
-The hub and what stands behind it are the real ones: one engine's client, or a router before two engines.
+The hub and what stands behind it are the real ones: one engine's client, or a router before several.
 Engines have no model and put out a token of every request each step; fronts are processes that read and
 count, without HTTP, so that on two cores the hub is what limits. Its cost is the CPU time of its process over
 the tokens, that of sending in ZeroMQ's own thread included.
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 def main() -> None:
     """One hub for each number of engines and of streams."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engines", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--fronts", type=int, nargs="+", default=[2])
+    parser.add_argument("--engines", type=int, nargs="+", default=[1, 2, 8])
+    parser.add_argument("--fronts", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--streams", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--step-ms", type=float, default=10.0)
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
