@@ -346,6 +346,19 @@ def accepted(listening: socket.socket) -> int:
     return count
 
 
+def test_a_front_that_cannot_read_its_pipe_ends_instead_of_letting_requests_wait() -> None:
+    async def scenario() -> None:
+        async with pair() as made:
+            stream = made.fronts[0].open([request("a")])
+            made.links[0]._socket.send(b"junk")
+            with pytest.raises(EngineDeadError, match="the front failed"):
+                await anext(stream)
+            assert made.stops == [0, 0]
+            assert made.fronts[1].trouble is None
+
+    asyncio.run(scenario())
+
+
 def test_processes_that_number_requests_never_give_one_number_twice() -> None:
     journals = [Journal(lambda: 0.0, slot=slot, slots=3) for slot in range(3)]
     for count, journal in ((5, journals[2]), (2, journals[0]), (3, journals[1])):

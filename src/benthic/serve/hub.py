@@ -163,6 +163,7 @@ class Hub:
             await asyncio.sleep(0)  # `_listen` takes them
         del self._fronts[front.seat.number]
         self._gone.append(front.counts)
+        self._reported.set()
         front.close()
         self._owners = {name: owner for name, owner in self._owners.items() if owner is not front}
         self._tell_others(front, Active(front=front.seat.number, entries=NOBODY))

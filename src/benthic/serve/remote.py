@@ -113,6 +113,7 @@ class RemoteClient:
         self._loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[Welcome] = self._loop.create_future()
         self._listener = asyncio.create_task(self._listen())
+        self._listener.add_done_callback(self._stop_if_broken)
         journal.on_end(lambda entry: self.post(Ended(entry=entry)))
         self.post(Hello())
 
@@ -221,6 +222,15 @@ class RemoteClient:
     async def _listen(self) -> None:
         while True:
             self.take(await self._from_hub.recv())
+
+    def _stop_if_broken(self, listener: asyncio.Task[None]) -> None:
+        """After an error in here nobody would be answered: end at once, and be started again."""
+        error = None if listener.cancelled() else listener.exception()
+        if error is not None:
+            logger.error("the front cannot go on", exc_info=error)
+            self.die(f"the front failed ({type(error).__name__}); see its log")
+            self._stop()
+            self._stop()
 
     def take(self, frame: bytes) -> None:
         """One frame of the main process."""
