@@ -1,8 +1,8 @@
 """Starts the fronts of a server, replaces one that ends, and lets all of them drain.
 
 Every front has a listening socket of its own on the one port (SO_REUSEPORT), over which the kernel spreads
-connections by a hash of their addresses. On one shared socket whoever wakes first takes all that wait, which
-is very uneven. The main process keeps the sockets: what connects while a front is replaced waits for the
+connections by a hash of their addresses. On one shared socket whoever wakes takes all that wait, which is
+very uneven. The main process keeps the sockets: what connects while a front is replaced waits for the
 next one.
 """
 
