@@ -1,11 +1,14 @@
-"""How many tokens a second the one process streams that stands before all engines, and what a token costs it.
+"""How many tokens a second the processes stream that stand before all engines, and what a token costs each.
 
 The HTTP server is the real one and so is the pipe behind it; the engine has no model and puts out a token of
 every request each step. Clients are one process that reads bytes and counts. A token's cost is the server's
 CPU time over the tokens; where it has less of it than the engine asks for, tokens that wait become one event,
-and the second column says how many events were sent for them.
+and the second column says how many events were sent for them. With several fronts the main process passes
+tokens on, and its cost is given beside theirs: on few cores all share those with clients and engine, so that
+costs say more than rates.
 
     python benchmarks/front.py
+    python benchmarks/front.py --fronts 1 2
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import itertools
 import json
 import logging
 import multiprocessing
@@ -28,7 +32,7 @@ from provenance import write_result
 from random_checkpoint import make_folder, shape
 
 from benthic.bench.served import free_port
-from benthic.serve import launch, server
+from benthic.serve import http, launch, server
 from benthic.serve.messages import Delta, Generate, Ready, Stats
 from benthic.serve.service import ServiceSettings
 from benthic.serve.tokenizer import Tokenizer
@@ -89,6 +93,7 @@ def main() -> None:
     """One server for each number of streams."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--streams", type=int, nargs="+", default=[16, 64, 256, 512])
+    parser.add_argument("--fronts", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--step-ms", type=float, default=15.0)
     parser.add_argument("--out", type=Path)
@@ -96,53 +101,80 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = make_folder(Path(folder) / "model", shape(small=True))
-        for streams in words.streams:
-            rows.append(measure(model, streams, words.tokens, words.step_ms / 1e3))
+        for fronts, streams in itertools.product(words.fronts, words.streams):
+            rows.append(measure(model, fronts, streams, words.tokens, words.step_ms / 1e3))
             print(rows[-1], flush=True)
     print(write_result("front", rows, out=words.out, tokens=words.tokens, step_ms=words.step_ms))
 
 
-def measure(model: Path, streams: int, tokens: int, step_seconds: float) -> dict[str, Any]:
+def measure(model: Path, fronts: int, streams: int, tokens: int, step_seconds: float) -> dict[str, Any]:
     """Start a server, let that many requests stream from it at once, and end it."""
     port = free_port()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(model, port, step_seconds))
+    words = (model, port, step_seconds, fronts)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=words)
     process.start()
     try:
-        return uvloop.run(load(port, process.pid or 0, streams, tokens))
+        found = uvloop.run(load(port, process.pid or 0, streams, tokens, fronts))
+        return {"fronts": fronts, **found}
     finally:
         process.terminate()
         process.join()
 
 
-def serve(model: Path, port: int, step_seconds: float) -> None:
+def serve(model: Path, port: int, step_seconds: float, fronts: int) -> None:
     """Body of the server's process."""
     logging.basicConfig(level=logging.WARNING)
     settings = ServiceSettings(served_names=(MODEL,), root=MODEL, max_num_seqs=1024, max_waiting=1024)
-    parts = server.Parts(
+    parts = http.Parts(
         tokenizer=Tokenizer.from_folder(model),
         template=None,
         settings=settings,
-        options=server.ServerOptions(access_log=False, report_s=0),
+        options=http.ServerOptions(access_log=False, report_s=0, fronts=fronts),
         wall=time.time,
     )
     server.run(functools.partial(Echo, step_seconds), launch.bind("127.0.0.1", port), parts)
 
 
-async def load(port: int, pid: int, streams: int, tokens: int) -> dict[str, Any]:
+async def load(port: int, pid: int, streams: int, tokens: int, fronts: int) -> dict[str, Any]:
     """Rates and costs of `streams` requests at once, after a few that warm up."""
     await until_up(port)
-    await asyncio.gather(*(stream(port, 8) for _ in range(4)))
-    cpu, began = cpu_seconds(pid), time.perf_counter()
+    answering = [pid]
+    if fronts > 1:
+        answering = await until_up_all(pid, fronts)
+    await asyncio.gather(*(stream(port, 8) for _ in range(8 * fronts)))
+    cpu, began = {each: cpu_seconds(each) for each in (pid, *answering)}, time.perf_counter()
     events = sum(await asyncio.gather(*(stream(port, tokens) for _ in range(streams))))
-    seconds, used = time.perf_counter() - began, cpu_seconds(pid) - cpu
-    made = streams * tokens
-    return {
+    seconds = time.perf_counter() - began
+    used = {each: cpu_seconds(each) - before for each, before in cpu.items()}
+    made, front_s = streams * tokens, sum(used[each] for each in answering)
+    row = {
         "streams": streams,
         "tokens_per_second": round(made / seconds, 1),
         "events_a_token": round(events / made, 3),
-        "cpu_us_a_token": round(used / made * 1e6, 1),
-        "tokens_per_cpu_second": round(made / used, 1),
+        "cpu_us_a_token": round(front_s / made * 1e6, 1),
+        "tokens_per_cpu_second": round(made / front_s, 1),
     }
+    if fronts == 1:
+        return row
+    return row | {
+        "hub_cpu_us_a_token": round(used[pid] / made * 1e6, 1),
+        "share_of_each_front": [round(used[each] / front_s, 3) for each in answering],
+    }
+
+
+async def until_up_all(pid: int, fronts: int) -> list[int]:
+    """The processes of the fronts: the children of the main process behind the first, which is the engine."""
+    async with asyncio.timeout(60):
+        while len(found := children(pid)) < 1 + fronts:
+            await asyncio.sleep(0.1)
+    await asyncio.sleep(3)  # the last one imports what it needs
+    return found[1:]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started to run something of ours, in order."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(each) for each in found if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
 
 
 async def until_up(port: int) -> None:

@@ -100,6 +100,8 @@ def test_a_port_in_use_is_an_error_before_the_model_is_looked_at(fails: Fails) -
         (("a", "--block-size", "0"), "--block-size"),
         (("a", "--dtype", "int3"), "int3"),
         (("a", "--port", "70000"), "--port"),
+        (("a", "--api-server-count", "0"), "--api-server-count"),
+        (("a", "--api-server-count", "auto"), "parse string as an integer"),
         (("a", "--tensor-parallel-size", "0"), "--tensor-parallel-size"),
         (
             ("a", "--batch-invariant", "-tp", "2"),

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fake_engine
 
 from benthic.dash.page import DashPage
-from benthic.serve import launch, server
+from benthic.serve import http, launch, server
 from benthic.serve.service import ServiceSettings
 from benthic.serve.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ def main() -> int:
     template = launch.read_template(tokenizer, None) if settings.pop("template", True) else None
     max_num_seqs, max_waiting = settings.pop("max_num_seqs", 32), settings.pop("max_waiting", 1024)
     step_seconds = settings.pop("step_seconds", 0.0)
-    parts = server.Parts(
+    parts = http.Parts(
         tokenizer=tokenizer,
         template=template,
         settings=ServiceSettings(
@@ -35,7 +35,7 @@ def main() -> int:
             max_num_seqs=max_num_seqs,
             max_waiting=max_waiting,
         ),
-        options=server.ServerOptions(**settings, access_log=False),
+        options=http.ServerOptions(**settings, access_log=False),
         wall=lambda: 1_700_000_000.0,
         page=DashPage,
     )

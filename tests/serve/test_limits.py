@@ -9,7 +9,7 @@ import httpx
 import pytest
 from running import fake_server
 
-from benthic.serve.rate_limit import RateLimit
+from benthic.serve.rate_limit import Buckets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,11 +18,8 @@ if TYPE_CHECKING:
     from running import Running
 
 
-def bucket(per_minute: int, at: list[float]) -> RateLimit:
-    async def app(scope, receive, send) -> None:
-        raise AssertionError
-
-    return RateLimit(app, per_minute, lambda: at[0])
+def bucket(per_minute: int, at: list[float]) -> Buckets:
+    return Buckets(per_minute, lambda: at[0])
 
 
 def test_a_key_may_send_a_minutes_worth_at_once_and_then_waits_for_one() -> None:

@@ -91,3 +91,34 @@ def test_what_was_aborted_is_not_read():
     stream.abort("a")
     assert [each.request_id for each in asyncio.run(read(stream))] == ["b"]
     assert aborted == ["a"]
+
+
+def test_a_relay_gets_every_delta_as_it_came_and_the_error_behind_them():
+    async def scenario() -> list[Delta]:
+        stream, found = EngineStream(Aborted(), ["a", "b"]), []
+        stream.put(delta("a", 1))
+        relaying = asyncio.create_task(stream.relay(found.append))
+        await asyncio.sleep(0)
+        stream.put(delta("a", 2))
+        stream.put(delta("a", 3, finish_reason="stop"))
+        assert [each.tokens for each in found] == [(1,), (2,), (3,)]
+        stream.fail(EngineDeadError("gone"))
+        with pytest.raises(EngineDeadError, match="gone"):
+            await relaying
+        return found
+
+    assert len(asyncio.run(scenario())) == 3
+
+
+def test_a_relay_ends_with_the_last_request_whether_it_finished_or_was_aborted():
+    async def scenario() -> list[str]:
+        aborted, found = Aborted(), []
+        stream = EngineStream(aborted, ["a", "b"])
+        relaying = asyncio.create_task(stream.relay(found.append))
+        await asyncio.sleep(0)
+        stream.put(delta("a", 1, finish_reason="length"))
+        stream.abort("b")
+        await asyncio.wait_for(relaying, 5)
+        return aborted
+
+    assert asyncio.run(scenario()) == ["b"]

@@ -19,6 +19,7 @@ def serve(  # noqa: PLR0913 (one flag each)
     model_flag: flags.ModelFlag = None,
     host: flags.Host = "127.0.0.1",
     port: flags.Port = 8000,
+    api_server_count: flags.ApiServerCount = 1,
     served_model_name: flags.ServedModelName = None,
     api_key: flags.ApiKey = None,
     max_body_bytes: flags.MaxBodyBytes = 16 << 20,
@@ -79,7 +80,7 @@ def serve(  # noqa: PLR0913 (one flag each)
     """Serve a checkpoint over an OpenAI-compatible API."""
     # imported here so that `benthic --help` needs neither FastAPI nor tokenizers
     from benthic.dash.page import DashPage  # noqa: PLC0415
-    from benthic.serve import launch, server, speculative  # noqa: PLC0415
+    from benthic.serve import http, launch, server, speculative  # noqa: PLC0415
     from benthic.serve.fleet import Fleet, FleetOptions, load_instance  # noqa: PLC0415
     from benthic.serve.options import EngineOptions  # noqa: PLC0415
     from benthic.serve.seats import Seat  # noqa: PLC0415
@@ -119,7 +120,7 @@ def serve(  # noqa: PLR0913 (one flag each)
         speculative=None if speculative_config is None else speculative.parse(speculative_config),
         native_folder=str(user_cache()),
     )
-    http = server.ServerOptions(
+    answering = http.ServerOptions(
         api_keys=words.api_keys(api_key),
         max_body_bytes=max_body_bytes,
         requests_per_minute=max_requests_per_minute,
@@ -130,6 +131,7 @@ def serve(  # noqa: PLR0913 (one flag each)
         log_level=uvicorn_log_level.value,
         access_log=not disable_uvicorn_access_log,
         otlp_traces_endpoint=otlp_traces_endpoint,
+        fronts=api_server_count,
     )
     launch.check_instances(
         options,
@@ -163,7 +165,7 @@ def serve(  # noqa: PLR0913 (one flag each)
         launch.check_division(engine, config)
     tokenizer = Tokenizer.from_folder(folder)
     template = launch.read_template(tokenizer, chat_template)
-    parts = server.Parts(
+    parts = http.Parts(
         tokenizer=tokenizer,
         template=template,
         settings=ServiceSettings(
@@ -177,7 +179,7 @@ def serve(  # noqa: PLR0913 (one flag each)
             log_requests=not disable_log_requests,
             kv_transfer=kv_port is not None,
         ),
-        options=http,
+        options=answering,
         wall=time.time,
         page=DashPage,
     )

@@ -21,6 +21,16 @@ Model = Annotated[
 ModelFlag = Annotated[Path | None, typer.Option("--model", help="The same as MODEL.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP)]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 picks one.", rich_help_panel=HTTP)]
+ApiServerCount = Annotated[
+    int,
+    typer.Option(
+        "--api-server-count",
+        "-asc",
+        min=1,
+        help="Processes that answer HTTP; 1: the one that starts the engines.",
+        rich_help_panel=HTTP,
+    ),
+]
 ServedModelName = Annotated[
     list[str] | None,
     typer.Option(

@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from benthic import __version__
-from benthic.serve.fleet_routes import card
 from benthic.serve.metrics import kv_usage
-from benthic.serve.router import Router
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -123,6 +121,7 @@ class Board:
         self._samples: deque[Sample] = deque(maxlen=KEPT)
         self._before: tuple[float, Stats] | None = None
         self._viewers = 0
+        self._num_ended = 0
         self._ticked = asyncio.Event()
         self._latest = b""
         self._since_1970_s = service.wall() - service.clock()
@@ -148,13 +147,13 @@ class Board:
     def tick(self) -> None:
         """Take a sample, and tell whoever looks."""
         now = self._service.clock()
-        since = now if self._before is None else self._before[0]
         sample = self.sample(now)
         self._samples.append(sample)
+        journal, since = self._service.journal, self._num_ended
+        self._num_ended = journal.num_ended
         if not self._viewers:
             return
-        active = self._service.journal.active
-        ended = [entry for entry in self._service.journal.ended if (entry.end_s or 0.0) >= since]
+        active, ended = journal.active, journal.latest(since)
         shown = active[:MOST_CARDS]
         tick = Tick(
             sample=sample,
@@ -215,17 +214,13 @@ class Board:
         )
 
     def _latest_entries(self, since: float) -> list[Entry]:
-        """Requests in flight, and those that ended later than `since`."""
-        found = list(self._service.journal.active)
-        for entry in reversed(self._service.journal.ended):
-            if (entry.end_s or 0.0) <= since:
-                break
-            found.append(entry)
-        return found
+        """Requests in flight, and those that ended later than `since`; they come in no strict order."""
+        journal = self._service.journal
+        return [*journal.active, *(entry for entry in journal.ended if (entry.end_s or 0.0) > since)]
 
     def _instances(self) -> list[InstanceRow]:
-        client = self._service.client
-        if not isinstance(client, Router):
+        instances = self._service.whole.instances
+        if instances is None:
             return []
         return [
             InstanceRow(
@@ -236,7 +231,7 @@ class Board:
                 queued_tokens=row.queued_tokens,
                 kv=row.used_blocks / row.num_blocks if row.num_blocks else 0.0,
             )
-            for row in map(card, client.members)
+            for row in instances.seen
         ]
 
     def _card(self, entry: Entry, now: float) -> RequestCard:

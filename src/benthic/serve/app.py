@@ -39,7 +39,6 @@ from benthic.serve.protocol_responses import (
     Version,
 )
 from benthic.serve.rate_limit import RateLimit
-from benthic.serve.router import Router
 from benthic.serve.sse import ClientGoneError, EventStream, until_disconnect
 from benthic.serve.tools import shown_tools
 
@@ -74,15 +73,15 @@ def create_app(
     app.include_router(response_routes(service))
     app.include_router(token_routes(service))
     app.include_router(status_routes(service))
-    if isinstance(service.client, Router):
-        app.include_router(fleet_routes(service.client.members))
+    if service.whole.instances is not None:
+        app.include_router(fleet_routes(service.whole.instances))
     if page is not None:
         app.include_router(page, include_in_schema=False)
     _add_openapi(app, service.settings.served_names)
     _add_error_handlers(app, service)
     layers: Any = BodyLimit(app, max_body_bytes)
     if requests_per_minute is not None:
-        layers = RateLimit(layers, requests_per_minute, service.clock)
+        layers = RateLimit(layers, requests_per_minute, service.whole.take)
     if api_keys:
         layers = ApiKeys(layers, api_keys)
     return InFlight(RequestIds(layers))
@@ -251,7 +250,7 @@ def status_routes(service: Service) -> APIRouter:
     )
     async def metrics() -> Response:
         """Counters, gauges and histograms for Prometheus."""
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await service.whole.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

@@ -46,6 +46,10 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens)
 
+    def __reduce__(self) -> tuple[type[ChatTemplate], tuple[str, dict[str, str]]]:
+        """Another process compiles it anew."""
+        return ChatTemplate, (self.source, self._special_tokens)
+
     def render(
         self,
         messages: Sequence[Message],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -14,6 +14,8 @@ from benthic.sched.routing import Role  # noqa: TC001 (FastAPI reads the annotat
 from benthic.serve import api_errors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from benthic.serve.members import Member, Members
 
 
@@ -43,25 +45,51 @@ class InstanceList(BaseModel):
     data: list[InstanceCard]
 
 
-def fleet_routes(members: Members) -> APIRouter:
-    """Routes of a server with several instances; keys guard them like every other path."""
-    router = APIRouter(tags=["instances"])
-    leaving: set[asyncio.Task[None]] = set()
+class Instances(Protocol):
+    """The instances of a server, wherever they are kept."""
 
-    @router.get("/instances", response_model=InstanceList)
-    async def instances() -> Response:
-        """What serves, and how loaded it is."""
-        return _json(InstanceList(data=[card(member) for member in members]))
+    @property
+    def seen(self) -> Sequence[InstanceCard]:
+        """How they were a moment ago."""
+        ...
 
-    @router.post("/instances", response_model=InstanceCard, status_code=202)
-    async def join(body: JoinBody) -> Response:
-        """Start one more; it gets requests as soon as it is up."""
-        _refuse_if_together(members)
-        return _json(card(members[members.join(body.role)]), 202)
+    async def cards(self) -> list[InstanceCard]:
+        """How they are."""
+        ...
 
-    @router.delete("/instances/{name}", response_model=InstanceCard, status_code=202)
-    async def leave(name: str, *, now: bool = False) -> Response:
-        """Give an instance nothing new and end it when it is done; with `now`, its requests move at once."""
+    async def join(self, role: Role) -> InstanceCard:
+        """Start one more. Raises: ApiError."""
+        ...
+
+    async def leave(self, name: str, *, now: bool) -> InstanceCard:
+        """Give one nothing new and end it when it is done, or `now`. Raises: ApiError."""
+        ...
+
+
+class OwnInstances:
+    """Those of a router in this process."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    @property
+    def seen(self) -> list[InstanceCard]:
+        """How they are."""
+        return [card(member) for member in self._members]
+
+    async def cards(self) -> list[InstanceCard]:
+        """How they are."""
+        return self.seen
+
+    async def join(self, role: Role) -> InstanceCard:
+        """Start one more. Raises: ApiError."""
+        _refuse_if_together(self._members)
+        return card(self._members[self._members.join(role)])
+
+    async def leave(self, name: str, *, now: bool) -> InstanceCard:
+        """Give one nothing new and end it when it is done, or `now`. Raises: ApiError."""
+        members = self._members
         try:
             member = members[name]
         except ServeError as error:
@@ -69,9 +97,29 @@ def fleet_routes(members: Members) -> APIRouter:
         _refuse_if_together(members)
         member.draining = True
         task = asyncio.create_task(members.leave(name) if now else members.drain(name))
-        leaving.add(task)
-        task.add_done_callback(leaving.discard)
-        return _json(card(member), 202)
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        return card(member)
+
+
+def fleet_routes(fleet: Instances) -> APIRouter:
+    """Routes of a server with several instances; keys guard them like every other path."""
+    router = APIRouter(tags=["instances"])
+
+    @router.get("/instances", response_model=InstanceList)
+    async def instances() -> Response:
+        """What serves, and how loaded it is."""
+        return _json(InstanceList(data=await fleet.cards()))
+
+    @router.post("/instances", response_model=InstanceCard, status_code=202)
+    async def join(body: JoinBody) -> Response:
+        """Start one more; it gets requests as soon as it is up."""
+        return _json(await fleet.join(body.role), 202)
+
+    @router.delete("/instances/{name}", response_model=InstanceCard, status_code=202)
+    async def leave(name: str, *, now: bool = False) -> Response:
+        """Give an instance nothing new and end it when it is done; with `now`, its requests move at once."""
+        return _json(await fleet.leave(name, now=now), 202)
 
     return router
 

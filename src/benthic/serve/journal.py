@@ -17,10 +17,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
+from benthic.serve.messages import FinishReason  # noqa: TC001 (msgspec reads the annotations of entries)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from benthic.serve.messages import FinishReason
 
 PhaseName = Literal["queue", "prefill", "transfer", "decode"]
 PHASES: Final[tuple[PhaseName, ...]] = ("queue", "prefill", "transfer", "decode")
@@ -42,7 +42,7 @@ class Entry:
     """One request (one sequence); seconds on the server's clock.
 
     Attributes:
-        number: counts requests, from 1.
+        number: counts requests, from 1; several processes that answer count in turns.
         first_s: when the first token came.
         end_s: when it ended; None while it goes on.
         met: whether it met every latency target; None without targets or when its client left.
@@ -92,11 +92,17 @@ class Journal:
     Args:
         clock: seconds, monotonic.
         kept: requests that are remembered after their end.
+        slot: which of the `slots` processes that number requests this is, from 0.
     """
 
-    def __init__(self, clock: Callable[[], float], *, kept: int = KEPT) -> None:
+    def __init__(
+        self, clock: Callable[[], float], *, kept: int = KEPT, slot: int = 0, slots: int = 1
+    ) -> None:
         self.ended: deque[Entry] = deque(maxlen=kept)
+        self.num_ended = 0
         self.clock = clock
+        self._slot = slot
+        self._slots = slots
         self._active: dict[str, Entry] = {}
         self._listeners: list[Callable[[Entry], None]] = []
         self._number = 0
@@ -106,25 +112,33 @@ class Journal:
         """Requests in flight, in order of submission."""
         return tuple(self._active.values())
 
+    def latest(self, since: int) -> list[Entry]:
+        """What ended after `num_ended` was `since`, as far as it is kept."""
+        new = self.num_ended - since
+        return list(self.ended)[-new:] if new > 0 else []
+
     def on_end(self, listener: Callable[[Entry], None]) -> None:
         """Call `listener` with every request that ends."""
         self._listeners.append(listener)
 
     def begin(self, request_id: str, *, arrival_s: float, prompt_tokens: int) -> None:
         """A request was taken; it queues since its arrival."""
-        self._number += 1
+        self._number += 1 + (self._slot - self._number) % self._slots
         entry = Entry(
             number=self._number, request_id=request_id, prompt_tokens=prompt_tokens, arrival_s=arrival_s
         )
         entry.phases.append(Phase("queue", arrival_s))
         self._active[request_id] = entry
 
-    def enter(self, request_id: str, name: PhaseName, where: str = "") -> None:
-        """A phase begins now; a transfer began with the first token, which may have been seen before it."""
+    def enter(self, request_id: str, name: PhaseName, where: str = "", *, at_s: float | None = None) -> None:
+        """A phase begins, now or `at_s`.
+
+        A transfer began with the first token, which may have been seen before it.
+        """
         entry = self._active.get(request_id)
         if entry is None:
             return
-        start_s = self.clock()
+        start_s = self.clock() if at_s is None else at_s
         if name == "transfer" and entry.phases[-1].name == "decode":
             start_s = entry.phases.pop().start_s
         entry.phases.append(Phase(name, start_s, where))
@@ -157,6 +171,16 @@ class Journal:
         if entry is None:
             return
         entry.end_s, entry.reason, entry.tokens, entry.met = self.clock(), reason, tokens, met
-        self.ended.append(entry)
+        self.conclude(entry)
+
+    def conclude(self, entry: Entry) -> None:
+        """Remember a request that ended, and tell who listens."""
+        self.show(entry)
         for listener in self._listeners:
             listener(entry)
+
+    def show(self, entry: Entry) -> None:
+        """Remember a request that ended elsewhere."""
+        self.ended.append(entry)
+        self.num_ended += 1
+        self._number = max(self._number, entry.number)

@@ -14,13 +14,15 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from benthic.serve.sums import added, counts
 from benthic.spec.objectives import Latencies
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from benthic.serve.journal import Entry, PhaseName
     from benthic.serve.messages import FinishReason, Ready, Stats
+    from benthic.serve.sums import Counts
     from benthic.spec.objectives import Objectives
 
 # fmt: off
@@ -90,8 +92,9 @@ class Metrics:
     ) -> None:
         self.objectives = objectives
         self._registry = CollectorRegistry(auto_describe=False)
+        self._read = CollectorRegistry(auto_describe=False)
         self._model_name = model_name
-        self._registry.register(_EngineCollector(model_name, ready, stats))
+        self._read.register(_EngineCollector(model_name, ready, stats))
         self._finished = self._counter("request_success", "Sequences ended, by reason.", "finished_reason")
         self._refused = self._counter(
             "request_refused", "Requests answered with an error, by status.", "status"
@@ -118,9 +121,13 @@ class Metrics:
         self._max_tokens = self._histogram("request_params_max_tokens", "The `max_tokens` asked.", TOKENS)
         self._n = self._histogram("request_params_n", "The `n` asked.", COUNTS)
 
-    def render(self) -> bytes:
-        """The Prometheus text format, version 0.0.4."""
-        return generate_latest(self._registry)
+    def render(self, others: Sequence[Counts] = ()) -> bytes:
+        """The Prometheus text format, version 0.0.4; what other processes counted is added."""
+        return generate_latest(self._read) + generate_latest(added(self._registry, others))
+
+    def counts(self) -> Counts:
+        """What was counted here, for whoever adds it up."""
+        return counts(self._registry)
 
     def asked(self, *, n: int, max_tokens: int) -> None:
         """A request passed validation."""
@@ -180,7 +187,7 @@ class Metrics:
 
     def add(self, collector: Collector) -> None:
         """Report more."""
-        self._registry.register(collector)
+        self._read.register(collector)
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
         return Counter(f"benthic:{name}", text, ["model_name", label], registry=self._registry)

@@ -13,7 +13,7 @@ from benthic.serve.api_errors import ApiError
 from benthic.serve.middleware import is_open
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -29,31 +29,20 @@ class Bucket:
     at_s: float
 
 
-class RateLimit:
-    """429 with `Retry-After` beyond `per_minute` requests of one key, or of one address without a key.
+class Buckets:
+    """What every key has left of `per_minute` requests.
 
     A key that was idle may send `per_minute` at once; what it used comes back evenly over the minute.
 
     Args:
-        app: the next layer.
         per_minute: at least 1.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, app: ASGIApp, per_minute: int, clock: Callable[[], float]) -> None:
-        self._app = app
+    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
         self._per_minute = per_minute
         self._clock = clock
         self._buckets: dict[str, Bucket] = {}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 429."""
-        if scope["type"] == "http" and not is_open(scope["path"]):
-            wait_s = self.take(_who(scope))
-            if wait_s > 0.0:
-                await self._refusal(wait_s).response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
     def take(self, who: str) -> float:
         """Use one of a key's requests; returns 0, or the seconds until it has one."""
@@ -75,6 +64,30 @@ class RateLimit:
             who: each for who, each in self._buckets.items() if self._refilled(each, now) < self._per_minute
         }
         self._buckets = kept
+
+
+class RateLimit:
+    """429 with `Retry-After` beyond `per_minute` requests of one key, or of one address without a key.
+
+    Args:
+        app: the next layer.
+        per_minute: at least 1.
+        take: uses one of a key's requests, wherever they are counted: 0, or the seconds until it has one.
+    """
+
+    def __init__(self, app: ASGIApp, per_minute: int, take: Callable[[str], Awaitable[float]]) -> None:
+        self._app = app
+        self._per_minute = per_minute
+        self._take = take
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 429."""
+        if scope["type"] == "http" and not is_open(scope["path"]):
+            wait_s = await self._take(_who(scope))
+            if wait_s > 0.0:
+                await self._refusal(wait_s).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
     def _refusal(self, wait_s: float) -> ApiError:
         return ApiError(

@@ -344,11 +344,11 @@ class Router:
         try:
             part = msgspec.structs.replace(journey.part(), pull=remote)
             with contextlib.closing(member.client.open([part])) as stream:
-                async for delta in stream:
-                    if wanted:
-                        wanted = self._let_go(owner, remote.lease_id)
-                        self._note(journey, "decode", member)
-                    journey.deliver(delta)
+                first = await anext(stream)
+                wanted = self._let_go(owner, remote.lease_id)
+                self._note(journey, "decode", member)
+                journey.deliver(first)
+                await stream.relay(journey.deliver)
         finally:
             if wanted:
                 self._let_go(owner, remote.lease_id)
@@ -363,9 +363,9 @@ class Router:
     async def _finish_on(self, member: Member, part: Generate, journey: Journey) -> None:
         """Compute everything in one place."""
         with contextlib.closing(member.client.open([part])) as stream:
-            async for delta in stream:
-                if member.loads[part.request_id].queued_tokens:
-                    self._note(journey, "decode", member)
-                    member.computed(part.request_id)
-                    self.members.changed.set()
-                journey.deliver(delta)
+            first = await anext(stream)
+            self._note(journey, "decode", member)
+            member.computed(part.request_id)
+            self.members.changed.set()
+            journey.deliver(first)
+            await stream.relay(journey.deliver)

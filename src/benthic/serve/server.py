@@ -1,124 +1,42 @@
-"""Runs the HTTP server beside the engine: start, report, drain, stop."""
+"""Runs the HTTP server beside the engine, in this process or in several of its own: start, report, stop."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import signal
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import uvicorn
 import uvloop
 
 from benthic import collector
 from benthic.errors import EngineDeadError, ServeError
-from benthic.serve.app import create_app
 from benthic.serve.client import EngineClient
 from benthic.serve.fleet import Fleet, start_router
 from benthic.serve.fleet_metrics import FleetCollector
-from benthic.serve.journal import Journal
+from benthic.serve.fleet_routes import OwnInstances
+from benthic.serve.fronts import Fronts, spread
+from benthic.serve.http import Stop, answer, listen, say_where
+from benthic.serve.hub import Hub, RoutedJournal
 from benthic.serve.metrics import Metrics, kv_usage
+from benthic.serve.rate_limit import Buckets
 from benthic.serve.router import Router
-from benthic.serve.service import Service, ServiceSettings
+from benthic.serve.service import Service
 from benthic.serve.tracing import Traces, open_traces
+from benthic.serve.whole import Alone
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
-    from types import FrameType
+    from collections.abc import AsyncIterator, Callable
 
-    from fastapi import APIRouter
-
-    from benthic.serve.chat_template import ChatTemplate
     from benthic.serve.client import Client
-    from benthic.serve.messages import Stats
-    from benthic.serve.middleware import InFlight
+    from benthic.serve.http import Parts, ServerOptions
+    from benthic.serve.journal import Journal
+    from benthic.serve.messages import Ready, Stats
     from benthic.serve.process import EngineFactory
-    from benthic.serve.tokenizer import Tokenizer
-    from benthic.spec.objectives import Objectives
 
 logger = logging.getLogger("benthic.serve")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """How the HTTP server runs.
-
-    Attributes:
-        api_keys: any of these opens the guarded paths; none means that no path is guarded.
-        max_body_bytes: larger request bodies are answered with 413.
-        requests_per_minute: of one key (or address); more are answered with 429. None sets no limit.
-        drain_s: how long requests in flight may go on after SIGTERM.
-        objectives: latency targets for the goodput counter.
-        report_s: seconds between the log lines that report throughput; 0 writes none.
-        stall_s: an engine silent for so long is killed.
-        log_level: of uvicorn.
-        access_log: one line an HTTP request.
-        otlp_traces_endpoint: OpenTelemetry collector that gets a trace of every request; None writes none.
-    """
-
-    api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = 16 << 20
-    requests_per_minute: int | None = None
-    drain_s: float = 30.0
-    report_s: float = 10.0
-    objectives: Objectives | None = None
-    stall_s: float = 300.0
-    log_level: str = "info"
-    access_log: bool = True
-    otlp_traces_endpoint: str | None = None
-
-
-class Stop:
-    """Counts the signals that ask to stop: the first drains, the second ends everything now."""
-
-    def __init__(self) -> None:
-        self.drain = asyncio.Event()
-        self.now = asyncio.Event()
-
-    def install(self) -> None:
-        """Listen for SIGINT and SIGTERM on the running loop."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.request)
-
-    def request(self) -> None:
-        """One more signal."""
-        (self.now if self.drain.is_set() else self.drain).set()
-
-
-class QuietServer(uvicorn.Server):
-    """uvicorn, with the signals left to `Stop`."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Nothing: the event loop's own handlers have the signal already."""
-
-
-class Page(Protocol):
-    """A web page on the server's port."""
-
-    @property
-    def routes(self) -> APIRouter:
-        """Its paths."""
-        ...
-
-    async def run(self) -> None:
-        """What it does beside answering, until cancelled."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a server is made of besides its engine; `page` makes the web page, if there is to be one."""
-
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    settings: ServiceSettings
-    options: ServerOptions
-    wall: Callable[[], float]
-    page: Callable[[Service], Page] | None = None
 
 
 async def serve(engines: EngineFactory | Fleet, bound: socket.socket, parts: Parts) -> int:
@@ -130,13 +48,15 @@ async def serve(engines: EngineFactory | Fleet, bound: socket.socket, parts: Par
     """
     stop = Stop()
     stop.install()
-    journal = Journal(time.monotonic)
+    journal = RoutedJournal(time.monotonic)
     traces = _trace(parts, journal)
     client = _start(engines, parts.options, journal)
     try:
         if not await _loaded(client, stop):
             return 0
-        return await _serve(client, bound, parts, stop, journal)
+        async with _reporting(client, parts.options.report_s):
+            answering = _serve if parts.options.fronts == 1 else _serve_fronts
+            return await answering(client, bound, parts, stop, journal)
     finally:
         await client.close()
         bound.close()
@@ -187,95 +107,90 @@ async def _loaded(client: Client, stop: Stop) -> bool:
     return True
 
 
-async def _make_service(client: Client, parts: Parts, journal: Journal) -> Service:
-    ready = await client.wait_ready()
-    name = parts.settings.served_names[0]
+def _whole(client: Client, ready: Ready, parts: Parts, clock: Callable[[], float]) -> Alone:
+    """What is one for all processes that answer; kept in this one."""
+    name, per_minute = parts.settings.served_names[0], parts.options.requests_per_minute
     metrics = Metrics(name, ready, lambda: client.stats, parts.options.objectives)
-    journal.on_end(metrics.phases)
+    instances = None
     if isinstance(client, Router):
         metrics.add(FleetCollector(name, client))
-    return Service(
+        instances = OwnInstances(client.members)
+    buckets = None if per_minute is None else Buckets(per_minute, clock)
+    return Alone(metrics, instances=instances, buckets=buckets)
+
+
+async def _serve(client: Client, bound: socket.socket, parts: Parts, stop: Stop, journal: Journal) -> int:
+    """Answer in this process."""
+    ready = await client.wait_ready()
+    whole = _whole(client, ready, parts, journal.clock)
+    journal.on_end(whole.metrics.phases)
+    service = Service(
         client=client,
         ready=ready,
         tokenizer=parts.tokenizer,
         template=parts.template,
-        metrics=metrics,
         journal=journal,
         settings=parts.settings,
+        whole=whole,
         wall=parts.wall,
     )
+    listen(bound)
+    say_where(bound, parts.settings, ready)
+    return 0 if await answer(service, bound, parts, stop) else 1
 
 
-async def _serve(client: Client, bound: socket.socket, parts: Parts, stop: Stop, journal: Journal) -> int:
-    service = await _make_service(client, parts, journal)
-    ready, settings, options = service.ready, parts.settings, parts.options
-    page = None if parts.page is None else parts.page(service)
-    app = create_app(
-        service,
-        api_keys=options.api_keys,
-        max_body_bytes=options.max_body_bytes,
-        requests_per_minute=options.requests_per_minute,
-        page=None if page is None else page.routes,
+async def _serve_fronts(
+    client: Client, bound: socket.socket, parts: Parts, stop: Stop, journal: RoutedJournal
+) -> int:
+    """Let processes of their own answer, which this one stands behind. Raises: ServeError."""
+    ready = await client.wait_ready()
+    hub = Hub(
+        client,
+        ready=ready,
+        whole=_whole(client, ready, parts, journal.clock),
+        settings=parts.settings,
+        journal=journal,
+        started_at=int(parts.wall()),
+        log_level=logger.getEffectiveLevel(),
     )
-    server = QuietServer(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            log_level=options.log_level,
-            access_log=options.access_log,
-            lifespan="off",
-            ws="none",
-            server_header=False,
-            timeout_keep_alive=65,
-            timeout_graceful_shutdown=5,
-        )
-    )
-    _listen(bound)
-    host, port = bound.getsockname()[:2]
-    logger.info(
-        "serving %s on http://%s:%d (context %d tokens, %d blocks of %d)",
-        ", ".join(settings.served_names), host, port, ready.max_model_len, ready.num_blocks, ready.block_size,
-    )  # fmt: skip
-    tasks = [asyncio.create_task(_drain_when_asked(server, service, app, stop, options.drain_s))]
-    if page is not None:
-        tasks.append(asyncio.create_task(page.run()))
-    if options.report_s:
-        tasks.append(asyncio.create_task(_report(client, options.report_s)))
     try:
-        await server.serve(sockets=[bound])
-        return 0 if service.drained else 1
+        fronts = Fronts(hub, spread(bound, parts.options.fronts), parts)
+        try:
+            await fronts.wait_serving()
+            say_where(bound, parts.settings, ready)
+            return await _stand_behind(hub, fronts, client, stop, parts.options)
+        finally:
+            await fronts.kill()
     finally:
-        for task in tasks:
-            task.cancel()
-        service.close()
+        await hub.close()
 
 
-def _listen(bound: socket.socket) -> None:
-    try:
-        bound.listen(2048)
-    except OSError as error:
-        msg = f"the port was taken while the model loaded: {error.strerror}. Choose another --port."
-        raise ServeError(msg) from error
-
-
-async def _drain_when_asked(
-    server: QuietServer, service: Service, app: InFlight, stop: Stop, drain_s: float
-) -> None:
-    """On the first signal refuse new requests and let the others finish; on the second, or late, fail all."""
-    await stop.drain.wait()
-    service.draining = True
-    logger.info("draining %d requests in at most %.0f s; a second signal stops now", app.count, drain_s)
-    finished = asyncio.ensure_future(app.wait_idle())
-    hurried = asyncio.ensure_future(stop.now.wait())
-    await asyncio.wait({finished, hurried}, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
-    clean = finished.done()
-    for task in (finished, hurried):
+async def _stand_behind(hub: Hub, fronts: Fronts, client: Client, stop: Stop, options: ServerOptions) -> int:
+    """Wait for a signal, or the end of all fronts."""
+    stopped, ended = asyncio.ensure_future(stop.drain.wait()), asyncio.ensure_future(fronts.wait_ended())
+    broken = asyncio.ensure_future(hub.wait_broken())
+    await asyncio.wait({stopped, ended, broken}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (stopped, ended):
         task.cancel()
-    if not clean:
-        logger.warning("stopping with %d requests in flight; they end with an error", app.count)
-    service.drained = service.client.trouble is None
-    await service.client.close()
-    server.should_exit = True
+    if broken.done():
+        broken.result()
+    if not stop.drain.is_set():
+        logger.error("no front is left")
+        return 1
+    logger.info("draining in at most %.0f s; a second signal stops now", options.drain_s)
+    clean = await fronts.stop(stop.now, options.drain_s)
+    return 0 if clean and client.trouble is None else 1
+
+
+@contextlib.asynccontextmanager
+async def _reporting(client: Client, every_s: float) -> AsyncIterator[None]:
+    """Throughput in the log, meanwhile; 0 seconds write none."""
+    task = asyncio.create_task(_report(client, every_s)) if every_s else None
+    try:
+        yield
+    finally:
+        if task is not None:
+            task.cancel()
 
 
 async def _report(client: Client, every_s: float) -> None:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from benthic.serve.client import Client
     from benthic.serve.journal import Journal
     from benthic.serve.messages import Ready
-    from benthic.serve.metrics import Metrics
     from benthic.serve.protocol_requests import ChatBody, SamplingBody
     from benthic.serve.tokenizer import Tokenizer
+    from benthic.serve.whole import Whole
 
 logger = logging.getLogger("benthic.serve.api")
 Result = TypeVar("Result")
@@ -60,6 +60,15 @@ class ServiceSettings:
     kv_transfer: bool = False
     log_requests: bool = True
 
+    def excess(self, in_flight: int, sequences: int) -> str | None:
+        """Why there is no room for so many more sequences now; None when there is."""
+        if in_flight + sequences <= self.max_num_seqs + self.max_waiting:
+            return None
+        return (
+            f"{in_flight} sequences in flight + {sequences} new ones exceed "
+            f"max_num_seqs + max_waiting = {self.max_num_seqs} + {self.max_waiting}. Try again later."
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -76,6 +85,7 @@ class Service:
         client: the engine.
         ready: what the engine said of its model.
         journal: what becomes of requests; its clock is the server's.
+        whole: what is one for all processes that answer.
         wall: seconds since 1970.
     """
 
@@ -86,18 +96,19 @@ class Service:
         ready: Ready,
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
-        metrics: Metrics,
         journal: Journal,
         settings: ServiceSettings,
+        whole: Whole,
         wall: Callable[[], float],
     ) -> None:
         self.client = client
         self.ready = ready
         self.tokenizer = tokenizer
         self.template = template
-        self.metrics = metrics
+        self.metrics = whole.metrics
         self.journal = journal
         self.settings = settings
+        self.whole = whole
         self.clock = journal.clock
         self.wall = wall
         self.started_at = int(wall())
@@ -232,12 +243,9 @@ class Service:
                 f"max_num_seqs + max_waiting = {running} + {waiting}. Split it."
             )
             raise api_errors.invalid(msg, param="n")
-        if self.client.in_flight + sequences > running + waiting:
-            msg = (
-                f"{self.client.in_flight} sequences in flight + {sequences} new ones exceed "
-                f"max_num_seqs + max_waiting = {running} + {waiting}. Try again later."
-            )
-            raise api_errors.overloaded(msg)
+        excess = self.settings.excess(self.client.in_flight, sequences)
+        if excess is not None:
+            raise api_errors.overloaded(excess)
 
 
 class Tally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from benthic.serve.messages import Delta
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class Aborter(Protocol):
@@ -33,6 +33,7 @@ class EngineStream:
         self._open = set(request_ids)
         self._items: deque[Delta | Exception] = deque()
         self._arrived = asyncio.Event()
+        self._take: Callable[[Delta], None] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -61,6 +62,24 @@ class EngineStream:
             raise item
         return item
 
+    async def relay(self, take: Callable[[Delta], None]) -> None:
+        """Call `take` with every delta when it arrives, each as it came; returns after the last.
+
+        Nobody is woken for a delta, which is most of what reading it here costs. `take` must not raise.
+        Raises: what reading raises.
+        """
+        while self._items:
+            take(await anext(self))
+        self._take = take
+        try:
+            while self._open and not self._items:
+                self._arrived.clear()
+                await self._arrived.wait()
+        finally:
+            self._take = None
+        async for delta in self:
+            take(delta)
+
     def abort(self, request_id: str) -> None:
         """End one request early: no more of its deltas follow, and its blocks are freed at the next step."""
         self._items = deque(i for i in self._items if isinstance(i, Exception) or i.request_id != request_id)
@@ -78,6 +97,11 @@ class EngineStream:
         """Called by the client: one more delta."""
         if delta.finish_reason is not None:
             self._open.discard(delta.request_id)
+        if self._take is not None:
+            self._take(delta)
+            if not self._open:
+                self._arrived.set()
+            return
         before = None if delta.finish_reason in ("error", "abort") else self._waiting(delta.request_id)
         if before is None:
             self._items.append(delta)
