@@ -89,7 +89,7 @@ def main() -> None:
         with ThreadPoolExecutor(max(1, pairs)) as pool:
             asked = [pool.submit(job, work, fleet) for work in works for fleet in FLEETS]
             settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
-            settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False}
+            settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False, "fronts": words.fronts}
             for work in works:  # written after each, so that a run cut short has shown something
                 for _ in FLEETS:
                     rows += asked.pop(0).result()
@@ -106,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="arrivals of one run last so long")
     parser.add_argument("--seeds", type=int, default=2, help="runs at every rate")
     names = [work.name for work in WORKLOADS]
+    parser.add_argument("--fronts", type=int, default=4, help="processes that answer HTTP, of each fleet")
     parser.add_argument("--workloads", nargs="+", choices=names, default=names)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -117,6 +118,7 @@ def climb_with(fleet: str, work: Workload, model: Path, gpus: str, words: argpar
     serve = [str(model), *DUMMY, *QUIET, "--prefill", prefill, "--decode", decode]
     serve += ["--max-num-seqs", "8" if words.small else str(SEQUENCES), "--gpu-memory-utilization", "0.85"]
     serve += ["--max-num-batched-tokens", "256" if words.small else "4096"]
+    serve += ["--api-server-count", str(words.fronts)]
     serve += ["--no-enable-prefix-caching"]  # every rate draws the same prompts
     log = model.parent / f"{work.name}-{prefill}-{decode}.log"
     with serving(serve, log, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus}) as server:
