@@ -186,3 +186,19 @@ def test_the_guide_names_every_flag_and_every_request_field() -> None:
     fields = set(CompletionBody.model_fields) | set(ChatBody.model_fields)
     assert fields <= words
     assert not fields & set(UNSUPPORTED)
+
+
+def test_warmup_takes_the_words_of_serve_and_serves_nobody(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benthic.serve import server
+
+    asked = []
+    monkeypatch.setattr(server, "run_warm_up", lambda engines, options: asked.append(engines) or 0)
+    words = ["benthic", "warmup", str(folder), "--max-model-len", "64", "--load-format", "dummy"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    path, options = asked[0].args
+    assert (path, options.max_model_len) == (folder, 64)

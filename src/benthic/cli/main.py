@@ -30,6 +30,9 @@ app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.command("warmup", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve.warmup
+)
 app.add_typer(bench.app, name="bench")
 app.command("chat")(chat.chat)
 

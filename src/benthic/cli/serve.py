@@ -76,6 +76,7 @@ def serve(  # noqa: PLR0913 (one flag each)
     goodput: flags.Goodput = None,
     otlp_traces_endpoint: flags.OtlpTracesEndpoint = None,
     disable_log_stats: flags.DisableLogStats = False,
+    warm_up_only: flags.WarmUpOnly = False,
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API."""
     # imported here so that `benthic --help` needs neither FastAPI nor tokenizers
@@ -159,10 +160,17 @@ def serve(  # noqa: PLR0913 (one flag each)
     elif data_parallel_size > 1:
         together = FleetOptions.together(data_parallel_size)
         fleet = Fleet(checkpoint=folder, engine=options, options=together)
-    bound = launch.bind(host, port)
+    bound = launch.bind(host, 0 if warm_up_only else port)
     config = launch.check_checkpoint(folder, weights=load_format is words.LoadFormat.auto)
     for engine in (options,) if fleet is None else fleet.engines.values():
         launch.check_division(engine, config)
+    build = functools.partial(launch.load_engine, folder, options) if fleet is None else fleet
+    if kv_port is not None:
+        build = functools.partial(
+            load_instance, folder, options, f"tcp://{kv_host}:{kv_port}", Seat(), nixl=kv_nixl
+        )
+    if warm_up_only:
+        raise typer.Exit(server.run_warm_up(build, answering))
     tokenizer = Tokenizer.from_folder(folder)
     template = launch.read_template(tokenizer, chat_template)
     parts = http.Parts(
@@ -183,10 +191,17 @@ def serve(  # noqa: PLR0913 (one flag each)
         wall=time.time,
         page=DashPage,
     )
-    if kv_port is not None:
-        build = functools.partial(
-            load_instance, folder, options, f"tcp://{kv_host}:{kv_port}", Seat(), nixl=kv_nixl
-        )
-        raise typer.Exit(server.run(build, bound, parts))
-    started = functools.partial(launch.load_engine, folder, options) if fleet is None else fleet
-    raise typer.Exit(server.run(started, bound, parts))
+    raise typer.Exit(server.run(build, bound, parts))
+
+
+AS_SERVE = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""A command that hands its words on to `benthic serve`."""
+
+
+def warmup(context: typer.Context) -> None:
+    """Compile what `benthic serve` with the same arguments would, and end.
+
+    A first start on a machine compiles kernels; what is compiled is kept for the next.
+    """
+    group = context.find_root().command
+    group.main(["serve", *context.args, "--warm-up-only"], prog_name="benthic")

@@ -325,3 +325,11 @@ DisableLogStats = Annotated[
         "--disable-log-stats", help="No throughput line every ten seconds.", rich_help_panel=REQUESTS
     ),
 ]
+WarmUpOnly = Annotated[
+    bool,
+    typer.Option(
+        "--warm-up-only",
+        help="Compile what these flags need, try it out, and end; `benthic warmup` sets it.",
+        rich_help_panel=ENGINE,
+    ),
+]

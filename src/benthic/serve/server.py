@@ -21,6 +21,7 @@ from benthic.serve.http import Stop, answer, listen, say_where
 from benthic.serve.hub import Hub, RoutedJournal
 from benthic.serve.metrics import Metrics, kv_usage
 from benthic.serve.rate_limit import Buckets
+from benthic.serve.rehearsal import rehearse
 from benthic.serve.router import Router
 from benthic.serve.service import Service
 from benthic.serve.tracing import Traces, open_traces
@@ -62,6 +63,30 @@ async def serve(engines: EngineFactory | Fleet, bound: socket.socket, parts: Par
         bound.close()
         if traces is not None:
             await asyncio.to_thread(traces.close)
+
+
+async def warm_up(engines: EngineFactory | Fleet, options: ServerOptions) -> int:
+    """Start what would serve, answer the rehearsal's requests and end; returns the exit status.
+
+    Raises:
+        ServeError: the model could not be loaded, or a request failed.
+    """
+    stop = Stop()
+    stop.install()
+    began = time.monotonic()
+    client = _start(engines, options, RoutedJournal(time.monotonic))
+    try:
+        if not await _loaded(client, stop):
+            return 1
+        up = time.monotonic()
+        count = await rehearse(client, await client.wait_ready())
+    finally:
+        await client.close()
+    logger.info(
+        "warm: up in %.1f s, %d requests answered in %.1f s; what was compiled is kept",
+        up - began, count, time.monotonic() - up,
+    )  # fmt: skip
+    return 0
 
 
 def _trace(parts: Parts, journal: Journal) -> Traces | None:
@@ -222,3 +247,8 @@ def report_line(before: Stats, now: Stats, seconds: float) -> str:
 def run(engines: EngineFactory | Fleet, bound: socket.socket, parts: Parts) -> int:
     """`serve` on a new event loop."""
     return uvloop.run(serve(engines, bound, parts))
+
+
+def run_warm_up(engines: EngineFactory | Fleet, options: ServerOptions) -> int:
+    """`warm_up` on a new event loop."""
+    return uvloop.run(warm_up(engines, options))
