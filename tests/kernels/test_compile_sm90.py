@@ -310,14 +310,13 @@ MEMORY_BOUND = [
         )
     ),
     *(
-        ("triton_sample", kernel, constants, 8, SAMPLED | {"logits_ptr": f"*{dtype}"})
-        for dtype, spare in (("bf16", 16), ("fp32", 0))
+        ("triton_sample", kernel, constants, 8, SAMPLED)
         for kernel, constants in (
             ("_weigh", {"PIECE": 4096}),
-            ("_survey", {"MASS": True, "SPARE": spare, "STRETCH": 256, "PIECE": 4096, "PIECES": 64}),
-            ("_conclude", {"MASS": True, "SPARE": spare, "PIECES": 64}),
-            ("_settle", {"SPARE": spare, "PIECE": 4096, "PIECES": 64}),
-            ("_draw", {"FILTERED": True, "SPARE": spare, "PIECE": 4096, "PIECES": 64}),
+            ("_survey", {"MASS": True, "SPARE": 16, "STRETCH": 256, "PIECE": 4096, "PIECES": 64}),
+            ("_conclude", {"MASS": True, "SPARE": 16, "PIECES": 64}),
+            ("_settle", {"SPARE": 16, "PIECE": 4096, "PIECES": 64}),
+            ("_draw", {"FILTERED": True, "SPARE": 16, "PIECE": 4096, "PIECES": 64}),
         )
     ),
     ("triton_moe", "_zero_rows", {"ROWS": 32, "WIDTH": 128}, 4, {}),
