@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from provenance import write_result
-from timing import Bench, relative
 from torch.nn import functional as F
 
 from benthic.kernels import ops
+from benthic.kernels.bench.timing import Bench, relative
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

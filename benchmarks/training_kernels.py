@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from provenance import write_result
-from timing import Bench, relative
 from torch import Tensor
 from torch.nn import functional as F
 
 from benthic.kernels import ops
+from benthic.kernels.bench.timing import Bench, relative
 
 Run = Callable[..., Any]
 TILES = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4))
@@ -152,7 +152,7 @@ def head_peaks(bench: Bench, hidden: Tensor, weight: Tensor, target: Tensor) -> 
 
 def memory_line(shape: str, name: str, peak: int) -> Any:
     """A line without a time."""
-    from timing import Line
+    from benthic.kernels.bench.timing import Line
 
     return Line("loss, peak memory", shape, name, 0.0, peak / 1e12, "TB", None)
 

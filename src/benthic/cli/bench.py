@@ -1,4 +1,4 @@
-"""`benthic bench serve`: load an OpenAI-compatible server and say what its users would see."""
+"""`benthic bench`: load an OpenAI-compatible server and say what its users would see, or time kernels."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from benthic.cli import bench_kernels
 from benthic.errors import ConfigError
 
 if TYPE_CHECKING:
     from benthic.bench.search import Search
     from benthic.spec.objectives import Objectives
 
-app = typer.Typer(help="Measure a running server.", no_args_is_help=True)
+app = typer.Typer(help="Measure a running server, or the kernels of this machine.", no_args_is_help=True)
+app.command("kernels")(bench_kernels.kernels)
 
 SERVER = "Server"
 WORKLOAD = "Workload"
@@ -48,7 +50,7 @@ class Dataset(StrEnum):
 
 @app.callback()
 def bench() -> None:
-    """Measure a running server."""
+    """Measure a running server, or the kernels of this machine."""
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Drawing tokens, beside the definition and what others do by torch: a suite of `kernels.py`."""
+"""Drawing tokens, beside the definition and what others do by torch: one of the suites."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benthic.kernels import ops
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from timing import Bench
+    from benthic.kernels.bench.timing import Bench
 
 VOCAB = 163_840
 

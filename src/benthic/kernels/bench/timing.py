@@ -32,12 +32,13 @@ class Line:
 
 @dataclass
 class Bench:
-    """Where it runs, how large, and the lines so far."""
+    """Where it runs, how large, the lines so far, and who hears of a new one."""
 
     device: str
     dtype: torch.dtype
     small: bool
     lines: list[Line]
+    say: Callable[[str], None] = print
 
     def random(self, *shape: int, seed: int = 0, grad: bool = False) -> torch.Tensor:
         """Normal random numbers on the device."""
@@ -81,7 +82,7 @@ class Bench:
         unit: str,
         error: float | None,
     ) -> None:
-        """Record and print a line; `work` is bytes or FLOPs."""
+        """Record a line and say it; `work` is bytes or FLOPs."""
         if error is not None and not error <= WORST_ERROR:
             msg = f"{op} {shape} by {implementation}: relative error {error:.1e} exceeds {WORST_ERROR}"
             raise SystemExit(msg)
@@ -90,7 +91,7 @@ class Bench:
         self.lines.append(line)
         shown = "" if error is None else f"{error:9.1e}"
         timing = f"{line.microseconds:11.1f} us {rate:9.2f} {unit:8}"
-        print(f"{op:22} {shape:34} {implementation:16} {timing} {shown}", flush=True)
+        self.say(f"{op:22} {shape:34} {implementation:16} {timing} {shown}")
 
 
 def _clocked(call: Callable[..., Any], operand: Any) -> float:

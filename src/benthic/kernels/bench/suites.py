@@ -1,0 +1,189 @@
+"""Ops that are bound by memory, experts, the head's loss, quantisers: each checked, then timed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from benthic.kernels import ops
+from benthic.kernels.bench.calls import forward_backward, implementations, trying
+from benthic.kernels.bench.timing import Bench, Make, relative
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def roofs(bench: Bench) -> None:
+    """Copy bandwidth and the rate of a plain product, in this run."""
+    elements = (1 << 20) if bench.small else (1 << 29)
+    pairs = [(bench.random(elements), torch.empty(elements, device=bench.device, dtype=bench.dtype))]
+    seconds = bench.time(lambda x, y: y.copy_(x), pairs)
+    moved = 2 * elements * bench.dtype.itemsize
+    bench.add("roof: copy", f"{elements} elements", "torch", seconds, moved, "TB/s", None)
+    n = 256 if bench.small else 8192
+    seconds = bench.time(torch.mm, [(bench.random(n, n), bench.random(n, n, seed=1))])
+    bench.add("roof: product", f"{n}^3", "torch", seconds, 2 * n**3, "TFLOP/s", None)
+
+
+def memory_bound(bench: Bench) -> None:
+    """Row-wise ops on at least 256 MB, forward and backward."""
+    rows, width = (64, 256) if bench.small else (32768, 7168)
+    weight = bench.random(width, seed=5)
+    angle = torch.rand(rows, 32, device=bench.device)
+    cases: list[tuple[str, Callable[..., Any], Make, float]] = [
+        ("rms_norm", lambda impl, x: ops.rms_norm(x, weight, 1e-6, impl=impl), _rows(bench, rows, width), 2),
+        (
+            "add_rms_norm",
+            lambda impl, x, r: ops.add_rms_norm(x, r, weight, 1e-6, impl=impl)[0],
+            _rows(bench, rows, width, count=2),
+            4,
+        ),
+        ("swiglu", lambda impl, x: ops.swiglu(x, impl=impl), _rows(bench, rows, width), 1.5),
+        (
+            "rope",
+            lambda impl, x: ops.rope(x, angle.cos(), angle.sin(), impl=impl),
+            _rows(bench, rows, width // 64, 64),
+            2,
+        ),
+    ]
+    for name, run, make, passes in cases:
+        size = rows * width * bench.dtype.itemsize
+        for impl in implementations(name, trying(run, *make(0))):
+            forward_backward(bench, name, f"{rows}x{width}", impl, run, make, size * passes, "TB/s")
+    if bench.device == "cuda":
+        norm = lambda _, x: F.rms_norm(x, (width,), weight, 1e-6)  # noqa: E731 (a peer in one line)
+        forward_backward(
+            bench, "rms_norm", f"{rows}x{width}", "torch (peer)", norm, _rows(bench, rows, width),
+            2 * rows * width * bench.dtype.itemsize, "TB/s",
+        )  # fmt: skip
+
+
+def _rows(bench: Bench, *shape: int, count: int = 1) -> Make:
+    return lambda seed: tuple(bench.random(*shape, seed=seed * 10 + i, grad=True) for i in range(count))
+
+
+def _grouped_lines(bench: Bench, count: int, rows: int, width: int, out: int) -> None:
+    ends = (torch.arange(1, count + 1, device=bench.device) * rows).to(torch.int32)
+
+    def make(seed: int) -> tuple[torch.Tensor, ...]:
+        x = bench.random(count * rows, width, seed=seed, grad=True)
+        return x, bench.random(count, out, width, seed=seed + 1, grad=True)
+
+    def run(impl: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return ops.grouped_linear(x, weight, ends, impl=impl)
+
+    work = 2 * count * rows * width * out
+    for impl in implementations("grouped_linear", trying(run, *make(0))):
+        shape = f"{count}x{rows} ({width}->{out})"
+        forward_backward(bench, "grouped_linear", shape, impl, run, make, work, "TFLOP/s", backward=2)
+
+
+def experts(bench: Bench) -> None:
+    """Grouped products at the shapes of V3 and Moonlight, with permute and unpermute."""
+    shapes = [(4, 32, 64, 32)] if bench.small else [
+        (8, 4096, 7168, 4096), (8, 4096, 2048, 7168), (32, 256, 7168, 4096), (64, 768, 2048, 2816), (64,
+        768, 1408, 2048), (64, 6, 2048, 2816), (64, 6, 1408, 2048),
+    ]  # fmt: skip
+    for shape in shapes:
+        _grouped_lines(bench, *shape)
+    tokens, width, top_k = (64, 64, 2) if bench.small else (16384, 7168, 8)
+    expert = torch.rand(tokens, 64, device=bench.device).topk(top_k).indices.to(torch.int32)
+    weight = torch.rand(tokens, top_k, device=bench.device)
+    maps = ops.permute(bench.random(tokens, 8), expert, 64, impl="reference").maps
+    row = width * bench.dtype.itemsize * tokens
+    for impl in implementations(
+        "unpermute", lambda impl: ops.unpermute(bench.random(tokens * top_k, 8), maps, weight, impl=impl)
+    ):
+        make = _rows(bench, tokens * top_k, width)
+        forward_backward(
+            bench, "unpermute", f"{tokens} x {top_k} x {width}", impl,
+            lambda impl, x: ops.unpermute(x, maps, weight, impl=impl), make, row * (top_k + 1), "TB/s",
+            backward=(2 * top_k + 1) / (top_k + 1),
+        )  # fmt: skip
+        forward_backward(
+            bench, "permute (with sort)", f"{tokens} x {top_k} x {width}", impl,
+            lambda impl, x: ops.permute(x, expert, 64, impl=impl).rows_RD, _rows(bench, tokens, width),
+            row * (top_k + 1), "TB/s", backward=1,
+        )  # fmt: skip
+
+
+def copies(bench: Bench) -> None:
+    """What an expert-parallel rank of 8 does with its tokens: about 1.5 of 8 copies of each are here."""
+    tokens, width, top_k = (64, 64, 8) if bench.small else (16384, 7168, 8)
+    here = torch.rand(tokens, top_k, device=bench.device) < 1.5 / top_k
+    row_AK = torch.where(here, here.flatten().cumsum(0).view_as(here) - 1, -1)
+    copy_R = here.flatten().nonzero().squeeze(1)
+    weight = torch.rand(tokens, top_k, device=bench.device)
+    ends = torch.tensor([len(copy_R)], dtype=torch.int32, device=bench.device)
+    row, rows = width * bench.dtype.itemsize, len(copy_R)
+    dout = bench.random(tokens, width, seed=3)
+    cases: list[tuple[str, Callable[..., Any], int, float]] = [
+        (
+            "gather_copies",
+            lambda impl, x: ops.gather_copies(x, copy_R, ends, top_k=top_k, impl=impl),
+            tokens,
+            row * 2 * rows,
+        ),
+        (
+            "sum_copies",
+            lambda impl, x: ops.sum_copies(x, row_AK, weight, impl=impl),
+            rows,
+            row * (rows + tokens),
+        ),
+        (
+            "sum_copies_backward",
+            lambda impl, x: ops.sum_copies_backward(dout, x, row_AK, weight, impl=impl)[0],
+            rows,
+            row * (2 * rows + tokens),
+        ),
+    ]
+    for name, run, count, moved in cases:
+        _copy_lines(bench, name, f"{tokens} x {width}, {rows} copies", run, (count, width), moved)
+
+
+def _copy_lines(
+    bench: Bench, name: str, shape: str, run: Callable[..., Any], size: tuple[int, int], moved: float
+) -> None:
+    operands = bench.sets(lambda seed: (bench.random(*size, seed=seed),), moved)
+    for impl in implementations(name, trying(run, *operands[0])):
+        error = relative(run(impl, *operands[0]), run("reference", *operands[0]))
+        bench.add(name, shape, impl, bench.time(partial(run, impl), operands), moved, "TB/s", error)
+
+
+def head(bench: Bench) -> None:
+    """Linear and cross-entropy without the logits matrix: three products' FLOPs, though four are done."""
+    tokens, width, vocabulary = (64, 32, 500) if bench.small else (8192, 2048, 163840)
+    target = torch.randint(vocabulary, (tokens,), device=bench.device)
+
+    def make(seed: int) -> tuple[torch.Tensor, ...]:
+        hidden = bench.random(tokens, width, seed=seed, grad=True)
+        return hidden, (bench.random(vocabulary, width, seed=seed + 1) / 45).detach().requires_grad_()
+
+    def run(impl: str, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return ops.linear_cross_entropy(hidden, weight, target, impl=impl)
+
+    work = 2 * tokens * width * vocabulary
+    for impl in ("chunked", "reference"):
+        forward_backward(
+            bench, "linear_cross_entropy", f"{tokens} x {width} x {vocabulary}", impl, run, make, work,
+            "TFLOP/s", backward=2,
+        )  # fmt: skip
+
+
+def fp8(bench: Bench) -> None:
+    """Quantisers on at least 256 MB."""
+    x = bench.random(*((256, 256) if bench.small else (32768, 7168)))
+    for name, quantise in (("1x128", ops.quantise_fp8_rows), ("128x128", ops.quantise_fp8_blocks)):
+        _quantiser_lines(bench, f"quantise {name}", quantise, x)
+
+
+def _quantiser_lines(bench: Bench, name: str, quantise: Callable[..., Any], x: torch.Tensor) -> None:
+    for impl in implementations("quantise_fp8", lambda impl: quantise(x, impl=impl)):
+        fast, exact = (quantise(x, impl=each)[0].float() for each in (impl, "reference"))
+        seconds = bench.time(partial(quantise, impl=impl), [(x,)])
+        moved = x.numel() * (bench.dtype.itemsize + 1)
+        shape = f"{x.shape[0]}x{x.shape[1]}"
+        bench.add(name, shape, impl, seconds, moved, "TB/s", relative(fast, exact))
