@@ -232,6 +232,23 @@ def test_a_killed_front_loses_its_own_requests_and_another_takes_its_place(slow:
     assert "front 0 (pid" in slow.log.read_text()
 
 
+def test_a_front_that_hangs_is_killed_and_another_takes_its_place(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"fronts": 2, "stall_s": 4.0, "step_seconds": 0.02}
+    with fake_server(tokenizer_folder, tmp_path / "log", **settings) as server:
+        with one_client_a_front(server, 2) as clients, streaming(clients[0], 250) as lost:
+            before = pids(server)
+            os.kill(before[0], signal.SIGSTOP)
+            with pytest.raises(httpx.TransportError):
+                list(lost)
+            assert clients[1].get("/health").status_code == 200
+        wait_for(lambda: pids(server)[0] != before[0], "the front is started again")
+        assert pids(server)[1] == before[1]
+        assert "front 0 said nothing for" in server.log.read_text()
+        server.wait_idle()
+
+
 def test_a_key_has_one_limit_over_all_fronts(tokenizer_folder: Path, tmp_path: Path) -> None:
     with fake_server(tokenizer_folder, tmp_path / "log", fronts=2, requests_per_minute=4) as server:
         statuses = []
