@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benthic.kernels.triton_attention_backward import backward
+from benthic.kernels.triton_attention_backward import gradients, keep, split_width
 
 # Triton 3.9's names, and before that 3.6's.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -312,7 +312,10 @@ class _Attention(torch.autograd.Function):
         lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THd.device)
         d_1, d_2 = split_width(width)
         grid = (triton.cdiv(max_q, QUERIES), heads, cu_seqlens_q.shape[0] - 1)
-        if tokens and max_q:
+        if k_THd.shape[0] == 0:  # a descriptor wants something to describe
+            out_THv.zero_()
+            lse_HT.fill_(-torch.inf)
+        elif tokens and max_q:
             _forward[grid](
                 _rows(q_THd, 64, d_1), _rows(q_THd, 64, d_2 or d_1), _rows(k_THd, KEYS, d_1),
                 _rows(k_THd, KEYS, d_2 or d_1), _rows(v_THv, KEYS, value),
@@ -322,24 +325,16 @@ class _Attention(torch.autograd.Function):
                 BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, REGISTERS=CONSUMER_REGISTERS,
                 FEW_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=ENTRY_REGISTERS,
             )  # fmt: skip
-        ctx.save_for_backward(q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k)
-        ctx.settings = (max_q, max_k, scale, causal)
-        lse_TH = lse_HT.t()
-        ctx.mark_non_differentiable(lse_TH)
-        return out_THv, lse_TH
+        return keep(
+            ctx,
+            (q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k),
+            (max_q, max_k, scale, causal),
+        )
 
     @staticmethod
     def backward(ctx, dout_THv, _dlse):
         """Gradients of queries, keys and values."""
-        saved = ctx.saved_tensors  # read once: a second look is an error under activation checkpointing
-        widths = (*split_width(saved[0].shape[-1]), saved[2].shape[-1])
-        grads = backward(dout_THv, *saved, *ctx.settings, widths)
-        return *grads, None, None, None, None, None, None
-
-
-def split_width(width):
-    """The powers of two of which a head's products are made: 192 = 128 + 64."""
-    return (128, 64) if width == 192 else (width, 0)
+        return gradients(ctx, dout_THv)
 
 
 def _loadable(x_THd):

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benthic.kernels.triton_attention_backward import backward
+from benthic.kernels.triton_attention_backward import gradients, keep, pad_value, split_width
 from benthic.kernels.triton_tiles import advance, load_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -140,34 +140,16 @@ class _Attention(torch.autograd.Function):
                 V=value, V_PAD=pad_value(value), BLOCK_M=block_m, BLOCK_N=block_n,
                 CAUSAL=causal, PRECISION="ieee", num_warps=warps, num_stages=stages,
             )  # fmt: skip
-        ctx.save_for_backward(q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k)
-        ctx.settings = (max_q, max_k, scale, causal)
-        lse_TH = lse_HT.t()
-        ctx.mark_non_differentiable(lse_TH)
-        return out_THv, lse_TH
+        return keep(
+            ctx,
+            (q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k),
+            (max_q, max_k, scale, causal),
+        )
 
     @staticmethod
     def backward(ctx, dout_THv, _dlse):
         """Gradients of queries, keys and values."""
-        saved = ctx.saved_tensors  # read once: a second look is an error under activation checkpointing
-        widths = (*split_width(saved[0].shape[-1]), pad_value(saved[2].shape[-1]))
-        grads = backward(dout_THv, *saved, *ctx.settings, widths)
-        return *grads, None, None, None, None, None, None
-
-
-def split_width(width):
-    """One or two powers of two that cover a head: 192 -> (128, 64), 44 -> (32, 16), 64 -> (64, 0)."""
-    padded = triton.next_power_of_2(max(width, 16))
-    if width in (padded, *range(1, 17)):
-        return padded, 0
-    half = padded // 2
-    rest = triton.next_power_of_2(max(width - half, 16))
-    return (half, rest) if rest < half else (padded, 0)
-
-
-def pad_value(width):
-    """The power of two, at least 16, that covers a value head."""
-    return triton.next_power_of_2(max(width, 16))
+        return gradients(ctx, dout_THv)
 
 
 def forward_tiles(dtype, width):

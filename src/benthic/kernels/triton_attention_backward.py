@@ -219,6 +219,41 @@ def _query_gradient(
         tl.store(dq_at + dim_2[None, :], (dq_2 * scale).to(dq_ptr.dtype.element_ty), mask=mask_2)
 
 
+def keep(ctx, saved, settings):
+    """What a forward pass gives, `(out_THv, lse_TH)`, after noting what the backward pass reads.
+
+    `saved` is queries, keys, values, out, the log-sum-exp [H, T] and both starts; `settings` the longest
+    lengths, the scale and whether the mask is causal.
+    """
+    ctx.save_for_backward(*saved)
+    ctx.settings = settings
+    out_THv, lse_TH = saved[3], saved[4].t()
+    ctx.mark_non_differentiable(lse_TH)
+    return out_THv, lse_TH
+
+
+def gradients(ctx, dout_THv):
+    """Those of queries, keys and values, and None for the six others that a forward pass takes."""
+    saved = ctx.saved_tensors  # read once: a second look is an error under activation checkpointing
+    widths = (*split_width(saved[0].shape[-1]), pad_value(saved[2].shape[-1]))
+    return *backward(dout_THv, *saved, *ctx.settings, widths), None, None, None, None, None, None
+
+
+def split_width(width):
+    """One or two powers of two that cover a head: 192 -> (128, 64), 44 -> (32, 16), 64 -> (64, 0)."""
+    padded = triton.next_power_of_2(max(width, 16))
+    if width in (padded, *range(1, 17)):
+        return padded, 0
+    half = padded // 2
+    rest = triton.next_power_of_2(max(width - half, 16))
+    return (half, rest) if rest < half else (padded, 0)
+
+
+def pad_value(width):
+    """The power of two, at least 16, that covers a value head."""
+    return triton.next_power_of_2(max(width, 16))
+
+
 def backward(
     dout_THv, q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k,
     max_q, max_k, scale, causal, widths,
