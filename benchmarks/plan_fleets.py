@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import disaggregate
+from disaggregate import ATTAINMENT, HALVINGS
 from provenance import RESULTS, write_result
 
 from benthic.plan.cost import machine as machines
@@ -44,18 +46,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-WORKLOADS: Final = {
-    "prefill-heavy": (4096, 64, 1.0, 0.03, (8.0, 14.0, 20.0, 26.0)),
-    "balanced": (2048, 256, 0.6, 0.03, (18.0, 26.0, 34.0, 42.0, 50.0)),
-    "decode-heavy": (512, 512, 0.3, 0.03, (16.0, 28.0, 40.0, 50.0, 60.0)),
-}
-"""Prompt and answer in tokens, targets of TTFT and TPOT in seconds, rates; as in `disaggregate.py`."""
+WORKLOADS: Final = {work.name: work for work in disaggregate.WORKLOADS}
 FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decode")}
-ATTAINMENT: Final = 0.9
 AHEAD: Final = 1.05
 SECONDS: Final = 20.0
 SEEDS: Final = 2
-HALVINGS: Final = 2
 BLOCK: Final = 64
 
 
@@ -164,7 +159,7 @@ class Fleet:
         """Attainment at rising rates until one fails, then halving the gap below it."""
         found: list[tuple[float, float]] = []
         met, failed = 0.0, 0.0
-        for rate in WORKLOADS[name][4]:
+        for rate in WORKLOADS[name].rates:
             found.append((rate, self.attained(name, rate)))
             if found[-1][1] < ATTAINMENT:
                 failed = rate
@@ -182,9 +177,10 @@ class Fleet:
 
     def trial(self, name: str, rate: float, seed: int, seconds: float) -> Trial:
         """One rate, as many requests as arrive in `seconds`."""
-        prompt, output, ttft, tpot, _ = WORKLOADS[name]
-        targets = Targets(objectives=Objectives(ttft_s=ttft, tpot_s=tpot), attainment=ATTAINMENT)
-        lengths = Fixed(prompt_tokens=prompt, output_tokens=output)
+        work = WORKLOADS[name]
+        objectives = Objectives(ttft_s=work.ttft / 1e3, tpot_s=work.tpot / 1e3)
+        targets = Targets(objectives=objectives, attainment=ATTAINMENT)
+        lengths = Fixed(prompt_tokens=work.prompt, output_tokens=work.output)
         demand = drawn(lengths, round(rate * seconds), rate=rate, seed=seed)
         cluster = Cluster(
             specs(self.name, self.engine, self.machine, self.sequences), link=link(self.machine)

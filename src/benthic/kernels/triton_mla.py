@@ -133,15 +133,13 @@ def _store(
 def _copy(
     source_ptr, target_ptr, from_ptr, to_ptr, source_stride, target_stride, size, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """One chunk of one block of one layer, unless it goes nowhere; strides in blocks of `size` elements."""
+    """One chunk of one block of one layer; strides in blocks of `size` elements."""
     block, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     place = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     source = (layer * source_stride + tl.load(from_ptr + block)) * size
-    to = tl.load(to_ptr + block)
-    target = (layer * target_stride + to) * size
-    here = place < tl.where(to >= 0, size, 0)
-    value = tl.load(source_ptr + source + place, mask=here)
-    tl.store(target_ptr + target + place, value, mask=here)
+    target = (layer * target_stride + tl.load(to_ptr + block)) * size
+    value = tl.load(source_ptr + source + place, mask=place < size)
+    tl.store(target_ptr + target + place, value, mask=place < size)
 
 
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale, splits=None):

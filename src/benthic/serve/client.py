@@ -16,7 +16,7 @@ import zmq.asyncio
 from benthic.errors import AdmissionError, EngineDeadError, OverloadedError
 from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
 from benthic.serve.process import Pipes, Reply, Request, as_pipe, start_engine, watch_end
-from benthic.serve.streams import Aborter, EngineStream
+from benthic.serve.streams import Aborter, EngineStream, Streams
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -93,7 +93,7 @@ class EngineClient:
         self._unsent: deque[bytes] = deque()
         self._decode = msgspec.msgpack.Decoder(list[Reply]).decode
         self._encode = msgspec.msgpack.Encoder().encode
-        self._streams: dict[str, EngineStream] = {}
+        self._streams = Streams()
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._stats: Stats | None = None
         self._death: str | None = None
@@ -238,7 +238,7 @@ class EngineClient:
         self._flush()
         for reply in self._decode(frame):
             if isinstance(reply, Delta):
-                self._deliver(reply)
+                self._streams.deliver(reply)
             elif isinstance(reply, Stats):
                 self._stats = reply
             elif isinstance(reply, Ready):
@@ -247,14 +247,6 @@ class EngineClient:
                 self._fatal = reply.message
             else:
                 self._reject(reply)
-
-    def _deliver(self, delta: Delta) -> None:
-        stream = self._streams.get(delta.request_id)
-        if stream is None:  # aborted while this delta was on its way
-            return
-        if delta.finish_reason is not None:
-            del self._streams[delta.request_id]
-        stream.put(delta)
 
     def _reject(self, rejected: Rejected) -> None:
         stream = self._streams.pop(rejected.request_id, None)
@@ -319,9 +311,7 @@ class EngineClient:
         if not self._ready.done():
             self._ready.set_exception(EngineDeadError(self._fatal or cause))
             self._ready.exception()  # marked as seen: `wait_ready` may never be called
-        for stream in set(self._streams.values()):
-            stream.fail(error)
-        self._streams.clear()
+        self._streams.fail(error)
 
     def _send(self, message: Request) -> None:
         """Hand a message to the pipe, whose queue has no limit; `_watch` notices when nobody reads it."""

@@ -43,7 +43,7 @@ from benthic.serve.front_messages import (
 from benthic.serve.journal import Entry, Journal
 from benthic.serve.messages import Abort, Delta, Generate, Ready, Stats
 from benthic.serve.process import as_pipe
-from benthic.serve.streams import EngineStream
+from benthic.serve.streams import EngineStream, Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -102,7 +102,7 @@ class RemoteClient:
         self._decode = msgspec.msgpack.Decoder(FromHub).decode
         self._decode_entries = msgspec.msgpack.Decoder(list[Entry]).decode
         self._outbox: list[ToHub] = []
-        self._streams: dict[str, EngineStream] = {}
+        self._streams = Streams()
         self._others = 0
         self._census = 0
         self.counts: Callable[[], Counts] = list
@@ -201,9 +201,7 @@ class RemoteClient:
             return
         self._death = cause
         error = EngineDeadError(cause)
-        for stream in set(self._streams.values()):
-            stream.fail(error)
-        self._streams.clear()
+        self._streams.fail(error)
         for answer in self._questions.values():
             if not answer.done():
                 answer.set_exception(error)
@@ -237,17 +235,9 @@ class RemoteClient:
         self._others, messages = self._decode(frame)
         for message in messages:
             if isinstance(message, Delta):
-                self._deliver(message)
+                self._streams.deliver(message)
             else:
                 self._apply(message)
-
-    def _deliver(self, delta: Delta) -> None:
-        stream = self._streams.get(delta.request_id)
-        if stream is None:  # aborted while this delta was on its way
-            return
-        if delta.finish_reason is not None:
-            del self._streams[delta.request_id]
-        stream.put(delta)
 
     def _apply(self, message: ToFront) -> None:
         if isinstance(message, State):

@@ -210,7 +210,7 @@ class Sampler:
     @torch.inference_mode()
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile what draws from logits of `dtype` and from changed ones, before a request waits for it."""
-        filters = _filters([SamplingParams(top_p=0.5)], self._vocab_size, self._device)
+        filters = _filters([SamplingParams(top_k=2, top_p=0.5)], self._vocab_size, self._device)
         zero = torch.zeros(1, dtype=torch.int64, device=self._device)
         for each in {dtype, torch.float32}:
             logits_SV = torch.zeros(1, self._vocab_size, dtype=each, device=self._device)

@@ -20,6 +20,25 @@ class Aborter(Protocol):
         ...
 
 
+class Streams(dict[str, "EngineStream"]):
+    """Requests in flight, and where their deltas go."""
+
+    def deliver(self, delta: Delta) -> None:
+        """Pass a delta on; that of a request which was aborted while it was on its way is dropped."""
+        stream = self.get(delta.request_id)
+        if stream is None:
+            return
+        if delta.finish_reason is not None:
+            del self[delta.request_id]
+        stream.put(delta)
+
+    def fail(self, error: Exception) -> None:
+        """End all of them."""
+        for stream in set(self.values()):
+            stream.fail(error)
+        self.clear()
+
+
 class EngineStream:
     """Deltas of one request or of several that belong together, in order of arrival.
 

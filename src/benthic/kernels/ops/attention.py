@@ -43,7 +43,7 @@ _TRITON = triton_runs(
 
 
 def _gluon(case: Case) -> Verdict:
-    """Our fastest forward pass: at (192, 128) 591 to 726 TFLOP/s on an H100, where cuDNN makes 580 to 625."""
+    """Our fastest forward pass; with gradients cuDNN is ahead where it runs (docs/adr/0023)."""
     if case.device != "cuda" or case.dtype not in (torch.bfloat16, torch.float16):
         return no(f"runs on cuda in bfloat16 and float16, not on {case.device} in {case.dtype}")
     refusal = triton_refusal("cuda") or _other_than_hopper()
