@@ -3,9 +3,10 @@
 The HTTP server is the real one and so is the pipe behind it; the engine has no model and puts out a token of
 every request each step. Clients are one process that reads bytes and counts. A token's cost is the server's
 CPU time over the tokens; where it has less of it than the engine asks for, tokens that wait become one event,
-and the second column says how many events were sent for them. With several fronts the main process passes
-tokens on, and its cost is given beside theirs: on few cores all share those with clients and engine, so that
-costs say more than rates.
+and the second column says how many events were sent for them. Requests for one token, one at a time and with
+prompts of token ids, say what a request costs. With several fronts the main process passes tokens on, and its
+cost is given beside theirs: on few cores all share those with clients and engine, so that costs say more than
+rates.
 
     python benchmarks/front.py
     python benchmarks/front.py --fronts 1 2
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import itertools
 import json
@@ -25,7 +27,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 from provenance import write_result
@@ -36,6 +38,9 @@ from benthic.serve import http, launch, server
 from benthic.serve.messages import Delta, Generate, Ready, Stats
 from benthic.serve.service import ServiceSettings
 from benthic.serve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 VOCAB = 320
 MODEL = "without-a-model"
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[16, 64, 256, 512])
     parser.add_argument("--fronts", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1024, 4096])
     parser.add_argument("--step-ms", type=float, default=15.0)
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
@@ -104,18 +110,45 @@ def main() -> None:
         for fronts, streams in itertools.product(words.fronts, words.streams):
             rows.append(measure(model, fronts, streams, words.tokens, words.step_ms / 1e3))
             print(rows[-1], flush=True)
+        for prompt_tokens in words.prompts:
+            rows.append(measure_requests(model, prompt_tokens))
+            print(rows[-1], flush=True)
     print(write_result("front", rows, out=words.out, tokens=words.tokens, step_ms=words.step_ms))
 
 
 def measure(model: Path, fronts: int, streams: int, tokens: int, step_seconds: float) -> dict[str, Any]:
     """Start a server, let that many requests stream from it at once, and end it."""
+    with started(model, step_seconds, fronts) as (port, pid):
+        return {"fronts": fronts, **uvloop.run(load(port, pid, streams, tokens, fronts))}
+
+
+def measure_requests(model: Path, prompt_tokens: int, requests: int = 300) -> dict[str, Any]:
+    """What a request for one token costs the process that answers it; one comes after another."""
+
+    async def ask(port: int, pid: int) -> float:
+        await until_up(port)
+        for _ in range(20):
+            await stream(port, 1, prompt_tokens)
+        before = cpu_seconds(pid)
+        for _ in range(requests):
+            await stream(port, 1, prompt_tokens)
+        return cpu_seconds(pid) - before
+
+    with started(model, 1e-3, 1) as (port, pid):
+        used = uvloop.run(ask(port, pid))
+    cost = round(used / requests * 1e6, 1)
+    return {"fronts": 1, "prompt_tokens": prompt_tokens, "cpu_us_a_request": cost}
+
+
+@contextlib.contextmanager
+def started(model: Path, step_seconds: float, fronts: int) -> Iterator[tuple[int, int]]:
+    """A server in a process of its own: its port and process id."""
     port = free_port()
     words = (model, port, step_seconds, fronts)
     process = multiprocessing.get_context("spawn").Process(target=serve, args=words)
     process.start()
     try:
-        found = uvloop.run(load(port, process.pid or 0, streams, tokens, fronts))
-        return {"fronts": fronts, **found}
+        yield port, process.pid or 0
     finally:
         process.terminate()
         process.join()
@@ -190,10 +223,11 @@ async def until_up(port: int) -> None:
                 return
 
 
-async def stream(port: int, tokens: int) -> int:
+async def stream(port: int, tokens: int, prompt_tokens: int = 3) -> int:
     """One request to its end; returns how many events with tokens came."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = {"model": MODEL, "prompt": [40, 41, 42], "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    prompt = [40 + place % 200 for place in range(prompt_tokens)]
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True}
     data = json.dumps(body).encode()
     fields = "Host: x", "Content-Type: application/json", f"Content-Length: {len(data)}"
     writer.write("\r\n".join(("POST /v1/completions HTTP/1.1", *fields, "\r\n")).encode() + data)

@@ -2,9 +2,10 @@
 
 `disaggregate.json` holds two GPUs with a prefill and a decode instance, and two that do both, under three
 workloads. Here the same fleets are simulated at the same rates, on GPUs of the kind that they ran on: every
-request drawn alike, the live scheduler's own decisions, the engine that ships (fitted to steps of one H200 in
-BF16, so that nothing is fitted to these runs), blocks at the speed of `transfer.json`. The foretold goodput
-comes from a climb of its own, by the rules and seeds of `disaggregate.py`, and knows none of the runs.
+request drawn alike, the live scheduler's own decisions, the engine that ships (fitted to steps of one H100 in
+BF16 and to what one front took, so that nothing is fitted to these runs), blocks at the speed of
+`transfer.json`. The foretold goodput comes from a climb of its own, by the rules and seeds of
+`disaggregate.py`, and knows none of the runs.
 
     python benchmarks/plan_fleets.py
 """
@@ -75,7 +76,8 @@ def all_rows(engine: str, hardware: str | None = None) -> tuple[list[Row], Machi
     found = json.loads((RESULTS / "disaggregate.json").read_text())
     machine = machines.get(hardware or kind_of(found["hardware"]["gpus"][0]))
     sequences = int(found["settings"].get("max_num_seqs", 256))
-    fleets = {fleet: Fleet(fleet, engines.get(engine), machine, sequences) for fleet in FLEETS}
+    fronts = int(found["settings"].get("fronts", 1))
+    fleets = {fleet: Fleet(fleet, engines.get(engine), machine, sequences, fronts) for fleet in FLEETS}
     seconds = float(found["settings"].get("seconds", SECONDS))
     rows = [row for name in WORKLOADS for row in compared(name, found["rows"]["runs"], fleets, seconds)]
     return [*rows, *(row for fleet in FLEETS for row in errors(fleet, rows))], machine
@@ -154,6 +156,7 @@ class Fleet:
     engine: Engine
     machine: Machine
     sequences: int = 256
+    fronts: int = 1
 
     def climb(self, name: str) -> list[tuple[float, float]]:
         """Attainment at rising rates until one fails, then halving the gap below it."""
@@ -183,7 +186,10 @@ class Fleet:
         lengths = Fixed(prompt_tokens=work.prompt, output_tokens=work.output)
         demand = drawn(lengths, round(rate * seconds), rate=rate, seed=seed)
         cluster = Cluster(
-            specs(self.name, self.engine, self.machine, self.sequences), link=link(self.machine)
+            specs(self.name, self.engine, self.machine, self.sequences),
+            link=link(self.machine),
+            front=self.engine.front,
+            fronts=self.fronts,
         )
         return trial_of(rate, cluster.play(demand), targets)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,10 @@ def engine(  # noqa: PLR0913, PLR0917 (one option each)
     graph_rows: Annotated[
         int, typer.Option(min=0, help="Most rows of a step with prompts that was a CUDA graph.")
     ] = 4096,
+    front: Annotated[
+        Path | None,
+        typer.Option(help="A result of benchmarks/front.py: HTTP takes time.", show_default="takes none"),
+    ] = None,
     out: Out = Path("engine.json"),
     profile: ProfileFile = None,
     as_json: Json = False,  # noqa: FBT002
@@ -37,15 +42,17 @@ def engine(  # noqa: PLR0913, PLR0917 (one option each)
     from benthic.plan.serving.engine_fit import fit_engine, left_out  # noqa: PLC0415 (see cli.plan)
     from benthic.plan.serving.engines import as_json as text  # noqa: PLC0415
     from benthic.plan.serving.layout import ServingLayout  # noqa: PLC0415
-    from benthic.plan.serving.measured import read_measured  # noqa: PLC0415
+    from benthic.plan.serving.measured import read_front, read_measured  # noqa: PLC0415
     from benthic.plan.serving.priced import PricedStep  # noqa: PLC0415
 
     dtype = dtype_of("weights", weights) or "bf16"
     layout = ServingLayout(weights=dtype, cache=dtype)
     step = PricedStep(config_of(model), layout, machine_of(hardware, 1, profile))
     steps = read_measured(measured, dtype, graph_rows=graph_rows)
-    found = fit_engine(name, step, steps)
-    record = text(found, f"{measured.name}, {len(steps)} steps in {dtype}")
+    found, source = fit_engine(name, step, steps), f"{measured.name}, {len(steps)} steps in {dtype}"
+    if front is not None:
+        found, source = replace(found, front=read_front(front)), f"{source}; {front.name}"
+    record = text(found, source)
     out.write_text(record, encoding="utf-8")
     if as_json:
         typer.echo(record)
@@ -60,6 +67,13 @@ def engine(  # noqa: PLR0913, PLR0917 (one option each)
         f"{found.stretch:.3f} x their prices; with prompts {found.prompt_stretch:.3f} x, host "
         f"{units.seconds(found.eager_layer_s)} a layer"
     )
+    if front is not None:
+        cost = found.front
+        typer.echo(
+            f"a front takes {units.seconds(cost.request_s)} for a request and "
+            f"{units.seconds(1e3 * cost.prompt_token_s)} for 1,000 tokens of its prompt, "
+            f"{units.seconds(cost.write_s)} to write and {units.seconds(cost.token_s)} a token"
+        )
 
 
 def _words(step: MeasuredStep) -> str:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Weights = Annotated[str, typer.Option(help="auto, fp8 or bf16.")]
 Cache = Annotated[str, typer.Option("--kv-cache-dtype", help="bf16 or fp8.")]
+Fronts = Annotated[
+    int | None, typer.Option(min=1, help="Processes that answer HTTP.", show_default="as many as are needed")
+]
 Trace = Annotated[
     Path | None, typer.Option(help="Take requests from a trace: Azure's .csv or Mooncake's .jsonl.")
 ]
@@ -55,6 +58,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
     drafts: Annotated[int, typer.Option(help="Tokens that MTP drafts a step.", min=0)] = 0,
     acceptance: Annotated[float, typer.Option(help="Share of drafts kept if those before were.")] = 0.85,
     engine: EngineWord = "tuned",
+    api_server_count: Fronts = None,
     price: Annotated[float, typer.Option(help="Dollars of a GPU hour.")] = 2.0,
     gpus_per_node: PerNode = 8,
     profile: ProfileFile = None,
@@ -89,6 +93,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
         drafts=drafts,
         alpha=acceptance,
         dollars=price,
+        fronts=api_server_count,
         seed=seed,
     )
     plan = plan_serving(question, workers=os.cpu_count() or 1)
@@ -126,6 +131,7 @@ def replay(  # noqa: PLR0913, PLR0917 (one argument per option)
     weights: Weights = "auto",
     kv_cache_dtype: Cache = "bf16",
     engine: EngineWord = "tuned",
+    api_server_count: Annotated[int, typer.Option(min=1, help="Processes that answer HTTP.")] = 1,
     gpus_per_node: PerNode = 8,
     profile: ProfileFile = None,
     as_json: Json = False,  # noqa: FBT002
@@ -143,6 +149,7 @@ def replay(  # noqa: PLR0913, PLR0917 (one argument per option)
         machine_of(hardware, gpus_per_node, profile),
         read_trace(trace),
         engine=engines.get(engine),
+        fronts=api_server_count,
         tp_degree=tp,
         dp_degree=dp,
         weights=dtype_of("weights", weights, auto=True),

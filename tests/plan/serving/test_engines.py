@@ -16,6 +16,7 @@ from benthic.errors import BenthicError, ConfigError, DataError, UnknownFieldErr
 from benthic.plan.cost import machine as machines
 from benthic.plan.serving import engines
 from benthic.plan.serving.engine_fit import MeasuredStep, fit_engine, left_out, replace_engine
+from benthic.plan.serving.fronts import FREE, FrontCost
 from benthic.plan.serving.layout import ServingLayout
 from benthic.plan.serving.measured import read_measured
 from benthic.plan.serving.priced import TUNED, Engine, PricedStep
@@ -38,7 +39,9 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     assert own.prompt_layer_s > 0.0
     assert own.graph_rows == 4096
     file = tmp_path / "own.json"
-    engine = Engine(name="own", eager_layer_s=1e-3, graph_layer_s=5e-5, stretch=1.25)
+    engine = Engine(
+        name="own", eager_layer_s=1e-3, graph_layer_s=5e-5, stretch=1.25, front=FrontCost(write_s=1e-4)
+    )
     file.write_text(engines.as_json(engine, "a test"))
     assert engines.get(str(file)) == engine
     with pytest.raises(UnknownFieldError, match="Did you mean 'benthic'"):
@@ -54,7 +57,9 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         ({"prompt_stretch": "1"}, "prompt_stretch is '1'"),
         ({"graph_layer_s": -1e-6}, "graph_layer_s is -1e-06"),
         ({"eager_layer_s": "1"}, "eager_layer_s is '1'"),
-        ({"more": 1}, "9 of the 9 fields .* missing or unknown: more"),
+        ({"more": 1}, "10 of the 10 fields .* missing or unknown: more"),
+        ({"front": {"write_s": 1e-4}}, "1 of the 4 fields of an engine's front; .*request_s"),
+        ({"front": dict(vars(FREE), token_s=-1)}, "token_s is -1"),
         ({"format": 1}, "missing or unknown: format 1"),
     ],
 )

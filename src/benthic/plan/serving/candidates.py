@@ -34,6 +34,7 @@ MOST_LANES: Final = 4
 """Ranks of each phase that are simulated; a larger deployment is simulated as a slice of it."""
 _FEWEST_REQUESTS, _MOST_REQUESTS = 160, 600
 _WARM_UP: Final = 0.2
+_FRONT_BUSY: Final = 0.5
 _LINK_SHARE: Final = 0.8
 _LINK_LATENCY: Final = 50e-6
 
@@ -61,6 +62,15 @@ class Candidate:
     def budget(self) -> int:
         """Tokens of a step of the instances that decode."""
         return self.decode.both.budget if self.prefill is None else self.decode.decode.budget
+
+    @property
+    def fronts(self) -> int:
+        """Processes that answer HTTP: as asked, or as many as this deployment's requests keep half busy."""
+        question = self.decode.question
+        if question.fronts is not None:
+            return question.fronts
+        busy = self.rate * question.engine.front.seconds(*question.lengths.mean)
+        return max(1, math.ceil(busy / _FRONT_BUSY))
 
     @property
     def name(self) -> str:
@@ -169,7 +179,16 @@ class Slice:
             burstiness=question.burstiness / self.share,
             seed=question.seed,
         )
-        outcome = Cluster(self.specs(), policy=_POLICY, link=self.link()).play(demand)
+        share = self.candidate.fronts * self.share
+        fronts = max(1, round(share))
+        cluster = Cluster(
+            self.specs(),
+            policy=_POLICY,
+            link=self.link(),
+            front=question.engine.front.slower(fronts / share),
+            fronts=fronts,
+        )
+        outcome = cluster.play(demand)
         return outcome.without_first(int(_WARM_UP * len(outcome.served)))
 
     @property

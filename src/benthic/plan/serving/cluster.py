@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from benthic.errors import AdmissionError, ConfigError, OverloadedError
 from benthic.plan.serving.demand import check
+from benthic.plan.serving.fronts import FREE, Front, FrontCost
 from benthic.plan.serving.group import Group
 from benthic.plan.serving.outcome import GroupUse, Outcome, Served
 from benthic.sched.batching import Request
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from benthic.plan.serving.demand import Ask
     from benthic.plan.serving.group import GroupSpec, Lane
-    from benthic.sched.plans import Finished
+    from benthic.sched.plans import Finished, StepPlan
     from benthic.sched.pulls import TransferPlan
 
 
@@ -67,6 +68,7 @@ class Journey:
     request_id: str
     ask: Ask
     keys: tuple[bytes, ...]
+    front: Front
     decode: Lane | None = None
     owner: Lane | None = None
     prefilled_by: str = ""
@@ -85,17 +87,25 @@ class Cluster:
         specs: the instances, each one group.
         policy: where requests go. A single lane has no router in front of it, as a single server has none.
         link: how blocks move.
+        front: what a process costs that answers HTTP.
+        fronts: how many there are; requests go to them in turn.
     """
 
     specs: Sequence[GroupSpec]
     policy: Policy = field(default_factory=Policy)
     link: Link = NO_LINK
+    front: FrontCost = FREE
+    fronts: int = 1
     now: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        if not self.specs:
-            msg = "a deployment of 0 instances serves nobody; give at least 1"
+        if not self.specs or self.fronts < 1:
+            msg = (
+                f"a deployment of {len(self.specs)} instances and {self.fronts} fronts serves nobody; give "
+                "at least 1 of each"
+            )
             raise ConfigError(msg)
+        self._fronts = [Front(self.front) for _ in range(self.fronts)]
         self._groups = [Group(index, spec, self) for index, spec in enumerate(self.specs)]
         self._lanes = {lane.name: lane for group in self._groups for lane in group.lanes}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -143,6 +153,7 @@ class Cluster:
             end_s=self.now,
             groups=tuple(uses),
             transferred_blocks=sum([t.pulled_blocks for use in uses for t in use.totals]),
+            front_busy_s=tuple([front.busy_s for front in self._fronts]),
         )
 
     def _at(self, time: float, action: Callable[[], None]) -> None:
@@ -152,8 +163,15 @@ class Cluster:
 
     def _arrive(self, index: int, ask: Ask) -> None:
         keys = () if self._places is None else _chain(ask.keys)
-        journey = Journey(str(index), ask, keys)
+        journey = Journey(str(index), ask, keys, self._fronts[index % self.fronts])
         self._journeys[journey.request_id] = journey
+        taken = journey.front.take(self.now, ask.prompt_tokens)
+        if taken > self.now:
+            self._at(taken, partial(self._place, journey))
+        else:
+            self._place(journey)
+
+    def _place(self, journey: Journey) -> None:
         if len(self._lanes) == 1:
             journey.decode = next(iter(self._lanes.values()))
             self._send_whole(journey)
@@ -258,32 +276,43 @@ class Cluster:
             group.woken = True
             self._at(again, partial(self._run, group))
 
-    def prompt_computed(self, lane: Lane, request_id: str, now: float) -> None:
+    def landed(self, lane: Lane, plan: StepPlan) -> None:
+        """The fronts write a step's tokens: those of sequences that decode on equal parts of all of them."""
+        decodes = len(plan.decode_ids) / self.fronts
+        drawn = [chunk.request_id for chunk in plan.prefills if chunk.samples]
+        journeys = [self._journeys[request_id] for request_id in drawn]
+        for front in self._fronts:
+            here = [journey for journey in journeys if journey.front is front]
+            new = sum([math.isnan(journey.first_token_s) for journey in here])
+            front.write(self.now, lane, decodes + len(here), new)
+
+    def prompt_computed(self, lane: Lane, request_id: str) -> None:
         """The first token of a stay on a lane is out; on a decode lane, the lease is wanted no more."""
         journey = self._journeys[request_id]
         lane.computed(request_id)
         if math.isnan(journey.first_token_s):
-            journey.first_token_s = now
+            journey.first_token_s = journey.front.free_at(self.now)
             journey.prefilled_by = lane.name
         if lane is journey.decode:
             self._release(journey)
         if self._line:
             self._place_waiting()
 
-    def ended(self, lane: Lane, event: Finished, now: float) -> None:
+    def ended(self, lane: Lane, event: Finished) -> None:
         """A stay on a lane is over: go on to the decode lane, or be done."""
         journey = self._journeys[event.request_id]
+        written = journey.front.free_at(self.now)
         journey.preemptions += event.preemptions
         if lane.name == journey.prefilled_by:
             journey.cached_tokens = event.cached_tokens
         if lane is journey.owner and journey.ask.output_tokens > 1:
             journey.leased = lane.scheduler.leases.get(event.request_id) is not None
-            self._send_decode(journey)
+            self._at(written, partial(self._send_decode, journey))
             return
         self._release(journey)
         self._forget(journey)
         del self._journeys[event.request_id]
-        self._served[int(event.request_id)] = _served(journey, now)
+        self._served[int(event.request_id)] = _served(journey, written)
         self._place_waiting()
 
     # --- handing over

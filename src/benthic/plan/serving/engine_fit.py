@@ -47,14 +47,15 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
         raise DataError(msg)
     plain = replace_engine(step, TUNED)
     layers = step.model.num_hidden_layers
-    gap, stretch = _line([(plain([each.load]), each.seconds) for each in decodes])
+    gap, stretch = non_negative_line([(plain([each.load]), each.seconds) for each in decodes], prior=_PRIOR)
     prompts = [each for each in measured if each.load.prefill_tokens]
     launched = [(plain([each.load]), each.seconds) for each in prompts if not each.recorded]
     recorded = [(plain([each.load]), each.seconds) for each in prompts if each.recorded]
     host, prompt_stretch = _longer(launched)
     prompt_gap = 0.0
     if recorded:
-        prompt_gap, prompt_stretch = _line([*recorded, *(pair for pair in launched if pair[0] > host)])
+        long = [pair for pair in launched if pair[0] > host]
+        prompt_gap, prompt_stretch = non_negative_line([*recorded, *long], prior=_PRIOR)
     return Engine(
         name=name,
         eager_layer_s=host / layers,
@@ -83,17 +84,19 @@ def replace_engine(step: PricedStep, engine: Engine) -> PricedStep:
     return PricedStep(step.model, step.layout, step.machine, engine)
 
 
-def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """`a` >= 0 and `b` of `y = a + b x`: least squares of `(a + b x - y) / y` and of the prior of `b`."""
+def non_negative_line(pairs: Sequence[tuple[float, float]], *, prior: float = 0.0) -> tuple[float, float]:
+    """`a` and `b` >= 0 of `y = a + b x`: least squares of `(a + b x - y) / y`, and `prior` of `(b - 1)^2`."""
     w = [1.0 / (y * y) for _, y in pairs]
     s = sum(w)
     sx = sum([wi * x for wi, (x, _) in zip(w, pairs, strict=True)])
     sy = sum([wi * y for wi, (_, y) in zip(w, pairs, strict=True)])
-    sxx = sum([wi * x * x for wi, (x, _) in zip(w, pairs, strict=True)]) + _PRIOR
-    sxy = sum([wi * x * y for wi, (x, y) in zip(w, pairs, strict=True)]) + _PRIOR
+    sxx = sum([wi * x * x for wi, (x, _) in zip(w, pairs, strict=True)]) + prior
+    sxy = sum([wi * x * y for wi, (x, y) in zip(w, pairs, strict=True)]) + prior
     b = (s * sxy - sx * sy) / (s * sxx - sx * sx)
     a = (sy - b * sx) / s
-    return (0.0, sxy / sxx) if a < 0.0 else (a, b)
+    if a < 0.0:
+        return 0.0, sxy / sxx
+    return (a, b) if b >= 0.0 else (sy / s, 0.0)
 
 
 def _longer(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 from benthic.errors import ConfigError, UnknownFieldError
+from benthic.plan.serving.fronts import FrontCost
 from benthic.plan.serving.priced import TUNED, Engine
 
 SHIPPED: Final = ("benthic",)
 NAMES: Final = (TUNED.name, *SHIPPED)
-FORMAT: Final = 3
+FORMAT: Final = 4
 
 _SECONDS: Final = ("eager_layer_s", "graph_layer_s", "prompt_layer_s")
 _STRETCHES: Final = ("stretch", "prompt_stretch")
 _ROWS: Final = "graph_rows"
-_KEYS: Final = frozenset({"format", "name", "source", *_STRETCHES, *_SECONDS, _ROWS})
+_FRONT: Final = "front"
+_FRONT_SECONDS: Final = frozenset(field.name for field in fields(FrontCost))
+_KEYS: Final = frozenset({"format", "name", "source", *_STRETCHES, *_SECONDS, _ROWS, _FRONT})
 
 
 def get(word: str) -> Engine:
@@ -62,18 +65,26 @@ def parse(text: str, *, where: str) -> Engine:
     except json.JSONDecodeError as error:
         message = f"{where} is no JSON: {error}. Write it with `benthic plan engine`."
         raise ConfigError(message) from error
-    found = set(record) if isinstance(record, dict) else set()
-    if found != _KEYS or record["format"] != FORMAT:
-        wrong = ", ".join(sorted(found ^ _KEYS)) or f"format {record['format']}"
-        message = (
-            f"{where} has {len(found & _KEYS)} of the {len(_KEYS)} fields of an engine of format {FORMAT}; "
-            f"missing or unknown: {wrong}. Write it again with `benthic plan engine`."
-        )
-        raise ConfigError(message)
+    _check(record, _KEYS, f"an engine of format {FORMAT}", where)
+    _check(record[_FRONT], _FRONT_SECONDS, "an engine's front", where)
     seconds = {name: _number(record, name, where, least=0.0) for name in _SECONDS}
     stretches = {name: _number(record, name, where, least=0.1) for name in _STRETCHES}
     rows = int(_number(record, _ROWS, where, least=0.0))
-    return Engine(name=str(record["name"]), graph_rows=rows, **stretches, **seconds)
+    front = {name: _number(record[_FRONT], name, where, least=0.0) for name in _FRONT_SECONDS}
+    return Engine(name=str(record["name"]), graph_rows=rows, front=FrontCost(**front), **stretches, **seconds)
+
+
+def _check(record: object, keys: frozenset[str], what: str, where: str) -> None:
+    found = set(record) if isinstance(record, dict) else set()
+    wrong = sorted(found ^ keys)
+    if isinstance(record, dict) and not wrong and record.get("format", FORMAT) != FORMAT:
+        wrong = [f"format {record['format']}"]
+    if wrong:
+        message = (
+            f"{where} has {len(found & keys)} of the {len(keys)} fields of {what}; missing or unknown: "
+            f"{', '.join(wrong)}. Write it again with `benthic plan engine`."
+        )
+        raise ConfigError(message)
 
 
 def _number(record: dict[str, Any], name: str, where: str, *, least: float) -> float:

@@ -127,10 +127,13 @@ class Lane:
 class Listener(Protocol):
     """Hears what steps have brought."""
 
-    def prompt_computed(self, lane: Lane, request_id: str, now: float) -> None:
+    def landed(self, lane: Lane, plan: StepPlan) -> None:
+        """A step is over; what it brought follows."""
+
+    def prompt_computed(self, lane: Lane, request_id: str) -> None:
         """A prompt's last position was computed and gave a token."""
 
-    def ended(self, lane: Lane, event: Finished, now: float) -> None:
+    def ended(self, lane: Lane, event: Finished) -> None:
         """A request ended on this lane."""
 
 
@@ -188,11 +191,12 @@ class Group:
     def _land(self, plans: Sequence[StepPlan], now: float) -> None:
         for lane, plan in zip(self.lanes, plans, strict=True):
             ended = lane.scheduler.commit_counts(plan, now, self._counts(plan))
+            self._listener.landed(lane, plan)
             for chunk in plan.prefills:
                 if chunk.samples:
-                    self._listener.prompt_computed(lane, chunk.request_id, now)
+                    self._listener.prompt_computed(lane, chunk.request_id)
             for event in ended:
-                self._listener.ended(lane, event, now)
+                self._listener.ended(lane, event)
 
     def _counts(self, plan: StepPlan) -> list[int] | None:
         acceptance = self.spec.acceptance

@@ -6,7 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from benthic.errors import DataError
-from benthic.plan.serving.engine_fit import MeasuredStep
+from benthic.plan.serving.engine_fit import MeasuredStep, non_negative_line
+from benthic.plan.serving.fronts import FrontCost
 from benthic.plan.serving.steps import StepLoad
 
 if TYPE_CHECKING:
@@ -33,15 +34,45 @@ def read_measured(path: Path, weights: WeightDtype, *, graph_rows: int = 0) -> l
     Raises:
         DataError: no such file, no JSON with rows, or a row of these that lacks a number.
     """
+    return list(_steps(_rows(path, "steps", "serve_gpu.py"), weights, path, graph_rows))
+
+
+def read_front(path: Path) -> FrontCost:
+    """What one process that answers HTTP takes, of a result of `benchmarks/front.py`.
+
+    `{"fronts": 1, "events_a_token", "cpu_us_a_token"}` are tokens written, several at a time where the
+    process was behind; `{"fronts": 1, "prompt_tokens", "cpu_us_a_request"}` requests for one token. Rows with
+    more fronts are passed over.
+
+    Raises:
+        DataError: no such file, no JSON with rows, or fewer than two rows of either kind.
+    """
+    rows = [row for row in _rows(path, "a front", "front.py") if row.get("fronts") == 1]
+    writes = [(r["events_a_token"], r["cpu_us_a_token"] / 1e6) for r in rows if "cpu_us_a_token" in r]
+    asked = [(r["prompt_tokens"], r["cpu_us_a_request"] / 1e6) for r in rows if "cpu_us_a_request" in r]
+    sizes = [len({size for size, _ in pairs}) for pairs in (writes, asked)]
+    if min(sizes) < 2:
+        msg = (
+            f"{path} has rows with {sizes[0]} different events_a_token and {sizes[1]} different "
+            "prompt_tokens for one front, but 2 of each are needed. Measure more streams with "
+            "benchmarks/front.py."
+        )
+        raise DataError(msg)
+    token_s, write_s = non_negative_line(writes)
+    request_s, prompt_token_s = non_negative_line(asked)
+    answered = max(0.0, request_s - write_s - token_s)
+    return FrontCost(request_s=answered, prompt_token_s=prompt_token_s, write_s=write_s, token_s=token_s)
+
+
+def _rows(path: Path, what: str, script: str) -> list[dict[str, Any]]:
     if not path.is_file():
-        msg = f"there is no file {path} of measured steps. Write one with benchmarks/serve_gpu.py."
+        msg = f"there is no file {path} of measured {what}. Write one with benchmarks/{script}."
         raise DataError(msg)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return json.loads(path.read_text(encoding="utf-8"))["rows"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        msg = f"{path} holds no rows of measured steps ({error!r}). Write it with benchmarks/serve_gpu.py."
+        msg = f"{path} holds no rows of measured {what} ({error!r}). Write it with benchmarks/{script}."
         raise DataError(msg) from error
-    return list(_steps(rows, weights, path, graph_rows))
 
 
 def _steps(

@@ -55,6 +55,7 @@ class Question:
         alpha: see `drafts`.
         skew: what the busiest GPU's experts get over the mean, where experts are spread.
         dollars: of a GPU hour.
+        fronts: processes that answer HTTP; None starts as many as keep them half idle.
         seed: of arrivals and lengths.
     """
 
@@ -71,9 +72,13 @@ class Question:
     alpha: float = 0.85
     skew: float = 1.1
     dollars: float = 2.0
+    fronts: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.fronts is not None and self.fronts < 1:
+            msg = f"fronts = {self.fronts}, but at least 1 process must answer HTTP"
+            raise ConfigError(msg)
         if self.gpus < 1:
             msg = f"gpus = {self.gpus}, but at least 1 GPU is needed to serve anything"
             raise ConfigError(msg)

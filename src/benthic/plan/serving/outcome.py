@@ -58,6 +58,7 @@ class Outcome:
         end_s: when the last one ended.
         groups: what each instance did.
         transferred_blocks: blocks that were pulled.
+        front_busy_s: seconds that each front was busy.
     """
 
     served: tuple[Served, ...]
@@ -65,6 +66,7 @@ class Outcome:
     end_s: float
     groups: tuple[GroupUse, ...]
     transferred_blocks: int = 0
+    front_busy_s: tuple[float, ...] = ()
 
     @property
     def output_rate(self) -> float:

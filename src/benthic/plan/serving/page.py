@@ -67,6 +67,7 @@ def _deployments(plan: ServingPlan) -> Iterator[str]:
         "deployment",
         "strategy",
         "GPUs",
+        "fronts",
         "requests/s",
         "a GPU",
         "tokens/s/GPU",
@@ -86,9 +87,10 @@ def _deployments(plan: ServingPlan) -> Iterator[str]:
 def _cells(answer: Answer) -> tuple[str, ...]:
     at, candidate = answer.goodput.at_best, answer.candidate
     times = ("-", "-") if at is None else (units.seconds(at.ttft_p90_s), units.seconds(at.tpot_p90_s))
+    counts = str(candidate.gpus), str(candidate.fronts)
     dollars = f"{answer.dollars:.3g}" if answer.rate else "-"
     rates = (f"{answer.rate:.3g}", f"{answer.per_gpu:.3g}", f"{answer.output_per_gpu:.0f}", dollars)
-    return (candidate.name, candidate.strategy, str(candidate.gpus), *rates, *times)
+    return (candidate.name, candidate.strategy, *counts, *rates, *times)
 
 
 def _goodput(plan: ServingPlan) -> Iterator[str]:

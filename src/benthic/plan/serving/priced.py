@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.plan.cost.price import price
 from benthic.plan.cost.priced import Total, total
+from benthic.plan.serving.fronts import FREE, FrontCost
 from benthic.plan.serving.operations import StepOperations
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Engine:
         prompt_layer_s: the same in steps with prompts.
         stretch: seconds of its kernels over the prices of the operations, in steps that only decode.
         prompt_stretch: the same in steps with prompts, whose many rows take other kernels.
+        front: what its processes that answer HTTP take for requests and tokens.
     """
 
     name: str = "tuned"
@@ -89,6 +91,7 @@ class Engine:
     prompt_stretch: float = 1.0
     prompt_layer_s: float = 0.0
     graph_rows: int = 0
+    front: FrontCost = FREE
 
 
 TUNED = Engine()

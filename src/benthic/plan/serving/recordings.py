@@ -60,6 +60,7 @@ def play_recording(  # noqa: PLR0913 (one argument per choice)
     max_num_seqs: int,
     objectives: Objectives,
     engine: Engine = TUNED,
+    fronts: int = 1,
 ) -> dict[str, Any]:
     """Simulate every step and say what became of the requests, JSON-ready.
 
@@ -95,7 +96,7 @@ def play_recording(  # noqa: PLR0913 (one argument per choice)
     )
     spec = GroupSpec(batching=batching, step=PricedStep(model, layout, machine, engine), lanes=dp_degree)
     demand = check(recorded(at_speed(trace, speed), _BLOCK_SIZE))
-    outcome = Cluster([spec]).play(demand)
+    outcome = Cluster([spec], front=engine.front, fronts=fronts).play(demand)
     return {
         "model": model.name,
         "layout": layout.name,
@@ -117,6 +118,7 @@ def summary(outcome: Outcome, objectives: Objectives) -> dict[str, Any]:
         "prompt_tokens": sum([each.prompt_tokens for each in totals]),
         "output_tokens_per_second": outcome.output_rate,
         "device_busy": max([group.busy_s for group in outcome.groups]) / outcome.end_s,
+        "front_busy": max(outcome.front_busy_s) / outcome.end_s,
         "attainment": outcome.attainment(objectives),
     }
     for measure in _MEASURES:
@@ -131,6 +133,7 @@ def as_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  refused              {found['refused']}"
     yield f"  steps                {found['steps']} in {units.seconds(found['seconds'])}"
     yield f"  device busy          {units.percent(found['device_busy'])}"
+    yield f"  front busy           {units.percent(found['front_busy'])}"
     yield f"  output tokens/s      {found['output_tokens_per_second']:.0f}"
     hits = found["cached_prompt_tokens"] / max(1, found["prompt_tokens"])
     yield f"  prompt tokens cached {units.percent(hits)}"

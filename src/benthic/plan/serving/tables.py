@@ -12,6 +12,7 @@ from rich.text import Text
 
 from benthic import units
 from benthic.plan.cost.priced import Total, coverage_bar
+from benthic.plan.serving.fronts import FREE
 from benthic.plan.serving.search import capacity
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from benthic.plan.serving.goodput import Trial
+    from benthic.plan.serving.options import Question
     from benthic.plan.serving.search import Answer, ServingPlan
 
 _BAR = 10
@@ -71,12 +73,20 @@ def assumptions(plan: ServingPlan) -> Iterator[str]:
     """What the numbers rest on."""
     question = plan.question
     yield f"kernels as priced for {question.machine.name}, engine {question.engine.name!r}"
+    yield f"HTTP is answered by the processes under fronts (--api-server-count), {_front_words(question)}"
     yield f"weights in {question.dtype}, latents in {question.cache}, 90% of memory less 3.5 GB a GPU"
     yield f"busiest GPU's experts get {question.skew:g} x the mean; no prefix is shared"
     if question.drafts:
         yield f"{question.drafts} MTP drafts a step, each kept with probability {question.alpha:g}"
     yield "instances of more than a node hide exchanges behind a second half batch where that is faster"
     yield "large deployments are simulated as a slice of equal ranks"
+
+
+def _front_words(question: Question) -> str:
+    front = question.engine.front
+    if front == FREE:
+        return "which take no time"
+    return f"each of which writes {1.0 / (front.write_s + front.token_s):.0f} tokens/s one by one"
 
 
 def total_of(parts: dict[str, Total]) -> Total:
@@ -93,6 +103,7 @@ def _answer_dict(answer: Answer) -> dict[str, Any]:
         "prefill": None if candidate.prefill is None else _option_dict(candidate.prefills, candidate.prefill),
         "decode": _option_dict(candidate.decodes, candidate.decode),
         "max_num_batched_tokens": candidate.budget,
+        "api_server_count": candidate.fronts,
         "estimate": candidate.rate,
         "goodput": answer.rate,
         "goodput_per_gpu": answer.per_gpu,
@@ -147,13 +158,15 @@ def _grid(title: str, left: str, *right: str) -> Table:
 
 def _answers(plan: ServingPlan) -> Table:
     title = f"Deployments simulated, of {plan.screened} screened"
-    table = _grid(title, "", "GPUs", "requests/s", "tokens/s/GPU", "$/M out", "TTFT P90", "TPOT P90")
+    heads = ("GPUs", "fronts", "requests/s", "tokens/s/GPU", "$/M out", "TTFT P90", "TPOT P90")
+    table = _grid(title, "", *heads)
     for letter, answer in zip(ascii_uppercase, plan.answers, strict=False):
         at = answer.goodput.at_best
         times = ("-", "-") if at is None else (_seconds(at.ttft_p90_s), _seconds(at.tpot_p90_s))
         rates = (f"{answer.rate:.3g}", f"{answer.output_per_gpu:.0f}")
         dollars = f"{answer.dollars:.3g}" if answer.rate else "-"
-        table.add_row(letter, str(answer.candidate.gpus), *rates, dollars, *times)
+        counts = (str(answer.candidate.gpus), str(answer.candidate.fronts))
+        table.add_row(letter, *counts, *rates, dollars, *times)
     named = zip(ascii_uppercase, plan.answers, strict=False)
     table.caption = "\n".join(
         [f"{letter}  {a.candidate.name} ({a.candidate.strategy})" for letter, a in named]
