@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from benthic.serve.messages import Delta, Generate
+    from benthic.serve.pages import Mover
     from benthic.serve.process import EngineFactory
 
 SETTINGS = {
@@ -44,14 +45,15 @@ def small_instance(
     clock: Callable[[], float] = time.monotonic,
     patience_s: float = 20.0,
     seed: int = 0,
+    mover: Mover = "host",
     **options: object,
 ) -> Instance:
     """One instance in this process."""
     torch.set_num_threads(1)
-    settings = EngineOptions(**(SETTINGS | options))
+    settings = EngineOptions(**(SETTINGS | {"share_pages": mover == "host"} | options))
     model = random_model(seed=seed)
     parts = assemble(model, settings, model_name="nano", eos=(EOS,))
-    transfer = TransferOptions(address=address, model=digest_of(model), patience_s=patience_s)
+    transfer = TransferOptions(address=address, model=digest_of(model), patience_s=patience_s, mover=mover)
     return Instance(Engine(parts, settings, clock=clock), transfer, clock=clock)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,11 @@ from benthic.errors import TransferError
 from benthic.serve.transfer.handshake import Region
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 PATIENCE_S = 30.0
 """A read that takes longer has lost its other side."""
@@ -48,10 +51,10 @@ class NixlPages:
     def __init__(self, pages_LPBW: Tensor) -> None:
         api = _nixl()
         self.pages_LPBW = pages_LPBW
-        self.agent = api.nixl_agent(f"benthic-{uuid.uuid4().hex}", api.nixl_agent_config(backends=["UCX"]))
-        if not self.agent.register_memory(pages_LPBW.flatten(1)):
-            msg = f"NIXL did not register {pages_LPBW.nbytes:,} bytes of pages on {pages_LPBW.device}."
-            raise TransferError(msg)
+        with refused(f"to register {pages_LPBW.nbytes:,} bytes of pages on {pages_LPBW.device}"):
+            config = api.nixl_agent_config(backends=["UCX"])
+            self.agent = api.nixl_agent(f"benthic-{uuid.uuid4().hex}", config)
+            self.agent.register_memory(pages_LPBW.flatten(1))
 
     @property
     def memory(self) -> str:
@@ -83,13 +86,13 @@ class Read:
         self._agent = agent
         self._transfer = transfer
         self._until = time.monotonic() + PATIENCE_S
-        self._state = agent.transfer(transfer)
+        self._state = self._asked(agent.transfer)
         self._look()
 
     def ended(self) -> bool:
         """Whether the blocks are there. Raises: TransferError on an error, or after `PATIENCE_S`."""
         if self._state == "PROC":
-            self._state = self._agent.check_xfer_state(self._transfer)
+            self._state = self._asked(self._agent.check_xfer_state)
             self._look()
         return bool(self._state == "DONE")
 
@@ -99,14 +102,23 @@ class Read:
             while self._transfer is not None and not self.ended():
                 time.sleep(LOOK_S)
 
+    def _asked(self, question: Callable[[Any], str]) -> str:
+        """The state that NIXL answers; a read that it gives up is one that failed."""
+        try:
+            return question(self._transfer)
+        except Exception:  # NIXL's errors have no other base
+            logger.exception("NIXL gave a read up")
+            return "ERR"
+
     def _look(self) -> None:
         """Give NIXL's handle back when the read is over, and raise when it failed."""
         late = self._state == "PROC" and time.monotonic() > self._until
         if self._state == "PROC" and not late:
             return
         if self._transfer is not None:
-            self._agent.release_xfer_handle(self._transfer)  # aborts a read that is still going on
-            self._transfer = None
+            transfer, self._transfer = self._transfer, None
+            with contextlib.suppress(TransferError), refused("to let a read go"):
+                self._agent.release_xfer_handle(transfer)  # aborts a read that is still going on
         if self._state != "DONE":
             state, self._state = self._state, "ERR"
             msg = f"NIXL's read ended as {state!r} (waited at most {PATIENCE_S:.0f} s)."
@@ -120,7 +132,8 @@ class NixlSource:
         self._mine = mine
         self._handle = msgspec.msgpack.decode(region.handle, type=Handle)
         self._num_blocks = region.num_blocks
-        self._peer = mine.agent.add_remote_agent(self._handle.metadata)
+        with refused("the other instance's agent"):
+            self._peer = mine.agent.add_remote_agent(self._handle.metadata)
 
     def start(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> Read:
         """Copy blocks, all layers of them; nothing waits.
@@ -133,13 +146,14 @@ class NixlSource:
             mine.pages_LPBW.data_ptr(), mine.pages_LPBW.shape[1], local_blocks, mine.device_id
         )
         far = self._pieces(self._handle.address, self._num_blocks, remote_blocks, self._handle.device_id)
-        transfer = agent.initialize_xfer(
-            "READ",
-            agent.get_xfer_descs(near, mem_type=mine.memory),
-            agent.get_xfer_descs(far, mem_type=self._handle.memory),
-            self._peer,
-            b"",
-        )
+        with refused(f"a read of {len(near)} pieces"):
+            transfer = agent.initialize_xfer(
+                "READ",
+                agent.get_xfer_descs(near, mem_type=mine.memory),
+                agent.get_xfer_descs(far, mem_type=self._handle.memory),
+                self._peer,
+                b"",
+            )
         return Read(agent, transfer)
 
     def _pieces(
@@ -149,6 +163,16 @@ class NixlSource:
         size = block_size * width * self._mine.pages_LPBW.element_size()
         rows = [(layer * num_blocks + block) for block in blocks for layer in range(layers)]
         return [(address + row * size, size, device_id) for row in rows]
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn whatever NIXL raises into a TransferError: its errors have no base of their own."""
+    try:
+        yield
+    except Exception as error:
+        msg = f"NIXL refused {what}: {error!r}."
+        raise TransferError(msg) from error
 
 
 def _nixl() -> Any:
