@@ -10,6 +10,7 @@ rates.
 
     python benchmarks/front.py
     python benchmarks/front.py --fronts 1 2
+    python benchmarks/front.py --streams --out front_requests.json    # requests alone
 """
 
 from __future__ import annotations
@@ -97,10 +98,10 @@ class Echo:
 def main() -> None:
     """One server for each number of streams."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--streams", type=int, nargs="+", default=[16, 64, 256, 512])
+    parser.add_argument("--streams", type=int, nargs="*", default=[16, 64, 256, 512])
     parser.add_argument("--fronts", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1024, 4096])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[16, 1024, 4096])
     parser.add_argument("--step-ms", type=float, default=15.0)
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()

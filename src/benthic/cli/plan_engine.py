@@ -28,9 +28,9 @@ def engine(  # noqa: PLR0913, PLR0917 (one option each)
         int, typer.Option(min=0, help="Most rows of a step with prompts that was a CUDA graph.")
     ] = 4096,
     front: Annotated[
-        Path | None,
-        typer.Option(help="A result of benchmarks/front.py: HTTP takes time.", show_default="takes none"),
-    ] = None,
+        list[Path],
+        typer.Option(help="Results of benchmarks/front.py: what HTTP takes.", show_default="nothing"),
+    ] = [],  # noqa: B006 (typer copies it)
     out: Out = Path("engine.json"),
     profile: ProfileFile = None,
     as_json: Json = False,  # noqa: FBT002
@@ -50,8 +50,9 @@ def engine(  # noqa: PLR0913, PLR0917 (one option each)
     step = PricedStep(config_of(model), layout, machine_of(hardware, 1, profile))
     steps = read_measured(measured, dtype, graph_rows=graph_rows)
     found, source = fit_engine(name, step, steps), f"{measured.name}, {len(steps)} steps in {dtype}"
-    if front is not None:
-        found, source = replace(found, front=read_front(front)), f"{source}; {front.name}"
+    if front:
+        found = replace(found, front=read_front(front))
+        source = "; ".join([source, *(each.name for each in front)])
     record = text(found, source)
     out.write_text(record, encoding="utf-8")
     if as_json:
@@ -67,7 +68,7 @@ def engine(  # noqa: PLR0913, PLR0917 (one option each)
         f"{found.stretch:.3f} x their prices; with prompts {found.prompt_stretch:.3f} x, host "
         f"{units.seconds(found.eager_layer_s)} a layer"
     )
-    if front is not None:
+    if front:
         cost = found.front
         typer.echo(
             f"a front takes {units.seconds(cost.request_s)} for a request and "

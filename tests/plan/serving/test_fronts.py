@@ -130,13 +130,13 @@ def test_costs_are_read_from_what_was_measured(tmp_path):
     asked = [{"fronts": 1, "prompt_tokens": n, "cpu_us_a_request": 900 + 0.5 * n} for n in (10, 1000)]
     many = [{"fronts": 2, "events_a_token": 1.0, "cpu_us_a_token": 9999}]
     path.write_text(json.dumps({"rows": [*writes, *asked, *many]}))
-    cost = read_front(path)
+    cost = read_front([path])
     assert cost.write_s == pytest.approx(100e-6)
     assert cost.token_s == pytest.approx(20e-6)
     assert cost.prompt_token_s == pytest.approx(0.5e-6)
     assert cost.request_s == pytest.approx(900e-6 - 120e-6), "the one token that it was answered with"
     path.write_text(json.dumps({"rows": writes}))
     with pytest.raises(DataError, match="3 different events_a_token and 0 different prompt_tokens"):
-        read_front(path)
+        read_front([path])
     with pytest.raises(DataError, match=r"no file .* benchmarks/front\.py"):
-        read_front(tmp_path / "none.json")
+        read_front([tmp_path / "none.json"])

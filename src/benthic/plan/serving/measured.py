@@ -11,7 +11,7 @@ from benthic.plan.serving.fronts import FrontCost
 from benthic.plan.serving.steps import StepLoad
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from benthic.plan.serving.layout import WeightDtype
@@ -37,8 +37,8 @@ def read_measured(path: Path, weights: WeightDtype, *, graph_rows: int = 0) -> l
     return list(_steps(_rows(path, "steps", "serve_gpu.py"), weights, path, graph_rows))
 
 
-def read_front(path: Path) -> FrontCost:
-    """What one process that answers HTTP takes, of a result of `benchmarks/front.py`.
+def read_front(paths: Sequence[Path]) -> FrontCost:
+    """What one process that answers HTTP takes, of results of `benchmarks/front.py` put together.
 
     `{"fronts": 1, "events_a_token", "cpu_us_a_token"}` are tokens written, several at a time where the
     process was behind; `{"fronts": 1, "prompt_tokens", "cpu_us_a_request"}` requests for one token. Rows with
@@ -47,13 +47,13 @@ def read_front(path: Path) -> FrontCost:
     Raises:
         DataError: no such file, no JSON with rows, or fewer than two rows of either kind.
     """
-    rows = [row for row in _rows(path, "a front", "front.py") if row.get("fronts") == 1]
+    rows = [row for path in paths for row in _rows(path, "a front", "front.py") if row.get("fronts", 1) == 1]
     writes = [(r["events_a_token"], r["cpu_us_a_token"] / 1e6) for r in rows if "cpu_us_a_token" in r]
     asked = [(r["prompt_tokens"], r["cpu_us_a_request"] / 1e6) for r in rows if "cpu_us_a_request" in r]
     sizes = [len({size for size, _ in pairs}) for pairs in (writes, asked)]
     if min(sizes) < 2:
         msg = (
-            f"{path} has rows with {sizes[0]} different events_a_token and {sizes[1]} different "
+            f"{', '.join(map(str, paths))}: rows with {sizes[0]} different events_a_token and {sizes[1]} different "
             "prompt_tokens for one front, but 2 of each are needed. Measure more streams with "
             "benchmarks/front.py."
         )
