@@ -38,6 +38,7 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     assert own.name == "benthic"
     assert own.prompt_layer_s > 0.0
     assert own.graph_rows == 4096
+    assert own.front.write_s > own.front.token_s > 0.0
     file = tmp_path / "own.json"
     engine = Engine(
         name="own", eager_layer_s=1e-3, graph_layer_s=5e-5, stretch=1.25, front=FrontCost(write_s=1e-4)

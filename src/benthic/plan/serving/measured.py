@@ -53,8 +53,8 @@ def read_front(paths: Sequence[Path]) -> FrontCost:
     sizes = [len({size for size, _ in pairs}) for pairs in (writes, asked)]
     if min(sizes) < 2:
         msg = (
-            f"{', '.join(map(str, paths))}: rows with {sizes[0]} different events_a_token and {sizes[1]} different "
-            "prompt_tokens for one front, but 2 of each are needed. Measure more streams with "
+            f"{', '.join(map(str, paths))}: rows with {sizes[0]} different events_a_token and {sizes[1]} "
+            "different prompt_tokens for one front, but 2 of each are needed. Measure more streams with "
             "benchmarks/front.py."
         )
         raise DataError(msg)
