@@ -53,7 +53,7 @@ def _clear_queries(rings, stage, kept, BLOCK_M: gl.constexpr, D_1: gl.constexpr,
 def _consume_queries(
     group, keys_1, keys_2, values, rings, terms, bars, key_bars, dk_ptr, dv_ptr, start_k, rows, scale,
     visible, kept, blocks, total,
-    KEY_HEADS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
+    KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The gradients of the 64 keys of a group and of their values, from `total` blocks of queries.
@@ -69,7 +69,6 @@ def _consume_queries(
     queries_1, queries_2, douts = rings
     lses, deltas = terms
     query_full, query_empty, dout_full, dout_empty = bars
-    first_seen = visible + group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     dk_1 = gl.zeros([64, D_1], gl.float32, layout=OUT_1)
     dk_2 = dk_1
     if D_2 > 0:
@@ -82,13 +81,12 @@ def _consume_queries(
     block = 0
     for i in range(total):
         stage, phase, before = i % STAGES, (i // STAGES) & 1, gl.maximum(i - 1, 0) % STAGES
-        block = gl.where(block == blocks, 0, block)
+        block = i if GROUPS == 1 else gl.where(block == blocks, 0, block)
         if (block == blocks - 1) & (kept < BLOCK_M):
             mbarrier.wait(dout_full.index(stage), phase)
             _clear_queries(rings, stage, kept, BLOCK_M, D_1, D_2, V)
         place = _unknown(group)
-        key = (keys_1.index(place), keys_2.index(place))
-        s_coming = product(key, (queries_1.index(stage), queries_2.index(stage)), zero, D_2)
+        s_coming = product((keys_1.index(place), keys_2.index(place)), (queries_1.index(stage), queries_2.index(stage)), zero, D_2)
         dk_1 = warpgroup_mma(ds, queries_1.index(before), dk_1, is_async=True)
         if D_2 > 0:
             dk_2 = warpgroup_mma(ds, queries_2.index(before), dk_2, is_async=True)
@@ -97,8 +95,10 @@ def _consume_queries(
         else:
             s = warpgroup_mma_wait(1, deps=[s_coming])
         if CAUSAL:
-            query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
-            s = gl.where(query[None, :] >= first_seen[:, None], s, float("-inf"))
+            if block * BLOCK_M < visible + group * 64 + 63:
+                query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
+                key = visible + group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+                s = gl.where(query[None, :] >= key[:, None], s, float("-inf"))
         lse = lses.index(stage).load(gl.SliceLayout(0, SCORES))
         p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), LEFT)
         mbarrier.wait(dout_full.index(stage), phase)
@@ -219,13 +219,13 @@ def key_gradients(
                     0, keys_1, keys_2, values, rings, terms, bars, key_bars,
                     dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
                     queries - first_query - (blocks - 1) * BLOCK_M, blocks, blocks * GROUPS,
-                    KEY_HEADS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
+                    KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
                 )),
                 (_consume_queries, (
                     1, keys_1, keys_2, values, rings, terms, bars, key_bars,
                     dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
                     queries - first_query - (blocks - 1) * BLOCK_M, blocks, blocks * GROUPS,
-                    KEY_HEADS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
+                    KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
                 )),
                 (_produce_queries, (
                     (q_1, q_2, dout, k_1, k_2, v), keys_1, keys_2, values, rings, terms, bars, key_bars,
