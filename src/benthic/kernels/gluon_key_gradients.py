@@ -78,6 +78,7 @@ def _consume_queries(
     ds = gl.zeros([64, BLOCK_M], dk_ptr.dtype.element_ty, layout=LEFT)
     mbarrier.wait(key_bars.index(group), 0)
     mbarrier.wait(query_full.index(0), 0)
+    visible += group * 64
     block = 0
     for i in range(total):
         stage, phase, before = i % STAGES, (i // STAGES) & 1, gl.maximum(i - 1, 0) % STAGES
@@ -95,9 +96,9 @@ def _consume_queries(
         else:
             s = warpgroup_mma_wait(1, deps=[s_coming])
         if CAUSAL:
-            if block * BLOCK_M < visible + group * 64 + 63:
+            if block * BLOCK_M < visible + 63:  # the first that sees all 64 keys
                 query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
-                key = visible + group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+                key = visible + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
                 s = gl.where(query[None, :] >= key[:, None], s, float("-inf"))
         lse = lses.index(stage).load(gl.SliceLayout(0, SCORES))
         p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), LEFT)

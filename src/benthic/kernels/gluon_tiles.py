@@ -34,11 +34,11 @@ def clear_after(block, kept, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     ROWS: gl.constexpr = 1024 // WIDTH  # eight values a thread, beside all that it keeps
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     for first in gl.static_range(0, BLOCK_N, ROWS):
         part = block.slice(first, ROWS)
-        row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
         value = part.load(layout)
-        part.store(gl.where((row < kept)[:, None], value, gl.zeros_like(value)))
+        part.store(gl.where((row < kept - first)[:, None], value, gl.zeros_like(value)))
 
 
 @gluon.jit
