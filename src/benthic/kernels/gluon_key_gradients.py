@@ -87,7 +87,12 @@ def _consume_queries(
             mbarrier.wait(dout_full.index(stage), phase)
             _clear_queries(rings, stage, kept, BLOCK_M, D_1, D_2, V)
         place = _unknown(group)
-        s_coming = product((keys_1.index(place), keys_2.index(place)), (queries_1.index(stage), queries_2.index(stage)), zero, D_2)
+        s_coming = product(
+            (keys_1.index(place), keys_2.index(place)),
+            (queries_1.index(stage), queries_2.index(stage)),
+            zero,
+            D_2,
+        )
         dk_1 = warpgroup_mma(ds, queries_1.index(before), dk_1, is_async=True)
         if D_2 > 0:
             dk_2 = warpgroup_mma(ds, queries_2.index(before), dk_2, is_async=True)
@@ -95,11 +100,10 @@ def _consume_queries(
             mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
         else:
             s = warpgroup_mma_wait(1, deps=[s_coming])
-        if CAUSAL:
-            if block * BLOCK_M < visible + 63:  # the first that sees all 64 keys
-                query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
-                key = visible + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-                s = gl.where(query[None, :] >= key[:, None], s, float("-inf"))
+        if CAUSAL and block * BLOCK_M < visible + 63:  # which is the first that sees all 64 keys
+            query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
+            key = visible + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+            s = gl.where(query[None, :] >= key[:, None], s, float("-inf"))
         lse = lses.index(stage).load(gl.SliceLayout(0, SCORES))
         p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), LEFT)
         mbarrier.wait(dout_full.index(stage), phase)
