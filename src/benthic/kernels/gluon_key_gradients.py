@@ -97,9 +97,10 @@ def _consume_queries(
         if D_2 > 0:
             dk_2 = warpgroup_mma(ds, queries_2.index(before), dk_2, is_async=True)
             s, dk_1, dk_2 = warpgroup_mma_wait(0, deps=[s_coming, dk_1, dk_2])
-            mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
         else:
-            s = warpgroup_mma_wait(1, deps=[s_coming])
+            s, dk_1 = warpgroup_mma_wait(0, deps=[s_coming, dk_1])
+            dk_2 = dk_1
+        mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
         if CAUSAL and block * BLOCK_M < visible + 63:  # which is the first that sees all 64 keys
             query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
             key = visible + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
@@ -111,12 +112,7 @@ def _consume_queries(
             values.index(place), douts.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
         )
         dv = warpgroup_mma(p, douts.index(stage), dv, is_async=True)
-        if D_2 > 0:
-            dp = warpgroup_mma_wait(1, deps=[dp_coming])
-        else:
-            dp, dk_1 = warpgroup_mma_wait(1, deps=[dp_coming, dk_1])
-            dk_2 = dk_1
-            mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
+        dp = warpgroup_mma_wait(1, deps=[dp_coming])
         delta = deltas.index(stage).load(gl.SliceLayout(0, SCORES))
         ds_32 = gl.convert_layout(_widened(p), SCORES) * (dp - delta[None, :])
         block += 1
