@@ -52,14 +52,13 @@ def _clear_queries(rings, stage, kept, BLOCK_M: gl.constexpr, D_1: gl.constexpr,
 @gluon.jit
 def _consume_queries(
     group, keys_1, keys_2, values, rings, terms, bars, key_bars, dk_ptr, dv_ptr, start_k, rows, scale,
-    visible, kept, blocks, total,
+    visible, kept, blocks,
     KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """The gradients of the 64 keys of a group and of their values, from `total` blocks of queries.
+    """The gradients of the 64 keys of a group and of their values, from `blocks` of queries a head.
 
-    Every `blocks` of them are one head's, the last of which has `kept` queries. The first query that sees the
-    first key of the tile is number `visible` of a head's.
+    The last of a head's has `kept` queries. The first query that sees the tile's first key is its `visible`.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     OUT_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_1, 16])
@@ -67,7 +66,7 @@ def _consume_queries(
     OUT_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT_1, k_width=2)
     queries_1, queries_2, douts = rings
-    lses, deltas = terms
+    lses, deltas, ordinals = terms
     query_full, query_empty, dout_full, dout_empty = bars
     dk_1 = gl.zeros([64, D_1], gl.float32, layout=OUT_1)
     dk_2 = dk_1
@@ -79,6 +78,7 @@ def _consume_queries(
     mbarrier.wait(key_bars.index(group), 0)
     mbarrier.wait(query_full.index(0), 0)
     visible += group * 64
+    total = blocks * GROUPS
     block = 0
     for i in range(total):
         stage, phase, before = i % STAGES, (i // STAGES) & 1, gl.maximum(i - 1, 0) % STAGES
@@ -102,8 +102,8 @@ def _consume_queries(
             dk_2 = dk_1
         mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
         if CAUSAL and block * BLOCK_M < visible + 63:  # which is the first that sees all 64 keys
-            query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
-            key = visible + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+            query = block * BLOCK_M + ordinals.load(gl.SliceLayout(0, SCORES))
+            key = visible + ordinals.load(gl.SliceLayout(1, SCORES))
             s = gl.where(query[None, :] >= key[:, None], s, float("-inf"))
         lse = lses.index(stage).load(gl.SliceLayout(0, SCORES))
         p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), LEFT)
@@ -142,7 +142,7 @@ def _produce_queries(
     """Load the keys and values of both groups, then blocks of queries of each head as places come free."""
     q_1, q_2, dout, k_1, k_2, v = descriptors
     queries_1, queries_2, douts = rings
-    lses, deltas = terms
+    lses, deltas, _ordinals = terms
     query_full, query_empty, dout_full, dout_empty = bars
     q_stride, dout_stride, k_stride, v_stride = columns
     for group in gl.static_range(2):
@@ -210,22 +210,24 @@ def key_gradients(
             plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
             lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
             deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
+            ordinals = gl.allocate_shared_memory(gl.int32, [BLOCK_M], plain)
+            ordinals.store(gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [4], [0])))
             key_bars = new_bars(2, 1)
             bars = (new_bars(STAGES, 2), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
             fence_async_shared()
-            rings, terms = (queries_1, queries_2, douts), (lses, deltas)
+            rings, terms = (queries_1, queries_2, douts), (lses, deltas, ordinals)
             columns = (q_stride, dout_stride, k_stride, v_stride)
             gl.warp_specialize([
                 (_consume_queries, (
                     0, keys_1, keys_2, values, rings, terms, bars, key_bars,
                     dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
-                    queries - first_query - (blocks - 1) * BLOCK_M, blocks, blocks * GROUPS,
+                    queries - first_query - (blocks - 1) * BLOCK_M, blocks,
                     KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
                 )),
                 (_consume_queries, (
                     1, keys_1, keys_2, values, rings, terms, bars, key_bars,
                     dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
-                    queries - first_query - (blocks - 1) * BLOCK_M, blocks, blocks * GROUPS,
+                    queries - first_query - (blocks - 1) * BLOCK_M, blocks,
                     KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
                 )),
                 (_produce_queries, (

@@ -32,13 +32,15 @@ def clear_after(block, kept, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
 
     Both groups do so, and write the same.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    ROWS: gl.constexpr = 1024 // WIDTH  # eight values a thread, beside all that it keeps
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    for first in gl.static_range(0, BLOCK_N, ROWS):
-        part = block.slice(first, ROWS)
-        value = part.load(layout)
-        part.store(gl.where((row < kept - first)[:, None], value, gl.zeros_like(value)))
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+    for first in gl.static_range(
+        0, BLOCK_N, 16
+    ):  # in parts of eight values a thread, beside all that it keeps
+        for column in gl.static_range(0, WIDTH, 64):
+            part = block.slice(first, 16).slice(column, 64, dim=1)
+            value = part.load(layout)
+            part.store(gl.where((row < kept - first)[:, None], value, gl.zeros_like(value)))
 
 
 @gluon.jit
