@@ -80,6 +80,30 @@ def test_a_sequence_keeps_clear_of_the_numbers_of_the_next(dtype):
     assert torch.isfinite(out[300:]).all()
 
 
+@pytest.mark.parametrize("dims", HEADS, ids=str)
+def test_gradients_keep_clear_of_the_numbers_beside_them_and_are_the_same_bits_every_time(dims, dtype):
+    width, value = dims
+    starts, lengths = starts_of((100, 200, 60)), (100, 200, 60)
+
+    def gradients(operands, grad):
+        leaves = [x.clone().requires_grad_() for x in operands]
+        out = ops.attention(
+            *leaves, starts, starts, max_seqlen_q=200, max_seqlen_k=200, scale=0.1, impl="gluon"
+        )
+        return torch.autograd.grad(out, leaves, grad)
+
+    widths = (width, width, value, value)
+    *operands, grad = (made(sum(lengths), 4, w, dtype=dtype, seed=seed) for seed, w in enumerate(widths))
+    clean = gradients(operands, grad)
+    for _ in range(20):
+        assert all(torch.equal(*pair) for pair in zip(gradients(operands, grad), clean, strict=True))
+    for x in (*operands, grad):
+        x[100:300] = torch.nan
+    for found, alone in zip(gradients(operands, grad), clean, strict=True):
+        assert torch.equal(found[:100], alone[:100])
+        assert torch.equal(found[300:], alone[300:])
+
+
 def test_operands_may_be_cut_out_of_others(dtype):
     both = made(333, 4, 256, dtype=dtype)
     q, k = made(333, 4, 200, dtype=dtype, seed=1)[..., 8:], made(333, 4, 195, dtype=dtype, seed=2)[..., 3:]

@@ -334,7 +334,7 @@ MEMORY_BOUND = [
     ),
     (
         "triton_attention_backward",
-        "_row_dots",
+        "row_dots",
         {"HEADS": 16, "V": 128, "V_PAD": 128, "BLOCK_M": 64},
         4,
         {},

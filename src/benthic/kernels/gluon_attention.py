@@ -9,7 +9,8 @@ section 3.2):
     S_i = Q K_i^T  and  O += P_(i-1) V_(i-1)  run  while  P_i = 2^(S_i - m)  waits for the first of them alone
 
 Weights P stay in registers, as the left operand of the second product. A head of 192 dims is two products,
-128 + 64. The mathematics, of scores and of the backward pass, is that of `triton_attention`.
+128 + 64. The mathematics is that of `triton_attention`;
+the backward pass is `gluon_attention_backward`.
 """
 
 from __future__ import annotations
@@ -21,19 +22,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benthic.kernels.triton_attention_backward import gradients, keep, split_width
+from benthic.kernels.gluon_attention_backward import gradients
+from benthic.kernels.gluon_tiles import LOG2E, load, loadable, meet, new_bars, rows_of
+from benthic.kernels.triton_attention_backward import keep, split_width
 
-# Triton 3.9's names, and before that 3.6's.
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-LOG2E = gl.constexpr(1.4426950408889634)
 QUERIES = 128
 KEYS = 128
 STAGES = 2
@@ -113,7 +109,7 @@ def _clear_foreign_values(values, keys, first, BLOCK_N: gl.constexpr, V: gl.cons
     value = values.load(layout)
     values.store(gl.where((row < keys)[:, None], value, gl.zeros_like(value)))
     fence_async_shared()
-    _meet()
+    meet()
 
 
 @gluon.jit
@@ -182,20 +178,20 @@ def _produce(
     for group in gl.static_range(2):
         bar, at = query_bars.index(group), first_query + 64 * group
         mbarrier.expect(bar, q_1.block_type.nbytes + (q_2.block_type.nbytes if D_2 > 0 else 0))
-        _load(q_1, [at, q_column], bar, queries_1.index(group))
+        load(q_1, [at, q_column], bar, queries_1.index(group))
         if D_2 > 0:
-            _load(q_2, [at, q_column + D_1], bar, queries_2.index(group))
+            load(q_2, [at, q_column + D_1], bar, queries_2.index(group))
     for i in range(blocks):
         stage, phase, at = i % STAGES, (i // STAGES) & 1, start_k + (blocks - 1 - i) * BLOCK_N
         mbarrier.wait(key_empty.index(stage), phase ^ 1)
         bar = key_full.index(stage)
         mbarrier.expect(bar, k_1.block_type.nbytes + (k_2.block_type.nbytes if D_2 > 0 else 0))
-        _load(k_1, [at, k_column], bar, keys_1.index(stage))
+        load(k_1, [at, k_column], bar, keys_1.index(stage))
         if D_2 > 0:
-            _load(k_2, [at, k_column + D_1], bar, keys_2.index(stage))
+            load(k_2, [at, k_column + D_1], bar, keys_2.index(stage))
         mbarrier.wait(value_empty.index(stage), phase ^ 1)
         mbarrier.expect(value_full.index(stage), v.block_type.nbytes)
-        _load(v, [at, v_column], value_full.index(stage), values.index(stage))
+        load(v, [at, v_column], value_full.index(stage), values.index(stage))
 
 
 @gluon.jit
@@ -215,14 +211,6 @@ def _nothing_seen(
 
 
 @gluon.jit
-def _bars(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
-
-
-@gluon.jit
 def _attend(
     q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr,
     start_q, start_k, rows, keys, tile, head, columns, tokens, scale, offset, blocks, first_masked,
@@ -238,8 +226,8 @@ def _attend(
     if D_2 > 0:
         queries_2 = gl.allocate_shared_memory(q_2.dtype, [2, 64, D_2], q_2.layout)
         keys_2 = gl.allocate_shared_memory(k_2.dtype, [STAGES, BLOCK_N, D_2], k_2.layout)
-    query_bars = _bars(2, 1)
-    bars = (_bars(STAGES, 1), _bars(STAGES, 2), _bars(STAGES, 1), _bars(STAGES, 2))
+    query_bars = new_bars(2, 1)
+    bars = (new_bars(STAGES, 1), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
     fence_async_shared()
     rings = (keys_1, keys_2, values)
     gl.warp_specialize([
@@ -305,7 +293,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, causal):
         """Save the operands, the output and the log-sum-exp."""
-        q_THd, k_THd, v_THv = (_loadable(x) for x in (q_THd, k_THd, v_THv))
+        q_THd, k_THd, v_THv = (loadable(x) for x in (q_THd, k_THd, v_THv))
         tokens, heads, width = q_THd.shape
         value = v_THv.shape[-1]
         out_THv = torch.empty(tokens, heads, value, dtype=q_THd.dtype, device=q_THd.device)
@@ -317,8 +305,8 @@ class _Attention(torch.autograd.Function):
             lse_HT.fill_(-torch.inf)
         elif tokens and max_q:
             _forward[grid](
-                _rows(q_THd, 64, d_1), _rows(q_THd, 64, d_2 or d_1), _rows(k_THd, KEYS, d_1),
-                _rows(k_THd, KEYS, d_2 or d_1), _rows(v_THv, KEYS, value),
+                rows_of(q_THd, 64, d_1), rows_of(q_THd, 64, d_2 or d_1), rows_of(k_THd, KEYS, d_1),
+                rows_of(k_THd, KEYS, d_2 or d_1), rows_of(v_THv, KEYS, value),
                 out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k,
                 q_THd.stride(1), k_THd.stride(1), v_THv.stride(1), tokens, scale,
                 HEADS=heads, GROUPS=heads // k_THd.shape[1], D_1=d_1, D_2=d_2, V=value, BLOCK_M=QUERIES,
@@ -335,22 +323,3 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout_THv, _dlse):
         """Gradients of queries, keys and values."""
         return gradients(ctx, dout_THv)
-
-
-def _loadable(x_THd):
-    """As TMA takes it: heads one after another in a row, which begins and steps by multiples of 16 bytes."""
-    _tokens, heads, width = x_THd.shape
-    eights = x_THd.stride(0) % 8 == 0 and x_THd.stride(1) % 8 == 0 and x_THd.data_ptr() % 16 == 0
-    one_row = x_THd.stride(1) >= width and x_THd.stride(0) >= (heads - 1) * x_THd.stride(1) + width
-    return x_THd if x_THd.stride(2) == 1 and eights and one_row else x_THd.contiguous()
-
-
-def _rows(x_THd, rows, width):
-    """A descriptor of blocks of `rows` tokens by `width` dims of a head; zeros lie behind the last token."""
-    tokens, heads, dims = x_THd.shape
-    layout = gl.NVMMASharedLayout.get_default_for([rows, width], DTYPES[x_THd.dtype])
-    shape = [tokens, (heads - 1) * x_THd.stride(1) + dims]
-    return TensorDescriptor(x_THd, shape, [x_THd.stride(0), 1], [rows, width], layout)
-
-
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}

@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _row_dots(
+def row_dots(
     out_ptr, dout_ptr, delta_ptr, tokens, stride_dt, stride_dh,
     HEADS: tl.constexpr, V: tl.constexpr, V_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -269,7 +269,7 @@ def backward(
     delta_HT = torch.empty_like(lse_HT)
     if tokens == 0 or k_THd.shape[0] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    _row_dots[(triton.cdiv(tokens, 64), heads)](
+    row_dots[(triton.cdiv(tokens, 64), heads)](
         out_THv, dout_THv, delta_HT, tokens, dout_THv.stride(0), dout_THv.stride(1),
         HEADS=heads, V=value, V_PAD=v_pad, BLOCK_M=64,
     )  # fmt: skip

@@ -1,0 +1,99 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Flash attention backward for Hopper: two Gluon kernels, as in `triton_attention_backward`, no atomics.
+
+In both one warp loads by TMA and two groups of warps multiply, with their weights in registers as left
+operands. What each starts before it waits:
+
+    dQ, 64 queries a group, over blocks of 64 keys (`gluon_query_gradient`):
+        S_i = Q K_i^T,  dP_i = dO V_i^T,  dQ += dS_(i-1) K_(i-1)    then  P_i = 2^(S_i - lse)  and dS_i
+    dK and dV, 64 keys a group, over blocks of 64 queries, scores turned round (`gluon_key_gradients`):
+        S_i^T = K Q_i^T,  dK += dS_(i-1)^T Q_(i-1)                  then  P_i^T = 2^(S_i^T - lse)
+        dP_i^T = V dO_i^T,  dV += P_i^T dO_i                        then  dS_i^T = P_i^T (dP_i^T - delta)
+
+The first block has no weights before it: it multiplies zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from benthic.kernels.gluon_key_gradients import key_gradients
+from benthic.kernels.gluon_query_gradient import query_gradient
+from benthic.kernels.gluon_tiles import loadable, rows_of
+from benthic.kernels.triton_attention_backward import row_dots, split_width
+
+TILE = 128
+"""Queries, or keys, of a program: 64 in each group of warps."""
+BLOCK = 64
+"""Keys, or queries, of a block in the ring."""
+STAGES = 3
+CONSUMER_REGISTERS = 240
+PRODUCER_REGISTERS = 24
+ENTRY_REGISTERS = 168
+"""Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
+
+
+def gradients(ctx, dout_THv):
+    """Those of queries, keys and values, and None for the six others that a forward pass takes."""
+    q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    max_q, max_k, scale, causal = ctx.settings
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THd, k_THd, v_THv))
+    if q_THd.shape[0] == 0 or k_THd.shape[0] == 0:
+        return *(grad.zero_() for grad in grads), None, None, None, None, None, None
+    dout_THv = loadable(dout_THv)
+    delta_HT = deltas(out_THv, dout_THv)
+    operands = (q_THd, k_THd, v_THv, dout_THv, lse_HT, delta_HT, cu_seqlens_q, cu_seqlens_k)
+    write_query_gradient(grads[0], operands, max_q, scale, causal=causal)
+    write_key_gradients(grads[1], grads[2], operands, max_k, scale, causal=causal)
+    return *grads, None, None, None, None, None, None
+
+
+def deltas(out_THv, dout_THv):
+    """`out . dout` of each row, float32 [H, T]."""
+    tokens, heads, value = out_THv.shape
+    delta_HT = torch.empty(heads, tokens, dtype=torch.float32, device=out_THv.device)
+    row_dots[(triton.cdiv(tokens, 64), heads)](
+        out_THv, dout_THv, delta_HT, tokens, dout_THv.stride(0), dout_THv.stride(1),
+        HEADS=heads, V=value, V_PAD=value, BLOCK_M=64,
+    )  # fmt: skip
+    return delta_HT
+
+
+def write_query_gradient(dq_THd, operands, max_q, scale, *, causal):
+    """`operands`: queries, keys, values, gradients of the output, log-sum-exp and deltas [H, T], starts."""
+    q_THd, k_THd, _v_THv, _dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
+    described, strides, sizes = _described(operands, causal=causal)
+    heads = q_THd.shape[1]
+    query_gradient[(triton.cdiv(max_q, TILE), heads, starts_q.shape[0] - 1)](
+        *described, dq_THd, lse_HT, delta_HT, starts_q, starts_k, *strides, q_THd.shape[0], scale,
+        HEADS=heads, GROUPS=heads // k_THd.shape[1], BLOCK_M=TILE, BLOCK_N=BLOCK, **sizes,
+    )  # fmt: skip
+
+
+def write_key_gradients(dk_THd, dv_THv, operands, max_k, scale, *, causal):
+    """See `write_query_gradient`."""
+    q_THd, k_THd, _v_THv, _dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
+    described, strides, sizes = _described(operands, causal=causal)
+    key_heads = k_THd.shape[1]
+    key_gradients[(triton.cdiv(max_k, TILE), key_heads, starts_k.shape[0] - 1)](
+        *described, dk_THd, dv_THv, lse_HT, delta_HT, starts_q, starts_k, *strides, q_THd.shape[0], scale,
+        KEY_HEADS=key_heads, GROUPS=q_THd.shape[1] // key_heads, BLOCK_M=BLOCK, BLOCK_N=TILE, **sizes,
+    )  # fmt: skip
+
+
+def _described(operands, *, causal):
+    """Descriptors of blocks of both parts of queries and keys, of values and gradients; strides; sizes."""
+    q_THd, k_THd, v_THv, dout_THv = operands[:4]
+    d_1, d_2 = split_width(q_THd.shape[-1])
+    value = v_THv.shape[-1]
+    described = (
+        rows_of(q_THd, BLOCK, d_1), rows_of(q_THd, BLOCK, d_2 or d_1), rows_of(dout_THv, BLOCK, value),
+        rows_of(k_THd, BLOCK, d_1), rows_of(k_THd, BLOCK, d_2 or d_1), rows_of(v_THv, BLOCK, value),
+    )  # fmt: skip
+    strides = (q_THd.stride(1), dout_THv.stride(1), k_THd.stride(1), v_THv.stride(1))
+    return described, strides, {
+        "D_1": d_1, "D_2": d_2, "V": value, "STAGES": STAGES, "CAUSAL": causal,
+        "REGISTERS": CONSUMER_REGISTERS, "FEW_REGISTERS": PRODUCER_REGISTERS,
+        "num_warps": 4, "maxnreg": ENTRY_REGISTERS,
+    }  # fmt: skip

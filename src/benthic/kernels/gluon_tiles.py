@@ -1,0 +1,92 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""What Gluon kernels for Hopper share: names of both Triton versions, barriers, descriptors of heads."""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Triton 3.9's names, and before that 3.6's.
+load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+LOG2E = gl.constexpr(1.4426950408889634)
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def new_bars(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Barriers in shared memory, each of which waits for `ARRIVALS`."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def clear_after(block, kept, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
+    """Zero the rows of a block in shared memory from `kept` on: their weights are 0, but 0 times NaN is not.
+
+    Both groups do so, and write the same.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+    for first in gl.static_range(
+        0, BLOCK_N, 16
+    ):  # in parts of eight values a thread, beside all that it keeps
+        for column in gl.static_range(0, WIDTH, 64):
+            part = block.slice(first, 16).slice(column, 64, dim=1)
+            value = part.load(layout)
+            part.store(gl.where((row < kept - first)[:, None], value, gl.zeros_like(value)))
+
+
+@gluon.jit
+def product(left, right, zero, D_2: gl.constexpr):
+    """Start `left right^T` of a head in one or two tiles."""
+    left_1, left_2 = left
+    right_1, right_2 = right
+    s = warpgroup_mma(left_1, right_1.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if D_2 > 0:
+        s = warpgroup_mma(left_2, right_2.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def store(ptr, acc, start, row, rows, head, first, scale, HEADS: gl.constexpr, D: gl.constexpr,
+           WIDTH: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """Write dims `first .. first + WIDTH` of a group's 64 rows."""
+    row = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))
+    dim = first + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    at = ((start + row).to(gl.int64)[:, None] * HEADS + head) * D + dim[None, :]
+    gl.store(ptr + at, (acc * scale).to(ptr.dtype.element_ty), mask=(row < rows)[:, None])
+
+
+@gluon.jit
+def nothing(ptr, start, rows, tile, head, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Zeros for a tile of `BLOCK_M` rows that meets nothing."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    row = tile * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    dim = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
+    for first in range(0, D, 32):
+        at = ((start + row).to(gl.int64)[:, None] * HEADS + head) * D + first + dim[None, :]
+        zero = gl.zeros([BLOCK_M, 32], ptr.dtype.element_ty, layout=layout)
+        gl.store(ptr + at, zero, mask=(row < rows)[:, None])
+
+
+def loadable(x_THd):
+    """As TMA takes it: heads one after another in a row, which begins and steps by multiples of 16 bytes."""
+    _tokens, heads, width = x_THd.shape
+    eights = x_THd.stride(0) % 8 == 0 and x_THd.stride(1) % 8 == 0 and x_THd.data_ptr() % 16 == 0
+    one_row = x_THd.stride(1) >= width and x_THd.stride(0) >= (heads - 1) * x_THd.stride(1) + width
+    return x_THd if x_THd.stride(2) == 1 and eights and one_row else x_THd.contiguous()
+
+
+def rows_of(x_THd, rows, width):
+    """A descriptor of blocks of `rows` tokens by `width` dims of a head; zeros lie behind the last token."""
+    tokens, heads, dims = x_THd.shape
+    layout = gl.NVMMASharedLayout.get_default_for([rows, width], DTYPES[x_THd.dtype])
+    shape = [tokens, (heads - 1) * x_THd.stride(1) + dims]
+    return TensorDescriptor(x_THd, shape, [x_THd.stride(0), 1], [rows, width], layout)
