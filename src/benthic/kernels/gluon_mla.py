@@ -1,0 +1,289 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Paged absorbed MLA decode for Hopper in Gluon: pages are the tall operand, loads have a warp of their own.
+
+A page holds 64 tokens of 512 + 64 dims and a sequence has few query-head pairs (rows), so both products are
+turned round. Nothing is padded to 64 rows, and the latent is read once, as keys and as values:
+
+    S^T = K Q^T  (64 tokens x rows)  and  O^T = V^T P^T  (512 dims x rows)
+
+Shared memory is a ring of pieces of 64 tokens x 64 dims, nine a page. One warp fills it by TMA, a group of
+four warps multiplies. All pages of all sequences are cut into equal shares, one a multiprocessor, so a program
+may meet the end of one sequence and the beginning of others; every program finds its share from the contexts,
+which lie on the device. Of each sequence it leaves a part: normalised output and log-sum-exp. A second kernel
+combines parts, as `triton_mla` does.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Triton 3.9's names, and before that 3.6's.
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+LOG2E = gl.constexpr(1.4426950408889634)
+PAGE = gl.constexpr(64)
+PIECES = gl.constexpr(9)
+"""Of 64 dims in a page: eight of the latent, one of the rotary key."""
+VALUES = gl.constexpr(8)
+LATENT = gl.constexpr(512)
+TURNS = gl.constexpr(4)
+"""Barriers of each kind; no more than three pages are in the ring, in whole or in part."""
+RING = {16: 25, 32: 23}
+"""Pieces of 8 KiB beside the queries of so many rows and their weights, in 227 KiB."""
+LEAST_PAGES = 2
+"""Of a program: parts of single pages would cost more to combine than they save."""
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _share(context_ptr, sequences, LEAST: gl.constexpr, MANY: gl.constexpr):
+    """This program's pages: the sequence and page where they begin, and their number."""
+    layout: gl.constexpr = gl.BlockedLayout([MANY // 128], [32], [4], [0])
+    index = gl.arange(0, MANY, layout=layout)
+    context = gl.load(context_ptr + index, mask=index < sequences, other=0)
+    pages = (context + PAGE - 1) // PAGE
+    end = gl.associative_scan(pages, 0, _add)
+    total = gl.sum(pages, axis=0)
+    share = gl.maximum((total + gl.num_programs(0) - 1) // gl.num_programs(0), LEAST)
+    first = gl.program_id(0) * share
+    sequence = gl.sum((end <= first).to(gl.int32), axis=0)
+    page = first - gl.max(gl.where(end <= first, end, 0), axis=0)
+    return sequence, page, gl.minimum(share, total - first)
+
+
+@gluon.jit
+def _pages(context_ptr, sequence, page, left):
+    """Context of a sequence, and how many of its pages from `page` on belong to a share of `left`."""
+    context = gl.load(context_ptr + sequence)
+    return context, gl.minimum((context + PAGE - 1) // PAGE - page, left)
+
+
+@gluon.jit
+def _slot(base, piece: gl.constexpr, RING: gl.constexpr):
+    """Where in the ring a piece of the page at `base` lies."""
+    at = base + piece
+    return gl.where(at >= RING, at - RING, at)
+
+
+@gluon.jit
+def _wait_for_places(empty, number):
+    """Until the page of that number has been used; there is none before 0."""
+    mbarrier.wait(empty.index(number % TURNS), (number // TURNS) & 1, pred=number >= 0)
+
+
+@gluon.jit
+def _produce(cache, table_ptr, context_ptr, stride_table, ring, full, empty, share, RING: gl.constexpr):
+    """Load the pages of a share, one after another, as places come free.
+
+    The first pieces of a page take the places of the page three before, the last ones those of the page two
+    before.
+    """
+    sequence, page, left = share
+    number, base = 0, 0
+    while left > 0:
+        _context, pages = _pages(context_ptr, sequence, page, left)
+        row_ptr = table_ptr + sequence.to(gl.int64) * stride_table + page
+        coming = gl.load(row_ptr, mask=pages > 0, other=0)
+        for i in range(pages):
+            token = coming * PAGE
+            coming = gl.load(row_ptr + i + 1, mask=i + 1 < pages, other=0)
+            bar = full.index(number % TURNS)
+            _wait_for_places(empty, number - 3)
+            mbarrier.expect(bar, PIECES * cache.block_type.nbytes)
+            for piece in gl.static_range(PIECES):
+                if piece == RING - 2 * PIECES:
+                    _wait_for_places(empty, number - 2)
+                _load(cache, [token, piece * 64], bar, ring.index(_slot(base, piece, RING)))
+            number += 1
+            base = _slot(base, PIECES, RING)
+        sequence, page, left = sequence + 1, 0, left - pages
+
+
+@gluon.jit
+def _load_queries(
+    queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, rows, heads, ROWS: gl.constexpr
+):  # fmt: skip
+    """The rows of a sequence to shared memory, zeros behind the last."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    dim = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    kept = (row < rows)[:, None] & (dim < 64)[None, :]
+    query, head, sequence = row // heads, row % heads, sequence.to(gl.int64)
+    by_sequence, by_query, by_head = latent_strides
+    latent_ptr += sequence * by_sequence + (query * by_query + head * by_head)[:, None] + dim[None, :]
+    by_sequence, by_query, by_head = rope_strides
+    rope_ptr += sequence * by_sequence + (query * by_query + head * by_head)[:, None] + dim[None, :]
+    queries.index(VALUES).store(gl.load(rope_ptr, mask=kept, other=0.0))
+    for piece in gl.static_range(VALUES):
+        queries.index(piece).store(gl.load(latent_ptr + piece * 64, mask=kept, other=0.0))
+    fence_async_shared()
+    _meet()
+
+
+@gluon.jit
+def _clear_foreign_tokens(ring, base, tokens, RING: gl.constexpr):
+    """Zero what a page holds behind the context: weights there are 0, but 0 times NaN is not."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, PAGE, layout=gl.SliceLayout(1, layout))
+    for piece in gl.static_range(VALUES):
+        place = ring.index(_slot(base, piece, RING))
+        value = place.load(layout)
+        place.store(gl.where((row < tokens)[:, None], value, gl.zeros_like(value)))
+    fence_async_shared()
+    _meet()
+
+
+@gluon.jit
+def _weights(s, m, total, visible, scale, SCORES: gl.constexpr):
+    """Powers of a page of scores, the new greatest score a row, sums of powers, and what old sums are worth.
+
+    Sums are kept apart for each place in the tile, and added up at the end. A row that has seen no token keeps
+    m = -inf; 0 is subtracted there, so that its weights are 2^-inf = 0.
+    """
+    token = gl.arange(0, PAGE, layout=gl.SliceLayout(1, SCORES))
+    s = gl.where(token[:, None] < visible[None, :], s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, axis=0))
+    shift = gl.where(m_new == float("-inf"), 0.0, m_new * scale)
+    p = gl.exp2(s * scale - shift[None, :])
+    alpha = gl.exp2(m * scale - shift)
+    return p, m_new, total * alpha[None, :] + p, alpha
+
+
+@gluon.jit
+def _consume(
+    latent_ptr, rope_ptr, context_ptr, part_ptr, lse_ptr, latent_strides, rope_strides,
+    rows, heads, scale, ring, queries, weights, full, empty, share,
+    ROWS: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Scores, weights and outputs of a share, a sequence after another."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES))
+    dim = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    zero = gl.zeros([64, ROWS], gl.float32, layout=SCORES)
+    sequence, page, left = share
+    number, base = 0, 0
+    while left > 0:
+        context, pages = _pages(context_ptr, sequence, page, left)
+        _load_queries(
+            queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, rows, heads, ROWS
+        )
+        last_seen = context - (rows - 1 - row) // heads  # tokens that each row sees
+        m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, SCORES))
+        total = zero
+        acc = (zero, zero, zero, zero, zero, zero, zero, zero)
+        for i in range(pages):
+            first = (page + i) * PAGE
+            mbarrier.wait(full.index(number % TURNS), (number // TURNS) & 1)
+            if first + PAGE > context:
+                _clear_foreign_tokens(ring, base, context - first, RING)
+            s = zero
+            for piece in gl.static_range(PIECES):
+                place = ring.index(_slot(base, piece, RING))
+                query = queries.index(piece).permute((1, 0))
+                s = warpgroup_mma(place, query, s, use_acc=piece > 0, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            p, m, total, alpha = _weights(s, m, total, last_seen - first, scale, SCORES)
+            weights.store(p.to(weights.dtype))
+            fence_async_shared()
+            _meet()
+            coming = ()
+            for piece in gl.static_range(VALUES):
+                values = ring.index(_slot(base, piece, RING)).permute((1, 0))
+                coming = coming + (
+                    warpgroup_mma(values, weights, acc[piece] * alpha[None, :], is_async=True),
+                )
+            acc = warpgroup_mma_wait(0, deps=coming)
+            mbarrier.arrive(empty.index(number % TURNS), count=1)
+            number += 1
+            base = _slot(base, PIECES, RING)
+        total = gl.sum(total, axis=0)
+        safe = gl.where(total == 0.0, 1.0, total)
+        place = (sequence + gl.program_id(0)) * ROWS + row
+        lse = gl.where(total == 0.0, float("-inf"), m * scale + gl.log2(safe))
+        gl.store(lse_ptr + place, lse)
+        for piece in gl.static_range(VALUES):
+            at = place.to(gl.int64)[None, :] * LATENT + (piece * 64 + dim)[:, None]
+            gl.store(part_ptr + at, acc[piece] / safe[None, :])
+        sequence, page, left = sequence + 1, 0, left - pages
+
+
+@gluon.jit
+def _bars(COUNT: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=1)
+    return bars
+
+
+@gluon.jit(do_not_specialize=["sequences"])
+def _decode(
+    cache, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, lse_ptr,
+    stride_qs, stride_qq, stride_qh, stride_rs, stride_rq, stride_rh, stride_table,
+    sequences, rows, heads, scale,
+    ROWS: gl.constexpr, RING: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
+):  # fmt: skip
+    """One program a multiprocessor: its share of all pages."""
+    share = _share(context_ptr, sequences, LEAST, MANY)
+    dtype: gl.constexpr = cache.dtype
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], dtype)
+    ring = gl.allocate_shared_memory(dtype, [RING, PAGE, 64], cache.layout)
+    queries = gl.allocate_shared_memory(dtype, [PIECES, ROWS, 64], layout)
+    layout_w: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, ROWS], dtype)
+    weights = gl.allocate_shared_memory(dtype, [PAGE, ROWS], layout_w)
+    full, empty = _bars(TURNS), _bars(TURNS)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_consume, (
+            latent_ptr, rope_ptr, context_ptr, part_ptr, lse_ptr, (stride_qs, stride_qq, stride_qh),
+            (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, full, empty,
+            share, ROWS, RING,
+        )),
+        (_produce, (cache, table_ptr, context_ptr, stride_table, ring, full, empty, share, RING)),
+    ], [1], [24])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["sequences", "programs"])
+def _combine(
+    part_ptr, lse_ptr, out_ptr, context_ptr, sequences, rows, programs,
+    ROWS: tl.constexpr, LEAST: tl.constexpr, MANY: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One program a row: weigh the parts' outputs by their share of the softmax denominator."""
+    sequence, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    index, latent = tl.arange(0, MANY), tl.arange(0, 512)
+    pages = (tl.load(context_ptr + index, mask=index < sequences, other=0) + 63) // 64
+    share = tl.maximum(tl.cdiv(tl.sum(pages, axis=0), programs), LEAST)
+    first = tl.sum(tl.where(index < sequence, pages, 0), axis=0)
+    own = tl.sum(tl.where(index == sequence, pages, 0), axis=0)
+    parts = tl.where(own > 0, (first + own - 1) // share - first // share + 1, 0)
+    base = ((sequence + first // share) * ROWS + row).to(tl.int64)
+    part = tl.arange(0, MOST)
+    lse = tl.load(lse_ptr + base + part * ROWS, mask=part < parts, other=float("-inf"))
+    most = tl.max(lse, axis=0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.sum(tl.exp2(lse - most), axis=0)
+    acc = tl.zeros([512], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        lse = tl.load(lse_ptr + base + part * ROWS, mask=part < parts, other=float("-inf"))
+        at = (base + part * ROWS)[:, None] * 512 + latent[None, :]
+        value = tl.load(part_ptr + at, mask=(part < parts)[:, None], other=0.0)
+        acc += tl.sum(tl.exp2(lse - most)[:, None] * value, axis=0)
+    out = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * 512 + latent, out.to(out_ptr.dtype.element_ty))
