@@ -41,8 +41,8 @@ VALUES = gl.constexpr(8)
 LATENT = gl.constexpr(512)
 TURNS = gl.constexpr(4)
 """Barriers of each kind; no more than three pages are in the ring, in whole or in part."""
-RING = {16: 25, 32: 23}
-"""Pieces of 8 KiB beside the queries of so many rows and their weights, in 227 KiB."""
+FORMS = {16: (25, 2, 1, 168, 168), 32: (22, 2, 1, 168, 216), 64: (18, 1, 2, 128, 168)}
+"""For up to so many rows: pieces in the ring, pages of weights, groups, registers at entry and of a group."""
 LEAST_PAGES = 2
 """Of a program: parts of single pages would cost more to combine than they save."""
 
@@ -83,18 +83,19 @@ def _slot(base, piece: gl.constexpr, RING: gl.constexpr):
 
 
 @gluon.jit
-def _wait_for_places(empty, number):
-    """Until the page of that number has been used; there is none before 0."""
+def _wait_until_used(empty, number):
+    """Until nothing reads the page of that number any more; there is none before 0."""
     mbarrier.wait(empty.index(number % TURNS), (number // TURNS) & 1, pred=number >= 0)
 
 
 @gluon.jit
-def _produce(cache, table_ptr, context_ptr, stride_table, ring, full, empty, share, RING: gl.constexpr):
+def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING: gl.constexpr):
     """Load the pages of a share, one after another, as places come free.
 
     The first pieces of a page take the places of the page three before, the last ones those of the page two
     before.
     """
+    full, _weighed, empty = bars
     sequence, page, left = share
     number, base = 0, 0
     while left > 0:
@@ -105,11 +106,11 @@ def _produce(cache, table_ptr, context_ptr, stride_table, ring, full, empty, sha
             token = coming * PAGE
             coming = gl.load(row_ptr + i + 1, mask=i + 1 < pages, other=0)
             bar = full.index(number % TURNS)
-            _wait_for_places(empty, number - 3)
+            _wait_until_used(empty, number - 3)
             mbarrier.expect(bar, PIECES * cache.block_type.nbytes)
             for piece in gl.static_range(PIECES):
                 if piece == RING - 2 * PIECES:
-                    _wait_for_places(empty, number - 2)
+                    _wait_until_used(empty, number - 2)
                 _load(cache, [token, piece * 64], bar, ring.index(_slot(base, piece, RING)))
             number += 1
             base = _slot(base, PIECES, RING)
@@ -167,16 +168,16 @@ def _weights(s, m, total, visible, scale, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def _consume(
-    latent_ptr, rope_ptr, context_ptr, part_ptr, lse_ptr, latent_strides, rope_strides,
-    rows, heads, scale, ring, queries, weights, full, empty, share,
-    ROWS: gl.constexpr, RING: gl.constexpr,
+def _score(
+    latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, latent_strides, rope_strides,
+    rows, heads, scale, ring, queries, weights, alphas, bars, share,
+    ROWS: gl.constexpr, RING: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """Scores, weights and outputs of a share, a sequence after another."""
+    """Scores and weights of a share, page after page, at most `AHEAD` pages before their outputs."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    full, weighed, empty = bars
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES))
-    dim = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-    zero = gl.zeros([64, ROWS], gl.float32, layout=SCORES)
+    zero = gl.zeros([PAGE, ROWS], gl.float32, layout=SCORES)
     sequence, page, left = share
     number, base = 0, 0
     while left > 0:
@@ -187,7 +188,6 @@ def _consume(
         last_seen = context - (rows - 1 - row) // heads  # tokens that each row sees
         m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, SCORES))
         total = zero
-        acc = (zero, zero, zero, zero, zero, zero, zero, zero)
         for i in range(pages):
             first = (page + i) * PAGE
             mbarrier.wait(full.index(number % TURNS), (number // TURNS) & 1)
@@ -195,68 +195,118 @@ def _consume(
                 _clear_foreign_tokens(ring, base, context - first, RING)
             s = zero
             for piece in gl.static_range(PIECES):
-                place = ring.index(_slot(base, piece, RING))
+                keys = ring.index(_slot(base, piece, RING))
                 query = queries.index(piece).permute((1, 0))
-                s = warpgroup_mma(place, query, s, use_acc=piece > 0, is_async=True)
+                s = warpgroup_mma(keys, query, s, use_acc=piece > 0, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             p, m, total, alpha = _weights(s, m, total, last_seen - first, scale, SCORES)
-            weights.store(p.to(weights.dtype))
+            _wait_until_used(empty, number - AHEAD)
+            weights.index(number % AHEAD).store(p.to(weights.dtype))
+            alphas.index(number % AHEAD).store(alpha)
             fence_async_shared()
             _meet()
-            coming = ()
-            for piece in gl.static_range(VALUES):
-                values = ring.index(_slot(base, piece, RING)).permute((1, 0))
-                coming = coming + (
-                    warpgroup_mma(values, weights, acc[piece] * alpha[None, :], is_async=True),
-                )
-            acc = warpgroup_mma_wait(0, deps=coming)
-            mbarrier.arrive(empty.index(number % TURNS), count=1)
+            mbarrier.arrive(weighed.index(number % TURNS), count=1)
             number += 1
             base = _slot(base, PIECES, RING)
-        total = gl.sum(total, axis=0)
-        safe = gl.where(total == 0.0, 1.0, total)
         place = (sequence + gl.program_id(0)) * ROWS + row
-        lse = gl.where(total == 0.0, float("-inf"), m * scale + gl.log2(safe))
-        gl.store(lse_ptr + place, lse)
-        for piece in gl.static_range(VALUES):
-            at = place.to(gl.int64)[None, :] * LATENT + (piece * 64 + dim)[:, None]
-            gl.store(part_ptr + at, acc[piece] / safe[None, :])
+        gl.store(most_ptr + place, m * scale)
+        gl.store(total_ptr + place, gl.sum(total, axis=0))
         sequence, page, left = sequence + 1, 0, left - pages
 
 
 @gluon.jit
-def _bars(COUNT: gl.constexpr):
+def _sum_values(
+    group, context_ptr, part_ptr, ring, weights, alphas, bars, share,
+    ROWS: gl.constexpr, RING: gl.constexpr, AHEAD: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    """Weighted sums of values over a share, for a group's part of the latent's dims."""
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    OWN: gl.constexpr = VALUES // GROUPS
+    _full, weighed, empty = bars
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OUT))
+    dim = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT)) + group * (64 * OWN)
+    sequence, page, left = share
+    number, base = 0, group * OWN
+    while left > 0:
+        _context, pages = _pages(context_ptr, sequence, page, left)
+        acc = ()
+        for _piece in gl.static_range(OWN):
+            acc = acc + (gl.zeros([64, ROWS], gl.float32, layout=OUT),)
+        for _i in range(pages):
+            mbarrier.wait(weighed.index(number % TURNS), (number // TURNS) & 1)
+            alpha = alphas.index(number % AHEAD).load(gl.SliceLayout(0, OUT))
+            old, coming = (), ()
+            for piece in gl.static_range(OWN):
+                old = old + (acc[piece] * alpha[None, :],)
+            for piece in gl.static_range(OWN):
+                values = ring.index(_slot(base, piece, RING)).permute((1, 0))
+                weight = weights.index(number % AHEAD)
+                coming = coming + (warpgroup_mma(values, weight, old[piece], is_async=True),)
+            acc = warpgroup_mma_wait(0, deps=coming)
+            mbarrier.arrive(empty.index(number % TURNS), count=1)
+            number += 1
+            base = _slot(base, PIECES, RING)
+        place = ((sequence + gl.program_id(0)) * ROWS + row).to(gl.int64) * LATENT
+        for piece in gl.static_range(OWN):
+            gl.store(part_ptr + place[None, :] + (piece * 64 + dim)[:, None], acc[piece])
+        sequence, page, left = sequence + 1, 0, left - pages
+
+
+@gluon.jit
+def _bars(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=1)
+        mbarrier.init(bars.index(i), count=ARRIVALS)
     return bars
 
 
 @gluon.jit(do_not_specialize=["sequences"])
 def _decode(
-    cache, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, lse_ptr,
+    cache, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, most_ptr, total_ptr,
     stride_qs, stride_qq, stride_qh, stride_rs, stride_rq, stride_rh, stride_table,
     sequences, rows, heads, scale,
-    ROWS: gl.constexpr, RING: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
+    ROWS: gl.constexpr, RING: gl.constexpr, AHEAD: gl.constexpr, GROUPS: gl.constexpr,
+    REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: its share of all pages."""
     share = _share(context_ptr, sequences, LEAST, MANY)
     dtype: gl.constexpr = cache.dtype
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], dtype)
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], dtype)
+    weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, ROWS], dtype)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ring = gl.allocate_shared_memory(dtype, [RING, PAGE, 64], cache.layout)
-    queries = gl.allocate_shared_memory(dtype, [PIECES, ROWS, 64], layout)
-    layout_w: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, ROWS], dtype)
-    weights = gl.allocate_shared_memory(dtype, [PAGE, ROWS], layout_w)
-    full, empty = _bars(TURNS), _bars(TURNS)
+    queries = gl.allocate_shared_memory(dtype, [PIECES, ROWS, 64], rows_layout)
+    weights = gl.allocate_shared_memory(dtype, [AHEAD, PAGE, ROWS], weights_layout)
+    alphas = gl.allocate_shared_memory(gl.float32, [AHEAD, ROWS], plain)
+    bars = (_bars(TURNS, 1), _bars(TURNS, 1), _bars(TURNS, GROUPS))
     fence_async_shared()
-    gl.warp_specialize([
-        (_consume, (
-            latent_ptr, rope_ptr, context_ptr, part_ptr, lse_ptr, (stride_qs, stride_qq, stride_qh),
-            (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, full, empty,
-            share, ROWS, RING,
-        )),
-        (_produce, (cache, table_ptr, context_ptr, stride_table, ring, full, empty, share, RING)),
-    ], [1], [24])  # fmt: skip
+    if GROUPS == 1:
+        gl.warp_specialize([
+            (_score, (
+                latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, (stride_qs, stride_qq, stride_qh),
+                (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, alphas, bars,
+                share, ROWS, RING, AHEAD,
+            )),
+            (_sum_values, (
+                0, context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING, AHEAD, GROUPS,
+            )),
+            (_produce, (cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_score, (
+                latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, (stride_qs, stride_qq, stride_qh),
+                (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, alphas, bars,
+                share, ROWS, RING, AHEAD,
+            )),
+            (_sum_values, (
+                0, context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING, AHEAD, GROUPS,
+            )),
+            (_sum_values, (
+                1, context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING, AHEAD, GROUPS,
+            )),
+            (_produce, (cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["sequences", "programs"])
