@@ -41,8 +41,12 @@ VALUES = gl.constexpr(8)
 LATENT = gl.constexpr(512)
 TURNS = gl.constexpr(4)
 """Barriers of each kind; no more than three pages are in the ring, in whole or in part."""
-FORMS = {16: (25, 2, 1, 168, 168), 32: (22, 2, 1, 168, 216), 64: (18, 1, 2, 128, 168)}
-"""For up to so many rows: pieces in the ring, pages of weights, groups, registers at entry and of a group."""
+AHEAD = gl.constexpr(2)
+"""Pages of weights that scores may be before outputs."""
+FORMS = {16: (25, 168), 32: (22, 216)}
+"""For up to so many rows: pieces in the ring, what 227 KiB hold, and registers of a thread that sums values."""
+ENTRY_REGISTERS = 168
+"""Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
 LEAST_PAGES = 2
 """Of a program: parts of single pages would cost more to combine than they save."""
 
@@ -171,7 +175,7 @@ def _weights(s, m, total, visible, scale, SCORES: gl.constexpr):
 def _score(
     latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, latent_strides, rope_strides,
     rows, heads, scale, ring, queries, weights, alphas, bars, share,
-    ROWS: gl.constexpr, RING: gl.constexpr, AHEAD: gl.constexpr,
+    ROWS: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of a share, page after page, at most `AHEAD` pages before their outputs."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -216,29 +220,28 @@ def _score(
 
 @gluon.jit
 def _sum_values(
-    group, context_ptr, part_ptr, ring, weights, alphas, bars, share,
-    ROWS: gl.constexpr, RING: gl.constexpr, AHEAD: gl.constexpr, GROUPS: gl.constexpr,
+    context_ptr, part_ptr, ring, weights, alphas, bars, share,
+    ROWS: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """Weighted sums of values over a share, for a group's part of the latent's dims."""
+    """Outputs of a share, page after page, as weights come."""
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    OWN: gl.constexpr = VALUES // GROUPS
     _full, weighed, empty = bars
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OUT))
-    dim = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT)) + group * (64 * OWN)
+    dim = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     sequence, page, left = share
-    number, base = 0, group * OWN
+    number, base = 0, 0
     while left > 0:
         _context, pages = _pages(context_ptr, sequence, page, left)
         acc = ()
-        for _piece in gl.static_range(OWN):
+        for _piece in gl.static_range(VALUES):
             acc = acc + (gl.zeros([64, ROWS], gl.float32, layout=OUT),)
         for _i in range(pages):
             mbarrier.wait(weighed.index(number % TURNS), (number // TURNS) & 1)
             alpha = alphas.index(number % AHEAD).load(gl.SliceLayout(0, OUT))
             old, coming = (), ()
-            for piece in gl.static_range(OWN):
+            for piece in gl.static_range(VALUES):
                 old = old + (acc[piece] * alpha[None, :],)
-            for piece in gl.static_range(OWN):
+            for piece in gl.static_range(VALUES):
                 values = ring.index(_slot(base, piece, RING)).permute((1, 0))
                 weight = weights.index(number % AHEAD)
                 coming = coming + (warpgroup_mma(values, weight, old[piece], is_async=True),)
@@ -247,16 +250,16 @@ def _sum_values(
             number += 1
             base = _slot(base, PIECES, RING)
         place = ((sequence + gl.program_id(0)) * ROWS + row).to(gl.int64) * LATENT
-        for piece in gl.static_range(OWN):
+        for piece in gl.static_range(VALUES):
             gl.store(part_ptr + place[None, :] + (piece * 64 + dim)[:, None], acc[piece])
         sequence, page, left = sequence + 1, 0, left - pages
 
 
 @gluon.jit
-def _bars(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+def _bars(COUNT: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
+        mbarrier.init(bars.index(i), count=1)
     return bars
 
 
@@ -265,8 +268,7 @@ def _decode(
     cache, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, most_ptr, total_ptr,
     stride_qs, stride_qq, stride_qh, stride_rs, stride_rq, stride_rh, stride_table,
     sequences, rows, heads, scale,
-    ROWS: gl.constexpr, RING: gl.constexpr, AHEAD: gl.constexpr, GROUPS: gl.constexpr,
-    REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
+    ROWS: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: its share of all pages."""
     share = _share(context_ptr, sequences, LEAST, MANY)
@@ -278,45 +280,28 @@ def _decode(
     queries = gl.allocate_shared_memory(dtype, [PIECES, ROWS, 64], rows_layout)
     weights = gl.allocate_shared_memory(dtype, [AHEAD, PAGE, ROWS], weights_layout)
     alphas = gl.allocate_shared_memory(gl.float32, [AHEAD, ROWS], plain)
-    bars = (_bars(TURNS, 1), _bars(TURNS, 1), _bars(TURNS, GROUPS))
+    bars = (_bars(TURNS), _bars(TURNS), _bars(TURNS))
     fence_async_shared()
-    if GROUPS == 1:
-        gl.warp_specialize([
-            (_score, (
-                latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, (stride_qs, stride_qq, stride_qh),
-                (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, alphas, bars,
-                share, ROWS, RING, AHEAD,
-            )),
-            (_sum_values, (
-                0, context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING, AHEAD, GROUPS,
-            )),
-            (_produce, (cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_score, (
-                latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, (stride_qs, stride_qq, stride_qh),
-                (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, alphas, bars,
-                share, ROWS, RING, AHEAD,
-            )),
-            (_sum_values, (
-                0, context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING, AHEAD, GROUPS,
-            )),
-            (_sum_values, (
-                1, context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING, AHEAD, GROUPS,
-            )),
-            (_produce, (cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+    gl.warp_specialize([
+        (_score, (
+            latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, (stride_qs, stride_qq, stride_qh),
+            (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, alphas, bars,
+            share, ROWS, RING,
+        )),
+        (_sum_values, (context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING)),
+        (_produce, (cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING)),
+    ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["sequences", "programs"])
 def _combine(
-    part_ptr, lse_ptr, out_ptr, context_ptr, sequences, rows, programs,
+    part_ptr, most_ptr, total_ptr, out_ptr, context_ptr, sequences, rows, programs,
     ROWS: tl.constexpr, LEAST: tl.constexpr, MANY: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: weigh the parts' outputs by their share of the softmax denominator."""
+    """Some columns of one row: bring the parts of its sequence to one greatest score, add up and divide."""
     sequence, row = tl.program_id(0) // rows, tl.program_id(0) % rows
-    index, latent = tl.arange(0, MANY), tl.arange(0, 512)
+    index, dim = tl.arange(0, MANY), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     pages = (tl.load(context_ptr + index, mask=index < sequences, other=0) + 63) // 64
     share = tl.maximum(tl.cdiv(tl.sum(pages, axis=0), programs), LEAST)
     first = tl.sum(tl.where(index < sequence, pages, 0), axis=0)
@@ -324,16 +309,61 @@ def _combine(
     parts = tl.where(own > 0, (first + own - 1) // share - first // share + 1, 0)
     base = ((sequence + first // share) * ROWS + row).to(tl.int64)
     part = tl.arange(0, MOST)
-    lse = tl.load(lse_ptr + base + part * ROWS, mask=part < parts, other=float("-inf"))
-    most = tl.max(lse, axis=0)
+    m = tl.load(most_ptr + base + part * ROWS, mask=part < parts, other=float("-inf"))
+    most = tl.max(m, axis=0)
     most = tl.where(most == float("-inf"), 0.0, most)
-    total = tl.sum(tl.exp2(lse - most), axis=0)
-    acc = tl.zeros([512], tl.float32)
+    total = tl.load(total_ptr + base + part * ROWS, mask=part < parts, other=0.0)
+    total = tl.sum(tl.exp2(m - most) * total, axis=0)
+    acc = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
-        lse = tl.load(lse_ptr + base + part * ROWS, mask=part < parts, other=float("-inf"))
-        at = (base + part * ROWS)[:, None] * 512 + latent[None, :]
+        m = tl.load(most_ptr + base + part * ROWS, mask=part < parts, other=float("-inf"))
+        at = (base + part * ROWS)[:, None] * 512 + dim[None, :]
         value = tl.load(part_ptr + at, mask=(part < parts)[:, None], other=0.0)
-        acc += tl.sum(tl.exp2(lse - most)[:, None] * value, axis=0)
+        acc += tl.sum(tl.exp2(m - most)[:, None] * value, axis=0)
     out = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * 512 + latent, out.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * 512 + dim, out.to(out_ptr.dtype.element_ty))
+
+
+def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale):
+    """See `benthic.kernels.ops.mla_decode`; launches follow from shapes, so a CUDA graph can hold them."""
+    q_latent_SQHC, q_rope_SQHr = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent_SQHC, q_rope_SQHr)
+    )
+    sequences, queries, heads, latent = q_latent_SQHC.shape
+    device, rows = cache_PBW.device, queries * heads
+    out = torch.empty(q_latent_SQHC.shape, dtype=q_latent_SQHC.dtype, device=device)
+    pages = sequences * block_table_SP.shape[1]
+    if out.numel() == 0 or pages == 0:
+        return out.zero_()
+    padded = 16 if rows <= 16 else 32
+    ring, registers = FORMS[padded]
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = min(multiprocessors, triton.cdiv(pages, LEAST_PAGES))
+    parts, many = (programs + sequences) * padded, max(128, triton.next_power_of_2(sequences))
+    part = torch.empty(parts, latent, dtype=torch.float32, device=device)
+    most, total = torch.empty(2, parts, dtype=torch.float32, device=device)
+    _decode[(programs,)](
+        _pieces(cache_PBW), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, most, total,
+        *q_latent_SQHC.stride()[:3], *q_rope_SQHr.stride()[:3], block_table_SP.stride(0),
+        sequences, rows, heads, scale,
+        ROWS=padded, RING=ring, REGISTERS=registers, LEAST=LEAST_PAGES, MANY=many,
+        num_warps=4, maxnreg=ENTRY_REGISTERS,
+    )  # fmt: skip
+    tile, columns = (32, 128) if sequences <= 16 else (8, 512)
+    _combine[(sequences * rows, latent // columns)](
+        part, most, total, out, context_S, sequences, rows, programs,
+        ROWS=padded, LEAST=LEAST_PAGES, MANY=many, MOST=triton.next_power_of_2(programs), PARTS=tile,
+        COLUMNS=columns,
+    )  # fmt: skip
+    return out
+
+
+def _pieces(cache_PBW):
+    """A descriptor of blocks of a page's tokens by 64 dims."""
+    layout = gl.NVMMASharedLayout.get_default_for([64, 64], DTYPES[cache_PBW.dtype])
+    rows_TW = cache_PBW.flatten(0, 1)
+    return TensorDescriptor(rows_TW, list(rows_TW.shape), list(rows_TW.stride()), [64, 64], layout)
+
+
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
