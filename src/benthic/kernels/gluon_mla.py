@@ -6,11 +6,12 @@ turned round. Nothing is padded to 64 rows, and the latent is read once, as keys
 
     S^T = K Q^T  (64 tokens x rows)  and  O^T = V^T P^T  (512 dims x rows)
 
-Shared memory is a ring of pieces of 64 tokens x 64 dims, nine a page. One warp fills it by TMA, a group of
-four warps multiplies. All pages of all sequences are cut into equal shares, one a multiprocessor, so a program
-may meet the end of one sequence and the beginning of others; every program finds its share from the contexts,
-which lie on the device. Of each sequence it leaves a part: normalised output and log-sum-exp. A second kernel
-combines parts, as `triton_mla` does.
+Shared memory is a ring of pieces of 64 tokens x 64 dims, nine a page. One warp fills it by TMA, four warps
+compute scores and weights, four others outputs, at most two pages later. All pages of all sequences are cut
+into equal shares, one a multiprocessor, so a program may meet the end of one sequence and the beginning of
+others; it finds its share from the contexts, which lie on the device. Of each sequence it leaves a part, at
+`program + sequence` among all: the greatest score m, total = sum 2^(score - m) and sum 2^(score - m) value.
+A second kernel brings a sequence's parts to one greatest score.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TURNS = gl.constexpr(4)
 AHEAD = gl.constexpr(2)
 """Pages of weights that scores may be before outputs."""
 FORMS = {16: (25, 168), 32: (22, 216)}
-"""For up to so many rows: pieces in the ring, what 227 KiB hold, and registers of a thread that sums values."""
+"""For up to so many rows: pieces in the ring (227 KiB in all), registers of a thread that sums values."""
 ENTRY_REGISTERS = 168
 """Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
 LEAST_PAGES = 2
@@ -159,8 +160,8 @@ def _clear_foreign_tokens(ring, base, tokens, RING: gl.constexpr):
 def _weights(s, m, total, visible, scale, SCORES: gl.constexpr):
     """Powers of a page of scores, the new greatest score a row, sums of powers, and what old sums are worth.
 
-    Sums are kept apart for each place in the tile, and added up at the end. A row that has seen no token keeps
-    m = -inf; 0 is subtracted there, so that its weights are 2^-inf = 0.
+    Sums are kept apart for each place in the tile, and added up at the end. A row that has seen no token
+    keeps m = -inf; 0 is subtracted there, so that its weights are 2^-inf = 0.
     """
     token = gl.arange(0, PAGE, layout=gl.SliceLayout(1, SCORES))
     s = gl.where(token[:, None] < visible[None, :], s, float("-inf"))
@@ -219,6 +220,12 @@ def _score(
 
 
 @gluon.jit
+def _values(ring, base, piece: gl.constexpr, RING: gl.constexpr):
+    """A piece of a page turned round: 64 dims x 64 tokens."""
+    return ring.index(_slot(base, piece, RING)).permute((1, 0))
+
+
+@gluon.jit
 def _sum_values(
     context_ptr, part_ptr, ring, weights, alphas, bars, share,
     ROWS: gl.constexpr, RING: gl.constexpr,
@@ -228,24 +235,22 @@ def _sum_values(
     _full, weighed, empty = bars
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OUT))
     dim = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+    zero = gl.zeros([64, ROWS], gl.float32, layout=OUT)
     sequence, page, left = share
     number, base = 0, 0
     while left > 0:
         _context, pages = _pages(context_ptr, sequence, page, left)
-        acc = ()
-        for _piece in gl.static_range(VALUES):
-            acc = acc + (gl.zeros([64, ROWS], gl.float32, layout=OUT),)
+        acc = [zero for _ in (0, 1, 2, 3, 4, 5, 6, 7)]
         for _i in range(pages):
             mbarrier.wait(weighed.index(number % TURNS), (number // TURNS) & 1)
             alpha = alphas.index(number % AHEAD).load(gl.SliceLayout(0, OUT))
-            old, coming = (), ()
-            for piece in gl.static_range(VALUES):
-                old = old + (acc[piece] * alpha[None, :],)
-            for piece in gl.static_range(VALUES):
-                values = ring.index(_slot(base, piece, RING)).permute((1, 0))
-                weight = weights.index(number % AHEAD)
-                coming = coming + (warpgroup_mma(values, weight, old[piece], is_async=True),)
-            acc = warpgroup_mma_wait(0, deps=coming)
+            acc = [x * alpha[None, :] for x in acc]
+            weight = weights.index(number % AHEAD)
+            acc = [
+                warpgroup_mma(_values(ring, base, piece, RING), weight, acc[piece], is_async=True)
+                for piece in (0, 1, 2, 3, 4, 5, 6, 7)
+            ]
+            acc = warpgroup_mma_wait(0, deps=acc)
             mbarrier.arrive(empty.index(number % TURNS), count=1)
             number += 1
             base = _slot(base, PIECES, RING)
@@ -285,8 +290,8 @@ def _decode(
     gl.warp_specialize([
         (_score, (
             latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, (stride_qs, stride_qq, stride_qh),
-            (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, alphas, bars,
-            share, ROWS, RING,
+            (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, alphas,
+            bars, share, ROWS, RING,
         )),
         (_sum_values, (context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING)),
         (_produce, (cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING)),
