@@ -313,19 +313,19 @@ def _combine(
     own = tl.sum(tl.where(index == sequence, pages, 0), axis=0)
     parts = tl.where(own > 0, (first + own - 1) // share - first // share + 1, 0)
     base = ((sequence + first // share) * ROWS + row).to(tl.int64)
-    part = tl.arange(0, MOST)
-    m = tl.load(most_ptr + base + part * ROWS, mask=part < parts, other=float("-inf"))
+    every = tl.arange(0, MOST)
+    m = tl.load(most_ptr + base + every * ROWS, mask=every < parts, other=float("-inf"))
     most = tl.max(m, axis=0)
     most = tl.where(most == float("-inf"), 0.0, most)
-    total = tl.load(total_ptr + base + part * ROWS, mask=part < parts, other=0.0)
+    total = tl.load(total_ptr + base + every * ROWS, mask=every < parts, other=0.0)
     total = tl.sum(tl.exp2(m - most) * total, axis=0)
     acc = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        m = tl.load(most_ptr + base + part * ROWS, mask=part < parts, other=float("-inf"))
-        at = (base + part * ROWS)[:, None] * 512 + dim[None, :]
-        value = tl.load(part_ptr + at, mask=(part < parts)[:, None], other=0.0)
-        acc += tl.sum(tl.exp2(m - most)[:, None] * value, axis=0)
+        some = start + tl.arange(0, PARTS)
+        weight = tl.load(most_ptr + base + some * ROWS, mask=some < parts, other=float("-inf"))
+        at = (base + some * ROWS)[:, None] * 512 + dim[None, :]
+        value = tl.load(part_ptr + at, mask=(some < parts)[:, None], other=0.0)
+        acc += tl.sum(tl.exp2(weight - most)[:, None] * value, axis=0)
     out = acc / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * 512 + dim, out.to(out_ptr.dtype.element_ty))
 
