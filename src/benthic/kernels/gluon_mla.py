@@ -130,7 +130,7 @@ def _load_queries(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     dim = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    kept = (row < rows)[:, None] & (dim < 64)[None, :]
+    kept = (row < rows)[:, None]
     query, head, sequence = row // heads, row % heads, sequence.to(gl.int64)
     by_sequence, by_query, by_head = latent_strides
     latent_ptr += sequence * by_sequence + (query * by_query + head * by_head)[:, None] + dim[None, :]
@@ -240,7 +240,7 @@ def _sum_values(
     number, base = 0, 0
     while left > 0:
         _context, pages = _pages(context_ptr, sequence, page, left)
-        acc = [zero for _ in (0, 1, 2, 3, 4, 5, 6, 7)]
+        acc = (zero, zero, zero, zero, zero, zero, zero, zero)
         for _i in range(pages):
             mbarrier.wait(weighed.index(number % TURNS), (number // TURNS) & 1)
             alpha = alphas.index(number % AHEAD).load(gl.SliceLayout(0, OUT))
@@ -254,7 +254,7 @@ def _sum_values(
             mbarrier.arrive(empty.index(number % TURNS), count=1)
             number += 1
             base = _slot(base, PIECES, RING)
-        place = ((sequence + gl.program_id(0)) * ROWS + row).to(gl.int64) * LATENT
+        place = ((sequence + gl.program_id(0)) * ROWS + row) * LATENT
         for piece in gl.static_range(VALUES):
             gl.store(part_ptr + place[None, :] + (piece * 64 + dim)[:, None], acc[piece])
         sequence, page, left = sequence + 1, 0, left - pages
