@@ -240,7 +240,7 @@ def _sum_values(
     number, base = 0, 0
     while left > 0:
         _context, pages = _pages(context_ptr, sequence, page, left)
-        acc = (zero, zero, zero, zero, zero, zero, zero, zero)
+        acc = [zero for _ in (0, 1, 2, 3, 4, 5, 6, 7)]
         for _i in range(pages):
             mbarrier.wait(weighed.index(number % TURNS), (number // TURNS) & 1)
             alpha = alphas.index(number % AHEAD).load(gl.SliceLayout(0, OUT))
