@@ -7,6 +7,7 @@ Not collected by itself. `test_interpreter.py` runs it in Triton's CPU interpret
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -287,6 +288,40 @@ def test_mla_decode_does_not_depend_on_the_number_of_splits(dtype, splits):
         q_latent.double(), q_rope.double(), cache.double(), table, context, scale=0.2, impl="reference"
     )
     close(fast, exact, dtype)
+
+
+@pytest.mark.parametrize("programs", [1, 5, 132])
+@pytest.mark.parametrize("contexts", [(1, 0, 65, 64, 700, 0), (0, 0), (9000,)], ids=str)
+def test_parts_of_contexts_become_outputs(dtype, contexts, programs):
+    """Parts as `gluon_mla._decode` leaves them, at `program + sequence`; the rest of their memory is NaN."""
+    from benthic.kernels import gluon_mla
+
+    pages, places, rows = [-(-context // 64) for context in contexts], programs + len(contexts), 3
+    share, taken = max(-(-sum(pages) // programs), 2), 0
+    part, most, total = (torch.empty(places, 16, *width, device=DEVICE) for width in ((512,), (), ()))
+    expected = torch.zeros(len(contexts), rows, 512, dtype=torch.float64, device=DEVICE)
+    for sequence, context in enumerate(contexts):
+        scores = 9 * made(rows, context, dtype=torch.float32, seed=sequence).detach()
+        values = made(context, 512, dtype=torch.float32, seed=sequence + 9).detach()
+        expected[sequence] = torch.softmax(scores.double() * math.log(2), -1) @ values.double()
+        for page in range(pages[sequence]):
+            if page and (taken + page) % share:
+                continue  # in the part that the page before begins or goes on with
+            program = (taken + page) // share
+            seen = slice(page * 64, 64 * (share * (program + 1) - taken))
+            place, greatest = program + sequence, scores[:, seen].amax(-1)
+            powers = torch.exp2(scores[:, seen] - greatest[:, None])
+            most[place, :rows], total[place, :rows] = greatest, powers.sum(-1)
+            part[place, :rows] = powers @ values[seen]
+        taken += pages[sequence]
+    out = torch.empty(len(contexts), rows, 512, dtype=dtype, device=DEVICE)
+    context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    for parts, columns in ((32, 128), (8, 512)):
+        gluon_mla._combine[(len(contexts) * rows, 512 // columns)](
+            part, most, total, out.fill_(torch.nan), context, len(contexts), rows, programs,
+            ROWS=16, LEAST=2, MANY=128, MOST=256, PARTS=parts, COLUMNS=columns,
+        )  # fmt: skip
+        close(out, expected, dtype)
 
 
 def test_store_latent_skips_slot_minus_one(dtype):

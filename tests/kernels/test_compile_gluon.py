@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from benthic.kernels import gluon_attention, gluon_attention_backward
+from benthic.kernels import gluon_attention, gluon_attention_backward, gluon_mla
 
 POINTERS = {
     "out_ptr": "*bf16",
@@ -28,9 +28,14 @@ POINTERS = {
     "delta_ptr": "*fp32",
     "starts_q_ptr": "*i32",
     "starts_k_ptr": "*i32",
-    "scale": "fp32",
+    "latent_ptr": "*bf16",
+    "rope_ptr": "*bf16",
+    "table_ptr": "*i32",
+    "context_ptr": "*i32",
+    "part_ptr": "*fp32",
+    "most_ptr": "*fp32",
+    "total_ptr": "*fp32",
 }
-
 
 HEADS = [(192, 128), (128, 128), (64, 64)]
 
@@ -40,8 +45,25 @@ def descriptor(rows, columns):
     return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
 
 
-def built(kernel, constants, descriptors, module):
-    """A causal kernel in bfloat16 as a launch would compile it."""
+def built(kernel, constants, descriptors, registers):
+    """A kernel in bfloat16 as a launch with aligned pointers and strides would compile it."""
+    types, names = POINTERS | descriptors | {"scale": "fp32"}, kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    fixed = {(names.index(name),): constant for name, constant in constants.items()}
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(names)
+        if name in POINTERS or name.startswith("stride_")
+    }
+    return triton.compile(
+        GluonASTSource(kernel, signature, fixed, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 4, "maxnreg": registers},
+    )
+
+
+def attention(kernel, constants, descriptors, module):
+    """A causal kernel of attention."""
     constants = constants | {
         "GROUPS": 1,
         "CAUSAL": True,
@@ -49,16 +71,7 @@ def built(kernel, constants, descriptors, module):
         "REGISTERS": module.CONSUMER_REGISTERS,
         "FEW_REGISTERS": module.PRODUCER_REGISTERS,
     }
-    types, names = POINTERS | descriptors, kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    fixed = {(names.index(name),): constant for name, constant in constants.items()}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name in POINTERS}
-    aligned.pop((names.index("scale"),))
-    return triton.compile(
-        GluonASTSource(kernel, signature, fixed, aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4, "maxnreg": module.ENTRY_REGISTERS},
-    )
+    return built(kernel, constants, descriptors, module.ENTRY_REGISTERS)
 
 
 def forward(width, value):
@@ -71,7 +84,7 @@ def forward(width, value):
         "v": descriptor(128, value),
     }
     heads = {"HEADS": 16, "D_1": d_1, "D_2": d_2, "V": value}
-    return built(gluon_attention._forward, heads | sizes, described, gluon_attention)
+    return attention(gluon_attention._forward, heads | sizes, described, gluon_attention)
 
 
 def backward(kernel, width, value):
@@ -84,7 +97,7 @@ def backward(kernel, width, value):
     described |= {name: descriptor(block, d_2 or d_1) for name in ("q_2", "k_2")}
     described |= {name: descriptor(block, value) for name in ("dout", "v")}
     module = gluon_attention_backward
-    return built(getattr(module, kernel), constants, described, module)
+    return attention(getattr(module, kernel), constants, described, module)
 
 
 def tool(kernel, option, folder):
@@ -138,3 +151,16 @@ def test_gradients_of_attention_keep_their_products_in_flight(name, dims, tmp_pa
     products = re.findall(r"HGMMA.*", text)
     # Only the last product of a group is one to wait for: the assembler did not run them one by one.
     assert 0 < sum("gsb0" in product for product in products) < len(products) / 2
+
+
+@pytest.mark.parametrize("rows", gluon_mla.FORMS)
+def test_mla_decode_multiplies_pages_as_tall_operands_and_keeps_products_in_flight(rows, tmp_path):
+    ring, registers = gluon_mla.FORMS[rows]
+    constants = {"ROWS": rows, "RING": ring, "REGISTERS": registers, "LEAST": 2, "MANY": 256}
+    described = {"cache": descriptor(64, 64)}
+    kernel = built(gluon_mla._decode, constants, described, gluon_mla.ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    assert text.count("UTMALDG") == 9
+    assert text.count(f"HGMMA.64x{rows}x16") == (9 + 8) * 4  # in steps of 16 dims, or tokens
+    assert text.count("WARPGROUP.DEPBAR") == 2  # one for scores, one for outputs: nothing waits in between

@@ -321,6 +321,16 @@ MEMORY_BOUND = [
     ),
     ("triton_moe", "_zero_rows", {"ROWS": 32, "WIDTH": 128}, 4, {}),
     ("triton_mla", "_combine", {"C": 512, "C_PAD": 512, "SPLITS": 8}, 4, {"part_ptr": "*fp32"}),
+    *(
+        (
+            "gluon_mla",
+            "_combine",
+            {"ROWS": 16, "LEAST": 2, "MANY": 256, "MOST": 256, "PARTS": parts, "COLUMNS": columns},
+            4,
+            {"most_ptr": "*fp32", "total_ptr": "*fp32"},
+        )
+        for parts, columns in ((32, 128), (8, 512))
+    ),
     ("triton_mla", "_copy", {"CHUNK": 4096}, 4, {}),
     *(
         (

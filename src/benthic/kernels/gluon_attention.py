@@ -9,8 +9,7 @@ section 3.2):
     S_i = Q K_i^T  and  O += P_(i-1) V_(i-1)  run  while  P_i = 2^(S_i - m)  waits for the first of them alone
 
 Weights P stay in registers, as the left operand of the second product. A head of 192 dims is two products,
-128 + 64. The mathematics is that of `triton_attention`;
-the backward pass is `gluon_attention_backward`.
+128 + 64. The mathematics is that of `triton_attention`; the backward pass is `gluon_attention_backward`.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Case(NamedTuple):
         equal: every sequence of a pack has the same length, for ops to which that matters.
         grad: autograd records the call, so a gradient may be asked for.
         mixed: the operands have several dtypes, for ops to which that matters.
-        few: there are few rows for each weight, for ops to which that matters.
+        few: there are few rows for each weight, or for each cached token, for ops to which that matters.
         layout: how weights or pages lie in memory, for ops to which that matters: "columns" when outputs lie
             side by side (stride 1 in the outputs' dim), "strided" when pages have gaps, else "rows".
     """
@@ -160,6 +160,15 @@ def triton_refusal(device: str) -> str | None:
         if triton_interprets()
         else f"Triton kernels run on cuda, not {device} (or in Triton's interpreter)"
     )
+
+
+@functools.cache
+def hopper_refusal() -> str | None:
+    """Why wgmma cannot run on the GPU here; None on Hopper, and where there is no GPU to ask."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return None if major == 9 else f"needs Hopper (sm_90), and this GPU is sm_{major}{minor}"
 
 
 @functools.cache

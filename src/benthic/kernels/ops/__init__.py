@@ -241,7 +241,7 @@ def _variants(op: Op, plain: Case) -> list[tuple[str, Case]]:
         variants.append(("equal lengths", plain._replace(equal=True)))
     if op is GROUPED_LINEAR:
         variants.append(("weights in columns", plain._replace(layout="columns")))
-    if op in (GROUPED_LINEAR, FP8_LINEAR, GROUPED_FP8_LINEAR):
+    if op in (MLA_DECODE, GROUPED_LINEAR, FP8_LINEAR, GROUPED_FP8_LINEAR):
         variants.append(("few rows", plain._replace(few=True)))
     if op.trains:
         variants.append(("training", plain._replace(grad=True)))

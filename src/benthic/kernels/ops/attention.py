@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -14,6 +13,7 @@ from benthic.kernels.table import (
     Op,
     Verdict,
     device_type,
+    hopper_refusal,
     no,
     on,
     reference,
@@ -46,7 +46,7 @@ def _gluon(case: Case) -> Verdict:
     """Our fastest forward pass; with gradients cuDNN is ahead where it runs (docs/adr/0023)."""
     if case.device != "cuda" or case.dtype not in (torch.bfloat16, torch.float16):
         return no(f"runs on cuda in bfloat16 and float16, not on {case.device} in {case.dtype}")
-    refusal = triton_refusal("cuda") or _other_than_hopper()
+    refusal = triton_refusal("cuda") or hopper_refusal()
     if refusal is not None:
         return no(refusal)
     if case.dims[:2] not in ((64, 64), (128, 128), (192, 128)):
@@ -54,15 +54,6 @@ def _gluon(case: Case) -> Verdict:
     if case.equal and case.grad:
         return no("cuDNN's gradients are faster for equal lengths")
     return yes("our flash attention for Hopper: loads and products of their own warps; any lengths")
-
-
-@functools.cache
-def _other_than_hopper() -> str | None:
-    """Why wgmma cannot run on the GPU here; None on Hopper, and where there is no GPU to ask."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return None if major == 9 else f"needs Hopper (sm_90), and this GPU is sm_{major}{minor}"
 
 
 def _cudnn(case: Case) -> Verdict:

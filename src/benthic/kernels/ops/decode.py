@@ -12,18 +12,42 @@ from benthic.kernels.table import (
     Case,
     Implementation,
     Op,
+    Verdict,
     device_type,
+    hopper_refusal,
     inference_only,
     laid_out,
+    no,
     on,
     one_dtype,
     reference,
+    triton_refusal,
     triton_runs,
+    yes,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+FEW_ROWS = 32
+"""Query-head pairs of a sequence up to which pages are the tall operand; more are so themselves."""
+
+
+def _gluon(case: Case) -> Verdict:
+    """Few rows a sequence, where reading pages is all that matters; not yet timed (docs/adr/0024)."""
+    if case.device != "cuda" or case.dtype not in (torch.bfloat16, torch.float16):
+        return no(f"runs on cuda in bfloat16 and float16, not on {case.device} in {case.dtype}")
+    refusal = triton_refusal("cuda") or hopper_refusal()
+    if refusal is not None:
+        return no(refusal)
+    if case.dims != (512, 64, 64):
+        return no(f"takes latents of 512 dims, rotary keys of 64 and pages of 64 tokens, not {case.dims}")
+    if not case.few:
+        return no(f"takes at most {FEW_ROWS} query-head pairs a sequence")
+    return yes("our paged kernel for Hopper: a warp loads pages, all multiprocessors read equally many")
+
+
+_GLUON = inference_only(one_dtype(laid_out("rows", _gluon)))
 _NATIVE = inference_only(
     one_dtype(laid_out("rows", native_runs("one sequence a thread, pages read in place")))
 )
@@ -58,9 +82,10 @@ MLA_DECODE = Op(
         Implementation("native", _NATIVE, "benthic.kernels.native_ops:mla_decode"),
         Implementation("torch", _TORCH, "benthic.kernels.torch_attention:mla_decode"),
         Implementation("triton", _TRITON_DECODE, "benthic.kernels.triton_mla:mla_decode"),
+        Implementation("gluon", _GLUON, "benthic.kernels.gluon_mla:mla_decode"),
         reference("benthic.kernels.reference.attention:mla_decode"),
     ),
-    typical_dims=(512, 64),
+    typical_dims=(512, 64, 64),
     trains=False,
 )
 STORE_LATENT = Op(
@@ -113,10 +138,11 @@ def mla_decode(
     case = Case(
         device_type(cache_PBW),
         dtype,
-        (q_latent_SQHC.shape[3], q_rope_SQHr.shape[3]),
+        (q_latent_SQHC.shape[3], q_rope_SQHr.shape[3], cache_PBW.shape[1]),
         grad=torch.is_grad_enabled()
         and (q_latent_SQHC.requires_grad or q_rope_SQHr.requires_grad or cache_PBW.requires_grad),
         mixed=q_latent_SQHC.dtype is not dtype or q_rope_SQHr.dtype is not dtype,
+        few=q_latent_SQHC.shape[1] * q_latent_SQHC.shape[2] <= FEW_ROWS,
         layout="rows" if cache_PBW.is_contiguous() else "strided",
     )
     out: Tensor = MLA_DECODE.choose(case, impl)(

@@ -1,0 +1,359 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Paged absorbed MLA decode for Hopper in Gluon: pages are the tall operand, loads have a warp of their own.
+
+A page holds 64 tokens of 512 + 64 dims and a sequence has few query-head pairs (rows), so both products are
+turned round. Nothing is padded to 64 rows, and the latent is read once, as keys and as values:
+
+    S^T = K Q^T  (64 tokens x rows)  and  O^T = V^T P^T  (512 dims x rows)
+
+Shared memory is a ring of pieces of 64 tokens x 64 dims, nine a page. One warp fills it by TMA, four warps
+compute scores and weights, four others outputs, at most two pages later. All pages of all sequences are cut
+into equal shares, one a multiprocessor, so a program may meet the end of one sequence and the beginning of
+others; it finds its share from the contexts, which lie on the device. Of each sequence it leaves a part, at
+`program + sequence` among all: the greatest score m, total = sum 2^(score - m) and sum 2^(score - m) value.
+A second kernel brings a sequence's parts to one greatest score.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from benthic.kernels.gluon_tiles import DTYPES, LOG2E, load, meet, new_bars
+
+PAGE = gl.constexpr(64)
+PIECES = gl.constexpr(9)
+"""Of 64 dims in a page: eight of the latent, one of the rotary key."""
+VALUES = gl.constexpr(8)
+LATENT = gl.constexpr(512)
+TURNS = gl.constexpr(4)
+"""Barriers of each kind; no more than three pages are in the ring, in whole or in part."""
+AHEAD = gl.constexpr(2)
+"""Pages of weights that scores may be before outputs."""
+FORMS = {16: (25, 168), 32: (22, 216)}
+"""For up to so many rows: pieces in the ring (227 KiB in all), registers of a thread that sums values."""
+ENTRY_REGISTERS = 168
+"""Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
+LEAST_PAGES = 2
+"""Of a program: parts of single pages would cost more to combine than they save."""
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _share(context_ptr, sequences, LEAST: gl.constexpr, MANY: gl.constexpr):
+    """This program's pages: the sequence and page where they begin, and their number."""
+    layout: gl.constexpr = gl.BlockedLayout([MANY // 128], [32], [4], [0])
+    index = gl.arange(0, MANY, layout=layout)
+    context = gl.load(context_ptr + index, mask=index < sequences, other=0)
+    pages = (context + PAGE - 1) // PAGE
+    end = gl.associative_scan(pages, 0, _add)
+    total = gl.sum(pages, axis=0)
+    share = gl.maximum((total + gl.num_programs(0) - 1) // gl.num_programs(0), LEAST)
+    first = gl.program_id(0) * share
+    sequence = gl.sum((end <= first).to(gl.int32), axis=0)
+    page = first - gl.max(gl.where(end <= first, end, 0), axis=0)
+    return sequence, page, gl.minimum(share, total - first)
+
+
+@gluon.jit
+def _pages(context_ptr, sequence, page, left):
+    """Context of a sequence, and how many of its pages from `page` on belong to a share of `left`."""
+    context = gl.load(context_ptr + sequence)
+    return context, gl.minimum((context + PAGE - 1) // PAGE - page, left)
+
+
+@gluon.jit
+def _slot(base, piece: gl.constexpr, RING: gl.constexpr):
+    """Where in the ring a piece of the page at `base` lies."""
+    at = base + piece
+    return gl.where(at >= RING, at - RING, at)
+
+
+@gluon.jit
+def _wait_until_used(empty, number):
+    """Until nothing reads the page of that number any more; there is none before 0."""
+    mbarrier.wait(empty.index(number % TURNS), (number // TURNS) & 1, pred=number >= 0)
+
+
+@gluon.jit
+def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING: gl.constexpr):
+    """Load the pages of a share, one after another, as places come free.
+
+    The first pieces of a page take the places of the page three before, the last ones those of the page two
+    before.
+    """
+    full, _weighed, empty = bars
+    sequence, page, left = share
+    number, base = 0, 0
+    while left > 0:
+        _context, pages = _pages(context_ptr, sequence, page, left)
+        row_ptr = table_ptr + sequence.to(gl.int64) * stride_table + page
+        coming = gl.load(row_ptr, mask=pages > 0, other=0)
+        for i in range(pages):
+            token = coming * PAGE
+            coming = gl.load(row_ptr + i + 1, mask=i + 1 < pages, other=0)
+            bar = full.index(number % TURNS)
+            _wait_until_used(empty, number - 3)
+            mbarrier.expect(bar, PIECES * cache.block_type.nbytes)
+            for piece in gl.static_range(PIECES):
+                if piece == RING - 2 * PIECES:
+                    _wait_until_used(empty, number - 2)
+                load(cache, [token, piece * 64], bar, ring.index(_slot(base, piece, RING)))
+            number += 1
+            base = _slot(base, PIECES, RING)
+        sequence, page, left = sequence + 1, 0, left - pages
+
+
+@gluon.jit
+def _load_queries(
+    queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, rows, heads, ROWS: gl.constexpr
+):  # fmt: skip
+    """The rows of a sequence to shared memory, zeros behind the last."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    dim = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    kept = (row < rows)[:, None]
+    query, head, sequence = row // heads, row % heads, sequence.to(gl.int64)
+    by_sequence, by_query, by_head = latent_strides
+    latent_ptr += sequence * by_sequence + (query * by_query + head * by_head)[:, None] + dim[None, :]
+    by_sequence, by_query, by_head = rope_strides
+    rope_ptr += sequence * by_sequence + (query * by_query + head * by_head)[:, None] + dim[None, :]
+    queries.index(VALUES).store(gl.load(rope_ptr, mask=kept, other=0.0))
+    for piece in gl.static_range(VALUES):
+        queries.index(piece).store(gl.load(latent_ptr + piece * 64, mask=kept, other=0.0))
+    fence_async_shared()
+    meet()
+
+
+@gluon.jit
+def _clear_foreign_tokens(ring, base, tokens, RING: gl.constexpr):
+    """Zero what a page holds behind the context: weights there are 0, but 0 times NaN is not."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, PAGE, layout=gl.SliceLayout(1, layout))
+    for piece in gl.static_range(VALUES):
+        place = ring.index(_slot(base, piece, RING))
+        value = place.load(layout)
+        place.store(gl.where((row < tokens)[:, None], value, gl.zeros_like(value)))
+    fence_async_shared()
+    meet()
+
+
+@gluon.jit
+def _weights(s, m, total, visible, scale, SCORES: gl.constexpr):
+    """Powers of a page of scores, the new greatest score a row, sums of powers, and what old sums are worth.
+
+    Sums are kept apart for each place in the tile, and added up at the end. A row that has seen no token
+    keeps m = -inf; 0 is subtracted there, so that its weights are 2^-inf = 0.
+    """
+    token = gl.arange(0, PAGE, layout=gl.SliceLayout(1, SCORES))
+    s = gl.where(token[:, None] < visible[None, :], s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, axis=0))
+    shift = gl.where(m_new == float("-inf"), 0.0, m_new * scale)
+    p = gl.exp2(s * scale - shift[None, :])
+    alpha = gl.exp2(m * scale - shift)
+    return p, m_new, total * alpha[None, :] + p, alpha
+
+
+@gluon.jit
+def _score(
+    latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, latent_strides, rope_strides,
+    rows, heads, scale, ring, queries, weights, alphas, bars, share,
+    ROWS: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Scores and weights of a share, page after page, at most `AHEAD` pages before their outputs."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    full, weighed, empty = bars
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES))
+    zero = gl.zeros([PAGE, ROWS], gl.float32, layout=SCORES)
+    sequence, page, left = share
+    number, base = 0, 0
+    while left > 0:
+        context, pages = _pages(context_ptr, sequence, page, left)
+        _load_queries(
+            queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, rows, heads, ROWS
+        )
+        last_seen = context - (rows - 1 - row) // heads  # tokens that each row sees
+        m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, SCORES))
+        total = zero
+        for i in range(pages):
+            first = (page + i) * PAGE
+            mbarrier.wait(full.index(number % TURNS), (number // TURNS) & 1)
+            if first + PAGE > context:
+                _clear_foreign_tokens(ring, base, context - first, RING)
+            s = zero
+            for piece in gl.static_range(PIECES):
+                keys = ring.index(_slot(base, piece, RING))
+                query = queries.index(piece).permute((1, 0))
+                s = warpgroup_mma(keys, query, s, use_acc=piece > 0, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            p, m, total, alpha = _weights(s, m, total, last_seen - first, scale, SCORES)
+            _wait_until_used(empty, number - AHEAD)
+            weights.index(number % AHEAD).store(p.to(weights.dtype))
+            alphas.index(number % AHEAD).store(alpha)
+            fence_async_shared()
+            meet()
+            mbarrier.arrive(weighed.index(number % TURNS), count=1)
+            number += 1
+            base = _slot(base, PIECES, RING)
+        place = (sequence + gl.program_id(0)) * ROWS + row
+        gl.store(most_ptr + place, m * scale)
+        gl.store(total_ptr + place, gl.sum(total, axis=0))
+        sequence, page, left = sequence + 1, 0, left - pages
+
+
+@gluon.jit
+def _values(ring, base, piece: gl.constexpr, RING: gl.constexpr):
+    """A piece of a page turned round: 64 dims x 64 tokens."""
+    return ring.index(_slot(base, piece, RING)).permute((1, 0))
+
+
+@gluon.jit
+def _sum_values(
+    context_ptr, part_ptr, ring, weights, alphas, bars, share,
+    ROWS: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Outputs of a share, page after page, as weights come."""
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    _full, weighed, empty = bars
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OUT))
+    dim = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+    zero = gl.zeros([64, ROWS], gl.float32, layout=OUT)
+    sequence, page, left = share
+    number, base = 0, 0
+    while left > 0:
+        _context, pages = _pages(context_ptr, sequence, page, left)
+        acc = [zero for _ in (0, 1, 2, 3, 4, 5, 6, 7)]
+        for _i in range(pages):
+            mbarrier.wait(weighed.index(number % TURNS), (number // TURNS) & 1)
+            alpha = alphas.index(number % AHEAD).load(gl.SliceLayout(0, OUT))
+            acc = [x * alpha[None, :] for x in acc]
+            weight = weights.index(number % AHEAD)
+            acc = [
+                warpgroup_mma(_values(ring, base, piece, RING), weight, acc[piece], is_async=True)
+                for piece in (0, 1, 2, 3, 4, 5, 6, 7)
+            ]
+            acc = warpgroup_mma_wait(0, deps=acc)
+            mbarrier.arrive(empty.index(number % TURNS), count=1)
+            number += 1
+            base = _slot(base, PIECES, RING)
+        place = ((sequence + gl.program_id(0)) * ROWS + row) * LATENT
+        for piece in gl.static_range(VALUES):
+            gl.store(part_ptr + place[None, :] + (piece * 64 + dim)[:, None], acc[piece])
+        sequence, page, left = sequence + 1, 0, left - pages
+
+
+@gluon.jit(do_not_specialize=["sequences"])
+def _decode(
+    cache, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, most_ptr, total_ptr,
+    stride_qs, stride_qq, stride_qh, stride_rs, stride_rq, stride_rh, stride_table,
+    sequences, rows, heads, scale,
+    ROWS: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
+):  # fmt: skip
+    """One program a multiprocessor: its share of all pages."""
+    share = _share(context_ptr, sequences, LEAST, MANY)
+    dtype: gl.constexpr = cache.dtype
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], dtype)
+    weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, ROWS], dtype)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ring = gl.allocate_shared_memory(dtype, [RING, PAGE, 64], cache.layout)
+    queries = gl.allocate_shared_memory(dtype, [PIECES, ROWS, 64], rows_layout)
+    weights = gl.allocate_shared_memory(dtype, [AHEAD, PAGE, ROWS], weights_layout)
+    alphas = gl.allocate_shared_memory(gl.float32, [AHEAD, ROWS], plain)
+    bars = (new_bars(TURNS, 1), new_bars(TURNS, 1), new_bars(TURNS, 1))
+    fence_async_shared()
+    gl.warp_specialize([
+        (_score, (
+            latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, (stride_qs, stride_qq, stride_qh),
+            (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, alphas,
+            bars, share, ROWS, RING,
+        )),
+        (_sum_values, (context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING)),
+        (_produce, (cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING)),
+    ], [4, 1], [REGISTERS, 24])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["sequences", "programs"])
+def _combine(
+    part_ptr, most_ptr, total_ptr, out_ptr, context_ptr, sequences, rows, programs,
+    ROWS: tl.constexpr, LEAST: tl.constexpr, MANY: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one row: bring the parts of its sequence to one greatest score, add up and divide."""
+    sequence, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    index, dim = tl.arange(0, MANY), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    pages = (tl.load(context_ptr + index, mask=index < sequences, other=0) + 63) // 64
+    share = tl.maximum(tl.cdiv(tl.sum(pages, axis=0), programs), LEAST)
+    first = tl.sum(tl.where(index < sequence, pages, 0), axis=0)
+    own = tl.sum(tl.where(index == sequence, pages, 0), axis=0)
+    parts = tl.where(own > 0, (first + own - 1) // share - first // share + 1, 0)
+    base = ((sequence + first // share) * ROWS + row).to(tl.int64)
+    every = tl.arange(0, MOST)
+    m = tl.load(most_ptr + base + every * ROWS, mask=every < parts, other=float("-inf"))
+    most = tl.max(m, axis=0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.load(total_ptr + base + every * ROWS, mask=every < parts, other=0.0)
+    total = tl.sum(tl.exp2(m - most) * total, axis=0)
+    acc = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, parts, PARTS):
+        some = start + tl.arange(0, PARTS)
+        weight = tl.load(most_ptr + base + some * ROWS, mask=some < parts, other=float("-inf"))
+        at = (base + some * ROWS)[:, None] * 512 + dim[None, :]
+        value = tl.load(part_ptr + at, mask=(some < parts)[:, None], other=0.0)
+        acc += tl.sum(tl.exp2(weight - most)[:, None] * value, axis=0)
+    out = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * 512 + dim, out.to(out_ptr.dtype.element_ty))
+
+
+def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale):
+    """See `benthic.kernels.ops.mla_decode`; launches follow from shapes, so a CUDA graph can hold them."""
+    q_latent_SQHC, q_rope_SQHr = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent_SQHC, q_rope_SQHr)
+    )
+    sequences, queries, heads, latent = q_latent_SQHC.shape
+    device, rows = cache_PBW.device, queries * heads
+    out = torch.empty(q_latent_SQHC.shape, dtype=q_latent_SQHC.dtype, device=device)
+    pages = sequences * block_table_SP.shape[1]
+    if out.numel() == 0 or pages == 0:
+        return out.zero_()
+    padded = 16 if rows <= 16 else 32
+    ring, registers = FORMS[padded]
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = min(multiprocessors, triton.cdiv(pages, LEAST_PAGES))
+    parts, many = (programs + sequences) * padded, max(128, triton.next_power_of_2(sequences))
+    part = torch.empty(parts, latent, dtype=torch.float32, device=device)
+    most, total = torch.empty(2, parts, dtype=torch.float32, device=device)
+    _decode[(programs,)](
+        _pieces(cache_PBW), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, most, total,
+        *q_latent_SQHC.stride()[:3], *q_rope_SQHr.stride()[:3], block_table_SP.stride(0),
+        sequences, rows, heads, scale,
+        ROWS=padded, RING=ring, REGISTERS=registers, LEAST=LEAST_PAGES, MANY=many,
+        num_warps=4, maxnreg=ENTRY_REGISTERS,
+    )  # fmt: skip
+    tile, columns = (32, 128) if sequences <= 16 else (8, 512)
+    _combine[(sequences * rows, latent // columns)](
+        part, most, total, out, context_S, sequences, rows, programs,
+        ROWS=padded, LEAST=LEAST_PAGES, MANY=many, MOST=triton.next_power_of_2(programs), PARTS=tile,
+        COLUMNS=columns,
+    )  # fmt: skip
+    return out
+
+
+def _pieces(cache_PBW):
+    """A descriptor of blocks of a page's tokens by 64 dims."""
+    layout = gl.NVMMASharedLayout.get_default_for([64, 64], DTYPES[cache_PBW.dtype])
+    rows_TW = cache_PBW.flatten(0, 1)
+    return TensorDescriptor(rows_TW, list(rows_TW.shape), list(rows_TW.stride()), [64, 64], layout)
