@@ -57,3 +57,10 @@ def test_readme_shows_the_two_set_up_commands_first() -> None:
     first = re.findall(r"^ {4}(\S.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)[:3]
     assert any(c.startswith("make demo") for c in first)
     assert any(c.startswith("make test") for c in first)
+
+
+def test_every_benchmark_and_every_result_is_in_the_table_and_every_row_exists() -> None:
+    folder = ROOT / "benchmarks"
+    named = set(re.findall(r"`([a-z0-9_]+\.(?:py|json))`", (folder / "README.md").read_text()))
+    there = {path.name for path in (*folder.glob("*.py"), *(folder / "results").glob("*.json"))}
+    assert named == there, f"not in the table: {sorted(there - named)}; not there: {sorted(named - there)}"
