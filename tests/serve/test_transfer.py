@@ -407,6 +407,6 @@ def test_pages_of_another_size_or_of_a_process_that_is_gone_are_refused() -> Non
 def test_without_nixl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "nixl", None)
+    monkeypatch.setitem(sys.modules, "nixl._api", None)
     with pytest.raises(TransferError, match="Install nixl"):
         nixl.NixlPages(torch.zeros(2, 3, 4, 5))

@@ -1,7 +1,7 @@
 """Pages on another host: NIXL reads them over RDMA, or over TCP where there is none.
 
-NIXL is optional (`pip install nixl`). Its agent of the owner registers the pages; the reader's agent issues
-one read of all the pieces of a transfer, a piece being one block of one layer.
+NIXL is optional (`pip install nixl`). Its agent of the owner registers the pages. A reader describes all
+pieces of both sides once, a piece being one block of one layer; a transfer is one read of some by number.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from benthic.errors import TransferError
 from benthic.serve.transfer.handshake import Region
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -55,6 +56,8 @@ class NixlPages:
             config = api.nixl_agent_config(backends=["UCX"])
             self.agent = api.nixl_agent(f"benthic-{uuid.uuid4().hex}", config)
             self.agent.register_memory(pages_LPBW.flatten(1))
+            own = self.pieces(pages_LPBW.data_ptr(), pages_LPBW.shape[1], self.device_id)
+            self.described = self.agent.prep_xfer_dlist("NIXL_INIT_AGENT", own, mem_type=self.memory)
 
     @property
     def memory(self) -> str:
@@ -65,6 +68,15 @@ class NixlPages:
     def device_id(self) -> int:
         """The GPU's index; 0 on a CPU."""
         return self.pages_LPBW.device.index or 0
+
+    def pieces(self, address: int, num_blocks: int, device_id: int) -> np.ndarray[Any, Any]:
+        """Address, bytes and device of every piece of pages like these, uint64 [layers * blocks, 3]."""
+        layers, _, block_size, width = self.pages_LPBW.shape
+        size = block_size * width * self.pages_LPBW.element_size()
+        found = np.empty((layers * num_blocks, 3), dtype=np.uint64)
+        found[:, 0] = address + size * np.arange(layers * num_blocks, dtype=np.uint64)
+        found[:, 1:] = size, device_id
+        return found
 
     def region(self) -> Region:
         """What a reader needs."""
@@ -126,14 +138,20 @@ class Read:
 
 
 class NixlSource:
-    """Reads the pages of an instance on another host."""
+    """Reads the pages of an instance on another host.
+
+    Raises:
+        TransferError: NIXL refuses the other agent or its pages.
+    """
 
     def __init__(self, region: Region, mine: NixlPages) -> None:
         self._mine = mine
-        self._handle = msgspec.msgpack.decode(region.handle, type=Handle)
         self._num_blocks = region.num_blocks
+        handle = msgspec.msgpack.decode(region.handle, type=Handle)
         with refused("the other instance's agent"):
-            self._peer = mine.agent.add_remote_agent(self._handle.metadata)
+            peer = mine.agent.add_remote_agent(handle.metadata)
+            theirs = mine.pieces(handle.address, region.num_blocks, handle.device_id)
+            self._described = mine.agent.prep_xfer_dlist(peer, theirs, mem_type=handle.memory)
 
     def start(self, remote_blocks: Sequence[int], local_blocks: Sequence[int]) -> Read:
         """Copy blocks, all layers of them; nothing waits.
@@ -142,27 +160,15 @@ class NixlSource:
             TransferError: NIXL refuses the read.
         """
         mine, agent = self._mine, self._mine.agent
-        near = self._pieces(
-            mine.pages_LPBW.data_ptr(), mine.pages_LPBW.shape[1], local_blocks, mine.device_id
-        )
-        far = self._pieces(self._handle.address, self._num_blocks, remote_blocks, self._handle.device_id)
-        with refused(f"a read of {len(near)} pieces"):
-            transfer = agent.initialize_xfer(
-                "READ",
-                agent.get_xfer_descs(near, mem_type=mine.memory),
-                agent.get_xfer_descs(far, mem_type=self._handle.memory),
-                self._peer,
-                b"",
-            )
+        near = self._numbers(local_blocks, mine.pages_LPBW.shape[1])
+        far = self._numbers(remote_blocks, self._num_blocks)
+        with refused(f"a read of {near.size} pieces"):
+            transfer = agent.make_prepped_xfer("READ", mine.described, near, self._described, far)
         return Read(agent, transfer)
 
-    def _pieces(
-        self, address: int, num_blocks: int, blocks: Iterable[int], device_id: int
-    ) -> list[tuple[int, int, int]]:
-        layers, _, block_size, width = self._mine.pages_LPBW.shape
-        size = block_size * width * self._mine.pages_LPBW.element_size()
-        rows = [(layer * num_blocks + block) for block in blocks for layer in range(layers)]
-        return [(address + row * size, size, device_id) for row in rows]
+    def _numbers(self, blocks: Sequence[int], num_blocks: int) -> np.ndarray[Any, Any]:
+        layers = np.arange(self._mine.pages_LPBW.shape[0])[:, None]
+        return (layers * num_blocks + np.asarray(blocks)).ravel().astype(np.int32)
 
 
 @contextlib.contextmanager
