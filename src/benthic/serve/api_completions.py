@@ -100,10 +100,7 @@ class CompletionJob:
                 choice = self._choice(piece)
                 if says_nothing(piece) and not choice.text:
                     continue
-                chunk = self._wrap([choice])
-                if not continuous:
-                    chunk.usage = None
-                yield chunk.model_dump_json().encode()
+                yield self._wrap([choice], usage=continuous).model_dump_json().encode()
         if include_usage:
             yield self._wrap([]).model_dump_json().encode()
 
@@ -207,13 +204,13 @@ class CompletionJob:
         skip = self._body.skip_special_tokens is not False
         return self._service.tokenizer.decode(prompt.ids, skip_special_tokens=skip)
 
-    def _wrap(self, choices: list[CompletionChoice]) -> Completion:
+    def _wrap(self, choices: list[CompletionChoice], *, usage: bool = True) -> Completion:
         return Completion(
             id=self._id,
             created=self._created,
             model=self._service.model_name,
             choices=choices,
-            usage=self._tally.usage(),
+            usage=self._tally.usage() if usage else None,
         )
 
 
