@@ -113,7 +113,7 @@ def test_charts_and_the_timeline_show_what_was_asked(page: Browser, served: Runn
     page.press("Escape")
     page.run("document.getElementById('tab-requests').focus()")
     page.press("ArrowLeft")
-    assert page.run("document.querySelector('[aria-selected=true]').id") == "tab-live"
+    page.wait("document.querySelector('[aria-selected=true]').id === 'tab-live'")
     page.wait("document.querySelector('.chart b').textContent.includes('ms')")
     assert page.run("document.querySelectorAll('.chart').length") == 8
     blanks = page.run("[...document.querySelectorAll('.blank')].map((each) => each.textContent)")
