@@ -9,7 +9,11 @@ import httpx
 import pytest
 from running import fake_server
 
+from benthic.serve import api_errors
+from benthic.serve.api_errors import ApiError
+from benthic.serve.messages import Delta
 from benthic.serve.rate_limit import Buckets
+from benthic.serve.streams import EngineStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,26 +113,31 @@ def test_embeddings_are_refused_in_words(slow: Running) -> None:
     assert "computes no embeddings" in answer.json()["error"]["message"]
 
 
-def test_time_that_is_over_closes_what_is_waited_for() -> None:
-    from benthic.serve.api_errors import ApiError
-    from benthic.serve.deadline import until_deadline
+def test_a_stream_whose_time_is_over_gives_what_came_and_then_aborts_the_rest() -> None:
+    aborted = []
 
-    closed = []
+    class Client:
+        def abort(self, request_id: str) -> None:
+            aborted.append(request_id)
 
-    async def items():
-        try:
-            yield 1
-            await asyncio.sleep(60)
-        finally:
-            closed.append(True)
+    async def late(read: list[str]) -> None:
+        async with EngineStream(Client(), ["a", "b"]) as stream:
+            stream.limit(0.05, api_errors.late(0.05))
+            stream.put(Delta(request_id="a", tokens=(1,), finish_reason="stop"))
+            async for delta in stream:
+                read += [delta.request_id]
 
-    async def scenario() -> list[int]:
-        loop = asyncio.get_running_loop()
-        timely = until_deadline(items(), arrival_s=loop.time(), timeout_s=0.05, clock=loop.time)
-        first = await anext(timely)
-        with pytest.raises(ApiError, match=r"within 0\.05 s"):
-            await anext(timely)
-        return [first]
+    async def in_time() -> list[str]:
+        async with EngineStream(Client(), ["c"]) as stream:
+            stream.limit(0.01, api_errors.late(0.01))
+            stream.put(Delta(request_id="c", tokens=(1,), finish_reason="stop"))
+            read = [delta.request_id async for delta in stream]
+        await asyncio.sleep(0.03)
+        return read
 
-    assert asyncio.run(scenario()) == [1]
-    assert closed == [True]
+    read: list[str] = []
+    with pytest.raises(ApiError, match=r"within 0\.05 s"):
+        asyncio.run(late(read))
+    assert read == ["a"]
+    assert asyncio.run(in_time()) == ["c"]
+    assert aborted == ["b"]

@@ -89,6 +89,12 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None) 
     return ApiError(400, message, param=param, code=code)
 
 
+def late(timeout_s: float) -> ApiError:
+    """408: the time of a request is over."""
+    msg = f"the answer was not complete within {timeout_s:g} s of the request's arrival (timeout_s)"
+    return ApiError(408, msg, param="timeout_s", code="deadline_exceeded")
+
+
 def overloaded(message: str) -> ApiError:
     """503: right request, wrong moment."""
     return ApiError(503, message, code="overloaded", retry_after_s=RETRY_AFTER_S)

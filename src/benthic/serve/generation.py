@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benthic.errors import AdmissionError, EngineDeadError, ServeError
+from benthic.serve import api_errors
 from benthic.serve.detokenize import Detokenizer, StopMatcher, StopRule
 
 if TYPE_CHECKING:
@@ -170,13 +171,16 @@ class Generation:
         self._arrival_s = arrival_s
         self._clock = clock
 
-    async def pieces(self) -> AsyncGenerator[Piece]:
+    async def pieces(self, timeout_s: float | None = None) -> AsyncGenerator[Piece]:
         """Pieces of every choice as they come; closing the iterator early aborts what is unfinished.
+
+        `timeout_s` seconds from the request's arrival are the most that it may take; None sets no limit.
 
         Raises:
             AdmissionError: the engine refuses one of the sequences.
             EngineDeadError: the engine ended.
             ServeError: the engine failed at one of the sequences.
+            ApiError: 408 when the time is over.
         """
         outcome: FinishReason = "abort"
         requests = [text.asked.request for text in self._texts.values()]
@@ -187,6 +191,9 @@ class Generation:
             )
         try:
             async with self._client.open(requests) as stream:
+                if timeout_s is not None:
+                    left_s = self._arrival_s + timeout_s - self._clock()
+                    stream.limit(left_s, api_errors.late(timeout_s))
                 async for delta in stream:
                     if delta.finish_reason in ("error", "abort"):
                         outcome = "error"

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from benthic.serve import api_errors
-from benthic.serve.deadline import until_deadline
 from benthic.serve.generation import Asked, Generation, Piece
 from benthic.serve.protocol_responses import PromptTokensDetails, Usage
 from benthic.serve.sampling_defaults import SamplingDefaults, check_ids
@@ -221,16 +220,10 @@ class Service:
             clock=self.clock,
         )
         try:
-            async with aclosing(generation.pieces()) as pieces:
-                limited = until_deadline(
-                    pieces,
-                    arrival_s=arrival_s,
-                    timeout_s=timeout_s or self.settings.request_timeout_s,
-                    clock=self.clock,
-                )
-                async with aclosing(limited) as timely:
-                    async for piece in timely:
-                        yield piece
+            limit_s = timeout_s or self.settings.request_timeout_s
+            async with aclosing(generation.pieces(limit_s)) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
             if self.settings.log_requests:
                 logger.info("%s: %s", first.request_id, generation.summary())

@@ -53,6 +53,7 @@ class EngineStream:
         self._items: deque[Delta | Exception] = deque()
         self._arrived = asyncio.Event()
         self._take: Callable[[Delta], None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -107,8 +108,14 @@ class EngineStream:
             self._client.abort(request_id)
             self._arrived.set()
 
+    def limit(self, seconds: float, error: Exception) -> None:
+        """Fail with `error` when the stream has not been closed `seconds` from now."""
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, seconds), self.fail, error)
+
     def close(self) -> None:
         """Abort whatever has not finished."""
+        if self._timer is not None:
+            self._timer.cancel()
         for request_id in tuple(self._open):
             self.abort(request_id)
 
