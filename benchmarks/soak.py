@@ -95,7 +95,7 @@ async def stream(
         async for line in answer.content:
             chunks += line.startswith(b"data:")
             last = line.strip() or last
-            if b'"error"' in line:
+            if line.startswith(b'data: {"error"'):
                 tally.broken.append(line.decode()[:200])
             if chunks == patience:
                 tally.left += 1
