@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     words = [str(args.checkpoint), "--served-model-name", "soak", "--num-threads", "1", "--block-size", "16"]
+    words += ["--num-blocks", "1024"]  # so few are all in memory before it is read for the first time
     quiet = ["--disable-log-requests", "--disable-uvicorn-access-log"]
     with serving([*words, *quiet], args.log) as server:
         row = asyncio.run(soak(server.url, family(server.process.pid), args))
