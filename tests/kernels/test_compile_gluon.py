@@ -66,6 +66,7 @@ def attention(kernel, constants, descriptors, module):
     """A causal kernel of attention."""
     constants = constants | {
         "GROUPS": 1,
+        "TOGETHER": 16,
         "CAUSAL": True,
         "STAGES": module.STAGES,
         "REGISTERS": module.CONSUMER_REGISTERS,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,8 +15,19 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
+HEADS_TOGETHER = 16
+"""Of how many heads the longest tiles start first; their keys and values should fit the L2 cache."""
+
 LOG2E = gl.constexpr(1.4426950408889634)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def place(HEADS: gl.constexpr, TOGETHER: gl.constexpr):
+    """Head, ordinal of the tile and sequence of a program: tiles in order, of `TOGETHER` heads each."""
+    PARTS: gl.constexpr = HEADS // TOGETHER
+    row = gl.program_id(2)
+    return row % PARTS * TOGETHER + gl.program_id(0), gl.program_id(1), row // PARTS
 
 
 @gluon.jit
@@ -74,6 +87,12 @@ def nothing(ptr, start, rows, tile, head, HEADS: gl.constexpr, D: gl.constexpr, 
         at = ((start + row).to(gl.int64)[:, None] * HEADS + head) * D + first + dim[None, :]
         zero = gl.zeros([BLOCK_M, 32], ptr.dtype.element_ty, layout=layout)
         gl.store(ptr + at, zero, mask=(row < rows)[:, None])
+
+
+def grid_of(tiles, heads, sequences):
+    """The grid that `place` reads, and its `TOGETHER`."""
+    together = math.gcd(heads, HEADS_TOGETHER)
+    return (together, tiles, heads // together * sequences), together
 
 
 def loadable(x_THd):
