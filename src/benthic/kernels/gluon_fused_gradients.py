@@ -4,8 +4,9 @@
 A program holds 128 keys of one head, 64 a group of warps, and walks over blocks of 64 queries, as in
 `gluon_key_gradients`. What a group starts before it waits (the dims of dQ are divided over both groups):
 
-    S_i^T = K Q_i^T,  dK += dS_(i-1)^T Q_(i-1),  dQ_(i-1) = dS_(i-1) K    then  P_i^T = 2^(S_i^T - lse)
-    dP_i^T = V dO_i^T,  dV += P_i^T dO_i        then  dQ_(i-1) is added,  dS_i^T = P_i^T (dP_i^T - delta)
+    S_i^T = K Q_i^T,  dK += dS_(i-1)^T Q_(i-1)
+    dP_i^T = V dO_i^T                                 then  P_i^T = 2^(S_i^T - lse)
+    dV += P_i^T dO_i,  dQ_(i-1) = dS_(i-1) K          then  dS_i^T = P_i^T (dP_i^T - delta)
 
 dS goes through shared memory, because dQ wants all 128 keys. Sums of dQ are float32, in the order in which a
 thread holds them, so that 32 lanes add 512 bytes in a row; `finish` puts them in their places. The order in
@@ -40,14 +41,13 @@ def _in_order_of_threads():
 
 
 @gluon.jit
-def _add(at, sums, pred):
-    """Add 64 by 64 sums to memory from `at` on, four a thread at once, where `pred`."""
-    offset = _in_order_of_threads()
+def _add(at, sums):
+    """Add 64 by 64 sums to memory from `at` on, four of a thread at once."""
     gl.inline_asm_elementwise(
-        "{.reg .pred p; setp.ne.b32 p, $12, 0; @p red.relaxed.gpu.global.add.v4.f32 [$8], {$4, $5, $6, $7};"
-        " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;}",
-        "=r,=r,=r,=r,f,f,f,f,l,l,l,l,r,r,r,r",
-        [sums, (at + offset).to(gl.int64), offset * 0 + pred.to(gl.int32)],
+        "red.relaxed.gpu.global.add.v4.f32 [$8], {$4, $5, $6, $7};"
+        " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;",
+        "=r,=r,=r,=r,f,f,f,f,l,l,l,l",
+        [sums, (at + _in_order_of_threads()).to(gl.int64)],
         dtype=gl.int32,
         is_pure=False,
         pack=4,
@@ -95,9 +95,8 @@ def _walk(
             keys.index(mine), queries.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
         )
         dk_coming = warpgroup_mma(ds, queries.index(before), dk, is_async=True)
-        mbarrier.wait(ds_full.index((i + 1) & 1), ((i - 1) >> 1) & 1, pred=i > 0)
-        dq_coming = _partial(keys, weights, (i + 1) & 1, GROUP, zero)
-        s = warpgroup_mma_wait(3, deps=[s_coming])
+        s, dk = warpgroup_mma_wait(0, deps=[s_coming, dk_coming])
+        mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
         if MASKED:
             key = ordinals.load(gl.SliceLayout(1, HALF))
             if CAUSAL:
@@ -106,27 +105,26 @@ def _walk(
             else:
                 s = gl.where((key < visible)[:, None], s, float("-inf"))
         lse = lses.index(stage).load(gl.SliceLayout(0, HALF))
-        p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), ds.type.layout)
         mbarrier.wait(dout_full.index(stage_o), phase_o)
         dp_coming = warpgroup_mma(
             values.index(mine), douts.index(stage_o).permute((1, 0)), zero, use_acc=False, is_async=True
         )
+        p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), ds.type.layout)
         dv_coming = warpgroup_mma(p, douts.index(stage_o), dv, is_async=True)
-        dk, dq = warpgroup_mma_wait(2, deps=[dk_coming, dq_coming])
-        mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
-        _add(at, dq, i > 0)
-        dp = warpgroup_mma_wait(1, deps=[dp_coming])
+        mbarrier.wait(ds_full.index((i + 1) & 1), ((i - 1) >> 1) & 1, pred=i > 0)
+        dq_coming = _partial(keys, weights, (i + 1) & 1, GROUP, zero)
+        dp = warpgroup_mma_wait(3, deps=[dp_coming])
         delta = deltas.index(stage).load(gl.SliceLayout(0, HALF))
-        ds_32 = gl.convert_layout(_widened(p), HALF) * (dp - delta[None, :])
-        ds_16 = ds_32.to(ds.dtype)
+        ds_16 = (gl.convert_layout(_widened(p), HALF) * (dp - delta[None, :])).to(ds.dtype)
         weights.index(2 * (i & 1) + GROUP).store(ds_16)
         fence_async_shared()
         meet()
         mbarrier.arrive(ds_full.index(i & 1), count=1)
         mbarrier.wait(query_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < total)
-        dv, ds_16 = warpgroup_mma_wait(0, deps=[dv_coming, ds_16])
+        dv, dq, ds_16 = warpgroup_mma_wait(0, deps=[dv_coming, dq_coming, ds_16])
         mbarrier.arrive(dout_empty.index(stage_o), count=1)
         ds = gl.convert_layout(ds_16, ds.type.layout)
+        _add(at, dq)
         if GROUPS == 1:
             at += step
         else:
@@ -170,12 +168,12 @@ def _consume(
         masked = gl.where(left < 64, blocks, 0)
     total = blocks * GROUPS
     step = KEY_HEADS * GROUPS * BLOCK_M * D
-    at, coming = sum_ptr, sum_ptr
+    at, coming = sum_ptr, sum_ptr  # a place that nobody reads
     for member in range(GROUPS):
         met, head = member * blocks, key_head * GROUPS + member
         coming = sum_ptr + (first_block.to(gl.int64) * (KEY_HEADS * GROUPS) + head) * (BLOCK_M * D) + GROUP * 64 * 64
         if GROUPS == 1:
-            at = coming - step
+            at = coming - step  # the first block adds zeros to what lies before
         dk, dv, ds, at, coming = _walk(
             dk, dv, ds, at, coming, 0, masked, met, total, keys, values, rings, terms, weights, bars,
             zero, scale, bound, kept, blocks, step,
@@ -191,7 +189,7 @@ def _consume(
     mbarrier.wait(ds_full.index(buffer), ((total - 1) >> 1) & 1)
     dq = _partial(keys, weights, buffer, GROUP, zero)
     dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
-    _add(at, dq, total > 0)
+    _add(at, dq)
     column = tile * BLOCK_N + GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, HALF))
     store(dk_ptr, dk, start_k, column, rows, key_head, 0, scale / LOG2E, KEY_HEADS, D, D, OUT)
     store(dv_ptr, dv, start_k, column, rows, key_head, 0, 1.0, KEY_HEADS, V, V, OUT)
@@ -255,7 +253,7 @@ def fused_gradients(
     if CAUSAL:  # blocks before see none of these keys
         first_query = gl.maximum(visible, 0) // BLOCK_M * BLOCK_M
     blocks = gl.maximum(queries_left - first_query + BLOCK_M - 1, 0) // BLOCK_M
-    first_block = start_q // BLOCK_M + sequence + first_query // BLOCK_M
+    first_block = 1 + start_q // BLOCK_M + sequence + first_query // BLOCK_M
     if tile * BLOCK_N < rows:
         if blocks > 0:
             keys = gl.allocate_shared_memory(k.dtype, [2, 64, D], k.layout)
@@ -274,6 +272,9 @@ def fused_gradients(
                 new_bars(STAGES, 2), new_bars(STAGES, 2), new_bars(STAGES_O, 1), new_bars(STAGES_O, 2),
                 new_bars(2, 2),
             )  # fmt: skip
+            nothing_yet = gl.zeros([64, BLOCK_M], k.dtype, layout=gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+            for half in gl.static_range(2):  # what the first block finds of a block before
+                weights.index(2 + half).store(nothing_yet)
             fence_async_shared()
             rings, terms = (queries, douts), (lses, deltas, ordinals)
             gl.warp_specialize([
@@ -309,7 +310,7 @@ def finish(sum_ptr, dq_ptr, starts_q_ptr, scale, HEADS: gl.constexpr, D: gl.cons
     rows = gl.load(starts_q_ptr + sequence + 1) - start
     row = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, OUT))
-    at = sum_ptr + ((start // 64 + sequence + tile).to(gl.int64) * HEADS + head) * (64 * D)
+    at = sum_ptr + ((1 + start // 64 + sequence + tile).to(gl.int64) * HEADS + head) * (64 * D)
     if tile * 64 < rows:
         for first in gl.static_range(0, D, 64):
             sums = gl.load(at + first * 64 + _in_order_of_threads())
