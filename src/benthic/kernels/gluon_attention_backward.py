@@ -18,10 +18,14 @@ from __future__ import annotations
 import torch
 import triton
 
+from benthic.kernels.gluon_fused_gradients import finish, fused_gradients
 from benthic.kernels.gluon_key_gradients import key_gradients
 from benthic.kernels.gluon_query_gradient import query_gradient
 from benthic.kernels.gluon_tiles import grid_of, loadable, rows_of
 from benthic.kernels.triton_attention_backward import row_dots, split_width
+
+FUSED = False
+"""Whether heads of (128, 128) take one pass with atomic sums for dQ, whose last bits then vary."""
 
 TILE = 128
 """Queries, or keys, of a program: 64 in each group of warps."""
@@ -44,6 +48,9 @@ def gradients(ctx, dout_THv):
     dout_THv = loadable(dout_THv)
     delta_HT = deltas(out_THv, dout_THv)
     operands = (q_THd, k_THd, v_THv, dout_THv, lse_HT, delta_HT, cu_seqlens_q, cu_seqlens_k)
+    if FUSED and q_THd.shape[-1] == v_THv.shape[-1] == TILE:
+        write_fused(*grads, operands, max_q, max_k, scale, causal=causal)
+        return *grads, None, None, None, None, None, None
     write_query_gradient(grads[0], operands, max_q, scale, causal=causal)
     write_key_gradients(grads[1], grads[2], operands, max_k, scale, causal=causal)
     return *grads, None, None, None, None, None, None
@@ -83,6 +90,27 @@ def write_key_gradients(dk_THd, dv_THv, operands, max_k, scale, *, causal):
         KEY_HEADS=key_heads, GROUPS=q_THd.shape[1] // key_heads, BLOCK_M=BLOCK, BLOCK_N=TILE,
         TOGETHER=together, **sizes,
     )  # fmt: skip
+
+
+def write_fused(dq_THd, dk_THd, dv_THv, operands, max_q, max_k, scale, *, causal):
+    """See `write_query_gradient`; all gradients, those of queries through float32 sums of blocks of 64."""
+    q_THd, k_THd, v_THv, dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
+    tokens, heads, width = q_THd.shape
+    key_heads, sequences = k_THd.shape[1], starts_k.shape[0] - 1
+    blocks = 2 + tokens // BLOCK + 2 * sequences  # one before the first, and one or two between sequences
+    sums = torch.zeros(blocks, heads, BLOCK, width, dtype=torch.float32, device=q_THd.device)
+    grid, together = grid_of(triton.cdiv(max_k, TILE), key_heads, sequences)
+    fused_gradients[grid](
+        *(rows_of(x, BLOCK, width) for x in (q_THd, dout_THv, k_THd, v_THv)),
+        dk_THd, dv_THv, sums, lse_HT, delta_HT, starts_q, starts_k,
+        q_THd.stride(1), dout_THv.stride(1), k_THd.stride(1), v_THv.stride(1), tokens, scale,
+        KEY_HEADS=key_heads, GROUPS=heads // key_heads, D=width, V=width, BLOCK_M=BLOCK, BLOCK_N=TILE,
+        STAGES=STAGES, STAGES_O=2, CAUSAL=causal, TOGETHER=together, REGISTERS=CONSUMER_REGISTERS,
+        FEW_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=ENTRY_REGISTERS,
+    )  # fmt: skip
+    finish[(heads, triton.cdiv(max_q, BLOCK), sequences)](
+        sums, dq_THd, starts_q, scale, HEADS=heads, D=width, num_warps=4
+    )
 
 
 def _described(operands, *, causal):

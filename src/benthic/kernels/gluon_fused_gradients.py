@@ -111,15 +111,15 @@ def _walk(
         )
         p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), ds.type.layout)
         dv_coming = warpgroup_mma(p, douts.index(stage_o), dv, is_async=True)
-        mbarrier.wait(ds_full.index((i + 1) & 1), ((i - 1) >> 1) & 1, pred=i > 0)
-        dq_coming = _partial(keys, weights, (i + 1) & 1, GROUP, zero)
+        mbarrier.wait(ds_full.index((i + 2) % 3), ((i + 2) // 3 & 1) ^ 1, pred=i > 0)
+        dq_coming = _partial(keys, weights, (i + 2) % 3, GROUP, zero)
         dp = warpgroup_mma_wait(3, deps=[dp_coming])
         delta = deltas.index(stage).load(gl.SliceLayout(0, HALF))
         ds_16 = (gl.convert_layout(_widened(p), HALF) * (dp - delta[None, :])).to(ds.dtype)
-        weights.index(2 * (i & 1) + GROUP).store(ds_16)
+        weights.index(i % 3 * 2 + GROUP).store(ds_16)
         fence_async_shared()
         meet()
-        mbarrier.arrive(ds_full.index(i & 1), count=1)
+        mbarrier.arrive(ds_full.index(i % 3), count=1)
         mbarrier.wait(query_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < total)
         dv, dq, ds_16 = warpgroup_mma_wait(0, deps=[dv_coming, dq_coming, ds_16])
         mbarrier.arrive(dout_empty.index(stage_o), count=1)
@@ -184,9 +184,9 @@ def _consume(
             zero, scale, bound, kept, blocks, step,
             GROUP, GROUPS, False, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
         )  # fmt: skip
-    last, buffer = (total - 1) % STAGES, (total - 1) & 1
+    last, buffer = (total - 1) % STAGES, (total - 1) % 3
     dk = warpgroup_mma(ds, queries.index(last), dk, is_async=True)
-    mbarrier.wait(ds_full.index(buffer), ((total - 1) >> 1) & 1)
+    mbarrier.wait(ds_full.index(buffer), ((total - 1) // 3) & 1)
     dq = _partial(keys, weights, buffer, GROUP, zero)
     dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
     _add(at, dq)
@@ -253,15 +253,15 @@ def fused_gradients(
     if CAUSAL:  # blocks before see none of these keys
         first_query = gl.maximum(visible, 0) // BLOCK_M * BLOCK_M
     blocks = gl.maximum(queries_left - first_query + BLOCK_M - 1, 0) // BLOCK_M
-    first_block = 1 + start_q // BLOCK_M + sequence + first_query // BLOCK_M
+    first_block = 1 + start_q // BLOCK_M + 2 * sequence + first_query // BLOCK_M
     if tile * BLOCK_N < rows:
         if blocks > 0:
             keys = gl.allocate_shared_memory(k.dtype, [2, 64, D], k.layout)
             values = gl.allocate_shared_memory(v.dtype, [2, 64, V], v.layout)
             queries = gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_M, D], q.layout)
             douts = gl.allocate_shared_memory(dout.dtype, [STAGES_O, BLOCK_M, V], dout.layout)
-            squares: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], gl.bfloat16)
-            weights = gl.allocate_shared_memory(k.dtype, [4, 64, BLOCK_M], squares)
+            squares: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], k.dtype)
+            weights = gl.allocate_shared_memory(k.dtype, [6, 64, BLOCK_M], squares)
             plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
             lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
             deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
@@ -270,11 +270,11 @@ def fused_gradients(
             key_bars = new_bars(2, 1)
             bars = (
                 new_bars(STAGES, 2), new_bars(STAGES, 2), new_bars(STAGES_O, 1), new_bars(STAGES_O, 2),
-                new_bars(2, 2),
+                new_bars(3, 2),
             )  # fmt: skip
             nothing_yet = gl.zeros([64, BLOCK_M], k.dtype, layout=gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
             for half in gl.static_range(2):  # what the first block finds of a block before
-                weights.index(2 + half).store(nothing_yet)
+                weights.index(4 + half).store(nothing_yet)
             fence_async_shared()
             rings, terms = (queries, douts), (lses, deltas, ordinals)
             gl.warp_specialize([
@@ -310,7 +310,7 @@ def finish(sum_ptr, dq_ptr, starts_q_ptr, scale, HEADS: gl.constexpr, D: gl.cons
     rows = gl.load(starts_q_ptr + sequence + 1) - start
     row = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, OUT))
-    at = sum_ptr + ((1 + start // 64 + sequence + tile).to(gl.int64) * HEADS + head) * (64 * D)
+    at = sum_ptr + ((1 + start // 64 + 2 * sequence + tile).to(gl.int64) * HEADS + head) * (64 * D)
     if tile * 64 < rows:
         for first in gl.static_range(0, D, 64):
             sums = gl.load(at + first * 64 + _in_order_of_threads())
