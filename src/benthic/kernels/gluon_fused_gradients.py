@@ -313,7 +313,11 @@ def finish(sum_ptr, dq_ptr, starts_q_ptr, scale, HEADS: gl.constexpr, D: gl.cons
     at = sum_ptr + ((1 + start // 64 + 2 * sequence + tile).to(gl.int64) * HEADS + head) * (64 * D)
     if tile * 64 < rows:
         for first in gl.static_range(0, D, 64):
-            sums = gl.load(at + first * 64 + _in_order_of_threads())
+            sums = gl.inline_asm_elementwise(
+                "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l,l,l,l",
+                [(at + first * 64 + _in_order_of_threads()).to(gl.int64)],
+                dtype=gl.float32, is_pure=False, pack=4,
+            )  # fmt: skip
             value = gl.convert_layout((sums * scale).to(dq_ptr.dtype.element_ty), OUT)
             place_of = ((start + row).to(gl.int64)[:, None] * HEADS + head) * D + first + column[None, :]
             gl.store(dq_ptr + place_of, value, mask=(row < rows)[:, None])
