@@ -14,6 +14,8 @@ Weights P stay in registers, as the left operand of the second product. A head o
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -28,6 +30,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from benthic.kernels.gluon_attention_backward import gradients
 from benthic.kernels.gluon_tiles import LOG2E, grid_of, load, loadable, meet, new_bars, place, rows_of
 from benthic.kernels.triton_attention_backward import keep, split_width
+
+PERSISTENT = False
+"""Whether programs take tile after tile, one program a multiprocessor."""
 
 QUERIES = 128
 KEYS = 128
@@ -287,6 +292,37 @@ def attention(q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, 
     )
 
 
+def _launch(q_THd, k_THd, v_THv, out_THv, lse_HT, starts_q, starts_k, max_q, scale, *, causal):
+    """Write the output and the log-sum-exp."""
+    tokens, heads, width = q_THd.shape
+    value = v_THv.shape[-1]
+    d_1, d_2 = split_width(width)
+    tiles = triton.cdiv(max_q, QUERIES)
+    grid, together = grid_of(tiles, heads, starts_q.shape[0] - 1)
+    described = (
+        rows_of(q_THd, 64, d_1), rows_of(q_THd, 64, d_2 or d_1), rows_of(k_THd, KEYS, d_1),
+        rows_of(k_THd, KEYS, d_2 or d_1), rows_of(v_THv, KEYS, value),
+    )  # fmt: skip
+    strides = (q_THd.stride(1), k_THd.stride(1), v_THv.stride(1), tokens)
+    sizes = {
+        "HEADS": heads, "GROUPS": heads // k_THd.shape[1], "D_1": d_1, "D_2": d_2, "V": value,
+        "BLOCK_M": QUERIES, "BLOCK_N": KEYS, "STAGES": STAGES, "CAUSAL": causal, "TOGETHER": together,
+        "REGISTERS": CONSUMER_REGISTERS, "FEW_REGISTERS": PRODUCER_REGISTERS,
+        "num_warps": 4, "maxnreg": ENTRY_REGISTERS,
+    }  # fmt: skip
+    total = math.prod(grid)
+    processors = torch.cuda.get_device_properties(q_THd.device).multi_processor_count
+    if PERSISTENT and total > processors:
+        from benthic.kernels.gluon_attention_persistent import forward_in_turn
+
+        counter = torch.zeros(1, dtype=torch.int32, device=q_THd.device)
+        forward_in_turn[(processors,)](
+            *described, out_THv, lse_HT, starts_q, starts_k, counter, *strides, tiles, total, scale, **sizes
+        )
+    else:
+        _forward[grid](*described, out_THv, lse_HT, starts_q, starts_k, *strides, scale, **sizes)
+
+
 class _Attention(torch.autograd.Function):
     """Attention that keeps only its output and the log-sum-exp of each row; scores are computed again."""
 
@@ -294,25 +330,15 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, causal):
         """Save the operands, the output and the log-sum-exp."""
         q_THd, k_THd, v_THv = (loadable(x) for x in (q_THd, k_THd, v_THv))
-        tokens, heads, width = q_THd.shape
+        tokens, heads, _width = q_THd.shape
         value = v_THv.shape[-1]
         out_THv = torch.empty(tokens, heads, value, dtype=q_THd.dtype, device=q_THd.device)
         lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THd.device)
-        d_1, d_2 = split_width(width)
-        grid, together = grid_of(triton.cdiv(max_q, QUERIES), heads, cu_seqlens_q.shape[0] - 1)
         if k_THd.shape[0] == 0:  # a descriptor wants something to describe
             out_THv.zero_()
             lse_HT.fill_(-torch.inf)
         elif tokens and max_q:
-            _forward[grid](
-                rows_of(q_THd, 64, d_1), rows_of(q_THd, 64, d_2 or d_1), rows_of(k_THd, KEYS, d_1),
-                rows_of(k_THd, KEYS, d_2 or d_1), rows_of(v_THv, KEYS, value),
-                out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k,
-                q_THd.stride(1), k_THd.stride(1), v_THv.stride(1), tokens, scale,
-                HEADS=heads, GROUPS=heads // k_THd.shape[1], D_1=d_1, D_2=d_2, V=value, BLOCK_M=QUERIES,
-                BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, TOGETHER=together, REGISTERS=CONSUMER_REGISTERS,
-                FEW_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=ENTRY_REGISTERS,
-            )  # fmt: skip
+            _launch(q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k, max_q, scale, causal=causal)
         return keep(
             ctx,
             (q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k),
