@@ -311,12 +311,12 @@ def _launch(q_THd, k_THd, v_THv, out_THv, lse_HT, starts_q, starts_k, max_q, sca
         "num_warps": 4, "maxnreg": ENTRY_REGISTERS,
     }  # fmt: skip
     total = math.prod(grid)
-    processors = torch.cuda.get_device_properties(q_THd.device).multi_processor_count
-    if PERSISTENT and total > processors:
+    if PERSISTENT:
         from benthic.kernels.gluon_attention_persistent import forward_in_turn
 
         counter = torch.zeros(1, dtype=torch.int32, device=q_THd.device)
-        forward_in_turn[(processors,)](
+        processors = torch.cuda.get_device_properties(q_THd.device).multi_processor_count
+        forward_in_turn[(min(processors, total),)](
             *described, out_THv, lse_HT, starts_q, starts_k, counter, *strides, tiles, total, scale, **sizes
         )
     else:
