@@ -27,6 +27,9 @@ from benthic.kernels.triton_attention_backward import row_dots, split_width
 FUSED = False
 """Whether heads of (128, 128) take one pass with atomic sums for dQ, whose last bits then vary."""
 
+EARLY = False
+"""Whether dK and dV of heads of (128, 128) come of the fused pass without dQ."""
+
 TILE = 128
 """Queries, or keys, of a program: 64 in each group of warps."""
 BLOCK = 64
@@ -52,6 +55,9 @@ def gradients(ctx, dout_THv):
         write_fused(*grads, operands, max_q, max_k, scale, causal=causal)
         return *grads, None, None, None, None, None, None
     write_query_gradient(grads[0], operands, max_q, scale, causal=causal)
+    if EARLY and q_THd.shape[-1] == v_THv.shape[-1] == TILE:
+        write_fused(None, *grads[1:], operands, max_q, max_k, scale, causal=causal)
+        return *grads, None, None, None, None, None, None
     write_key_gradients(grads[1], grads[2], operands, max_k, scale, causal=causal)
     return *grads, None, None, None, None, None, None
 
@@ -93,24 +99,28 @@ def write_key_gradients(dk_THd, dv_THv, operands, max_k, scale, *, causal):
 
 
 def write_fused(dq_THd, dk_THd, dv_THv, operands, max_q, max_k, scale, *, causal):
-    """See `write_query_gradient`; all gradients, those of queries through float32 sums of blocks of 64."""
+    """See `write_query_gradient`; all gradients, those of queries through float32 sums of blocks of 64; None for dQ: none."""
     q_THd, k_THd, v_THv, dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
     tokens, heads, width = q_THd.shape
     key_heads, sequences = k_THd.shape[1], starts_k.shape[0] - 1
     blocks = 2 + tokens // BLOCK + 2 * sequences  # one before the first, and one or two between sequences
-    sums = torch.zeros(blocks, heads, BLOCK, width, dtype=torch.float32, device=q_THd.device)
+    if dq_THd is None:
+        sums = lse_HT  # not written
+    else:
+        sums = torch.zeros(blocks, heads, BLOCK, width, dtype=torch.float32, device=q_THd.device)
     grid, together = grid_of(triton.cdiv(max_k, TILE), key_heads, sequences)
     fused_gradients[grid](
         *(rows_of(x, BLOCK, width) for x in (q_THd, dout_THv, k_THd, v_THv)),
         dk_THd, dv_THv, sums, lse_HT, delta_HT, starts_q, starts_k,
         q_THd.stride(1), dout_THv.stride(1), k_THd.stride(1), v_THv.stride(1), tokens, scale,
         KEY_HEADS=key_heads, GROUPS=heads // key_heads, D=width, V=width, BLOCK_M=BLOCK, BLOCK_N=TILE,
-        STAGES=STAGES, STAGES_O=2, CAUSAL=causal, TOGETHER=together, REGISTERS=CONSUMER_REGISTERS,
-        FEW_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=ENTRY_REGISTERS,
+        STAGES=STAGES, STAGES_O=2, CAUSAL=causal, TOGETHER=together,
+        SUMS=dq_THd is not None, REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
-    finish[(heads, triton.cdiv(max_q, BLOCK), sequences)](
-        sums, dq_THd, starts_q, scale, HEADS=heads, D=width, num_warps=4
-    )
+    if dq_THd is not None:
+        finish[(heads, triton.cdiv(max_q, BLOCK), sequences)](
+            sums, dq_THd, starts_q, scale, HEADS=heads, D=width, num_warps=4
+        )
 
 
 def _described(operands, *, causal):

@@ -71,7 +71,7 @@ def _partial(keys, weights, buffer, GROUP: gl.constexpr, zero):
 def _walk(
     dk, dv, ds, at, coming, first, last, met, total, keys, values, rings, terms, weights, bars,
     zero, scale, visible, kept, blocks, step,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr,
+    SUMS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr, STAGES_O: gl.constexpr, D: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     """Meet blocks `first .. last` of a head's queries, `met` blocks of other heads having been met.
@@ -111,20 +111,27 @@ def _walk(
         )
         p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), ds.type.layout)
         dv_coming = warpgroup_mma(p, douts.index(stage_o), dv, is_async=True)
-        mbarrier.wait(ds_full.index((i + 2) % 3), ((i + 2) // 3 & 1) ^ 1, pred=i > 0)
-        dq_coming = _partial(keys, weights, (i + 2) % 3, GROUP, zero)
-        dp = warpgroup_mma_wait(3, deps=[dp_coming])
+        if SUMS:
+            mbarrier.wait(ds_full.index((i + 2) % 3), ((i + 2) // 3 & 1) ^ 1, pred=i > 0)
+            dq_coming = _partial(keys, weights, (i + 2) % 3, GROUP, zero)
+            dp = warpgroup_mma_wait(3, deps=[dp_coming])
+        else:
+            dp = warpgroup_mma_wait(1, deps=[dp_coming])
         delta = deltas.index(stage).load(gl.SliceLayout(0, HALF))
         ds_16 = (gl.convert_layout(_widened(p), HALF) * (dp - delta[None, :])).to(ds.dtype)
-        weights.index(i % 3 * 2 + GROUP).store(ds_16)
-        fence_async_shared()
-        meet()
-        mbarrier.arrive(ds_full.index(i % 3), count=1)
+        if SUMS:
+            weights.index(i % 3 * 2 + GROUP).store(ds_16)
+            fence_async_shared()
+            meet()
+            mbarrier.arrive(ds_full.index(i % 3), count=1)
         mbarrier.wait(query_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < total)
-        dv, dq, ds_16 = warpgroup_mma_wait(0, deps=[dv_coming, dq_coming, ds_16])
+        if SUMS:
+            dv, dq, ds_16 = warpgroup_mma_wait(0, deps=[dv_coming, dq_coming, ds_16])
+            _add(at, dq)
+        else:
+            dv, ds_16 = warpgroup_mma_wait(0, deps=[dv_coming, ds_16])
         mbarrier.arrive(dout_empty.index(stage_o), count=1)
         ds = gl.convert_layout(ds_16, ds.type.layout)
-        _add(at, dq)
         if GROUPS == 1:
             at += step
         else:
@@ -139,7 +146,7 @@ def _consume(
     start_k, rows, scale, visible, kept, blocks, first_block,
     KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, STAGES_O: gl.constexpr,
-    CAUSAL: gl.constexpr, TOGETHER: gl.constexpr,
+    CAUSAL: gl.constexpr, TOGETHER: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
     """The gradients of the 64 keys of a group and of their values, and half the dims of dQ."""
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -177,19 +184,22 @@ def _consume(
         dk, dv, ds, at, coming = _walk(
             dk, dv, ds, at, coming, 0, masked, met, total, keys, values, rings, terms, weights, bars,
             zero, scale, bound, kept, blocks, step,
-            GROUP, GROUPS, True, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
+            SUMS, GROUP, GROUPS, True, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
         )  # fmt: skip
         dk, dv, ds, at, coming = _walk(
             dk, dv, ds, at, coming, masked, blocks, met, total, keys, values, rings, terms, weights, bars,
             zero, scale, bound, kept, blocks, step,
-            GROUP, GROUPS, False, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
+            SUMS, GROUP, GROUPS, False, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
         )  # fmt: skip
     last, buffer = (total - 1) % STAGES, (total - 1) % 3
     dk = warpgroup_mma(ds, queries.index(last), dk, is_async=True)
-    mbarrier.wait(ds_full.index(buffer), ((total - 1) // 3) & 1)
-    dq = _partial(keys, weights, buffer, GROUP, zero)
-    dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
-    _add(at, dq)
+    if SUMS:
+        mbarrier.wait(ds_full.index(buffer), ((total - 1) // 3) & 1)
+        dq = _partial(keys, weights, buffer, GROUP, zero)
+        dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
+        _add(at, dq)
+    else:
+        dk = warpgroup_mma_wait(0, deps=[dk])
     column = tile * BLOCK_N + GROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, HALF))
     store(dk_ptr, dk, start_k, column, rows, key_head, 0, scale / LOG2E, KEY_HEADS, D, D, OUT)
     store(dv_ptr, dv, start_k, column, rows, key_head, 0, 1.0, KEY_HEADS, V, V, OUT)
@@ -241,7 +251,8 @@ def fused_gradients(
     q_stride, dout_stride, k_stride, v_stride, tokens, scale,
     KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, STAGES_O: gl.constexpr,
-    CAUSAL: gl.constexpr, TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    CAUSAL: gl.constexpr, TOGETHER: gl.constexpr, SUMS: gl.constexpr, REGISTERS: gl.constexpr,
+    FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values of one key head, added to those of the queries they meet."""
     key_head, tile, sequence = place(KEY_HEADS, TOGETHER)
@@ -261,7 +272,7 @@ def fused_gradients(
             queries = gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK_M, D], q.layout)
             douts = gl.allocate_shared_memory(dout.dtype, [STAGES_O, BLOCK_M, V], dout.layout)
             squares: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], k.dtype)
-            weights = gl.allocate_shared_memory(k.dtype, [6, 64, BLOCK_M], squares)
+            weights = gl.allocate_shared_memory(k.dtype, [6 if SUMS else 1, 64, BLOCK_M], squares)
             plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
             lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
             deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
@@ -272,9 +283,10 @@ def fused_gradients(
                 new_bars(STAGES, 2), new_bars(STAGES, 2), new_bars(STAGES_O, 1), new_bars(STAGES_O, 2),
                 new_bars(3, 2),
             )  # fmt: skip
-            nothing_yet = gl.zeros([64, BLOCK_M], k.dtype, layout=gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-            for half in gl.static_range(2):  # what the first block finds of a block before
-                weights.index(4 + half).store(nothing_yet)
+            if SUMS:
+                nothing_yet = gl.zeros([64, BLOCK_M], k.dtype, layout=gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+                for half in gl.static_range(2):  # what the first block finds of a block before
+                    weights.index(4 + half).store(nothing_yet)
             fence_async_shared()
             rings, terms = (queries, douts), (lses, deltas, ordinals)
             gl.warp_specialize([
@@ -282,13 +294,13 @@ def fused_gradients(
                     0, keys, values, rings, terms, weights, bars, key_bars, dk_ptr, dv_ptr, sum_ptr,
                     start_k, rows, scale * LOG2E, visible - first_query,
                     queries_left - first_query - (blocks - 1) * BLOCK_M, blocks, first_block,
-                    KEY_HEADS, GROUPS, D, V, BLOCK_M, BLOCK_N, STAGES, STAGES_O, CAUSAL, TOGETHER,
+                    KEY_HEADS, GROUPS, D, V, BLOCK_M, BLOCK_N, STAGES, STAGES_O, CAUSAL, TOGETHER, SUMS,
                 )),
                 (_consume, (
                     1, keys, values, rings, terms, weights, bars, key_bars, dk_ptr, dv_ptr, sum_ptr,
                     start_k, rows, scale * LOG2E, visible - first_query,
                     queries_left - first_query - (blocks - 1) * BLOCK_M, blocks, first_block,
-                    KEY_HEADS, GROUPS, D, V, BLOCK_M, BLOCK_N, STAGES, STAGES_O, CAUSAL, TOGETHER,
+                    KEY_HEADS, GROUPS, D, V, BLOCK_M, BLOCK_N, STAGES, STAGES_O, CAUSAL, TOGETHER, SUMS,
                 )),
                 (_produce, (
                     (q, dout, k, v), keys, values, rings, terms, bars, key_bars, lse_ptr, delta_ptr,
