@@ -15,17 +15,23 @@ The first block has no weights before it: it multiplies zeros.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 
 from benthic.kernels.gluon_fused_gradients import finish, fused_gradients
 from benthic.kernels.gluon_key_gradients import key_gradients
 from benthic.kernels.gluon_query_gradient import query_gradient
+from benthic.kernels.gluon_query_gradient_persistent import query_gradient_in_turn
 from benthic.kernels.gluon_tiles import grid_of, loadable, rows_of
 from benthic.kernels.triton_attention_backward import row_dots, split_width
 
 FUSED = False
 """Whether heads of (128, 128) take one pass with atomic sums for dQ, whose last bits then vary."""
+
+PERSISTENT = False
+"""Whether programs take tile after tile, one program a multiprocessor."""
 
 EARLY = False
 """Whether dK and dV of heads of (128, 128) come of the fused pass without dQ."""
@@ -79,10 +85,25 @@ def write_query_gradient(dq_THd, operands, max_q, scale, *, causal):
     described, strides, sizes = _described(operands, causal=causal)
     heads = q_THd.shape[1]
     grid, together = grid_of(triton.cdiv(max_q, TILE), heads, starts_q.shape[0] - 1)
-    query_gradient[grid](
-        *described, dq_THd, lse_HT, delta_HT, starts_q, starts_k, *strides, q_THd.shape[0], scale,
-        HEADS=heads, GROUPS=heads // k_THd.shape[1], BLOCK_M=TILE, BLOCK_N=BLOCK, TOGETHER=together, **sizes,
-    )  # fmt: skip
+    sizes |= {
+        "HEADS": heads, "GROUPS": heads // k_THd.shape[1], "BLOCK_M": TILE, "BLOCK_N": BLOCK, "TOGETHER": together,
+    }  # fmt: skip
+    given = (*described, dq_THd, lse_HT, delta_HT, starts_q, starts_k)
+    if PERSISTENT:
+        total = math.prod(grid)
+        query_gradient_in_turn[(min(total, _processors(q_THd)),)](
+            *given, _counter(q_THd), *strides, q_THd.shape[0], triton.cdiv(max_q, TILE), total, scale, **sizes
+        )
+    else:
+        query_gradient[grid](*given, *strides, q_THd.shape[0], scale, **sizes)
+
+
+def _counter(x):
+    return torch.zeros(1, dtype=torch.int32, device=x.device)
+
+
+def _processors(x):
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def write_key_gradients(dk_THd, dv_THv, operands, max_k, scale, *, causal):

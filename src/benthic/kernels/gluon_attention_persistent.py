@@ -17,45 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from benthic.kernels.gluon_attention import _clear_foreign_values, _nothing_seen, _scores, _weights
+from benthic.kernels.gluon_tickets import FIELDS, bounds, next_ticket, read_field, write_field
 from benthic.kernels.gluon_tiles import LOG2E, load, new_bars
-
-FIELDS = gl.constexpr(5)
-"""Of a ticket: first query and queries of the sequence, its keys, the tile (-1: no more), the head."""
-
-
-@gluon.jit
-def next_ticket(counter_ptr):
-    """Take a number, once for the warp that calls this."""
-    return gl.inline_asm_elementwise(
-        "{.reg .pred p; .reg .b32 l, v; mov.u32 l, %laneid; mov.u32 v, 0; setp.eq.u32 p, l, 0;"
-        " @p atom.relaxed.gpu.global.add.u32 v, [$1], 1; shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff;}",
-        "=r,l", [counter_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def write_field(tickets, slot, field: gl.constexpr, value):
-    """One number of a ticket, by a single warp."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    tickets.index(slot * FIELDS + field).store(gl.full([1], 0, gl.int32, layout=layout) + value)
-
-
-@gluon.jit
-def read_field(tickets, slot, field: gl.constexpr):
-    """One number of a ticket, by a group of four warps."""
-    return gl.max(tickets.index(slot * FIELDS + field).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
-
-
-@gluon.jit
-def bounds(rows, keys, tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """How many blocks of keys a tile meets, and how many of them, from the left, all its queries see."""
-    end, first_masked = keys, keys // BLOCK_N
-    if CAUSAL:
-        offset = keys - rows
-        end = gl.minimum(keys, gl.maximum((tile + 1) * BLOCK_M + offset, 0))
-        first_masked = gl.minimum(first_masked, gl.maximum(tile * BLOCK_M + offset + 1, 0) // BLOCK_N)
-    return (end + BLOCK_N - 1) // BLOCK_N, first_masked
-
 
 @gluon.jit
 def _walk(
