@@ -6,8 +6,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-FIELDS = gl.constexpr(5)
-"""Of a ticket: first query and queries of the sequence, its keys, the tile (-1: no more), the head."""
+FIELDS = gl.constexpr(6)
+"""Of a ticket: first query and queries of the sequence, its keys, the tile (-1: no more), the head,
+and one for the kernel."""
 
 
 @gluon.jit
