@@ -13,9 +13,28 @@ import subprocess
 import sys
 import time
 
-# name: (HEADS_TOGETHER, PERSISTENT, FUSED, BACK_PERSISTENT)
-FORWARD = {"base": (1, 0, 0, 0), "order": (16, 0, 0, 0), "order4": (4, 0, 0, 0), "turn": (16, 1, 0, 0), "turn4": (4, 1, 0, 0)}
-BACKWARD = {"base": (1, 0, 0, 0), "order": (16, 0, 0, 0), "order4": (4, 0, 0, 0), "fused": (16, 0, 1, 0), "fused4": (4, 0, 1, 0)}
+# Forward: heads together, tile after tile in one program, stages of the ring. The first is main's kernel.
+FORWARD = {
+    "main": (1, False, 2),
+    "order16": (16, False, 2),
+    "order4": (4, False, 2),
+    "turn16": (16, True, 2),
+    "turn4": (4, True, 2),
+    "turn16s3": (16, True, 3),  # (128, 128) alone has the shared memory
+}
+# Backward: heads together, tile after tile, one pass with atomic sums, dK and dV of the fused pass without dQ.
+# The last two are for (128, 128) alone. dK and dV of (192, 128) are never persistent: registers.
+BACKWARD = {
+    "main": (1, False, False, False),
+    "order16": (16, False, False, False),
+    "order4": (4, False, False, False),
+    "turn16": (16, True, False, False),
+    "early16": (16, False, False, True),
+    "turnearly16": (16, True, False, True),
+    "fused16": (16, False, True, False),
+    "fused4": (4, False, True, False),
+    "turnfused16": (16, True, True, False),
+}
 DIMS = [(192, 128), (128, 128)]
 CHECKS = {
     "packs": ((1000, 3, 129, 640, 128, 2000), None, 16, 16, True),
@@ -26,13 +45,19 @@ CHECKS = {
 SHAPES = [(4, 4096), (1, 16384)]
 
 
-def choose(together, persistent, fused, back):
+def choose(kind, name):
     from benthic.kernels import gluon_attention, gluon_attention_backward, gluon_tiles
 
-    gluon_tiles.HEADS_TOGETHER = together
-    gluon_attention.PERSISTENT = bool(persistent)
-    gluon_attention_backward.FUSED = bool(fused)
-    gluon_attention_backward.PERSISTENT = bool(back)
+    if kind == "forward":
+        gluon_tiles.HEADS_TOGETHER, gluon_attention.PERSISTENT, gluon_attention.STAGES = FORWARD[name]
+    else:
+        backward = gluon_attention_backward
+        gluon_tiles.HEADS_TOGETHER, backward.PERSISTENT, backward.FUSED, backward.EARLY = BACKWARD[name]
+
+
+def suits(kind, name, width):
+    """Whether a variant is one at this width."""
+    return width == 128 or not (FORWARD[name][2] == 3 if kind == "forward" else any(BACKWARD[name][2:]))
 
 
 def starts_of(lengths):
@@ -78,7 +103,7 @@ def check(kind, name, width, value):
 
     from benthic.kernels import gluon_attention
 
-    choose(*(FORWARD if kind == "forward" else BACKWARD)[name])
+    choose(kind, name)
     for case, (queries, keys, heads, key_heads, causal) in CHECKS.items():
         began = time.time()
         keys = keys or queries
@@ -165,29 +190,30 @@ def timing(right):
                     q, k, v, starts, starts, max_seqlen_q=length, max_seqlen_k=length, scale=scale, causal=True
                 )
 
-            def forward(settings):
-                choose(*settings)
+            def forward(name):
+                choose("forward", name)
                 with torch.no_grad():
                     gluon_attention.attention(
                         q, k, v, starts, starts, max_seqlen_q=length, max_seqlen_k=length, scale=scale, causal=True
                     )
 
-            def gradients(settings):
-                choose(*settings)
+            def gradients(name):
+                choose("backward", name)
                 run_backward((width, value), q, k, v, out, lse, grad, starts, starts, length, length, scale, True)
 
             grads = [torch.empty_like(x) for x in (q, k, v)]
             delta = backward.deltas(out, grad)
             operands = (q, k, v, grad, lse, delta, starts, starts)
 
-            def part(settings, which):
-                choose(*settings)
+            def part(name, which):
+                choose("backward", name)
                 if which == "dq":
                     backward.write_query_gradient(grads[0], operands, length, scale, causal=True)
                 elif which == "dkv":
                     backward.write_key_gradients(grads[1], grads[2], operands, length, scale, causal=True)
-                elif which == "fused":
-                    backward.write_fused(*grads, operands, length, length, scale, causal=True)
+                else:
+                    first = grads[0] if which == "fused" else None
+                    backward.write_fused(first, *grads[1:], operands, length, length, scale, causal=True)
 
             def batch(x):
                 return x.view(sequences, length, heads, -1).transpose(1, 2)
@@ -201,13 +227,14 @@ def timing(right):
                     scaled_dot_product_attention(*leaves, is_causal=True, scale=scale)
 
             suited = [n for n in right[str(width)]["backward"]]
-            calls = {f"forward {n}": lambda s=FORWARD[n]: forward(s) for n in right[str(width)]["forward"]}
+            calls = {f"forward {n}": lambda n=n: forward(n) for n in right[str(width)]["forward"]}
             calls["forward cudnn"] = cudnn
-            calls |= {f"backward {n}": lambda s=BACKWARD[n]: gradients(s) for n in suited}
+            calls |= {f"backward {n}": lambda n=n: gradients(n) for n in suited}
             calls["backward cudnn"] = lambda: torch.autograd.grad(theirs, leaves, batch(grad), retain_graph=True)
             for n in suited:
-                parts = ["fused"] if BACKWARD[n][2] else ["dq", "dkv"]
-                calls |= {f"{p} {n}": lambda s=BACKWARD[n], p=p: part(s, p) for p in parts}
+                _, _, fused, early = BACKWARD[n]
+                parts = ["fused"] if fused else ["early"] if early else ["dq", "dkv"]
+                calls |= {f"{p} {n}": lambda n=n, p=p: part(n, p) for p in parts}
             calls["row_dots -"] = lambda: backward.deltas(out, grad)
             for name, ms in in_turns(calls).items():
                 print(json.dumps([*name.split(), width, f"{sequences}x{length}", ms]), flush=True)
@@ -218,7 +245,7 @@ def table(lines):
     found = {(what, n, w, s): ms for what, n, w, s, ms in lines}
     columns = [(w, f"{b}x{t}", b, t, v) for w, v in DIMS for b, t in SHAPES]
     print(f"{'':18}" + "".join(f"{f'({w}) {s}':>15}" for w, s, *_ in columns))
-    for what in ("forward", "backward", "dq", "dkv", "fused", "row_dots"):
+    for what in ("forward", "backward", "dq", "dkv", "early", "fused", "row_dots"):
         for n in dict.fromkeys(n for kind, n, _w, _s in found if kind == what):
             cells = []
             for w, s, b, t, v in columns:
@@ -269,8 +296,8 @@ def main():
         (kind, name, width, value)
         for width, value in DIMS
         for kind, variants in (("backward", BACKWARD), ("forward", FORWARD))
-        for name, settings in variants.items()
-        if not (settings[2] and width != value) and (not options.only or name in options.only.split(","))
+        for name in variants
+        if suits(kind, name, width) and (not options.only or name in options.only.split(","))
     ]
     processes = [(what, started("--check", *what)) for what in wanted]
     right = {str(width): {"forward": [], "backward": []} for width, _ in DIMS}

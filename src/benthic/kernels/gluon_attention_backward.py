@@ -21,6 +21,7 @@ import torch
 import triton
 
 from benthic.kernels.gluon_fused_gradients import finish, fused_gradients
+from benthic.kernels.gluon_fused_persistent import fused_gradients_in_turn
 from benthic.kernels.gluon_key_gradients import key_gradients
 from benthic.kernels.gluon_query_gradient import query_gradient
 from benthic.kernels.gluon_query_gradient_persistent import query_gradient_in_turn
@@ -130,14 +131,24 @@ def write_fused(dq_THd, dk_THd, dv_THv, operands, max_q, max_k, scale, *, causal
     else:
         sums = torch.zeros(blocks, heads, BLOCK, width, dtype=torch.float32, device=q_THd.device)
     grid, together = grid_of(triton.cdiv(max_k, TILE), key_heads, sequences)
-    fused_gradients[grid](
+    given = (
         *(rows_of(x, BLOCK, width) for x in (q_THd, dout_THv, k_THd, v_THv)),
         dk_THd, dv_THv, sums, lse_HT, delta_HT, starts_q, starts_k,
-        q_THd.stride(1), dout_THv.stride(1), k_THd.stride(1), v_THv.stride(1), tokens, scale,
-        KEY_HEADS=key_heads, GROUPS=heads // key_heads, D=width, V=width, BLOCK_M=BLOCK, BLOCK_N=TILE,
-        STAGES=STAGES, STAGES_O=2, CAUSAL=causal, TOGETHER=together,
-        SUMS=dq_THd is not None, REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
+    strides = (q_THd.stride(1), dout_THv.stride(1), k_THd.stride(1), v_THv.stride(1), tokens)
+    sizes = {
+        "KEY_HEADS": key_heads, "GROUPS": heads // key_heads, "D": width, "V": width, "BLOCK_M": BLOCK,
+        "BLOCK_N": TILE, "STAGES": STAGES, "STAGES_O": 2, "CAUSAL": causal, "TOGETHER": together,
+        "SUMS": dq_THd is not None, "REGISTERS": CONSUMER_REGISTERS, "FEW_REGISTERS": PRODUCER_REGISTERS,
+        "num_warps": 4, "maxnreg": ENTRY_REGISTERS,
+    }  # fmt: skip
+    if PERSISTENT:
+        total = math.prod(grid)
+        fused_gradients_in_turn[(min(total, _processors(q_THd)),)](
+            *given, _counter(q_THd), *strides, triton.cdiv(max_k, TILE), total, scale, **sizes
+        )
+    else:
+        fused_gradients[grid](*given, *strides, scale, **sizes)
     if dq_THd is not None:
         finish[(heads, triton.cdiv(max_q, BLOCK), sequences)](
             sums, dq_THd, starts_q, scale, HEADS=heads, D=width, num_warps=4
