@@ -84,7 +84,7 @@ def _walk(
     for block in range(first, last):
         i = met + block
         stage, before, stage_o, phase_o = i % STAGES, gl.maximum(i - 1, 0) % STAGES, i % STAGES_O, (i // STAGES_O) & 1
-        if (block == blocks - 1) & (kept < BLOCK_M):
+        if MASKED and (block == blocks - 1) & (kept < BLOCK_M):
             mbarrier.wait(dout_full.index(stage_o), phase_o)
             clear_after(queries.index(stage), kept, BLOCK_M, D)
             clear_after(douts.index(stage_o), kept, BLOCK_M, V)
@@ -173,6 +173,7 @@ def _consume(
     else:
         bound = left
         masked = gl.where(left < 64, blocks, 0)
+    whole = gl.maximum(blocks - (kept < BLOCK_M).to(gl.int32), masked)
     total = blocks * GROUPS
     step = KEY_HEADS * GROUPS * BLOCK_M * D
     at, coming = sum_ptr, sum_ptr  # a place that nobody reads
@@ -187,9 +188,14 @@ def _consume(
             SUMS, GROUP, GROUPS, True, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
         )  # fmt: skip
         dk, dv, ds, at, coming = _walk(
-            dk, dv, ds, at, coming, masked, blocks, met, total, keys, values, rings, terms, weights, bars,
+            dk, dv, ds, at, coming, masked, whole, met, total, keys, values, rings, terms, weights, bars,
             zero, scale, bound, kept, blocks, step,
             SUMS, GROUP, GROUPS, False, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
+        )  # fmt: skip
+        dk, dv, ds, at, coming = _walk(
+            dk, dv, ds, at, coming, whole, blocks, met, total, keys, values, rings, terms, weights, bars,
+            zero, scale, bound, kept, blocks, step,
+            SUMS, GROUP, GROUPS, True, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
         )  # fmt: skip
     last, buffer = (total - 1) % STAGES, (total - 1) % 3
     dk = warpgroup_mma(ds, queries.index(last), dk, is_async=True)

@@ -36,7 +36,7 @@ def _walk(
         i = met + block
         stage, before = i % STAGES, (i - (i > begun).to(gl.int32)) % STAGES
         stage_o, phase_o = i % STAGES_O, (i // STAGES_O) & 1
-        if (block == blocks - 1) & (kept < BLOCK_M):
+        if MASKED and (block == blocks - 1) & (kept < BLOCK_M):
             mbarrier.wait(dout_full.index(stage_o), phase_o)
             clear_after(queries.index(stage), kept, BLOCK_M, D)
             clear_after(douts.index(stage_o), kept, BLOCK_M, V)
@@ -123,6 +123,7 @@ def _tile(
     else:
         bound = left
         masked = gl.where(left < 64, blocks, 0)
+    whole = gl.maximum(blocks - (kept < BLOCK_M).to(gl.int32), masked)
     total = begun + blocks * GROUPS
     step = KEY_HEADS * GROUPS * BLOCK_M * D
     at = sum_ptr  # a place that nobody reads: the block before the first has no sums
@@ -135,9 +136,14 @@ def _tile(
             SUMS, GROUP, GROUPS, True, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
         )  # fmt: skip
         dk, dv, ds, at, coming = _walk(
-            dk, dv, ds, at, coming, masked, blocks, begun, met, total, keys, values, rings, terms, weights, bars,
+            dk, dv, ds, at, coming, masked, whole, begun, met, total, keys, values, rings, terms, weights, bars,
             zero, scale, bound, kept, blocks, step,
             SUMS, GROUP, GROUPS, False, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
+        )  # fmt: skip
+        dk, dv, ds, at, coming = _walk(
+            dk, dv, ds, at, coming, whole, blocks, begun, met, total, keys, values, rings, terms, weights, bars,
+            zero, scale, bound, kept, blocks, step,
+            SUMS, GROUP, GROUPS, True, CAUSAL, BLOCK_M, STAGES, STAGES_O, D, V,
         )  # fmt: skip
     last, buffer = (total - 1) % STAGES, (total - 1) % 3
     dk = warpgroup_mma(ds, queries.index(last), dk, is_async=True)
