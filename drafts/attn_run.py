@@ -22,18 +22,20 @@ FORWARD = {
     "turn4": (4, True, 2),
     "turn16s3": (16, True, 3),  # (128, 128) alone has the shared memory
 }
-# Backward: heads together, tile after tile, one pass with atomic sums, dK and dV of the fused pass without dQ.
-# The last two are for (128, 128) alone. dK and dV of (192, 128) are never persistent: registers.
+# Backward: heads together, dQ (and dK dV of the one pass) tile after tile, loops of dK and dV without branches, one pass
+# with atomic sums, dK and dV of that pass without dQ. The last two are for (128, 128) alone.
 BACKWARD = {
-    "main": (1, False, False, False),
-    "order16": (16, False, False, False),
-    "order4": (4, False, False, False),
-    "turn16": (16, True, False, False),
-    "early16": (16, False, False, True),
-    "turnearly16": (16, True, False, True),
-    "fused16": (16, False, True, False),
-    "fused4": (4, False, True, False),
-    "turnfused16": (16, True, True, False),
+    "main": (1, False, "", False, False),
+    "order16": (16, False, "", False, False),
+    "order4": (4, False, "", False, False),
+    "split16": (16, False, "wait", False, False),
+    "beside16": (16, False, "beside", False, False),
+    "turn16": (16, True, "wait", False, False),
+    "early16": (16, False, "", False, True),
+    "turnearly16": (16, True, "", False, True),
+    "fused16": (16, False, "", True, False),
+    "fused4": (4, False, "", True, False),
+    "turnfused16": (16, True, "", True, False),
 }
 DIMS = [(192, 128), (128, 128)]
 CHECKS = {
@@ -52,12 +54,13 @@ def choose(kind, name):
         gluon_tiles.HEADS_TOGETHER, gluon_attention.PERSISTENT, gluon_attention.STAGES = FORWARD[name]
     else:
         backward = gluon_attention_backward
-        gluon_tiles.HEADS_TOGETHER, backward.PERSISTENT, backward.FUSED, backward.EARLY = BACKWARD[name]
+        together, backward.PERSISTENT, backward.SPLIT, backward.FUSED, backward.EARLY = BACKWARD[name]
+        gluon_tiles.HEADS_TOGETHER = together
 
 
 def suits(kind, name, width):
     """Whether a variant is one at this width."""
-    return width == 128 or not (FORWARD[name][2] == 3 if kind == "forward" else any(BACKWARD[name][2:]))
+    return width == 128 or not (FORWARD[name][2] == 3 if kind == "forward" else any(BACKWARD[name][3:]))
 
 
 def starts_of(lengths):
@@ -235,7 +238,7 @@ def timing(right):
             calls |= {f"backward {n}": lambda n=n: gradients(n) for n in suited}
             calls["backward cudnn"] = lambda: torch.autograd.grad(theirs, leaves, batch(grad), retain_graph=True)
             for n in suited:
-                _, _, fused, early = BACKWARD[n]
+                *_, fused, early = BACKWARD[n]
                 parts = ["fused"] if fused else ["early"] if early else ["dq", "dkv"]
                 calls |= {f"{p} {n}": lambda n=n, p=p: part(n, p) for p in parts}
             calls["row_dots -"] = lambda: backward.deltas(out, grad)

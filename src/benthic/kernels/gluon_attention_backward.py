@@ -23,6 +23,7 @@ import triton
 from benthic.kernels.gluon_fused_gradients import finish, fused_gradients
 from benthic.kernels.gluon_fused_persistent import fused_gradients_in_turn
 from benthic.kernels.gluon_key_gradients import key_gradients
+from benthic.kernels.gluon_key_gradients_split import key_gradients_split
 from benthic.kernels.gluon_query_gradient import query_gradient
 from benthic.kernels.gluon_query_gradient_persistent import query_gradient_in_turn
 from benthic.kernels.gluon_tiles import grid_of, loadable, rows_of
@@ -33,6 +34,9 @@ FUSED = False
 
 PERSISTENT = False
 """Whether programs take tile after tile, one program a multiprocessor."""
+
+SPLIT = ""
+"""Loops of dK and dV without branches: "wait" for dK with the scores, or "beside" the powers."""
 
 EARLY = False
 """Whether dK and dV of heads of (128, 128) come of the fused pass without dQ."""
@@ -113,7 +117,10 @@ def write_key_gradients(dk_THd, dv_THv, operands, max_k, scale, *, causal):
     described, strides, sizes = _described(operands, causal=causal)
     key_heads = k_THd.shape[1]
     grid, together = grid_of(triton.cdiv(max_k, TILE), key_heads, starts_k.shape[0] - 1)
-    key_gradients[grid](
+    kernel = key_gradients
+    if SPLIT:
+        kernel, sizes["BESIDE"] = key_gradients_split, SPLIT == "beside"
+    kernel[grid](
         *described, dk_THd, dv_THv, lse_HT, delta_HT, starts_q, starts_k, *strides, q_THd.shape[0], scale,
         KEY_HEADS=key_heads, GROUPS=q_THd.shape[1] // key_heads, BLOCK_M=BLOCK, BLOCK_N=TILE,
         TOGETHER=together, **sizes,
