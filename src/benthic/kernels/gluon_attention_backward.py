@@ -24,6 +24,7 @@ from benthic.kernels.gluon_fused_gradients import finish, fused_gradients
 from benthic.kernels.gluon_fused_persistent import fused_gradients_in_turn
 from benthic.kernels.gluon_key_gradients import key_gradients
 from benthic.kernels.gluon_key_gradients_split import key_gradients_split
+from benthic.kernels.gluon_key_gradients_persistent import key_gradients_in_turn
 from benthic.kernels.gluon_query_gradient import query_gradient
 from benthic.kernels.gluon_query_gradient_persistent import query_gradient_in_turn
 from benthic.kernels.gluon_tiles import grid_of, loadable, rows_of
@@ -117,14 +118,22 @@ def write_key_gradients(dk_THd, dv_THv, operands, max_k, scale, *, causal):
     described, strides, sizes = _described(operands, causal=causal)
     key_heads = k_THd.shape[1]
     grid, together = grid_of(triton.cdiv(max_k, TILE), key_heads, starts_k.shape[0] - 1)
-    kernel = key_gradients
+    sizes |= {
+        "KEY_HEADS": key_heads, "GROUPS": q_THd.shape[1] // key_heads, "BLOCK_M": BLOCK, "BLOCK_N": TILE,
+        "TOGETHER": together,
+    }  # fmt: skip
+    given, strides = (*described, dk_THd, dv_THv, lse_HT, delta_HT, starts_q, starts_k), (*strides, q_THd.shape[0])
     if SPLIT:
-        kernel, sizes["BESIDE"] = key_gradients_split, SPLIT == "beside"
-    kernel[grid](
-        *described, dk_THd, dv_THv, lse_HT, delta_HT, starts_q, starts_k, *strides, q_THd.shape[0], scale,
-        KEY_HEADS=key_heads, GROUPS=q_THd.shape[1] // key_heads, BLOCK_M=BLOCK, BLOCK_N=TILE,
-        TOGETHER=together, **sizes,
-    )  # fmt: skip
+        sizes["BESIDE"] = SPLIT == "beside"
+    if PERSISTENT and SPLIT:
+        total = math.prod(grid)
+        key_gradients_in_turn[(min(total, _processors(q_THd)),)](
+            *given, _counter(q_THd), *strides, triton.cdiv(max_k, TILE), total, scale, **sizes
+        )
+    elif SPLIT:
+        key_gradients_split[grid](*given, *strides, scale, **sizes)
+    else:
+        key_gradients[grid](*given, *strides, scale, **sizes)
 
 
 def write_fused(dq_THd, dk_THd, dv_THv, operands, max_q, max_k, scale, *, causal):
