@@ -5,7 +5,7 @@
 Starts `benthic serve` on the checkpoint and sends completions and chats, streamed and whole, with sampling
 settings, several choices, log-probabilities, stop strings, structured output and requests that are wrong. A
 fifth of the streams are left after a random number of chunks, a tenth of the whole answers while they are
-waited for. The memory of both processes is read after a tenth of the requests and at the end.
+waited for. The memory of both processes is read after half of the requests and at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from provenance import write_result
 from benthic.bench.served import serving
 
 GROWTH_MIB = 64.0
-"""What a process may grow by after the first tenth: allocators and tables of known size settle late."""
+"""What a process may grow by in the second half: allocators and tables of known size settle late."""
 
 
 @dataclass
@@ -112,7 +112,7 @@ async def soak(url: str, pids: list[int], args: argparse.Namespace) -> dict[str,
 
     async def worker(session: aiohttp.ClientSession) -> None:
         for job in jobs:
-            if job == args.requests // 10:
+            if job == args.requests // 2:
                 memory.append([resident_mib(pid) for pid in pids])
             chance = random.Random(f"{args.seed} {job}")  # noqa: S311
             await one(session, chance, tally)
@@ -130,7 +130,7 @@ async def soak(url: str, pids: list[int], args: argparse.Namespace) -> dict[str,
         "broken_streams": tally.broken,
         "blocks": blocks,
         "blocks_free_at_the_end": free,
-        "resident_mib_after_a_tenth": memory[0],
+        "resident_mib_after_half": memory[0],
         "resident_mib_at_the_end": memory[1],
     }
 
@@ -179,7 +179,7 @@ def verdict(row: dict[str, Any]) -> list[str]:
     wrong += row["broken_streams"][:5]
     if row["blocks_free_at_the_end"] != row["blocks"]:
         wrong.append(f"{row['blocks_free_at_the_end']} of {row['blocks']} blocks are free")
-    pairs = zip(row["resident_mib_after_a_tenth"], row["resident_mib_at_the_end"], strict=True)
+    pairs = zip(row["resident_mib_after_half"], row["resident_mib_at_the_end"], strict=True)
     wrong += [f"a process grew from {a} to {b} MiB" for a, b in pairs if b - a > GROWTH_MIB]
     return wrong
 
