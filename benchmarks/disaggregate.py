@@ -19,8 +19,9 @@ import queue
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -67,36 +68,49 @@ SMALL = tuple(
 
 
 def main() -> None:
-    """Every fleet with every workload, on as many pairs of GPUs as there are."""
+    """Each fleet is started once and meets every workload; side by side where there are two pairs of GPUs."""
     words = parse()
     works = [work for work in (SMALL if words.small else WORKLOADS) if work.name in words.workloads]
     pairs = torch.cuda.device_count() // 2
     free: queue.Queue[str] = queue.Queue()
     for pair in range(max(1, pairs)):
         free.put(f"{2 * pair},{2 * pair + 1}")
-    rows: list[Row] = []
-    summary: dict[str, Any] = {}
+    settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
+    settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False, "fronts": words.fronts}
+    found = Found(words.out, settings)
     with tempfile.TemporaryDirectory() as temporary:
         model = make_folder(Path(temporary) / "model", shape(small=words.small))
 
-        def job(work: Workload, fleet: str) -> list[Row]:
+        def job(fleet: str) -> None:
             gpus = free.get()
             try:
-                return climb_with(fleet, work, model, gpus, words)
+                serve_all(fleet, works, model, gpus, words, found)
             finally:
                 free.put(gpus)
 
         with ThreadPoolExecutor(max(1, pairs)) as pool:
-            asked = [pool.submit(job, work, fleet) for work in works for fleet in FLEETS]
-            settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
-            settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False, "fronts": words.fronts}
-            for work in works:  # written after each, so that a run cut short has shown something
-                for _ in FLEETS:
-                    rows += asked.pop(0).result()
-                summary[work.name] = summarised(work.name, rows)
-                print(summary[work.name]["verdict"], flush=True)
-                found = {"summary": summary, "runs": rows}
-                print(write_result("disaggregate", found, out=words.out, **settings))
+            list(pool.map(job, FLEETS))
+
+
+@dataclass
+class Found:
+    """What all fleets showed so far; written after each workload, lest a run cut short shows nothing."""
+
+    out: Path | None
+    settings: Row
+    runs: list[Row] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, work: str, rows: list[Row]) -> None:
+        """One workload of one fleet; the second fleet's decides who wins."""
+        with self.lock:
+            self.runs += rows
+            if {row["fleet"] for row in self.runs if row["workload"] == work} == set(FLEETS):
+                self.summary[work] = summarised(work, self.runs)
+                print(self.summary[work]["verdict"], flush=True)
+            rows = {"summary": self.summary, "runs": self.runs}
+            print(write_result("disaggregate", rows, out=self.out, **self.settings), flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -112,24 +126,26 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def climb_with(fleet: str, work: Workload, model: Path, gpus: str, words: argparse.Namespace) -> list[Row]:
-    """Start a fleet on these GPUs and offer it one workload at the rates that matter."""
+def serve_all(
+    fleet: str, works: list[Workload], model: Path, gpus: str, words: argparse.Namespace, found: Found
+) -> None:
+    """Start a fleet on these GPUs and offer it each workload at the rates that matter."""
     prefill, decode = FLEETS[fleet]
     serve = [str(model), *DUMMY, *QUIET, "--prefill", prefill, "--decode", decode]
     serve += ["--max-num-seqs", "8" if words.small else str(SEQUENCES), "--gpu-memory-utilization", "0.85"]
     serve += ["--max-num-batched-tokens", "256" if words.small else "4096"]
     serve += ["--api-server-count", str(words.fronts)]
     serve += ["--no-enable-prefix-caching"]  # every rate draws the same prompts
-    log = model.parent / f"{work.name}-{prefill}-{decode}.log"
+    log = model.parent / f"{prefill}-{decode}.log"
     with serving(serve, log, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus}) as server:
+        for work in works:
 
-        def offer(rate: float) -> list[Row]:
-            return [loaded(fleet, server.port, work, rate, seed, words) for seed in range(words.seeds)]
+            def offer(rate: float, work: Workload = work) -> list[Row]:
+                return [loaded(fleet, server.port, work, rate, seed, words) for seed in range(words.seeds)]
 
-        rows = climb(work.rates, offer)
+            found.add(work.name, climb(work.rates, offer))
     warnings = [line for line in log.read_text().splitlines() if "WARNING" in line or "ERROR" in line]
-    print(f"{fleet}, {work.name}: {len(warnings)} warnings", *warnings[:5], sep="\n  ", flush=True)
-    return rows
+    print(f"{fleet}: {len(warnings)} warnings", *warnings[:5], sep="\n  ", flush=True)
 
 
 def climb(rates: Sequence[float], offer: Callable[[float], list[Row]]) -> list[Row]:
