@@ -90,11 +90,11 @@ def test_a_killed_owner_costs_no_request_its_answer() -> None:
     async def scenario() -> None:
         async with fleet(2, 1, engine={"mover": "nixl"}) as router:
             answers = asyncio.create_task(all_of(router, asked))
-            await until(lambda: router.stats.pulled_blocks > 20)
+            await until(lambda: router.stats.pulled_blocks > 20, 90.0)
             victim = next(member for member in router.members if member.role == "prefill")
             os.kill(victim.client.pid, signal.SIGKILL)
             assert await answers == expected
-            await until(lambda: len(router.members) == 3)
+            await until(lambda: len(router.members) == 3, 90.0)
             await nothing_left(router)
 
     run(scenario())
