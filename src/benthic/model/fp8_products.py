@@ -99,7 +99,7 @@ class Fp8Products:
 
     def keep_rows(self, x_RI: Tensor, ends_E: Tensor | None) -> Kept:  # noqa: ARG002 (rows are tiled apart)
         """Row tiles."""
-        return ops.quantise_fp8_rows(x_RI, power_of_two=self.power_of_two)
+        return ops.quantise_fp8_rows(x_RI, power_of_two=self.power_of_two, by_column=True)
 
     def keep_weight(self, weight: Tensor) -> Kept:
         """Block tiles, made once per step."""
@@ -108,7 +108,7 @@ class Fp8Products:
     def keep_gradient(self, dy_RO: Tensor, ends_E: Tensor | None) -> tuple[Kept, Kept]:
         """Row tiles for the input gradient, column tiles for the weight gradient, both from `dy` itself."""
         dy_RO = dy_RO.contiguous()
-        rows = ops.quantise_fp8_rows(dy_RO, power_of_two=self.power_of_two)
+        rows = ops.quantise_fp8_rows(dy_RO, power_of_two=self.power_of_two, by_column=True)
         return rows, ops.quantise_fp8_columns(dy_RO, ends_E, power_of_two=self.power_of_two)
 
     def output(self, rows: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
