@@ -101,6 +101,7 @@ from benthic.kernels.ops.norm import (
     rope,
     swiglu,
 )
+from benthic.kernels.ops.routes import HOME_SLOTS, PLACE_COPIES, home_slots, place_copies
 from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
 from benthic.kernels.ops.update import ADAMW, adamw
 from benthic.kernels.reference.fp8_linear import Fp8
@@ -143,12 +144,14 @@ __all__ = [
     "grouped_linear",
     "grouped_linear_by_row",
     "heads_linear_by_row",
+    "home_slots",
     "linear_by_row",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
     "mla_by_row",
     "mla_decode",
     "permute",
+    "place_copies",
     "quantise_e5m6",
     "quantise_fp8_blocks",
     "quantise_fp8_columns",
@@ -181,6 +184,8 @@ OPS: tuple[Op, ...] = (
     COUNT_EXPERTS,
     PERMUTE,
     UNPERMUTE,
+    PLACE_COPIES,
+    HOME_SLOTS,
     GATHER_COPIES,
     SUM_COPIES,
     SUM_COPIES_BACKWARD,
