@@ -109,8 +109,8 @@ class Found:
             if {row["fleet"] for row in self.runs if row["workload"] == work} == set(FLEETS):
                 self.summary[work] = summarised(work, self.runs)
                 print(self.summary[work]["verdict"], flush=True)
-            rows = {"summary": self.summary, "runs": self.runs}
-            print(write_result("disaggregate", rows, out=self.out, **self.settings), flush=True)
+            shown = {"summary": self.summary, "runs": self.runs}
+            print(write_result("disaggregate", shown, out=self.out, **self.settings), flush=True)
 
 
 def parse() -> argparse.Namespace:

@@ -40,14 +40,15 @@ POINTERS = {
 HEADS = [(192, 128), (128, 128), (64, 64)]
 
 
-def descriptor(rows, columns):
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
-    return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
+def descriptor(rows, columns, dtype="bf16"):
+    kind = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
+    return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
 
 
-def built(kernel, constants, descriptors, registers):
-    """A kernel in bfloat16 as a launch with aligned pointers and strides would compile it."""
-    types, names = POINTERS | descriptors | {"scale": "fp32"}, kernel.arg_names
+def built(kernel, constants, types, registers):
+    """A kernel as a launch with aligned pointers and strides would compile it; bfloat16 but for `types`."""
+    types, names = POINTERS | types | {"scale": "fp32"}, kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     fixed = {(names.index(name),): constant for name, constant in constants.items()}
     aligned = {
@@ -62,29 +63,26 @@ def built(kernel, constants, descriptors, registers):
     )
 
 
-def attention(kernel, constants, descriptors, module):
-    """A causal kernel of attention."""
-    constants = constants | {
+def attention(kernel, constants, types, module):
+    """A kernel of attention, causal unless its constants say otherwise."""
+    constants = {"CAUSAL": True} | constants
+    constants |= {
         "GROUPS": 1,
-        "CAUSAL": True,
         "STAGES": module.STAGES,
         "REGISTERS": module.CONSUMER_REGISTERS,
         "FEW_REGISTERS": module.PRODUCER_REGISTERS,
     }
-    return built(kernel, constants, descriptors, module.ENTRY_REGISTERS)
+    return built(kernel, constants, types, module.ENTRY_REGISTERS)
 
 
-def forward(width, value):
+def forward(width, value, dtype, *, causal):
     d_1, d_2 = gluon_attention.split_width(width)
     sizes = {"BLOCK_M": gluon_attention.QUERIES, "BLOCK_N": gluon_attention.KEYS}
-    described = {"q_1": descriptor(64, d_1), "q_2": descriptor(64, d_2 or d_1)}
-    described |= {
-        "k_1": descriptor(128, d_1),
-        "k_2": descriptor(128, d_2 or d_1),
-        "v": descriptor(128, value),
-    }
-    heads = {"HEADS": 16, "D_1": d_1, "D_2": d_2, "V": value}
-    return attention(gluon_attention._forward, heads | sizes, described, gluon_attention)
+    blocks = {"q_1": (64, d_1), "q_2": (64, d_2 or d_1), "k_1": (128, d_1), "k_2": (128, d_2 or d_1)}
+    blocks["v"] = (128, value)
+    types = {"out_ptr": f"*{dtype}"} | {name: descriptor(*block, dtype) for name, block in blocks.items()}
+    heads = {"HEADS": 16, "D_1": d_1, "D_2": d_2, "V": value, "CAUSAL": causal}
+    return attention(gluon_attention._forward, heads | sizes, types, gluon_attention)
 
 
 def backward(kernel, width, value):
@@ -113,8 +111,11 @@ def assert_fits(kernel, folder):
     assert kernel.metadata.shared <= 227 * 1024
 
 
-def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(tmp_path):
-    kernel = forward(192, 128)
+@pytest.mark.parametrize(
+    ("dims", "dtype", "causal"), [((192, 128), "bf16", True), ((64, 64), "fp16", False)], ids=str
+)
+def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(dims, dtype, causal, tmp_path):
+    kernel = forward(*dims, dtype, causal=causal)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
     assert "UTMALDG" in text

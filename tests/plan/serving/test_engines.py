@@ -61,7 +61,7 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         ({"more": 1}, "10 of the 10 fields .* missing or unknown: more"),
         ({"front": {"write_s": 1e-4}}, "1 of the 4 fields of an engine's front; .*request_s"),
         ({"front": dict(vars(FREE), token_s=-1)}, "token_s is -1"),
-        ({"format": 1}, "missing or unknown: format 1"),
+        ({"format": 1}, "an engine of format 1, but 4 is read"),
     ],
 )
 def test_a_file_that_is_no_engine_says_which_number_is_wrong(change, message):

@@ -13,11 +13,10 @@ from benthic.kernels.table import (
     Op,
     Verdict,
     device_type,
-    hopper_refusal,
+    gluon_refusal,
     no,
     on,
     reference,
-    triton_refusal,
     triton_runs,
     yes,
 )
@@ -44,10 +43,7 @@ _TRITON = triton_runs(
 
 def _gluon(case: Case) -> Verdict:
     """Our fastest forward pass; with gradients cuDNN is ahead where it runs (docs/adr/0023)."""
-    if case.device != "cuda" or case.dtype not in (torch.bfloat16, torch.float16):
-        return no(f"runs on cuda in bfloat16 and float16, not on {case.device} in {case.dtype}")
-    refusal = triton_refusal("cuda") or hopper_refusal()
-    if refusal is not None:
+    if (refusal := gluon_refusal(case)) is not None:
         return no(refusal)
     if case.dims[:2] not in ((64, 64), (128, 128), (192, 128)):
         return no(f"takes heads of (64, 64), (128, 128) and (192, 128) dims, not {case.dims[:2]}")

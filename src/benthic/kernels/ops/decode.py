@@ -14,14 +14,13 @@ from benthic.kernels.table import (
     Op,
     Verdict,
     device_type,
-    hopper_refusal,
+    gluon_refusal,
     inference_only,
     laid_out,
     no,
     on,
     one_dtype,
     reference,
-    triton_refusal,
     triton_runs,
     yes,
 )
@@ -35,10 +34,7 @@ FEW_ROWS = 32
 
 def _gluon(case: Case) -> Verdict:
     """Few rows a sequence, where reading pages is all that matters; not yet timed (docs/adr/0024)."""
-    if case.device != "cuda" or case.dtype not in (torch.bfloat16, torch.float16):
-        return no(f"runs on cuda in bfloat16 and float16, not on {case.device} in {case.dtype}")
-    refusal = triton_refusal("cuda") or hopper_refusal()
-    if refusal is not None:
+    if (refusal := gluon_refusal(case)) is not None:
         return no(refusal)
     if case.dims != (512, 64, 64):
         return no(f"takes latents of 512 dims, rotary keys of 64 and pages of 64 tokens, not {case.dims}")

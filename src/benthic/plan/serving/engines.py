@@ -66,6 +66,12 @@ def parse(text: str, *, where: str) -> Engine:
         message = f"{where} is no JSON: {error}. Write it with `benthic plan engine`."
         raise ConfigError(message) from error
     _check(record, _KEYS, f"an engine of format {FORMAT}", where)
+    if record["format"] != FORMAT:
+        message = (
+            f"{where} is an engine of format {record['format']}, but {FORMAT} is read. Write it again with "
+            "`benthic plan engine`."
+        )
+        raise ConfigError(message)
     _check(record[_FRONT], _FRONT_SECONDS, "an engine's front", where)
     seconds = {name: _number(record, name, where, least=0.0) for name in _SECONDS}
     stretches = {name: _number(record, name, where, least=0.1) for name in _STRETCHES}
@@ -76,13 +82,10 @@ def parse(text: str, *, where: str) -> Engine:
 
 def _check(record: object, keys: frozenset[str], what: str, where: str) -> None:
     found = set(record) if isinstance(record, dict) else set()
-    wrong = sorted(found ^ keys)
-    if isinstance(record, dict) and not wrong and record.get("format", FORMAT) != FORMAT:
-        wrong = [f"format {record['format']}"]
-    if wrong:
+    if found != keys:
         message = (
             f"{where} has {len(found & keys)} of the {len(keys)} fields of {what}; missing or unknown: "
-            f"{', '.join(wrong)}. Write it again with `benthic plan engine`."
+            f"{', '.join(sorted(found ^ keys))}. Write it again with `benthic plan engine`."
         )
         raise ConfigError(message)
 
