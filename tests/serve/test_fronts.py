@@ -169,9 +169,10 @@ def test_the_page_of_every_front_shows_the_requests_of_all(several: Running) -> 
         shown = events(page.iter_lines())
         assert next(shown)["kind"] == "opening"
         name = clients[0].post("/v1/completions", json={"model": "fake", "prompt": [5]}).json()["id"]
-        cards = next(found for tick in shown if (found := cards_of(tick, name)))
-        assert (cards[0]["reason"], cards[0]["tokens"]) == ("length", 16)
-        assert [phase[0] for phase in cards[0]["phases"]] == ["queue", "prefill", "decode"]
+        found = (card for tick in shown for card in cards_of(tick, name))
+        ended = next(card for card in found if card["reason"])
+        assert (ended["reason"], ended["tokens"]) == ("length", 16)
+        assert [phase[0] for phase in ended["phases"]] == ["queue", "prefill", "decode"]
         with clients[2].stream("GET", "/dash/events") as late:
             past = next(events(late.iter_lines()))
             numbers = [card["number"] for card in past["requests"]]
@@ -346,7 +347,7 @@ def test_a_fleet_is_seen_and_changed_from_any_front(nano_checkpoint: Path, tmp_p
         assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] in texts
         with clients[0].stream("GET", "/dash/events") as page:
             ticks = events(page.iter_lines())
-            assert [each["name"] for each in next(ticks)["instances"]] == ["decode-1", "decode-2"]
+            assert ["decode-1", "decode-2"] in ([each["name"] for each in tick["instances"]] for tick in ticks)
             name = clients[1].post("/v1/completions", json=body).json()["id"]
             shown = next(c for tick in ticks if (c := cards_of(tick, name)))
             assert {phase[3] for phase in shown[0]["phases"]} <= {"", "decode-1", "decode-2"}
