@@ -77,6 +77,7 @@ def main() -> None:
         free.put(f"{2 * pair},{2 * pair + 1}")
     settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
     settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False, "fronts": words.fronts}
+    settings["late_planning_ms"] = words.late_planning_ms
     found = Found(words.out, settings)
     with tempfile.TemporaryDirectory() as temporary:
         model = make_folder(Path(temporary) / "model", shape(small=words.small))
@@ -121,6 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="runs at every rate")
     names = [work.name for work in WORKLOADS]
     parser.add_argument("--fronts", type=int, default=4, help="processes that answer HTTP, of each fleet")
+    parser.add_argument("--late-planning-ms", type=float, help="of every instance; at once without it")
     parser.add_argument("--workloads", nargs="+", choices=names, default=names)
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
@@ -135,6 +137,8 @@ def serve_all(
     serve += ["--max-num-seqs", "8" if words.small else str(SEQUENCES), "--gpu-memory-utilization", "0.85"]
     serve += ["--max-num-batched-tokens", "256" if words.small else "4096"]
     serve += ["--api-server-count", str(words.fronts)]
+    if words.late_planning_ms is not None:
+        serve += ["--late-planning-ms", str(words.late_planning_ms)]
     serve += ["--no-enable-prefix-caching"]  # every rate draws the same prompts
     log = model.parent / f"{prefill}-{decode}.log"
     with serving(serve, log, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus}) as server:

@@ -168,6 +168,26 @@ def fake(step_seconds: float = 0.0, max_num_seqs: int = 32) -> FakeEngine:
     return FakeEngine(step_seconds=step_seconds, max_num_seqs=max_num_seqs)
 
 
+@dataclass
+class PatientEngine(FakeEngine):
+    """Its next step may wait a while, from the last one on."""
+
+    stepped_s: float = 0.0
+
+    @property
+    def patience_s(self) -> float:
+        return max(0.0, self.stepped_s + 1.0 - time.monotonic())
+
+    def step(self) -> list[Delta]:
+        deltas = super().step()
+        self.stepped_s = time.monotonic()
+        return deltas
+
+
+def patient() -> FakeEngine:
+    return PatientEngine()
+
+
 def broken() -> FakeEngine:
     msg = "weights.safetensors is truncated: 100 bytes of 200"
     raise CheckpointError(msg)

@@ -8,12 +8,15 @@ import pytest
 import torch
 from small_engine import Answer, is_empty, poison, prompts, random_model, request, serve, small_engine
 
+from benthic.errors import ConfigError
 from benthic.sched.replay import replay
+from benthic.sched.tempo import Tempo
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from benthic.model.network import DeepSeek
+    from benthic.sched.batching import StepPlan
     from benthic.serve.engine import Engine
     from benthic.serve.messages import Generate
 
@@ -205,3 +208,73 @@ def test_a_recorded_overlapped_run_replays_to_the_same_plans(model: DeepSeek, tm
     replayed = replay(file.read_text().splitlines())
     assert replayed.totals.steps == engine.stats().steps
     assert replayed.requests == 14
+
+
+class Heard(Tempo):
+    """Notes what it is told; the next plan is due when a test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.told: list[str] = []
+        self.due_s = 0.0
+
+    def launched(self, plan: StepPlan, began_s: float, now: float) -> None:
+        assert began_s < now
+        self.told.append(f"launched {plan.number}")
+        super().launched(plan, began_s, now)
+
+    def waits(self, now: float) -> None:
+        self.told.append("waits")
+        super().waits(now)
+
+    def landed(self, now: float) -> None:
+        self.told.append("landed")
+        super().landed(now)
+
+    def due(self) -> float:
+        return self.due_s
+
+
+def test_late_planning_changes_when_a_step_is_planned_and_no_token(model: DeepSeek) -> None:
+    engine = small_engine(model, async_scheduling=True, late_planning_ms=2.0)
+    engine._tempo = heard = Heard()
+    answers = serve(engine, mixed_requests())
+    plain = serve(small_engine(model, async_scheduling=True), mixed_requests())
+    assert {name: answer.tokens for name, answer in answers.items()} == {
+        name: answer.tokens for name, answer in plain.items()
+    }
+    launches = [told for told in heard.told if told.startswith("launched")]
+    assert launches == [f"launched {number}" for number in range(engine.stats().steps)]
+    assert heard.told.count("waits") == heard.told.count("landed") == len(launches)
+    assert heard.told[:5] == ["launched 0", "launched 1", "waits", "landed", "launched 2"]
+    heard.due_s = engine._clock() + 100.0
+    assert 90.0 < engine.patience_s < 100.0
+
+
+def test_a_failed_step_is_heard_of_too(model: DeepSeek) -> None:
+    engine = small_engine(model, async_scheduling=True, late_planning_ms=2.0)
+    engine._runner.run = out_of_memory  # type: ignore[method-assign]
+    engine.add(request("a", (3, 4, 5)))
+    ends = []
+    while engine.has_work or engine._launched:
+        ends += [delta.finish_reason for delta in engine.step()]
+    assert ends == ["error"]
+    assert not engine._tempo._departed  # type: ignore[union-attr]
+
+
+def out_of_memory(*_: object) -> None:
+    msg = "no room"
+    raise torch.OutOfMemoryError(msg)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"async_scheduling": False, "late_planning_ms": 2.0}, "late_planning_ms = 2.0 waits while"),
+        ({"late_planning_ms": 2.0}, "late_planning_ms = 2.0 waits while"),
+        ({"async_scheduling": True, "late_planning_ms": 0.0}, "margin_s = 0.0"),
+    ],
+)
+def test_late_planning_that_cannot_be_is_refused(model: DeepSeek, options: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        small_engine(model, **options)

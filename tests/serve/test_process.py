@@ -65,6 +65,20 @@ def test_tokens_come_back_in_order_and_concurrent_requests_do_not_mix() -> None:
     run(scenario())
 
 
+def test_a_step_that_may_wait_hears_of_requests_until_it_is_due() -> None:
+    async def scenario() -> None:
+        async with engine(fake_engine.patient) as client:
+            async with client.open([request("a", (10,), 2)]) as first:
+                deltas = aiter(first)
+                assert (await anext(deltas)).tokens == (11,)
+                assert await tokens_of(client, request("b", (20,), 1)) == [21]
+                assert (await anext(deltas)).tokens == (12,)
+            await wait_until(lambda: client.stats.num_running == 0 and client.stats.generation_tokens == 3)
+            assert client.stats.steps == 2
+
+    run(scenario())
+
+
 def test_a_request_sent_before_the_engine_has_started_is_served() -> None:
     async def scenario() -> None:
         client = EngineClient(fake_engine.fake)

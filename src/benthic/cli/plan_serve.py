@@ -132,6 +132,9 @@ def replay(  # noqa: PLR0913, PLR0917 (one argument per option)
     kv_cache_dtype: Cache = "bf16",
     engine: EngineWord = "tuned",
     api_server_count: Annotated[int, typer.Option(min=1, help="Processes that answer HTTP.")] = 1,
+    late_planning_ms: Annotated[
+        float | None, typer.Option(help="As of `benthic serve`.", show_default="at once")
+    ] = None,
     gpus_per_node: PerNode = 8,
     profile: ProfileFile = None,
     as_json: Json = False,  # noqa: FBT002
@@ -150,6 +153,7 @@ def replay(  # noqa: PLR0913, PLR0917 (one argument per option)
         read_trace(trace),
         engine=engines.get(engine),
         fronts=api_server_count,
+        late_s=None if late_planning_ms is None else late_planning_ms / 1e3,
         tp_degree=tp,
         dp_degree=dp,
         weights=dtype_of("weights", weights, auto=True),

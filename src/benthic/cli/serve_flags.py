@@ -139,6 +139,14 @@ AsyncScheduling = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+LatePlanningMs = Annotated[
+    float | None,
+    typer.Option(
+        help="Plan a step so many ms before the one in flight should end, with whatever came until then; "
+        "2 is usual (default: at once).",
+        rich_help_panel=ENGINE,
+    ),
+]
 SpeculativeConfig = Annotated[
     str | None,
     typer.Option(

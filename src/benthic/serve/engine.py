@@ -29,6 +29,7 @@ from benthic.serve.drafts import Trial
 from benthic.serve.grammar import matcher_for
 from benthic.serve.launched import InFlight, Launched, PromptRows, Row
 from benthic.serve.messages import Delta, Generate, Ready, Stats
+from benthic.serve.overlap import overlaps, tempo_for
 from benthic.serve.sample import Logprobs, measure, to_int64
 from benthic.serve.sampler import Drawing, Sampler
 from benthic.serve.transit import to_device
@@ -75,6 +76,7 @@ class Engine:
         self._in_flight: dict[str, InFlight] = {}
         self._depth = 2 if overlaps(options, self._device) else 1
         self._launched: deque[Launched] = deque()
+        self._tempo = tempo_for(options, self._device)
         self._num_added = 0
         self._step_seconds = 0.0
         self.observers: list[Callable[[StepPlan], None]] = []  # called with every plan before it runs
@@ -103,6 +105,13 @@ class Engine:
     def has_work(self) -> bool:
         """Whether any request is waiting or running."""
         return self._scheduler.has_work
+
+    @property
+    def patience_s(self) -> float:
+        """How long `step` may wait for more requests without a pause of the device."""
+        if self._tempo is None or self._sampler.follows_grammars:
+            return 0.0
+        return max(0.0, self._tempo.due() - self._clock())
 
     def ready(self) -> Ready:
         """What the HTTP side needs to know about the model."""
@@ -163,6 +172,8 @@ class Engine:
         self._runner.move(plan)
         if plan.number >= 0:
             self._launched.append(self._launch(plan))
+            if self._tempo is not None:
+                self._tempo.launched(plan, began, self._clock())
         if not self._launched:
             return []
         full = self._sampler.follows_grammars or len(self._launched) >= self._depth
@@ -249,10 +260,14 @@ class Engine:
     def _land(self, launched: Launched) -> list[Delta]:
         """Wait for a step's tokens, commit them and say what is new."""
         plan = launched.plan
+        if self._tempo is not None:
+            self._tempo.waits(self._clock())
+        rows = launched.collect() if launched.error is None else []
+        now = self._clock()
+        if self._tempo is not None:
+            self._tempo.landed(now)
         if launched.error is not None:
             return self._fail(plan, launched.error)
-        rows = launched.collect()
-        now = self._clock()
         # An id may have ended, and even come back, while its row was in flight: the row is then nobody's.
         kept = [self._in_flight.get(entry.request.request_id) is entry for entry in launched.entries]
         for request_id, row, mine in zip(plan.sampled_ids, rows, kept, strict=True):
@@ -342,16 +357,6 @@ def _positions(plan: StepPlan, entries: tuple[InFlight, ...]) -> list[int]:
     ends = [position + 1 for position in plan.decode_positions]
     ends += [chunk.start + chunk.length for chunk in plan.prefills if chunk.samples]
     return [end - len(entry.request.prompt) for end, entry in zip(ends, entries, strict=True)]
-
-
-def overlaps(options: EngineOptions, device: torch.device) -> bool:
-    """Whether a step is launched before the one before it has landed.
-
-    Prompt lookup has to see a token before it can draft behind it.
-    """
-    if options.speculative is not None and options.speculative.method == "ngram":
-        return False
-    return device.type == "cuda" if options.async_scheduling is None else options.async_scheduling
 
 
 def _wanted(request: Generate) -> Request:

@@ -93,6 +93,11 @@ class Instance:
         """Whether any request is waiting, pulled or running."""
         return self.engine.has_work
 
+    @property
+    def patience_s(self) -> float:
+        """As `Engine.patience_s`."""
+        return self.engine.patience_s
+
     def ready(self) -> Ready:
         """As `Engine.ready`."""
         return self.engine.ready()

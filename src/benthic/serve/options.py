@@ -50,6 +50,8 @@ class EngineOptions:
             engine runs on a CPU, and torch's choice on a GPU.
         enforce_eager: run every step as it is written, without tapes (CPU) or graphs (GPU).
         async_scheduling: plan and launch a step while the one before runs; None does so on a GPU.
+        late_planning_ms: with `async_scheduling`, plan a step only so long (beside what the host takes)
+            before the one in flight should end, with the requests that came meanwhile; None plans at once.
         cudagraph_capture_sizes: padded batch sizes of the graphs; empty takes 1, 2, 4, then every 8th (above
             256 every 16th).
         max_cudagraph_capture_size: largest batch that has a graph; larger ones run as written. 0: no graphs.
@@ -85,6 +87,7 @@ class EngineOptions:
     num_threads: int | None = None
     enforce_eager: bool = False
     async_scheduling: bool | None = None
+    late_planning_ms: float | None = None
     cudagraph_capture_sizes: tuple[int, ...] = ()
     max_cudagraph_capture_size: int = 512
     max_prompt_graph_size: int = 4096
@@ -174,5 +177,10 @@ class EngineOptions:
             problems.append(
                 f"data_parallel_size = {size} and tensor_parallel_size = {self.tensor_parallel_size}, but "
                 "attention is either whole on each rank or divided; give one of them"
+            )
+        if self.late_planning_ms is not None:
+            problems.append(
+                f"data_parallel_size = {size} and late_planning_ms = {self.late_planning_ms}, but engines "
+                "that step together cannot each choose when; leave out one of them"
             )
         return problems

@@ -91,6 +91,16 @@ class Wakeable(Protocol):
 
 
 @runtime_checkable
+class Patient(Protocol):
+    """An engine that may hear of more requests before its next step."""
+
+    @property
+    def patience_s(self) -> float:
+        """How long that step may wait for them."""
+        ...
+
+
+@runtime_checkable
 class Shared(Protocol):
     """An engine whose work other processes share: it can be lost through them, and has to let them go."""
 
@@ -256,7 +266,7 @@ def last_words(context: zmq.Context, pipes: Pipes, message: str) -> NoReturn:
 
 
 class EngineLoop:
-    """Takes messages without waiting while there is work, and waits for them when there is none."""
+    """Takes messages while an engine's next step may wait for them, and waits when there is no work."""
 
     def __init__(self, inbox: zmq.Socket, outbox: zmq.Socket, last_words: Callable[[str], None]) -> None:
         self._inbox = inbox
@@ -265,6 +275,7 @@ class EngineLoop:
         self._decode = msgspec.msgpack.Decoder(Request).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._draining = False
+        self._patient: Patient | None = None
         self._last_stats_s = 0.0
         self._poller = zmq.Poller()
         self._poller.register(inbox, zmq.POLLIN)
@@ -278,6 +289,7 @@ class EngineLoop:
         engine = factory()
         if isinstance(engine, Wakeable):
             self._poller.register(engine.wake_fd, zmq.POLLIN)
+        self._patient = engine if isinstance(engine, Patient) else None
         shared = engine if isinstance(engine, Shared) else None
         if shared is not None:
             shared.watch(self._last_words)
@@ -316,17 +328,23 @@ class EngineLoop:
         return True
 
     def _take(self, engine: EngineLike) -> tuple[list[Reply], bool]:
-        """Hand every waiting message to the engine; returns refusals and whether the parent is gone."""
-        wait_ms = 0 if engine.has_work else int(HEARTBEAT_S * 1000)
-        events = dict(self._poller.poll(wait_ms))
-        if self._parent_fd is not None and self._parent_fd in events:
-            return [], True
-        if isinstance(engine, Wakeable) and engine.wake_fd in events:
-            engine.wake()
+        """Hand messages to the engine until its step is due; returns refusals and whether the parent is gone.
+
+        Without work one message is enough. What is left of the time below a millisecond is not waited for.
+        """
         replies: list[Reply] = []
-        while self._inbox.poll(0):
-            replies.extend(self._apply(engine, self._decode(self._inbox.recv())))
-        return replies, False
+        while True:
+            working = engine.has_work
+            wait_ms = int(1000 * self._patient.patience_s) if working and self._patient is not None else 0
+            events = dict(self._poller.poll(wait_ms if working else int(HEARTBEAT_S * 1000)))
+            if self._parent_fd is not None and self._parent_fd in events:
+                return [], True
+            if isinstance(engine, Wakeable) and engine.wake_fd in events:
+                engine.wake()
+            while self._inbox.poll(0):
+                replies.extend(self._apply(engine, self._decode(self._inbox.recv())))
+            if not wait_ms:
+                return replies, False
 
     def _apply(self, engine: EngineLike, message: Request) -> list[Reply]:
         if isinstance(message, Abort):

@@ -49,6 +49,21 @@ def test_the_hosts_work_hides_behind_the_device_only_when_steps_are_planned_ahea
     assert ahead.end_s == pytest.approx(21 * 0.1 + 0.05)
 
 
+def test_late_planning_takes_a_request_along_that_comes_while_a_step_runs():
+    asks = [Ask(0.0, 8, 60), Ask(2.04, 8, 5)]
+    specs = [spec(step=Affine(fixed=0.1), host_s=0.01, late_s=late_s) for late_s in (None, 0.01)]
+    at_once, late = (Cluster([each]).play(asks) for each in specs)
+    waits = [outcome.served[1].ttft_s for outcome in (at_once, late)]
+    assert waits == pytest.approx([0.07 + 0.1 + 0.1, 0.07 + 0.1])
+    assert late.end_s == pytest.approx(at_once.end_s)
+    assert late.steps == at_once.steps
+
+
+def test_lanes_that_step_together_plan_at_once():
+    with pytest.raises(ConfigError, match="2 lanes step together"):
+        spec(lanes=2, late_s=0.002)
+
+
 def test_pipeline_stages_start_the_next_prompts_before_the_last_are_through():
     step = Affine(fixed=1.0)
     asks = [Ask(0.25 * i, 10, 1) for i in range(4)]

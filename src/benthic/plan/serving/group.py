@@ -11,6 +11,7 @@ from benthic.errors import ConfigError
 from benthic.plan.serving.steps import StepLoad, load_of
 from benthic.sched.batching import Scheduler
 from benthic.sched.routing import InstanceState, Role
+from benthic.sched.tempo import Tempo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ class GroupSpec:
         step: seconds of a step.
         lanes: ranks with a scheduler of their own.
         depth: plans in flight; 2 plans a step while the one before runs, as the engine does on a GPU.
+        late_s: margin of late planning (`benthic.sched.tempo`); None plans at once.
         stages: pipeline stages, equally long: the next step starts when the first of them is free.
         host_s: what the host needs before a step can start; hidden while the device is behind.
         acceptance: of drafts; needed when `batching` speculates.
@@ -45,6 +47,7 @@ class GroupSpec:
     step: StepTime
     lanes: int = 1
     depth: int = 2
+    late_s: float | None = None
     stages: int = 1
     host_s: float = 0.0
     acceptance: Acceptance | None = None
@@ -56,6 +59,9 @@ class GroupSpec:
                 f"an instance has lanes = {self.lanes}, stages = {self.stages} and depth = {self.depth}, but "
                 "at least 1 lane and stage, and a plan for every stage, are needed"
             )
+            raise ConfigError(msg)
+        if self.late_s is not None and self.lanes > 1:
+            msg = f"late_s = {self.late_s}, but {self.lanes} lanes step together and cannot each choose when"
             raise ConfigError(msg)
         if not self.batching.counted:
             msg = "a simulated instance has counted=False, but there are 0 token ids. Set counted=True."
@@ -147,7 +153,8 @@ class Flight(NamedTuple):
 class Group:
     """Runs the lanes of one instance in lockstep.
 
-    `run` is the live engine's loop: land the oldest step, then plan and launch until `depth` are in flight.
+    `run` is the live engine's loop: plan and launch until `depth` are in flight, late where the engine does,
+    then wait for the oldest to land.
     """
 
     def __init__(self, index: int, spec: GroupSpec, listener: Listener) -> None:
@@ -162,6 +169,8 @@ class Group:
         self.busy_s = 0.0
         self._listener = listener
         self._device_free_s = 0.0
+        self._tempo = None if spec.late_s is None else Tempo(spec.late_s)
+        self._waits = False
 
     @property
     def idle(self) -> bool:
@@ -170,14 +179,22 @@ class Group:
 
     def run(self, now: float) -> float:
         """Land what is due and launch what can be; returns when to run again, inf when there is nothing."""
-        if self.flights and self.flights[0].end_s <= now:
+        if self._waits and self.flights[0].end_s <= now:
             self._land(self.flights.popleft().plans, now)
-        while len(self.flights) < self.spec.depth:
+        while not self._waits and len(self.flights) < self.spec.depth:
+            due_s = now if self._tempo is None else self._tempo.due()
+            if due_s > now:
+                return due_s
             plans = tuple([lane.scheduler.plan(now) for lane in self.lanes])
             if not any(plan.num_tokens for plan in plans):
                 break
             self._launch(plans, now)
-        return self.flights[0].end_s if self.flights else math.inf
+        if not self.flights:
+            return math.inf
+        if self._tempo is not None and not self._waits:
+            self._tempo.waits(now)
+        self._waits = True
+        return max(now, self.flights[0].end_s)
 
     def _launch(self, plans: tuple[StepPlan, ...], now: float) -> None:
         took = self.spec.step([load_of(plan) if plan.num_tokens else NO_LOAD for plan in plans])
@@ -187,8 +204,13 @@ class Group:
         self.steps += 1
         self.busy_s += took / self.spec.stages
         self.flights.append(Flight(max(start + took, before), plans))
+        if self._tempo is not None:
+            self._tempo.launched(plans[0], now, now + self.spec.host_s)
 
     def _land(self, plans: Sequence[StepPlan], now: float) -> None:
+        if self._tempo is not None:
+            self._tempo.landed(now)
+        self._waits = False
         for lane, plan in zip(self.lanes, plans, strict=True):
             ended = lane.scheduler.commit_counts(plan, now, self._counts(plan))
             self._listener.landed(lane, plan)

@@ -61,6 +61,7 @@ def play_recording(  # noqa: PLR0913 (one argument per choice)
     objectives: Objectives,
     engine: Engine = TUNED,
     fronts: int = 1,
+    late_s: float | None = None,
 ) -> dict[str, Any]:
     """Simulate every step and say what became of the requests, JSON-ready.
 
@@ -94,7 +95,8 @@ def play_recording(  # noqa: PLR0913 (one argument per choice)
         max_num_batched_tokens=max_num_batched_tokens,
         counted=True,
     )
-    spec = GroupSpec(batching=batching, step=PricedStep(model, layout, machine, engine), lanes=dp_degree)
+    step = PricedStep(model, layout, machine, engine)
+    spec = GroupSpec(batching=batching, step=step, lanes=dp_degree, late_s=late_s)
     demand = check(recorded(at_speed(trace, speed), _BLOCK_SIZE))
     outcome = Cluster([spec], front=engine.front, fronts=fronts).play(demand)
     return {
