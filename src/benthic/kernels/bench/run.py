@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benthic.errors import UnknownFieldError
-from benthic.kernels.bench import attention, sampling, suites
+from benthic.kernels.bench import attention, fp8, sampling, suites
 from benthic.kernels.bench.timing import Bench
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ SUITES: Final[dict[str, Callable[[Bench], None]]] = {
     "experts": suites.experts,
     "copies": suites.copies,
     "head": suites.head,
-    "fp8": suites.fp8,
+    "fp8": fp8.quantisers,
+    "fp8_products": fp8.products,
     "sampling": sampling.sampling,
 }
 

@@ -171,19 +171,3 @@ def head(bench: Bench) -> None:
             bench, "linear_cross_entropy", f"{tokens} x {width} x {vocabulary}", impl, run, make, work,
             "TFLOP/s", backward=2,
         )  # fmt: skip
-
-
-def fp8(bench: Bench) -> None:
-    """Quantisers on at least 256 MB."""
-    x = bench.random(*((256, 256) if bench.small else (32768, 7168)))
-    for name, quantise in (("1x128", ops.quantise_fp8_rows), ("128x128", ops.quantise_fp8_blocks)):
-        _quantiser_lines(bench, f"quantise {name}", quantise, x)
-
-
-def _quantiser_lines(bench: Bench, name: str, quantise: Callable[..., Any], x: torch.Tensor) -> None:
-    for impl in implementations("quantise_fp8", lambda impl: quantise(x, impl=impl)):
-        fast, exact = (quantise(x, impl=each)[0].float() for each in (impl, "reference"))
-        seconds = bench.time(partial(quantise, impl=impl), [(x,)])
-        moved = x.numel() * (bench.dtype.itemsize + 1)
-        shape = f"{x.shape[0]}x{x.shape[1]}"
-        bench.add(name, shape, impl, seconds, moved, "TB/s", relative(fast, exact))
