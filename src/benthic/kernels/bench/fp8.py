@@ -21,8 +21,10 @@ DENSE_ROWS: Final = (4096, 128, 64)
 GROUPED: Final = [
     (4, 8192, 4096, 7168), (4, 8192, 7168, 2048), (8, 4096, 4096, 7168), (8, 4096, 7168, 2048),
     (32, 256, 4096, 7168), (32, 256, 7168, 2048), (64, 1536, 2816, 2048), (64, 1536, 2048, 1408),
+    (64, 24, 2816, 2048), (64, 24, 2048, 1408), (64, 6, 2816, 2048), (64, 6, 2048, 1408),
 ]  # fmt: skip
-"""Experts, rows of each, outputs and inputs: of DeepSeek-V3, and of Moonlight with 16,384 tokens."""
+"""Experts, rows of each, outputs and inputs: of DeepSeek-V3; of Moonlight in training (16,384
+tokens) and in decodes of 256 and 64 sequences."""
 
 
 def quantisers(bench: Bench) -> None:
