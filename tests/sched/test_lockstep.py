@@ -15,6 +15,8 @@ INTENTS = st.lists(
             queries=queries,
             working=working or bool(rows),
             module=module,
+            first=rows // 2 if module == MODEL else 0,
+            large=rows > 4,
         ),
         st.integers(0, 9),
         st.integers(0, 16),
@@ -48,6 +50,18 @@ def test_every_rank_runs_something_or_none_does(intents) -> None:
         assert any(intent.joins(turn) for intent in intents)
         assert turn.rows == tuple(i.rows if i.joins(turn) else 1 for i in intents)
         assert turn.working
+
+
+@given(INTENTS)
+def test_all_run_in_halves_when_all_can_and_one_has_many_rows(intents) -> None:
+    turn = conclude(intents)
+    running = [intent for intent in intents if intent.rows and intent.joins(turn)]
+    pays = turn.module == MODEL and any(intent.rows > 4 for intent in running)
+    assert bool(turn.halves) == (pays and not turn.size and all(intent.rows > 1 for intent in running))
+    for first, second, intent in zip(*turn.halves, intents, strict=True) if turn.halves else ():
+        assert (first, second) == (
+            (intent.first, intent.rows - intent.first) if intent.joins(turn) else (1, 1)
+        )
 
 
 @given(INTENTS)

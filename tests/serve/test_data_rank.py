@@ -25,6 +25,7 @@ from together import SETTINGS, take_part
 
 from benthic.errors import ConfigError, EngineDeadError
 from benthic.model.checkpoint import save_pretrained
+from benthic.sched.lockstep import MODEL
 from benthic.serve.engine import Engine
 from benthic.serve.fleet import Fleet, FleetOptions, start_router
 from benthic.serve.journal import Journal
@@ -35,6 +36,7 @@ from benthic.serve.speculative import Speculative
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from benthic.sched.lockstep import Turn
     from benthic.serve.client import EngineStream
     from benthic.serve.messages import Generate, Stats
 
@@ -94,20 +96,23 @@ def drafting(method: str, most: int) -> Speculative:
     return Speculative(method=method, num_speculative_tokens=most, adaptive=False)
 
 
-def collected(shared: Path, ranks: int) -> tuple[dict[str, Answer], list[Stats], list[list[int | None]]]:
-    """What all ranks answered; of each its last report and the sizes of its turns (None: nobody ran)."""
+def collected(shared: Path, ranks: int) -> tuple[dict[str, Answer], list[Stats], list[list[Turn]]]:
+    """What all ranks answered; of each its last report and its turns."""
     reports = [pickle.loads((shared / f"answers-{rank}").read_bytes()) for rank in range(ranks)]  # noqa: S301 (our own)
-    answers, stats, sizes = zip(*reports, strict=True)
-    return {name: answer for each in answers for name, answer in each.items()}, list(stats), list(sizes)
+    answers, stats, turns = zip(*reports, strict=True)
+    return {name: answer for each in answers for name, answer in each.items()}, list(stats), list(turns)
 
 
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
         (2, {"async_scheduling": True, "speculative": drafting("mtp", 2), "replays": True}),
-        (4, {"speculative": drafting("ngram", 2)}),
+        (
+            4,
+            {"speculative": drafting("ngram", 2), "enable_dbo": True, "dbo_prefill_token_threshold": 3},
+        ),
     ],
-    ids=["two, overlapped, replaying, mtp", "four, ngram"],
+    ids=["two, overlapped, replaying, mtp", "four, ngram, in halves"],
 )
 def test_every_rank_answers_as_one_engine_does(
     ranks: int, options: dict, folder: Path, alone: dict, tmp_path: Path
@@ -115,7 +120,7 @@ def test_every_rank_answers_as_one_engine_does(
     """Idle ranks, chunks, preemption, aborts, prefixes: tokens and log-probabilities stay what they are."""
     scripts = scripts_of(ranks, seed=ranks)
     spawn(take_part, ranks, ranks, str(folder), str(tmp_path), options, scripts)
-    found, stats, sizes = collected(tmp_path, ranks)
+    found, stats, turns = collected(tmp_path, ranks)
     assert found.keys() == alone.keys()
     for name, answer in found.items():
         if name in ABORTED:
@@ -126,9 +131,12 @@ def test_every_rank_answers_as_one_engine_does(
     assert stats[0].prefix_cache_hits > 0
     assert (stats[-1].steps == 0) == (ranks > 2)
     assert all(report.num_free_blocks == report.num_blocks for report in stats)
-    assert all(each == sizes[0] for each in sizes)
-    assert sizes[0].count(None) < 40, "turns were taken while nobody had work"
-    assert any(sizes[0]) == ("replays" in options)
+    assert all(each == turns[0] for each in turns)
+    assert sum(not turn.rows for turn in turns[0]) < 40, "turns were taken while nobody had work"
+    assert any(turn.size for turn in turns[0]) == ("replays" in options)
+    in_halves = [turn for turn in turns[0] if turn.halves]
+    assert (len(in_halves) > 5) == ("enable_dbo" in options)
+    assert all(max(turn.rows) >= 3 and turn.module == MODEL for turn in in_halves)
     assert sum(report.drafts for report in stats) > 0
 
 

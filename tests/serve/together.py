@@ -80,12 +80,12 @@ def take_part(rank: int, ranks: int, folder: str, shared: str, options: dict, sc
     replays = options.pop("replays", False)
     if replays:
         build.graph_sizes = lambda options, _: GraphSizes((1, 2, 5, options.max_num_seqs))
-    engine, sizes = meet(rank, ranks, folder, shared, options), []
+    engine, turns = meet(rank, ranks, folder, shared, options), []
     take = engine._turns.take
 
     def noted(intent: Intent) -> Turn:
         turn = take(intent)
-        sizes.append(turn.size if turn.rows else None)
+        turns.append(turn)
         return turn
 
     engine._turns.take = noted
@@ -95,4 +95,4 @@ def take_part(rank: int, ranks: int, folder: str, shared: str, options: dict, sc
     stats = engine.stats()
     assert is_empty(engine)
     engine.leave()
-    (Path(shared) / f"answers-{rank}").write_bytes(pickle.dumps((answers, stats, sizes)))
+    (Path(shared) / f"answers-{rank}").write_bytes(pickle.dumps((answers, stats, turns)))

@@ -131,6 +131,18 @@ BatchInvariant = Annotated[
     bool,
     typer.Option("--batch-invariant", help="Scores do not depend on the batch.", rich_help_panel=ENGINE),
 ]
+EnableDbo = Annotated[
+    bool,
+    typer.Option(
+        "--enable-dbo",
+        help="With --data-parallel-size: a step with prompts runs in two halves; one computes while the rows "
+        "of the other travel.",
+        rich_help_panel=ENGINE,
+    ),
+]
+DboPrefillTokenThreshold = Annotated[
+    int, typer.Option(help="Rows of a step from which on --enable-dbo does.", rich_help_panel=ENGINE)
+]
 AsyncScheduling = Annotated[
     bool | None,
     typer.Option(

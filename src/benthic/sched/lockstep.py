@@ -27,6 +27,8 @@ class Intent(NamedTuple):
         working: it has requests, or steps that have not landed.
         leaving: it will have no more.
         module: the prediction module that they pass through, by depth; or the model.
+        first: rows of the first half, if the pass may run in two (`benthic.serve.halves`); 0 otherwise.
+        large: it has so many rows that two halves pay.
         waited: turns in which it ran padding since it has had these rows.
     """
 
@@ -36,6 +38,8 @@ class Intent(NamedTuple):
     working: bool = False
     leaving: bool = False
     module: int = MODEL
+    first: int = 0
+    large: bool = False
     waited: int = 0
 
     def joins(self, turn: Turn) -> bool:
@@ -52,6 +56,7 @@ class Turn(NamedTuple):
         module: what they pass through.
         size: the recorded pass that all replay; 0 when they run as written.
         queries: rows of each sequence in it.
+        halves: `rows` of each half, where all run in two; empty otherwise. Padding is a row of both.
         working: some rank has requests, so that another turn follows.
         over: all ranks are leaving.
     """
@@ -60,6 +65,7 @@ class Turn(NamedTuple):
     module: int
     size: int
     queries: int
+    halves: tuple[tuple[int, ...], ...]
     working: bool
     over: bool
 
@@ -70,6 +76,7 @@ def conclude(intents: Sequence[Intent]) -> Turn:
     Prediction modules come before the model: ranks that draft catch up with those that do not, and pass
     through the model together. A recorded pass has fixed shapes, so it is replayed only when every rank with
     rows has one; then all take the largest of those with as many queries as the one that has waited longest.
+    A pass as written runs in halves where all can, when it pays for one.
     """
     module = max([intent.module for intent in intents if intent.rows], default=MODEL)
     running = [intent for intent in intents if intent.rows and intent.module == module]
@@ -81,9 +88,15 @@ def conclude(intents: Sequence[Intent]) -> Turn:
         module=module,
         size=max(alike) if recorded else 0,
         queries=first.queries if recorded else 0,
+        halves=(),
         working=any(intent.working for intent in intents),
         over=all(intent.leaving for intent in intents),
     )
     if not running:
         return turn
-    return turn._replace(rows=tuple(intent.rows if intent.joins(turn) else 1 for intent in intents))
+    turn = turn._replace(rows=tuple(intent.rows if intent.joins(turn) else 1 for intent in intents))
+    if recorded or not all(intent.first for intent in running) or not any(intent.large for intent in running):
+        return turn
+    ahead = tuple(intent.first if intent.joins(turn) else 1 for intent in intents)
+    behind = tuple(intent.rows - intent.first if intent.joins(turn) else 1 for intent in intents)
+    return turn._replace(halves=(ahead, behind))

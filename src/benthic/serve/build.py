@@ -227,6 +227,7 @@ def make_runner(
         alone=rank is None or rank.turns is not None,
         lead=None if rank is None else rank.lead,
         turns=None if rank is None else rank.turns,
+        halve_from=options.dbo_prefill_token_threshold if options.enable_dbo else 0,
     )
 
 

@@ -32,6 +32,9 @@ class EngineOptions:
         data_parallel_size: engines that each have requests of their own, on a device of their own, and all
             of the model but the routed experts, of which each holds some; they step together.
         enable_expert_parallel: each of them holds whole experts instead of a part of every expert's width.
+        enable_dbo: engines that step together run a step as written in two halves, so that one computes while
+            the rows of the other travel; see `benthic.serve.halves`.
+        dbo_prefill_token_threshold: rows of a step from which on they do.
         kv_cache_dtype: "auto" stores latents as activations are; "fp8" (or "fp8_e4m3") in E4M3, unscaled.
         max_model_len: longest prompt plus output; None takes the model's `max_position_embeddings`.
         max_num_seqs: most sequences in one step.
@@ -72,6 +75,8 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    enable_dbo: bool = False
+    dbo_prefill_token_threshold: int = 512
     kv_cache_dtype: CacheDtypeName = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -104,6 +109,7 @@ class EngineOptions:
             for name, value in (
                 ("tensor_parallel_size", self.tensor_parallel_size),
                 ("data_parallel_size", self.data_parallel_size),
+                ("dbo_prefill_token_threshold", self.dbo_prefill_token_threshold),
                 ("max_model_len", self.max_model_len),
                 ("max_num_seqs", self.max_num_seqs),
                 ("max_num_batched_tokens", self.max_num_batched_tokens),
@@ -150,6 +156,11 @@ class EngineOptions:
             problems.append(
                 f"num_blocks = {self.num_blocks} and kv_cache_memory = {self.kv_cache_memory} both size the "
                 "cache; give one"
+            )
+        if self.enable_dbo and self.data_parallel_size == 1:
+            problems.append(
+                "enable_dbo = True overlaps the exchange among engines that share experts, but "
+                "data_parallel_size = 1; leave it out, or give --data-parallel-size too"
             )
         problems += [] if self.data_parallel_size == 1 else self._problems_together()
         if problems:

@@ -9,6 +9,7 @@ import torch
 
 from benthic.model.network import Hidden
 from benthic.sched.lockstep import MODEL, Intent
+from benthic.serve import halves
 from benthic.serve.attend import DecodeRows, StepLayout
 from benthic.serve.columns import ColumnLinear
 from benthic.serve.graphs import NO_GRAPHS, ModuleBuffers, ModuleGraphs, ModuleRows, Served
@@ -21,7 +22,7 @@ from benthic.serve.tail_graphs import TailGraphs
 from benthic.serve.tapes import DecodeTapes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -88,6 +89,11 @@ class Turns(Protocol):
         """How rows reach experts in the pass that all run now, as it is written."""
         ...
 
+    @property
+    def halves(self) -> Sequence[Exchange]:
+        """The same of both halves, where all run in two; empty otherwise."""
+        ...
+
     def take(self, intent: Intent) -> Turn:
         """Tell them what would run here, and find out what all run."""
         ...
@@ -109,6 +115,7 @@ class Runner:
         lead: who else runs the same steps; None when nobody does, or where this runner is the one that is
         told.
         turns: who else runs steps of their own at the same time; None when nobody does.
+        halve_from: rows of a step from which on it runs in two halves, with `turns`; 0 never does.
     """
 
     def __init__(  # noqa: PLR0913 (what a step depends on)
@@ -125,12 +132,14 @@ class Runner:
         alone: bool = True,
         lead: Lead | None = None,
         turns: Turns | None = None,
+        halve_from: int = 0,
     ) -> None:
         self.cache = cache
         self.model = model.eval()
         self._plugs = plugs = plugs or Plugs.fastest(model)
         self._lead = lead
         self._turns = turns
+        self._halve_from = halve_from
         self.tapes: DecodeTapes | None = None  # None: every step runs as it is written
         columns = -(-max_model_len // cache.layout.block_size)
         taped = isinstance(plugs.linear, ColumnLinear) and cache.layout.dtype == torch.float32
@@ -219,7 +228,8 @@ class Runner:
         graphs = self.graphs.get(queries)
         size = None if graphs is None else graphs.size_of(rows)
         if self._turns is not None:
-            size = self._agreed(size, MODEL, queries, len(rows.position_T))
+            first = halves.first_rows(rows) if self._halve_from else 0
+            size = self._agreed(size, MODEL, queries, len(rows.position_T), first)
         if graphs is not None and size is not None:
             replayed = graphs.run(rows, size)
             return self._result(replayed.outputs, replayed.step, replayed.drawn if self._alone else None)
@@ -234,6 +244,9 @@ class Runner:
 
     def _hidden(self, rows: StepRows, step: StepTensors) -> Hidden:
         """The states of a step's rows, from a graph that holds it or as it is written."""
+        if self._turns is not None and self._turns.halves:
+            parts = map(self.steps.tensors, halves.divide(rows, halves.first_rows(rows)))
+            return self._in_halves([(part.tokens_T, part.positions_T, part.layout) for part in parts])
         for graphs in self.prompts:
             size = graphs.size_of(rows)
             if size is not None:
@@ -244,10 +257,22 @@ class Runner:
         hidden = Hidden(found.pre_norm_TD, found.hidden_TD, ())
         return StepResult(found.logits_TV, hidden.hidden_TD, self.model.mtp_input(hidden), step, drawn)
 
-    def _agreed(self, size: int | None, module: int, queries: int, rows: int) -> int | None:
+    def _in_halves(self, parts: list[tuple[Tensor, Tensor, StepLayout]]) -> Hidden:
+        """A pass in two halves, each with its rows' way to the experts."""
+        assert self._turns is not None  # noqa: S101 (the caller has looked)
+        first, second = [
+            halves.Half(tokens_T, positions_T, self._sockets(layout, exchange))
+            for (tokens_T, positions_T, layout), exchange in zip(parts, self._turns.halves, strict=True)
+        ]
+        return halves.run(self.model, first, second)
+
+    def _agreed(self, size: int | None, module: int, queries: int, rows: int, first: int = 0) -> int | None:
         """The batch in which all replay this pass, or None: as written. Passes of others may come first."""
         assert self._turns is not None  # noqa: S101 (the caller has looked)
-        intent = Intent(rows=rows, size=size or 0, queries=queries, working=True, module=module)
+        intent = Intent(
+            rows=rows, size=size or 0, queries=queries, working=True, module=module, first=first,
+            large=rows >= self._halve_from,
+        )  # fmt: skip
         while not intent.joins(turn := self._turns.take(intent)):
             self.stand_in(turn)
             intent = intent._replace(waited=intent.waited + 1)
@@ -263,8 +288,11 @@ class Runner:
             return
         zero_T = torch.zeros(1, dtype=torch.int64, device=self.cache.pages_LPBW.device)
         none_S = zero_T.to(torch.int32)
-        sockets = self._sockets(StepLayout(zero_T - 1, DecodeRows(1, none_S.unsqueeze(0), none_S), None))
-        if turn.module == MODEL:
+        layout = StepLayout(zero_T - 1, DecodeRows(1, none_S.unsqueeze(0), none_S), None)
+        sockets = self._sockets(layout)
+        if turn.halves:
+            self._in_halves([(zero_T, zero_T, layout)] * 2)
+        elif turn.module == MODEL:
             self.model(zero_T, zero_T, sockets)
         else:
             previous_TD = self.model.embed(zero_T)
@@ -293,8 +321,10 @@ class Runner:
         """Scores of the next token for some rows."""
         return self.model.logits(hidden_SD, self._plugs.linear)
 
-    def _sockets(self, layout: StepLayout) -> Sockets:
-        plugs = self._plugs if self._turns is None else replace(self._plugs, exchange=self._turns.exchange)
+    def _sockets(self, layout: StepLayout, exchange: Exchange | None = None) -> Sockets:
+        if exchange is None and self._turns is not None:
+            exchange = self._turns.exchange
+        plugs = self._plugs if exchange is None else replace(self._plugs, exchange=exchange)
         return plugs.sockets(self.cache, layout)
 
     @torch.inference_mode()

@@ -30,6 +30,7 @@ class Together:
         self.peers = peers
         self._experts = experts
         self.exchange = experts
+        self.halves: tuple[GatheredExperts, ...] = ()
 
     def warm_up(self, like_TD: Tensor, top_k: int) -> None:
         """Open the ways of steps with different numbers of rows, which NCCL does at their first use.
@@ -51,4 +52,5 @@ class Together:
         turn = conclude(self.peers.exchange(intent))
         self.taken += 1
         self.exchange = replace(self._experts, rows=() if turn.size else turn.rows)
+        self.halves = tuple([replace(self._experts, rows=rows) for rows in turn.halves])
         return turn
