@@ -10,15 +10,16 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from processes import gone, wait_gone
 from running import benthic_server, fake_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from running import Running
 
@@ -68,12 +69,11 @@ def children(server: Running) -> list[int]:
     return [int(pid) for pid in listing.stdout.split()]
 
 
-def gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
+def pipe_folders(pid: int) -> list[Path]:
+    """Folders of the pipes that a process listens at or has."""
+    own = {str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines() if "/benthic-" in line]
+    return sorted({Path(words[-1]).parent for words in lines if f"socket:[{words[6]}]" in own})
 
 
 def wait_for(condition, what: str, seconds: float = 15.0) -> None:
@@ -294,13 +294,15 @@ def test_the_second_signal_ends_streams_with_an_error_at_once(tokenizer_folder: 
         assert "stopping with 1 requests in flight" in server.log.read_text()
 
 
-def test_without_the_main_process_nobody_is_left(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_without_the_main_process_nothing_is_left(tokenizer_folder: Path, tmp_path: Path) -> None:
     with fake_server(tokenizer_folder, tmp_path / "log", fronts=2, step_seconds=0.02) as server:
-        family = children(server)
+        family, folders = children(server), pipe_folders(server.process.pid)
+        assert [folder.is_dir() for folder in folders] == [True, True]
         with server.http() as client, streaming(client, 250) as lines:
             server.process.kill()
             assert "main process is gone" in "".join(lines)
-        wait_for(lambda: all(gone(pid) for pid in family), "fronts and engine leave")
+        wait_gone(family)
+        assert not any(folder.exists() for folder in folders)
 
 
 def test_a_dead_engine_is_named_by_every_front(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -347,7 +349,9 @@ def test_a_fleet_is_seen_and_changed_from_any_front(nano_checkpoint: Path, tmp_p
         assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] in texts
         with clients[0].stream("GET", "/dash/events") as page:
             ticks = events(page.iter_lines())
-            assert ["decode-1", "decode-2"] in ([each["name"] for each in tick["instances"]] for tick in ticks)
+            assert ["decode-1", "decode-2"] in (
+                [each["name"] for each in tick["instances"]] for tick in ticks
+            )
             name = clients[1].post("/v1/completions", json=body).json()["id"]
             shown = next(c for tick in ticks if (c := cards_of(tick, name)))
             assert {phase[3] for phase in shown[0]["phases"]} <= {"", "decode-1", "decode-2"}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import fake_engine
 import pytest
+from processes import wait_gone
 
 from benthic.errors import AdmissionError, EngineDeadError
 from benthic.serve.client import EngineClient
@@ -227,15 +227,4 @@ def test_the_engine_leaves_when_the_http_process_is_killed(tmp_path: Path) -> No
     engine_pid = int(parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 10
-    while alive(engine_pid):
-        assert time.monotonic() < deadline, "the engine outlived its parent"
-        time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0]
+    wait_gone([engine_pid], 10)
