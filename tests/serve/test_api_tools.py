@@ -137,6 +137,21 @@ def test_reasoning_is_a_field_of_its_own(client: openai.OpenAI) -> None:
         "".join(getattr(part, "reasoning_content", None) or "" for part in parts) == message.reasoning_content
     )
     assert not "".join(part.content or "" for part in parts)
+    thinking["extra_body"]["include_reasoning"] = False
+    without = chat(client, **options, **thinking).choices[0].message
+    assert (without.content, without.reasoning_content) == ("", None)
+    parts = [chunk.choices[0].delta for chunk in chat(client, **options, **thinking, stream=True)]
+    assert not any(getattr(part, "reasoning_content", None) for part in parts)
+
+
+def test_a_message_that_goes_on_in_the_middle_of_a_thought_goes_on_thinking(client: openai.OpenAI) -> None:
+    def answer(content: str) -> Any:
+        last = {"role": "assistant", "content": content, "prefix": True}
+        options = {"max_tokens": 6, "tools": openai.omit, "extra_body": {"ignore_eos": True}}
+        return chat(client, messages=[*USER, last], **options).choices[0].message
+
+    assert answer("<think>so").reasoning_content
+    assert answer("<think>so</think>b").reasoning_content is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benthic.serve.chat_parts import ToolFormat
-    from benthic.serve.protocol_requests import ChatBody
+    from benthic.serve.protocol_requests import ChatBody, TemplateBody
     from benthic.serve.protocol_tools import Tool
 
 ANY_ARGUMENTS = {"type": "object"}
@@ -75,7 +75,7 @@ class ToolPlan:
         return CallList() if self.manner == "some" else PartReader(self.rules)
 
 
-def shown_tools(body: ChatBody, formats: AnswerFormats) -> list[dict[str, Any]] | None:
+def shown_tools(body: TemplateBody, formats: AnswerFormats) -> list[dict[str, Any]] | None:
     """What the template is given.
 
     Raises:
@@ -106,7 +106,7 @@ def plan_tools(
     Raises:
         ApiError: 400 when a forced call meets structured output, names no tool, or has a schema that is none.
     """
-    thinking = formats.reasoning and (prompt_text or "").rstrip().endswith(THINK)
+    thinking = formats.reasoning and _is_open(body, prompt_text or "")
     calls = formats.tools if body.tools and body.tool_choice != "none" else None
     rules = PartRules(tools=calls, reasoning=formats.reasoning and grammar is None, thinking=thinking)
     choice = body.tool_choice
@@ -127,6 +127,14 @@ def plan_tools(
     if body.parallel_tool_calls is False:
         schema["maxItems"] = 1
     return ToolPlan(manner="some", name=None, grammar=_compiled(schema), rules=rules)
+
+
+def _is_open(body: ChatBody, prompt_text: str) -> bool:
+    """Whether the answer begins inside reasoning."""
+    if not body.continues:
+        return prompt_text.rstrip().endswith(THINK)
+    last = body.messages[-1].as_template_input()["content"]
+    return last.rfind(THINK) > last.rfind(THINK_END)
 
 
 def _named(tools: Sequence[Tool], name: str) -> Tool:
