@@ -149,6 +149,7 @@ class ChatJob:
             body.kv_transfer_params,
             offered=self._service.settings.kv_transfer,
             sequences=body.n or 1,
+            prompt_tokens=len(self._prompt.ids),
         )
         return Asked(
             index=index,

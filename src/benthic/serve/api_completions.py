@@ -136,6 +136,7 @@ class CompletionJob:
             body.kv_transfer_params,
             offered=self._service.settings.kv_transfer,
             sequences=len(self._prompts) * self._sampled,
+            prompt_tokens=len(prompt.ids),
         )
         return Asked(
             index=index,

@@ -79,7 +79,8 @@ def _forms(body: SamplingBody) -> Iterator[Form]:
     if asked is not None:
         compact = asked.disable_any_whitespace
         if asked.json_ is not None or asked.json_object:
-            yield _json("structured_outputs", asked.json_ or ANY_OBJECT, compact=compact)
+            schema = ANY_OBJECT if asked.json_ is None else asked.json_
+            yield _json("structured_outputs", schema, compact=compact)
         yield from _plain("structured_outputs", asked.regex, asked.choice, asked.grammar)
     if body.guided_json is not None:
         yield _json("guided_json", body.guided_json)
