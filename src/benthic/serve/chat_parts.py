@@ -99,6 +99,11 @@ class PartReader:
         """Whether a tool was called."""
         return self._calls > 0
 
+    @property
+    def thinking(self) -> bool:
+        """Whether reasoning goes on."""
+        return self._state == "reasoning"
+
     def push(self, text: str) -> Parts:
         """What `text` adds, but for what may be the beginning of a marker."""
         self._rest += text
