@@ -48,7 +48,7 @@ class RouterOptions:
     Attributes:
         policy: where requests go.
         retries: how often a request is moved to other instances before it ends with an error.
-        restarts: how many instances that died are replaced, in all.
+        restarts: how many instances that died are replaced in an hour.
         stall_s: an instance silent for so long is killed (its requests move).
         seed: from which requests without a seed get theirs, in order of arrival.
         log_level: of the instances.
