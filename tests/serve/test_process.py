@@ -15,7 +15,7 @@ import pytest
 from processes import wait_gone
 
 from benthic.errors import AdmissionError, EngineDeadError
-from benthic.serve.client import EngineClient
+from benthic.serve.client import EngineClient, set_within
 from benthic.serve.messages import Generate, SamplingParams
 
 if TYPE_CHECKING:
@@ -196,6 +196,26 @@ def test_closing_leaves_no_process_and_no_files_and_fails_what_was_in_flight() -
             await task
         assert not Path(f"/proc/{client.pid}").exists()
         assert not client._pipes.folder.exists()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_a_wait_that_is_cancelled_as_it_ends_is_cancelled(turns: int) -> None:
+    """The one on the engine's end; it went on, and closing waited for it for ever."""
+
+    async def scenario() -> None:
+        event = asyncio.Event()
+        waiting = asyncio.create_task(set_within(event, 10))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        event.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if not waiting.done():
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
 
     run(scenario())
 
