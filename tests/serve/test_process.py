@@ -166,8 +166,8 @@ def test_an_engine_that_hangs_is_reported_then_killed_and_its_requests_fail() ->
 
 def test_an_idle_engine_keeps_reporting_and_stays_healthy() -> None:
     async def scenario() -> None:
-        async with engine(stall_s=4.0, silent_s=1.6) as client:
-            await asyncio.sleep(2.5)
+        async with engine(stall_s=9.0, silent_s=2.5) as client:
+            await asyncio.sleep(3.0)
             assert client.trouble is None
 
     run(scenario())
