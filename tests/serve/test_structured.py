@@ -186,6 +186,19 @@ def test_behind_a_thought_every_form_is_followed(
     assert matcher.try_consume_tokens([*tokenizer.encode(thought), EOS]) == len(tokenizer.encode(thought))
 
 
+def test_a_vocabulary_that_cannot_be_read_is_said_at_the_start_and_refuses_requests_later(
+    grammars: Grammars, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grammars.warm_up()
+    assert not caplog.text
+    (tmp_path / "tokenizer.json").write_text("{}")
+    broken = Grammars(tmp_path / "tokenizer.json", vocab_size=VOCAB, eos=(EOS,))
+    broken.warm_up()
+    assert "requests with structured output will be refused" in caplog.text
+    with pytest.raises(AdmissionError, match="cannot be read as a vocabulary"):
+        broken.matcher(str(grammar(guided_regex="a")))
+
+
 def test_a_grammar_without_a_vocabulary_is_refused(grammars: Grammars, tmp_path: Path) -> None:
     assert Grammars.from_folder(tmp_path, vocab_size=VOCAB, eos=(EOS,)) is None
     with pytest.raises(AdmissionError, match=r"no tokenizer\.json"):
