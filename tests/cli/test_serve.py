@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from benthic.cli import serve_vllm
 from benthic.cli.main import app, main
 from benthic.serve.protocol_requests import UNSUPPORTED, ChatBody, CompletionBody
 
@@ -54,6 +55,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_starts(
     folder: Path, tmp_path: Path, fails: Fails
 ) -> None:
     assert "is not a folder" in fails("serve", str(tmp_path / "nowhere"), "--port", "0")
+    assert "hf download NAME" in fails("serve", "deepseek-ai/DeepSeek-V3", "--port", "0")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "no config.json and no tokenizer.json and no *.safetensors (there: nothing)" in fails(
@@ -98,6 +100,11 @@ def test_a_port_in_use_is_an_error_before_the_model_is_looked_at(fails: Fails) -
         (("a", "--num-blocks", "4", "--kv-cache-memory", "100"), "both size the cache"),
         (("a", "--api-key", " "), "--api-key is empty"),
         (("a", "--block-size", "0"), "--block-size"),
+        (("a", "--device", "gpu"), "device = 'gpu'"),
+        (("a", "--swap_space", "4"), "--swap-space is a flag of vLLM's. Preempted sequences are computed"),
+        (("a", "--ssl-keyfile=key.pem"), "in a reverse proxy"),
+        (("a", "-pp", "2"), "--pipeline-parallel-size 2: here it can only be 1"),
+        (("a", "--tokenizer-mode"), "--tokenizer-mode : here it can only be auto or hf"),
         (("a", "--dtype", "int3"), "int3"),
         (("a", "--port", "70000"), "--port"),
         (("a", "--api-server-count", "0"), "--api-server-count"),
@@ -124,6 +131,41 @@ def test_a_port_in_use_is_an_error_before_the_model_is_looked_at(fails: Fails) -
 )
 def test_flags_that_cannot_be_meant_are_refused(flags: tuple[str, ...], words: str, fails: Fails) -> None:
     assert words in fails("serve", *flags)
+
+
+def test_words_of_vllm_mean_what_they_mean_there() -> None:
+    parameters = typer.main.get_command(app).commands["serve"].params
+
+    def ours(line: str) -> str:
+        return " ".join(serve_vllm.translate(line.split(), parameters))
+
+    assert ours("m --max_model_len=8k --max-num-seqs 1K --trust-remote-code") == (
+        "m --max-model-len 8000 --max-num-seqs 1024"
+    )
+    assert ours("m --dtype half --generation-config vllm --task generate --enforce_eager") == (
+        "m --dtype float16 --generation-config none --enforce-eager"
+    )
+    assert ours("m --served-model-name a b_c --cuda-graph-sizes 1 2 -tp 2") == (
+        "m --served-model-name a --served-model-name b_c --cuda-graph-sizes 1 --cuda-graph-sizes 2 -tp 2"
+    )
+    assert ours("--port 80 --served-model-name a b m") == (
+        "--port 80 --served-model-name a --served-model-name b m"
+    )
+    assert ours("--model m --api-key -x --api-key=y --seed -1 --no-enable-log-requests") == (
+        "--model m --api-key -x --api-key y --seed -1 --disable-log-requests"
+    )
+    assert ours("m --goodput ttft:5 tpot:6 --unknown_flag=a_b --port") == (
+        "m --goodput ttft:5 --goodput tpot:6 --unknown-flag=a_b --port"
+    )
+
+
+def test_no_flag_is_both_ours_and_vllms_and_the_guide_names_what_changes_nothing() -> None:
+    command = typer.main.get_command(app).commands["serve"]
+    flags = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    assert not flags & (serve_vllm.REMEDIES.keys() | serve_vllm.ONLY.keys() | serve_vllm.SO_ANYWAY)
+    assert {*serve_vllm.NUMBERS, *serve_vllm.VALUES, "--disable-log-requests"} <= flags
+    section = PAGE[PAGE.index("## Coming from vLLM") :]
+    assert {*serve_vllm.SO_ANYWAY, *serve_vllm.ONLY} <= set(re.findall(r"`(--[\w-]+)", section))
 
 
 def test_templates_and_generation_configs_that_do_not_exist_are_refused(

@@ -52,7 +52,7 @@ def test_events_open_with_the_past_and_go_on_with_what_has_ended(server: Running
     ends = [time for _, start, end, _ in card["phases"] for time in (start, end)]
     assert ends == sorted(ends)
     assert card["ttft"] < card["phases"][-1][2] - card["phases"][0][1]
-    assert card["tpot"] >= 0.005
+    assert card["tpot"] > 0
     assert tick["kind"] == "tick"
     sample = tick["sample"]
     assert sample["goodput"] is None

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import openai
 import pytest
 from running import fake_server
 
+from benthic.serve.protocol_requests import INSTEAD, UNSUPPORTED
 from benthic.serve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -105,6 +107,51 @@ def test_the_template_decides_what_the_model_reads(server: Running) -> None:
         assert ask(chat_template_kwargs={"shout": True}) == 8
 
 
+@pytest.mark.parametrize("words", ["vllm", "deepseek"])
+def test_the_answer_can_go_on_with_the_last_message(server: Running, words: str) -> None:
+    last = {"role": "assistant", "content": "one, t"}
+    fields: dict = {"model": "fake", "messages": [*USER, last]}
+    if words == "vllm":
+        fields |= {"continue_final_message": True, "add_generation_prompt": False}
+    else:
+        last["prefix"] = True
+    with server.http() as http:
+        told = http.post("/tokenize", json=fields).json()
+        assert http.post("/detokenize", json={"tokens": told["tokens"]}).json()["prompt"] == (
+            "<bos><|user|>hi<|assistant|>one, t"
+        )
+        answer = http.post("/v1/chat/completions", json=fields | {"max_tokens": 1}).json()
+        assert answer["usage"]["prompt_tokens"] == told["count"]
+        for wrong, param in (
+            ({"add_generation_prompt": True}, "add_generation_prompt"),
+            ({"messages": [last, *USER], "continue_final_message": True}, "messages"),
+        ):
+            refused = http.post("/v1/chat/completions", json=fields | wrong)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_the_ids_of_prompt_and_answer_come_if_asked_for(server: Running, path: str) -> None:
+    body = {"model": "fake", "max_tokens": 3, "n": 2, "return_token_ids": True, "ignore_eos": True}
+    body |= {"prompt": [40, 41]} if path == "completions" else {"messages": USER}
+    with server.http() as http:
+        whole = http.post(f"/v1/{path}", json=body).json()
+        prompt = (whole if "chat" in path else whole["choices"][0])["prompt_token_ids"]
+        if path == "completions":
+            assert prompt == [40, 41]
+        assert [choice["token_ids"] for choice in whole["choices"]] == [
+            [prompt[-1] + 1, prompt[-1] + 2, prompt[-1] + 3]
+        ] * 2
+        with http.stream("POST", f"/v1/{path}", json=body | {"stream": True}) as answer:
+            chunks = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+    first = chunks[0] if "chat" in path else chunks[0]["choices"][0]
+    assert first["prompt_token_ids"] == prompt
+    for index in (0, 1):
+        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        ids = [token for choice in own for token in choice.get("token_ids") or ()]
+        assert ids == whole["choices"][index]["token_ids"]
+
+
 def test_a_template_that_refuses_the_messages_is_a_400_with_its_words(client: openai.OpenAI) -> None:
     late = [*USER, {"role": "system", "content": "too late"}]
     with pytest.raises(openai.BadRequestError, match="system must come first") as caught:
@@ -133,6 +180,8 @@ def test_without_a_template_chat_is_refused_and_completions_work(
         ({"modalities": ["audio"]}, "modalities"),
         ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template"),
         ({"extra_body": {"echo": True}}, "echo"),
+        ({"extra_body": {"regex": "a+"}}, "regex"),
+        ({"extra_body": {"thinking": {"type": "enabled"}}}, "thinking"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"messages": []}, "messages"),
@@ -145,6 +194,8 @@ def test_what_is_not_offered_is_refused_by_name(client: openai.OpenAI, options: 
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, **({"messages": USER} | options))
     assert caught.value.param == param
+    assert INSTEAD.get(param, "") in caught.value.message
+    assert INSTEAD.keys() <= UNSUPPORTED.keys()
 
 
 def test_values_of_unsupported_fields_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:

@@ -9,9 +9,19 @@ import openai
 import pytest
 from running import benthic_server
 
-from benthic.serve.chat_parts import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
+from benthic.serve.chat_parts import (
+    CALL_BEGIN,
+    CALL_END,
+    CALLS_BEGIN,
+    CALLS_END,
+    SEPARATOR,
+    CallPart,
+    PartRules,
+    Parts,
+    joined,
+)
 from benthic.serve.launch import answer_formats
-from benthic.serve.tools import AnswerFormats
+from benthic.serve.tools import AnswerFormats, Manner, ToolPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,6 +147,51 @@ def test_reasoning_is_a_field_of_its_own(client: openai.OpenAI) -> None:
         "".join(getattr(part, "reasoning_content", None) or "" for part in parts) == message.reasoning_content
     )
     assert not "".join(part.content or "" for part in parts)
+    thinking["extra_body"]["include_reasoning"] = False
+    without = chat(client, **options, **thinking).choices[0].message
+    assert (without.content, without.reasoning_content) == ("", None)
+    parts = [chunk.choices[0].delta for chunk in chat(client, **options, **thinking, stream=True)]
+    assert not any(getattr(part, "reasoning_content", None) for part in parts)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_forced_calls_come_behind_the_thought(size: int) -> None:
+    def read(manner: Manner, text: str) -> tuple[Parts, bool]:
+        rules = PartRules(reasoning=True, thinking=True)
+        reader = ToolPlan(manner=manner, name="f", grammar=None, rules=rules).reader()
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        return joined([*(reader.push(piece) for piece in pieces), reader.finish()]), reader.called
+
+    called = Parts(reasoning="so", calls=[CallPart(0, name="f", arguments='{"x": 1}')])
+    assert read("one", 'so</think>\n\n{"x": 1}') == (called, True)
+    assert read("some", 'so</think>[{"name": "f", "parameters": {"x": 1}}]') == (called, True)
+    for manner in ("one", "some"):
+        assert read(manner, "so</thi") == (Parts(reasoning="so</thi"), False)
+
+
+def test_a_bound_answer_thinks_first_where_the_prompt_says_so(client: openai.OpenAI) -> None:
+    fields = {"chat_template_kwargs": {"think": True}, "guided_choice": ["yes", "no"]}
+    options = {"max_tokens": 9, "seed": 2, "tools": openai.omit}
+    choice = chat(client, **options, extra_body=fields).choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("", "length")
+    assert choice.message.reasoning_content
+    forced = chat(
+        client, max_tokens=9, seed=2, tool_choice="required", extra_body=fields | {"guided_choice": None}
+    )
+    assert forced.choices[0].message.reasoning_content
+    assert not forced.choices[0].message.tool_calls
+    fields["chat_template_kwargs"] = {}
+    assert chat(client, **options, extra_body=fields).choices[0].message.content in ("yes", "no")
+
+
+def test_a_message_that_goes_on_in_the_middle_of_a_thought_goes_on_thinking(client: openai.OpenAI) -> None:
+    def answer(content: str) -> Any:
+        last = {"role": "assistant", "content": content, "prefix": True}
+        options = {"max_tokens": 6, "tools": openai.omit, "extra_body": {"ignore_eos": True}}
+        return chat(client, messages=[*USER, last], **options).choices[0].message
+
+    assert answer("<think>so").reasoning_content
+    assert answer("<think>so</think>b").reasoning_content is None
 
 
 @pytest.mark.parametrize(

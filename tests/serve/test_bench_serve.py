@@ -46,7 +46,7 @@ def bench(served: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 def test_a_sweep_against_our_own_server_counts_every_token(bench: Bench, tmp_path: Path) -> None:
     result, targets = tmp_path / "r.json", ("--goodput", "ttft:60000", "tpot:60000")
-    rates = ("--request-rate", "40", "--request-rate", "80")
+    rates = ("--backend", "vllm", "--request-rate", "40", "--request-rate", "80")
     code, out, err = bench(*FEW, *rates, *targets, "--result", str(result), "--plot", str(tmp_path / "p"))
     assert code == 0, out + err
     record = json.loads(result.read_text())

@@ -24,6 +24,22 @@ def test_the_generation_prompt_is_the_templates_choice() -> None:
     assert render(source, add_generation_prompt=False) == "x"
 
 
+def test_a_last_message_can_go_on() -> None:
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{{ eos_token }}{% endfor %}END"
+
+    def told(content: str) -> str:
+        messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": content}]
+        return render(source, messages, continue_final=True)
+
+    assert told("a b") == "<user>a b</s><assistant>a b"
+    assert told(" a b \n") == "<user>a b</s><assistant>a b"
+    kept = source.replace(" | trim", "")
+    messages = [{"role": "assistant", "content": " so, "}]
+    assert render(kept, messages, continue_final=True) == "<assistant> so, "
+    with pytest.raises(TemplateRenderError, match="does not show it as it is"):
+        render("{{ messages[0].content | upper }}", messages, continue_final=True)
+
+
 def test_variables_cannot_replace_the_messages() -> None:
     assert render("{{ messages | length }}", variables={"messages": [1, 2, 3]}) == "1"
 

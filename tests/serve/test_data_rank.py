@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import forked_instances
 import pytest
 import torch
+from processes import wait_gone
 from running import benthic_server
 from small_engine import Answer, prompts, random_model, request
 from small_engine import serve as serve_alone
 from small_tokenizer import save_tokenizer
 from spawn import spawn
 from test_overlap import mixed_requests
-from test_spread import children, wait_gone
+from test_spread import children
 from together import SETTINGS, take_part
 
 from benthic.errors import ConfigError, EngineDeadError

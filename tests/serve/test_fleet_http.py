@@ -126,6 +126,9 @@ def test_two_servers_hand_a_request_over_in_the_words_of_a_vllm_router(
         assert broken.status_code == 400
         assert "kv_transfer_params cannot be read" in broken.json()["error"]["message"]
         assert prefill.post("/v1/chat/completions", json=chat | {"n": 2}).status_code == 400
+        longer = {"model": "nano", "prompt": [*prompt, 70], "kv_transfer_params": kept}
+        other = decode.post("/v1/completions", json=longer).json()["error"]["message"]
+        assert "computed 50 tokens, but this prompt has 51" in other
         one.wait_idle()
         second.wait_idle()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import fake_ranks
 import pytest
+from processes import gone
 
 from benthic.errors import PeerLostError
 from benthic.sched.plans import BlockCopy, Prefill, TableWrite
@@ -32,14 +33,6 @@ def ranks(body: Callable, size: int = 3) -> Iterator[Followers]:
         followers.dismiss()
         followers.end()
         assert all(gone(pid) for pid in followers.pids)
-
-
-def gone(pid: int | None) -> bool:
-    try:
-        os.kill(pid or 0, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 def test_every_rank_hears_every_command() -> None:

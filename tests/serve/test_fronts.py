@@ -10,15 +10,16 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from processes import gone, wait_gone
 from running import benthic_server, fake_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from running import Running
 
@@ -68,12 +69,11 @@ def children(server: Running) -> list[int]:
     return [int(pid) for pid in listing.stdout.split()]
 
 
-def gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
+def pipe_folders(pid: int) -> list[Path]:
+    """Folders of the pipes that a process listens at or has."""
+    own = {str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines() if "/benthic-" in line]
+    return sorted({Path(words[-1]).parent for words in lines if f"socket:[{words[6]}]" in own})
 
 
 def wait_for(condition, what: str, seconds: float = 15.0) -> None:
@@ -153,6 +153,7 @@ def test_metrics_are_those_of_all_fronts_whichever_answers(several: Running) -> 
                 body = {"model": "fake", "prompt": [5, 6], "max_tokens": 2}
                 assert client.post("/v1/completions", json=body).status_code == 200
             client.post("/v1/completions", json={"model": "other", "prompt": [5]})
+        several.wait_until(lambda found: found[ended] - before[ended] >= 6)
         after = several.metrics()
         assert [after[name] - before[name] for name in names] == [6, 6, 6]
         assert after[refused] - before.get(refused, 0) == 3
@@ -228,8 +229,7 @@ def test_a_killed_front_loses_its_own_requests_and_another_takes_its_place(slow:
     assert pids(slow)[1:] == before[1:]
     with one_client_a_front(slow) as clients:
         assert all(client.get("/health").status_code == 200 for client in clients)
-        counted = slow.metrics()
-        assert counted["benthic:request_success_total{length}"] >= 2 * FRONTS
+        slow.wait_until(lambda found: found["benthic:request_success_total{length}"] >= 2 * FRONTS)
     assert "front 0 (pid" in slow.log.read_text()
 
 
@@ -294,13 +294,15 @@ def test_the_second_signal_ends_streams_with_an_error_at_once(tokenizer_folder: 
         assert "stopping with 1 requests in flight" in server.log.read_text()
 
 
-def test_without_the_main_process_nobody_is_left(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_without_the_main_process_nothing_is_left(tokenizer_folder: Path, tmp_path: Path) -> None:
     with fake_server(tokenizer_folder, tmp_path / "log", fronts=2, step_seconds=0.02) as server:
-        family = children(server)
+        family, folders = children(server), pipe_folders(server.process.pid)
+        assert [folder.is_dir() for folder in folders] == [True, True]
         with server.http() as client, streaming(client, 250) as lines:
             server.process.kill()
             assert "main process is gone" in "".join(lines)
-        wait_for(lambda: all(gone(pid) for pid in family), "fronts and engine leave")
+        wait_gone(family)
+        assert not any(folder.exists() for folder in folders)
 
 
 def test_a_dead_engine_is_named_by_every_front(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ async def pair(max_waiting: int = 9) -> AsyncIterator[Pair]:
             for front in made.fronts:
                 assert (await front.wait_ready(), (await front.welcome()).started_at) == (READY, 7)
                 front.post(Serving())
+            for link in made.links:
+                await link.serving.wait()
             yield made
     finally:
         for front in made.fronts:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import forked_ranks
 import pytest
 import torch
+from processes import wait_gone
 from small_engine import random_model, serve
 from small_fleet import replace_params
 from test_router import all_of, nothing_left, seeded, tokens_of, until
-from test_spread import children, wait_gone
+from test_spread import children
 
 from benthic.errors import ConfigError
 from benthic.model.checkpoint import load_pretrained, save_pretrained

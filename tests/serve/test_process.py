@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import signal
 import subprocess
 import sys
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import fake_engine
 import pytest
+from processes import wait_gone
 
 from benthic.errors import AdmissionError, EngineDeadError
-from benthic.serve.client import EngineClient
+from benthic.serve.client import EngineClient, set_within
 from benthic.serve.messages import Generate, SamplingParams
 
 if TYPE_CHECKING:
@@ -180,8 +180,8 @@ def test_an_engine_that_hangs_is_reported_then_killed_and_its_requests_fail() ->
 
 def test_an_idle_engine_keeps_reporting_and_stays_healthy() -> None:
     async def scenario() -> None:
-        async with engine(stall_s=4.0, silent_s=1.6) as client:
-            await asyncio.sleep(2.5)
+        async with engine(stall_s=9.0, silent_s=2.5) as client:
+            await asyncio.sleep(3.0)
             assert client.trouble is None
 
     run(scenario())
@@ -214,6 +214,26 @@ def test_closing_leaves_no_process_and_no_files_and_fails_what_was_in_flight() -
     run(scenario())
 
 
+@pytest.mark.parametrize("turns", range(5))
+def test_a_wait_that_is_cancelled_as_it_ends_is_cancelled(turns: int) -> None:
+    """The one on the engine's end; it went on, and closing waited for it for ever."""
+
+    async def scenario() -> None:
+        event = asyncio.Event()
+        waiting = asyncio.create_task(set_within(event, 10))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        event.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if not waiting.done():
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+    run(scenario())
+
+
 ORPHAN = """
 import asyncio, functools, sys
 sys.path.insert(0, {folder!r})
@@ -241,15 +261,4 @@ def test_the_engine_leaves_when_the_http_process_is_killed(tmp_path: Path) -> No
     engine_pid = int(parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 10
-    while alive(engine_pid):
-        assert time.monotonic() < deadline, "the engine outlived its parent"
-        time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0]
+    wait_gone([engine_pid], 10)

@@ -272,6 +272,39 @@ def test_the_last_of_a_role_keeps_it_and_one_that_dies_on_the_way_does_not_chang
     run(scenario())
 
 
+def test_the_most_urgent_of_those_that_wait_is_placed_first_and_of_equals_the_first() -> None:
+    async def scenario() -> None:
+        async with fleet(0, 1, engine={"num_blocks": 20}) as router:
+            placed: list[str] = []
+
+            async def one(name: str, priority: int, length: int = 40) -> None:
+                asked = request(name, range(2, 2 + length), max_tokens=8, priority=priority)
+                async with router.open([asked]) as stream:
+                    await anext(stream)
+                    placed.append(name)
+                    async for _ in stream:
+                        pass
+
+            kinds = {
+                "whole": (0, 60),
+                "late": (5,),
+                "first": (0,),
+                "second": (0,),
+                "left": (-9,),
+                "urgent": (-1,),
+            }
+            tasks = {}
+            for name, what in kinds.items():
+                tasks[name] = asyncio.create_task(one(name, *what))
+                await asyncio.sleep(0)
+            tasks["left"].cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            assert placed == ["whole", "urgent", "first", "second", "late"]
+            await nothing_left(router)
+
+    run(scenario())
+
+
 def samples_by_role(router: Router) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for family in FleetCollector("nano", router).collect():

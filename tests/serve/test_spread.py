@@ -6,7 +6,6 @@ import asyncio
 import functools
 import os
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import forked_instances
 import pytest
 import torch
+from processes import gone, wait_gone
 from running import benthic_server
 from small_engine import NANO, SHALLOW, Answer, is_empty, prompts, random_model, request, serve
 from small_tokenizer import save_tokenizer
@@ -194,22 +194,7 @@ def test_a_step_that_fails_on_rank_0_ends_all(folder: Path) -> None:
             engine.step()
     finally:
         engine.leave()
-    assert all(_gone(pid) for pid in pids)
-
-
-def _gone(pid: int | None) -> bool:
-    try:
-        os.kill(pid or 0, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-def wait_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 30
-    while not all(_gone(pid) for pid in pids):
-        assert time.monotonic() < deadline, "processes are left"
-        time.sleep(0.05)
+    assert all(gone(pid) for pid in pids)
 
 
 def children(pid: int) -> list[int]:

@@ -17,7 +17,7 @@ from benthic.serve.grammar import Grammars, matcher_for
 from benthic.serve.messages import SamplingParams
 from benthic.serve.protocol_requests import CompletionBody
 from benthic.serve.sampler import Sampler
-from benthic.serve.structured import grammar_of
+from benthic.serve.structured import after_thought, grammar_of
 from benthic.serve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -155,6 +155,48 @@ def test_rows_with_a_grammar_leave_the_others_as_they_were(grammars: Grammars, t
         answer = json.loads(tokenizer.decode(mixed[row][:-1], skip_special_tokens=False))
         assert answer["name"] in ("ada", "alan")
         assert 0 <= answer["age"] <= 99
+
+
+@pytest.mark.parametrize(
+    ("form", "answer"),
+    [
+        ({"guided_json": {"enum": [7]}}, "7"),
+        ({"guided_regex": "[a-z]+!"}, "so!"),
+        ({"guided_choice": ["yes", "no"]}, "yes"),
+        ({"guided_grammar": 'start: "a" b\nb: "c"'}, "ac"),
+        ({"guided_grammar": 'root ::= "x" "y"'}, "xy"),
+        ({"structured_outputs": {"json": {"enum": [7]}, "disable_any_whitespace": True}}, "7"),
+    ],
+)
+def test_behind_a_thought_every_form_is_followed(
+    form: dict[str, Any], answer: str, grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    thought = 'say {"a": 世}\n</thin\n or </ think>'
+    for gap in ("", "\n\n"):
+        matcher = grammars.matcher(after_thought(grammar(**form)))
+        for token in tokenizer.encode(f"{thought}</think>{gap}{answer}"):
+            assert not matcher.is_accepting()
+            assert matcher.consume_token(token), matcher.get_error()
+        assert matcher.is_accepting() or answer == "so!"
+        assert matcher.consume_token(EOS)
+    matcher = grammars.matcher(after_thought(grammar(**form)))
+    tokens = tokenizer.encode("ok</think>OTHER")
+    assert matcher.try_consume_tokens(tokens) < len(tokens)
+    matcher = grammars.matcher(after_thought(grammar(**form)))
+    assert matcher.try_consume_tokens([*tokenizer.encode(thought), EOS]) == len(tokenizer.encode(thought))
+
+
+def test_a_vocabulary_that_cannot_be_read_is_said_at_the_start_and_refuses_requests_later(
+    grammars: Grammars, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grammars.warm_up()
+    assert not caplog.text
+    (tmp_path / "tokenizer.json").write_text("{}")
+    broken = Grammars(tmp_path / "tokenizer.json", vocab_size=VOCAB, eos=(EOS,))
+    broken.warm_up()
+    assert "requests with structured output will be refused" in caplog.text
+    with pytest.raises(AdmissionError, match="cannot be read as a vocabulary"):
+        broken.matcher(str(grammar(guided_regex="a")))
 
 
 def test_a_grammar_without_a_vocabulary_is_refused(grammars: Grammars, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import contextlib
 import logging
 import time
 
+import msgspec
 import pytest
 import torch
+import zmq
 from small_engine import TickingClock, is_empty, prompts, request
 from small_fleet import colocated, fleet_folder, pair, replace_params, small_instance
 
@@ -167,6 +169,43 @@ def test_an_owner_that_is_gone_is_given_up_and_the_prompt_is_computed(
         assert both.decode(asked, first) == colocated([asked])["a"]
         assert is_empty(both.reader)
     assert "has not answered for" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"address": "tcp://not a host:9103"}, "cannot be called"),
+        ({"address": "tcp://*:9103"}, "cannot be called"),
+        ({"address": "tcp://nowhere.invalid:9103"}, "has not answered for"),
+        ({"blocks": (0, 1, 2, 3, 4, 5, 6, 256)}, "but there are 256 there"),
+        ({"blocks": (-1, *range(7))}, "but there are 256 there"),
+        ({"blocks": (0, 1)}, "holds 2 blocks"),
+        ({"lease_id": "another"}, "ended before it was read"),
+    ],
+)
+def test_a_hand_over_that_is_wrong_costs_its_request_the_prompt_and_nobody_else_anything(
+    fields: dict, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = request("a", PROMPT, max_tokens=6)
+    with pair(reader={"patience_s": 0.2}) as both, caplog.at_level(logging.WARNING):
+        first = both.prefill(asked)
+        wrong = msgspec.structs.replace(first, remote=msgspec.structs.replace(first.remote, **fields))
+        assert both.decode(asked, wrong) == colocated([asked])["a"]
+        assert words in caplog.text
+        again = replace_params(asked, request_id="b", prompt=tuple(PROMPT[::-1]))
+        assert both.decode(again, both.prefill(again)) == colocated([again])["b"]
+        assert both.reader.stats().pulled_blocks == 8
+
+
+def test_a_desk_that_hears_strange_words_goes_on() -> None:
+    asked = request("a", PROMPT, max_tokens=6)
+    with pair() as both, zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.connect(both.owner._desk.address)
+        for frames in ([b""], [b"", b"\xff"], [b"a", b"b", b"c"]):
+            stranger.send_multipart(frames)
+            assert b"another kind" in stranger.recv()
+        assert both.decode(asked, both.prefill(asked)) == colocated([asked])["a"]
+        assert both.reader.stats().pulled_blocks == 8
 
 
 def test_another_life_at_the_same_address_is_not_read(caplog: pytest.LogCaptureFixture) -> None:

@@ -32,10 +32,11 @@ SEARCH_DOWN = 64
 
 
 class Backend(StrEnum):
-    """Which API is spoken."""
+    """Which API is spoken; `vllm` is another word for `openai`."""
 
     openai = "openai"
     openai_chat = "openai-chat"
+    vllm = "vllm"
 
 
 class Dataset(StrEnum):
@@ -196,7 +197,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     settings = session.Settings(
         target=Target(
             base_url=base_url or f"http://{host}:{port}",
-            api=backend.value,
+            api="openai-chat" if backend is Backend.openai_chat else "openai",
             model=model or "",
             path=endpoint,
             api_key=_api_key(api_key),

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from benthic.cli import bench, calibrate, chat, convert, data, doctor, draw, evaluate, plan, serve, train
 from benthic.cli.folders import user_cache
+from benthic.cli.serve_vllm import ServeCommand
 from benthic.errors import BenthicError
 from benthic.kernels import native_build
 
@@ -29,7 +30,7 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
-app.command("serve")(serve.serve)
+app.command("serve", cls=ServeCommand)(serve.serve)
 app.command("warmup", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     serve.warmup
 )

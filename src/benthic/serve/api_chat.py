@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benthic.serve import api_errors, kv_params
 from benthic.serve.chat_parts import CallPart, Parts, joined
@@ -26,28 +26,21 @@ from benthic.serve.protocol_responses import (
 )
 from benthic.serve.sampling_defaults import sampling_params
 from benthic.serve.service import Prompt, Service, Tally, new_id
+from benthic.serve.tools import shown_tools
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
-    from benthic.serve.protocol_requests import ChatBody, ChatMessage
+    from benthic.serve.protocol_requests import ChatBody, TemplateBody
     from benthic.serve.protocol_responses import ChatFinishReason, ChatLogprob, Usage
     from benthic.serve.tools import ToolPlan
 
 
-async def render_prompt(
-    service: Service,
-    messages: Sequence[ChatMessage],
-    *,
-    add_generation_prompt: bool | None,
-    variables: Mapping[str, Any] | None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    add_special_tokens: bool = False,
-) -> Prompt:
+async def render_prompt(service: Service, body: TemplateBody, *, add_special_tokens: bool = False) -> Prompt:
     """Messages through the chat template and the tokenizer; the template writes the special tokens itself.
 
     Raises:
-        ApiError: 400 when there is no template.
+        ApiError: 400 when there is no template, or none that shows tools.
         TemplateRenderError: the template refuses the messages.
     """
     template = service.template
@@ -57,10 +50,15 @@ async def render_prompt(
             "--chat-template FILE."
         )
         raise api_errors.invalid(msg, param="messages", code="no_chat_template")
-    plain = [message.as_template_input() for message in messages]
+    plain = [message.as_template_input() for message in body.messages or ()]
+    tools = shown_tools(body, service.settings.formats)
     text = await service.in_thread(
         lambda: template.render(
-            plain, add_generation_prompt=add_generation_prompt is not False, variables=variables, tools=tools
+            plain,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final=body.continues,
+            variables=body.chat_template_kwargs,
+            tools=tools,
         )
     )
     return await service.encode(text, add_special_tokens=add_special_tokens)
@@ -107,6 +105,7 @@ class ChatJob:
             prompt_logprobs=None
             if rows is None or best is None
             else prompt_logprobs(rows, self._names, best),
+            prompt_token_ids=list(self._prompt.ids) if self._body.return_token_ids else None,
             kv_transfer_params=kv_params.write(remote),
         )
 
@@ -120,8 +119,8 @@ class ChatJob:
             async for piece in pieces:
                 self._tally.take(piece)
                 if piece.index not in greeted:
+                    yield self._chunk([_greeting(piece.index)], usage=continuous, prompt=not greeted)
                     greeted.add(piece.index)
-                    yield self._chunk([_greeting(piece.index)], usage=continuous)
                 choice = self._chunk_choice(piece)
                 if choice is not None:
                     yield self._chunk([choice], usage=continuous)
@@ -150,6 +149,7 @@ class ChatJob:
             body.kv_transfer_params,
             offered=self._service.settings.kv_transfer,
             sequences=body.n or 1,
+            prompt_tokens=len(self._prompt.ids),
         )
         return Asked(
             index=index,
@@ -174,7 +174,7 @@ class ChatJob:
 
     def _merge(self, pieces: Sequence[Piece]) -> ChatChoice:
         reader = self._readers[pieces[0].index]
-        whole = joined([*(reader.push(piece.text) for piece in pieces), reader.finish()])
+        whole = joined([self.read(piece) for piece in pieces])
         calls = [
             ToolCall(id=new_id("call"), function=FunctionCall(name=call.name or "", arguments=call.arguments))
             for call in whole.calls
@@ -189,26 +189,36 @@ class ChatJob:
             logprobs=self._logprobs(pieces),
             finish_reason=_reason(pieces[-1], called=reader.called),
             stop_reason=pieces[-1].stop_reason,
+            token_ids=self._token_ids(pieces),
         )
+
+    def _token_ids(self, pieces: Sequence[Piece]) -> list[int] | None:
+        """If they were asked for."""
+        return [token for piece in pieces for token in piece.tokens] if self._body.return_token_ids else None
 
     def _chunk_choice(self, piece: Piece) -> ChatChunkChoice | None:
         """What a piece shows; None when its text is held back and it carries nothing else."""
-        parts = self.read(piece)
-        if not parts and piece.logprobs is None and piece.finish_reason is None:
+        parts, ids = self.read(piece), self._token_ids([piece])
+        if not (parts or ids) and piece.logprobs is None and piece.finish_reason is None:
             return None
-        return ChatChunkChoice(
+        choice = ChatChunkChoice(
             index=piece.index,
             delta=_delta(parts),
             logprobs=self._logprobs([piece]),
             finish_reason=_reason(piece, called=self._readers[piece.index].called),
             stop_reason=piece.stop_reason,
         )
+        if ids is not None:
+            choice.token_ids = ids
+        return choice
 
     def read(self, piece: Piece) -> Parts:
         """What a piece adds to its answer; the last one flushes what was held back."""
         reader = self._readers[piece.index]
         parts = reader.push(piece.text)
-        return parts if piece.finish_reason is None else joined([parts, reader.finish()])
+        if piece.finish_reason is not None:
+            parts = joined([parts, reader.finish()])
+        return parts.without_reasoning() if self._body.include_reasoning is False else parts
 
     def rows(self, piece: Piece) -> list[ChatLogprob]:
         """A piece's log-probabilities, if they were asked for."""
@@ -220,8 +230,8 @@ class ChatJob:
         self._tally.take(piece)
         return self._tally.usage()
 
-    def _chunk(self, choices: list[ChatChunkChoice], *, usage: bool) -> bytes:
-        """JSON of one chunk; a delta shows only what it adds."""
+    def _chunk(self, choices: list[ChatChunkChoice], *, usage: bool, prompt: bool = False) -> bytes:
+        """JSON of one chunk, which shows what it adds; the first has the ids of the prompt if asked for."""
         chunk = ChatChunk(
             id=self._id,
             object="chat.completion.chunk",
@@ -230,6 +240,8 @@ class ChatJob:
             choices=choices,
             usage=self._tally.usage() if usage else None,
         )
+        if prompt and self._body.return_token_ids:
+            chunk.prompt_token_ids = list(self._prompt.ids)
         return chunk.model_dump_json(exclude_unset=True).encode()
 
 

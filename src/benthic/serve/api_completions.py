@@ -98,7 +98,7 @@ class CompletionJob:
         async with aclosing(self._generate(arrival_s)) as pieces:
             async for piece in pieces:
                 choice = self._choice(piece)
-                if says_nothing(piece) and not choice.text:
+                if says_nothing(piece) and not (choice.text or choice.token_ids):
                     continue
                 yield self._wrap([choice], usage=continuous).model_dump_json().encode()
         if include_usage:
@@ -136,6 +136,7 @@ class CompletionJob:
             body.kv_transfer_params,
             offered=self._service.settings.kv_transfer,
             sequences=len(self._prompts) * self._sampled,
+            prompt_tokens=len(prompt.ids),
         )
         return Asked(
             index=index,
@@ -167,7 +168,7 @@ class CompletionJob:
         writer = self._writers[piece.index]
         self._tally.take(piece)
         echo = first and bool(self._body.echo)
-        own = self._body.prompt_logprobs
+        own, ids = self._body.prompt_logprobs, bool(self._body.return_token_ids)
         return CompletionChoice(
             index=piece.index,
             text=self._echo_text(piece.index) + piece.text if echo else piece.text,
@@ -177,6 +178,8 @@ class CompletionJob:
             prompt_logprobs=None
             if own is None or piece.prompt_logprobs is None
             else prompt_logprobs(piece.prompt_logprobs, self._names, own),
+            prompt_token_ids=list(self._prompts[piece.index // self._sampled].ids) if ids and first else None,
+            token_ids=list(piece.tokens) if ids else None,
         )
 
     def _logprobs(
@@ -241,4 +244,8 @@ def _merge(parts: Sequence[CompletionChoice]) -> CompletionChoice:
         finish_reason=parts[-1].finish_reason,
         stop_reason=parts[-1].stop_reason,
         prompt_logprobs=parts[0].prompt_logprobs,
+        prompt_token_ids=parts[0].prompt_token_ids,
+        token_ids=None
+        if parts[0].token_ids is None
+        else [token for part in parts for token in part.token_ids or ()],
     )

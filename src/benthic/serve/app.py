@@ -40,7 +40,6 @@ from benthic.serve.protocol_responses import (
 )
 from benthic.serve.rate_limit import RateLimit
 from benthic.serve.sse import ClientGoneError, EventStream, until_disconnect
-from benthic.serve.tools import shown_tools
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -142,13 +141,7 @@ def response_routes(service: Service) -> APIRouter:
 
 async def make_chat(service: Service, body: ChatBody) -> ChatJob:
     """A chat, its prompt rendered. Raises: ApiError 400, TemplateRenderError."""
-    prompt = await render_prompt(
-        service,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        variables=body.chat_template_kwargs,
-        tools=shown_tools(body, service.settings.formats),
-    )
+    prompt = await render_prompt(service, body)
     return ChatJob(service, body, prompt, await service.tool_plan(body, prompt))
 
 
@@ -200,13 +193,7 @@ async def _read_tokenize(service: Service, body: TokenizeBody) -> Prompt:
         return await service.encode(
             body.prompt or "", add_special_tokens=body.add_special_tokens is not False
         )
-    return await render_prompt(
-        service,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        variables=body.chat_template_kwargs,
-        add_special_tokens=bool(body.add_special_tokens),
-    )
+    return await render_prompt(service, body, add_special_tokens=bool(body.add_special_tokens))
 
 
 def status_routes(service: Service) -> APIRouter:

@@ -52,6 +52,10 @@ class Parts:
         """Whether anything is new."""
         return bool(self.reasoning or self.content or self.calls)
 
+    def without_reasoning(self) -> Parts:
+        """The others."""
+        return Parts(content=self.content, calls=self.calls)
+
     def call(self, index: int) -> CallPart:
         """The part of call `index`, made when it is not there."""
         if not self.calls or self.calls[-1].index != index:
@@ -94,6 +98,11 @@ class PartReader:
     def called(self) -> bool:
         """Whether a tool was called."""
         return self._calls > 0
+
+    @property
+    def thinking(self) -> bool:
+        """Whether reasoning goes on."""
+        return self._state == "reasoning"
 
     def push(self, text: str) -> Parts:
         """What `text` adds, but for what may be the beginning of a marker."""

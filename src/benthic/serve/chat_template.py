@@ -55,10 +55,11 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final: bool = False,
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt text.
+        """The prompt text; with `continue_final` it ends with the last message's own.
 
         `variables` reach the template by name (e.g. `enable_thinking`).
         Raises: TemplateRenderError with the template's own words.
@@ -68,10 +69,10 @@ class ChatTemplate:
             **(variables or {}),
             "messages": list(messages),
             **({} if tools is None else {"tools": list(tools)}),
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": add_generation_prompt and not continue_final,
         }
         try:
-            return self._template.render(names)
+            text = self._template.render(names)
         except (
             jinja2.TemplateError,
             TypeError,
@@ -82,6 +83,7 @@ class ChatTemplate:
         ) as error:
             msg = f"the chat template refuses these messages: {error}"
             raise TemplateRenderError(msg) from error
+        return _without_end(text, messages[-1]["content"]) if continue_final else text
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -93,6 +95,16 @@ class GenerationBlock(jinja2.ext.Extension):
         """Keep the body, drop the markers."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _without_end(text: str, last: str) -> str:
+    """A prompt without what the template writes behind its last message, white space at its border kept."""
+    at = text.rfind(last.strip())
+    if at < 0 or not last.strip():
+        msg = "the last message is to go on, but the chat template does not show it as it is"
+        raise TemplateRenderError(msg)
+    whole = last.lstrip()
+    return text[: at + len(whole if text.startswith(whole, at) else last.strip())]
 
 
 def _to_json(

@@ -261,8 +261,8 @@ class EngineClient:
         sentinel = self._process.sentinel
         loop.add_reader(sentinel, ended.set)
         try:
-            while not await _set_within(ended, min(1.0, self._stall_s / 4)):
-                if self._is_cut() and not await _set_within(ended, GRACE_S):
+            while not await set_within(ended, min(1.0, self._stall_s / 4)):
+                if self._is_cut() and not await set_within(ended, GRACE_S):
                     self._give_up(CUT)
                 self._kill_if_stalled()
         finally:
@@ -326,7 +326,9 @@ class EngineClient:
                 self._unsent.popleft()
 
 
-async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+async def set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether it is set by then. `wait_for` would lose a cancellation that comes as the event is set."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await event.wait()
     return event.is_set()

@@ -72,6 +72,8 @@ class Engine:
         self._sampler = Sampler(parts.ready.vocab_size, self._device)
         if self._device.type == "cuda":
             self._sampler.warm_up(parts.runner.model.head_weight().dtype)
+            if self._grammars is not None:
+                self._grammars.warm_up()
         self._drafter = drafter_for(options, parts.runner, self._sampler)
         self._in_flight: dict[str, InFlight] = {}
         self._depth = 2 if overlaps(options, self._device) else 1

@@ -39,7 +39,7 @@ class FleetOptions:
         decode_policy: ranks the latter.
         local_tokens: prompts with at most so many tokens to compute are prefilled where they decode.
         retries: how often a request is moved when its instance dies.
-        restarts: how many instances that died are replaced, in all.
+        restarts: how many instances that died are replaced in an hour.
         replan_s: seconds of load by which instances change between the two kinds; None lets none change.
         prefill_ranks: tensor-parallel ranks of an instance that prefills; None takes the engine's.
         decode_ranks: of one that decodes.

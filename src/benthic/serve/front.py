@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -55,7 +57,7 @@ async def serve_front(seat: Seat, bound: socket.socket, parts: Parts) -> int:
     stop = Stop()
     journal = FrontJournal(time.monotonic, slot=seat.slot, slots=seat.slots)
     client = RemoteClient(seat, journal, stop.request)
-    _end_with_parent(client, stop)
+    _end_with_parent(client, stop, Path(seat.to_hub.removeprefix("ipc://")).parent)
     welcome = await client.welcome()
     name = parts.settings.served_names[0]
     metrics = Metrics(name, welcome.ready, lambda: client.stats, parts.options.objectives)
@@ -83,8 +85,8 @@ async def serve_front(seat: Seat, bound: socket.socket, parts: Parts) -> int:
         await client.leave()
 
 
-def _end_with_parent(client: RemoteClient, stop: Stop) -> None:
-    """When the main process ends, so does this one, at once: nobody computes any more."""
+def _end_with_parent(client: RemoteClient, stop: Stop, pipes: Path) -> None:
+    """When the main process ends, so does this one, at once: nobody computes any more, or clears up."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -94,6 +96,7 @@ def _end_with_parent(client: RemoteClient, stop: Stop) -> None:
         loop.remove_reader(sentinel)
         logger.error("the main process is gone; this front ends")
         client.die("the server's main process is gone")
+        shutil.rmtree(pipes, ignore_errors=True)
         stop.request()
         stop.request()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from benthic.errors import ServeError
 from benthic.serve import front
 from benthic.serve.http import listen
+from benthic.serve.restarts import Restarts
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("benthic.serve.hub")
 
 RESTARTS: Final = 16
-"""How many fronts that ended are replaced, in all; as many as instances of a fleet."""
+"""How many fronts that ended are replaced in an hour; as many as instances of a fleet."""
 
 LEAVE_S: Final = 15.0
 """Seconds a front has to end when its requests have."""
@@ -69,7 +70,7 @@ class Fronts:
         self._hub = hub
         self._sockets = sockets
         self._parts = parts
-        self._restarts_left = RESTARTS
+        self._restarts = Restarts(RESTARTS)
         self._stopping = False
         self._codes: list[int | None] = []
         self._processes: dict[int, BaseProcess] = {}
@@ -126,30 +127,31 @@ class Fronts:
 
     async def _keep(self, slot: int, current: FrontLink) -> None:
         """Watch the front of a slot, and those that replace it."""
+        served = False
         while True:
             await self._watch(self._processes[slot], current)
             process = self._processes.pop(slot)
             await asyncio.to_thread(process.join)
             lost = len(current.streams)
             await self._hub.leave(current)
-            if self._stopping or not self._replaces(slot, process, current, lost):
+            served = served or current.serving.is_set()
+            if self._stopping or not self._replaces(slot, process, served, lost):
                 self._codes.append(process.exitcode)
                 self._sockets[slot].close()
                 return
             current = self._start(slot)
 
-    def _replaces(self, slot: int, process: BaseProcess, ended: FrontLink, lost: int) -> bool:
+    def _replaces(self, slot: int, process: BaseProcess, served: bool, lost: int) -> bool:  # noqa: FBT001 (private)
         """Say that a front has ended, and whether another takes its place."""
         logger.error(
             "front %d (pid %s) ended with code %s; %d of its requests are lost",
             slot, process.pid, process.exitcode, lost,
         )  # fmt: skip
-        if not ended.serving.is_set():
+        if not served:
             logger.error("front %d never served and is not replaced", slot)
-        elif self._restarts_left == 0:
-            logger.error("front %d is not replaced: %d restarts are used up", slot, RESTARTS)
+        elif not self._restarts.take():
+            logger.error("front %d is not replaced: %d were within an hour", slot, RESTARTS)
         else:
-            self._restarts_left -= 1
             return True
         return False
 

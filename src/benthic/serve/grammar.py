@@ -5,6 +5,7 @@ Shape suffixes: S rows that sample this step, L rows with a grammar, V vocabular
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+logger = logging.getLogger("benthic.serve.engine")
+
+
 class Grammars:
-    """Compiles grammars against one vocabulary, which is read when the first grammar comes.
+    """Compiles grammars against one vocabulary, which is read by `warm_up`, or when the first grammar comes.
 
     Args:
         path: a `tokenizer.json`.
@@ -42,6 +46,13 @@ class Grammars:
         """Of a checkpoint; None without a `tokenizer.json`."""
         path = folder / "tokenizer.json"
         return cls(path, vocab_size=vocab_size, eos=eos) if path.is_file() else None
+
+    def warm_up(self) -> None:
+        """Read the vocabulary now: 129,280 tokens take a second, for which nobody's tokens should wait."""
+        try:
+            self._read()
+        except AdmissionError as error:
+            logger.warning("requests with structured output will be refused: %s", error)
 
     def matcher(self, grammar: str) -> LLMatcher:
         """A grammar at its beginning.

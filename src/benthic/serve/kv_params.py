@@ -25,12 +25,14 @@ class Handover(msgspec.Struct, frozen=True):
     remote_num_tokens: int = 0
 
 
-def read(params: dict[str, Any] | None, *, offered: bool, sequences: int) -> tuple[bool, Remote | None]:
+def read(
+    params: dict[str, Any] | None, *, offered: bool, sequences: int, prompt_tokens: int
+) -> tuple[bool, Remote | None]:
     """Whether to keep the blocks for another server, and where another server keeps them.
 
     Raises:
-        ApiError: 400 when this server takes no part in transfers, several sequences are asked for, or a name
-            is missing or of another type.
+        ApiError: 400 when this server takes no part in transfers, several sequences are asked for, a name is
+            missing or of another type, or the other server computed another prompt.
     """
     if not params or not (params.get("do_remote_decode") or params.get("do_remote_prefill")):
         return False, None
@@ -47,6 +49,12 @@ def read(params: dict[str, Any] | None, *, offered: bool, sequences: int) -> tup
     except msgspec.ValidationError as error:
         msg = f"kv_transfer_params cannot be read: {error}. Pass on what the prefill server answered."
         raise api_errors.invalid(msg, param="kv_transfer_params") from error
+    if 0 < found.remote_num_tokens < prompt_tokens:
+        msg = (
+            f"kv_transfer_params: the prefill server computed {found.remote_num_tokens} tokens, but this "
+            f"prompt has {prompt_tokens}. Send both servers the same request."
+        )
+        raise api_errors.invalid(msg, param="kv_transfer_params")
     remote = Remote(
         instance_id=found.remote_engine_id,
         address=f"tcp://{found.remote_host}:{found.remote_port}",

@@ -38,6 +38,9 @@ def load_engine(path: Path, options: EngineOptions) -> EngineLike:
     if options.device == "auto":
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
         logger.info("device: %s (chosen by --device auto)", options.device)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        msg = f"device = {options.device}, but torch {torch.__version__} finds no GPU. Use --device cpu."
+        raise ConfigError(msg)
     if options.tensor_parallel_size > 1:
         from benthic.serve.spread import SpreadEngine  # noqa: PLC0415 (only this engine needs other ranks)
 
@@ -53,7 +56,10 @@ def check_checkpoint(path: Path, *, weights: bool = True) -> ModelConfig:
         ConfigError: the config is not of this architecture or contradicts itself.
     """
     if not path.is_dir():
-        msg = f"{path} is not a folder. MODEL is a folder with config.json, *.safetensors and tokenizer.json."
+        msg = (
+            f"{path} is not a folder. MODEL is a folder with config.json, *.safetensors and tokenizer.json; "
+            "nothing is downloaded. `hf download NAME --local-dir FOLDER` fetches a model."
+        )
         raise NotACheckpointError(msg)
     wanted = {"config.json": path / "config.json", "tokenizer.json": path / "tokenizer.json"}
     missing = [name for name, file in wanted.items() if not file.is_file()]

@@ -14,6 +14,7 @@ import msgspec
 from benthic.errors import EngineDeadError, ServeError
 from benthic.sched.routing import InstanceState, PrefixMap, Role
 from benthic.serve.messages import Ready, Stats
+from benthic.serve.restarts import Restarts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +36,15 @@ class Load(NamedTuple):
 
 @dataclass(eq=False)
 class Member:
-    """One instance: its process, and what is assigned to it. `turning` is the role it is about to have."""
+    """One instance: its process, and what is assigned to it. `turning` is the role it is about to have.
+
+    `heir`: it replaces another one, so there was a time when one could run here.
+    """
 
     name: str
     role: Role
     client: EngineClient
+    heir: bool = False
     ready: Ready | None = None
     draining: bool = False
     turning: Role | None = None
@@ -74,7 +79,7 @@ class Members:
 
     Args:
         connect: starts the process of an instance, by its name and its index (from 0, never reused).
-        restarts: how many instances that died are replaced, in all.
+        restarts: how many instances that died are replaced in an hour.
         together: none can serve without the others; when one dies, the others end by themselves.
         gone: called with the name of an instance whose process has ended.
     """
@@ -92,7 +97,7 @@ class Members:
         self.places: PrefixMap | None = None
         self._connect = connect
         self._call_gone = gone
-        self._restarts = self._restarts_left = restarts
+        self._restarts = Restarts(restarts)
         self._members: dict[str, Member] = {}
         self._watchers: set[asyncio.Task[None]] = set()
         self._num_joined = 0
@@ -148,12 +153,12 @@ class Members:
             self._admit(member, ready)
         return found[0]
 
-    def join(self, role: Role) -> str:
+    def join(self, role: Role, *, heir: bool = False) -> str:
         """Start one more instance, which gets requests as soon as it is up; returns its name."""
         index = self._num_joined
         self._num_joined += 1
         name = f"{role}-{index}"
-        member = self._members[name] = Member(name, role, self._connect(name, index))
+        member = self._members[name] = Member(name, role, self._connect(name, index), heir)
         watcher = asyncio.create_task(self._watch(member))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
@@ -240,13 +245,13 @@ class Members:
             member.draining = True
 
     def _replace(self, member: Member) -> None:
-        if member.ready is None:
+        if member.ready is None and not member.heir:
             logger.error("%s never came up and is not replaced", member.name)
-        elif self._restarts_left == 0:
-            logger.error("%s is not replaced: %d restarts are used up", member.name, self._restarts)
+        elif not self._restarts.take():
+            logger.error("%s is not replaced: %d were within an hour", member.name, self._restarts.most)
         else:
-            self._restarts_left -= 1
-            logger.info("%s is replaced by %s", member.name, self.join(member.turning or member.role))
+            another = self.join(member.turning or member.role, heir=True)
+            logger.info("%s is replaced by %s", member.name, another)
 
 
 def _sum(reports: Sequence[Stats]) -> Stats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +22,7 @@ class EngineOptions:
     """How one engine runs.
 
     Attributes:
-        device: torch device, e.g. "cpu" or "cuda:0".
+        device: "cpu", "cuda" or "cuda:N"; "auto" takes a GPU if there is one.
         dtype: of weights and cache; "auto" keeps the checkpoint's on a GPU and takes float32 on a CPU.
         load_format: "auto" reads the checkpoint's weights; "dummy" reads only its config and tokenizer and
             draws weights by `seed`, the same in every instance, to measure speed without a checkpoint.
@@ -120,6 +121,8 @@ class EngineOptions:
             )
             if value is not None and value < 1
         ]
+        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
+            problems.append(f"device = {self.device!r}, but it must be auto, cpu, cuda or cuda:N")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             problems.append(
                 f"gpu_memory_utilization = {self.gpu_memory_utilization}, but it must lie in (0, 1]"

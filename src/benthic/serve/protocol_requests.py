@@ -49,24 +49,48 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
+    "cache_salt": (),
     "chat_template": (),
+    "custom_logit_processor": (),
     "documents": ([],),
+    "ebnf": (),
     "function_call": ("none",),
     "functions": ([],),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
+    "json_schema": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
+    "lora_path": (),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_embeds": (),
     "reasoning_effort": (),
+    "regex": (),
+    "repetition_detection": (),
+    "return_hidden_states": (False,),
+    "stop_regex": ([],),
     "suffix": ("",),
+    "thinking": (),
+    "thinking_token_budget": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": (),
+    "vllm_xargs": ({},),
     "web_search_options": (),
 }
+
+INSTEAD: dict[str, str] = {
+    "chat_template": "Start the server with --chat-template FILE.",
+    "ebnf": "Send structured_outputs with a grammar (Lark or GBNF).",
+    "functions": "Send tools.",
+    "function_call": "Send tool_choice.",
+    "json_schema": "Send response_format or structured_outputs.",
+    "reasoning_effort": "Send what the chat template reads as chat_template_kwargs.",
+    "regex": "Send structured_outputs with a regex.",
+    "thinking": 'Send chat_template_kwargs, as {"thinking": true}.',
+}
+"""What does the same here; the others can only be left out."""
 
 
 class StreamOptions(BaseModel):
@@ -113,6 +137,7 @@ class SamplingBody(Body):
     return_tokens_as_token_ids: bool | None = Field(
         None, description="Write tokens of log-probabilities as `token_id:7`."
     )
+    return_token_ids: bool | None = Field(None, description="Add the ids of prompt and answer.")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | Text | None = Field(None, description="Older name of structured_outputs.json.")
@@ -138,7 +163,8 @@ class SamplingBody(Body):
             for name in (UNSUPPORTED.keys() | cls.also_unsupported) & data.keys():
                 value = data[name]
                 if value is not None and value not in UNSUPPORTED.get(name, ()):
-                    refuse(name, f"{name} is not supported by this server. Leave it out.")
+                    remedy = INSTEAD.get(name, "Leave it out.")
+                    refuse(name, f"{name} is not supported by this server. {remedy}")
         return data
 
     @model_validator(mode="after")
@@ -214,6 +240,9 @@ class ChatMessage(BaseModel):
     name: Text | None = None
     tool_calls: list[CalledTool] | None = Field(None, description="Of an assistant's earlier turn.")
     tool_call_id: Text | None = Field(None, description="Which call a tool's message answers.")
+    prefix: bool | None = Field(
+        None, description="Of an assistant's last message: go on with it, in DeepSeek's words."
+    )
 
     @model_validator(mode="after")
     def _check_content(self) -> ChatMessage:
@@ -239,11 +268,37 @@ class ChatMessage(BaseModel):
 class TemplateBody(BaseModel):
     """Fields that steer the chat template."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] | None = Field(min_length=1)
     add_generation_prompt: bool | None = Field(None, description="Default true.")
+    continue_final_message: bool | None = Field(
+        None, description="Go on with the last message, which is not ended."
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Variables for the chat template, e.g. enable_thinking."
     )
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: ToolChoice | None = Field(None, description="Default auto where there are tools.")
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on with the last message."""
+        return bool(self.continue_final_message or (self.messages and self.messages[-1].prefix))
+
+    @model_validator(mode="after")
+    def _check_continued(self) -> TemplateBody:
+        messages = self.messages or []
+        if any(message.prefix for message in messages[:-1]):
+            refuse("messages", "a message with prefix = true must be the last one")
+        if not self.continues:
+            return self
+        if self.add_generation_prompt:
+            refuse(
+                "add_generation_prompt",
+                "add_generation_prompt begins a message, but the last one is to go on. Leave one out.",
+            )
+        if messages and (messages[-1].role != "assistant" or not messages[-1].content):
+            refuse("messages", "the last message is to go on, so it must be an assistant's and not empty")
+        return self
 
 
 class ChatBody(SamplingBody, TemplateBody):
@@ -251,12 +306,12 @@ class ChatBody(SamplingBody, TemplateBody):
 
     also_unsupported: ClassVar[frozenset[str]] = frozenset({"best_of"})
 
+    messages: list[ChatMessage] = Field(min_length=1)  # type: ignore[assignment]
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="Default: what fits.")
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Older name of max_completion_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: ToolChoice | None = Field(None, description="Default auto where there are tools.")
+    include_reasoning: bool | None = Field(None, description="False leaves reasoning out of the answer.")
     parallel_tool_calls: bool | None = Field(
         None,
         description="False bounds tool_choice=required to one call; what the model does freely is its own.",
@@ -283,15 +338,13 @@ class ChatBody(SamplingBody, TemplateBody):
         return self
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Body, TemplateBody):
     """POST /tokenize: `prompt`, or `messages` to go through the chat template."""
 
     model: ModelName | None = None  # type: ignore[assignment]
     prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(None, description="Default true for prompt, false for messages.")
-    add_generation_prompt: bool | None = Field(None, description="Default true.")
-    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ import msgspec
 from benthic.errors import BenthicError, EngineDeadError, OverloadedError
 from benthic.sched.routing import Policy, Query, Role, Route, choose
 from benthic.serve.client import EngineClient
+from benthic.serve.line import Line
 from benthic.serve.members import Load, Member, Members
 from benthic.serve.replanning import Replanning
 from benthic.serve.streams import EngineStream
@@ -47,7 +48,7 @@ class RouterOptions:
     Attributes:
         policy: where requests go.
         retries: how often a request is moved to other instances before it ends with an error.
-        restarts: how many instances that died are replaced, in all.
+        restarts: how many instances that died are replaced in an hour.
         stall_s: an instance silent for so long is killed (its requests move).
         seed: from which requests without a seed get theirs, in order of arrival.
         log_level: of the instances.
@@ -69,11 +70,13 @@ class RouterOptions:
 class Journey:
     """One request, and what has been put out for it so far.
 
-    `alone`: one instance shall do all of it. `keys` name the beginnings of its prompt, once it was placed.
+    `number` counts arrivals. `alone`: one instance shall do all of it. `keys` name the beginnings of its
+    prompt, once it was placed.
     """
 
     request: Generate
     stream: EngineStream
+    number: int
     output: list[int] = field(default_factory=list)
     attempts: int = 0
     alone: bool = False
@@ -140,7 +143,8 @@ class Router:
         self._folder = folder
         self._cluster = place
         self._journeys: dict[str, asyncio.Task[None]] = {}
-        self._turn = asyncio.Lock()
+        self._line = Line()
+        self._num_opened = 0
         self._num_seeds = 0
         self._closing = False
         for role, count in roles.items():
@@ -182,7 +186,8 @@ class Router:
             if request.request_id in self._journeys:
                 msg = f"request id {request.request_id!r} is already in flight"
                 raise ValueError(msg)
-            task = asyncio.create_task(self._run(Journey(self._seeded(request), stream)))
+            self._num_opened += 1
+            task = asyncio.create_task(self._run(Journey(self._seeded(request), stream, self._num_opened)))
             self._journeys[request.request_id] = task
         return stream
 
@@ -279,8 +284,9 @@ class Router:
         Raises:
             EngineDeadError: no instance is left.
         """
-        async with self._turn:
+        with self._line.spot(journey.request.priority, journey.number) as spot:
             while True:
+                await self._line.first(spot)
                 if not len(self.members):
                     raise EngineDeadError(self.trouble)
                 route = self._choose(journey)

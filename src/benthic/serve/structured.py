@@ -71,6 +71,22 @@ def compile_form(form: Form) -> str:
     return grammar
 
 
+THOUGHT = r"""start: thought gap? @answer
+thought[lazy]: /(.|\n)*<\/think>/
+gap: /\n{1,2}/"""
+
+
+def after_thought(grammar: str) -> str:
+    """What a grammar allows, behind any text and the `</think>` that ends it."""
+    try:
+        listed = json.loads(grammar)
+    except ValueError:
+        listed = {"grammars": [{"lark_grammar": grammar}]}
+    first, *others = listed["grammars"]
+    listed["grammars"] = [{"lark_grammar": THOUGHT}, first | {"name": "answer"}, *others]
+    return json.dumps(listed)
+
+
 def _forms(body: SamplingBody) -> Iterator[Form]:
     if body.response_format is not None and body.response_format.type != "text":
         named = body.response_format.json_schema
@@ -79,7 +95,8 @@ def _forms(body: SamplingBody) -> Iterator[Form]:
     if asked is not None:
         compact = asked.disable_any_whitespace
         if asked.json_ is not None or asked.json_object:
-            yield _json("structured_outputs", asked.json_ or ANY_OBJECT, compact=compact)
+            schema = ANY_OBJECT if asked.json_ is None else asked.json_
+            yield _json("structured_outputs", schema, compact=compact)
         yield from _plain("structured_outputs", asked.regex, asked.choice, asked.grammar)
     if body.guided_json is not None:
         yield _json("guided_json", body.guided_json)

@@ -7,15 +7,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from benthic.serve import api_errors
-from benthic.serve.chat_parts import SEPARATOR, THINK, THINK_END, CallPart, PartReader, PartRules, Parts
+from benthic.serve.chat_parts import (
+    SEPARATOR,
+    THINK,
+    THINK_END,
+    CallPart,
+    PartReader,
+    PartRules,
+    Parts,
+    joined,
+)
 from benthic.serve.protocol_tools import NamedTool
-from benthic.serve.structured import Form, compile_form
+from benthic.serve.structured import Form, after_thought, compile_form
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benthic.serve.chat_parts import ToolFormat
-    from benthic.serve.protocol_requests import ChatBody
+    from benthic.serve.protocol_requests import ChatBody, TemplateBody
     from benthic.serve.protocol_tools import Tool
 
 ANY_ARGUMENTS = {"type": "object"}
@@ -70,12 +79,13 @@ class ToolPlan:
 
     def reader(self) -> AnswerParts:
         """Reads one answer."""
-        if self.manner == "one":
-            return NamedCall(self.name or "")
-        return CallList() if self.manner == "some" else PartReader(self.rules)
+        if self.manner == "free":
+            return PartReader(self.rules)
+        calls = NamedCall(self.name or "") if self.manner == "one" else CallList()
+        return ThoughtFirst(calls) if self.rules.thinking else calls
 
 
-def shown_tools(body: ChatBody, formats: AnswerFormats) -> list[dict[str, Any]] | None:
+def shown_tools(body: TemplateBody, formats: AnswerFormats) -> list[dict[str, Any]] | None:
     """What the template is given.
 
     Raises:
@@ -106,12 +116,18 @@ def plan_tools(
     Raises:
         ApiError: 400 when a forced call meets structured output, names no tool, or has a schema that is none.
     """
-    thinking = formats.reasoning and (prompt_text or "").rstrip().endswith(THINK)
+    thinking = formats.reasoning and _is_open(body, prompt_text or "")
     calls = formats.tools if body.tools and body.tool_choice != "none" else None
-    rules = PartRules(tools=calls, reasoning=formats.reasoning and grammar is None, thinking=thinking)
+    reasons = thinking or (formats.reasoning and grammar is None)
+    rules = PartRules(tools=calls, reasoning=reasons, thinking=thinking)
+
+    def bound(manner: Manner, name: str | None, grammar: str | None) -> ToolPlan:
+        bind = after_thought(grammar) if grammar is not None and thinking else grammar
+        return ToolPlan(manner=manner, name=name, grammar=bind, rules=rules)
+
     choice = body.tool_choice
     if choice in (None, "none", "auto"):
-        return ToolPlan(manner="free", name=None, grammar=grammar, rules=rules)
+        return bound("free", None, grammar)
     if grammar is not None:
         msg = "tool_choice forces a call, but the answer's form is given too. Leave one of them out."
         raise api_errors.invalid(msg, param="tool_choice")
@@ -119,14 +135,22 @@ def plan_tools(
     if isinstance(choice, NamedTool):
         named = _named(tools, choice.function.name)
         schema = named.function.parameters or ANY_ARGUMENTS
-        return ToolPlan(manner="one", name=named.function.name, grammar=_compiled(schema), rules=rules)
+        return bound("one", named.function.name, _compiled(schema))
     if not tools:
         msg = "tool_choice is required, but there are 0 tools"
         raise api_errors.invalid(msg, param="tool_choice")
     schema = {"type": "array", "minItems": 1, "items": {"anyOf": [_call_schema(tool) for tool in tools]}}
     if body.parallel_tool_calls is False:
         schema["maxItems"] = 1
-    return ToolPlan(manner="some", name=None, grammar=_compiled(schema), rules=rules)
+    return bound("some", None, _compiled(schema))
+
+
+def _is_open(body: ChatBody, prompt_text: str) -> bool:
+    """Whether the answer begins inside reasoning."""
+    if not body.continues:
+        return prompt_text.rstrip().endswith(THINK)
+    last = body.messages[-1].as_template_input()["content"]
+    return last.rfind(THINK) > last.rfind(THINK_END)
 
 
 def _named(tools: Sequence[Tool], name: str) -> Tool:
@@ -201,4 +225,34 @@ def _call_part(index: int, call: dict[str, Any]) -> CallPart:
     return CallPart(index, name=call["name"], arguments=arguments)
 
 
-AnswerParts = PartReader | NamedCall | CallList
+class ThoughtFirst:
+    """An answer that thinks, and then is calls."""
+
+    def __init__(self, calls: NamedCall | CallList) -> None:
+        self._thought = PartReader(PartRules(reasoning=True, thinking=True))
+        self._calls = calls
+        self._began = False
+
+    @property
+    def called(self) -> bool:
+        """Whether a tool was called."""
+        return not self._thought.thinking and self._calls.called
+
+    def push(self, text: str) -> Parts:
+        """More of the thought, or of the calls."""
+        return self._passed(self._thought.push(text))
+
+    def finish(self) -> Parts:
+        """What was held back; a thought that has not ended calls nothing."""
+        parts = self._passed(self._thought.finish())
+        return parts if self._thought.thinking else joined([parts, self._calls.finish()])
+
+    def _passed(self, parts: Parts) -> Parts:
+        """Content is the calls' text, without the white space before it."""
+        text = parts.content if self._began else parts.content.lstrip()
+        self._began = self._began or bool(text)
+        found = self._calls.push(text) if text else Parts()
+        return Parts(reasoning=parts.reasoning, content=found.content, calls=found.calls)
+
+
+AnswerParts = PartReader | NamedCall | CallList | ThoughtFirst

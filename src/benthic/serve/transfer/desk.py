@@ -114,9 +114,9 @@ class Desk:
     def _run(self) -> None:
         while not self._closing.is_set():
             if self._socket.poll(int(TICK_S * 1000)):
-                reader, frame = self._socket.recv_multipart()
+                reader, *frames = self._socket.recv_multipart()
                 try:
-                    answer = self._answer(self._decode(frame))
+                    answer = self._answer(self._decode(b"".join(frames)))
                 except msgspec.DecodeError as error:
                     answer = Refuse(f"a message of another kind came: {error}")
                 if answer is not None:

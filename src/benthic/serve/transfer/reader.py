@@ -38,6 +38,7 @@ class Owner:
     hang_up: zmq.Socket
     instance_id: str
     greeted_s: float
+    num_blocks: int = 0
     source: Source | None = None
     trouble: str | None = None
 
@@ -146,7 +147,7 @@ class Reader:
         """Close every connection."""
         for owner in self._owners.values():
             self._part(owner)
-        self._context.term()
+        self._context.destroy(linger=0)
 
     def _meet(self, remote: Remote, now: float) -> Owner:
         known = self._owners.get(remote.address)
@@ -159,20 +160,30 @@ class Reader:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         owner = Owner(socket, socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), remote.instance_id, now)
-        socket.connect(remote.address)
         for each in (owner.socket, owner.hang_up):
             self._poller.register(each, zmq.POLLIN)
+        try:
+            socket.connect(remote.address)
+        except zmq.ZMQError as error:
+            owner.trouble = f"instance {owner.instance_id} cannot be called: {error}"
+            self._part(owner)
+            return owner
         self._owners[remote.address] = owner
         self._send(owner, Greet(self._terms))
         return owner
 
     def _let_go(self) -> None:
-        """Let pages go from which nothing is copied any more, because something is wrong with their owner."""
+        """Let pages and sockets go that nobody uses any more, because something is wrong with their owner."""
         for owner in (*self._owners.values(), *self._replaced):
             if owner.trouble is not None and owner.source is not None:
                 owner.source = None
                 self._pages.close(owner.instance_id)
         self._replaced.clear()
+        used = [each.owner for each in self._incoming.values()]
+        for address, owner in list(self._owners.items()):
+            if owner.trouble is not None and owner not in used:
+                del self._owners[address]
+                self._part(owner)
 
     def _part(self, owner: Owner) -> None:
         for each in (owner.socket, owner.hang_up):
@@ -212,6 +223,7 @@ class Reader:
             return
         try:
             owner.source = self._pages.open(welcome.instance_id, welcome.regions)
+            owner.num_blocks = min(region.num_blocks for region in welcome.regions)
         except TransferError as error:
             owner.trouble = str(error)
 
@@ -253,6 +265,8 @@ class Reader:
                 blocks = each.remote.blocks[plan.first : plan.first + len(plan.blocks)]
                 if len(blocks) != len(plan.blocks):
                     return f"the lease holds {len(each.remote.blocks)} blocks, but the prompt needs more"
+                if not 0 <= min(blocks) <= max(blocks) < each.owner.num_blocks:
+                    return f"the lease names blocks {blocks}, but there are {each.owner.num_blocks} there"
                 each.copying.append((plan, source.start(blocks, plan.blocks)))
                 each.waiting.pop(0)
             while each.copying and each.copying[0][1].ended():
