@@ -126,7 +126,7 @@ def one_gpu() -> list[Line]:
     settings = {
         "benthic bf16": (4, Numbers()),
         "benthic bf16, rows one by one": (1, Numbers()),
-        "benthic fp8": (4, Numbers(matmul="fp8")),
+        "benthic fp8": (4, Numbers(weights="fp8", matmul="fp8")),
     }
     rows: list[Line] = []
     for row in results("train_gpu"):

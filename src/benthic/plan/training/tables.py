@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from benthic.plan.training.working import moments
 from benthic.sched.pipeline import schedules
 from benthic.sched.pipeline.simulate import Order
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benthic.plan.training.stage import Prices, Work
+    from benthic.plan.training.working import Moment
     from benthic.sched.pipeline.table import Slot, Table
 
 
@@ -23,7 +25,7 @@ class Digest:
 
     rows: of each rank, how often each slot comes, its microbatch left out. before: the stages whose forwards
     end before the rank can start. after: those whose backwards follow its last action. held: of each rank the
-    largest sets of microbatches in flight, as counts by stage.
+    largest sets of microbatches in flight, as counts by stage. moments: of each rank, when memory may peak.
     """
 
     table: Table
@@ -31,6 +33,7 @@ class Digest:
     before: tuple[tuple[int, ...], ...]
     after: tuple[tuple[int, ...], ...]
     held: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
+    moments: tuple[tuple[Moment, ...], ...]
 
     @functools.cached_property
     def order(self) -> Order:
@@ -75,6 +78,7 @@ def digest(schedule: str, ranks: int, microbatches: int, virtual_stages: int | N
         before=tuple(_before(slots) for slots in table.slots),
         after=tuple(_after(slots) for slots in table.slots),
         held=tuple(_held(slots) for slots in table.slots),
+        moments=tuple(moments(slots) for slots in table.slots),
     )
 
 

@@ -1,0 +1,307 @@
+"""What each phase of a stage keeps and works with, in bytes of one microbatch on one rank.
+
+A backward meets its own activations whole and frees them as it goes, so its peak is one of a few instants:
+when the gradients of the experts' outputs, of their hidden rows or of their inputs are made; in FP8 with the
+rows' copies in both tilings and a weight gradient that waits to be added to its sum. What is computed again
+is there as if it had been kept. `benchmarks/peaks.py` holds all of it against the trainer's own allocations.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from benthic.parallel.activations import Kept, arrivals, block_tensors
+from benthic.parallel.footprint import replicas_of
+from benthic.parallel.parts import kind_of
+from benthic.plan.training.block import LOGITS
+from benthic.spec.layout import Layout
+from benthic.spec.parameters import parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benthic.model.part import Part
+    from benthic.plan.training.candidate import Candidate
+    from benthic.spec.model import ModelConfig
+    from benthic.spec.parameters import Param
+
+GPUS_OF_A_HOST: Final = 8
+"""Up to so many ranks share experts through memory that they write for each other (`exchange_choice`)."""
+_TILE: Final = 128
+_WIDE: Final = 4  # bytes of a float32 sum, master or gradient
+_MADE: Final = {
+    "dispatch": ("scores", "weights", "choice", "routes"),
+    "experts": ("normed, as rows", "mlp", "shared", "expert", "arrived", "maps"),
+}
+"""How names of kept tensors begin, by the phase that makes them; attention makes the others."""
+_NOT_ROWS: Final = ("expert outputs", "expert numbers")
+_ROWS: Final = ("as rows", "attention output", "normed", "expert rows", "product")
+"""How names of tensors end that are rows of a product, which a weight gradient that is put off waits with."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes of a phase.
+
+    unit: of parameters, as in `parallel.parts`. network: its lane, else it computes. keeps: from its forward
+    to the end of its backward. forward, backward, deferred: the most beside that; `deferred`, where weight
+    gradients are put off, which then wait with `leaves`. sums: the unit's whole gradients, where ZeRO keeps
+    shards of them. weights: the unit's gathered weights. masters: those gathered for FP8 copies, once a step.
+    """
+
+    unit: str
+    network: bool = False
+    keeps: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+    deferred: float = 0.0
+    leaves: float = 0.0
+    sums: float = 0.0
+    weights: float = 0.0
+    masters: float = 0.0
+
+
+def core_of(candidate: Candidate) -> Candidate:
+    """The candidate without what phases do not depend on."""
+    one = candidate.layout
+    inner = Layout(
+        dp_degree=one.dp_degree,
+        tp_degree=one.tp_degree,
+        cp_degree=one.cp_degree,
+        ep_degree=one.ep_degree,
+        zero_stage=one.zero_stage,
+    )
+    return replace(candidate, layout=inner, rows=1)
+
+
+@functools.lru_cache(maxsize=1 << 13)
+def phases_of(core: Candidate, part: Part, *, first: bool) -> tuple[Phase, ...]:
+    """A stage's phases in the order of `train.stage`; `first`: microbatches enter here."""
+    return tuple(_phases(core, part, first=first))
+
+
+def _phases(core: Candidate, part: Part, *, first: bool) -> Iterator[Phase]:
+    model, row = core.model, row_of(core)
+    table = 2.0 * model.vocab_size * model.hidden_size  # the embedding's gradient is dense
+    if first:
+        unit = _unit(core, "embed")
+        yield replace(unit, forward=row, backward=table + row, deferred=table + row)
+    angles = 4.0 * model.qk_rope_head_dim * core.layout.tp_degree * tokens_of(core)
+    for layer in part.layers:
+        attention, *others = _block(core, layer)
+        yield replace(attention, unit=f"layers.{layer}", keeps=attention.keeps + angles)
+        yield from (replace(phase, unit=f"layers.{layer}") for phase in others)
+        angles = 0.0
+    if part.head:
+        yield _head(core)
+    for depth in part.mtp:
+        unit = replace(_unit(core, f"mtp.{depth}"), keeps=3 * row + 8 * tokens_of(core), forward=2 * row)
+        yield replace(unit, backward=table + 4 * row, deferred=table + 4 * row)
+        yield from (replace(p, unit=unit.unit) for p in _block(core, model.num_hidden_layers + depth))
+        yield _head(core)
+
+
+def tokens_of(candidate: Candidate) -> float:
+    """Tokens of a microbatch on one rank."""
+    train = candidate.train
+    return float(train.local_batch_size * train.seq_len // candidate.layout.token_shards)
+
+
+def row_of(candidate: Candidate) -> float:
+    """Bytes of the residual stream of a microbatch on one rank."""
+    return _size(candidate) * candidate.model.hidden_size * tokens_of(candidate)
+
+
+def _size(candidate: Candidate) -> int:
+    return 4 if candidate.precision.weights == "float32" else 2
+
+
+def _head(core: Candidate) -> Phase:
+    """Logits chunk by chunk beside normed rows; gradients, the weight's too, are made in the forward pass."""
+    size, row, vocabulary = _size(core), row_of(core), core.model.vocab_size
+    logits = size * vocabulary * chunk_of(tokens_of(core), vocabulary, size)
+    unit = _unit(core, "head")
+    forward = logits + row + 8 * tokens_of(core) + unit.sums
+    keeps = 2 * row + _WIDE * tokens_of(core)
+    return replace(unit, keeps=keeps, forward=forward, backward=2 * row, deferred=2 * row)
+
+
+def chunk_of(tokens: float, vocabulary: int, size: int) -> float:
+    """Tokens whose logits exist at once: `kernels.chunked_loss.chunk_of` with the room of a GPU."""
+    most = max(1, LOGITS // (size * vocabulary))
+    even = math.ceil(tokens / max(1, math.ceil(tokens / most)))
+    return max(1, min(most, math.ceil(even / _TILE) * _TILE))
+
+
+# --- parameters of a unit
+
+
+def _unit(core: Candidate, unit: str) -> Phase:
+    """A phase that is nothing yet but what its parameters take where they are in shards."""
+    model, layout = core.model, core.layout
+    top, _, index = unit.partition(".")
+    layer = int(index) if top == "layers" else -1
+    same = f"layers.{_like(model, layer)}" if top == "layers" else unit
+    sums = weights = masters = 0.0
+    for param in _params_of(model, same):
+        count = numel(param, layout)
+        copied = core.precision.weights == "fp8" and param.fp8
+        sums += _WIDE * count if layout.zero_stage > 1 else 0.0
+        if copied:
+            masters += _WIDE * count if replicas_of(layout, kind_of(param)) > 1 else 0.0
+        elif layout.zero_stage == 3:
+            weights += _size(core) * count
+    return Phase(unit, sums=sums, weights=weights, masters=masters)
+
+
+def numel(param: Param, layout: Layout) -> float:
+    """Elements of a parameter on one rank."""
+    return param.numel / {"expert": layout.ep_degree, "sharded": layout.tp_degree}.get(kind_of(param), 1)
+
+
+@functools.lru_cache(maxsize=1 << 8)
+def _params_of(model: ModelConfig, unit: str) -> tuple[Param, ...]:
+    names = ("norm.", "head.") if unit == "head" else (f"{unit}.",)
+    return tuple(p for p in parameters(model) if p.trainable and p.name.startswith(names))
+
+
+def _like(model: ModelConfig, layer: int) -> int:
+    """The first layer of the same kind."""
+    return model.first_k_dense_replace if model.is_moe(layer) else 0
+
+
+# --- a block
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _block(core: Candidate, layer: int) -> tuple[Phase, ...]:
+    """Its four phases, as those of a layer of the model."""
+    sizes = _Block(core, layer)
+    unit = _unit(core, f"layers.{layer}") if layer < core.model.num_hidden_layers else _unit(core, "mtp.0")
+    found = (sizes.attention(), sizes.dispatch(), sizes.experts(), sizes.combine())
+    return tuple(
+        replace(phase, sums=unit.sums, weights=unit.weights, masters=unit.masters) for phase in found
+    )
+
+
+class _Block:
+    """The sizes of one block, all of them bytes of a microbatch."""
+
+    def __init__(self, core: Candidate, layer: int) -> None:
+        self.model, self.layout, self.size = core.model, core.layout, _size(core)
+        self.tokens, self.row = tokens_of(core), row_of(core)
+        self.moe = self.model.is_moe(layer)
+        self.fp8 = core.precision.matmul == "fp8"
+        plain = replace(core.precision, fp8_swiglu=False, e5m6_attention=False)
+        everything = replace(core, recompute=(), offload=(), precision=plain)
+        self.whole = {one.name: one for one in block_tensors(everything, layer)}
+        away = set(core.offload)
+        self.kept = {one.name: one for one in block_tensors(core, layer) if set(one.phases) - away}
+
+    def attention(self) -> Phase:
+        """Gradients of queries, keys, values and output beside the residual stream's."""
+        model, heads = self.model, self.model.num_attention_heads
+        key, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+        cores = heads * (key + self.layout.cp_degree * (key + value) + value)
+        apart = 0.0
+        if self.fp8:
+            widest = max(heads * key, heads * (model.qk_nope_head_dim + value))
+            apart = self.tokens * (2 * model.hidden_size + heads * value)
+            apart += _WIDE * model.hidden_size * widest / self.layout.tp_degree
+        peak = self._carried() + self.tokens * (self.size * cores + _WIDE * heads) + apart
+        forward = self.size * heads * (key + model.qk_rope_head_dim) * self.tokens + self.row
+        gradients = heads * (key + model.qk_nope_head_dim + value) + model.latent_dim + model.hidden_size
+        if model.q_lora_rank is not None:
+            gradients += model.q_lora_rank
+        return self._phase("attention", forward, peak, gradients)
+
+    def dispatch(self) -> Phase:
+        """Scores, and the gradient of what was sent."""
+        gate = 3 * _WIDE * self.model.n_routed_experts * self.tokens if self.moe else 0.0
+        return replace(self._phase("dispatch", gate, self._carried() + gate, 0), network=True)
+
+    def experts(self) -> Phase:
+        """The routed experts, which stand before the shared ones in backward; or the dense network."""
+        if not self.moe:
+            width = self.model.intermediate_size
+            peak = self._carried() + self._gated(width, 1.0, outputs=0)
+            gradients = 2 * width + self.model.hidden_size
+            return self._phase("experts", 2 * self.row, peak, gradients)
+        model, top_k = self.model, self.model.num_experts_per_tok
+        width, shared = model.moe_intermediate_size, model.n_shared_experts * model.moe_intermediate_size
+        peak = self._carried() + self._gated(width, top_k, outputs=1) + self._returning()
+        gradients = top_k * (2 * width + model.hidden_size) + (2 * shared + model.hidden_size) * bool(shared)
+        forward = 2 * self.row
+        if "expert outputs" not in self.kept:
+            forward += self.size * top_k * self.tokens * (model.hidden_size + 3 * width)
+        return self._phase("experts", forward, peak, gradients)
+
+    def combine(self) -> Phase:
+        """The sum, and the gradient that goes out."""
+        return Phase("", network=True, forward=self.row, backward=2 * self.row, deferred=2 * self.row)
+
+    def _phase(self, name: str, forward: float, peak: float, gradients: float) -> Phase:
+        """With what the phase keeps and makes again; `gradients`: elements a token of all its outputs'."""
+        keeps = sum(one.bytes for one in self.kept.values() if _made_in(one) == name)
+        again = sum(
+            one.bytes
+            for one in self.whole.values()
+            if _made_in(one) == name and self.kept.get(one.name, _NONE).bytes < one.bytes
+        )
+        rows = sum(one.bytes for one in self.whole.values() if _made_in(one) == name and _is_rows(one))
+        put_off = self.tokens * (gradients if self.fp8 else self.size * gradients)
+        backward = peak + again * self.tokens
+        return Phase(
+            "",
+            keeps=keeps * self.tokens,
+            forward=forward,
+            backward=backward,
+            deferred=backward + put_off,
+            leaves=rows * self.tokens + put_off,
+        )
+
+    def _carried(self) -> float:
+        """Gradients of the residual stream and of what is beside it."""
+        return (2 + (self.layout.tp_degree if self.layout.tp_degree > 1 else 0)) * self.row
+
+    def _gated(self, width: int, rows: float, *, outputs: int) -> float:
+        """The most that a gated network's backward needs beside what it keeps.
+
+        `outputs`: 1 where its outputs were kept, which are free once their gradient is there.
+        """
+        size, wide, narrow = self.size, rows * self.model.hidden_size, rows * width
+        made = outputs * size * wide
+        if not self.fp8:
+            return self.tokens * max(made, size * narrow, 2 * size * narrow - made)
+        experts = self.model.n_routed_experts / self.layout.ep_degree if outputs else 1
+        weight = _WIDE * experts * self.model.hidden_size * width
+        weight /= 1 if outputs else self.layout.tp_degree
+        down = 2 * wide + (size + 1) * narrow
+        up = (size * (1 - outputs) + 1) * wide + (2 + 2 - 1) * narrow
+        ends = _TILE * experts * (self.model.hidden_size + 2 * width) if outputs else 0.0
+        return max(self.tokens * made, self.tokens * down + weight + ends, self.tokens * up + 2 * weight + ends)
+
+    def _returning(self) -> float:
+        """Rows of a gradient that arrive, unless they are read where peers wrote them in BF16."""
+        ranks, width = self.layout.ep_degree, self.model.hidden_size
+        if ranks == 1 or (ranks <= GPUS_OF_A_HOST and not self.fp8):
+            return 0.0
+        each = self.size * width + (width if self.fp8 else 0)
+        return arrivals(self.model, ranks) * self.tokens * each
+
+
+_NONE: Final = Kept("", 0.0, ())
+
+
+def _made_in(one: Kept) -> str:
+    for phase, names in _MADE.items():
+        if one.name.startswith(names):
+            return phase
+    return "attention"
+
+
+def _is_rows(one: Kept) -> bool:
+    return one.name.endswith(_ROWS) and not one.name.startswith(_NOT_ROWS)
