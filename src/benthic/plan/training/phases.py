@@ -48,8 +48,9 @@ class Phase:
 
     unit: of parameters, as in `parallel.parts`. network: its lane, else it computes. keeps: from its forward
     to the end of its backward. forward, backward, deferred: the most beside that; `deferred`, where weight
-    gradients are put off, which then wait with `leaves`. sums: the unit's whole gradients, where ZeRO keeps
-    shards of them. weights: the unit's gathered weights. masters: those gathered for FP8 copies, once a step.
+    gradients are put off, which then wait with `leaves` and need `apart` to be added. sums: the unit's whole
+    gradients, where ZeRO keeps shards of them; early: those that are not put off. weights: the unit's gathered
+    weights. masters: those gathered for FP8 copies, once a step.
     """
 
     unit: str
@@ -59,7 +60,9 @@ class Phase:
     backward: float = 0.0
     deferred: float = 0.0
     leaves: float = 0.0
+    apart: float = 0.0
     sums: float = 0.0
+    early: float = 0.0
     weights: float = 0.0
     masters: float = 0.0
 
@@ -145,16 +148,18 @@ def _unit(core: Candidate, unit: str) -> Phase:
     top, _, index = unit.partition(".")
     layer = int(index) if top == "layers" else -1
     same = f"layers.{_like(model, layer)}" if top == "layers" else unit
-    sums = weights = masters = 0.0
+    sums = early = weights = masters = 0.0
     for param in _params_of(model, same):
         count = numel(param, layout)
         copied = core.precision.weights == "fp8" and param.fp8
-        sums += _WIDE * count if layout.zero_stage > 1 else 0.0
+        if layout.zero_stage > 1:
+            sums += _WIDE * count
+            early += _WIDE * count if kind_of(param) == "dense" and not copied else 0.0
         if copied:
             masters += _WIDE * count if replicas_of(layout, kind_of(param)) > 1 else 0.0
         elif layout.zero_stage == 3:
             weights += _size(core) * count
-    return Phase(unit, sums=sums, weights=weights, masters=masters)
+    return Phase(unit, sums=sums, early=early, weights=weights, masters=masters)
 
 
 def numel(param: Param, layout: Layout) -> float:
@@ -183,7 +188,8 @@ def _block(core: Candidate, layer: int) -> tuple[Phase, ...]:
     unit = _unit(core, f"layers.{layer}") if layer < core.model.num_hidden_layers else _unit(core, "mtp.0")
     found = (sizes.attention(), sizes.dispatch(), sizes.experts(), sizes.combine())
     return tuple(
-        replace(phase, sums=unit.sums, weights=unit.weights, masters=unit.masters) for phase in found
+        replace(each, sums=unit.sums, early=unit.early, weights=unit.weights, masters=unit.masters)
+        for each in found
     )
 
 
@@ -204,85 +210,100 @@ class _Block:
     def attention(self) -> Phase:
         """Gradients of queries, keys, values and output beside the residual stream's."""
         model, heads = self.model, self.model.num_attention_heads
-        key, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
-        cores = heads * (key + self.layout.cp_degree * (key + value) + value)
+        nope, key, value = model.qk_nope_head_dim, model.qk_head_dim, model.v_head_dim
+        keys = self.layout.cp_degree + 0.5 if self.layout.cp_degree > 1 else 1.0
+        cores = self.size * heads * (key + keys * (key + value) + value) + _WIDE * heads
+        peak = self.tokens * cores
         apart = 0.0
         if self.fp8:
-            widest = max(heads * key, heads * (model.qk_nope_head_dim + value))
-            apart = self.tokens * (2 * model.hidden_size + heads * value)
-            apart += _WIDE * model.hidden_size * widest / self.layout.tp_degree
-        peak = self._carried() + self.tokens * (self.size * cores + _WIDE * heads) + apart
+            peak += self.tokens * 2 * model.hidden_size
+            apart = self.tokens * heads * value
+            apart += _WIDE * model.hidden_size * heads * max(key, value) / self.layout.tp_degree
         forward = self.size * heads * (key + model.qk_rope_head_dim) * self.tokens + self.row
-        gradients = heads * (key + model.qk_nope_head_dim + value) + model.latent_dim + model.hidden_size
-        if model.q_lora_rank is not None:
-            gradients += model.q_lora_rank
-        return self._phase("attention", forward, peak, gradients)
+        gradients = heads * (key + nope + value) + model.latent_dim + model.hidden_size
+        gradients += model.q_lora_rank or 0
+        return self._phase("attention", forward, (peak + apart, peak), gradients)
 
     def dispatch(self) -> Phase:
         """Scores, and the gradient of what was sent."""
         gate = 3 * _WIDE * self.model.n_routed_experts * self.tokens if self.moe else 0.0
-        return replace(self._phase("dispatch", gate, self._carried() + gate, 0), network=True)
+        return replace(self._phase("dispatch", gate, (gate, gate), 0), network=True)
 
     def experts(self) -> Phase:
         """The routed experts, which stand before the shared ones in backward; or the dense network."""
-        if not self.moe:
-            width = self.model.intermediate_size
-            peak = self._carried() + self._gated(width, 1.0, outputs=0)
-            gradients = 2 * width + self.model.hidden_size
-            return self._phase("experts", 2 * self.row, peak, gradients)
         model, top_k = self.model, self.model.num_experts_per_tok
+        if not self.moe:
+            width = model.intermediate_size
+            weight = model.hidden_size * width / self.layout.tp_degree
+            now, later = self._gated(width, 1.0, weight)
+            gradients = 2 * width + model.hidden_size
+            return self._phase("experts", 2 * self.row, (now, later), gradients)
         width, shared = model.moe_intermediate_size, model.n_shared_experts * model.moe_intermediate_size
-        peak = self._carried() + self._gated(width, top_k, outputs=1) + self._returning()
+        weight = model.hidden_size * width * model.n_routed_experts / self.layout.ep_degree
+        now, later = self._gated(width, top_k, weight)
+        later = max(later, self._gated(shared, 1.0, 0.0)[1])
         gradients = top_k * (2 * width + model.hidden_size) + (2 * shared + model.hidden_size) * bool(shared)
         forward = 2 * self.row
         if "expert outputs" not in self.kept:
             forward += self.size * top_k * self.tokens * (model.hidden_size + 3 * width)
-        return self._phase("experts", forward, peak, gradients)
+        return self._phase("experts", forward, (now + self._returning(), later + self._returning()), gradients)
 
     def combine(self) -> Phase:
         """The sum, and the gradient that goes out."""
         return Phase("", network=True, forward=self.row, backward=2 * self.row, deferred=2 * self.row)
 
-    def _phase(self, name: str, forward: float, peak: float, gradients: float) -> Phase:
-        """With what the phase keeps and makes again; `gradients`: elements a token of all its outputs'."""
-        keeps = sum(one.bytes for one in self.kept.values() if _made_in(one) == name)
-        again = sum(
-            one.bytes
-            for one in self.whole.values()
-            if _made_in(one) == name and self.kept.get(one.name, _NONE).bytes < one.bytes
-        )
-        rows = sum(one.bytes for one in self.whole.values() if _made_in(one) == name and _is_rows(one))
-        put_off = self.tokens * (gradients if self.fp8 else self.size * gradients)
-        backward = peak + again * self.tokens
+    def _phase(self, name: str, forward: float, peaks: tuple[float, float], gradients: float) -> Phase:
+        """With what the phase keeps and makes again; `gradients`: elements a token of all its outputs'.
+
+        `peaks`: beside what is kept, of a backward and of one whose weight gradients are put off.
+        """
+        mine = [one for one in self.whole.values() if _made_in(one) == name]
+        keeps = self.tokens * sum(one.bytes for one in self.kept.values() if _made_in(one) == name)
+        made = [one for one in mine if self.kept.get(one.name, _NONE).bytes < one.bytes]
+        again = self.tokens * sum(map(self._remade, made))
+        rows = self.tokens * sum(one.bytes for one in mine if _is_rows(one))
+        put_off = self.tokens * gradients * (1 if self.fp8 else self.size)
+        now, later = peaks
         return Phase(
             "",
-            keeps=keeps * self.tokens,
+            keeps=keeps,
             forward=forward,
-            backward=backward,
-            deferred=backward + put_off,
-            leaves=rows * self.tokens + put_off,
+            backward=self._carried() + now + again,
+            deferred=self._carried() + later + again,
+            leaves=rows + put_off,
+            apart=max(0.0, now - later),
         )
+
+    def _remade(self, one: Kept) -> float:
+        """What stands in for a tensor that is not kept; what FP8 is made of is there beside it."""
+        twice = self.fp8 and one.name in {"expert rows", "expert outputs"}
+        return one.bytes + (self.size * self.model.num_experts_per_tok * self.model.hidden_size if twice else 0)
 
     def _carried(self) -> float:
         """Gradients of the residual stream and of what is beside it."""
         return (2 + (self.layout.tp_degree if self.layout.tp_degree > 1 else 0)) * self.row
 
-    def _gated(self, width: int, rows: float, *, outputs: int) -> float:
-        """The most that a gated network's backward needs beside what it keeps.
+    def _gated(self, width: int, rows: float, weight: float) -> tuple[float, float]:
+        """The most that a gated network's backward needs beside what it keeps, at once and put off.
 
-        `outputs`: 1 where its outputs were kept, which are free once their gradient is there.
+        `rows` of a token; several mean experts, whose outputs were kept and are free once their gradient is
+        there. `weight`: elements of one of the three matrices, of which FP8 has the gradient apart.
         """
         size, wide, narrow = self.size, rows * self.model.hidden_size, rows * width
-        made = outputs * size * wide
+        made = size * wide if rows > 1 else 0.0
         if not self.fp8:
-            return self.tokens * max(made, size * narrow, 2 * size * narrow - made)
-        experts = self.model.n_routed_experts / self.layout.ep_degree if outputs else 1
-        weight = _WIDE * experts * self.model.hidden_size * width
-        weight /= 1 if outputs else self.layout.tp_degree
-        down = 2 * wide + (size + 1) * narrow
-        up = (size * (1 - outputs) + 1) * wide + (2 + 2 - 1) * narrow
-        ends = _TILE * experts * (self.model.hidden_size + 2 * width) if outputs else 0.0
-        return max(self.tokens * made, self.tokens * down + weight + ends, self.tokens * up + 2 * weight + ends)
+            now, later = max(made, size * narrow, 2 * size * narrow - made), max(made, 3 * size * narrow)
+            return self.tokens * now, self.tokens * later
+        experts = self.model.n_routed_experts / self.layout.ep_degree if rows > 1 else 0.0
+        spare = _TILE * experts * (self.model.hidden_size + 2 * width)  # columns are padded, expert by expert
+        down, up = 2 * wide + size * narrow, (size + 1) * wide + 4 * narrow - made
+        now = max(
+            self.tokens * made,
+            self.tokens * (down + narrow) + _WIDE * weight,
+            self.tokens * (up - narrow) + 2 * _WIDE * weight,
+        )
+        later = self.tokens * max(made, down, wide - made + 3 * size * narrow, up)
+        return now + spare, later + spare
 
     def _returning(self) -> float:
         """Rows of a gradient that arrive, unless they are read where peers wrote them in BF16."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from benthic.plan.training.phases import core_of, phases_of
+from benthic.plan.training.phases import core_of, phases_of, row_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from benthic.sched.pipeline.table import Slot
 
 Counts = tuple[tuple[int, int], ...]
+_IN_TRANSIT: Final = 3
+"""Residual streams, or gradients of one, that have arrived early or wait to leave."""
 
 
 class Moment(NamedTuple):
@@ -75,27 +77,36 @@ def peak(candidate: Candidate, parts: Mapping[int, Part], found: Sequence[Moment
     phases = {stage: phases_of(core, part, first=stage == 0) for stage, part in parts.items()}
     kept = {stage: sum(phase.keeps for phase in each) for stage, each in phases.items()}
     leaves = {stage: sum(phase.leaves for phase in each) for stage, each in phases.items()}
-    sums = {stage: _sums(each) for stage, each in phases.items()}
+    moving = _IN_TRANSIT * row_of(core) if candidate.layout.pp_degree > 1 else 0.0
 
     def at(one: Moment) -> float:
-        there = sum(kept[stage] * count for stage, count in one.held)
-        there += sum(leaves[stage] * count + sums[stage] for stage, count in one.waiting)
-        ahead: tuple[Phase, ...] = ()
-        back: tuple[Phase, ...] = ()
-        deferred = False
-        for kind, stage, _ in one.slot.actions:
-            if kind == "F":
-                ahead = phases[stage]
-            elif kind != "W":
-                back, deferred = phases[stage], kind == "I"
-        return there + rise(ahead, back, deferred=deferred, first=one.first)
+        there = moving + sum(kept[stage] * count for stage, count in one.held)
+        there += sum(leaves[stage] * count for stage, count in one.waiting)
+        back = {action.stage: action.kind for action in one.slot.actions if action.kind != "F"}
+        there += sum(_sums(phases[stage], "early") for stage, _ in one.waiting if stage not in back)
+        return there + _needed(one, phases)
 
     return max(map(at, found), default=0.0)
 
 
-def _sums(phases: Sequence[Phase]) -> float:
+def _needed(one: Moment, phases: Mapping[int, tuple[Phase, ...]]) -> float:
+    """By the slot itself."""
+    ahead: tuple[Phase, ...] = ()
+    back: tuple[Phase, ...] = ()
+    deferred = False
+    for kind, stage, _ in one.slot.actions:
+        if kind == "W":
+            return max(phase.apart for phase in phases[stage]) + _sums(phases[stage], "sums")
+        if kind == "F":
+            ahead = phases[stage]
+        else:
+            back, deferred = phases[stage], kind == "I"
+    return rise(ahead, back, deferred=deferred, first=one.first)
+
+
+def _sums(phases: Sequence[Phase], which: str) -> float:
     """Whole gradients of a stage, each unit's once."""
-    return sum({phase.unit: phase.sums for phase in phases}.values())
+    return sum({phase.unit: getattr(phase, which) for phase in phases}.values())
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -116,12 +127,22 @@ def rise(ahead: tuple[Phase, ...], back: tuple[Phase, ...], *, deferred: bool, f
         if unit != phase.unit:
             most = max(most, held + sum(sums.values()) + other + before + gathered)
         if not forward:
-            sums[phase.unit] = phase.sums
+            sums[phase.unit] = phase.early if deferred else phase.sums
         own = phase.keeps + phase.forward if forward else phase.deferred if deferred else phase.backward
         most = max(most, held + sum(sums.values()) + other + own + gathered)
         weights[way] = phase.unit, gathered
         held += phase.keeps if forward else (phase.leaves if deferred else 0.0) - phase.keeps
-    return max(most, held + sum(sums.values()) + max(sums.values(), default=0.0) / 2)
+    return max(most, held + _reduced(sums))
+
+
+def _reduced(sums: dict[str, float]) -> float:
+    """The most while whole gradients become shards, at most half as large, unit by unit from the front."""
+    left = sum(sums.values())
+    most = left
+    for size in reversed(sums.values()):
+        most = max(most, left + size / 2)
+        left -= size
+    return most
 
 
 def _order(ahead: tuple[Phase, ...], back: tuple[Phase, ...]) -> Iterator[tuple[Phase, bool]]:
