@@ -218,16 +218,16 @@ class _Block:
         if self.fp8:
             peak += self.tokens * 2 * model.hidden_size
             apart = self.tokens * heads * value
-            apart += _WIDE * model.hidden_size * heads * max(key, value) / self.layout.tp_degree
+            apart += 2 * _WIDE * model.hidden_size * heads * max(key, value) / self.layout.tp_degree
         forward = self.size * heads * (key + model.qk_rope_head_dim) * self.tokens + self.row
         gradients = heads * (key + nope + value) + model.latent_dim + model.hidden_size
         gradients += model.q_lora_rank or 0
-        return self._phase("attention", forward, (peak + apart, peak), gradients)
+        return self._phase("attention", forward, (peak + apart, peak, apart), gradients)
 
     def dispatch(self) -> Phase:
         """Scores, and the gradient of what was sent."""
         gate = 3 * _WIDE * self.model.n_routed_experts * self.tokens if self.moe else 0.0
-        return replace(self._phase("dispatch", gate, (gate, gate), 0), network=True)
+        return replace(self._phase("dispatch", gate, (gate, gate, 0.0), 0), network=True)
 
     def experts(self) -> Phase:
         """The routed experts, which stand before the shared ones in backward; or the dense network."""
@@ -235,43 +235,46 @@ class _Block:
         if not self.moe:
             width = model.intermediate_size
             weight = model.hidden_size * width / self.layout.tp_degree
-            now, later = self._gated(width, 1.0, weight)
-            gradients = 2 * width + model.hidden_size
-            return self._phase("experts", 2 * self.row, (now, later), gradients)
+            peaks = self._gated(width, 1.0, weight)
+            return self._phase("experts", 2 * self.row, peaks, 2 * width + model.hidden_size)
         width, shared = model.moe_intermediate_size, model.n_shared_experts * model.moe_intermediate_size
         weight = model.hidden_size * width * model.n_routed_experts / self.layout.ep_degree
-        now, later = self._gated(width, top_k, weight)
-        later = max(later, self._gated(shared, 1.0, 0.0)[1])
+        now, later, apart = self._gated(width, top_k, weight)
+        later = max(later, self._gated(shared, 1.0, 0.0)[1]) + self._returning()
         gradients = top_k * (2 * width + model.hidden_size) + (2 * shared + model.hidden_size) * bool(shared)
         forward = 2 * self.row
         if "expert outputs" not in self.kept:
             forward += self.size * top_k * self.tokens * (model.hidden_size + 3 * width)
-        return self._phase("experts", forward, (now + self._returning(), later + self._returning()), gradients)
+        found = self._phase("experts", forward, (now + self._returning(), later, apart), gradients)
+        return replace(found, leaves=found.leaves + self._spare(width))
 
     def combine(self) -> Phase:
         """The sum, and the gradient that goes out."""
         return Phase("", network=True, forward=self.row, backward=2 * self.row, deferred=2 * self.row)
 
-    def _phase(self, name: str, forward: float, peaks: tuple[float, float], gradients: float) -> Phase:
+    def _phase(
+        self, name: str, forward: float, peaks: tuple[float, float, float], gradients: float
+    ) -> Phase:
         """With what the phase keeps and makes again; `gradients`: elements a token of all its outputs'.
 
-        `peaks`: beside what is kept, of a backward and of one whose weight gradients are put off.
+        `peaks`: beside what is kept, of a backward, of one whose weight gradients are put off, and of these.
+        Rows that wait in BF16 hold the graph that made them, and with it gradients of the residual stream.
         """
         mine = [one for one in self.whole.values() if _made_in(one) == name]
         keeps = self.tokens * sum(one.bytes for one in self.kept.values() if _made_in(one) == name)
         made = [one for one in mine if self.kept.get(one.name, _NONE).bytes < one.bytes]
         again = self.tokens * sum(map(self._remade, made))
-        rows = self.tokens * sum(one.bytes for one in mine if _is_rows(one))
-        put_off = self.tokens * gradients * (1 if self.fp8 else self.size)
-        now, later = peaks
+        leaves = self.tokens * sum(one.bytes for one in mine if _is_rows(one))
+        leaves += self.tokens * gradients if self.fp8 else self.size * self.tokens * gradients + 1.5 * self.row
+        now, later, apart = peaks
         return Phase(
             "",
             keeps=keeps,
             forward=forward,
             backward=self._carried() + now + again,
             deferred=self._carried() + later + again,
-            leaves=rows + put_off,
-            apart=max(0.0, now - later),
+            leaves=leaves if gradients else 0.0,
+            apart=apart,
         )
 
     def _remade(self, one: Kept) -> float:
@@ -283,8 +286,8 @@ class _Block:
         """Gradients of the residual stream and of what is beside it."""
         return (2 + (self.layout.tp_degree if self.layout.tp_degree > 1 else 0)) * self.row
 
-    def _gated(self, width: int, rows: float, weight: float) -> tuple[float, float]:
-        """The most that a gated network's backward needs beside what it keeps, at once and put off.
+    def _gated(self, width: int, rows: float, weight: float) -> tuple[float, float, float]:
+        """The most that a gated network's backward needs beside what it keeps: at once, put off, then.
 
         `rows` of a token; several mean experts, whose outputs were kept and are free once their gradient is
         there. `weight`: elements of one of the three matrices, of which FP8 has the gradient apart.
@@ -293,9 +296,8 @@ class _Block:
         made = size * wide if rows > 1 else 0.0
         if not self.fp8:
             now, later = max(made, size * narrow, 2 * size * narrow - made), max(made, 3 * size * narrow)
-            return self.tokens * now, self.tokens * later
-        experts = self.model.n_routed_experts / self.layout.ep_degree if rows > 1 else 0.0
-        spare = _TILE * experts * (self.model.hidden_size + 2 * width)  # columns are padded, expert by expert
+            return self.tokens * now, self.tokens * later, 0.0
+        spare = self._spare(width) if rows > 1 else 0.0
         down, up = 2 * wide + size * narrow, (size + 1) * wide + 4 * narrow - made
         now = max(
             self.tokens * made,
@@ -303,7 +305,12 @@ class _Block:
             self.tokens * (up - narrow) + 2 * _WIDE * weight,
         )
         later = self.tokens * max(made, down, wide - made + 3 * size * narrow, up)
-        return now + spare, later + spare
+        return now + spare, later + spare, self.tokens * wide + 2 * _WIDE * weight + spare
+
+    def _spare(self, width: int) -> float:
+        """FP8 columns of the experts' rows are padded, expert by expert."""
+        experts = self.model.n_routed_experts / self.layout.ep_degree
+        return _TILE * experts * (self.model.hidden_size + 2 * width) if self.fp8 else 0.0
 
     def _returning(self) -> float:
         """Rows of a gradient that arrive, unless they are read where peers wrote them in BF16."""
