@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from benthic.model.part import Part
     from benthic.parallel.setup import Setup
     from benthic.sched.pipeline.table import Table
+    from benthic.spec.layout import Layout
     from benthic.spec.model import ModelConfig
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "fp8": 2}
@@ -156,18 +157,13 @@ class _Block:
             key = model.qk_nope_head_dim + model.qk_rope_head_dim
             expanded_kv = key + model.qk_nope_head_dim + model.v_head_dim
             yield Kept("q", self._wide(heads * key), phase)
-            yield Kept("k and v", self._keys() * self._wide(heads * expanded_kv), phase)
+            yield Kept("k and v", keys_of(self.layout) * self._wide(heads * expanded_kv), phase)
         width = heads * model.v_head_dim
         e5m6 = self.precision.e5m6_attention
         yield Kept("attention output", _e5m6(width) if e5m6 else self._wide(width), phase)
         if not (self.shares or self.fp8 or e5m6):
             yield Kept("attention output, as rows", self._row(width), phase)
         yield Kept("log-sum-exp", _STATISTIC * heads, phase)
-
-    def _keys(self) -> float:
-        """Keys that a rank expands for each of its tokens: a row's beginning may be met by both its pieces."""
-        degree = self.layout.cp_degree
-        return 1.0 if degree == 1 else degree + 0.5
 
     def _latents(self) -> Iterator[Kept]:
         model, tp, phase = self.model, self.layout.tp_degree, ("attention",)
@@ -179,7 +175,9 @@ class _Block:
         if model.q_lora_rank is None and tp > 1:
             yield Kept("normed x of all, as rows", tp * self._row(model.hidden_size), phase)
         if "norms" not in self.again or self.layout.cp_degree > 1:
-            yield Kept("normed latent, as rows", self._keys() * tp * self._row(model.kv_lora_rank), phase)
+            yield Kept(
+                "normed latent, as rows", keys_of(self.layout) * tp * self._row(model.kv_lora_rank), phase
+            )
         if model.q_lora_rank is not None and ("norms" not in self.again or tp > 1):
             yield Kept("normed query, as rows", tp * self._row(model.q_lora_rank), phase)
 
@@ -232,6 +230,11 @@ class _Block:
         yield Kept(f"{name}: gate and up", rows * gate_up, ("experts",))
         if "swiglu" not in self.again:
             yield Kept(f"{name}: product", rows * self._row(width), ("experts",))
+
+
+def keys_of(layout: Layout) -> float:
+    """Keys that a rank expands for each of its tokens: both its pieces of a row may meet the beginning."""
+    return layout.cp_degree + 0.5 if layout.cp_degree > 1 else 1.0
 
 
 def arrivals(model: ModelConfig, ranks: int) -> float:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Final
 from benthic.parallel.activations import peak_bytes, stage_bytes
 from benthic.parallel.footprint import kept_bytes, replicas_of
 from benthic.parallel.parts import held_by, kind_of, parts_of, stages_of, unit_of
+from benthic.parallel.setup import MUON_PARTS
 from benthic.plan.training.candidate import Rows
-from benthic.plan.training.phases import numel
+from benthic.plan.training.phases import GPUS_OF_A_HOST, numel, tokens_of
+from benthic.plan.training.space import OVERLAPPED
 from benthic.plan.training.working import moments, peak
 from benthic.sched.pipeline.table import Table
 from benthic.spec.layout import Layout
@@ -27,13 +29,23 @@ if TYPE_CHECKING:
 
 Routes = tuple[tuple[int, ...], ...]
 
-TERMS: Final = ("weights", "masters", "gradients", "moments", "activations", "working", "reserve")
+TERMS: Final = (
+    "weights",
+    "masters",
+    "gradients",
+    "moments",
+    "activations",
+    "working",
+    "exchange",
+    "reserve",
+)
 UPDATE: Final = 16
 """Bytes an element of the arrays of an AdamW that is not one kernel."""
 LIBRARIES: Final = 2 * 32 * 2**20
 """What torch lends cuBLAS and cuBLASLt on Hopper."""
 
-_RESERVE: Final = 0.05  # of activations and working memory: rounding and holes of the allocator
+_RESERVE: Final = 0.05
+"""Of activations and working memory: experts that get more than their share, rounding and holes."""
 _GIB_OF_A_GB: Final = 2**30 / 1e9  # vendors' "80 GB" of HBM are GiB
 _DRIVER: Final = 0.0044  # an 80 GB card shows 81,559 of 81,920 MiB
 _CONTEXT: Final = 0.95e9  # bytes of a CUDA context (0.55) and of NCCL's buffers (0.4)
@@ -72,10 +84,8 @@ def held_parts(candidate: Candidate, table: Table, pp: int) -> dict[int, Part]:
     return {stage: parts[stage] for stage in stages_of(table, pp)}
 
 
-def kept(
-    candidate: Candidate, routes: Routes, pp: int, activations: float, most: float
-) -> dict[str, float]:
-    """The terms of one pipeline rank whose activations are known, and the most that it has beside the rest."""
+def kept(candidate: Candidate, routes: Routes, pp: int, activations: float, most: float) -> dict[str, float]:
+    """The terms of one pipeline rank whose activations are known, and the most beside weights to moments."""
     parts = parts_of(candidate.model, candidate.layout, len(routes[0]))
     here = tuple(parts[stage] for stage in range(len(parts)) if any(route[stage] == pp for route in routes))
     bare = replace(candidate.layout, schedule="1f1b", virtual_stages=None)
@@ -83,6 +93,7 @@ def kept(
     terms = dict(_static(still, routes, pp))
     terms["activations"] = float(activations)
     terms["working"] = max(0.0, most - activations, _ending(candidate, here) - activations)
+    terms["exchange"] = _mailboxes(candidate)
     terms["reserve"] = LIBRARIES + _RESERVE * (activations + terms["working"])
     return terms
 
@@ -137,16 +148,33 @@ def timeline(found: Step, rank: int) -> list[tuple[float, float]]:
 
 
 def _ending(candidate: Candidate, here: tuple[Part, ...]) -> float:
-    """What the end of a step allocates: a bucket's reduced gradients, or arrays of an update in pieces."""
-    layout = candidate.layout
+    """What the end of a step allocates: a bucket's reduced gradients, or the arrays of an update.
+
+    Muon has a bucket's shard as moves, as it is sent and received, as matrices, and both ways back.
+    """
+    layout, muon = candidate.layout, candidate.optimizer.name == "muon"
     buckets: dict[tuple[str, str], float] = {}
     largest = 0.0
     for param in held_by(candidate.model, here):
         kind = kind_of(param)
         count = numel(param, layout) / replicas_of(layout, kind)
         largest = max(largest, count)
-        if layout.zero_stage == 1 and replicas_of(layout, kind) > 1:
-            key = unit_of(param.name), kind
-            buckets[key] = buckets.get(key, 0.0) + 4.0 * count
+        each = 4.0 if layout.zero_stage == 1 and replicas_of(layout, kind) > 1 else 0.0
+        if muon and param.part in MUON_PARTS:
+            each = 24.0 if replicas_of(layout, kind) > 1 else 20.0
+        key = unit_of(param.name), kind
+        buckets[key] = buckets.get(key, 0.0) + each * count
     update = 0.0 if candidate.optimizer.fused else UPDATE * largest
     return max(update, *buckets.values(), 0.0)
+
+
+def _mailboxes(candidate: Candidate) -> float:
+    """Memory that ranks of one host write for each other, for the experts' rows out and home."""
+    layout, model = candidate.layout, candidate.model
+    if not 1 < layout.ep_degree <= GPUS_OF_A_HOST:
+        return 0.0
+    row = (4.0 if candidate.precision.weights == "float32" else 2.0) * model.hidden_size
+    out = model.hidden_size * (1 + 4 / 128) if candidate.precision.matmul == "fp8" else row
+    in_flight = 2 if layout.schedule in OVERLAPPED else 1
+    each = out + row + 3 * 4.0 * model.num_experts_per_tok
+    return in_flight * layout.ep_degree * tokens_of(candidate) * each

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from benthic.parallel.activations import Kept, arrivals, block_tensors
+from benthic.parallel.activations import Kept, arrivals, block_tensors, keys_of
 from benthic.parallel.footprint import replicas_of
 from benthic.parallel.parts import kind_of
 from benthic.plan.training.block import LOGITS
@@ -46,14 +46,13 @@ _ROWS: Final = ("as rows", "attention output", "normed", "expert rows", "product
 class Phase:
     """Bytes of a phase.
 
-    unit: of parameters, as in `parallel.parts`. network: its lane, else it computes. keeps: from its forward
-    to the end of its backward. forward, backward, deferred: the most beside that; `deferred`, where weight
-    gradients are put off, which then wait with `leaves` and need `apart` to be added. sums: the unit's whole
-    gradients, where ZeRO keeps shards of them; early: those that are not put off. weights: the unit's gathered
-    weights. masters: those gathered for FP8 copies, once a step.
+    network: its lane, else it computes. keeps: from its forward to the end of its backward. forward,
+    backward, deferred: the most beside that; `deferred`, where weight gradients are put off, which then wait
+    with `leaves` and need `apart` to be added. Of its unit of parameters, where ZeRO keeps shards, sums: the
+    whole gradients; early: those that are not put off; weights: those that are gathered; masters: those
+    gathered for FP8 copies, once a step.
     """
 
-    unit: str
     network: bool = False
     keeps: float = 0.0
     forward: float = 0.0
@@ -65,6 +64,10 @@ class Phase:
     early: float = 0.0
     weights: float = 0.0
     masters: float = 0.0
+
+
+Phases = tuple[tuple[str, Phase], ...]
+"""Of a stage, each with its unit of parameters, as in `parallel.parts`."""
 
 
 def core_of(candidate: Candidate) -> Candidate:
@@ -81,30 +84,46 @@ def core_of(candidate: Candidate) -> Candidate:
 
 
 @functools.lru_cache(maxsize=1 << 13)
-def phases_of(core: Candidate, part: Part, *, first: bool) -> tuple[Phase, ...]:
+def phases_of(core: Candidate, part: Part, *, first: bool) -> Phases:
     """A stage's phases in the order of `train.stage`; `first`: microbatches enter here."""
     return tuple(_phases(core, part, first=first))
 
 
-def _phases(core: Candidate, part: Part, *, first: bool) -> Iterator[Phase]:
+def _phases(core: Candidate, part: Part, *, first: bool) -> Iterator[tuple[str, Phase]]:
     model, row = core.model, row_of(core)
     table = 2.0 * model.vocab_size * model.hidden_size  # the embedding's gradient is dense
     if first:
-        unit = _unit(core, "embed")
-        yield replace(unit, forward=row, backward=table + row, deferred=table + row)
+        embed = _unit(core, "embed")
+        yield "embed", replace(embed, forward=row, backward=table + row, deferred=table + row)
     angles = 4.0 * model.qk_rope_head_dim * core.layout.tp_degree * tokens_of(core)
     for layer in part.layers:
-        attention, *others = _block(core, layer)
-        yield replace(attention, unit=f"layers.{layer}", keeps=attention.keeps + angles)
-        yield from (replace(phase, unit=f"layers.{layer}") for phase in others)
-        angles = 0.0
+        attention, *others = _block(core, _like(model, layer))
+        if angles:
+            attention, angles = replace(attention, keeps=attention.keeps + angles), 0.0
+        yield from ((f"layers.{layer}", phase) for phase in (attention, *others))
     if part.head:
-        yield _head(core)
+        yield "head", _head(core)
     for depth in part.mtp:
-        unit = replace(_unit(core, f"mtp.{depth}"), keeps=3 * row + 8 * tokens_of(core), forward=2 * row)
-        yield replace(unit, backward=table + 4 * row, deferred=table + 4 * row)
-        yield from (replace(p, unit=unit.unit) for p in _block(core, model.num_hidden_layers + depth))
-        yield _head(core)
+        yield f"mtp.{depth}", _projection(core, depth)
+        yield from ((f"mtp.{depth}", phase) for phase in _block(core, model.num_hidden_layers + depth))
+        yield "head", _head(core)
+
+
+def _projection(core: Candidate, depth: int) -> Phase:
+    """Of a prediction module: embedding and hidden state, both normed; it reads the embedding's table too."""
+    model, row = core.model, row_of(core)
+    unit, words = _unit(core, f"mtp.{depth}"), _unit(core, "embed")
+    most = 2.0 * model.vocab_size * model.hidden_size + 4 * row
+    return replace(
+        unit,
+        keeps=3 * row + 8 * tokens_of(core),
+        forward=2 * row,
+        backward=most,
+        deferred=most,
+        sums=unit.sums + words.sums,
+        early=unit.early + words.early,
+        weights=unit.weights + words.weights,
+    )
 
 
 def tokens_of(candidate: Candidate) -> float:
@@ -145,11 +164,8 @@ def chunk_of(tokens: float, vocabulary: int, size: int) -> float:
 def _unit(core: Candidate, unit: str) -> Phase:
     """A phase that is nothing yet but what its parameters take where they are in shards."""
     model, layout = core.model, core.layout
-    top, _, index = unit.partition(".")
-    layer = int(index) if top == "layers" else -1
-    same = f"layers.{_like(model, layer)}" if top == "layers" else unit
     sums = early = weights = masters = 0.0
-    for param in _params_of(model, same):
+    for param in _params_of(model, unit):
         count = numel(param, layout)
         copied = core.precision.weights == "fp8" and param.fp8
         if layout.zero_stage > 1:
@@ -159,7 +175,7 @@ def _unit(core: Candidate, unit: str) -> Phase:
             masters += _WIDE * count if replicas_of(layout, kind_of(param)) > 1 else 0.0
         elif layout.zero_stage == 3:
             weights += _size(core) * count
-    return Phase(unit, sums=sums, early=early, weights=weights, masters=masters)
+    return Phase(sums=sums, early=early, weights=weights, masters=masters)
 
 
 def numel(param: Param, layout: Layout) -> float:
@@ -211,8 +227,7 @@ class _Block:
         """Gradients of queries, keys, values and output beside the residual stream's."""
         model, heads = self.model, self.model.num_attention_heads
         nope, key, value = model.qk_nope_head_dim, model.qk_head_dim, model.v_head_dim
-        keys = self.layout.cp_degree + 0.5 if self.layout.cp_degree > 1 else 1.0
-        cores = self.size * heads * (key + keys * (key + value) + value) + _WIDE * heads
+        cores = self.size * heads * (key + keys_of(self.layout) * (key + value) + value) + _WIDE * heads
         peak = self.tokens * cores
         apart = 0.0
         if self.fp8:
@@ -250,11 +265,9 @@ class _Block:
 
     def combine(self) -> Phase:
         """The sum, and the gradient that goes out."""
-        return Phase("", network=True, forward=self.row, backward=2 * self.row, deferred=2 * self.row)
+        return Phase(network=True, forward=self.row, backward=2 * self.row, deferred=2 * self.row)
 
-    def _phase(
-        self, name: str, forward: float, peaks: tuple[float, float, float], gradients: float
-    ) -> Phase:
+    def _phase(self, name: str, forward: float, peaks: tuple[float, float, float], gradients: float) -> Phase:
         """With what the phase keeps and makes again; `gradients`: elements a token of all its outputs'.
 
         `peaks`: beside what is kept, of a backward, of one whose weight gradients are put off, and of these.
@@ -265,10 +278,11 @@ class _Block:
         made = [one for one in mine if self.kept.get(one.name, _NONE).bytes < one.bytes]
         again = self.tokens * sum(map(self._remade, made))
         leaves = self.tokens * sum(one.bytes for one in mine if _is_rows(one))
-        leaves += self.tokens * gradients if self.fp8 else self.size * self.tokens * gradients + 1.5 * self.row
+        leaves += (
+            self.tokens * gradients if self.fp8 else self.size * self.tokens * gradients + 1.5 * self.row
+        )
         now, later, apart = peaks
         return Phase(
-            "",
             keeps=keeps,
             forward=forward,
             backward=self._carried() + now + again,
@@ -280,7 +294,9 @@ class _Block:
     def _remade(self, one: Kept) -> float:
         """What stands in for a tensor that is not kept; what FP8 is made of is there beside it."""
         twice = self.fp8 and one.name in {"expert rows", "expert outputs"}
-        return one.bytes + (self.size * self.model.num_experts_per_tok * self.model.hidden_size if twice else 0)
+        return one.bytes + (
+            self.size * self.model.num_experts_per_tok * self.model.hidden_size if twice else 0
+        )
 
     def _carried(self) -> float:
         """Gradients of the residual stream and of what is beside it."""
@@ -325,10 +341,12 @@ _NONE: Final = Kept("", 0.0, ())
 
 
 def _made_in(one: Kept) -> str:
-    for phase, names in _MADE.items():
-        if one.name.startswith(names):
-            return phase
-    return "attention"
+    return _phase_of(one.name)
+
+
+@functools.lru_cache(maxsize=1 << 7)
+def _phase_of(name: str) -> str:
+    return next((phase for phase, names in _MADE.items() if name.startswith(names)), "attention")
 
 
 def _is_rows(one: Kept) -> bool:

@@ -25,7 +25,7 @@ class Digest:
 
     rows: of each rank, how often each slot comes, its microbatch left out. before: the stages whose forwards
     end before the rank can start. after: those whose backwards follow its last action. held: of each rank the
-    largest sets of microbatches in flight, as counts by stage. moments: of each rank, when memory may peak.
+    largest sets of microbatches in flight, as counts by stage.
     """
 
     table: Table
@@ -33,12 +33,16 @@ class Digest:
     before: tuple[tuple[int, ...], ...]
     after: tuple[tuple[int, ...], ...]
     held: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
-    moments: tuple[tuple[Moment, ...], ...]
 
     @functools.cached_property
     def order(self) -> Order:
         """The table, ready to be simulated."""
         return Order.of(self.table)
+
+    @functools.cached_property
+    def moments(self) -> tuple[tuple[Moment, ...], ...]:
+        """When the memory of each rank may peak."""
+        return tuple(moments(slots) for slots in self.table.slots)
 
     @functools.cached_property
     def forwards(self) -> int:
@@ -78,7 +82,6 @@ def digest(schedule: str, ranks: int, microbatches: int, virtual_stages: int | N
         before=tuple(_before(slots) for slots in table.slots),
         after=tuple(_after(slots) for slots in table.slots),
         held=tuple(_held(slots) for slots in table.slots),
-        moments=tuple(moments(slots) for slots in table.slots),
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from benthic.model.part import Part
     from benthic.plan.training.candidate import Candidate
-    from benthic.plan.training.phases import Phase
+    from benthic.plan.training.phases import Phase, Phases
     from benthic.sched.pipeline.table import Slot
 
 Counts = tuple[tuple[int, int], ...]
@@ -42,16 +42,24 @@ def moments(slots: Sequence[Slot]) -> tuple[Moment, ...]:
     held: Counter[int] = Counter()
     waiting: Counter[int] = Counter()
     begun: set[int] = set()
-    seen: dict[tuple[object, ...], dict[tuple[Counts, Counts], Moment]] = {}
+    seen: dict[tuple[object, ...], dict[tuple[object, ...], Moment]] = {}
     for slot in slots:
-        stages = {action.stage for action in slot.actions if action.kind == "F"}
-        one = Moment(slot, _counts(held), _counts(waiting), first=not stages <= begun)
-        kinds = tuple((action.kind, action.stage) for action in slot.actions)
-        seen.setdefault((kinds, one.first), {})[one.held, one.waiting] = one
-        begun |= stages
+        one, other = slot
+        first = one.kind == "F" and one.stage not in begun
+        begun.add(one.stage)
+        kinds = one.kind, one.stage, first, None if other is None else (other.kind, other.stage)
+        counts = *held.items(), None, *waiting.items()
+        alike = seen.setdefault(kinds, {})
+        if counts not in alike:
+            alike[counts] = Moment(slot, _counts(held), _counts(waiting), first)
         for kind, stage, _ in slot.actions:
-            held[stage] += {"F": 1, "B": -1, "I": -1, "W": 0}[kind]
-            waiting[stage] += {"F": 0, "B": 0, "I": 1, "W": -1}[kind]
+            if kind == "F":
+                held[stage] += 1
+            elif kind == "W":
+                waiting[stage] -= 1
+            else:
+                held[stage] -= 1
+                waiting[stage] += kind == "I"
     return tuple(one for alike in seen.values() for one in _largest(list(alike.values())))
 
 
@@ -67,16 +75,19 @@ def _largest(alike: list[Moment]) -> Iterator[Moment]:
 
 
 def _within(one: Moment, other: Moment) -> bool:
+    """Whether `other` has as many of each at least, and not the same."""
     pairs = ((one.held, dict(other.held)), (one.waiting, dict(other.waiting)))
-    return all(count <= more.get(stage, 0) for counts, more in pairs for stage, count in counts)
+    return one[1:3] != other[1:3] and all(
+        count <= more.get(stage, 0) for counts, more in pairs for stage, count in counts
+    )
 
 
 def peak(candidate: Candidate, parts: Mapping[int, Part], found: Sequence[Moment]) -> float:
     """Bytes beside weights to moments at the fullest of some moments of a rank that holds `parts`."""
     core = core_of(candidate)
     phases = {stage: phases_of(core, part, first=stage == 0) for stage, part in parts.items()}
-    kept = {stage: sum(phase.keeps for phase in each) for stage, each in phases.items()}
-    leaves = {stage: sum(phase.leaves for phase in each) for stage, each in phases.items()}
+    kept = {stage: sum(phase.keeps for _, phase in each) for stage, each in phases.items()}
+    leaves = {stage: sum(phase.leaves for _, phase in each) for stage, each in phases.items()}
     moving = _IN_TRANSIT * row_of(core) if candidate.layout.pp_degree > 1 else 0.0
 
     def at(one: Moment) -> float:
@@ -89,14 +100,14 @@ def peak(candidate: Candidate, parts: Mapping[int, Part], found: Sequence[Moment
     return max(map(at, found), default=0.0)
 
 
-def _needed(one: Moment, phases: Mapping[int, tuple[Phase, ...]]) -> float:
+def _needed(one: Moment, phases: Mapping[int, Phases]) -> float:
     """By the slot itself."""
-    ahead: tuple[Phase, ...] = ()
-    back: tuple[Phase, ...] = ()
+    ahead: Phases = ()
+    back: Phases = ()
     deferred = False
     for kind, stage, _ in one.slot.actions:
         if kind == "W":
-            return max(phase.apart for phase in phases[stage]) + _sums(phases[stage], "sums")
+            return max(phase.apart for _, phase in phases[stage]) + _sums(phases[stage], "sums")
         if kind == "F":
             ahead = phases[stage]
         else:
@@ -104,13 +115,13 @@ def _needed(one: Moment, phases: Mapping[int, tuple[Phase, ...]]) -> float:
     return rise(ahead, back, deferred=deferred, first=one.first)
 
 
-def _sums(phases: Sequence[Phase], which: str) -> float:
+def _sums(phases: Phases, which: str) -> float:
     """Whole gradients of a stage, each unit's once."""
-    return sum({phase.unit: getattr(phase, which) for phase in phases}.values())
+    return sum({unit: getattr(phase, which) for unit, phase in phases}.values())
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def rise(ahead: tuple[Phase, ...], back: tuple[Phase, ...], *, deferred: bool, first: bool) -> float:
+def rise(ahead: Phases, back: Phases, *, deferred: bool, first: bool) -> float:
     """The most that a slot needs beyond what is there when it begins; what its forward leaves is new.
 
     `ahead` and `back` are the phases of its forward and its backward. Gradients of parameters in shards are
@@ -120,17 +131,17 @@ def rise(ahead: tuple[Phase, ...], back: tuple[Phase, ...], *, deferred: bool, f
     held = most = 0.0
     sums: dict[str, float] = {}
     weights = {"F": ("", 0.0), "B": ("", 0.0)}
-    for phase, forward in _order(ahead, back):
+    for (unit, phase), forward in _order(ahead, back):
         way = "F" if forward else "B"
-        (unit, before), (_, other) = weights[way], weights["B" if forward else "F"]
+        (held_unit, before), (_, other) = weights[way], weights["B" if forward else "F"]
         gathered = phase.weights + (phase.masters if forward and first else 0.0)
-        if unit != phase.unit:
+        if unit != held_unit:
             most = max(most, held + sum(sums.values()) + other + before + gathered)
         if not forward:
-            sums[phase.unit] = phase.early if deferred else phase.sums
+            sums[unit] = phase.early if deferred else phase.sums
         own = phase.keeps + phase.forward if forward else phase.deferred if deferred else phase.backward
         most = max(most, held + sum(sums.values()) + other + own + gathered)
-        weights[way] = phase.unit, gathered
+        weights[way] = unit, gathered
         held += phase.keeps if forward else (phase.leaves if deferred else 0.0) - phase.keeps
     return max(most, held + _reduced(sums))
 
@@ -145,15 +156,16 @@ def _reduced(sums: dict[str, float]) -> float:
     return most
 
 
-def _order(ahead: tuple[Phase, ...], back: tuple[Phase, ...]) -> Iterator[tuple[Phase, bool]]:
+def _order(ahead: Phases, back: Phases) -> Iterator[tuple[tuple[str, Phase], bool]]:
     """The phases of a slot as the executor takes them, and whether forward: one computes, the other sends."""
     i, j = 0, len(back) - 1
     while i < len(ahead) and j >= 0:
-        both = ahead[i].network != back[j].network
-        if both and ahead[i].network:
+        sends = ahead[i][1].network
+        both = sends != back[j][1].network
+        if both and sends:
             yield ahead[i], True
         yield back[j], False
-        if both and not ahead[i].network:
+        if both and not sends:
             yield ahead[i], True
         i, j = i + both, j - 1
     yield from ((phase, False) for phase in reversed(back[: j + 1]))
