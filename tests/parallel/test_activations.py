@@ -130,13 +130,10 @@ def test_estimate_knows_narrow_formats_and_queries_without_a_latent(
 
 def on_two_ranks(rank: int, data: str) -> None:
     """Routing decides which of the two ranks keeps more; what is estimated is the mean."""
-    for layout in (Layout(dp_degree=2, ep_degree=2), Layout(tp_degree=2)):
-        for dtype, recompute in (
-            ("float32", ()),
-            ("bfloat16", ("experts",)),
-            ("fp8", (*V3, "expert_inputs")),
-        ):
-            own = with_layout(config(dtype, recompute), layout)
+    cases = (("float32", (), 96), ("bfloat16", ("experts",), None), ("fp8", (*V3, "expert_inputs"), 96))
+    for layout in (Layout(dp_degree=2, ep_degree=2), Layout(tp_degree=2), Layout(cp_degree=2)):
+        for dtype, recompute, rank_of_queries in cases:
+            own = with_layout(config(dtype, recompute, q_lora_rank=rank_of_queries), layout)
             own = dataclasses.replace(
                 own, train=dataclasses.replace(own.train, global_batch_size=8 * layout.dp_degree)
             )
@@ -144,11 +141,13 @@ def on_two_ranks(rank: int, data: str) -> None:
             found = torch.tensor(float(kept_by_a_chunk(trainer)))
             dist.all_reduce(found)
             said = stage_bytes(own, trainer.stages.models[0].part)
-            assert said == pytest.approx(float(found) / 2, rel=0.02), (layout, dtype, recompute)
+            # a CPU attends segment by segment, and keeps each one's output beside all of them
+            off = 0.02 if layout.cp_degree == 1 else 0.05
+            assert said == pytest.approx(float(found) / 2, rel=off), (layout, dtype, recompute)
 
 
 @pytest.mark.dist
-def test_estimate_is_what_stays_alive_where_two_ranks_share_experts_or_heads(data: Path) -> None:
+def test_estimate_is_what_stays_alive_where_two_ranks_share_experts_heads_or_rows(data: Path) -> None:
     spawn(on_two_ranks, 2, str(data))
 
 
