@@ -189,9 +189,10 @@ def _params_of(model: ModelConfig, unit: str) -> tuple[Param, ...]:
     return tuple(p for p in parameters(model) if p.trainable and p.name.startswith(names))
 
 
+@functools.lru_cache(maxsize=1 << 10)
 def _like(model: ModelConfig, layer: int) -> int:
     """The first layer of the same kind."""
-    return model.first_k_dense_replace if model.is_moe(layer) else 0
+    return next(one for one in range(layer + 1) if model.is_moe(one) == model.is_moe(layer))
 
 
 # --- a block
@@ -217,6 +218,7 @@ class _Block:
         self.tokens, self.row = tokens_of(core), row_of(core)
         self.moe = self.model.is_moe(layer)
         self.fp8 = core.precision.matmul == "fp8"
+        self.experts_here = self.model.n_routed_experts / self.layout.ep_degree
         plain = replace(core.precision, fp8_swiglu=False, e5m6_attention=False)
         everything = replace(core, recompute=(), offload=(), precision=plain)
         self.whole = {one.name: one for one in block_tensors(everything, layer)}
@@ -249,13 +251,10 @@ class _Block:
         model, top_k = self.model, self.model.num_experts_per_tok
         if not self.moe:
             width = model.intermediate_size
-            weight = model.hidden_size * width / self.layout.tp_degree
-            peaks = self._gated(width, 1.0, weight)
-            return self._phase("experts", 2 * self.row, peaks, 2 * width + model.hidden_size)
+            return self._phase("experts", 2 * self.row, self._gated(width), 2 * width + model.hidden_size)
         width, shared = model.moe_intermediate_size, model.n_shared_experts * model.moe_intermediate_size
-        weight = model.hidden_size * width * model.n_routed_experts / self.layout.ep_degree
-        now, later, apart = self._gated(width, top_k, weight)
-        later = max(later, self._gated(shared, 1.0, 0.0)[1]) + self._returning()
+        now, later, apart = self._gated(width, top_k, experts=self.experts_here)
+        later = max(later, self._gated(shared)[1]) + self._returning()
         gradients = top_k * (2 * width + model.hidden_size) + (2 * shared + model.hidden_size) * bool(shared)
         forward = 2 * self.row
         if "expert outputs" not in self.kept:
@@ -277,10 +276,9 @@ class _Block:
         keeps = self.tokens * sum(one.bytes for one in self.kept.values() if _made_in(one) == name)
         made = [one for one in mine if self.kept.get(one.name, _NONE).bytes < one.bytes]
         again = self.tokens * sum(map(self._remade, made))
-        leaves = self.tokens * sum(one.bytes for one in mine if _is_rows(one))
-        leaves += (
-            self.tokens * gradients if self.fp8 else self.size * self.tokens * gradients + 1.5 * self.row
-        )
+        leaves = self.tokens * (gradients + sum(one.bytes for one in mine if _is_rows(one)))
+        if not self.fp8:
+            leaves += (self.size - 1) * self.tokens * gradients + 1.5 * self.row
         now, later, apart = peaks
         return Phase(
             keeps=keeps,
@@ -293,27 +291,27 @@ class _Block:
 
     def _remade(self, one: Kept) -> float:
         """What stands in for a tensor that is not kept; what FP8 is made of is there beside it."""
-        twice = self.fp8 and one.name in {"expert rows", "expert outputs"}
-        return one.bytes + (
-            self.size * self.model.num_experts_per_tok * self.model.hidden_size if twice else 0
-        )
+        if not self.fp8 or one.name not in {"expert rows", "expert outputs"}:
+            return one.bytes
+        return one.bytes + self.size * self.model.num_experts_per_tok * self.model.hidden_size
 
     def _carried(self) -> float:
         """Gradients of the residual stream and of what is beside it."""
         return (2 + (self.layout.tp_degree if self.layout.tp_degree > 1 else 0)) * self.row
 
-    def _gated(self, width: int, rows: float, weight: float) -> tuple[float, float, float]:
+    def _gated(self, width: int, rows: float = 1.0, experts: float = 0.0) -> tuple[float, float, float]:
         """The most that a gated network's backward needs beside what it keeps: at once, put off, then.
 
-        `rows` of a token; several mean experts, whose outputs were kept and are free once their gradient is
-        there. `weight`: elements of one of the three matrices, of which FP8 has the gradient apart.
+        `rows` of a token. The outputs of `experts` were kept, and are free once their gradient is there.
+        FP8 has the gradient of each of the matrices apart before it is added.
         """
         size, wide, narrow = self.size, rows * self.model.hidden_size, rows * width
-        made = size * wide if rows > 1 else 0.0
+        made = size * wide if experts else 0.0
         if not self.fp8:
             now, later = max(made, size * narrow, 2 * size * narrow - made), max(made, 3 * size * narrow)
             return self.tokens * now, self.tokens * later, 0.0
-        spare = self._spare(width) if rows > 1 else 0.0
+        spare = self._spare(width) if experts else 0.0
+        weight = self.model.hidden_size * width * (experts or 1 / self.layout.tp_degree)
         down, up = 2 * wide + size * narrow, (size + 1) * wide + 4 * narrow - made
         now = max(
             self.tokens * made,
@@ -325,8 +323,7 @@ class _Block:
 
     def _spare(self, width: int) -> float:
         """FP8 columns of the experts' rows are padded, expert by expert."""
-        experts = self.model.n_routed_experts / self.layout.ep_degree
-        return _TILE * experts * (self.model.hidden_size + 2 * width) if self.fp8 else 0.0
+        return _TILE * self.experts_here * (self.model.hidden_size + 2 * width) if self.fp8 else 0.0
 
     def _returning(self) -> float:
         """Rows of a gradient that arrive, unless they are read where peers wrote them in BF16."""
