@@ -48,12 +48,13 @@ class Phase:
 
     network: its lane, else it computes. keeps: from its forward to the end of its backward. forward,
     backward, deferred: the most beside that; `deferred`, where weight gradients are put off, which then wait
-    with `leaves` and need `apart` to be added. Of its unit of parameters, where ZeRO keeps shards, sums: the
+    with `leaves` and need `apart` to be added. eager: they are made in the forward pass. Of its unit of parameters, where ZeRO keeps shards, sums: the
     whole gradients; early: those that are not put off; weights: those that are gathered; masters: those
     gathered for FP8 copies, once a step.
     """
 
     network: bool = False
+    eager: bool = False
     keeps: float = 0.0
     forward: float = 0.0
     backward: float = 0.0
@@ -146,9 +147,14 @@ def _head(core: Candidate) -> Phase:
     size, row, vocabulary = _size(core), row_of(core), core.model.vocab_size
     logits = size * vocabulary * chunk_of(tokens_of(core), vocabulary, size)
     unit = _unit(core, "head")
-    forward = logits + row + 8 * tokens_of(core) + unit.sums
-    keeps = 2 * row + _WIDE * tokens_of(core)
-    return replace(unit, keeps=keeps, forward=forward, backward=2 * row, deferred=2 * row)
+    return replace(
+        unit,
+        eager=True,
+        keeps=2 * row + _WIDE * tokens_of(core),
+        forward=logits + row + 8 * tokens_of(core),
+        backward=2 * row,
+        deferred=2 * row,
+    )
 
 
 def chunk_of(tokens: float, vocabulary: int, size: int) -> float:

@@ -93,8 +93,9 @@ def peak(candidate: Candidate, parts: Mapping[int, Part], found: Sequence[Moment
     def at(one: Moment) -> float:
         there = moving + sum(kept[stage] * count for stage, count in one.held)
         there += sum(leaves[stage] * count for stage, count in one.waiting)
-        back = {action.stage: action.kind for action in one.slot.actions if action.kind != "F"}
-        there += sum(_sums(phases[stage], "early") for stage, _ in one.waiting if stage not in back)
+        busy = {action.stage for action in one.slot.actions}
+        there += sum(_sums(phases[stage], "early") for stage, _ in one.waiting if stage not in busy)
+        there += sum(_eager(phases[stage]) for stage, _ in one.held if stage not in busy)
         return there + _needed(one, phases)
 
     return max(map(at, found), default=0.0)
@@ -120,6 +121,11 @@ def _sums(phases: Phases, which: str) -> float:
     return sum({unit: getattr(phase, which) for unit, phase in phases}.values())
 
 
+def _eager(phases: Phases) -> float:
+    """Whole gradients that a forward leaves."""
+    return max((phase.sums for _, phase in phases if phase.eager), default=0.0)
+
+
 @functools.lru_cache(maxsize=1 << 14)
 def rise(ahead: Phases, back: Phases, *, deferred: bool, first: bool) -> float:
     """The most that a slot needs beyond what is there when it begins; what its forward leaves is new.
@@ -137,7 +143,7 @@ def rise(ahead: Phases, back: Phases, *, deferred: bool, first: bool) -> float:
         gathered = phase.weights + (phase.masters if forward and first else 0.0)
         if unit != held_unit:
             most = max(most, held + sum(sums.values()) + other + before + gathered)
-        if not forward:
+        if not forward or phase.eager:
             sums[unit] = phase.early if deferred else phase.sums
         own = phase.keeps + phase.forward if forward else phase.deferred if deferred else phase.backward
         most = max(most, held + sum(sums.values()) + other + own + gathered)
