@@ -172,14 +172,14 @@ def _unit(core: Candidate, unit: str) -> Phase:
     model, layout = core.model, core.layout
     sums = early = weights = masters = 0.0
     for param in _params_of(model, unit):
-        count = numel(param, layout)
+        count, shared = numel(param, layout), replicas_of(layout, kind_of(param)) > 1
         copied = core.precision.weights == "fp8" and param.fp8
         if layout.zero_stage > 1:
             sums += _WIDE * count
             early += _WIDE * count if kind_of(param) == "dense" and not copied else 0.0
-        if copied:
-            masters += _WIDE * count if replicas_of(layout, kind_of(param)) > 1 else 0.0
-        elif layout.zero_stage == 3:
+        if copied and shared:
+            masters += _WIDE * count
+        elif layout.zero_stage == 3 and shared:
             weights += _size(core) * count
     return Phase(sums=sums, early=early, weights=weights, masters=masters)
 
