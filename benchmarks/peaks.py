@@ -125,6 +125,8 @@ def _cases() -> dict[str, Case]:
         "pp2 x zero2": Case(layout=Layout(dp_degree=2, zero_stage=2, **two), rows=16),
         "zb-h1 x zero2": Case(layout=Layout(dp_degree=2, zero_stage=2, schedule="zb-h1", **two), rows=16),
         "zero3 x ep2": Case(layout=Layout(dp_degree=4, ep_degree=2, zero_stage=3)),
+        "ep2, expert_inputs, FP8": Case(layout=LAYOUTS["ep2"], recompute=("expert_inputs",), precision=FP8),
+        "ep8, experts": Case(layout=Layout(dp_degree=8, ep_degree=8), rows=16, recompute=("experts",)),
         "ep8": Case(layout=Layout(dp_degree=8, ep_degree=8), rows=16),
         "ep16": Case(layout=Layout(dp_degree=16, ep_degree=16), rows=32),
         "interleaved": Case(layout=Layout(schedule="interleaved", virtual_stages=2, **two)),

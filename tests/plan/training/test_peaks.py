@@ -22,7 +22,17 @@ from provenance import RESULTS
 
 from benthic.plan.training.working import moments
 
-QUICK = ("1 rank", "pp2", "zero3", "dualpipev-ep2", "tp2", "zb-h1 x 4, last", "muon, dp2", "ep2, FP8")
+QUICK = (
+    "1 rank",
+    "pp2",
+    "ep2, expert_inputs, FP8",
+    "zero3",
+    "dualpipev-ep2",
+    "tp2",
+    "zb-h1 x 4, last",
+    "muon, dp2",
+    "ep2, FP8",
+)
 
 
 @pytest.fixture(scope="module")

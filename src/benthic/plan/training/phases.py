@@ -48,9 +48,9 @@ class Phase:
 
     network: its lane, else it computes. keeps: from its forward to the end of its backward. forward,
     backward, deferred: the most beside that; `deferred`, where weight gradients are put off, which then wait
-    with `leaves` and need `apart` to be added. eager: they are made in the forward pass. Of its unit of parameters, where ZeRO keeps shards, sums: the
-    whole gradients; early: those that are not put off; weights: those that are gathered; masters: those
-    gathered for FP8 copies, once a step.
+    with `leaves` and need `apart` to be added. Of its unit of parameters, where ZeRO keeps shards, sums: the
+    whole gradients, which are there from the backward on, or if eager from the forward; early: those that are
+    not put off; weights: those that are gathered; masters: those gathered for FP8 copies, once a step.
     """
 
     network: bool = False
@@ -227,9 +227,21 @@ class _Block:
         self.experts_here = self.model.n_routed_experts / self.layout.ep_degree
         plain = replace(core.precision, fp8_swiglu=False, e5m6_attention=False)
         everything = replace(core, recompute=(), offload=(), precision=plain)
-        self.whole = {one.name: one for one in block_tensors(everything, layer)}
         away = set(core.offload)
-        self.kept = {one.name: one for one in block_tensors(core, layer) if set(one.phases) - away}
+        self.whole = {one.name: self._slots(one) for one in block_tensors(everything, layer)}
+        kept = (one for one in block_tensors(core, layer) if set(one.phases) - away)
+        self.kept = {one.name: self._slots(one) for one in kept}
+
+    def _reached(self) -> float:
+        """Ranks from which rows arrive for each token here; in mailboxes every token of each has a slot."""
+        ranks = self.layout.ep_degree
+        return float(ranks) if ranks <= GPUS_OF_A_HOST else arrivals(self.model, ranks)
+
+    def _slots(self, one: Kept) -> Kept:
+        """As it is kept beside mailboxes, whose empty slots are copied too."""
+        if self.layout.ep_degree == 1 or one.name not in {"arrived rows", "maps"}:
+            return one
+        return replace(one, bytes=one.bytes * self._reached() / arrivals(self.model, self.layout.ep_degree))
 
     def attention(self) -> Phase:
         """Gradients of queries, keys, values and output beside the residual stream's."""
@@ -262,7 +274,7 @@ class _Block:
         now, later, apart = self._gated(width, top_k, experts=self.experts_here)
         later = max(later, self._gated(shared)[1]) + self._returning()
         gradients = top_k * (2 * width + model.hidden_size) + (2 * shared + model.hidden_size) * bool(shared)
-        forward = 2 * self.row
+        forward = 2 * self.row + self._returning()
         if "expert outputs" not in self.kept:
             forward += self.size * top_k * self.tokens * (model.hidden_size + 3 * width)
         found = self._phase("experts", forward, (now + self._returning(), later, apart), gradients)
@@ -337,7 +349,7 @@ class _Block:
         if ranks == 1 or (ranks <= GPUS_OF_A_HOST and not self.fp8):
             return 0.0
         each = self.size * width + (width if self.fp8 else 0)
-        return arrivals(self.model, ranks) * self.tokens * each
+        return self._reached() * self.tokens * each
 
 
 _NONE: Final = Kept("", 0.0, ())
