@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class LiveMemory(TorchDispatchMode):
     """Notes every storage that an operation makes while the mode is on; `bytes` are of those still in use.
 
-    What the operation called `without` makes is not counted.
+    What operations in `without` make is not counted.
     """
 
-    def __init__(self, without: str = "") -> None:
+    def __init__(self, without: tuple[str, ...] = ()) -> None:
         super().__init__()
         self._without = without
         self._made: dict[int, tuple[StorageWeakRef, int, tuple[str, tuple[int, ...], torch.dtype]]] = {}
@@ -25,7 +25,7 @@ class LiveMemory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
-            if storage._cdata in before or str(func) == self._without:
+            if storage._cdata in before or str(func) in self._without:
                 continue
             ref = StorageWeakRef(storage)
             self._made[id(ref)] = (ref, storage.nbytes(), (str(func), tuple(tensor.shape), tensor.dtype))

@@ -18,7 +18,7 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, *, factor: float = 1.0
     """
     if out.dtype == left.dtype:
         out.addmm_(left, right, alpha=factor)
-    elif out.is_cuda:
+    elif not out.is_cpu:
         torch.addmm(out, left, right, alpha=factor, out_dtype=out.dtype, out=out)
     else:
         out.addmm_(left.to(out.dtype), right.to(out.dtype), alpha=factor)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from benthic.model.part import Part
     from benthic.parallel.setup import Setup
     from benthic.sched.pipeline.table import Table
+    from benthic.spec.layout import Layout
+    from benthic.spec.model import ModelConfig
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "fp8": 2}
 _STATISTIC: Final = 4  # of a row, in float32: a norm's reciprocal root mean square, a log-sum-exp
@@ -155,7 +157,7 @@ class _Block:
             key = model.qk_nope_head_dim + model.qk_rope_head_dim
             expanded_kv = key + model.qk_nope_head_dim + model.v_head_dim
             yield Kept("q", self._wide(heads * key), phase)
-            yield Kept("k and v", self.layout.cp_degree * self._wide(heads * expanded_kv), phase)
+            yield Kept("k and v", keys_of(self.layout) * self._wide(heads * expanded_kv), phase)
         width = heads * model.v_head_dim
         e5m6 = self.precision.e5m6_attention
         yield Kept("attention output", _e5m6(width) if e5m6 else self._wide(width), phase)
@@ -170,8 +172,12 @@ class _Block:
             yield Kept("compressed query", self._wide(model.q_lora_rank), phase)
         elif "up_projections" in self.again and "norms" not in self.again and not self.shares:
             yield Kept("compressed query", self._wide(model.hidden_size), phase)
-        if "norms" not in self.again:
-            yield Kept("normed latent, as rows", tp * self._row(model.kv_lora_rank), phase)
+        if model.q_lora_rank is None and tp > 1:
+            yield Kept("normed x of all, as rows", tp * self._row(model.hidden_size), phase)
+        if "norms" not in self.again or self.layout.cp_degree > 1:
+            yield Kept(
+                "normed latent, as rows", keys_of(self.layout) * tp * self._row(model.kv_lora_rank), phase
+            )
         if model.q_lora_rank is not None and ("norms" not in self.again or tp > 1):
             yield Kept("normed query, as rows", tp * self._row(model.q_lora_rank), phase)
 
@@ -184,18 +190,8 @@ class _Block:
             normed = 4 * top_k + _STATISTIC if model.norm_topk_prob else 0
             yield Kept("choice", _INDEX * top_k + normed, ("dispatch",))
         if self.layout.ep_degree > 1:
-            routes = top_k + self.layout.ep_degree + self._arrivals()
+            routes = top_k + self.layout.ep_degree + arrivals(self.model, self.layout.ep_degree)
             yield Kept("routes", _INDEX * routes, ("none",))
-
-    def _arrivals(self) -> float:
-        """Ranks that a token goes to, if its experts are drawn evenly from those that its groups allow."""
-        model, ranks = self.model, self.layout.ep_degree
-        chosen = model.topk_group / model.n_group if model.n_group > 1 else 1.0
-        experts = round(model.n_routed_experts * chosen)
-        reached = ranks * chosen if ranks >= model.n_group else float(ranks)
-        here = max(1, round(experts / reached))
-        top_k = model.num_experts_per_tok
-        return reached * (1 - math.comb(max(experts - here, 0), top_k) / math.comb(experts, top_k))
 
     def _rows_arrived(self) -> Iterator[Kept]:
         """What recomputing the experts or their inputs starts from, beside `normed`: rows as they came.
@@ -206,7 +202,7 @@ class _Block:
         yield Kept("expert numbers", 4 * top_k, ("none",))
         if self.layout.ep_degree > 1:
             arrived = self._wide(self.model.hidden_size) + 8 * top_k
-            yield Kept("arrived rows", self._arrivals() * arrived, ("none",))
+            yield Kept("arrived rows", arrivals(self.model, self.layout.ep_degree) * arrived, ("none",))
 
     def _shared(self) -> Iterator[Kept]:
         shared = self.model.n_shared_experts * self.model.moe_intermediate_size
@@ -226,7 +222,7 @@ class _Block:
             yield Kept("experts: product", top_k * self._wide(model.moe_intermediate_size), phase)
         maps = 2.0 * _INDEX * top_k
         if self.layout.ep_degree > 1:
-            maps = self._arrivals() * top_k * (_INDEX + 4)
+            maps = arrivals(self.model, self.layout.ep_degree) * top_k * (_INDEX + 4)
         yield Kept("maps", maps, phase)
 
     def _gated(self, name: str, width: int, rows: float) -> Iterator[Kept]:
@@ -234,6 +230,21 @@ class _Block:
         yield Kept(f"{name}: gate and up", rows * gate_up, ("experts",))
         if "swiglu" not in self.again:
             yield Kept(f"{name}: product", rows * self._row(width), ("experts",))
+
+
+def keys_of(layout: Layout) -> float:
+    """Keys that a rank expands for each of its tokens: both its pieces of a row may meet the beginning."""
+    return layout.cp_degree + 0.5 if layout.cp_degree > 1 else 1.0
+
+
+def arrivals(model: ModelConfig, ranks: int) -> float:
+    """Ranks that a token goes to, if its experts are drawn evenly from those that its groups allow."""
+    chosen = model.topk_group / model.n_group if model.n_group > 1 else 1.0
+    experts = round(model.n_routed_experts * chosen)
+    reached = ranks * chosen if ranks >= model.n_group else float(ranks)
+    here = max(1, round(experts / reached))
+    top_k = model.num_experts_per_tok
+    return reached * (1 - math.comb(max(experts - here, 0), top_k) / math.comb(experts, top_k))
 
 
 def _fp8(width: float) -> float:

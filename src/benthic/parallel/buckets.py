@@ -78,7 +78,7 @@ class Bucket:
     ) -> None:
         self.group, self.partners, self.zero_stage = group, partners, zero_stage
         self._copied = copied and group.size > 1
-        self.gathered = zero_stage == 3 or self._copied
+        self.gathered = (zero_stage == 3 and group.size > 1) or self._copied
         self.params = dict(named)
         first = next(iter(self.params.values()))
         count = sum(p.numel() for p in self.params.values())
@@ -132,10 +132,7 @@ class Bucket:
 
     def _gather(self) -> None:
         with torch.no_grad():
-            if self.group.size == 1:
-                self._flat.copy_(self._shard)
-            else:
-                gather(self._flat, self._shard, self.group)
+            gather(self._flat, self._shard, self.group)
 
     # --- gradients
 

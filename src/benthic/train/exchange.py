@@ -9,7 +9,7 @@ import torch
 from benthic.errors import ConfigError
 from benthic.model.local import LocalExchange
 from benthic.parallel.exchange import AllToAllExchange
-from benthic.parallel.setup import number
+from benthic.parallel.setup import expanded, number
 
 if TYPE_CHECKING:
     from benthic.model.sockets import Exchange
@@ -47,7 +47,7 @@ def build_exchange(config: RunConfig, table: Table, group: Group) -> Exchange:
         fp8=fp8,
         in_flight=2 if overlaps(table) else 1,
         exact_rows=True,
-        keep_arrivals="experts" in config.recompute,
+        keep_arrivals=bool(expanded(config.recompute) & {"experts", "expert_inputs"}),
     )
     return NvlinkExchange.on(group.handle, size, torch.device(config.device))
 

@@ -165,7 +165,7 @@ def _equal(q_THd: Tensor, k_THd: Tensor, sequences: int, longest_q: int, longest
     """Whether a pack on a GPU has one length, a multiple of 128, for queries and keys alike."""
     tokens = sequences * longest_q
     same = longest_q == longest_k and longest_q % 128 == 0
-    return q_THd.is_cuda and same and q_THd.shape[0] == tokens and k_THd.shape[0] == tokens
+    return not q_THd.is_cpu and same and q_THd.shape[0] == tokens and k_THd.shape[0] == tokens
 
 
 def _check(q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:

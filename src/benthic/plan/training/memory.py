@@ -1,7 +1,7 @@
 """What each rank of a candidate keeps, term by term, at its peak and over the time of a step.
 
 Weights, masters, gradients, moments and activations are the trainer's own count (`parallel.footprint`).
-Beside them lie what a backward works with and what an update works with, of which the larger one counts.
+Working memory is what the fullest instant of a step needs beside them (`working`), or the end of the step.
 """
 
 from __future__ import annotations
@@ -10,30 +10,42 @@ import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from benthic.parallel.activations import block_bytes, peak_bytes, stage_bytes
+from benthic.parallel.activations import peak_bytes, stage_bytes
 from benthic.parallel.footprint import kept_bytes, replicas_of
-from benthic.parallel.parts import held_by, kind_of, parts_of, stages_of
-from benthic.plan.training.block import LOGITS
+from benthic.parallel.parts import held_by, kind_of, parts_of, stages_of, unit_of
+from benthic.parallel.setup import MUON_PARTS
 from benthic.plan.training.candidate import Rows
+from benthic.plan.training.phases import GPUS_OF_A_HOST, numel, tokens_of
+from benthic.plan.training.space import OVERLAPPED
+from benthic.plan.training.working import moments, peak
 from benthic.sched.pipeline.table import Table
 from benthic.spec.layout import Layout
-from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
     from benthic.model.part import Part
     from benthic.plan.training.candidate import Candidate
     from benthic.plan.training.step import Step
     from benthic.spec.hardware import Hardware
-    from benthic.spec.model import ModelConfig
-    from benthic.spec.parameters import Param
 
 Routes = tuple[tuple[int, ...], ...]
 
-TERMS: Final = ("weights", "masters", "gradients", "moments", "activations", "working", "reserve")
-WEIGHT_GRADIENT: Final = 8  # bytes an element of a weight gradient that is added to its sum after its product
-UPDATE: Final = 16  # bytes an element of the arrays of an AdamW that is not one kernel
+TERMS: Final = (
+    "weights",
+    "masters",
+    "gradients",
+    "moments",
+    "activations",
+    "working",
+    "exchange",
+    "reserve",
+)
+UPDATE: Final = 16
+"""Bytes an element of the arrays of an AdamW that is not one kernel."""
+LIBRARIES: Final = 2 * 32 * 2**20
+"""What torch lends cuBLAS and cuBLASLt on Hopper."""
 
-_RESERVE: Final = 0.05  # of activations and working memory: rounding and holes of the allocator
+_RESERVE: Final = 0.05
+"""Of activations and working memory: experts that get more than their share, rounding and holes."""
 _GIB_OF_A_GB: Final = 2**30 / 1e9  # vendors' "80 GB" of HBM are GiB
 _DRIVER: Final = 0.0044  # an 80 GB card shows 81,559 of 81,920 MiB
 _CONTEXT: Final = 0.95e9  # bytes of a CUDA context (0.55) and of NCCL's buffers (0.4)
@@ -59,23 +71,30 @@ def usable(hardware: Hardware) -> float:
 
 def memory(candidate: Candidate, table: Table) -> tuple[Memory, ...]:
     """The peak of the first rank of every pipeline rank."""
-    return tuple(
-        Memory(pp, kept(candidate, table.routes, pp, peak_bytes(candidate, table, pp)))
-        for pp in range(table.ranks)
-    )
+    found = []
+    for pp in range(table.ranks):
+        most = peak(candidate, held_parts(candidate, table, pp), moments(table.slots[pp]))
+        found.append(Memory(pp, kept(candidate, table.routes, pp, peak_bytes(candidate, table, pp), most)))
+    return tuple(found)
 
 
-def kept(candidate: Candidate, routes: Routes, pp: int, activations: float) -> dict[str, float]:
-    """The terms of one pipeline rank whose activations are known."""
+def held_parts(candidate: Candidate, table: Table, pp: int) -> dict[int, Part]:
+    """The stages of a pipeline rank."""
+    parts = parts_of(candidate.model, candidate.layout, table.stages)
+    return {stage: parts[stage] for stage in stages_of(table, pp)}
+
+
+def kept(candidate: Candidate, routes: Routes, pp: int, activations: float, most: float) -> dict[str, float]:
+    """The terms of one pipeline rank whose activations are known, and the most beside weights to moments."""
     parts = parts_of(candidate.model, candidate.layout, len(routes[0]))
     here = tuple(parts[stage] for stage in range(len(parts)) if any(route[stage] == pp for route in routes))
     bare = replace(candidate.layout, schedule="1f1b", virtual_stages=None)
     still = replace(candidate, layout=bare, train=Rows(), rows=1, recompute=(), offload=())
     terms = dict(_static(still, routes, pp))
-    backward, update = _backward(candidate, here), _update(candidate, here)
     terms["activations"] = float(activations)
-    terms["working"] = max(backward, update - activations)
-    terms["reserve"] = _RESERVE * (activations + backward)
+    terms["working"] = max(0.0, most - activations, _ending(candidate, here) - activations)
+    terms["exchange"] = _mailboxes(candidate)
+    terms["reserve"] = LIBRARIES + _RESERVE * (activations + terms["working"])
     return terms
 
 
@@ -128,71 +147,34 @@ def timeline(found: Step, rank: int) -> list[tuple[float, float]]:
     return curve
 
 
-def _backward(candidate: Candidate, here: tuple[Part, ...]) -> float:
-    """The larger of a block's backward and the head's, with what ZeRO-3 gathers meanwhile."""
-    layers = [layer for part in here for layer in part.layers]
-    blocks = max((_block(candidate, layer) for layer in (layers[0], layers[-1])), default=0.0)
-    head = 0.0
-    if any(part.head for part in here):
-        head = float(LOGITS)
-    gathered = 0.0
-    if candidate.layout.zero_stage >= 2:
-        gathered = max(_unit(candidate, layer) for layer in (layers[0], layers[-1]))
-    return max(blocks, head) + gathered
+def _ending(candidate: Candidate, here: tuple[Part, ...]) -> float:
+    """What the end of a step allocates: a bucket's reduced gradients, or the arrays of an update.
 
-
-def _block(candidate: Candidate, layer: int) -> float:
-    """The gradients of rows into and out of experts, recomputation, and in FP8 the largest weight gradient.
-
-    BF16 products add weights' gradients to their sums themselves. What is recomputed counts three times:
-    itself, its gradients, and what it passes through on the way.
+    Muon has a bucket's shard as moves, as it is sent and received, as matrices, and both ways back.
     """
-    model = candidate.model
-    tokens = candidate.train.local_batch_size * candidate.train.seq_len // candidate.layout.token_shards
-    copies = model.num_experts_per_tok if model.is_moe(layer) else 1
-    rows = 2 * 2.0 * copies * model.hidden_size
-    apart = WEIGHT_GRADIENT * _largest(candidate, layer) if candidate.precision.matmul == "fp8" else 0.0
-    return apart + tokens * (rows + 3 * _keeping(_core(candidate), layer))
+    layout, muon = candidate.layout, candidate.optimizer.name == "muon"
+    buckets: dict[tuple[str, str], float] = {}
+    largest = 0.0
+    for param in held_by(candidate.model, here):
+        kind = kind_of(param)
+        count = numel(param, layout) / replicas_of(layout, kind)
+        largest = max(largest, count)
+        each = 4.0 if layout.zero_stage == 1 and replicas_of(layout, kind) > 1 else 0.0
+        if muon and param.part in MUON_PARTS:
+            each = 24.0 if replicas_of(layout, kind) > 1 else 20.0
+        key = unit_of(param.name), kind
+        buckets[key] = buckets.get(key, 0.0) + each * count
+    update = 0.0 if candidate.optimizer.fused else UPDATE * largest
+    return max(update, *buckets.values(), 0.0)
 
 
-@functools.lru_cache(maxsize=1 << 12)
-def _keeping(candidate: Candidate, layer: int) -> float:
-    """Bytes a token that are kept more if nothing is recomputed."""
-    everything = replace(candidate, recompute=(), offload=())
-    return max(0.0, block_bytes(everything, layer) - block_bytes(candidate, layer))
-
-
-def _numel(param: Param, layout: Layout) -> float:
-    return param.numel / {"expert": layout.ep_degree, "sharded": layout.tp_degree}.get(kind_of(param), 1)
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _params_of(model: ModelConfig, layer: int) -> tuple[Param, ...]:
-    return tuple(param for param in parameters(model) if param.name.startswith(f"layers.{layer}."))
-
-
-def _of_layer(candidate: Candidate, layer: int) -> list[tuple[str, float]]:
-    """Kind and elements of a layer's parameters on one rank."""
-    params = _params_of(candidate.model, layer)
-    return [(kind_of(param), _numel(param, candidate.layout)) for param in params]
-
-
-def _largest(candidate: Candidate, layer: int) -> float:
-    return max(count for _, count in _of_layer(candidate, layer))
-
-
-def _unit(candidate: Candidate, layer: int) -> float:
-    """A layer's whole gradients and the shard they are reduced to; under ZeRO-3 also its weights."""
-    whole = sum(count for _, count in _of_layer(candidate, layer))
-    shard = sum(count / replicas_of(candidate.layout, kind) for kind, count in _of_layer(candidate, layer))
-    weights = 2.0 * whole if candidate.layout.zero_stage == 3 else 0.0
-    return 4.0 * (whole + shard) + weights
-
-
-def _update(candidate: Candidate, here: tuple[Part, ...]) -> float:
-    """Arrays that an update of the largest piece allocates, if it is not one kernel."""
-    if candidate.optimizer.fused:
+def _mailboxes(candidate: Candidate) -> float:
+    """Memory that ranks of one host write for each other, for the experts' rows out and home."""
+    layout, model = candidate.layout, candidate.model
+    if not 1 < layout.ep_degree <= GPUS_OF_A_HOST:
         return 0.0
-    layout = candidate.layout
-    held = held_by(candidate.model, here)
-    return UPDATE * max(_numel(p, layout) / replicas_of(layout, kind_of(p)) for p in held)
+    row = (4.0 if candidate.precision.weights == "float32" else 2.0) * model.hidden_size
+    out = model.hidden_size * (1 + 4 / 128) if candidate.precision.matmul == "fp8" else row
+    in_flight = 2 if layout.schedule in OVERLAPPED else 1
+    each = out + row + 3 * 4.0 * model.num_experts_per_tok
+    return in_flight * layout.ep_degree * tokens_of(candidate) * each

@@ -21,6 +21,7 @@ from benthic.plan.training.stage import Prices, stages, transfer
 from benthic.plan.training.step import Step, step
 from benthic.plan.training.tables import digest
 from benthic.plan.training.update import sync_of, update
+from benthic.plan.training.working import peak
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -163,12 +164,13 @@ def fullest(one: Candidate, table: Digest) -> Memory:
     parts = parts_of(one.model, one.layout, table.table.stages)
     size = [stage_size(one, part) for part in parts]
     routes = table.table.routes
-    alike: dict[object, tuple[float, int]] = {}
+    alike: dict[object, tuple[float, float, int]] = {}
     for pp in range(table.table.ranks):
-        here = [part for stage, part in enumerate(parts) if any(route[stage] == pp for route in routes)]
-        key = tuple((_kinds(one.model, part), part.embed, part.head, part.mtp) for part in here)
-        alike[key] = max(alike.get(key, (0.0, 0)), (table.activations(pp, size), pp))
-    found = (Memory(pp, kept(one, routes, pp, held)) for held, pp in alike.values())
+        here = {k: part for k, part in enumerate(parts) if any(route[k] == pp for route in routes)}
+        key = tuple((_kinds(one.model, part), part.embed, part.head, part.mtp) for part in here.values())
+        most = peak(one, here, table.moments[pp])
+        alike[key] = max(alike.get(key, (0.0, 0.0, 0)), (most, table.activations(pp, size), pp))
+    found = (Memory(pp, kept(one, routes, pp, held, most)) for most, held, pp in alike.values())
     return max(found, key=lambda memory: memory.total)
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from benthic.plan.training.working import moments
 from benthic.sched.pipeline import schedules
 from benthic.sched.pipeline.simulate import Order
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benthic.plan.training.stage import Prices, Work
+    from benthic.plan.training.working import Moment
     from benthic.sched.pipeline.table import Slot, Table
 
 
@@ -36,6 +38,11 @@ class Digest:
     def order(self) -> Order:
         """The table, ready to be simulated."""
         return Order.of(self.table)
+
+    @functools.cached_property
+    def moments(self) -> tuple[tuple[Moment, ...], ...]:
+        """When the memory of each rank may peak."""
+        return tuple(moments(slots) for slots in self.table.slots)
 
     @functools.cached_property
     def forwards(self) -> int:
