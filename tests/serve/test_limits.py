@@ -53,26 +53,28 @@ def test_keys_that_have_nothing_to_remember_are_forgotten(monkeypatch: pytest.Mo
     assert len(limit._buckets) <= 10
 
 
-@pytest.fixture(scope="module")
-def limited(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    log = tmp_path_factory.mktemp("limited") / "log"
-    with fake_server(tokenizer_folder, log, requests_per_minute=3) as started:
-        yield started
-
-
-def test_beyond_the_limit_a_key_gets_429_and_others_do_not(limited: Running) -> None:
+@pytest.mark.parametrize("keys", [("one", "two"), ()], ids=["by key", "by address"])
+def test_beyond_the_limit_a_client_gets_429_and_others_do_not(
+    tokenizer_folder: Path, tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    """Where no keys are asked for, another word in the header is no other client."""
     body = {"model": "fake", "prompt": "a", "max_tokens": 1}
-    with limited.http() as http:
-        answers = [
-            http.post("/v1/completions", json=body, headers={"Authorization": "Bearer one"}) for _ in range(4)
-        ]
+    with (
+        fake_server(tokenizer_folder, tmp_path / "log", requests_per_minute=3, api_keys=keys) as limited,
+        limited.http() as http,
+    ):
+
+        def ask(key: str) -> httpx.Response:
+            return http.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+
+        answers = [ask("one") for _ in range(4)]
         assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
         error = answers[-1].json()["error"]
         assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+        assert ("with this key" if keys else "from this address") in error["message"]
         assert 1 <= int(answers[-1].headers["retry-after"]) <= 20
         assert answers[-1].headers["x-request-id"]
-        other = http.post("/v1/completions", json=body, headers={"Authorization": "Bearer two"})
-        assert other.status_code == 200
+        assert ask("two").status_code == (200 if keys else 429)
         assert all(http.get("/health").status_code == 200 for _ in range(5))
 
 

@@ -104,7 +104,7 @@ REMEDIES: Final = {
     "--kv-transfer-config": "Use --kv-port and --kv-host, or --prefill and --decode on one host.",
     "--kv-events-config": "Use --prefill-policy prefix_affinity, or a router that needs no events.",
     "--enable-eplb": "Experts stay where they are placed. Leave it out.",
-    "--enable-dbo": "Two half batches do not overlap here. Leave it out.",
+    "--dbo-decode-token-threshold": "Graphs of decodes stay whole. Use --dbo-prefill-token-threshold.",
     "--structured-outputs-config": "llguidance follows every grammar. Leave it out.",
     "--tool-parser-plugin": "Formats are built in: see --tool-call-parser.",
     "--return-tokens-as-token-ids": "Send return_tokens_as_token_ids with each request.",

@@ -80,7 +80,7 @@ def create_app(
     _add_error_handlers(app, service)
     layers: Any = BodyLimit(app, max_body_bytes)
     if requests_per_minute is not None:
-        layers = RateLimit(layers, requests_per_minute, service.whole.take)
+        layers = RateLimit(layers, requests_per_minute, service.whole.take, keyed=bool(api_keys))
     if api_keys:
         layers = ApiKeys(layers, api_keys)
     return InFlight(RequestIds(layers))

@@ -67,41 +67,49 @@ class Buckets:
 
 
 class RateLimit:
-    """429 with `Retry-After` beyond `per_minute` requests of one key, or of one address without a key.
+    """429 with `Retry-After` beyond `per_minute` requests of one key, or of one address without keys.
 
     Args:
         app: the next layer.
         per_minute: at least 1.
         take: uses one of a key's requests, wherever they are counted: 0, or the seconds until it has one.
+        keyed: an outer layer lets through nobody without a key that it knows; else anything can be sent as
+            one, and the address counts.
     """
 
-    def __init__(self, app: ASGIApp, per_minute: int, take: Callable[[str], Awaitable[float]]) -> None:
+    def __init__(
+        self, app: ASGIApp, per_minute: int, take: Callable[[str], Awaitable[float]], *, keyed: bool
+    ) -> None:
         self._app = app
+        self._keyed = keyed
         self._per_minute = per_minute
         self._take = take
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 429."""
         if scope["type"] == "http" and not is_open(scope["path"]):
-            wait_s = await self._take(_who(scope))
+            wait_s = await self._take(_key(scope) if self._keyed else _address(scope))
             if wait_s > 0.0:
                 await self._refusal(wait_s).response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
     def _refusal(self, wait_s: float) -> ApiError:
+        whose = "with this key" if self._keyed else "from this address"
         return ApiError(
             429,
-            f"more than {self._per_minute} requests a minute with this key. Wait {wait_s:.1f} s.",
+            f"more than {self._per_minute} requests a minute {whose}. Wait {wait_s:.1f} s.",
             code="rate_limit_exceeded",
             retry_after_s=math.ceil(wait_s),
         )
 
 
-def _who(scope: Scope) -> str:
-    """The key, hashed so that it is not kept; else the client's address."""
-    given = Headers(scope=scope).get("authorization")
-    if given is not None:
-        return hashlib.sha256(given.encode("latin-1", errors="replace")).hexdigest()
+def _key(scope: Scope) -> str:
+    """Hashed, so that it is not kept."""
+    given = Headers(scope=scope).get("authorization", "")
+    return hashlib.sha256(given.encode("latin-1", errors="replace")).hexdigest()
+
+
+def _address(scope: Scope) -> str:
     client = scope.get("client")
     return f"address {client[0] if client else 'unknown'}"
