@@ -241,6 +241,14 @@ def test_python_stdlib_is_a_corpus(tmp_path: Path) -> None:
         (("train", "nano_test", "--run", "x"), "no data was named. Pass --data DIR"),
         (("train", "nano_test", "--run", "x", "--data", "nowhere"), "nowhere is no dataset"),
         (("train", "nano_test", "--runs", "x"), "No such option"),
+        (("train", "nano-tests"), "Did you mean 'nano_test'?"),
+        (("train", "finetune", "--run", "x", "--data", "x"), "Pass --init-from DIR"),
+        (("train", "nano_test", "--model", "nonesuch", "--dry-run"), "unknown model 'nonesuch'"),
+        (("train", "nano_test", "--model", "nano", "--init-from", "x", "--dry-run"), "each name a model"),
+        (("train", "nano_test", "--dry-run", "--set", "layout.pp_degree=0"), "layout.pp_degree=0 is not"),
+        (("train", "nano_test", "--dry-run", "--set", "log.every=-1"), "log.every=-1 is below 0"),
+        (("train", "nano_test", "--dry-run", "--set", "loss.mtp_weight=-1"), "-1.0 in '-1' is below 0"),
+        (("train", "nano_test", "--dry-run", "--set", "train.timeout_s=0"), "timeout_s=0.0 is not above"),
         (
             ("train", "nano_test", "--run", "x", "--data", "x", "--set", "train.lrr=1"),
             "Did you mean 'train.lr'?",
@@ -272,6 +280,26 @@ def test_error_ends_the_command_with_a_message_and_no_traceback(
         main()
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: no data was named.")
+
+
+def test_file_that_cannot_be_written_is_named_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benthic", "draw", "schedule", "1f1b", "--svg", "nowhere/a.svg"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: nowhere/a.svg: No such file or directory.")
+
+
+def test_threads_below_one_are_refused(data: Path, tmp_path: Path) -> None:
+    words = ("train", "nano_test", "--run", tmp_path / "run", "--data", data)
+    assert "train.threads=0 is below 1" in refusal(*words, *settings("train.threads=0"))
+
+
+def test_any_preset_can_be_trained_by_any_recipe() -> None:
+    output = succeed("train", "nano_test", "--model", "deepseek-v2-lite", "--dry-run")
+    assert "deepseek-v2-lite: 15,706,484,224 parameters" in output
 
 
 def test_data_of_a_larger_tokenizer_is_refused_with_both_numbers(data: Path, tmp_path: Path) -> None:
