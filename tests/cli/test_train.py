@@ -172,6 +172,8 @@ def test_profile_writes_a_trace_of_the_steps_that_were_named(data: Path, tmp_pat
     assert steps >= 2
     message = refusal("train", "nano_test", "--run", folder, "--data", data, "--profile", "5:3", *words)
     assert "--profile 5:3 names no steps" in message
+    message = refusal("train", "nano_test", "--run", folder, "--data", data, "--profile", "9:12", *words)
+    assert "--profile 9:12 begins at step 9, but train.steps=4" in message
 
 
 def test_wandb_that_is_not_installed_is_said_so(
@@ -290,6 +292,24 @@ def test_file_that_cannot_be_written_is_named_without_a_traceback(
         main()
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: nowhere/a.svg: No such file or directory.")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", "x", "--data", "x", "--device", "tpu"),
+        ("evaluate", "x", "--data", "x", "--max-tokens", "-1"),
+        ("calibrate", "--device", "tpu"),
+        ("data", "build", "x", "--tokenizer", "x", "--out", "x", "--shard-tokens", "0"),
+    ],
+)
+def test_values_that_an_option_does_not_have_are_usage_errors(words: tuple[str, ...]) -> None:
+    assert "Invalid value for" in refusal(*words)
+
+
+def test_tokenizer_that_exists_is_not_overwritten(data: Path, text: Path) -> None:
+    words = ("data", "tokenizer", text, "--out", data / "tokenizer", "--vocab-size", "270")
+    assert "holds a tokenizer already. Choose another --out" in refusal(*words)
 
 
 def test_threads_below_one_are_refused(data: Path, tmp_path: Path) -> None:

@@ -347,7 +347,9 @@ def test_a_fleet_is_seen_and_changed_from_any_front(nano_checkpoint: Path, tmp_p
         assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] in texts
         with clients[0].stream("GET", "/dash/events") as page:
             ticks = events(page.iter_lines())
-            assert ["decode-1", "decode-2"] in ([each["name"] for each in tick["instances"]] for tick in ticks)
+            assert ["decode-1", "decode-2"] in (
+                [each["name"] for each in tick["instances"]] for tick in ticks
+            )
             name = clients[1].post("/v1/completions", json=body).json()["id"]
             shown = next(c for tick in ticks if (c := cards_of(tick, name)))
             assert {phase[3] for phase in shown[0]["phases"]} <= {"", "decode-1", "decode-2"}

@@ -129,7 +129,7 @@ def train(  # noqa: PLR0913 (one argument per option)
     from benthic.train.hardware import detect  # noqa: PLC0415
     from benthic.train.profile import Steps  # noqa: PLC0415
 
-    traced = None if profile is None else Steps.parse(profile)
+    traced = None if profile is None else Steps.parse(profile, config.train.steps)
     launch = launched(os.environ)
     threads = None if config.train.threads == "auto" else config.train.threads
     facts = detect(config.device, threads=threads)

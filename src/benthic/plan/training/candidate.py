@@ -133,6 +133,22 @@ class Candidate:
                 found.append(str(error))
         return tuple(found)
 
+    def settings(self) -> dict[str, str]:
+        """What a training run must be told to become this candidate, as `benthic train --set` takes it."""
+        fields = {f"layout.{name}": value for name, value in vars(self.layout).items()}
+        fields |= {f"precision.{name}": value for name, value in vars(self.precision).items()}
+        fields |= {
+            "train.seq_len": self.train.seq_len,
+            "train.local_batch_size": self.train.local_batch_size,
+            "train.global_batch_size": self.rows,
+            "train.batch_curve": None,
+            "optimizer.name": self.optimizer.name,
+            "optimizer.moment_dtype": self.optimizer.moment_dtype,
+            "recompute": self.recompute,
+            "offload": self.offload,
+        }
+        return {name: _word(value) for name, value in fields.items()}
+
     def words(self) -> str:
         """Short: `PP16 dualpipe x DP128 x EP64, ZeRO-1, 1 row a microbatch, fp8, recompute deepseek-v3`."""
         layout = self.layout
@@ -144,6 +160,13 @@ class Candidate:
         rows = f"{self.train.local_batch_size} row{'s' * (self.train.local_batch_size > 1)} a microbatch"
         again = f"recompute {' + '.join(self.recompute)}" if self.recompute else "recompute nothing"
         return f"{' x '.join(degrees)}, ZeRO-{layout.zero_stage}, {rows}, {self.precision.products}, {again}"
+
+
+def _word(value: object) -> str:
+    """A value of a field as it is typed."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value).lower()
 
 
 def precision(name: str) -> Numbers:
