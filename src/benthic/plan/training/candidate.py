@@ -6,7 +6,7 @@ A `Candidate` is a `benthic.parallel.setup.Setup`, so the trainer's own arithmet
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from benthic.errors import ConfigError, ScheduleError, UnknownFieldError
 from benthic.sched.pipeline import schedules
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from benthic.sched.pipeline.table import Table
     from benthic.spec.layout import Layout
     from benthic.spec.model import ModelConfig
-
-PrecisionName = Literal["bf16", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
