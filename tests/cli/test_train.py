@@ -130,6 +130,16 @@ def test_exported_model_evaluates_like_the_run(run: Path, data: Path) -> None:
     assert "bits_per_byte" in succeed(*words[:-1])
 
 
+def test_step_of_a_run_converts_to_what_the_run_exports(run: Path, tmp_path: Path) -> None:
+    output = succeed("convert", run / "checkpoint" / "step-4", tmp_path / "hf")
+    assert "in 1 file, bf16" in output
+    names = {path.name for path in (run / "hf").iterdir()}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "hf" / name).read_bytes() == (run / "hf" / name).read_bytes(), name
+    assert "already holds a checkpoint" in refusal("convert", run / "checkpoint" / "step-4", tmp_path / "hf")
+
+
 def test_finished_run_goes_on_with_more_steps_and_without_naming_a_recipe(run: Path, tmp_path: Path) -> None:
     import shutil
 
