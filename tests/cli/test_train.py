@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner, Result
 
+from benthic.cli.dry_run import Outlook
 from benthic.cli.main import app, main
+from benthic.cli.settings import apply
+from benthic.plan.cost import machine as machines
+from benthic.plan.training.candidate import Candidate
+from benthic.plan.training.step import step
+from benthic.train import recipes
+from benthic.train.fields import flatten
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -226,11 +233,30 @@ def test_dry_run_of_the_largest_recipe_needs_neither_data_nor_a_folder() -> None
     assert "bubble 12.7% of the time" in output
 
 
+def test_dry_run_says_how_fast_as_the_planner_does() -> None:
+    output = succeed("train", "v2_lite_8xh100", "--dry-run", "--hardware", "h100")
+    outlook = Outlook.of(recipes.get("v2_lite_8xh100"), None)
+    priced = step(Candidate.of(outlook.config, outlook.rows), machines.get("h100"))
+    assert f"{priced.tokens_per_second:,.0f} tokens/s" in output
+    assert "without Muon's products" in succeed(
+        "train", "moonlight_16b_8xh100", "--dry-run", "--hardware", "h100"
+    )
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_every_setting_is_listed_as_it_would_be_set(recipe: str) -> None:
+    lines = succeed("train", recipe, "--list-settings").splitlines()
+    config = recipes.get(recipe)
+    assert len(lines) == len(flatten(config))
+    assert apply(config, lines) == config
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("v2_lite_8xh100", "--dry-run", "--ranks", "12"), "= 8 ranks, but 12 were started"),
-        (("v2_lite_8xh100", "--ranks", "8"), "--ranks is of --dry-run"),
+        (("v2_lite_8xh100", "--ranks", "8"), "--ranks and --hardware are of --dry-run"),
+        (("v2_lite_8xh100", "--hardware", "h100"), "--ranks and --hardware are of --dry-run"),
         (("v2_lite_8xh100",), "no folder was named. Pass --run DIR"),
     ],
 )

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from benthic.cli.plan_words import config_of, machine_of, refuse_rows_beyond
+from benthic.cli.settings import typed
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.spec import hardware
 
@@ -192,7 +193,7 @@ def show(found: Plan, model: str, *, as_json: bool) -> None:
     console = Console(highlight=False)
     for line in lines(found):
         console.print(line, markup=False) if isinstance(line, str) else console.print(line)
-    words = [f"--set {name}={value}" for name, value in found.best.candidate.settings().items()]
+    words = [f"--set {name}={typed(value)}" for name, value in found.best.candidate.settings().items()]
     command = f"benthic train RECIPE --model {shlex.quote(model)} {' '.join(words)}"
     console.print(
         f"to train so, with the learning rate of a recipe:\n{command}", soft_wrap=True, markup=False

@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benthic.cli.draw import predicted_and_measured
-from benthic.cli.plan_words import config_of
-from benthic.cli.settings import apply
+from benthic.cli.plan_words import config_of, machine_of
+from benthic.cli.settings import apply, typed
 from benthic.errors import CheckpointError, ConfigError
 from benthic.plan.draw_svg import draw_svg
 from benthic.sched.pipeline.spans import read_spans
+from benthic.spec import hardware as gpus
 from benthic.train import recipes
 from benthic.train.config import RunConfig
-from benthic.train.fields import from_json
+from benthic.train.fields import flatten, from_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -38,8 +39,10 @@ _WANTS_RUN: Final = (
     "no folder was named. Pass --run DIR for checkpoints and metrics, or --dry-run to see first."
 )
 _WANTS_DRY_RUN: Final = (
-    "--ranks is of --dry-run; how many ranks train is the launcher's: torchrun --nproc-per-node N."
+    "--ranks and --hardware are of --dry-run; how many ranks train is the launcher's: "
+    "torchrun --nproc-per-node N."
 )
+_GPUS_OF_A_HOST: Final = 8
 
 
 class Screen:
@@ -110,18 +113,31 @@ def train(  # noqa: PLR0913 (one argument per option)
     ranks: Annotated[
         int | None, typer.Option(help="With --dry-run: ranks to start (default: the layout's).", min=1)
     ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help=f"With --dry-run: say how fast on one of {', '.join(gpus.names())}."),
+    ] = None,
+    list_settings: Annotated[
+        bool, typer.Option("--list-settings", help="Print everything that --set can change, and its value.")
+    ] = False,
 ) -> None:
     """Train a model; every option of a recipe can be set with --set section.field=value."""
     resuming = resume or resume_step is not None
     base = _started(_config(recipe, run, resume=resuming), model, init_from)
     config = apply(base, settings or ())
+    if list_settings:
+        for name, value in flatten(config).items():
+            typer.echo(f"{name}={typed(value)}")
+        return
     if dry_run:
         from benthic.cli.dry_run import show  # noqa: PLC0415 (torch takes seconds, others need none)
 
-        show(config, ranks, Console())
+        machine = None if hardware is None else machine_of(hardware, _GPUS_OF_A_HOST, None)
+        show(config, ranks, machine, Console())
         return
-    if ranks is not None or run is None:
-        raise ConfigError(_WANTS_RUN if ranks is None else _WANTS_DRY_RUN)
+    if ranks is not None or hardware is not None or run is None:
+        asked = ranks is not None or hardware is not None
+        raise ConfigError(_WANTS_DRY_RUN if asked else _WANTS_RUN)
     config = _with_data(config, data)
     _refuse_stand_in(recipe, config, run)
     from benthic.parallel.start import joined  # noqa: PLC0415 (torch takes seconds, others need none)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from benthic.cli import plan as command
 from benthic.cli.dry_run import assumed, nothing
-from benthic.cli.settings import apply
+from benthic.cli.settings import apply, typed
 from benthic.errors import BenthicError, ConfigError, UnknownFieldError
 from benthic.parallel.footprint import footprints
 from benthic.plan.cost import machine as machines
@@ -218,12 +218,13 @@ def test_what_a_plan_says_to_set_makes_the_trainer_run_the_plan(precision):
     )
     best = found.best[0].candidate
     recipe = dataclasses.replace(recipes.get("deepseek_v3_2048_h800"), model=MOONLIGHT)
-    config = apply(recipe, [f"{name}={value}" for name, value in best.settings().items()])
+    config = apply(recipe, [f"{name}={typed(value)}" for name, value in best.settings().items()])
     ready = resolve(config, assumed(config), nothing(config), ranks=8).config
     assert ready.layout == best.layout
     assert ready.recompute == best.recompute
     assert rows_at(ready, 10**12) == best.rows
     assert vars(best.precision).items() <= vars(ready.precision).items()
+    assert Candidate.of(ready, best.rows) == best
     assert footprints(ready, best.table()) == footprints(best, best.table())
 
 
