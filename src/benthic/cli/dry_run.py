@@ -135,8 +135,8 @@ def _speed(outlook: Outlook, machine: Machine) -> str:
     return (
         f"on {machine.name}, as `benthic plan` prices it{unpriced}: "
         f"a step takes {units.seconds(price.seconds)} ({low} to {high}), "
-        f"{price.tokens_per_second:,.0f} tokens/s, {price.tokens_per_second / config.layout.ranks:,.0f} a GPU; "
-        f"all steps at this rate {whole}"
+        f"{price.tokens_per_second:,.0f} tokens/s, {price.tokens_per_second / config.layout.ranks:,.0f} "
+        f"a GPU; all steps at this rate {whole}"
     )
 
 

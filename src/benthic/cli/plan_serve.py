@@ -61,7 +61,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
     acceptance: Annotated[float, typer.Option(help="Share of drafts kept if those before were.")] = 0.85,
     engine: EngineWord = "tuned",
     api_server_count: Fronts = None,
-    price: Annotated[float, typer.Option(help="Dollars of a GPU hour.")] = 2.0,
+    usd: Annotated[float, typer.Option("--usd-per-gpu-hour", help="Price of a GPU.")] = 2.0,
     gpus_per_node: PerNode = 8,
     profile: ProfileFile = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
@@ -100,7 +100,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
         burstiness=burstiness,
         drafts=drafts,
         alpha=acceptance,
-        dollars=price,
+        dollars=usd,
         fronts=api_server_count,
         seed=seed,
     )

@@ -92,7 +92,7 @@ def train(  # noqa: PLR0913 (one argument per option)
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Random weights of this preset or config.json instead of the recipe's model."),
+        typer.Option(help="A preset or config.json to train from random weights, not the recipe's model."),
     ] = None,
     init_from: Annotated[
         Path | None,

@@ -299,7 +299,7 @@ def test_the_command_prints_json_and_refuses_what_makes_no_sense(tmp_path):
     for extra in (
         ["--isl", "9000"],
         ["--rate", "-1"],
-        ["--price", "-1"],
+        ["--usd-per-gpu-hour", "-1"],
         ["--tpot", "-1"],
         ["--kv-cache-dtype", "int4"],
         ["--burstiness", "0"],
