@@ -244,5 +244,6 @@ def _print(folder: Path, meta: Meta) -> None:
             str(len(info.shards)),
         )
     skipped = meta.source["skipped"]
-    table.caption = f"vocabulary {meta.vocab_size}, {meta.dtype}; {skipped} files skipped as not UTF-8"
+    width = f"{meta.vocab_size:,} token ids of {meta.dtype[-1]} bytes"
+    table.caption = f"{width}; {skipped} files skipped as not UTF-8"
     Console().print(table)

@@ -103,7 +103,8 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
     space = space_of(machine, pp, ep, tp, cp, zero, schedules, precisions)
     refuse_degrees(question, space)
     failures = Failures(gpu_mtbf_hours=mtbf, checkpoint_seconds=checkpoint, restart_seconds=restart)
-    found = plan(question, space, usd_per_gpu_hour=usd, failures=failures)
+    with Console(stderr=True).status(f"looking at layouts of {config.name} on {gpus} {gpu}"):
+        found = plan(question, space, usd_per_gpu_hour=usd, failures=failures)
     show(found, model, as_json=as_json)
     for path in written_files(found, page, perfetto, measured):
         if not as_json:
