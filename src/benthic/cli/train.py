@@ -123,7 +123,7 @@ def train(  # noqa: PLR0913 (one argument per option)
 ) -> None:
     """Train a model; every option of a recipe can be set with --set section.field=value."""
     resuming = resume or resume_step is not None
-    base = _started(_config(recipe, run, resume=resuming), model, init_from)
+    base = _started(_config(recipe, run, resume=resuming), init_from, model)
     config = apply(base, settings or ())
     if list_settings:
         for name, value in flatten(config).items():
@@ -224,7 +224,7 @@ def _config(recipe: str | None, run: Path | None, *, resume: bool) -> RunConfig:
     return config
 
 
-def _started(config: RunConfig, model: str | None, init_from: Path | None) -> RunConfig:
+def _started(config: RunConfig, init_from: Path | None, model: str | None = None) -> RunConfig:
     """The config with the model that was named, or that of the checkpoint to start from; `--set` comes after.
 
     Raises:
