@@ -55,6 +55,8 @@ def main() -> None:
     """Run the demo; a command that fails ends it with that command's exit code."""
     arguments = parse()
     run = arguments.run
+    if run.exists():
+        sys.exit(f"{run} exists already. Delete it, or name another folder: make demo RUN=runs/another")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # unwinds, so that no child outlives it
     start = time.perf_counter()
     tokens, tokenizer, trained = run / "tokens", run / "tokenizer", run / "train"

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner, Result
 
+from benthic.cli.dry_run import Outlook
 from benthic.cli.main import app, main
+from benthic.cli.settings import apply
+from benthic.plan.cost import machine as machines
+from benthic.plan.training.candidate import Candidate
+from benthic.plan.training.step import step
+from benthic.train import recipes
+from benthic.train.fields import flatten
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,13 +137,27 @@ def test_exported_model_evaluates_like_the_run(run: Path, data: Path) -> None:
     assert "bits_per_byte" in succeed(*words[:-1])
 
 
+def test_step_of_a_run_converts_to_what_the_run_exports(run: Path, tmp_path: Path) -> None:
+    output = succeed("convert", run / "checkpoint" / "step-4", tmp_path / "hf")
+    assert "in 1 file, bf16" in output
+    names = {path.name for path in (run / "hf").iterdir()}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "hf" / name).read_bytes() == (run / "hf" / name).read_bytes(), name
+    assert "already holds a checkpoint" in refusal("convert", run / "checkpoint" / "step-4", tmp_path / "hf")
+
+
 def test_finished_run_goes_on_with_more_steps_and_without_naming_a_recipe(run: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    more = ("--set", "train.steps=6", "--set", "checkpoint.export=false", "--set", "log.tensorboard=false")
+    before = (copy / "hf" / "model.safetensors").read_bytes()
+    more = ("--set", "train.steps=6", "--set", "log.tensorboard=false")
     output = succeed("train", "--run", copy, "--resume", *more)
+    assert (copy / "hf" / "model.safetensors").read_bytes() != before
+    assert "tokenizer.json" in {path.name for path in (copy / "hf").iterdir()}
+    assert not list(copy.glob("hf.*"))
     assert "resumed from step 4 (512 tokens)" in output
     steps = [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -172,6 +193,8 @@ def test_profile_writes_a_trace_of_the_steps_that_were_named(data: Path, tmp_pat
     assert steps >= 2
     message = refusal("train", "nano_test", "--run", folder, "--data", data, "--profile", "5:3", *words)
     assert "--profile 5:3 names no steps" in message
+    message = refusal("train", "nano_test", "--run", folder, "--data", data, "--profile", "9:12", *words)
+    assert "--profile 9:12 begins at step 9, but train.steps=4" in message
 
 
 def test_wandb_that_is_not_installed_is_said_so(
@@ -210,11 +233,30 @@ def test_dry_run_of_the_largest_recipe_needs_neither_data_nor_a_folder() -> None
     assert "bubble 12.7% of the time" in output
 
 
+def test_dry_run_says_how_fast_as_the_planner_does() -> None:
+    output = succeed("train", "v2_lite_8xh100", "--dry-run", "--hardware", "h100")
+    outlook = Outlook.of(recipes.get("v2_lite_8xh100"), None)
+    priced = step(Candidate.of(outlook.config, outlook.rows), machines.get("h100"))
+    assert f"{priced.tokens_per_second:,.0f} tokens/s" in output
+    assert "without Muon's products" in succeed(
+        "train", "moonlight_16b_8xh100", "--dry-run", "--hardware", "h100"
+    )
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_every_setting_is_listed_as_it_would_be_set(recipe: str) -> None:
+    lines = succeed("train", recipe, "--list-settings").splitlines()
+    config = recipes.get(recipe)
+    assert len(lines) == len(flatten(config))
+    assert apply(config, lines) == config
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("v2_lite_8xh100", "--dry-run", "--ranks", "12"), "= 8 ranks, but 12 were started"),
-        (("v2_lite_8xh100", "--ranks", "8"), "--ranks is of --dry-run"),
+        (("v2_lite_8xh100", "--ranks", "8"), "--ranks and --hardware are of --dry-run"),
+        (("v2_lite_8xh100", "--hardware", "h100"), "--ranks and --hardware are of --dry-run"),
         (("v2_lite_8xh100",), "no folder was named. Pass --run DIR"),
     ],
 )
@@ -241,6 +283,14 @@ def test_python_stdlib_is_a_corpus(tmp_path: Path) -> None:
         (("train", "nano_test", "--run", "x"), "no data was named. Pass --data DIR"),
         (("train", "nano_test", "--run", "x", "--data", "nowhere"), "nowhere is no dataset"),
         (("train", "nano_test", "--runs", "x"), "No such option"),
+        (("train", "nano-tests"), "Did you mean 'nano_test'?"),
+        (("train", "finetune", "--run", "x", "--data", "x"), "Pass --init-from DIR"),
+        (("train", "nano_test", "--model", "nonesuch", "--dry-run"), "unknown model 'nonesuch'"),
+        (("train", "nano_test", "--model", "nano", "--init-from", "x", "--dry-run"), "each name a model"),
+        (("train", "nano_test", "--dry-run", "--set", "layout.pp_degree=0"), "layout.pp_degree=0 is not"),
+        (("train", "nano_test", "--dry-run", "--set", "log.every=-1"), "log.every=-1 is below 0"),
+        (("train", "nano_test", "--dry-run", "--set", "loss.mtp_weight=-1"), "-1.0 in '-1' is below 0"),
+        (("train", "nano_test", "--dry-run", "--set", "train.timeout_s=0"), "timeout_s=0.0 is not above"),
         (
             ("train", "nano_test", "--run", "x", "--data", "x", "--set", "train.lrr=1"),
             "Did you mean 'train.lr'?",
@@ -272,6 +322,44 @@ def test_error_ends_the_command_with_a_message_and_no_traceback(
         main()
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: no data was named.")
+
+
+def test_file_that_cannot_be_written_is_named_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benthic", "draw", "schedule", "1f1b", "--svg", "nowhere/a.svg"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: nowhere/a.svg: No such file or directory.")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", "x", "--data", "x", "--device", "tpu"),
+        ("evaluate", "x", "--data", "x", "--max-tokens", "-1"),
+        ("calibrate", "--device", "tpu"),
+        ("data", "build", "x", "--tokenizer", "x", "--out", "x", "--shard-tokens", "0"),
+    ],
+)
+def test_values_that_an_option_does_not_have_are_usage_errors(words: tuple[str, ...]) -> None:
+    assert "Invalid value for" in refusal(*words)
+
+
+def test_tokenizer_that_exists_is_not_overwritten(data: Path, text: Path) -> None:
+    words = ("data", "tokenizer", text, "--out", data / "tokenizer", "--vocab-size", "270")
+    assert "holds a tokenizer already. Choose another --out" in refusal(*words)
+
+
+def test_threads_below_one_are_refused(data: Path, tmp_path: Path) -> None:
+    words = ("train", "nano_test", "--run", tmp_path / "run", "--data", data)
+    assert "train.threads=0 is below 1" in refusal(*words, *settings("train.threads=0"))
+
+
+def test_any_preset_can_be_trained_by_any_recipe() -> None:
+    output = succeed("train", "nano_test", "--model", "deepseek-v2-lite", "--dry-run")
+    assert "deepseek-v2-lite: 15,706,484,224 parameters" in output
 
 
 def test_data_of_a_larger_tokenizer_is_refused_with_both_numbers(data: Path, tmp_path: Path) -> None:

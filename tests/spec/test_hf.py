@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benthic.errors import ConfigError, UnknownFieldError
+from benthic.errors import ConfigError
 from benthic.spec import presets
 from benthic.spec.hf import HFConfig, dumps, from_hf, read, to_hf
 from benthic.spec.model import Yarn
-from benthic.spec.released import published
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "configs").glob("*.json"))
 V3 = json.loads((Path(__file__).parents[1] / "golden" / "configs" / "deepseek-v3.json").read_text())
@@ -36,12 +35,6 @@ def test_a_released_file_is_read_as_the_preset_and_written_back_unchanged(path, 
     hf = from_hf(file, name=path.stem)
     assert hf.config == replace(presets.get(path.stem), initializer_range=0.02)
     assert list(to_hf(hf).items()) == list(file.items())
-
-
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
-def test_the_export_of_a_released_model_equals_the_released_file(path):
-    file = json.loads(path.read_text())
-    assert list(to_hf(published(path.stem)).items()) == list(file.items())
 
 
 def test_there_are_five_golden_files():
@@ -160,12 +153,6 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, contents):
         read(tmp_path)
     with pytest.raises(ConfigError, match=r"no config\.json"):
         read(tmp_path / "elsewhere")
-
-
-def test_only_released_models_have_a_published_file():
-    assert published("deepseek-r1").config.name == "deepseek-v3"
-    with pytest.raises(UnknownFieldError):
-        published("tiny")
 
 
 @pytest.mark.hf

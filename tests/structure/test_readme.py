@@ -64,3 +64,11 @@ def test_every_benchmark_and_every_result_is_in_the_table_and_every_row_exists()
     named = set(re.findall(r"`([a-z0-9_]+\.(?:py|json))`", (folder / "README.md").read_text()))
     there = {path.name for path in (*folder.glob("*.py"), *(folder / "results").glob("*.json"))}
     assert named == there, f"not in the table: {sorted(there - named)}; not there: {sorted(named - there)}"
+
+
+def test_every_file_that_the_map_of_the_code_names_exists() -> None:
+    text = (ROOT / "docs" / "guide" / "reading.md").read_text()
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", text)
+    assert len(named) > 40
+    missing = [name for name in named if not (ROOT / "src" / "benthic" / name).exists()]
+    assert [name for name in missing if not (ROOT / name).exists()] == []

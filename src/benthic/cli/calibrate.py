@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,7 +12,9 @@ from benthic import units
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="Where the profile is written.")] = Path("profile.json"),
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")
+    ] = "auto",
 ) -> None:
     """Time products and streams of this machine, in under two minutes, and say how well they foretell others.
 

@@ -44,7 +44,8 @@ class Dtype(StrEnum):
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="Checkpoint folder: Hugging Face's, transformers' or our own.")
+        Path,
+        typer.Argument(help="Checkpoint folder: Hugging Face's, transformers', or RUN/checkpoint/step-N."),
     ],
     target: Annotated[Path, typer.Argument(help="Folder to write; must not hold a checkpoint yet.")],
     *,
@@ -55,15 +56,20 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest file, e.g. 5GB or 500MiB.")] = "5GB",
     mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="Keep or leave out the MTP layers.")] = True,
 ) -> None:
-    """Rewrite a checkpoint in another type. Tensors already in it are copied bit by bit."""
+    """Rewrite a checkpoint in another type, or a step of a run in Hugging Face format.
+
+    Tensors already in the type are copied bit by bit.
+    """
     shard_bytes = parse_size(max_shard_size)
     from benthic.model import convert as conversion  # noqa: PLC0415 (torch takes seconds to import)
+    from benthic.train.step_export import export_step, is_step  # noqa: PLC0415 (as above)
 
     started = time.monotonic()
     console = Console()
     with _bar(console) as report:
         form = _format(dtype)
-        conversion.convert(source, target, form, mtp=mtp, max_shard_bytes=shard_bytes, progress=report)
+        rewrite = export_step if is_step(source) else conversion.convert
+        rewrite(source, target, form, mtp=mtp, max_shard_bytes=shard_bytes, progress=report)
     weights = list(target.glob("*.safetensors"))
     size = units.size(sum(path.stat().st_size for path in weights))
     took = units.seconds(time.monotonic() - started)

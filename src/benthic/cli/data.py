@@ -73,7 +73,9 @@ Utf8 = Annotated[
 def tokenizer(  # noqa: PLR0913 (one argument an option)
     sources: Sources = None,
     *,
-    out: Annotated[Path, typer.Option(help="Folder to write, in Hugging Face format.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder to write, in Hugging Face format; must hold no tokenizer.")
+    ],
     vocab_size: Annotated[
         int, typer.Option(help="Tokens to learn: 2 special, 256 bytes, the rest merges.")
     ] = 4096,
@@ -91,6 +93,9 @@ def tokenizer(  # noqa: PLR0913 (one argument an option)
     from benthic.train.data.documents import Reading, read  # noqa: PLC0415
 
     corpus = _corpus(sources, include, exclude, text_field, invalid_utf8, python_stdlib=python_stdlib)
+    if (out / "tokenizer.json").exists():
+        message = f"{out} holds a tokenizer already. Choose another --out or delete it."
+        raise DataError(message)
     reading = Reading()
     with _progress("reading") as show:
         rules = tokenizers.train(_telling(corpus, reading, show, read), vocab_size)
@@ -108,7 +113,7 @@ def build(  # noqa: PLR0913 (one argument an option)
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder.")],
     out: Annotated[Path, typer.Option(help="Dataset folder to write; must not exist.")],
     held_out: Annotated[float, typer.Option(help="Fraction of documents kept for evaluation.")] = 0.02,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens of one shard file.")] = 2**28,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of one shard file.", min=1)] = 2**28,
     python_stdlib: Stdlib = False,
     include: Include = None,
     exclude: Exclude = None,
@@ -133,10 +138,10 @@ def chat(
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face tokenizer folder with a chat template.")],
     out: Annotated[Path, typer.Option(help="Dataset folder to write; must not exist.")],
     max_tokens: Annotated[
-        int, typer.Option(help="Cut longer conversations after the last reply that fits; 0: no limit.")
+        int, typer.Option(help="Cut longer conversations after the last reply that fits; 0: no limit.", min=0)
     ] = 0,
     held_out: Annotated[float, typer.Option(help="Fraction of conversations kept for evaluation.")] = 0.02,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens of one shard file.")] = 2**28,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of one shard file.", min=1)] = 2**28,
 ) -> None:
     """Tokenize conversations for fine-tuning: only the assistant's replies are learned."""
     from benthic.train.data import tokenizer as tokenizers  # noqa: PLC0415 (keeps other commands quick)
@@ -239,5 +244,6 @@ def _print(folder: Path, meta: Meta) -> None:
             str(len(info.shards)),
         )
     skipped = meta.source["skipped"]
-    table.caption = f"vocabulary {meta.vocab_size}, {meta.dtype}; {skipped} files skipped as not UTF-8"
+    width = f"{meta.vocab_size:,} token ids of {meta.dtype[-1]} bytes"
+    table.caption = f"{width}; {skipped} files skipped as not UTF-8"
     Console().print(table)

@@ -14,11 +14,11 @@ from benthic.plan.draw_html import draw_html
 from benthic.plan.draw_svg import draw_svg
 from benthic.plan.draw_text import draw_text
 from benthic.sched.pipeline.check import check
-from benthic.sched.pipeline.exchange import read_table, torch_csv, write_table
 from benthic.sched.pipeline.export import as_csv, perfetto
 from benthic.sched.pipeline.schedules import BUILDERS, build
 from benthic.sched.pipeline.simulate import Costs, simulate
 from benthic.sched.pipeline.spans import measured, median_costs, read_spans
+from benthic.sched.pipeline.table_csv import read_table, torch_csv, write_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

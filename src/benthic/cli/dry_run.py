@@ -12,6 +12,8 @@ from benthic.parallel.footprint import ACTIVATIONS_RULE, TERMS, footprints
 from benthic.parallel.parts import parts_of, stages_of
 from benthic.parallel.setup import number
 from benthic.plan.draw_text import draw_text
+from benthic.plan.training.candidate import Candidate
+from benthic.plan.training.step import step
 from benthic.sched.pipeline.simulate import Costs, simulate
 from benthic.spec.parameters import parameters
 from benthic.train.data.shards import Meta
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from benthic.model.part import Part
     from benthic.parallel.footprint import Footprint
+    from benthic.plan.cost.machine import Machine
     from benthic.sched.pipeline.table import Table
     from benthic.train.config import RunConfig
     from benthic.train.resolve import Choice
@@ -77,11 +80,11 @@ def nothing(config: RunConfig) -> Meta:
     )
 
 
-def show(config: RunConfig, ranks: int | None, console: Console) -> None:
-    """Print layout, memory, batch and schedule of a run that is not started.
+def show(config: RunConfig, ranks: int | None, machine: Machine | None, console: Console) -> None:
+    """Print layout, memory, batch and schedule of a run that is not started, and its speed on a machine.
 
     Raises:
-        ConfigError: settings contradict each other or the ranks.
+        ConfigError: settings contradict each other or the ranks, or need what the machine does not have.
     """
     outlook = Outlook.of(config, ranks)
     for choice in outlook.choices:
@@ -92,6 +95,8 @@ def show(config: RunConfig, ranks: int | None, console: Console) -> None:
     worst = max(found, key=lambda one: one.total)
     say(console, f"most memory: rank {worst.rank} and its neighbours, {units.binary_bytes(worst.total)}")
     say(console, ACTIVATIONS_RULE)
+    if machine is not None:
+        say(console, _speed(outlook, machine))
     say(console, "a step, if a backward takes twice as long as a forward and transfers take no time:")
     console.print(
         draw_text(
@@ -117,6 +122,21 @@ def _batch(outlook: Outlook) -> str:
         f"a step: {outlook.rows} rows of {seq_len:,} = {outlook.rows * seq_len:,} tokens{later}; "
         f"{outlook.table.microbatches} microbatches of {config.train.local_batch_size} rows a data rank\n"
         f"{config.train.steps:,} steps = {planned_tokens(config):,} tokens"
+    )
+
+
+def _speed(outlook: Outlook, machine: Machine) -> str:
+    """Seconds of the first step as `benthic plan train` prices them, and of all steps at that rate."""
+    config, price = outlook.config, step(Candidate.of(outlook.config, outlook.rows), machine)
+    low, high = units.seconds(price.price.low), units.seconds(price.price.high)
+    whole = units.seconds(planned_tokens(config) / price.tokens_per_second)
+    free = [*(["Muon's products"] if config.optimizer.name == "muon" else []), *config.offload]
+    unpriced = f"; without {', '.join(free)}" if free else ""
+    return (
+        f"on {machine.name}, as `benthic plan` prices it{unpriced}: "
+        f"a step takes {units.seconds(price.seconds)} ({low} to {high}), "
+        f"{price.tokens_per_second:,.0f} tokens/s, {price.tokens_per_second / config.layout.ranks:,.0f} "
+        f"a GPU; all steps at this rate {whole}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path  # noqa: TC003 (typer reads the annotations)
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -21,8 +21,8 @@ def evaluate(  # noqa: PLR0913 (one argument an option)
         int | None, typer.Option(help="Tokens of a row (default: what the model allows).")
     ] = None,
     rows: Annotated[int, typer.Option(help="Rows computed at once.", min=1)] = 8,
-    max_tokens: Annotated[int, typer.Option(help="Whole documents until so many tokens; 0 takes all.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    max_tokens: Annotated[int, typer.Option(help="Whole documents until so many tokens; 0: all.", min=0)] = 0,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")] = "cpu",
     split: Annotated[str, typer.Option(help="held_out or train.")] = "held_out",
     mask_documents: Annotated[bool, typer.Option(help="Keep attention inside documents.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

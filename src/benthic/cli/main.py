@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -39,12 +40,21 @@ app.command("chat")(chat.chat)
 
 
 def main() -> None:
-    """Run the command line; an error that benthic raises on purpose is printed, not traced."""
+    """Run the command line.
+
+    Errors that benthic raises on purpose, and files that cannot be read or written, are printed, not traced.
+    """
     native_build.configure(user_cache())
     try:
         app()
     except BenthicError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] {escape(str(error))}", highlight=False
-        )
-        sys.exit(2)
+        _end(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end(f"{error.filename}: {error.strerror}. Name another file or folder.")
+
+
+def _end(message: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+    sys.exit(2)

@@ -35,7 +35,8 @@ def plan() -> None:
 def model(
     name: Model,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens of context for FLOPs [default: 4096 or the model's].", min=1)
+        int | None,
+        typer.Option(help="Tokens of context for FLOPs.", show_default="4096, or the model's", min=1),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,  # noqa: FBT002
 ) -> None:

@@ -14,7 +14,7 @@ def examples() -> None:
 
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
     for name in ("what", "formula", "value", "printed", "source", "note"):
-        grid.add_column(name)
+        grid.add_column(name, overflow="fold")
     for one in (*training.examples(), *serving_examples()):
         grid.add_row(one.topic, one.formula, one.value, one.printed, one.source, one.note)
     Console(highlight=False).print(grid)

@@ -22,7 +22,9 @@ from benthic.cli.plan_words import (
     config_of,
     dtype_of,
     machine_of,
+    refuse_rows_beyond,
 )
+from benthic.errors import ConfigError
 
 if TYPE_CHECKING:
     from benthic.plan.serving.demand import Lengths
@@ -59,7 +61,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
     acceptance: Annotated[float, typer.Option(help="Share of drafts kept if those before were.")] = 0.85,
     engine: EngineWord = "tuned",
     api_server_count: Fronts = None,
-    price: Annotated[float, typer.Option(help="Dollars of a GPU hour.")] = 2.0,
+    usd: Annotated[float, typer.Option("--usd-per-gpu-hour", help="Price of a GPU.")] = 2.0,
     gpus_per_node: PerNode = 8,
     profile: ProfileFile = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
@@ -77,8 +79,14 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
     from benthic.plan.serving.tables import as_dict, tables  # noqa: PLC0415
     from benthic.spec.objectives import Objectives  # noqa: PLC0415
 
+    if rate is not None and not rate > 0.0:
+        msg = f"--rate {rate} requests/s need nothing. Give a rate above 0, or leave it out."
+        raise ConfigError(msg)
+    config = config_of(model)
+    if trace is None:
+        refuse_rows_beyond(config, isl + osl, f"--isl {isl} + --osl {osl}")
     question = Question(
-        model=config_of(model),
+        model=config,
         machine=machine_of(hardware, gpus_per_node, profile),
         gpus=gpus,
         lengths=_lengths(trace, isl, osl),
@@ -92,7 +100,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
         burstiness=burstiness,
         drafts=drafts,
         alpha=acceptance,
-        dollars=price,
+        dollars=usd,
         fronts=api_server_count,
         seed=seed,
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path  # noqa: TC003 (typer reads the annotations)
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
 
-from benthic.cli.plan_words import config_of, machine_of
+from benthic.cli.plan_words import config_of, machine_of, refuse_rows_beyond
+from benthic.cli.settings import typed
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.spec import hardware
 
@@ -24,21 +26,30 @@ PUBLISHED: Final = {
     "deepseek-v3": (14.8e12, 15360),
     "deepseek-v2": (8.1e12, 9216),
     "deepseek-v2-lite": (5.7e12, 4608),
+    "moonlight-16b-a3b": (5.2e12, 8192),
+    "kimi-k2": (15.5e12, 16384),
 }
-"""Tokens of the published run, and rows of its largest batch."""
+"""Tokens of the published run, and rows of its largest batch if a row has 4,096 tokens."""
 _FALLBACK: Final = (1e12, 2048)
+_UNPUBLISHED: Final = "as published, else {}"
 
 Degree = Annotated[list[int] | None, typer.Option(min=1, help="Only these; may be repeated.")]
 
 
 def train(  # noqa: PLR0913, PLR0917 (one argument per option)
     model: Annotated[str, typer.Argument(help="A preset, a config.json or the folder of one.")],
-    gpus: Annotated[int, typer.Option(help="How many.")],
+    gpus: Annotated[int, typer.Option(help="GPUs to plan for.")],
     gpu: Annotated[str, typer.Option("--hardware", help=f"One of: {', '.join(hardware.names())}.")],
     tokens: Annotated[
-        str | None, typer.Option(help="Of the run, e.g. 14.8T.", show_default="as published")
+        str | None,
+        typer.Option(help="Of the run, e.g. 14.8T.", show_default=_UNPUBLISHED.format("1T")),
     ] = None,
-    rows: Annotated[int | None, typer.Option("--global-batch-size", min=1, help="Rows a step.")] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            "--global-batch-size", min=1, help="Rows a step.", show_default=_UNPUBLISHED.format("2048")
+        ),
+    ] = None,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 4096,
     precisions: Annotated[
         list[str] | None, typer.Option("--precision", help="bf16 or fp8; else both.")
@@ -78,6 +89,7 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
     from benthic.plan.training.space import Question, refuse_degrees  # noqa: PLC0415
 
     config, machine = config_of(model), machine_of(gpu, gpus_per_node, profile)
+    refuse_rows_beyond(config, seq_len, f"--seq-len {seq_len}")
     question = Question(
         model=config,
         machine=machine,
@@ -91,9 +103,12 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
     space = space_of(machine, pp, ep, tp, cp, zero, schedules, precisions)
     refuse_degrees(question, space)
     failures = Failures(gpu_mtbf_hours=mtbf, checkpoint_seconds=checkpoint, restart_seconds=restart)
-    found = plan(question, space, usd_per_gpu_hour=usd, failures=failures)
-    written = written_files(found, page, perfetto, measured)
-    show(found, written, as_json=as_json)
+    with Console(stderr=True).status(f"looking at layouts of {config.name} on {gpus} {gpu}"):
+        found = plan(question, space, usd_per_gpu_hour=usd, failures=failures)
+    show(found, model, as_json=as_json)
+    for path in written_files(found, page, perfetto, measured):
+        if not as_json:
+            typer.echo(f"wrote {path}")
 
 
 def usual(config: ModelConfig) -> tuple[float, int]:
@@ -168,8 +183,8 @@ def written_files(
     return tuple(written)
 
 
-def show(found: Plan, written: tuple[Path, ...], *, as_json: bool) -> None:
-    """Print the plan."""
+def show(found: Plan, model: str, *, as_json: bool) -> None:
+    """Print the plan; `model` is how the question named the model."""
     from benthic.plan.training.plan import as_dict  # noqa: PLC0415 (see cli.plan)
     from benthic.plan.training.text import lines  # noqa: PLC0415
 
@@ -179,8 +194,11 @@ def show(found: Plan, written: tuple[Path, ...], *, as_json: bool) -> None:
     console = Console(highlight=False)
     for line in lines(found):
         console.print(line, markup=False) if isinstance(line, str) else console.print(line)
-    for path in written:
-        console.print(f"wrote {path}", style="dim", markup=False, soft_wrap=True)
+    words = [f"--set {name}={typed(value)}" for name, value in found.best.candidate.settings().items()]
+    command = f"benthic train RECIPE --model {shlex.quote(model)} {' '.join(words)}"
+    console.print(
+        f"to train so, with the learning rate of a recipe:\n{command}", soft_wrap=True, markup=False
+    )
 
 
 def count(words: str) -> float:

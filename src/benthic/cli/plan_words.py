@@ -56,6 +56,20 @@ def bound_of(name: str, value: float | None) -> float | None:
     return value
 
 
+def refuse_rows_beyond(config: ModelConfig, tokens: int, words: str) -> None:
+    """Refuse rows of more tokens than the model has positions, as trainer and server do.
+
+    Raises:
+        ConfigError: with both numbers; `words` say which options gave them.
+    """
+    if tokens > config.max_position_embeddings:
+        msg = (
+            f"{words} is {tokens} tokens, but {config.name} has {config.max_position_embeddings} positions. "
+            "Shorten them, or give a config.json with a longer context."
+        )
+        raise ConfigError(msg)
+
+
 def dtype_of(option: str, word: str, *, auto: bool = False) -> WeightDtype | None:
     """A dtype by its word; None for "auto".
 

@@ -35,6 +35,15 @@ def apply(config: Config, settings: Iterable[str]) -> Config:
     return _rebuild(config, changes)
 
 
+def typed(value: object) -> str:
+    """A field's value as `apply` reads it."""
+    if isinstance(value, tuple):
+        return ",".join(map(typed, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
 def _collect(config: object, setting: str, changes: Changes) -> None:
     """Add one setting to `changes`, a tree of dicts with the new leaves."""
     name, equals, word = setting.partition("=")

@@ -15,13 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benthic.cli.draw import predicted_and_measured
-from benthic.cli.settings import apply
+from benthic.cli.plan_words import config_of, machine_of
+from benthic.cli.settings import apply, typed
 from benthic.errors import CheckpointError, ConfigError
 from benthic.plan.draw_svg import draw_svg
 from benthic.sched.pipeline.spans import read_spans
+from benthic.spec import hardware as gpus
 from benthic.train import recipes
 from benthic.train.config import RunConfig
-from benthic.train.fields import from_json
+from benthic.train.fields import flatten, from_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -37,8 +39,10 @@ _WANTS_RUN: Final = (
     "no folder was named. Pass --run DIR for checkpoints and metrics, or --dry-run to see first."
 )
 _WANTS_DRY_RUN: Final = (
-    "--ranks is of --dry-run; how many ranks train is the launcher's: torchrun --nproc-per-node N."
+    "--ranks and --hardware are of --dry-run; how many ranks train is the launcher's: "
+    "torchrun --nproc-per-node N."
 )
+_GPUS_OF_A_HOST: Final = 8
 
 
 class Screen:
@@ -86,6 +90,10 @@ def train(  # noqa: PLR0913 (one argument per option)
         list[str] | None,
         typer.Option("--set", help="Any config field, e.g. --set train.lr=3e-4; repeatable."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A preset or config.json to train from random weights, not the recipe's model."),
+    ] = None,
     init_from: Annotated[
         Path | None,
         typer.Option(help="Hugging Face checkpoint to start from; its model replaces the recipe's."),
@@ -105,26 +113,40 @@ def train(  # noqa: PLR0913 (one argument per option)
     ranks: Annotated[
         int | None, typer.Option(help="With --dry-run: ranks to start (default: the layout's).", min=1)
     ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help=f"With --dry-run: say how fast on one of {', '.join(gpus.names())}."),
+    ] = None,
+    list_settings: Annotated[
+        bool, typer.Option("--list-settings", help="Print everything that --set can change, and its value.")
+    ] = False,
 ) -> None:
     """Train a model; every option of a recipe can be set with --set section.field=value."""
+    resuming = resume or resume_step is not None
+    base = _started(_config(recipe, run, resume=resuming), init_from, model)
+    config = apply(base, settings or ())
+    if list_settings:
+        for name, value in flatten(config).items():
+            typer.echo(f"{name}={typed(value)}")
+        return
     if dry_run:
         from benthic.cli.dry_run import show  # noqa: PLC0415 (torch takes seconds, others need none)
 
-        base = _started(_config(recipe, run, resume=resume), init_from)
-        show(apply(base, settings or ()), ranks, Console())
+        machine = None if hardware is None else machine_of(hardware, _GPUS_OF_A_HOST, None)
+        show(config, ranks, machine, Console())
         return
-    if ranks is not None or run is None:
-        raise ConfigError(_WANTS_RUN if ranks is None else _WANTS_DRY_RUN)
+    if ranks is not None or hardware is not None or run is None:
+        asked = ranks is not None or hardware is not None
+        raise ConfigError(_WANTS_DRY_RUN if asked else _WANTS_RUN)
+    config = _with_data(config, data)
+    _refuse_stand_in(recipe, config, run)
     from benthic.parallel.start import joined  # noqa: PLC0415 (torch takes seconds, others need none)
     from benthic.train import run as runs  # noqa: PLC0415
     from benthic.train.hardware import detect  # noqa: PLC0415
     from benthic.train.profile import Steps  # noqa: PLC0415
 
-    traced = None if profile is None else Steps.parse(profile)
+    traced = None if profile is None else Steps.parse(profile, config.train.steps)
     launch = launched(os.environ)
-    wanted = runs.Resume(wanted=resume or resume_step is not None, step=resume_step)
-    base = _started(_config(recipe, run, resume=wanted.wanted), init_from)
-    config = _with_data(apply(base, settings or ()), data)
     threads = None if config.train.threads == "auto" else config.train.threads
     facts = detect(config.device, threads=threads)
     screen = Screen(_console(run, launch), config.train.steps)
@@ -136,7 +158,7 @@ def train(  # noqa: PLR0913 (one argument per option)
             Path(config.data.path),
             facts,
             screen,
-            resume=wanted,
+            resume=runs.Resume(wanted=resuming, step=resume_step),
             should_stop=should_stop,
             launch=launch,
         )
@@ -202,13 +224,34 @@ def _config(recipe: str | None, run: Path | None, *, resume: bool) -> RunConfig:
     return config
 
 
-def _started(config: RunConfig, init_from: Path | None) -> RunConfig:
-    """The config with the model of the checkpoint that the run starts from; `--set` comes after."""
+def _started(config: RunConfig, init_from: Path | None, model: str | None = None) -> RunConfig:
+    """The config with the model that was named, or that of the checkpoint to start from; `--set` comes after.
+
+    Raises:
+        ConfigError: both are named.
+    """
+    if model is not None and init_from is not None:
+        message = f"--model {model} and --init-from {init_from} each name a model. Leave one of the two out."
+        raise ConfigError(message)
+    if model is not None:
+        return dataclasses.replace(config, model=config_of(model))
     if init_from is None:
         return config
     from benthic.train.initial import model_of  # noqa: PLC0415 (torch takes seconds)
 
     return dataclasses.replace(config, model=model_of(init_from), init_from=str(init_from))
+
+
+def _refuse_stand_in(recipe: str | None, config: RunConfig, run: Path) -> None:
+    """Refuse to begin a recipe for trained weights with random ones.
+
+    Raises:
+        ConfigError: no checkpoint is named, and the run folder holds no run that began with one.
+    """
+    begun = (run / "resolved.json").is_file()
+    if recipe is not None and recipes.continues(recipe) and not config.init_from and not begun:
+        message = f"recipe {recipe} goes on with a trained model, and none was named. Pass --init-from DIR."
+        raise ConfigError(message)
 
 
 def _with_data(config: RunConfig, data: Path | None) -> RunConfig:

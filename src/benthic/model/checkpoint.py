@@ -8,6 +8,7 @@ in the module.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from benthic.spec.hf import from_hf, to_hf
 from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -140,19 +141,46 @@ def save_pretrained(
         CheckpointError: the folder is taken, the disk is full, or the model is only a part.
     """
     _refuse_part(model)
-    form = Format(dtype, fp8)
-    pairs = in_file_order(parameters(model.config))
-    planned = [item for _, tensor in pairs for item in form.plan(tensor)]
     state = model.state_dict()
-    with ShardWriter(Path(path), planned, max_shard_bytes) as writer:
-        for param, tensor in pairs:
-            value = _extract(state[param.name], param, tensor, model.config)
-            for name, stored in form.encode(tensor, value):
-                writer.write(name, stored)
-                if progress is not None:
-                    progress(Progress(name, writer.done_bytes, writer.total_bytes))
-        config = to_hf(model.config, dtype=form.dtype_name, fp8=fp8)
-        writer.write_json(CONFIG_FILE, {**config, **(config_extra or {})})
+    save_weights(
+        lambda param: state[param.name],
+        model.config,
+        Path(path),
+        Format(dtype, fp8),
+        max_shard_bytes=max_shard_bytes,
+        config_extra=config_extra,
+        progress=progress,
+    )
+
+
+def save_weights(
+    read: Callable[[Param], Tensor],
+    config: ModelConfig,
+    folder: Path,
+    form: Format,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    config_extra: Mapping[str, Any] | None = None,
+    progress: Report | None = None,
+) -> None:
+    """What `save_pretrained` does, with parameters that `read` brings one at a time.
+
+    Raises: as `save_pretrained`, and what `read` does.
+    """
+    pairs = in_file_order(parameters(config))
+    planned = [item for _, tensor in pairs for item in form.plan(tensor)]
+    with ShardWriter(folder, planned, max_shard_bytes) as writer:
+        for _, run in groupby(pairs, key=lambda pair: pair[0].name):
+            same = list(run)
+            param = same[0][0]
+            whole = read(param)
+            for _, tensor in same:
+                for name, stored in form.encode(tensor, _extract(whole, param, tensor, config)):
+                    writer.write(name, stored)
+                    if progress is not None:
+                        progress(Progress(name, writer.done_bytes, writer.total_bytes))
+        described = to_hf(config, dtype=form.dtype_name, fp8=form.fp8)
+        writer.write_json(CONFIG_FILE, {**described, **(config_extra or {})})
 
 
 def read_weight(source: Source, name: str, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

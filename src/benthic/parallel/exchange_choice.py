@@ -52,7 +52,7 @@ def choose_exchange(facts: Facts, asked: str = "auto") -> tuple[Name, str]:
         raise BackendError(msg)
     refusals = {"local": _local_refusal(facts), "nvlink": _nvlink_refusal(facts), "all_to_all": None}
     if asked != "auto" and (refusal := refusals[asked]) is not None:
-        msg = f"the exchange {asked!r} cannot run here: {refusal}"
+        msg = f"the exchange {asked!r} cannot run here: {refusal}. Set exchange.kind=auto."
         raise BackendError(msg)
     if asked == "local" or (asked == "auto" and facts.ranks == 1):
         return "local", "one rank holds all experts: nothing travels"

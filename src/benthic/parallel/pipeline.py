@@ -64,7 +64,7 @@ class Stage(Protocol):
 
 
 @dataclass
-class Executor:
+class TableExecutor:
     """Runs one rank of a table.
 
     Args:

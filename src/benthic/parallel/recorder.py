@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from benthic.parallel.chunk import Phase
     from benthic.parallel.mesh import Group, Mesh
-    from benthic.parallel.pipeline import Executor
+    from benthic.parallel.pipeline import TableExecutor
     from benthic.sched.pipeline.spans import Span
 
     Mark = float | torch.cuda.Event
@@ -45,12 +45,12 @@ class Recorder:
         place = self.mesh.place
         return place.dp == place.cp == place.tp == 0
 
-    def start(self, pipeline: Executor) -> None:
+    def start(self, pipeline: TableExecutor) -> None:
         """Measure the next run of `pipeline`."""
         if self.takes_part:
             pipeline.stopwatch = Stopwatch(self.device, self.clock)
 
-    def stop(self, pipeline: Executor, step: int) -> list[Span]:
+    def stop(self, pipeline: TableExecutor, step: int) -> list[Span]:
         """Measure no more; on rank 0 the spans of all pipeline ranks, elsewhere none. Every rank calls it."""
         if not self.takes_part:
             return []

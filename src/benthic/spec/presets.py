@@ -2,7 +2,7 @@
 
 Released values are those of each checkpoint's `config.json`, with one exception: `initializer_range` is the
 standard deviation the reports say was used for training (0.006; DeepSeek-V3 report section 4.2, DeepSeek-V2
-report section 3.1.2), where the files carry an unused 0.02. `spec.released.published` gives the file itself.
+report section 3.1.2), where the files carry an unused 0.02.
 """
 
 from __future__ import annotations

@@ -27,17 +27,16 @@ from benthic.errors import CheckpointError, NotACheckpointError
 from benthic.parallel import snapshot
 from benthic.parallel.held import Held, copy_to_host
 from benthic.parallel.peers import Peers
-from benthic.spec.parameters import parameters
 from benthic.train import manifest
 from benthic.train.background import Background
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor
 
-    from benthic.spec.model import ModelConfig
+    from benthic.spec.parameters import Param
     from benthic.train.manifest import Entries
 
 _NAME: Final = re.compile(r"^step-(\d+)$")
@@ -248,23 +247,24 @@ def _discard(path: Path) -> None:
     shutil.rmtree(path.rename(path.with_name(f"{path.name}.old.tmp")))
 
 
-def load_model(folder: Path, config: ModelConfig, *, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter and router bias of a checkpoint, whole, float32, in the order of the network.
+def weights_of(folder: Path) -> Callable[[Param], Tensor]:
+    """What reads one parameter or router bias after another of a `step-N` folder, whole, in float32.
 
-    One tensor is in memory at a time, and neither moments nor anything else is read. `folder` is the
-    `step-N` folder; `verify=False` trusts its checksums.
+    Neither moments nor anything else is read.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed, or the model is not that of `config`.
+        CheckpointError: a file is missing, truncated or changed, here; a parameter is not there, when asked.
     """
     entries = _entries(folder)
-    if verify:
-        manifest.verify(folder, sorted(entries), entries)
+    manifest.verify(folder, sorted(entries), entries)
     reader = snapshot.Reader(folder)
-    for param in parameters(config):
+
+    def read(param: Param) -> Tensor:
         tensor = torch.empty(param.shape, dtype=torch.float32)
         reader.read({f"model.{param.name}": Held.whole(tensor)})
-        yield param.name, tensor
+        return tensor
+
+    return read
 
 
 def _entries(folder: Path) -> Entries:

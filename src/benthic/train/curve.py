@@ -66,7 +66,7 @@ class Curve:
         """Read `VALUE[@TOKENS]` or `linear|cosine:VALUE@TOKENS`, separated by commas; K, M, B, T multiply.
 
         Raises:
-            ConfigError: a piece that does not read so.
+            ConfigError: a piece that does not read so, or a value below 0.
         """
         return cls(tuple(_parse_piece(part.strip(), text) for part in text.split(",")))
 
@@ -129,6 +129,9 @@ def _parse_piece(part: str, text: str) -> Piece:
     except ValueError:
         msg = f"{match['value']!r} in {text!r} is not a number."
         raise ConfigError(msg) from None
+    if value < 0.0:
+        msg = f"{value} in {text!r} is below 0. Rates, weights and rows are 0 or more."
+        raise ConfigError(msg)
     tokens = None if match["count"] is None else round(float(match["count"]) * _SUFFIX[match["suffix"]])
     return Piece(value, tokens, cast("Shape", match["shape"] or "hold"))
 

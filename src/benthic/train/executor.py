@@ -15,7 +15,7 @@ from benthic.model.local import PackedAttend
 from benthic.model.sockets import Sockets
 from benthic.parallel.context import ContextAttend
 from benthic.parallel.links import GroupLinks
-from benthic.parallel.pipeline import Executor as TableExecutor
+from benthic.parallel.pipeline import TableExecutor
 from benthic.parallel.tokens import TokenShare
 from benthic.train.evaluate import Scores
 from benthic.train.losses import Objective, Tally, total

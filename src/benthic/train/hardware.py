@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
-from benthic.errors import BackendError
+from benthic.errors import BackendError, ConfigError
 from benthic.spec import hardware
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def detect(
 
     Raises:
         BackendError: "cuda" was asked for and there is none.
+        ConfigError: a CPU without threads was asked for.
     """
     if device == "cuda" and not torch.cuda.is_available():
         message = "device=cuda, but torch sees 0 CUDA GPUs. Set device=cpu, or install torch with CUDA."
@@ -55,6 +56,9 @@ def detect(
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return _gpu()
     threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1:
+        message = f"train.threads={threads} is below 1. Set it to 1 or more."
+        raise ConfigError(message)
     peak = _measured_peak(threads, clock)
     return HardwareFacts(
         device="cpu",

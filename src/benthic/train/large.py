@@ -179,8 +179,8 @@ def deepseek_v3_2048_h800() -> RunConfig:
     has 79.6 GiB, which leaves 15.9 for what the dry run does not count. Norms, up-projections and SwiGLU
     outputs are recomputed and SwiGLU inputs kept in FP8 as in the report. Differently from it, expert outputs
     are recomputed too (weights multiply them after the down-projection, so backward reads them: one more
-    grouped product), the output of attention stays in bfloat16 (`precision.e5m6_attention` would free 2.0
-    GiB), and tokens travel in bfloat16.
+    grouped product), and the output of attention stays in bfloat16 (`precision.e5m6_attention` would free
+    2.0 GiB).
     """
     model = replace(presets.get("deepseek-v3"), rope_scaling=None, max_position_embeddings=4096)
     return RunConfig(

@@ -23,18 +23,21 @@ class Steps:
     last: int
 
     @classmethod
-    def parse(cls, words: str) -> Steps:
-        """`3:5` are three steps, `4` is one.
+    def parse(cls, words: str, steps: int) -> Steps:
+        """`3:5` are three steps, `4` is one, of a run of `steps`.
 
         Raises:
-            ConfigError: `words` are no steps.
+            ConfigError: `words` are no steps, or the run ends before the first of them.
         """
         found = re.fullmatch(r"(\d+)(?::(\d+))?", words.strip())
         if found is not None:
             first = int(found[1])
             last = first if found[2] is None else int(found[2])
-            if 1 <= first <= last:
+            if 1 <= first <= last and first <= steps:
                 return cls(first, last)
+            if steps < first <= last:
+                message = f"--profile {words} begins at step {first}, but train.steps={steps}. Name others."
+                raise ConfigError(message)
         message = f"--profile {words} names no steps. Write FIRST:LAST from 1 on, e.g. 3:5, or one step."
         raise ConfigError(message)
 

@@ -74,6 +74,13 @@ RECIPES: Final[dict[str, Callable[[], RunConfig]]] = {
     "deepseek_v3_2048_h800": large.deepseek_v3_2048_h800,
 }
 
+_CONTINUED: Final = frozenset({"finetune", "moonlight_16b_2xh200"})
+
+
+def continues(name: str) -> bool:
+    """Whether a recipe is for weights that were trained before, so that random ones make no sense."""
+    return _key(name) in _CONTINUED
+
 
 def get(name: str) -> RunConfig:
     """The recipe called `name` (`-` and `_` are the same).
@@ -81,8 +88,11 @@ def get(name: str) -> RunConfig:
     Raises:
         UnknownFieldError: no such recipe; the message names the nearest one.
     """
-    key = name.replace("-", "_")
-    if key not in RECIPES:
+    if _key(name) not in RECIPES:
         msg = "recipe"
         raise UnknownFieldError(msg, name, RECIPES)
-    return RECIPES[key]()
+    return RECIPES[_key(name)]()
+
+
+def _key(name: str) -> str:
+    return name.replace("-", "_")

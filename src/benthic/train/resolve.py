@@ -86,7 +86,7 @@ def resolve(
 def _layout(config: RunConfig, ranks: int, note: Callable[[Choice], None]) -> RunConfig:
     """Ranks that no degree speaks for see other rows."""
     layout = config.layout
-    if layout.dp_degree != 1 or layout.ranks >= ranks or ranks % layout.ranks:
+    if layout.dp_degree != 1 or not 1 <= layout.ranks < ranks or ranks % layout.ranks:
         return config
     degree = ranks // layout.ranks
     note(Choice("layout.dp_degree", degree, f"{ranks} ranks / {layout.ranks} of the other degrees"))
@@ -238,6 +238,7 @@ def _divides(rows: int, loop: LoopConfig) -> bool:
 
 def _problems(config: RunConfig, facts: HardwareFacts, data: Meta) -> Iterator[str]:
     yield from _loop_problems(config.train, config.model)
+    yield from _guard_problems(config.train)
     yield from _optimizer_problems(config)
     yield from _memory_problems(config)
     yield from _model_problems(config.model, data)
@@ -266,10 +267,12 @@ def _counts(config: RunConfig) -> dict[str, float]:
         "checkpoint.keep_latest_k": config.checkpoint.keep_latest_k,
         "evaluate.every": config.evaluate.every,
         "evaluate.max_tokens": config.evaluate.max_tokens,
+        "log.every": config.log.every,
         "log.load_every": config.log.load_every,
         "log.sample_tokens": config.log.sample_tokens,
         "log.timeline_every": config.log.timeline_every,
         "loss.balance_alpha": config.loss.balance_alpha,
+        "train.final_lr": config.train.final_lr,
         "train.max_norm": config.train.max_norm,
         "train.stuck_s": config.train.stuck_s,
         "train.warmup_steps": config.train.warmup_steps,
@@ -293,15 +296,24 @@ def _loop_problems(loop: LoopConfig, model: ModelConfig) -> Iterator[str]:
         )
     if not 0.0 < loop.lr < 1.0:
         yield f"train.lr={loop.lr} is not between 0 and 1. AdamW wants something like 3e-4."
-    if loop.spike_factor != 0.0 and loop.spike_factor <= 1.0:
-        yield (f"train.spike_factor={loop.spike_factor} would skip ordinary steps. Set it above 1, or to 0.")
-    if loop.spike_window < 2:
-        yield f"train.spike_window={loop.spike_window} is below 2. Set it to 2 or more."
     if loop.warmup_steps > loop.steps:
         yield f"train.warmup_steps={loop.warmup_steps} exceeds train.steps={loop.steps}. Shorten the warm-up."
     if (loop.schedule == "curve") != (loop.lr_curve is not None):
         given = "is missing" if loop.lr_curve is None else f"={loop.lr_curve} would be ignored"
         yield f"train.schedule={loop.schedule}, but train.lr_curve {given}. Set both or neither."
+
+
+def _guard_problems(loop: LoopConfig) -> Iterator[str]:
+    """What watches over a run: spikes of the loss, ranks that stand still."""
+    if loop.spike_factor != 0.0 and loop.spike_factor <= 1.0:
+        yield (f"train.spike_factor={loop.spike_factor} would skip ordinary steps. Set it above 1, or to 0.")
+    if loop.spike_window < 2:
+        yield f"train.spike_window={loop.spike_window} is below 2. Set it to 2 or more."
+    if loop.timeout_s <= loop.stuck_s:
+        yield (
+            f"train.timeout_s={loop.timeout_s} is not above train.stuck_s={loop.stuck_s}, so collectives "
+            "would end first and no rank say where it stands. Raise the one or lower the other."
+        )
 
 
 def _optimizer_problems(config: RunConfig) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Protocol
@@ -229,11 +230,17 @@ class Run:
         self.watcher.note(f"sample:\n{text}")
 
     def _export(self) -> None:
-        target = self.folder / "hf"
+        """Write the finished model, in place of what the run exported when it last ended, if it did."""
+        target, unfinished = self.folder / "hf", self.folder / "hf.unfinished"
         trainer, dtype = self.trainer, DTYPES[self.config.checkpoint.export_dtype]
-        save_stages(trainer.stages, trainer.mesh, self.config.model, target, dtype=dtype)
-        if trainer.mesh.rank == 0:
-            tokenizers.copy(self.held_out.folder / "tokenizer", target)
+        if self.leads and unfinished.exists():
+            shutil.rmtree(unfinished)
+        save_stages(trainer.stages, trainer.mesh, self.config.model, unfinished, dtype=dtype)
+        if self.leads:
+            tokenizers.copy(self.held_out.folder / "tokenizer", unfinished)
+            if target.exists():
+                shutil.rmtree(target)
+            unfinished.replace(target)
         self.watcher.note(f"exported to {target}: try `benthic serve {target}`")
 
 

@@ -7,13 +7,14 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up import Affine, LogNormal
 
 from benthic.errors import ConfigError, DataError
 from benthic.plan.serving.acceptance import Geometric
 from benthic.plan.serving.cluster import Cluster, Link
-from benthic.plan.serving.demand import Ask, Fixed, LogNormal, drawn
+from benthic.plan.serving.demand import Ask, Fixed, drawn
 from benthic.plan.serving.group import GroupSpec
-from benthic.plan.serving.steps import Affine, Measured
+from benthic.plan.serving.steps import Measured
 from benthic.sched.plans import BatchingConfig
 from benthic.sched.replay import RecordingScheduler, replay
 

@@ -8,10 +8,11 @@ import statistics
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up import LogNormal
 
 from benthic.errors import ConfigError, DataError, UnknownFieldError
 from benthic.plan.serving.acceptance import Geometric, expected_tokens
-from benthic.plan.serving.demand import SHAREGPT, Ask, Fixed, LogNormal, Resampled, drawn, recorded
+from benthic.plan.serving.demand import SHAREGPT, Ask, Fixed, Resampled, drawn, recorded
 from benthic.plan.serving.distserve import Degrees, Study, algorithm_1, algorithm_2, fit_of, instance
 from benthic.plan.serving.examples import serving_examples
 from benthic.plan.serving.goodput import Targets, find_goodput

@@ -296,7 +296,14 @@ def test_the_command_prints_json_and_refuses_what_makes_no_sense(tmp_path):
     assert done.exit_code == 0, done.output
     assert json.loads(done.output)["answers"][0]["goodput"] > 0.0
     assert page.read_text().startswith("<!doctype html>")
-    for extra in (["--price", "-1"], ["--tpot", "-1"], ["--kv-cache-dtype", "int4"], ["--burstiness", "0"]):
+    for extra in (
+        ["--isl", "9000"],
+        ["--rate", "-1"],
+        ["--usd-per-gpu-hour", "-1"],
+        ["--tpot", "-1"],
+        ["--kv-cache-dtype", "int4"],
+        ["--burstiness", "0"],
+    ):
         assert isinstance(RUN.invoke(main.app, [*words.split(), *extra]).exception, ConfigError)
     wrong = words.replace("h200", "h20000").split()
     assert isinstance(RUN.invoke(main.app, wrong).exception, UnknownFieldError)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from made_up import Affine, LogNormal
+
 from benthic.plan.serving.cluster import Cluster, Link
-from benthic.plan.serving.demand import LogNormal, drawn
+from benthic.plan.serving.demand import drawn
 from benthic.plan.serving.group import GroupSpec
-from benthic.plan.serving.steps import Affine
 from benthic.sched.plans import BatchingConfig
 from benthic.sched.replan import ReplanConfig, Replanner, Report, Split
 from benthic.sched.routing import Query, Route, choose

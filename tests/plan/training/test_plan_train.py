@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from benthic.cli import plan as command
+from benthic.cli.dry_run import assumed, nothing
+from benthic.cli.settings import apply, typed
 from benthic.errors import BenthicError, ConfigError, UnknownFieldError
 from benthic.parallel.footprint import footprints
 from benthic.plan.cost import machine as machines
@@ -26,6 +28,9 @@ from benthic.plan.training.step import step, waterfall
 from benthic.plan.training.tables import digest
 from benthic.spec import presets
 from benthic.spec.layout import Layout
+from benthic.train import recipes
+from benthic.train.resolve import resolve
+from benthic.train.trainer import rows_at
 
 RUN = CliRunner()
 V3 = Candidate(
@@ -203,6 +208,30 @@ def test_the_report_and_the_dictionary_hold_the_same_winner():
     words = as_dict(found)["best"][0]["words"]
     assert words in report(found)
     assert found.run.usd == pytest.approx(2 * found.run.gpu_hours)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_a_plan_says_to_set_makes_the_trainer_run_the_plan(precision):
+    asked = question(gpus=8, rows=64)
+    found = search(
+        asked, Space(schedules=("interleaved",), pp=(2,), ep=(4,), precisions=(precision,)), keep=1
+    )
+    best = found.best[0].candidate
+    recipe = dataclasses.replace(recipes.get("deepseek_v3_2048_h800"), model=MOONLIGHT)
+    config = apply(recipe, [f"{name}={typed(value)}" for name, value in best.settings().items()])
+    ready = resolve(config, assumed(config), nothing(config), ranks=8).config
+    assert ready.layout == best.layout
+    assert ready.recompute == best.recompute
+    assert rows_at(ready, 10**12) == best.rows
+    assert vars(best.precision).items() <= vars(ready.precision).items()
+    assert Candidate.of(ready, best.rows) == best
+    assert footprints(ready, best.table()) == footprints(best, best.table())
+
+
+def test_rows_longer_than_the_model_has_positions_are_refused_as_by_the_trainer():
+    words = "train moonlight-16b-a3b --gpus 8 --hardware h100 --seq-len 9000"
+    with pytest.raises(ConfigError, match="but moonlight-16b-a3b has 8192 positions"):
+        RUN.invoke(command.app, words.split(), catch_exceptions=False)
 
 
 def test_unknown_precisions_are_refused():

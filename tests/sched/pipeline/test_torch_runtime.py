@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benthic.sched.pipeline.exchange import torch_csv, write_table
 from benthic.sched.pipeline.schedules import build
+from benthic.sched.pipeline.table_csv import torch_csv, write_table
 
 if TYPE_CHECKING:
     from pathlib import Path

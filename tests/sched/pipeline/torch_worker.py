@@ -11,7 +11,7 @@ import torch.distributed as dist  # noqa: TID251 (torch's runtime is what is tes
 from torch.distributed.pipelining import PipelineStage  # noqa: TID251
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime  # noqa: TID251
 
-from benthic.sched.pipeline.exchange import read_table
+from benthic.sched.pipeline.table_csv import read_table
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -63,43 +63,6 @@ class Fixed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogNormal:
-    """Log-normal lengths of given means, independent, cut to `most` tokens of prompt and answer together.
-
-    `spread` is the standard deviation of the logarithm: 0 gives the means, 1 a mix as of chats.
-    """
-
-    prompt_tokens: int
-    output_tokens: int
-    spread: float = 1.0
-    most: int = 1 << 20
-
-    def __post_init__(self) -> None:
-        _check_lengths(self.prompt_tokens, self.output_tokens)
-        if not 0.0 <= self.spread <= 4.0:
-            msg = f"the spread of lengths is {self.spread}, but it must lie in [0, 4] (1: as of chats)"
-            raise ConfigError(msg)
-
-    @property
-    def mean(self) -> tuple[float, float]:
-        """Before the cut."""
-        return float(self.prompt_tokens), float(self.output_tokens)
-
-    def draw(self, generator: random.Random, count: int) -> list[tuple[int, int]]:
-        """Independent pairs."""
-        return [self._pair(generator) for _ in range(count)]
-
-    def _pair(self, generator: random.Random) -> tuple[int, int]:
-        shift = -(self.spread**2) / 2.0
-        prompt, output = (
-            max(1, round(mean * generator.lognormvariate(shift, self.spread)))
-            for mean in (self.prompt_tokens, self.output_tokens)
-        )
-        prompt = min(prompt, self.most - 1)
-        return prompt, min(output, self.most - prompt)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Deciles:
     """Independent lengths whose distribution is linear between its deciles, least and most first and last.
 

@@ -34,7 +34,7 @@ def read_measured(path: Path, weights: WeightDtype, *, graph_rows: int = 0) -> l
     Raises:
         DataError: no such file, no JSON with rows, or a row of these that lacks a number.
     """
-    return list(_steps(_rows(path, "steps", "serve_gpu.py"), weights, path, graph_rows))
+    return list(_steps(_rows(path, "measured steps", "serve_gpu.py"), weights, path, graph_rows))
 
 
 def read_front(paths: Sequence[Path]) -> FrontCost:
@@ -47,7 +47,12 @@ def read_front(paths: Sequence[Path]) -> FrontCost:
     Raises:
         DataError: no such file, no JSON with rows, or fewer than two rows of either kind.
     """
-    rows = [row for path in paths for row in _rows(path, "a front", "front.py") if row.get("fronts", 1) == 1]
+    rows = [
+        row
+        for path in paths
+        for row in _rows(path, "what a front takes", "front.py")
+        if row.get("fronts", 1) == 1
+    ]
     writes = [(r["events_a_token"], r["cpu_us_a_token"] / 1e6) for r in rows if "cpu_us_a_token" in r]
     asked = [(r["prompt_tokens"], r["cpu_us_a_request"] / 1e6) for r in rows if "cpu_us_a_request" in r]
     sizes = [len({size for size, _ in pairs}) for pairs in (writes, asked)]
@@ -66,12 +71,12 @@ def read_front(paths: Sequence[Path]) -> FrontCost:
 
 def _rows(path: Path, what: str, script: str) -> list[dict[str, Any]]:
     if not path.is_file():
-        msg = f"there is no file {path} of measured {what}. Write one with benchmarks/{script}."
+        msg = f"there is no file {path} of {what}. Write one with benchmarks/{script}."
         raise DataError(msg)
     try:
         return json.loads(path.read_text(encoding="utf-8"))["rows"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        msg = f"{path} holds no rows of measured {what} ({error!r}). Write it with benchmarks/{script}."
+        msg = f"{path} holds no rows of {what} ({error!r}). Write it with benchmarks/{script}."
         raise DataError(msg) from error
 
 

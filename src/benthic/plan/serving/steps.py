@@ -74,29 +74,6 @@ class StepTime(Protocol):
         """Seconds, above 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Affine:
-    """A step time linear in what the busiest rank does (seconds, and seconds a token or position)."""
-
-    fixed: float
-    token: float = 0.0
-    sequence: float = 0.0
-    context: float = 0.0
-    pair: float = 0.0
-
-    def __call__(self, loads: Sequence[StepLoad]) -> float:
-        """Seconds."""
-        return self.fixed + max([self._work(load) for load in loads])
-
-    def _work(self, load: StepLoad) -> float:
-        return (
-            self.token * load.tokens
-            + self.sequence * load.decodes
-            + self.context * load.decode_context
-            + self.pair * load.prefill_pairs
-        )
-
-
 @dataclass(kw_only=True)
 class Measured:
     """Step times of a recorded run, in the order of its steps."""

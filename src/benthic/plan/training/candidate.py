@@ -6,18 +6,18 @@ A `Candidate` is a `benthic.parallel.setup.Setup`, so the trainer's own arithmet
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from benthic.errors import ConfigError, ScheduleError, UnknownFieldError
+from benthic.parallel.setup import number
 from benthic.sched.pipeline import schedules
 
 if TYPE_CHECKING:
+    from benthic.parallel.setup import Setup
     from benthic.plan.cost.ops import Dtype
     from benthic.sched.pipeline.table import Table
     from benthic.spec.layout import Layout
     from benthic.spec.model import ModelConfig
-
-PrecisionName = Literal["bf16", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,26 @@ class Candidate:
     offload: tuple[str, ...] = ()
     skew: float = 1.0
 
+    @classmethod
+    def of(cls, setup: Setup, rows: int) -> Candidate:
+        """What a resolved training run is, with `rows` rows a step; `settings` is the way back."""
+        sizes, numbers, updates = setup.train, setup.precision, setup.optimizer
+        return cls(
+            model=setup.model,
+            layout=setup.layout,
+            train=Rows(seq_len=number(sizes.seq_len), local_batch_size=number(sizes.local_batch_size)),
+            rows=rows,
+            precision=Numbers(
+                weights=numbers.weights,
+                matmul=numbers.matmul,
+                fp8_swiglu=numbers.fp8_swiglu,
+                e5m6_attention=numbers.e5m6_attention,
+            ),
+            optimizer=Updates(name=updates.name, moment_dtype=updates.moment_dtype),
+            recompute=tuple(setup.recompute),
+            offload=tuple(setup.offload),
+        )
+
     @property
     def microbatches(self) -> int:
         """Of one pipeline in one step."""
@@ -132,6 +152,22 @@ class Candidate:
             except (ConfigError, ScheduleError) as error:
                 found.append(str(error))
         return tuple(found)
+
+    def settings(self) -> dict[str, Any]:
+        """What the fields of a training run's config must be for it to be this candidate."""
+        fields: dict[str, Any] = {f"layout.{name}": value for name, value in vars(self.layout).items()}
+        fields |= {f"precision.{name}": value for name, value in vars(self.precision).items()}
+        fields |= {
+            "train.seq_len": self.train.seq_len,
+            "train.local_batch_size": self.train.local_batch_size,
+            "train.global_batch_size": self.rows,
+            "train.batch_curve": None,
+            "optimizer.name": self.optimizer.name,
+            "optimizer.moment_dtype": self.optimizer.moment_dtype,
+            "recompute": self.recompute,
+            "offload": self.offload,
+        }
+        return fields
 
     def words(self) -> str:
         """Short: `PP16 dualpipe x DP128 x EP64, ZeRO-1, 1 row a microbatch, fp8, recompute deepseek-v3`."""

@@ -162,6 +162,7 @@ def evaluated_dict(one: Evaluated) -> dict[str, Any]:
     layout, price = one.candidate.layout, one.step.price
     return {
         "words": one.candidate.words(),
+        "settings": one.candidate.settings(),
         "pp": layout.pp_degree,
         "dp": layout.dp_degree,
         "ep": layout.ep_degree,

@@ -7,8 +7,8 @@ from any_schedule import tables
 from hypothesis import given, settings
 
 from benthic.errors import ConfigError
-from benthic.sched.pipeline.exchange import read_table, torch_csv, write_table
 from benthic.sched.pipeline.schedules import BUILDERS, build
+from benthic.sched.pipeline.table_csv import read_table, torch_csv, write_table
 
 ONE_WAY = [name for name in BUILDERS if name not in {"chimera", "dualpipe"}]
 
