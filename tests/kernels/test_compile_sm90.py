@@ -45,6 +45,8 @@ FLOAT32 = {
     "scale_ptr",
     "part_ptr",
     "in_scale_ptr",
+    "row_scale_ptr",
+    "column_scale_ptr",
     "x_scale_ptr",
     "dy_scale_ptr",
     "weight_scale_ptr",
@@ -262,12 +264,19 @@ def test_the_experts_product_uses_wgmma_without_spills(direction, tmp_path):
 
 @pytest.mark.parametrize(
     ("direction", "rows"),
-    [("rows times blocks", 16), ("rows times blocks", 64), ("rows times blocks", 512), ("column tiles", 64)],
+    [
+        ("rows times blocks", 16),
+        ("rows times blocks", 64),
+        ("rows times blocks", 512),
+        ("column tiles", 64),
+        ("column tiles, added", 64),
+    ],
 )
 def test_fp8_products_use_wgmma_without_spills(direction, rows, tmp_path):
     block_m, block_n, warps, stages = importlib.import_module("benthic.kernels.triton_fp8_linear").tiles(rows)
     constants = {"EXPERTS": 64, "EMULATE": False} | ({"experts": 1, "k_tiles": 1} if rows == 512 else {})
-    if direction == "column tiles":
+    if direction.startswith("column tiles"):
+        constants |= {"ADD": direction.endswith("added")}
         constants |= {"BLOCK_O": block_m, "BLOCK_I": block_n, "BLOCK_P": 128}
         kernel = "_column_tiles"
     else:
@@ -372,6 +381,31 @@ MEMORY_BOUND = [
             {"values_ptr": "*fp8e4nv", "x_ptr": "*fp8e4nv" if retile else "*bf16"},
         )
         for retile in (False, True)
+    ),
+    (
+        "triton_fp8_fused",
+        "_quantise_both",
+        {"POWER_OF_TWO": False, "EXPERTS": 64, "TILE": 128},
+        8,
+        {"row_values_ptr": "*fp8e4nv", "column_values_ptr": "*fp8e4nv"},
+    ),
+    (
+        "triton_fp8_fused",
+        "_swiglu_rows",
+        {"POWER_OF_TWO": False, "ROWS": 16, "TILE": 128},
+        4,
+        {"values_ptr": "*fp8e4nv"},
+    ),
+    *(
+        (
+            "triton_fp8_fused",
+            "_norm_rows",
+            {"HAS_RESIDUAL": added, "POWER_OF_TWO": False, "ROWS": rows, "WIDTH": width, "TILE": 128},
+            warps,
+            {"values_ptr": "*fp8e4nv"},
+        )
+        for added in (False, True)
+        for rows, width, warps in ((1, 8192, 8), (2, 2048, 4))
     ),
     *(
         (
