@@ -434,6 +434,28 @@ def test_memory_bound_kernels_do_not_spill(module, kernel, constants, warps, ove
     assert_fits(resources(built, tmp_path))
 
 
+def layout_of_first_sum(built):
+    text = built.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+    return layouts[re.search(r"\}\) : \(tensor<[\dx]+xf32, (#\w+)>\) ->", text).group(1)]
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("width", [100, 512, 2048, 7168])
+def test_a_norm_that_quantises_sums_in_the_order_of_the_plain_norm(width, added):
+    norm, fused = (
+        importlib.import_module(f"benthic.kernels.{m}") for m in ("triton_norm", "triton_fp8_fused")
+    )
+    rows, padded, warps = fused.norm_tile(width)
+    assert norm.tile(width, 4096) == (rows, padded, warps)
+    constants = {"HAS_RESIDUAL": added, "ROWS": rows, "WIDTH": padded}
+    plain = compiled("triton_norm", "_norm_forward", constants, warps=warps)
+    constants |= {"POWER_OF_TWO": False, "TILE": 128}
+    kinds = {"values_ptr": "*fp8e4nv"}
+    built = compiled("triton_fp8_fused", "_norm_rows", constants, warps=warps, overrides=kinds)
+    assert layout_of_first_sum(built) == layout_of_first_sum(plain)
+
+
 EXCHANGE = [
     (
         "_push_tokens",

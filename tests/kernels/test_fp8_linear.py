@@ -100,6 +100,44 @@ def test_column_tiles_start_anew_at_each_expert(name):
         first, start = first + length, end
 
 
+@pytest.mark.parametrize("name", [None, *ENDS])
+def test_rows_and_columns_at_once_are_those_of_two_passes(name):
+    ends, x = None if name is None else ends_of(name), made(300, 150)
+    rows, columns = ops.quantise_fp8_both(x, ends, power_of_two=True)
+    for ours, theirs in (
+        (rows, ops.quantise_fp8_rows(x, power_of_two=True)),
+        (columns, ops.quantise_fp8_columns(x, ends, power_of_two=True)),
+    ):
+        assert torch.equal(ours.values.view(torch.uint8), theirs[0].view(torch.uint8))
+        assert torch.equal(ours.scale, theirs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_quantised_as_it_is_computed_is_near_what_was_to_be_computed(dtype):
+    x, residual, weight = made(63, 300).to(dtype), made(63, 300, seed=1).to(dtype), made(1, 300)[0].to(dtype)
+    exact = ops.swiglu(x.double(), impl="reference")
+    assert error(back(ops.swiglu_fp8(x), 1), exact) < ONE_OPERAND
+    exact = ops.rms_norm(x.double(), weight.double(), 1e-6, impl="reference")
+    assert error(back(ops.rms_norm_fp8(x, weight, 1e-6), 1), exact) < ONE_OPERAND
+    tiles, total = ops.add_rms_norm_fp8(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    exact = ops.rms_norm(total.double(), weight.double(), 1e-6, impl="reference")
+    assert error(back(tiles, 1), exact) < ONE_OPERAND
+
+
+@pytest.mark.parametrize("name", [None, *ENDS])
+def test_a_weight_gradient_is_added_to_a_float32_sum_of_any_layout(name):
+    ends, dy, x = None if name is None else ends_of(name), made(300, 70), made(300, 130, seed=1)
+    tiles = [ops.quantise_fp8_columns(operand, ends) for operand in (dy, x)]
+    gradient = ops.fp8_weight_gradient(*tiles, ends)
+    into = made(*gradient.shape, seed=2)
+    across = into.transpose(-1, -2).contiguous().transpose(-1, -2)
+    for sum_ in (into, across):
+        exact = sum_ + gradient
+        ops.add_fp8_weight_gradient(sum_, *tiles, ends)
+        assert torch.equal(sum_, exact)
+
+
 def test_retiling_power_of_two_scales_rounds_nothing_but_underflow():
     x = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
     results = {}
@@ -130,3 +168,16 @@ def test_operands_that_disagree_are_refused_with_both_shapes():
         ops.fp8_weight_gradient(ops.quantise_fp8_columns(made(5, 8)), ops.quantise_fp8_columns(made(129, 8)))
     with pytest.raises(ShapeError, match="2 dims, or 3 with experts, not 1"):
         ops.quantise_fp8_weight(made(8))
+    tiles = [ops.quantise_fp8_columns(made(5, 8)) for _ in range(2)]
+    with pytest.raises(ShapeError, match=r"gradient is \(8, 8\) in float32, but the sum is \(8, 9\)"):
+        ops.add_fp8_weight_gradient(made(8, 9), *tiles)
+    with pytest.raises(ShapeError, match=r"the sum is \(8, 8\) in torch.bfloat16"):
+        ops.add_fp8_weight_gradient(made(8, 8).bfloat16(), *tiles)
+    with pytest.raises(ShapeError, match="cut from a matrix; got 3 dims"):
+        ops.quantise_fp8_both(made(2, 4, 8))
+    with pytest.raises(ShapeError, match="must be even, not 7"):
+        ops.swiglu_fp8(made(4, 7))
+    with pytest.raises(ShapeError, match=r"8 columns but the weight has shape \(9,\)"):
+        ops.rms_norm_fp8(made(4, 8), made(9, 1)[:, 0], 1e-6)
+    with pytest.raises(ShapeError, match=r"x \(4, 8\) and residual \(5, 8\) must match"):
+        ops.add_rms_norm_fp8(made(4, 8), made(5, 8), made(8, 1)[:, 0], 1e-6)

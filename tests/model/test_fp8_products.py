@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import BASE
 
+from benthic.kernels import ops
 from benthic.model.fp8_products import Fp8Products, RunningWeights, fp8_parameters
 from benthic.model.network import DeepSeek
 from benthic.model.products import SplitLinear, WeightGradients
@@ -68,6 +69,22 @@ def test_experts_get_gradients_from_their_own_rows(name, defer):
     close(leaves[1].grad, exact[1].grad, 1.5 * TOLERANCE)
     assert not y[start:].any()
     assert not leaves[0].grad[start:].any()
+
+
+def test_an_output_gradient_is_tiled_both_ways_and_a_weight_gradient_joins_the_sum_to_the_bit():
+    products, ends = Fp8Products(power_of_two=True), torch.tensor(ENDS["spare rows"], dtype=torch.int32)
+    x, dy, into = made(63, 130), made(63, 70, seed=1), made(4, 70, 130, seed=2)
+    rows, columns = products.keep_gradient(dy, ends)
+    apart = (
+        ops.quantise_fp8_rows(dy, power_of_two=True),
+        ops.quantise_fp8_columns(dy, ends, power_of_two=True),
+    )
+    for ours, theirs in zip((*rows, *columns), (*apart[0], *apart[1]), strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    kept = products.keep_rows(x, ends)
+    exact = into + products.weight_gradient(columns, kept, ends)
+    assert products.weight_gradient(columns, kept, ends, into) is into
+    assert torch.equal(into, exact)
 
 
 def test_rows_are_kept_in_fp8_and_the_weight_as_its_one_copy():
