@@ -385,7 +385,7 @@ MEMORY_BOUND = [
     (
         "triton_fp8_fused",
         "_quantise_both",
-        {"POWER_OF_TWO": False, "EXPERTS": 64, "TILE": 128},
+        {"POWER_OF_TWO": False, "EXPERTS": 64, "TILE": 128, "PART": 64},
         8,
         {"row_values_ptr": "*fp8e4nv", "column_values_ptr": "*fp8e4nv"},
     ),

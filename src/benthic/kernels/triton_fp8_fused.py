@@ -19,32 +19,44 @@ from benthic.kernels.triton_tiles import find_tile
 @triton.jit(do_not_specialize=["rows"])
 def _quantise_both(
     x_ptr, row_values_ptr, row_scale_ptr, column_values_ptr, column_scale_ptr, ends_ptr,
-    rows, experts, columns, padded_dim, stride, row_scale_stride, row_tile_stride,
-    POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
+    rows, experts, columns, padded_dim, stride,
+    row_scale_stride, row_tile_stride, column_scale_stride, column_tile_stride,
+    POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """A square of one expert's rows: a scale for each of its rows, and one for each of its columns."""
-    tile = tl.program_id(0)
+    """A square of one expert's rows: a scale for each of its rows, then one for each of its columns.
+
+    Both in parts, so that few registers are live; what is loaded for columns lies in the first cache.
+    """
+    tile, column_tile = tl.program_id(0), tl.program_id(1)
     expert, start, end = find_tile(ends_ptr, tile, rows, experts, TILE, EXPERTS)
-    within = tl.arange(0, TILE)
+    within, part = tl.arange(0, TILE), tl.arange(0, PART)
+    column = column_tile * TILE + within
+    for first in range(0, TILE, PART):
+        some_row = (start + first + part).to(tl.int64)
+        mask = (some_row < end)[:, None] & (column < columns)[None, :]
+        at = some_row[:, None] * stride + column[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        scale = tile_scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
+        values = scaled(x, scale[:, None]).to(tl.float8e4nv)
+        tl.store(row_values_ptr + some_row[:, None] * columns + column[None, :], values, mask=mask)
+        at = some_row * row_scale_stride + column_tile.to(tl.int64) * row_tile_stride
+        tl.store(row_scale_ptr + at, scale, mask=some_row < end)
     row = (start + within).to(tl.int64)
-    column = tl.program_id(1) * TILE + within
-    row_kept, column_kept = row < end, column < columns
-    mask = row_kept[:, None] & column_kept[None, :]
-    x = tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    scale = tile_scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
-    values = scaled(x, scale[:, None])
-    tl.store(row_values_ptr + row[:, None] * columns + column[None, :], values.to(tl.float8e4nv), mask=mask)
-    at = row * row_scale_stride + tl.program_id(1).to(tl.int64) * row_tile_stride
-    tl.store(row_scale_ptr + at, scale, mask=row_kept)
     # the rows past the last expert belong to nobody: in columns they are zeros
-    x = tl.where(expert < experts, x, 0.0)
-    scale = tile_scale(tl.max(tl.abs(x), axis=0), POWER_OF_TWO)
-    values = scaled(x, scale[None, :])
-    column_kept = column < tl.where(tile < padded_dim // TILE, columns, 0)
-    column = column.to(tl.int64)
-    at = column[:, None] * padded_dim + tile * TILE + within[None, :]
-    tl.store(column_values_ptr + at, tl.trans(values).to(tl.float8e4nv), mask=column_kept[:, None])
-    tl.store(column_scale_ptr + column * (padded_dim // TILE) + tile, scale, mask=column_kept)
+    row_kept = row < tl.where(expert < experts, end, start)
+    columns_here = tl.where(tile < padded_dim // TILE, columns, 0)
+    for first in range(0, TILE, PART):
+        some_column = column_tile * TILE + first + part
+        mask = row_kept[:, None] & (some_column < columns)[None, :]
+        at = row[:, None] * stride + some_column[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        scale = tile_scale(tl.max(tl.abs(x), axis=0), POWER_OF_TWO)
+        values = tl.trans(scaled(x, scale[None, :])).to(tl.float8e4nv)
+        kept, place = some_column < columns_here, some_column.to(tl.int64)
+        at = place[:, None] * padded_dim + tile * TILE + within[None, :]
+        tl.store(column_values_ptr + at, values, mask=kept[:, None])
+        at = place * column_scale_stride + tile.to(tl.int64) * column_tile_stride
+        tl.store(column_scale_ptr + at, scale, mask=kept)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -106,19 +118,17 @@ def quantise_both(x_RI, ends_E, *, power_of_two):
     rows, columns = x_RI.shape
     device = x_RI.device
     ends = torch.full((1,), rows, dtype=torch.int32, device=device) if ends_E is None else ends_E
-    experts, tiles = ends.shape[0], triton.cdiv(columns, TILE)
+    experts = ends.shape[0]
     padded = padded_rows(rows, experts)
-    by_row = _empty_rows(rows, columns, device)
-    by_column = Fp8(
-        torch.empty(columns, padded, dtype=torch.float8_e4m3fn, device=device),
-        torch.empty(columns, padded // TILE, dtype=torch.float32, device=device),
-    )
+    by_row, by_column = _empty_tiles(rows, columns, device), _empty_tiles(columns, padded, device)
     if padded:
         # one tile more than columns have room for: the rows past the last expert may begin in it
-        _quantise_both[(padded // TILE + 1, tiles)](
+        _quantise_both[(padded // TILE + 1, by_row.scale.shape[1])](
             x_RI, *by_row, *by_column, ends,
-            rows, experts, columns, padded, x_RI.stride(0), *by_row.scale.stride(),
-            POWER_OF_TWO=power_of_two, EXPERTS=triton.next_power_of_2(experts + 2), TILE=TILE, num_warps=8,
+            rows, experts, columns, padded, x_RI.stride(0),
+            *by_row.scale.stride(), *by_column.scale.stride(),
+            POWER_OF_TWO=power_of_two, EXPERTS=triton.next_power_of_2(experts + 2),
+            TILE=TILE, PART=64, num_warps=8,
         )  # fmt: skip
     return by_row, by_column
 
@@ -127,7 +137,7 @@ def swiglu(gate_up_RF2, *, power_of_two):
     """See `benthic.kernels.ops.swiglu_fp8`."""
     gate_up_RF2 = gate_up_RF2 if gate_up_RF2.stride(1) == 1 else gate_up_RF2.contiguous()
     rows, width = gate_up_RF2.shape[0], gate_up_RF2.shape[1] // 2
-    out = _empty_rows(rows, width, gate_up_RF2.device)
+    out = _empty_tiles(rows, width, gate_up_RF2.device)
     if rows:
         tiles = out.scale.shape[1]
         _swiglu_rows[(triton.cdiv(rows, 16), tiles)](
@@ -152,7 +162,7 @@ def _norm(x_RD, residual_RD, weight_D, eps, *, power_of_two):
     other = x_RD if residual_RD is None else residual_RD
     other = other if other.stride(1) == 1 else other.contiguous()
     rows, width = x_RD.shape
-    out = _empty_rows(rows, width, x_RD.device)
+    out = _empty_tiles(rows, width, x_RD.device)
     total = x_RD if residual_RD is None else torch.empty_like(out.values, dtype=x_RD.dtype)
     block, padded, warps = norm_tile(width)
     if rows:
@@ -172,7 +182,7 @@ def norm_tile(width):
     return rows, padded, min(16, max(4, rows * padded // 1024))
 
 
-def _empty_rows(rows, columns, device):
-    """Row tiles to be written."""
-    scale = torch.empty(rows, triton.cdiv(columns, TILE), dtype=torch.float32, device=device)
-    return Fp8(torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device), scale)
+def _empty_tiles(outer, inner, device):
+    """Values and scales to be written."""
+    scale = torch.empty(outer, triton.cdiv(inner, TILE), dtype=torch.float32, device=device)
+    return Fp8(torch.empty(outer, inner, dtype=torch.float8_e4m3fn, device=device), scale)
