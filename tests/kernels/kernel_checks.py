@@ -921,6 +921,45 @@ def test_adamw_leaves_what_lies_behind_its_operands(dtype):
     assert (held[0][1:257] != 3.0).all()
 
 
+def updated(shape, dtype, *, impl, **options):
+    """Masters, moments and copy after two updates."""
+    master = made(*shape, dtype=torch.float32, seed=1).detach()
+    moments = [torch.zeros(shape, device=DEVICE, dtype=dtype) for _ in range(2)]
+    copy = ops.quantise_fp8_weight(master, impl="reference")
+    for step in (1, 2):
+        gradient = 0.1 * made(*shape, dtype=torch.float32, seed=step).detach()
+        by = ops.AdamWStep(0.9, 0.999, 1e-8, 1e-2 / (1 - 0.9**step), 1e-4, 1 - 0.999**step, scale=0.7)
+        if options:
+            ops.adamw_fp8(master, gradient, *moments, by, copy, impl=impl, **options)
+        else:
+            ops.adamw(master, gradient, *moments, by, impl=impl)
+    return master, moments, copy
+
+
+WEIGHTS = [(150, 300), (3, 128, 150), (3, 150, 44)] + ([(8, 1408, 2048)] if ON_GPU else [])
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_adamw_that_quantises_is_adamw_and_quantising(dtype, shape, power_of_two):
+    master, moments, copy = updated(shape, dtype, impl="triton", power_of_two=power_of_two)
+    exact, apart, _ = updated(shape, dtype, impl="triton")
+    assert torch.equal(master, exact)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(moments, apart, strict=True))
+    same_bits(copy, ops.quantise_fp8_weight(master, power_of_two=power_of_two, impl="triton"))
+
+
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_adamw_rounds_a_copy_at_random_as_it_is_defined_to(dtype, shape):
+    master, _, copy = updated(shape, dtype, impl="triton", seed=-7)
+    still = ops.AdamWStep(0.9, 0.999, 1e-8, step_size=0.0, decay=0.0, correction=1.0)
+    same = master.clone(), *(torch.zeros(shape, device=DEVICE) for _ in range(3))
+    exact = ops.quantise_fp8_weight(master, impl="reference")
+    ops.adamw_fp8(*same, still, exact, seed=-7, impl="reference")
+    assert torch.equal(same[0], master)
+    same_bits(copy, exact)
+
+
 ROWS, VOCAB = (70, 163_840) if ON_GPU else (3, 700)
 
 

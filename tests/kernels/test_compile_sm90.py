@@ -77,7 +77,11 @@ def compiled(module, kernel, constants, *, dtype="bf16", warps=4, stages=3, over
             signature[name] = "constexpr"
             continue
         signature[name] = argument_type(name, dtype, overrides or {})
-        if name.endswith(("_ptr", "_dim")) or "stride" in name or name in ("width", "columns", "words"):
+        if (
+            name.endswith(("_ptr", "_dim"))
+            or "stride" in name
+            or name in ("width", "columns", "inner", "words")
+        ):
             attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, constexprs, attributes)
@@ -424,6 +428,16 @@ MEMORY_BOUND = [
     ),
     ("triton_sums", "_accumulate", {"BLOCK": 4096}, 8, {"sum_ptr": "*fp32"}),
     ("triton_update", "_adamw", {"BLOCK": 2048}, 8, {}),
+    *(
+        (
+            "triton_update",
+            "_adamw_of_blocks",
+            {"POWER_OF_TWO": False, "STOCHASTIC": stochastic, "TILE": 128, "PART": 16},
+            8,
+            {"values_ptr": "*fp8e4nv", "seed": "i64"},
+        )
+        for stochastic in (False, True)
+    ),
     ("triton_fp8", "_dequantise", {"ROWS": 16, "COLUMNS": 256}, 4, {"values_ptr": "*fp8e4nv"}),
 ]
 

@@ -158,6 +158,39 @@ def test_a_tile_keeps_small_channels_apart_from_large_ones():
     assert not kept[:, 1:128].any()
 
 
+def no_update(master):
+    """AdamW's operands that leave a master as it is."""
+    by = ops.AdamWStep(0.9, 0.999, 1e-8, step_size=0.0, decay=0.0, correction=1.0)
+    return (master, *(torch.zeros_like(master) for _ in range(3)), by)
+
+
+def test_rounding_at_random_takes_neighbours_and_is_right_on_average():
+    master, draws = made(130, 200), 400
+    nearest = ops.quantise_fp8_weight(master)
+    exact = master / nearest.scale.repeat_interleave(TILE, 0)[:130].repeat_interleave(TILE, 1)[:, :200]
+    step = torch.exp2(exact.abs().clamp(min=2.0**-6).frexp().exponent - 4.0)
+    copy, total = Fp8(torch.empty_like(nearest.values), torch.empty_like(nearest.scale)), 0.0
+    for seed in range(draws):
+        ops.adamw_fp8(*no_update(master), copy, seed=seed)
+        off = (copy.values.double() - exact) / step
+        assert off.abs().max() <= 1.0
+        total += off
+    assert torch.equal(copy.scale, nearest.scale)
+    mean = total / draws
+    assert mean.abs().max() < 5 * 0.5 * draws**-0.5  # a draw deviates by at most half a step
+    assert mean.mean().abs() < 5 * 0.5 * (draws * master.numel()) ** -0.5
+    assert ((nearest.values.double() - exact) / step).abs().mean() > 0.1
+
+
+def test_updates_too_small_for_e4m3_move_a_randomly_rounded_copy_on_average():
+    master = torch.full((128, 128), 1.01)
+    master[0, 0] = 448.0  # so that the scale is 1
+    copy = ops.quantise_fp8_weight(master)
+    assert copy.values[1:].float().mean() == 1.0
+    ops.adamw_fp8(*no_update(master), copy, seed=3)
+    assert 1.008 < copy.values[1:].float().mean() < 1.012
+
+
 def test_operands_that_disagree_are_refused_with_both_shapes():
     x, weight = rows_of(made(4, 130)), ops.quantise_fp8_weight(made(8, 128))
     with pytest.raises(ShapeError, match=r"\(4, 130\).*\(8, 128\)"):
@@ -181,3 +214,7 @@ def test_operands_that_disagree_are_refused_with_both_shapes():
         ops.rms_norm_fp8(made(4, 8), made(9, 1)[:, 0], 1e-6)
     with pytest.raises(ShapeError, match=r"x \(4, 8\) and residual \(5, 8\) must match"):
         ops.add_rms_norm_fp8(made(4, 8), made(5, 8), made(8, 1)[:, 0], 1e-6)
+    with pytest.raises(ShapeError, match=r"\(8, 8\) with scales \(1, 1\), not \(8, 9\)"):
+        ops.adamw_fp8(*no_update(made(8, 8)), ops.quantise_fp8_weight(made(8, 9)))
+    with pytest.raises(ShapeError, match="contiguous and of one shape"):
+        ops.adamw_fp8(*no_update(made(8, 9).t()), ops.quantise_fp8_weight(made(9, 8)))

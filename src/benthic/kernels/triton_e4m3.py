@@ -20,3 +20,21 @@ def tile_scale(amax, POWER_OF_TWO: tl.constexpr):
 def scaled(x, scale):
     """`x / scale`, rounded to nearest and clamped to what E4M3 holds; `scale` is spread over x."""
     return tl.minimum(tl.maximum(tl.div_rn(x, scale + tl.zeros_like(x)), -448.0), 448.0)
+
+
+@triton.jit
+def spread(x, bits):
+    """Round `|x| <= 448` to one of its two neighbours in E4M3, each with the probability of its nearness.
+
+    `bits` are 24 random ones of each element. The result is exact in E4M3.
+    """
+    magnitude, bits = tl.abs(x), bits.to(tl.int32)
+    # 20 of 23 mantissa bits go; a carry of what is added to them runs into what is kept
+    normal = ((magnitude.to(tl.int32, bitcast=True) + (bits >> 4)) & -0x100000).to(tl.float32, bitcast=True)
+    # below 2^-6 in steps of 2^-9
+    steps = magnitude * 512.0
+    below = tl.floor(steps)
+    above = steps - below + bits.to(tl.float32) * 5.9604644775390625e-8 >= 1.0
+    subnormal = (below + above.to(tl.float32)) * 0.001953125
+    rounded = tl.where(magnitude < 0.015625, subnormal, normal)
+    return tl.where(x < 0.0, -rounded, rounded)

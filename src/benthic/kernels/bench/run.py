@@ -23,6 +23,7 @@ SUITES: Final[dict[str, Callable[[Bench], None]]] = {
     "fp8": fp8.quantisers,
     "fp8_fused": fp8.fused,
     "fp8_products": fp8.products,
+    "update": suites.update,
     "sampling": sampling.sampling,
 }
 

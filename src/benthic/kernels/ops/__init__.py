@@ -114,7 +114,7 @@ from benthic.kernels.ops.norm import (
     swiglu,
 )
 from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
-from benthic.kernels.ops.update import ADAMW, adamw
+from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, adamw, adamw_fp8
 from benthic.kernels.reference.fp8_linear import Fp8
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
 from benthic.kernels.reference.sampling import Filters
@@ -136,6 +136,7 @@ __all__ = [
     "RowMaps",
     "accumulate",
     "adamw",
+    "adamw_fp8",
     "add_fp8_weight_gradient",
     "add_rms_norm",
     "add_rms_norm_fp8",
@@ -224,6 +225,7 @@ OPS: tuple[Op, ...] = (
     ADD_FP8_WEIGHT_GRADIENT,
     ADD_GROUPED_FP8_WEIGHT_GRADIENT,
     ADAMW,
+    ADAMW_FP8,
     LINEAR_BY_ROW,
     HEADS_LINEAR_BY_ROW,
     GROUPED_LINEAR_BY_ROW,
