@@ -1,8 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Triton kernels that quantise to E4M3 what they have just computed, or read: SwiGLU, RMSNorm, both tilings.
 
-Each is bound by memory and saves the passes in which a wide tensor is written and read again. Their bits are
-those of the ops that they stand for.
+Each is bound by memory and saves the passes in which a wide tensor is written and read again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Public ops that quantise to E4M3 what they read or compute, in one pass over memory.
 
-Each gives, to the bit, what the ops in its name give one after the other.
+Each gives, to the bit, what the ops in its name give one after the other. Norms do where rows are wider than
+64 and their width and strides are multiples of 16 elements; others may be summed in another order.
 """
 
 from __future__ import annotations
