@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Shared by kernels that quantise to E4M3: the scale of a tile, and values within range."""
 
 from __future__ import annotations

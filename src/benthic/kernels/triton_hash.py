@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Shared by kernels that draw numbers: a hash of a seed and a counter, the same on every device."""
 
 from __future__ import annotations
