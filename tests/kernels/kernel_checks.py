@@ -714,6 +714,69 @@ def test_fp8_columns(dtype, name, power_of_two):
     same_tiles(fast, exact)
 
 
+def same_bits(fused, apart):
+    values, scale = apart
+    assert torch.equal(fused.values.view(torch.uint8), values.view(torch.uint8))
+    assert torch.equal(fused.scale, scale)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("columns", [150] + ([2048] if ON_GPU else []))
+@pytest.mark.parametrize("name", [None, *GROUPS])
+def test_fp8_rows_and_columns_at_once(dtype, name, columns, power_of_two):
+    ends, (x, _) = grouped_inputs(name or "uneven", 35, (columns, 8), dtype)
+    ends, x = None if name is None else ends, x.detach() * 3
+    options = {"power_of_two": power_of_two}
+    rows, columns = ops.quantise_fp8_both(x, ends, **options, impl="triton")
+    same_bits(rows, ops.quantise_fp8_rows(x, **options, impl="triton"))
+    same_bits(columns, ops.quantise_fp8_columns(x, ends, **options, impl="triton"))
+    exact = ops.quantise_fp8_both(x, ends, **options, impl="reference")
+    same_tiles(rows, exact[0])
+    same_tiles(columns, exact[1])
+
+
+@pytest.mark.parametrize("rows", [1, 127, 129, 257])
+@pytest.mark.parametrize("experts", [1, 2])
+def test_fp8_rows_of_nobody_have_row_tiles_and_no_column_tiles(dtype, rows, experts):
+    x, ends = made(rows, 40, dtype=dtype).detach(), torch.ones(experts, dtype=torch.int32, device=DEVICE)
+    by_row, by_column = ops.quantise_fp8_both(x, ends, impl="triton")
+    same_bits(by_row, ops.quantise_fp8_rows(x, impl="triton"))
+    same_bits(by_column, ops.quantise_fp8_columns(x, ends, impl="triton"))
+    assert not by_column.values.float()[:, 1:].any()
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_swiglu_to_fp8(dtype, width, power_of_two):
+    gate_up = made(TOKENS, 2 * width + 3, dtype=dtype).detach()[:, : 2 * width] * 3
+    fused = ops.swiglu_fp8(gate_up, power_of_two=power_of_two, impl="triton")
+    wide = ops.swiglu(gate_up, impl="triton")
+    same_bits(fused, ops.quantise_fp8_rows(wide, power_of_two=power_of_two, impl="triton"))
+
+
+# narrower rows are padded to a tile, which the plain norm does not do: its sums have another order
+@pytest.mark.parametrize("width", [100, 300] + ([512, 2048, 7168] if ON_GPU else []))
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_norms_to_fp8(dtype, width, power_of_two):
+    x, residual = (made(TOKENS, width + 16, dtype=dtype, seed=s).detach()[:, :width] for s in (0, 1))
+    weight, options = made(width, dtype=dtype, seed=2).detach(), {"power_of_two": power_of_two}
+    fused = ops.rms_norm_fp8(x, weight, 1e-6, **options, impl="triton")
+    wide = ops.rms_norm(x, weight, 1e-6, impl="triton")
+    same_bits(fused, ops.quantise_fp8_rows(wide, **options, impl="triton"))
+    fused, total = ops.add_rms_norm_fp8(x, residual, weight, 1e-6, **options, impl="triton")
+    wide, exact = ops.add_rms_norm(x, residual, weight, 1e-6, impl="triton")
+    assert torch.equal(total, exact)
+    same_bits(fused, ops.quantise_fp8_rows(wide, **options, impl="triton"))
+
+
+def test_a_norm_to_fp8_of_rows_narrower_than_a_tile(dtype):
+    x, weight = made(TOKENS, 44, dtype=dtype).detach(), made(44, dtype=dtype, seed=1).detach()
+    values, scale = ops.rms_norm_fp8(x, weight, 1e-6, impl="triton")
+    exact = ops.rms_norm(x.double(), weight.double(), 1e-6, impl="reference")
+    found = ops.dequantise_fp8_rows(values, scale, dtype=torch.float32, impl="reference")
+    assert (found - exact).norm() < 0.06 * exact.norm()  # E4M3, and the interpreter drops carries
+
+
 @pytest.mark.parametrize("shape", [(150, 300), (3, 128, 150), (3, 150, 44)], ids=str)
 def test_fp8_weights(dtype, shape):
     weight = made(*shape, dtype=dtype).detach()
@@ -783,6 +846,30 @@ def test_grouped_fp8_products(dtype, name):
     close_fp8(fast, ops.fp8_weight_gradient(*tiles, ends, impl="reference").double(), dtype)
 
 
+@pytest.mark.parametrize("impl", ["triton", "cublas"])
+@pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
+def test_fp8_weight_gradients_are_added_to_float32_sums(dtype, dims, impl):
+    if impl == "cublas" and (not ON_GPU or any(d % 16 for d in dims)):
+        pytest.skip("cuBLAS needs a GPU and widths of a multiple of 16")
+    tiles = [ops.quantise_fp8_columns(made(TOKENS, d, dtype=dtype, seed=d).detach()) for d in dims]
+    whole = made(3, *dims, dtype=torch.float32, seed=3).detach()
+    before = whole.clone()
+    ops.add_fp8_weight_gradient(whole[1], *tiles, impl=impl)
+    assert torch.equal(whole[1], before[1] + ops.fp8_weight_gradient(*tiles, impl=impl))
+    assert torch.equal(whole[::2], before[::2])
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_fp8_weight_gradients_are_added_to_float32_sums(dtype, name):
+    ends, (x, _) = grouped_inputs(name, 35, (150, 8), dtype)
+    dy = made(len(x), 44, dtype=dtype, seed=2).detach()
+    tiles = [ops.quantise_fp8_columns(t, ends) for t in (dy, x.detach())]
+    into = made(5, 44, 150, dtype=torch.float32, seed=3).detach()
+    exact = into + ops.fp8_weight_gradient(*tiles, ends, impl="triton")
+    ops.add_fp8_weight_gradient(into, *tiles, ends, impl="triton")
+    assert torch.equal(into, exact)
+
+
 @pytest.mark.parametrize("width", [1, 7, 128, 300, 304] + ([2048, 16384] if ON_GPU else []))
 def test_e5m6_tiles(dtype, width):
     """Bit for bit, over scales from the smallest to beyond float16, with zeros of both signs."""
@@ -832,6 +919,45 @@ def test_adamw_leaves_what_lies_behind_its_operands(dtype):
     ops.adamw(*(t[1:257] for t in held), by, impl="triton")
     assert all((t[:1] == 3.0).all() and (t[257:] == 3.0).all() for t in held)
     assert (held[0][1:257] != 3.0).all()
+
+
+def updated(shape, dtype, *, impl, **options):
+    """Masters, moments and copy after two updates."""
+    master = made(*shape, dtype=torch.float32, seed=1).detach()
+    moments = [torch.zeros(shape, device=DEVICE, dtype=dtype) for _ in range(2)]
+    copy = ops.quantise_fp8_weight(master, impl="reference")
+    for step in (1, 2):
+        gradient = 0.1 * made(*shape, dtype=torch.float32, seed=step).detach()
+        by = ops.AdamWStep(0.9, 0.999, 1e-8, 1e-2 / (1 - 0.9**step), 1e-4, 1 - 0.999**step, scale=0.7)
+        if options:
+            ops.adamw_fp8(master, gradient, *moments, by, copy, impl=impl, **options)
+        else:
+            ops.adamw(master, gradient, *moments, by, impl=impl)
+    return master, moments, copy
+
+
+WEIGHTS = [(150, 300), (3, 128, 150), (3, 150, 44)] + ([(8, 1408, 2048)] if ON_GPU else [])
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_adamw_that_quantises_is_adamw_and_quantising(dtype, shape, power_of_two):
+    master, moments, copy = updated(shape, dtype, impl="triton", power_of_two=power_of_two)
+    exact, apart, _ = updated(shape, dtype, impl="triton")
+    assert torch.equal(master, exact)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(moments, apart, strict=True))
+    same_bits(copy, ops.quantise_fp8_weight(master, power_of_two=power_of_two, impl="triton"))
+
+
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_adamw_rounds_a_copy_at_random_as_it_is_defined_to(dtype, shape):
+    master, _, copy = updated(shape, dtype, impl="triton", seed=-7)
+    still = ops.AdamWStep(0.9, 0.999, 1e-8, step_size=0.0, decay=0.0, correction=1.0)
+    same = master.clone(), *(torch.zeros(shape, device=DEVICE) for _ in range(3))
+    exact = ops.quantise_fp8_weight(master, impl="reference")
+    ops.adamw_fp8(*same, still, exact, seed=-7, impl="reference")
+    assert torch.equal(same[0], master)
+    same_bits(copy, exact)
 
 
 ROWS, VOCAB = (70, 163_840) if ON_GPU else (3, 700)

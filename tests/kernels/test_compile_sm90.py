@@ -45,6 +45,8 @@ FLOAT32 = {
     "scale_ptr",
     "part_ptr",
     "in_scale_ptr",
+    "row_scale_ptr",
+    "column_scale_ptr",
     "x_scale_ptr",
     "dy_scale_ptr",
     "weight_scale_ptr",
@@ -75,7 +77,11 @@ def compiled(module, kernel, constants, *, dtype="bf16", warps=4, stages=3, over
             signature[name] = "constexpr"
             continue
         signature[name] = argument_type(name, dtype, overrides or {})
-        if name.endswith(("_ptr", "_dim")) or "stride" in name or name in ("width", "columns", "words"):
+        if (
+            name.endswith(("_ptr", "_dim"))
+            or "stride" in name
+            or name in ("width", "columns", "inner", "words")
+        ):
             attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(function, signature, constexprs, attributes)
@@ -262,12 +268,19 @@ def test_the_experts_product_uses_wgmma_without_spills(direction, tmp_path):
 
 @pytest.mark.parametrize(
     ("direction", "rows"),
-    [("rows times blocks", 16), ("rows times blocks", 64), ("rows times blocks", 512), ("column tiles", 64)],
+    [
+        ("rows times blocks", 16),
+        ("rows times blocks", 64),
+        ("rows times blocks", 512),
+        ("column tiles", 64),
+        ("column tiles, added", 64),
+    ],
 )
 def test_fp8_products_use_wgmma_without_spills(direction, rows, tmp_path):
     block_m, block_n, warps, stages = importlib.import_module("benthic.kernels.triton_fp8_linear").tiles(rows)
     constants = {"EXPERTS": 64, "EMULATE": False} | ({"experts": 1, "k_tiles": 1} if rows == 512 else {})
-    if direction == "column tiles":
+    if direction.startswith("column tiles"):
+        constants |= {"ADD": direction.endswith("added")}
         constants |= {"BLOCK_O": block_m, "BLOCK_I": block_n, "BLOCK_P": 128}
         kernel = "_column_tiles"
     else:
@@ -373,6 +386,31 @@ MEMORY_BOUND = [
         )
         for retile in (False, True)
     ),
+    (
+        "triton_fp8_fused",
+        "_quantise_both",
+        {"POWER_OF_TWO": False, "EXPERTS": 64, "TILE": 128, "PART": 64},
+        8,
+        {"row_values_ptr": "*fp8e4nv", "column_values_ptr": "*fp8e4nv"},
+    ),
+    (
+        "triton_fp8_fused",
+        "_swiglu_rows",
+        {"POWER_OF_TWO": False, "ROWS": 16, "TILE": 128},
+        4,
+        {"values_ptr": "*fp8e4nv"},
+    ),
+    *(
+        (
+            "triton_fp8_fused",
+            "_norm_rows",
+            {"HAS_RESIDUAL": added, "POWER_OF_TWO": False, "ROWS": rows, "WIDTH": width, "TILE": 128},
+            warps,
+            {"values_ptr": "*fp8e4nv"},
+        )
+        for added in (False, True)
+        for rows, width, warps in ((1, 8192, 8), (2, 2048, 4))
+    ),
     *(
         (
             "triton_e5m6",
@@ -390,6 +428,16 @@ MEMORY_BOUND = [
     ),
     ("triton_sums", "_accumulate", {"BLOCK": 4096}, 8, {"sum_ptr": "*fp32"}),
     ("triton_update", "_adamw", {"BLOCK": 2048}, 8, {}),
+    *(
+        (
+            "triton_update",
+            "_adamw_of_blocks",
+            {"POWER_OF_TWO": False, "STOCHASTIC": stochastic, "TILE": 128, "PART": 16},
+            8,
+            {"values_ptr": "*fp8e4nv", "seed": "i64"},
+        )
+        for stochastic in (False, True)
+    ),
     ("triton_fp8", "_dequantise", {"ROWS": 16, "COLUMNS": 256}, 4, {"values_ptr": "*fp8e4nv"}),
 ]
 
@@ -398,6 +446,28 @@ MEMORY_BOUND = [
 def test_memory_bound_kernels_do_not_spill(module, kernel, constants, warps, overrides, tmp_path):
     built = compiled(module, kernel, constants, warps=warps, overrides=overrides)
     assert_fits(resources(built, tmp_path))
+
+
+def layout_of_first_sum(built):
+    text = built.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+    return layouts[re.search(r"\}\) : \(tensor<[\dx]+xf32, (#\w+)>\) ->", text).group(1)]
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("width", [100, 512, 2048, 7168])
+def test_a_norm_that_quantises_sums_in_the_order_of_the_plain_norm(width, added):
+    norm, fused = (
+        importlib.import_module(f"benthic.kernels.{m}") for m in ("triton_norm", "triton_fp8_fused")
+    )
+    rows, padded, warps = fused.norm_tile(width)
+    assert norm.tile(width, 4096) == (rows, padded, warps)
+    constants = {"HAS_RESIDUAL": added, "ROWS": rows, "WIDTH": padded}
+    plain = compiled("triton_norm", "_norm_forward", constants, warps=warps)
+    constants |= {"POWER_OF_TWO": False, "TILE": 128}
+    kinds = {"values_ptr": "*fp8e4nv"}
+    built = compiled("triton_fp8_fused", "_norm_rows", constants, warps=warps, overrides=kinds)
+    assert layout_of_first_sum(built) == layout_of_first_sum(plain)
 
 
 EXCHANGE = [

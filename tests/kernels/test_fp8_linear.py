@@ -100,6 +100,44 @@ def test_column_tiles_start_anew_at_each_expert(name):
         first, start = first + length, end
 
 
+@pytest.mark.parametrize("name", [None, *ENDS])
+def test_rows_and_columns_at_once_are_those_of_two_passes(name):
+    ends, x = None if name is None else ends_of(name), made(300, 150)
+    rows, columns = ops.quantise_fp8_both(x, ends, power_of_two=True)
+    for ours, theirs in (
+        (rows, ops.quantise_fp8_rows(x, power_of_two=True)),
+        (columns, ops.quantise_fp8_columns(x, ends, power_of_two=True)),
+    ):
+        assert torch.equal(ours.values.view(torch.uint8), theirs[0].view(torch.uint8))
+        assert torch.equal(ours.scale, theirs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_quantised_as_it_is_computed_is_near_what_was_to_be_computed(dtype):
+    x, residual, weight = made(63, 300).to(dtype), made(63, 300, seed=1).to(dtype), made(1, 300)[0].to(dtype)
+    exact = ops.swiglu(x.double(), impl="reference")
+    assert error(back(ops.swiglu_fp8(x), 1), exact) < ONE_OPERAND
+    exact = ops.rms_norm(x.double(), weight.double(), 1e-6, impl="reference")
+    assert error(back(ops.rms_norm_fp8(x, weight, 1e-6), 1), exact) < ONE_OPERAND
+    tiles, total = ops.add_rms_norm_fp8(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    exact = ops.rms_norm(total.double(), weight.double(), 1e-6, impl="reference")
+    assert error(back(tiles, 1), exact) < ONE_OPERAND
+
+
+@pytest.mark.parametrize("name", [None, *ENDS])
+def test_a_weight_gradient_is_added_to_a_float32_sum_of_any_layout(name):
+    ends, dy, x = None if name is None else ends_of(name), made(300, 70), made(300, 130, seed=1)
+    tiles = [ops.quantise_fp8_columns(operand, ends) for operand in (dy, x)]
+    gradient = ops.fp8_weight_gradient(*tiles, ends)
+    into = made(*gradient.shape, seed=2)
+    across = into.transpose(-1, -2).contiguous().transpose(-1, -2)
+    for sum_ in (into, across):
+        exact = sum_ + gradient
+        ops.add_fp8_weight_gradient(sum_, *tiles, ends)
+        assert torch.equal(sum_, exact)
+
+
 def test_retiling_power_of_two_scales_rounds_nothing_but_underflow():
     x = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
     results = {}
@@ -120,6 +158,39 @@ def test_a_tile_keeps_small_channels_apart_from_large_ones():
     assert not kept[:, 1:128].any()
 
 
+def no_update(master):
+    """AdamW's operands that leave a master as it is."""
+    by = ops.AdamWStep(0.9, 0.999, 1e-8, step_size=0.0, decay=0.0, correction=1.0)
+    return (master, *(torch.zeros_like(master) for _ in range(3)), by)
+
+
+def test_rounding_at_random_takes_neighbours_and_is_right_on_average():
+    master, draws = made(130, 200), 400
+    nearest = ops.quantise_fp8_weight(master)
+    exact = master / nearest.scale.repeat_interleave(TILE, 0)[:130].repeat_interleave(TILE, 1)[:, :200]
+    step = torch.exp2(exact.abs().clamp(min=2.0**-6).frexp().exponent - 4.0)
+    copy, total = Fp8(torch.empty_like(nearest.values), torch.empty_like(nearest.scale)), 0.0
+    for seed in range(draws):
+        ops.adamw_fp8(*no_update(master), copy, seed=seed)
+        off = (copy.values.double() - exact) / step
+        assert off.abs().max() <= 1.0
+        total += off
+    assert torch.equal(copy.scale, nearest.scale)
+    mean = total / draws
+    assert mean.abs().max() < 5 * 0.5 * draws**-0.5  # a draw deviates by at most half a step
+    assert mean.mean().abs() < 5 * 0.5 * (draws * master.numel()) ** -0.5
+    assert ((nearest.values.double() - exact) / step).abs().mean() > 0.1
+
+
+def test_updates_too_small_for_e4m3_move_a_randomly_rounded_copy_on_average():
+    master = torch.full((128, 128), 1.01)
+    master[0, 0] = 448.0  # so that the scale is 1
+    copy = ops.quantise_fp8_weight(master)
+    assert copy.values[1:].float().mean() == 1.0
+    ops.adamw_fp8(*no_update(master), copy, seed=3)
+    assert 1.008 < copy.values[1:].float().mean() < 1.012
+
+
 def test_operands_that_disagree_are_refused_with_both_shapes():
     x, weight = rows_of(made(4, 130)), ops.quantise_fp8_weight(made(8, 128))
     with pytest.raises(ShapeError, match=r"\(4, 130\).*\(8, 128\)"):
@@ -130,3 +201,20 @@ def test_operands_that_disagree_are_refused_with_both_shapes():
         ops.fp8_weight_gradient(ops.quantise_fp8_columns(made(5, 8)), ops.quantise_fp8_columns(made(129, 8)))
     with pytest.raises(ShapeError, match="2 dims, or 3 with experts, not 1"):
         ops.quantise_fp8_weight(made(8))
+    tiles = [ops.quantise_fp8_columns(made(5, 8)) for _ in range(2)]
+    with pytest.raises(ShapeError, match=r"gradient is \(8, 8\) in float32, but the sum is \(8, 9\)"):
+        ops.add_fp8_weight_gradient(made(8, 9), *tiles)
+    with pytest.raises(ShapeError, match=r"the sum is \(8, 8\) in torch.bfloat16"):
+        ops.add_fp8_weight_gradient(made(8, 8).bfloat16(), *tiles)
+    with pytest.raises(ShapeError, match="cut from a matrix; got 3 dims"):
+        ops.quantise_fp8_both(made(2, 4, 8))
+    with pytest.raises(ShapeError, match="must be even, not 7"):
+        ops.swiglu_fp8(made(4, 7))
+    with pytest.raises(ShapeError, match=r"8 columns but the weight has shape \(9,\)"):
+        ops.rms_norm_fp8(made(4, 8), made(9, 1)[:, 0], 1e-6)
+    with pytest.raises(ShapeError, match=r"x \(4, 8\) and residual \(5, 8\) must match"):
+        ops.add_rms_norm_fp8(made(4, 8), made(5, 8), made(8, 1)[:, 0], 1e-6)
+    with pytest.raises(ShapeError, match=r"\(8, 8\) with scales \(1, 1\), not \(8, 9\)"):
+        ops.adamw_fp8(*no_update(made(8, 8)), ops.quantise_fp8_weight(made(8, 9)))
+    with pytest.raises(ShapeError, match="contiguous and of one shape"):
+        ops.adamw_fp8(*no_update(made(8, 9).t()), ops.quantise_fp8_weight(made(9, 8)))

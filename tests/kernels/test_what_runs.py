@@ -125,6 +125,14 @@ CALLS = {
     "dequantise_fp8": lambda made, impl: ops.dequantise_fp8(
         torch.ones(TOKENS, WIDTH).to(torch.float8_e4m3fn), made(1, 1), impl=impl
     ),
+    "quantise_fp8_both": lambda made, impl: ops.quantise_fp8_both(made(TOKENS, WIDTH), impl=impl)[1].scale,
+    "swiglu_fp8": lambda made, impl: ops.swiglu_fp8(made(TOKENS, WIDTH), impl=impl).scale,
+    "rms_norm_fp8": lambda made, impl: (
+        ops.rms_norm_fp8(made(TOKENS, WIDTH), made(WIDTH), 1e-6, impl=impl).scale
+    ),
+    "add_rms_norm_fp8": lambda made, impl: ops.add_rms_norm_fp8(
+        made(TOKENS, WIDTH), made(TOKENS, WIDTH), made(WIDTH), 1e-6, impl=impl
+    )[1],
 }
 BY_NAME = {op.name: op for op in ops.OPS}
 EVERY = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import BASE
 
+from benthic.kernels import ops
 from benthic.model.fp8_products import Fp8Products, RunningWeights, fp8_parameters
 from benthic.model.network import DeepSeek
 from benthic.model.products import SplitLinear, WeightGradients
@@ -95,6 +96,22 @@ def test_copy_is_made_again_only_when_the_parameter_has_changed():
     torch.testing.assert_close(second.scale, first.scale * 2)
     assert running.bytes_of(weight) == weight.numel() + 4 * 1 * 2
     assert running.bytes_of(torch.nn.Parameter(made(3))) == 0
+
+
+def test_an_output_gradient_is_tiled_both_ways_and_a_weight_gradient_joins_the_sum_to_the_bit():
+    products, ends = Fp8Products(power_of_two=True), torch.tensor(ENDS["spare rows"], dtype=torch.int32)
+    x, dy, into = made(63, 130), made(63, 70, seed=1), made(4, 70, 130, seed=2)
+    rows, columns = products.keep_gradient(dy, ends)
+    apart = (
+        ops.quantise_fp8_rows(dy, power_of_two=True),
+        ops.quantise_fp8_columns(dy, ends, power_of_two=True),
+    )
+    for ours, theirs in zip((*rows, *columns), (*apart[0], *apart[1]), strict=True):
+        assert torch.equal(ours.float(), theirs.float())
+    kept = products.keep_rows(x, ends)
+    exact = into + products.weight_gradient(columns, kept, ends)
+    assert products.weight_gradient(columns, kept, ends, into) is into
+    assert torch.equal(into, exact)
 
 
 def test_embedding_head_gates_norms_and_the_mtp_projection_stay_wide():

@@ -52,3 +52,8 @@ def weight_gradient(dy: Fp8, x: Fp8, ends_E: None, *, dtype: torch.dtype) -> Ten
         output_dtype=dtype,
     )
     return out
+
+
+def add_weight_gradient(into: Tensor, dy: Fp8, x: Fp8, ends_E: None) -> None:
+    """See `benthic.kernels.ops.add_fp8_weight_gradient`; cuBLAS writes, a second kernel adds."""
+    into.add_(weight_gradient(dy, x, ends_E, dtype=into.dtype))

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
+from benthic.kernels.triton_e4m3 import scaled, tile_scale
 from benthic.kernels.triton_tiles import find_tile, whole
 
 
@@ -21,8 +22,8 @@ def _quantise_rows(
     column = tl.program_id(1) * TILE_N + within
     mask = (row < rows)[:, None] & ((column < columns) & (within < TILE_N))[None, :]
     x = tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
-    values = _clamp(tl.div_rn(x, scale[:, None] + tl.zeros_like(x)))
+    scale = tile_scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
+    values = scaled(x, scale[:, None])
     tl.store(values_ptr + row[:, None] * columns + column[None, :], values.to(tl.float8e4nv), mask=mask)
     tl.store(scale_ptr + row * tiles + tl.program_id(1), scale, mask=row < rows)
 
@@ -38,25 +39,10 @@ def _quantise_blocks(
     column = tl.program_id(1) * BLOCK + within
     mask = ((row < rows) & (within < BLOCK))[:, None] & ((column < columns) & (within < BLOCK))[None, :]
     x = tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.max(tl.abs(x), axis=1), axis=0), POWER_OF_TWO)
-    values = _clamp(tl.div_rn(x, scale + tl.zeros_like(x)))
+    scale = tile_scale(tl.max(tl.max(tl.abs(x), axis=1), axis=0), POWER_OF_TWO)
+    values = scaled(x, scale)
     tl.store(values_ptr + row[:, None] * columns + column[None, :], values.to(tl.float8e4nv), mask=mask)
     tl.store(scale_ptr + tl.program_id(0) * tiles + tl.program_id(1), scale)
-
-
-@triton.jit
-def _scale(amax, POWER_OF_TWO: tl.constexpr):
-    """Return amax / 448 with amax at least 1e-4, rounded up to a power of two on request."""
-    floor = tl.maximum(amax, 1e-4)
-    scale = tl.div_rn(floor, 448.0 + tl.zeros_like(floor))
-    if POWER_OF_TWO:
-        scale = tl.exp2(tl.ceil(tl.log2(scale)))
-    return scale
-
-
-@triton.jit
-def _clamp(x):
-    return tl.minimum(tl.maximum(x, -448.0), 448.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -82,8 +68,8 @@ def _quantise_columns(
     if RETILE:
         at = in_scale_ptr + row * in_tiles + tl.program_id(1) * COLUMNS // 128
         x *= tl.load(at, mask=row_kept, other=0.0)[:, None]
-    scale = _scale(tl.max(tl.abs(x), axis=0), POWER_OF_TWO)
-    values = _clamp(tl.div_rn(x, scale[None, :] + tl.zeros_like(x)))
+    scale = tile_scale(tl.max(tl.abs(x), axis=0), POWER_OF_TWO)
+    values = scaled(x, scale[None, :])
     at = column.to(tl.int64)[:, None] * padded_dim + tile * TILE_R + within[None, :]
     tl.store(values_ptr + at, tl.trans(values).to(tl.float8e4nv), mask=column_kept[:, None])
     tl.store(scale_ptr + column.to(tl.int64) * (padded_dim // TILE_R) + tile, scale, mask=column_kept)

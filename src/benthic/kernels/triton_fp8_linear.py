@@ -66,9 +66,12 @@ def _column_tiles(
     dy_ptr, dy_scale_ptr, x_ptr, x_scale_ptr, dweight_ptr, ends_ptr,
     experts, o_dim, i_dim, padded_dim, tiles,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
-    EXPERTS: tl.constexpr, EMULATE: tl.constexpr,
+    EXPERTS: tl.constexpr, ADD: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """dweight[e, o, i] = sum over the tiles of expert e of (dy[o, :] . x[i, :]) * their two scales."""
+    """dweight[e, o, i] = sum over the tiles of expert e of (dy[o, :] . x[i, :]) * their two scales.
+
+    With `ADD` that is added to what dweight holds.
+    """
     expert = tl.program_id(2)
     first, count = _tiles_of(ends_ptr, expert, experts, BLOCK_P, EXPERTS)
     o_first, i_first = (tl.program_id(1) * BLOCK_O).to(tl.int64), (tl.program_id(0) * BLOCK_I).to(tl.int64)
@@ -93,7 +96,10 @@ def _column_tiles(
         + o[:, None] * i_dim
         + i[None, :]
     )
-    tl.store(at, acc.to(dweight_ptr.dtype.element_ty), mask=o_kept[:, None] & i_kept[None, :])
+    kept = o_kept[:, None] & i_kept[None, :]
+    if ADD:
+        acc += tl.load(at, mask=kept, other=0.0)
+    tl.store(at, acc.to(dweight_ptr.dtype.element_ty), mask=kept)
 
 
 def linear(x, weight, ends_E, *, dtype):
@@ -118,19 +124,29 @@ def linear(x, weight, ends_E, *, dtype):
 
 def weight_gradient(dy, x, ends_E, *, dtype):
     """See `benthic.kernels.ops.fp8_weight_gradient`."""
+    o_dim, i_dim = dy.values.shape[0], x.values.shape[0]
+    shape = (o_dim, i_dim) if ends_E is None else (ends_E.shape[0], o_dim, i_dim)
+    out = torch.empty(shape, dtype=dtype, device=x.values.device)
+    _write_gradient(out, dy, x, ends_E, add=False)
+    return out
+
+
+def add_weight_gradient(into, dy, x, ends_E):
+    """See `benthic.kernels.ops.add_fp8_weight_gradient`."""
+    _write_gradient(into, dy, x, ends_E, add=True)
+
+
+def _write_gradient(out, dy, x, ends_E, *, add):
     (o_dim, padded), i_dim = dy.values.shape, x.values.shape[0]
     ends = whole(padded, x.values.device) if ends_E is None else ends_E
     experts = ends.shape[0]
-    shape = (o_dim, i_dim) if ends_E is None else (experts, o_dim, i_dim)
-    out = torch.empty(shape, dtype=dtype, device=x.values.device)
     block_o, block_i, warps, stages = tiles(64)  # 128 x 128 spills: both operands bring a vector of scales
     _column_tiles[(triton.cdiv(i_dim, block_i), triton.cdiv(o_dim, block_o), experts)](
         dy.values, dy.scale, x.values, x.scale, out, ends,
         experts, o_dim, i_dim, padded, padded // TILE,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_P=TILE, EXPERTS=triton.next_power_of_2(experts),
-        EMULATE=triton_interprets(), num_warps=warps, num_stages=stages,
+        ADD=add, EMULATE=triton_interprets(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return out
 
 
 def tiles(rows):

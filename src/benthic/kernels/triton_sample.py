@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.triton_hash import drawn
+
 PIECE = 4096
 STRETCH = 256
 """Logits of a program, and those that it compares with all candidates at a time."""
@@ -202,21 +204,10 @@ def _settle(
 
 
 @triton.jit
-def _mixed(word):
-    """One output of splitmix64 for a state, as uint64."""
-    z = word + 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
-
-
-@triton.jit
 def _uniform(seed_ptr, position_ptr, row):
     """The row's number in [0, 1), a multiple of 2^-24."""
-    seed = tl.load(seed_ptr + row).to(tl.uint64, bitcast=True)
-    position = tl.load(position_ptr + row).to(tl.uint64, bitcast=True)
-    word = _mixed(_mixed(seed) + position * 0x9E3779B97F4A7C15)
-    return (word >> 40).to(tl.float32) * 5.9604644775390625e-8
+    seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+    return drawn(seed, position).to(tl.float32) * 5.9604644775390625e-8
 
 
 @triton.jit

@@ -5,17 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from benthic.kernels.reference.fp8_linear import TILE
+from benthic.kernels.triton_e4m3 import scaled, spread, tile_scale
+from benthic.kernels.triton_hash import drawn
+
 _BLOCK = 2048
 
 
 @triton.jit
-def _adamw(
-    master_ptr, gradient_ptr, first_ptr, second_ptr, count,
+def _update(
+    master_ptr, gradient_ptr, first_ptr, second_ptr, at, mask,
     fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
-    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
+    """Update the elements `at` and return their masters."""
     gradient = tl.load(gradient_ptr + at, mask=mask, other=0.0) * scale
     first = tl.load(first_ptr + at, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(second_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -26,13 +28,76 @@ def _adamw(
     tl.store(master_ptr + at, master, mask=mask)
     tl.store(first_ptr + at, first.to(first_ptr.dtype.element_ty), mask=mask)
     tl.store(second_ptr + at, second.to(second_ptr.dtype.element_ty), mask=mask)
+    return master
+
+
+@triton.jit
+def _adamw(
+    master_ptr, gradient_ptr, first_ptr, second_ptr, count,
+    fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _update(
+        master_ptr, gradient_ptr, first_ptr, second_ptr, at, at < count,
+        fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _adamw_of_blocks(
+    master_ptr, gradient_ptr, first_ptr, second_ptr, values_ptr, scale_ptr, outer, inner, seed,
+    fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
+    POWER_OF_TWO: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Update a block of one matrix in parts; then scale and round it, read again from the cache."""
+    matrix, outer_tile, inner_tile = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0)
+    column = inner_tile * TILE + tl.arange(0, TILE)
+    amax = 0.0
+    for first in range(0, TILE, PART):
+        row = outer_tile * TILE + first + tl.arange(0, PART)
+        mask = (row < outer)[:, None] & (column < inner)[None, :]
+        at = (matrix * outer + row)[:, None] * inner + column[None, :]
+        master = _update(
+            master_ptr, gradient_ptr, first_ptr, second_ptr, at, mask,
+            fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
+        )  # fmt: skip
+        magnitude = tl.where(mask, tl.abs(master), 0.0)
+        amax = tl.maximum(amax, tl.max(tl.max(magnitude, axis=1), axis=0))
+    own = tile_scale(amax, POWER_OF_TWO)
+    tiles = tl.cdiv(inner, TILE)
+    tl.store(scale_ptr + (matrix * tl.cdiv(outer, TILE) + outer_tile) * tiles + inner_tile, own)
+    tl.debug_barrier()
+    for first in range(0, TILE, PART):
+        row = outer_tile * TILE + first + tl.arange(0, PART)
+        mask = (row < outer)[:, None] & (column < inner)[None, :]
+        at = (matrix * outer + row)[:, None] * inner + column[None, :]
+        values = scaled(tl.load(master_ptr + at, mask=mask, other=0.0), own)
+        if STOCHASTIC:
+            values = spread(values, drawn(seed.to(tl.int64), at))
+        tl.store(values_ptr + at, values.to(tl.float8e4nv), mask=mask)
 
 
 def adamw(master, gradient, first, second, by):
     """See `benthic.kernels.ops.adamw`."""
     count = master.numel()
     _adamw[(triton.cdiv(count, _BLOCK),)](
-        master, gradient, first, second, count,
-        1.0 - by.beta1, by.beta2, 1.0 - by.beta2, by.eps, by.step_size, by.decay, by.correction, by.scale,
-        BLOCK=_BLOCK, num_warps=8,
+        master, gradient, first, second, count, *_numbers(by), BLOCK=_BLOCK, num_warps=8
+    )
+
+
+def adamw_fp8(master, gradient, first, second, by, copy, *, power_of_two, seed):
+    """See `benthic.kernels.ops.adamw_fp8`."""
+    *matrices, outer, inner = master.shape
+    grid = (triton.cdiv(inner, TILE), triton.cdiv(outer, TILE), *(matrices or (1,)))
+    if master.numel():
+        _adamw_of_blocks[grid](
+            master, gradient, first, second, *copy, outer, inner, 0 if seed is None else seed, *_numbers(by),
+            POWER_OF_TWO=power_of_two, STOCHASTIC=seed is not None, TILE=TILE, PART=16, num_warps=8,
+        )  # fmt: skip
+
+
+def _numbers(by):
+    return (
+        1.0 - by.beta1, by.beta2, 1.0 - by.beta2, by.eps, by.step_size, by.decay, by.correction, by.scale
     )  # fmt: skip

@@ -43,6 +43,37 @@ def _quantiser_lines(bench: Bench, name: str, quantise: Callable[..., Any], x: t
         bench.add(name, shape, impl, seconds, moved, "TB/s", relative(fast, exact))
 
 
+def fused(bench: Bench) -> None:
+    """What quantises as it reads or computes, on at least 256 MB: bytes that one pass must move."""
+    rows, width = (256, 256) if bench.small else (32768, 7168)
+    weight, wide = bench.random(width, seed=5), bench.dtype.itemsize
+    x, residual = bench.random(rows, width), bench.random(rows, width, seed=1)
+    ends = (torch.arange(1, 9, device=bench.device) * (rows // 8)).to(torch.int32)
+    cases: list[tuple[str, Callable[..., Any], tuple[torch.Tensor, ...], float]] = [
+        ("quantise_fp8_both", lambda impl, x: ops.quantise_fp8_both(x, ends, impl=impl), (x,), wide + 2),
+        ("swiglu_fp8", lambda impl, x: ops.swiglu_fp8(x, impl=impl), (x,), wide + 0.5),
+        ("rms_norm_fp8", lambda impl, x: ops.rms_norm_fp8(x, weight, 1e-6, impl=impl), (x,), wide + 1),
+        (
+            "add_rms_norm_fp8",
+            lambda impl, x, r: ops.add_rms_norm_fp8(x, r, weight, 1e-6, impl=impl),
+            (x, residual),
+            3 * wide + 1,
+        ),
+    ]
+    for op, run, operands, each in cases:
+        exact = _widened(run("reference", *operands))
+        for impl in implementations(op, trying(run, *operands)):
+            error = relative(_widened(run(impl, *operands)), exact)
+            seconds = bench.time(partial(run, impl), [operands])
+            bench.add(op, f"{rows}x{width}", impl, seconds, rows * width * each, "TB/s", error)
+
+
+def _widened(tiles: ops.Fp8 | tuple[ops.Fp8, Any]) -> torch.Tensor:
+    """Row tiles times their scales; a value on the border of two may fall to either."""
+    rows = tiles if isinstance(tiles, ops.Fp8) else tiles[0]
+    return ops.dequantise_fp8_rows(*rows, dtype=torch.float32)
+
+
 def products(bench: Bench) -> None:
     """`x W^T` and `dy^T x` of operands that are quantised already: that has lines of its own."""
     for outer, inner in [(48, 128)] if bench.small else DENSE:
@@ -78,8 +109,16 @@ def _product_lines(bench: Bench, count: int, rows: int, outer: int, inner: int) 
     def gradient(impl: str, dy: ops.Fp8, x: ops.Fp8) -> torch.Tensor:
         return ops.fp8_weight_gradient(dy, x, ends, impl=impl)
 
-    op, size = f"{prefix}fp8_weight_gradient", padded_rows(count * rows, count) * (outer + inner)
-    _lines(bench, op, f"{shape} ({inner}->{outer})", gradient, bench.sets(columns, size), work)
+    total = torch.zeros(*((count,) if grouped else ()), outer, inner, device=bench.device)
+
+    def added(impl: str, dy: ops.Fp8, x: ops.Fp8) -> torch.Tensor:
+        ops.add_fp8_weight_gradient(total, dy, x, ends, impl=impl)
+        return total
+
+    size = padded_rows(count * rows, count) * (outer + inner)
+    sets, shape = bench.sets(columns, size), f"{shape} ({inner}->{outer})"
+    _lines(bench, f"{prefix}fp8_weight_gradient", shape, gradient, sets, work)
+    _lines(bench, f"add_{prefix}fp8_weight_gradient", shape, added, sets, work, checked=True)
 
 
 def _rows(x_RI: torch.Tensor) -> ops.Fp8:
@@ -87,10 +126,11 @@ def _rows(x_RI: torch.Tensor) -> ops.Fp8:
 
 
 def _lines(
-    bench: Bench, op: str, shape: str, run: Callable[..., torch.Tensor], sets: list[Any], work: float
-) -> None:
-    """Every implementation beside the definition in float32."""
-    exact = run("reference", *sets[0])
+    bench: Bench, op: str, shape: str, run: Callable[..., torch.Tensor], sets: list[Any], work: float,
+    *, checked: bool = False,
+) -> None:  # fmt: skip
+    """Every implementation beside the definition in float32, unless it was checked with another op."""
+    exact = None if checked else run("reference", *sets[0])
     for impl in implementations(op, trying(run, *sets[0])):
-        error = relative(run(impl, *sets[0]), exact)
+        error = None if exact is None else relative(run(impl, *sets[0]), exact)
         bench.add(op, shape, impl, bench.time(partial(run, impl), sets), work, "TFLOP/s", error)

@@ -21,7 +21,9 @@ SUITES: Final[dict[str, Callable[[Bench], None]]] = {
     "copies": suites.copies,
     "head": suites.head,
     "fp8": fp8.quantisers,
+    "fp8_fused": fp8.fused,
     "fp8_products": fp8.products,
+    "update": suites.update,
     "sampling": sampling.sampling,
 }
 

@@ -1,4 +1,4 @@
-"""Ops that are bound by memory, experts, the head's loss, quantisers: each checked, then timed."""
+"""Ops that are bound by memory, experts, the head's loss, updates: each checked, then timed."""
 
 from __future__ import annotations
 
@@ -108,6 +108,26 @@ def experts(bench: Bench) -> None:
             lambda impl, x: ops.permute(x, expert, 64, impl=impl).rows_RD, _rows(bench, tokens, width),
             row * (top_k + 1), "TB/s", backward=1,
         )  # fmt: skip
+
+
+def update(bench: Bench) -> None:
+    """AdamW of a float32 master with bfloat16 moments, alone and with the FP8 copy of the new master."""
+    rows, width = (256, 256) if bench.small else (16384, 7168)
+    master, gradient = (bench.random(rows, width, seed=seed).float() for seed in (0, 1))
+    first, second = (torch.zeros_like(master, dtype=torch.bfloat16) for _ in range(2))
+    copy = ops.quantise_fp8_weight(master)
+    by = ops.AdamWStep(0.9, 0.95, 1e-8, step_size=1e-4, decay=1e-5, correction=1.0)
+    plain = partial(ops.adamw, master, gradient, first, second, by)
+    narrow = partial(ops.adamw_fp8, master, gradient, first, second, by, copy)
+    cases: list[tuple[str, str, Callable[..., Any], int]] = [
+        ("adamw", "", plain, 20),
+        ("adamw_fp8", "", narrow, 21),
+        ("adamw_fp8", ", at random", partial(narrow, seed=0), 21),
+    ]
+    for op, how, run, each in cases:
+        for impl in implementations(op, lambda impl, run=run: run(impl=impl)):  # type: ignore[misc]
+            seconds = bench.time(partial(run, impl=impl), [()])
+            bench.add(op, f"{rows}x{width}{how}", impl, seconds, master.numel() * each, "TB/s", None)
 
 
 def copies(bench: Bench) -> None:

@@ -44,7 +44,19 @@ from benthic.kernels.ops.fp8 import (
     quantise_fp8_blocks,
     quantise_fp8_rows,
 )
+from benthic.kernels.ops.fp8_fused import (
+    ADD_RMS_NORM_FP8,
+    QUANTISE_FP8_BOTH,
+    RMS_NORM_FP8,
+    SWIGLU_FP8,
+    add_rms_norm_fp8,
+    quantise_fp8_both,
+    rms_norm_fp8,
+    swiglu_fp8,
+)
 from benthic.kernels.ops.fp8_linear import (
+    ADD_FP8_WEIGHT_GRADIENT,
+    ADD_GROUPED_FP8_WEIGHT_GRADIENT,
     FP8_LINEAR,
     FP8_WEIGHT_GRADIENT,
     GROUPED_FP8_LINEAR,
@@ -52,6 +64,7 @@ from benthic.kernels.ops.fp8_linear import (
     QUANTISE_FP8_COLUMNS,
     QUANTISE_FP8_WEIGHT,
     RETILE_FP8,
+    add_fp8_weight_gradient,
     fp8_linear,
     fp8_weight_gradient,
     quantise_fp8_columns,
@@ -101,7 +114,7 @@ from benthic.kernels.ops.norm import (
     swiglu,
 )
 from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
-from benthic.kernels.ops.update import ADAMW, adamw
+from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, adamw, adamw_fp8
 from benthic.kernels.reference.fp8_linear import Fp8
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
 from benthic.kernels.reference.sampling import Filters
@@ -123,7 +136,10 @@ __all__ = [
     "RowMaps",
     "accumulate",
     "adamw",
+    "adamw_fp8",
+    "add_fp8_weight_gradient",
     "add_rms_norm",
+    "add_rms_norm_fp8",
     "add_weight_gradient",
     "attention",
     "copy_blocks",
@@ -148,17 +164,20 @@ __all__ = [
     "permute",
     "quantise_e5m6",
     "quantise_fp8_blocks",
+    "quantise_fp8_both",
     "quantise_fp8_columns",
     "quantise_fp8_rows",
     "quantise_fp8_weight",
     "retile_fp8",
     "rms_norm",
+    "rms_norm_fp8",
     "rope",
     "route",
     "store_latent",
     "sum_copies",
     "sum_copies_backward",
     "swiglu",
+    "swiglu_fp8",
     "unpermute",
     "weight_gradient",
 ]
@@ -195,11 +214,18 @@ OPS: tuple[Op, ...] = (
     QUANTISE_FP8_WEIGHT,
     QUANTISE_FP8_COLUMNS,
     RETILE_FP8,
+    QUANTISE_FP8_BOTH,
+    SWIGLU_FP8,
+    RMS_NORM_FP8,
+    ADD_RMS_NORM_FP8,
     FP8_LINEAR,
     GROUPED_FP8_LINEAR,
     FP8_WEIGHT_GRADIENT,
     GROUPED_FP8_WEIGHT_GRADIENT,
+    ADD_FP8_WEIGHT_GRADIENT,
+    ADD_GROUPED_FP8_WEIGHT_GRADIENT,
     ADAMW,
+    ADAMW_FP8,
     LINEAR_BY_ROW,
     HEADS_LINEAR_BY_ROW,
     GROUPED_LINEAR_BY_ROW,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +14,7 @@ from benthic.kernels.table import (
     Implementation,
     Op,
     Verdict,
+    laid_out,
     no,
     reference,
     triton_runs,
@@ -140,6 +141,39 @@ GROUPED_FP8_WEIGHT_GRADIENT = Op(
     typical_dims=(4096, 2048),
 )
 
+ADD_FP8_WEIGHT_GRADIENT = Op(
+    "add_fp8_weight_gradient",
+    (
+        Implementation("cublas", _cublas, "benthic.kernels.torch_fp8_linear:add_weight_gradient"),
+        Implementation(
+            "triton",
+            laid_out(
+                "rows", triton_runs(torch.float32, reason="our product adds what its accumulator holds")
+            ),
+            "benthic.kernels.triton_fp8_linear:add_weight_gradient",
+        ),
+        reference("benthic.kernels.reference.fp8_linear:add_weight_gradient"),
+    ),
+    typical_dims=(4096, 2048),
+    trains=False,
+)
+ADD_GROUPED_FP8_WEIGHT_GRADIENT = Op(
+    "add_grouped_fp8_weight_gradient",
+    (
+        Implementation(
+            "triton",
+            laid_out(
+                "rows",
+                triton_runs(torch.float32, reason="our grouped product adds what its accumulator holds"),
+            ),
+            "benthic.kernels.triton_fp8_linear:add_weight_gradient",
+        ),
+        reference("benthic.kernels.reference.fp8_linear:add_weight_gradient"),
+    ),
+    typical_dims=(4096, 2048),
+    trains=False,
+)
+
 
 def quantise_fp8_weight(weight: Tensor, *, power_of_two: bool = False, impl: str | None = None) -> Fp8:
     """Quantise a weight to E4M3 with one scale per 128 x 128 tile.
@@ -221,17 +255,45 @@ def fp8_weight_gradient(
     Raises: ShapeError when P disagrees; BackendError when `impl` cannot run.
     Cost: 2 P O I FLOPs.
     """
-    if dy.values.shape[1] != x.values.shape[1]:
-        msg = (
-            f"fp8_weight_gradient: {dy.values.shape[1]} padded rows of output gradients but "
-            f"{x.values.shape[1]} of inputs; quantise both with the same ends"
-        )
-        raise ShapeError(msg)
+    _check_padded("fp8_weight_gradient", dy, x)
     op = FP8_WEIGHT_GRADIENT if ends_E is None else GROUPED_FP8_WEIGHT_GRADIENT
     # K is P here, always a multiple of 128; what a choice depends on are the widths
     case = Case(x.values.device.type, dtype, (TILE, _odd_one(dy.values.shape[0], x.values.shape[0])))
     out: Tensor = op.choose(case, impl)(dy, x, ends_E, dtype=dtype)
     return out
+
+
+def add_fp8_weight_gradient(
+    into: Tensor, dy: Fp8, x: Fp8, ends_E: Tensor | None = None, *, impl: str | None = None
+) -> None:
+    """`into += dy^T x`: what `fp8_weight_gradient` gives, added in float32.
+
+    Shapes: dy of [O, P], x of [I, P]; into float32 [O, I], or [E, O, I] with ends.
+    Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
+    Cost: 2 P O I FLOPs; `into` is read and written once by "triton", twice by "cublas".
+    """
+    _check_padded("add_fp8_weight_gradient", dy, x)
+    experts = () if ends_E is None else (ends_E.shape[0],)
+    expected = (*experts, dy.values.shape[0], x.values.shape[0])
+    if into.shape != expected or into.dtype != torch.float32:
+        msg = (
+            f"add_fp8_weight_gradient: the gradient is {expected} in float32, but the sum is "
+            f"{tuple(into.shape)} in {into.dtype}; give a float32 sum of the weight's shape"
+        )
+        raise ShapeError(msg)
+    op = ADD_FP8_WEIGHT_GRADIENT if ends_E is None else ADD_GROUPED_FP8_WEIGHT_GRADIENT
+    layout: Literal["rows", "strided"] = "rows" if into.is_contiguous() else "strided"
+    dims = (TILE, _odd_one(dy.values.shape[0], x.values.shape[0]))
+    op.choose(Case(x.values.device.type, into.dtype, dims, layout=layout), impl)(into, dy, x, ends_E)
+
+
+def _check_padded(op: str, dy: Fp8, x: Fp8) -> None:
+    if dy.values.shape[1] != x.values.shape[1]:
+        msg = (
+            f"{op}: {dy.values.shape[1]} padded rows of output gradients but "
+            f"{x.values.shape[1]} of inputs; quantise both with the same ends"
+        )
+        raise ShapeError(msg)
 
 
 def _odd_one(outer: int, inner: int) -> int:

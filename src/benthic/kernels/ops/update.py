@@ -1,4 +1,4 @@
-"""Public op of the optimizer: AdamW."""
+"""Public ops of the optimizer: AdamW, and AdamW that writes the FP8 copy of a weight, too."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.errors import ShapeError
+from benthic.kernels.reference.fp8_linear import TILE
 from benthic.kernels.table import Case, Implementation, Op, device_type, reference, triton_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from benthic.kernels.reference.fp8_linear import Fp8
     from benthic.kernels.reference.update import AdamWStep
 
 ADAMW = Op(
@@ -23,6 +25,17 @@ ADAMW = Op(
             "benthic.kernels.triton_update:adamw",
         ),
         reference("benthic.kernels.reference.update:adamw"),
+    ),
+)
+ADAMW_FP8 = Op(
+    "adamw_fp8",
+    (
+        Implementation(
+            "triton",
+            triton_runs(torch.float32, reason="one kernel: a block is quantised while it is cached"),
+            "benthic.kernels.triton_update:adamw_fp8",
+        ),
+        reference("benthic.kernels.reference.update:adamw_fp8"),
     ),
 )
 
@@ -45,9 +58,48 @@ def adamw(
     Shapes: all alike and contiguous; master and gradient float32, moments float32 or bfloat16.
     Raises: ShapeError when shapes disagree; BackendError when `impl` cannot run.
     """
-    operands = (master, gradient, first, second)
+    _check_alike("adamw", master, gradient, first, second)
+    ADAMW.choose(Case(device_type(master), master.dtype), impl)(master, gradient, first, second, by)
+
+
+def adamw_fp8(  # noqa: PLR0913 (AdamW's operands and the copy)
+    master: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    by: AdamWStep,
+    copy: Fp8,
+    *,
+    power_of_two: bool = False,
+    seed: int | None = None,
+    impl: str | None = None,
+) -> None:
+    """`adamw`, and the new master's block tiles into `copy`: those of `quantise_fp8_weight`.
+
+    With a seed values are rounded to one of their two neighbours at random, each with the probability of its
+    nearness, so that updates smaller than a step of E4M3 are not lost on average. Element i is decided by a
+    hash of (seed, i): give each step and each weight a seed of its own.
+
+    Shapes: as `adamw`, of 2 dims or 3 with experts; copy as `quantise_fp8_weight` gives it, contiguous.
+    Raises: ShapeError when shapes disagree; BackendError when `impl` cannot run.
+    Cost: that of `adamw`, and 1 byte an element is written.
+    """
+    _check_alike("adamw_fp8", master, gradient, first, second)
+    tiles = (*master.shape[:-2], *(-(-width // TILE) for width in master.shape[-2:]))
+    fits = master.dim() in (2, 3) and copy.values.shape == master.shape and copy.scale.shape == tiles
+    if not fits or not all(part.is_contiguous() for part in copy):
+        msg = (
+            f"adamw_fp8: a weight of 2 dims, or 3 with experts, has a contiguous copy; {tuple(master.shape)} "
+            f"with scales {tiles}, not {tuple(copy.values.shape)} with {tuple(copy.scale.shape)}"
+        )
+        raise ShapeError(msg)
+    ADAMW_FP8.choose(Case(device_type(master), master.dtype), impl)(
+        master, gradient, first, second, by, copy, power_of_two=power_of_two, seed=seed
+    )
+
+
+def _check_alike(op: str, *operands: Tensor) -> None:
     shapes = [tuple(t.shape) for t in operands]
     if len(set(shapes)) > 1 or not all(t.is_contiguous() for t in operands):
-        msg = f"adamw: master, gradient and moments must be contiguous and of one shape, not {shapes}"
+        msg = f"{op}: master, gradient and moments must be contiguous and of one shape, not {shapes}"
         raise ShapeError(msg)
-    ADAMW.choose(Case(device_type(master), master.dtype), impl)(*operands, by)

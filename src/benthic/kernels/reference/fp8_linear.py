@@ -85,6 +85,11 @@ def weight_gradient(dy: Fp8, x: Fp8, ends_E: Tensor | None, *, dtype: torch.dtyp
     return out_EOI
 
 
+def add_weight_gradient(into: Tensor, dy: Fp8, x: Fp8, ends_E: Tensor | None) -> None:
+    """`into += dy^T x` in float32."""
+    into.add_(weight_gradient(dy, x, ends_E, dtype=into.dtype))
+
+
 def _product(a: Fp8, b: Fp8) -> Tensor:
     """`a b^T` of [M, K] and [N, K], both with a scale per row and chunk of K."""
     acc_MN = a.scale.new_zeros(a.values.shape[0], b.values.shape[0])

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
+from benthic.kernels.reference.fp8 import E4M3_MAX
+from benthic.kernels.reference.fp8_linear import TILE, quantise_weight
+from benthic.kernels.reference.sampling import uniform
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from benthic.kernels.reference.fp8_linear import Fp8
 
 
 class AdamWStep(NamedTuple):
@@ -39,6 +47,41 @@ def adamw(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor, by: A
     master.mul_(1.0 - by.decay)
     root = new_second.div(by.correction).sqrt_().add_(by.eps)
     master.addcdiv_(new_first, root, value=-by.step_size)
+
+
+def adamw_fp8(
+    master: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    by: AdamWStep,
+    copy: Fp8,
+    *,
+    power_of_two: bool,
+    seed: int | None,
+) -> None:
+    """`adamw`, then the block tiles of the new master, rounded to the nearest or with numbers from `seed`."""
+    adamw(master, gradient, first, second, by)
+    values, scale = quantise_weight(master, power_of_two=power_of_two)
+    copy.scale.copy_(scale)
+    if seed is not None:
+        outer, inner = master.shape[-2:]
+        each = scale.repeat_interleave(TILE, -2)[..., :outer, :].repeat_interleave(TILE, -1)[..., :inner]
+        values = spread((master.float() / each).clamp(-E4M3_MAX, E4M3_MAX), seed).to(values.dtype)
+    copy.values.copy_(values)
+
+
+def spread(x: Tensor, seed: int) -> Tensor:
+    """Round `|x| <= 448` to one of its two neighbours in E4M3, each with the probability of its nearness.
+
+    The number that decides about element i is the hash of (seed, i), see `reference.sampling.uniform`.
+    """
+    position = torch.arange(x.numel(), device=x.device).view(x.shape)
+    number = uniform(torch.full_like(position, seed), position)
+    magnitude = x.double().abs()
+    # 2^(e - 3), where 2^e <= |x|: the distance of neighbours; at least 2^-9
+    step = torch.exp2(magnitude.clamp(min=2.0**-6).frexp().exponent.double() - 4.0)
+    return ((magnitude / step + number).floor() * step).copysign(x).to(x.dtype)
 
 
 def accumulate(into: Tensor, x: Tensor) -> None:

@@ -1,0 +1,187 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Triton kernels that quantise to E4M3 what they have just computed, or read: SwiGLU, RMSNorm, both tilings.
+
+Each is bound by memory and saves the passes in which a wide tensor is written and read again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
+from benthic.kernels.triton_e4m3 import scaled, tile_scale
+from benthic.kernels.triton_tiles import find_tile
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _quantise_both(
+    x_ptr, row_values_ptr, row_scale_ptr, column_values_ptr, column_scale_ptr, ends_ptr,
+    rows, experts, columns, padded_dim, stride,
+    row_scale_stride, row_tile_stride, column_scale_stride, column_tile_stride,
+    POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """A square of one expert's rows: a scale for each of its rows, then one for each of its columns.
+
+    Both in parts, so that few registers are live; what is loaded for columns lies in the first cache.
+    """
+    tile, column_tile = tl.program_id(0), tl.program_id(1)
+    expert, start, end = find_tile(ends_ptr, tile, rows, experts, TILE, EXPERTS)
+    within, part = tl.arange(0, TILE), tl.arange(0, PART)
+    column = column_tile * TILE + within
+    for first in range(0, TILE, PART):
+        some_row = (start + first + part).to(tl.int64)
+        mask = (some_row < end)[:, None] & (column < columns)[None, :]
+        at = some_row[:, None] * stride + column[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        scale = tile_scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
+        values = scaled(x, scale[:, None]).to(tl.float8e4nv)
+        tl.store(row_values_ptr + some_row[:, None] * columns + column[None, :], values, mask=mask)
+        at = some_row * row_scale_stride + column_tile.to(tl.int64) * row_tile_stride
+        tl.store(row_scale_ptr + at, scale, mask=some_row < end)
+    row = (start + within).to(tl.int64)
+    # the rows past the last expert belong to nobody: in columns they are zeros
+    row_kept = row < tl.where(expert < experts, end, start)
+    columns_here = tl.where(tile < padded_dim // TILE, columns, 0)
+    for first in range(0, TILE, PART):
+        some_column = column_tile * TILE + first + part
+        mask = row_kept[:, None] & (some_column < columns)[None, :]
+        at = row[:, None] * stride + some_column[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        scale = tile_scale(tl.max(tl.abs(x), axis=0), POWER_OF_TWO)
+        values = tl.trans(scaled(x, scale[None, :])).to(tl.float8e4nv)
+        kept, place = some_column < columns_here, some_column.to(tl.int64)
+        at = place[:, None] * padded_dim + tile * TILE + within[None, :]
+        tl.store(column_values_ptr + at, values, mask=kept[:, None])
+        at = place * column_scale_stride + tile.to(tl.int64) * column_tile_stride
+        tl.store(column_scale_ptr + at, scale, mask=kept)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _swiglu_rows(
+    gate_up_ptr, values_ptr, scale_ptr, rows, width, tiles, stride,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One scale per row and `TILE` columns of `silu(gate) * up`, rounded first as the wide one is stored."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    place = row[:, None] * stride + column[None, :]
+    gate = tl.load(gate_up_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + place + width, mask=mask, other=0.0).to(tl.float32)
+    out = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
+    scale = tile_scale(tl.max(tl.abs(out), axis=1), POWER_OF_TWO)
+    values = scaled(out, scale[:, None]).to(tl.float8e4nv)
+    tl.store(values_ptr + row[:, None] * width + column[None, :], values, mask=mask)
+    tl.store(scale_ptr + row * tiles + tl.program_id(1), scale, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_rows(
+    x_ptr, residual_ptr, weight_ptr, total_ptr, values_ptr, scale_ptr,
+    rows, width, tiles, x_stride, residual_stride, eps,
+    HAS_RESIDUAL: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Whole rows normalised, rounded as the wide ones are stored, then cut into tiles."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(
+            residual_ptr + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
+        total = (x + residual).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row[:, None] * width + column[None, :], total, mask=mask)
+        x = total.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    out = (x * rstd[:, None] * weight[None, :]).to(x_ptr.dtype.element_ty).to(tl.float32)
+    cut = tl.reshape(out, (ROWS, WIDTH // TILE, TILE))
+    scale = tile_scale(tl.max(tl.abs(cut), axis=2), POWER_OF_TWO)
+    # stored in three dims, so that the norm's own loads lie as in the plain norm: its sum then has that order
+    tile, within = tl.arange(0, WIDTH // TILE), tl.arange(0, TILE)
+    column = tile[:, None] * TILE + within[None, :]
+    at = row[:, None, None] * width + column[None, :, :]
+    values = scaled(cut, scale[:, :, None]).to(tl.float8e4nv)
+    kept = (row < rows)[:, None]
+    tl.store(values_ptr + at, values, mask=kept[:, :, None] & (column < width)[None, :, :])
+    tl.store(scale_ptr + row[:, None] * tiles + tile[None, :], scale, mask=kept & (tile < tiles)[None, :])
+
+
+def quantise_both(x_RI, ends_E, *, power_of_two):
+    """See `benthic.kernels.ops.quantise_fp8_both`."""
+    x_RI = x_RI if x_RI.stride(1) == 1 else x_RI.contiguous()
+    rows, columns = x_RI.shape
+    device = x_RI.device
+    ends = torch.full((1,), rows, dtype=torch.int32, device=device) if ends_E is None else ends_E
+    experts = ends.shape[0]
+    padded = padded_rows(rows, experts)
+    by_row, by_column = _empty_tiles(rows, columns, device), _empty_tiles(columns, padded, device)
+    if padded:
+        # one tile more than columns have room for: the rows past the last expert may begin in it
+        _quantise_both[(padded // TILE + 1, by_row.scale.shape[1])](
+            x_RI, *by_row, *by_column, ends,
+            rows, experts, columns, padded, x_RI.stride(0),
+            *by_row.scale.stride(), *by_column.scale.stride(),
+            POWER_OF_TWO=power_of_two, EXPERTS=triton.next_power_of_2(experts + 2),
+            TILE=TILE, PART=64, num_warps=8,
+        )  # fmt: skip
+    return by_row, by_column
+
+
+def swiglu(gate_up_RF2, *, power_of_two):
+    """See `benthic.kernels.ops.swiglu_fp8`."""
+    gate_up_RF2 = gate_up_RF2 if gate_up_RF2.stride(1) == 1 else gate_up_RF2.contiguous()
+    rows, width = gate_up_RF2.shape[0], gate_up_RF2.shape[1] // 2
+    out = _empty_tiles(rows, width, gate_up_RF2.device)
+    if rows:
+        tiles = out.scale.shape[1]
+        _swiglu_rows[(triton.cdiv(rows, 16), tiles)](
+            gate_up_RF2, *out, rows, width, tiles, gate_up_RF2.stride(0),
+            POWER_OF_TWO=power_of_two, ROWS=16, TILE=TILE, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def rms_norm(x_RD, weight_D, eps, *, power_of_two):
+    """See `benthic.kernels.ops.rms_norm_fp8`."""
+    return _norm(x_RD, None, weight_D, eps, power_of_two=power_of_two)[0]
+
+
+def add_rms_norm(x_RD, residual_RD, weight_D, eps, *, power_of_two):
+    """See `benthic.kernels.ops.add_rms_norm_fp8`."""
+    return _norm(x_RD, residual_RD, weight_D, eps, power_of_two=power_of_two)
+
+
+def _norm(x_RD, residual_RD, weight_D, eps, *, power_of_two):
+    x_RD = x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
+    other = x_RD if residual_RD is None else residual_RD
+    other = other if other.stride(1) == 1 else other.contiguous()
+    rows, width = x_RD.shape
+    out = _empty_tiles(rows, width, x_RD.device)
+    total = x_RD if residual_RD is None else torch.empty_like(out.values, dtype=x_RD.dtype)
+    block, padded, warps = norm_tile(width)
+    if rows:
+        _norm_rows[(triton.cdiv(rows, block),)](
+            x_RD, other, weight_D, total, *out,
+            rows, width, out.scale.shape[1], x_RD.stride(0), other.stride(0), eps,
+            HAS_RESIDUAL=residual_RD is not None, POWER_OF_TWO=power_of_two,
+            ROWS=block, WIDTH=padded, TILE=TILE, num_warps=warps,
+        )  # fmt: skip
+    return out, total
+
+
+def norm_tile(width):
+    """`(rows, padded width, warps)`: those of the plain norm, whose sums then have the same order."""
+    padded = max(TILE, triton.next_power_of_2(width))
+    rows = max(1, 4096 // padded)
+    return rows, padded, min(16, max(4, rows * padded // 1024))
+
+
+def _empty_tiles(outer, inner, device):
+    """Values and scales to be written."""
+    scale = torch.empty(outer, triton.cdiv(inner, TILE), dtype=torch.float32, device=device)
+    return Fp8(torch.empty(outer, inner, dtype=torch.float8_e4m3fn, device=device), scale)
