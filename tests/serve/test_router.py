@@ -256,12 +256,14 @@ def test_the_last_of_a_role_keeps_it_and_one_that_dies_on_the_way_does_not_chang
             assert not await router.members.turn("decode-2", "prefill")
             assert router.members["decode-2"].open
             slow = asyncio.create_task(tokens_of(router, request("slow", range(2, 9), max_tokens=100)))
+            pid = router.members["prefill-0"].client.pid
+            os.kill(pid, signal.SIGSTOP)  # or it could have answered, and turned, before it dies
             running = asyncio.create_task(all_of(router, asked))
             await until(lambda: bool(router.members["prefill-0"].loads))
             turning = asyncio.create_task(router.members.turn("prefill-0", "decode"))
             await asyncio.sleep(0)
             assert not router.members["prefill-0"].open
-            os.kill(router.members["prefill-0"].client.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             assert not await turning
             assert await running == expected
             await until(lambda: roles(router) == {"prefill-1": "prefill", "decode-2": "decode"})
