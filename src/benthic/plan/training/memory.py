@@ -23,9 +23,10 @@ from benthic.spec.layout import Layout
 
 if TYPE_CHECKING:
     from benthic.model.part import Part
-    from benthic.plan.training.candidate import Candidate
+    from benthic.plan.training.candidate import Candidate, Updates
     from benthic.plan.training.step import Step
     from benthic.spec.hardware import Hardware
+    from benthic.spec.model import ModelConfig
 
 Routes = tuple[tuple[int, ...], ...]
 
@@ -152,10 +153,16 @@ def _ending(candidate: Candidate, here: tuple[Part, ...]) -> float:
 
     Muon has a bucket's shard as moves, as it is sent and received, as matrices, and both ways back.
     """
-    layout, muon = candidate.layout, candidate.optimizer.name == "muon"
+    layout = replace(candidate.layout, schedule="1f1b", virtual_stages=None)
+    return _ending_of(candidate.model, layout, candidate.optimizer, here)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _ending_of(model: ModelConfig, layout: Layout, optimizer: Updates, here: tuple[Part, ...]) -> float:
+    muon = optimizer.name == "muon"
     buckets: dict[tuple[str, str], float] = {}
     largest = 0.0
-    for param in held_by(candidate.model, here):
+    for param in held_by(model, here):
         kind = kind_of(param)
         count = numel(param, layout) / replicas_of(layout, kind)
         largest = max(largest, count)
@@ -164,7 +171,7 @@ def _ending(candidate: Candidate, here: tuple[Part, ...]) -> float:
             each = 24.0 if replicas_of(layout, kind) > 1 else 20.0
         key = unit_of(param.name), kind
         buckets[key] = buckets.get(key, 0.0) + each * count
-    update = 0.0 if candidate.optimizer.fused else UPDATE * largest
+    update = 0.0 if optimizer.fused else UPDATE * largest
     return max(update, *buckets.values(), 0.0)
 
 

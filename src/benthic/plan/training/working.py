@@ -88,15 +88,24 @@ def peak(candidate: Candidate, parts: Mapping[int, Part], found: Sequence[Moment
     phases = {stage: phases_of(core, part, first=stage == 0) for stage, part in parts.items()}
     kept = {stage: sum(phase.keeps for _, phase in each) for stage, each in phases.items()}
     leaves = {stage: sum(phase.leaves for _, phase in each) for stage, each in phases.items()}
+    early = {stage: _sums(each, "early") for stage, each in phases.items()}
+    eager = {stage: _eager(each) for stage, each in phases.items()}
     moving = _IN_TRANSIT * row_of(core) if candidate.layout.pp_degree > 1 else 0.0
+    slots: dict[tuple[object, ...], float] = {}
+
+    def needed(one: Moment) -> float:
+        kinds = one.first, *[(action.kind, action.stage) for action in one.slot.actions]
+        if kinds not in slots:
+            slots[kinds] = _needed(one, phases)
+        return slots[kinds]
 
     def at(one: Moment) -> float:
         there = moving + sum(kept[stage] * count for stage, count in one.held)
         there += sum(leaves[stage] * count for stage, count in one.waiting)
         busy = {action.stage for action in one.slot.actions}
-        there += sum(_sums(phases[stage], "early") for stage, _ in one.waiting if stage not in busy)
-        there += sum(_eager(phases[stage]) for stage, _ in one.held if stage not in busy)
-        return there + _needed(one, phases)
+        there += sum(early[stage] for stage, _ in one.waiting if stage not in busy)
+        there += sum(eager[stage] for stage, _ in one.held if stage not in busy)
+        return there + needed(one)
 
     return max(map(at, found), default=0.0)
 
