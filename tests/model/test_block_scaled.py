@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from benthic.model.block_scaled import (
 from benthic.model.checkpoint import load_pretrained, save_pretrained
 from benthic.model.fp8_products import fp8_parameters
 from benthic.model.local import packed_sockets, plain_linear
+from benthic.model.mlp import Mlp
+from benthic.model.moe import Experts
+from benthic.model.narrow_rows import quantise_as_computed
 
 # Gate and up end inside a block (48 rows) in the first, at its border in the second.
 ODD = replace(BASE, num_nextn_predict_layers=0)
@@ -95,6 +99,39 @@ def test_a_network_in_fp8_stays_near_float32(config):
     off = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert float(off.median()) < 0.3  # a choice of experts that flips moves a row of so small a model by half
     assert float(off.median()) > 1e-4, "nothing was multiplied in FP8"
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 20])
+@pytest.mark.parametrize("config", [ODD, WHOLE], ids=["odd", "whole"])
+def test_rows_quantised_as_they_are_computed_give_the_same_logits_to_the_bit(
+    config, q_lora_rank, monkeypatch
+):
+    config = replace(config, q_lora_rank=q_lora_rank)
+    model = random_model(config)
+    scales = narrow(model)
+    linear = block_scaled_linear(model, scales)
+    for op in ("swiglu", "rms_norm", "add_rms_norm"):  # those in C differ from the definitions in a last bit
+        reference = partial(getattr(ops, op), impl="reference")
+        monkeypatch.setattr(ops, op, reference)
+        for module in (Mlp, Experts) if op == "swiglu" else ():
+            monkeypatch.setattr(module, "activate", staticmethod(reference))
+    exact = logits(model, linear)
+    quantised = []
+    monkeypatch.setattr(ops, "quantise_fp8_rows", noting(ops.quantise_fp8_rows, quantised))
+    assert torch.equal(logits(model, linear), exact)
+    before = len(quantised)
+    quantise_as_computed(model, scales)
+    assert torch.equal(logits(model, linear), exact)
+    saved = 5 if q_lora_rank else 4  # in a layer: rows of q, kv_a and q_b, and of the network those of two
+    assert before - (len(quantised) - before) == saved * config.num_hidden_layers
+
+
+def noting(function, seen):
+    def call(*args, **kwargs):
+        seen.append(args)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def test_the_widths_of_gate_and_up_decide_whether_they_share_a_product():

@@ -8,9 +8,11 @@ import pytest
 import torch
 from small_models import BASE, VARIANTS, furthest, packed, random_model
 
+from benthic.model.block_scaled import block_scaled_linear, narrow
 from benthic.model.checkpoint import load_pretrained, save_pretrained
 from benthic.model.initialise import initialise
 from benthic.model.local import packed_sockets, plain_linear
+from benthic.model.narrow_rows import quantise_as_computed
 from benthic.model.network import DeepSeek
 
 pytestmark = pytest.mark.gpu
@@ -99,3 +101,16 @@ def test_weights_initialised_on_the_gpu_are_those_of_the_cpu():
     for key, tensor in there.state_dict().items():
         assert tensor.is_cuda
         assert torch.equal(tensor.cpu(), state[key]), key
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 128])
+def test_fp8_rows_quantised_as_they_are_computed_give_the_same_bits(q_lora_rank):
+    config = replace(ROUND, q_lora_rank=q_lora_rank)
+    model = random_model(config).to("cuda", torch.bfloat16)
+    scales = narrow(model)
+    tokens_T, positions_T, sockets = on_gpu(config, (50, 1, 9))
+    sockets = replace(sockets, linear=block_scaled_linear(model, scales))
+    with torch.no_grad():
+        exact = model(tokens_T, positions_T, sockets).hidden_TD
+        quantise_as_computed(model, scales)
+        assert torch.equal(model(tokens_T, positions_T, sockets).hidden_TD, exact)

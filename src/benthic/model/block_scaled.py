@@ -9,7 +9,7 @@ Moonlight's weights and 0.2 % of DeepSeek-V3's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -43,11 +43,26 @@ WIDENED: Final = ".kv_b.weight"
 GATE_UP: Final = "gate_up"
 
 
+class NarrowRows(NamedTuple):
+    """Rows that are quantised already, in 1 x 128 tiles, and the dtype that they would have had."""
+
+    tiles: Fp8
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, rows_RI: Tensor | NarrowRows) -> NarrowRows:
+        """Rows quantised now, if they are not yet."""
+        if isinstance(rows_RI, NarrowRows):
+            return rows_RI
+        return cls(Fp8(*ops.quantise_fp8_rows(rows_RI)), rows_RI.dtype)
+
+
 @dataclass(frozen=True)
 class BlockScaledLinear:
     """The `linear` socket that multiplies some weights in FP8 and all others as they are.
 
-    Rows are quantised in 1 x 128 tiles as they come (DeepSeek-V3 report section 3.3.2).
+    Rows are quantised in 1 x 128 tiles as they come (DeepSeek-V3 report section 3.3.2), or have been:
+    `benthic.model.narrow_rows` has norms and SwiGLUs do so.
 
     Attributes:
         parts: block tiles by the address of their parameter. Several where the matrices that a parameter
@@ -56,25 +71,29 @@ class BlockScaledLinear:
 
     parts: Mapping[int, tuple[Fp8, ...]]
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | NarrowRows, weight: Tensor) -> Tensor:
         """`x_..I @ weight_OI.T`, in the dtype of x."""
+        if isinstance(x, NarrowRows):
+            return _product(x, self.parts[weight.data_ptr()], None)
         parts = self.parts.get(weight.data_ptr())
         if parts is None:
             return plain_linear(x, weight)
         y_RO = _product(x.reshape(-1, x.shape[-1]), parts, None)
         return y_RO.view(*x.shape[:-1], -1)
 
-    def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    def grouped(self, rows_RI: Tensor | NarrowRows, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         """Each expert's rows times its own `weight_OI.T`, in the dtype of the rows."""
+        if isinstance(rows_RI, NarrowRows):
+            return _product(rows_RI, self.parts[weight_EOI.data_ptr()], ends_E)
         parts = self.parts.get(weight_EOI.data_ptr())
         if parts is None:
             return plain_linear.grouped(rows_RI, weight_EOI, ends_E)
         return _product(rows_RI, parts, ends_E)
 
 
-def _product(rows_RI: Tensor, parts: tuple[Fp8, ...], ends_E: Tensor | None) -> Tensor:
-    rows = Fp8(*ops.quantise_fp8_rows(rows_RI))
-    outs = [ops.fp8_linear(rows, part, ends_E, dtype=rows_RI.dtype) for part in parts]
+def _product(rows_RI: Tensor | NarrowRows, parts: tuple[Fp8, ...], ends_E: Tensor | None) -> Tensor:
+    rows, dtype = NarrowRows.of(rows_RI)
+    outs = [ops.fp8_linear(rows, part, ends_E, dtype=dtype) for part in parts]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
 

@@ -107,9 +107,7 @@ class Fp8Products:
 
     def keep_gradient(self, dy_RO: Tensor, ends_E: Tensor | None) -> tuple[Kept, Kept]:
         """Row tiles for the input gradient, column tiles for the weight gradient, both from `dy` itself."""
-        dy_RO = dy_RO.contiguous()
-        rows = ops.quantise_fp8_rows(dy_RO, power_of_two=self.power_of_two)
-        return rows, ops.quantise_fp8_columns(dy_RO, ends_E, power_of_two=self.power_of_two)
+        return ops.quantise_fp8_both(dy_RO.contiguous(), ends_E, power_of_two=self.power_of_two)
 
     def output(self, rows: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         """`x W^T`."""
@@ -124,8 +122,10 @@ class Fp8Products:
     ) -> Tensor:
         """`dy^T x` in float32, from rows re-tiled."""
         columns = ops.retile_fp8(Fp8(*rows), ends_E, power_of_two=self.power_of_two)
-        gradient = ops.fp8_weight_gradient(Fp8(*dy), columns, ends_E)
-        return gradient if into is None else into.add_(gradient)
+        if into is None:
+            return ops.fp8_weight_gradient(Fp8(*dy), columns, ends_E)
+        ops.add_fp8_weight_gradient(into, Fp8(*dy), columns, ends_E)
+        return into
 
 
 @dataclass(frozen=True)
