@@ -8,6 +8,7 @@ by phase too, so that an executor may run something else in between.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -49,26 +50,45 @@ class Phase:
     weights: Weights | None = None
 
 
-Cut = list[tuple["GradientEdge | None", "Tensor"]]
-"""For each tensor of a cut that has a gradient: the graph before it, and the leaf that gathers its gradient.
+@dataclass
+class Cut:
+    """The graph before a cut, and the gradients that come back to it, one slot for each tensor that has one.
 
-Neither holds the tensor's memory: what no phase saved is gone as soon as the next phase has read it.
-"""
+    Neither holds a tensor's memory: what no phase saved is gone as soon as the next phase has read it.
+    """
+
+    edges: list[GradientEdge | None] = field(default_factory=list)
+    gradients: list[Tensor | None] = field(default_factory=list)
+
+    def collect(self, state: Any) -> list[Tensor]:
+        """Make room for the gradients of a state, whose tensors are returned."""
+        tensors: list[Tensor] = []
+
+        def found(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        _mapped(state, found)
+        # The graph before a leaf is the leaf: to keep that would keep its memory, and nobody goes back there.
+        self.edges = [None if each.grad_fn is None else get_gradient_edge(each) for each in tensors]
+        self.gradients = [None] * len(tensors)
+        return tensors
 
 
-def cut(state: Any, pairs: Cut) -> Any:
-    """A copy of `state` whose tensors start a graph of their own; `pairs` gets each that has a gradient."""
+def cut(state: Any, made: Cut) -> Any:
+    """A copy of `state` whose tensors start a graph of their own, which leaves their gradients in `made`."""
+    tensors = made.collect(state)
+    if not tensors:
+        return state
+    starts = iter(_Start.apply(_linked(tensors[0].device), tensors, made))
+    return _mapped(state, lambda _: next(starts))
 
-    def stand_in(tensor: Tensor) -> Tensor:
-        result: Tensor = _StandIn.apply(_leaf(tensor, pairs), tensor.detach())
-        return result
 
-    return _mapped(state, stand_in)
-
-
-def end(state: Any, pairs: Cut) -> Any:
-    """As `cut`, but with the leaves themselves in place of the tensors: what waits for gradients."""
-    return _mapped(state, lambda tensor: _leaf(tensor, pairs))
+def end(state: Any, made: Cut) -> tuple[Any, list[Tensor]]:
+    """As `cut`, but with leaves whose memory is one element: what waits for gradients."""
+    leaves = [each.new_empty(()).expand(each.shape).requires_grad_() for each in made.collect(state)]
+    waiting = iter(leaves)
+    return _mapped(state, lambda _: next(waiting)), leaves
 
 
 def _mapped(state: Any, each: Callable[[Tensor], Tensor]) -> Any:
@@ -83,26 +103,27 @@ def _mapped(state: Any, each: Callable[[Tensor], Tensor]) -> Any:
     return state
 
 
-def _leaf(tensor: Tensor, pairs: Cut) -> Tensor:
-    """A leaf of the tensor's shape whose memory is one element."""
-    leaf = tensor.new_empty(()).expand(tensor.shape).requires_grad_()
-    # The graph before a leaf is the leaf: to keep that would keep its memory, and nobody goes back there.
-    pairs.append((None if tensor.grad_fn is None else get_gradient_edge(tensor), leaf))
-    return leaf
+@functools.cache
+def _linked(device: torch.device) -> Tensor:
+    """Autograd records a node that has an operand with a gradient; those of a cut belong to other graphs."""
+    return torch.empty(0, device=device, requires_grad=True)
 
 
-class _StandIn(torch.autograd.Function):
-    """The value of one tensor with the gradient of another."""
+class _Start(torch.autograd.Function):
+    """The first node of a phase: the values of some tensors, whose gradients go no further."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, value: Tensor) -> Tensor:  # noqa: ARG004 (the leaf is linked)
+    def forward(ctx: Any, linked: Tensor, tensors: list[Tensor], made: Cut) -> tuple[Tensor, ...]:  # noqa: ARG004
         """Save nothing."""
-        return value.view_as(value)
+        ctx.made = made
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.detach() for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        """To the leaf."""
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None]:
+        """Leave them in their slots."""
+        ctx.made.gradients = list(grads)
+        return None, None, None
 
 
 @dataclass
@@ -119,13 +140,14 @@ class Chunk:
     phases: Sequence[Phase]
     state: Any
     _cuts: list[Cut] = field(default_factory=list)
+    _leaves: list[Tensor] = field(default_factory=list)
     running: Phase | None = None
     _held: Weights | None = None
     _output: Any = None
 
     def __post_init__(self) -> None:
         """Cut the first phase off from whatever made the state."""
-        self._cuts.append([])
+        self._cuts.append(Cut())
         self.state = cut(self.state, self._cuts[0])
 
     @property
@@ -144,10 +166,11 @@ class Chunk:
         """Run the next phase and cut after it."""
         self.running = phase = _existing(self.next_forward)
         self._hold(phase.weights)
-        self._cuts.append([])
+        self._cuts.append(Cut())
         after = phase.run(self.state)
         if self.next_forward is None:
-            self._output, self.state = after, end(after, self._cuts[-1])
+            self._output = after
+            self.state, self._leaves = end(after, self._cuts[-1])
             self._hold(None)
         else:
             self.state = cut(after, self._cuts[-1])
@@ -158,20 +181,23 @@ class Chunk:
         return output
 
     def backward(self) -> None:
-        """Run the last phase backward from the gradients of the leaves after it, and forget it."""
+        """Run the last phase backward from the gradients that came back to the cut after it; forget it."""
         self.running = phase = _existing(self.next_backward)
         self._hold(phase.weights)
         self.state = None
-        known = [(edge, leaf.grad) for edge, leaf in self._cuts.pop() if leaf.grad is not None]
+        after = self._cuts.pop()
+        gradients = [leaf.grad for leaf in self._leaves] or after.gradients
+        self._leaves = []
+        known = [pair for pair in zip(after.edges, gradients, strict=True) if pair[1] is not None]
         if known:
-            edges, gradients = zip(*known, strict=True)
-            torch.autograd.backward(edges, gradients)
+            edges, left = zip(*known, strict=True)
+            torch.autograd.backward(edges, left)
         if self.next_backward is None:
             self._hold(None)
 
     def input_gradients(self) -> list[Tensor | None]:
         """After the last `backward`: the gradients of the tensors that the stage started from."""
-        return [leaf.grad for _, leaf in self._cuts[0]]
+        return self._cuts[0].gradients
 
     def _hold(self, weights: Weights | None) -> None:
         """Have these weights in memory and let go of those held before."""
