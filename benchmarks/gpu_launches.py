@@ -230,7 +230,7 @@ def stage(precision: PrecisionConfig, dense: bool, layers: int) -> Iterator[list
     cu_seqlens = torch.empty(ROWS + 1, dtype=torch.int32, device=META)
     sockets = Sockets(PackedAttend(cu_seqlens, SEQ_LEN), LocalExchange(model.n_routed_experts), linear)
     objective = Objective(Weights(main=1.0, mtp=(), balance=1e-4), Tally(), ROWS, sink=sink)
-    made = ModelStage(stages.models[0], first=False, buckets=stages.buckets)
+    made = ModelStage(stages.models[0], first=False, buckets=stages.buckets, paired=False)
     unread: Any = None  # blocks read no tokens
     task = Task(unread, unread, sockets, objective)
     while True:

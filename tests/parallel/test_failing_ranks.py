@@ -26,14 +26,14 @@ pytestmark = pytest.mark.dist
 
 
 def spoil(run: Run, step: int, what: Callable[[], None]) -> None:
-    """Do `what` in the experts of microbatch 1 of this rank's last stage in one step."""
+    """Do `what` in a block of microbatch 1 of this rank's last stage in one step."""
     stage = run.trainer.executor._stages[max(run.trainer.executor._stages)]
     phases = stage.phases
 
     def spoiled(microbatch: int) -> list[Phase]:
         found = phases(microbatch)
         if microbatch == 1 and run.trainer.steps_done + 1 == step:
-            at = next(i for i, phase in enumerate(found) if phase.name.endswith("experts"))
+            at = next(i for i, phase in enumerate(found) if phase.name.startswith("layers"))
             inner = found[at].run
 
             def bad(state: object) -> object:
@@ -91,7 +91,7 @@ def test_a_rank_that_hangs_is_found_and_every_report_says_what_it_waits_for(tmp_
     reports = [(tmp_path / "logs" / f"stuck-rank-{rank}.txt").read_text() for rank in range(LAYOUT.ranks)]
     assert all(report.startswith("step 3 has taken") for report in reports)
     assert "rank 3 (pp 1, dp 1, cp 0, tp 0, ep 1): pipeline rank 1: 1F1 (operation" in reports[3]
-    assert "in phase layers.1.experts" in reports[3]
+    assert "in phase layers.1" in reports[3]
     assert "time.sleep" in reports[3] or "one_rank_hangs" in reports[3]
     assert "waits for 1B" in reports[1]
     assert "from pipeline rank 1" in reports[1]

@@ -20,9 +20,8 @@ from benthic.train.config import LogConfig
 from benthic.train.profile import Steps
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
-
-    from benthic.parallel.chunk import Phase
 
 pytestmark = pytest.mark.dist
 
@@ -57,16 +56,13 @@ def finish(run: object, profile: Steps | None) -> None:
 
 def slow_down(stage: object) -> None:
     """Attention sleeps, beneath what times it."""
-    make = stage._phase  # type: ignore[attr-defined]
+    for block in stage.model.blocks:  # type: ignore[attr-defined]
 
-    def slowed(name: str, run: object, *units: str) -> Phase:
-        def late(state: object) -> object:
+        def late(*args: object, attention: Callable[..., object] = block.attention) -> object:
             time.sleep(SLOW_S)
-            return run(state)  # type: ignore[operator]
+            return attention(*args)
 
-        return make(name, late if name.endswith("attention") else run, *units)
-
-    stage._phase = slowed  # type: ignore[attr-defined]
+        block.attention = late
 
 
 def test_measuring_finds_the_slow_rank_and_draws_the_timeline_without_changing_losses(tmp_path: Path) -> None:

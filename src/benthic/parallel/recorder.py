@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,13 @@ from benthic.parallel.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from benthic.parallel.chunk import Phase
     from benthic.parallel.mesh import Group, Mesh
     from benthic.parallel.pipeline import TableExecutor
     from benthic.sched.pipeline.spans import Span
 
     Mark = float | torch.cuda.Event
 
+StateT = TypeVar("StateT")
 _MEETINGS: Final = 7
 
 
@@ -107,16 +107,16 @@ class Pace:
         watch.start()
         return cls(watch)
 
-    def timed(self, phase: Phase) -> Phase:
-        """`phase`, measured each time it runs."""
+    def timed(self, run: Callable[[StateT], StateT]) -> Callable[[StateT], StateT]:
+        """`run`, measured each time."""
 
-        def run(state: object) -> object:
+        def marked(state: StateT) -> StateT:
             start = self.stopwatch.mark()
-            after = phase.run(state)
+            after = run(state)
             self._marks.append((start, self.stopwatch.mark()))
             return after
 
-        return replace(phase, run=run)
+        return marked
 
     def seconds(self) -> float:
         """The median; 0 where nothing ran."""

@@ -18,6 +18,7 @@ from benthic.parallel.links import GroupLinks
 from benthic.parallel.pipeline import TableExecutor
 from benthic.parallel.tokens import TokenShare
 from benthic.train.evaluate import Scores
+from benthic.train.exchange import overlaps
 from benthic.train.losses import Objective, Tally, total
 from benthic.train.scoring import Scored, rounds
 from benthic.train.stage import ModelStage, Task
@@ -77,7 +78,10 @@ class Executor:
         self.config, self.mesh, self.device, self.linear = config, mesh, device, linear
         self._exchange, self._sink = exchange, sink
         self.tally = Tally()
-        self._stages = {s: ModelStage(m, s == 0, stages.buckets) for s, m in stages.models.items()}
+        paired = overlaps(table)
+        self._stages = {
+            s: ModelStage(m, s == 0, stages.buckets, paired=paired) for s, m in stages.models.items()
+        }
         links = None if mesh.pipeline.handle is None else GroupLinks(mesh.pipeline.handle, device)
         self.pipeline = TableExecutor(table, mesh.place.pp, self._stages, links, sink)
 

@@ -67,6 +67,8 @@ class ModelStage:
         first: whether microbatches enter here.
         buckets: the parameters by unit.
         pace: measures attention; None: nothing is measured.
+        paired: some slot runs the phases of two microbatches alternately, so that blocks are cut into their
+            four; else each is one.
     """
 
     model: DeepSeek
@@ -74,6 +76,7 @@ class ModelStage:
     buckets: Mapping[str, tuple[Bucket, ...]]
     tasks: Sequence[Task] = field(default_factory=tuple)
     pace: Pace | None = None
+    paired: bool = True
 
     def boundary(self, microbatch: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of the residual stream at the front of the stage."""
@@ -133,9 +136,12 @@ class ModelStage:
             "experts": experts,
             "combine": lambda flow: Flow(block.combine(flow.value, sockets), flow.loss),
         }
+        if self.pace is not None:
+            steps["attention"] = self.pace.timed(steps["attention"])
+        if not self.paired:
+            steps = {"": _in_order(tuple(steps.values()))}
         for name, run in steps.items():
-            phase = self._phase(f"{unit}.{name}", run, unit)
-            yield phase if self.pace is None or name != "attention" else self.pace.timed(phase)
+            yield self._phase(f"{unit}.{name}".rstrip("."), run, unit)
 
     def _head(self, flow: Flow, task: Task) -> Flow:
         hidden = self.model.finish(Passed(flow.value, ()))
@@ -158,6 +164,15 @@ class ModelStage:
         yield self._phase(f"{unit}.project", project, unit, "embed")
         yield from self._block(module.block, task, angles, unit)
         yield self._phase(f"{unit}.head", head, unit, "head")
+
+
+def _in_order(steps: Sequence[Callable[[Flow], Flow]]) -> Callable[[Flow], Flow]:
+    def whole(flow: Flow) -> Flow:
+        for step in steps:
+            flow = step(flow)
+        return flow
+
+    return whole
 
 
 def _plus(loss: Tensor | None, more: Tensor) -> Tensor:
