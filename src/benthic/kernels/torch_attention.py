@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -127,24 +127,68 @@ def cudnn_attention(  # noqa: PLR0913 (packed attention has five operands and it
     """Attention of an equal-length pack by cuDNN's fused kernel; CUDA, bfloat16 and float16.
 
     The table offers it only for packs whose sequences all have one length, and as many keys as queries.
+    The log-sum-exp stays as cuDNN has it, [S, H, L, 1].
     """
     del cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    sequences = cu_seqlens_q.numel() - 1
-    q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q_THd, k_THd, v_THv))
-    result = torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001 (returns the lse)
-        q,
-        k,
-        v,
-        None,
-        compute_log_sumexp=True,
-        dropout_p=0.0,
-        is_causal=causal,
-        return_debug_mask=False,
-        scale=scale,
-    )
-    out, lse = result[0], result[1]
-    lse_SHL = lse.reshape(sequences, q_THd.shape[1], -1)
-    return out.transpose(1, 2).flatten(0, 1), lse_SHL.transpose(1, 2).flatten(0, 1)
+    out_THv, lse_SHL = _Cudnn.apply(q_THd, k_THd, v_THv, cu_seqlens_q.numel() - 1, causal, scale)
+    return out_THv, lse_SHL
+
+
+class _Cudnn(torch.autograd.Function):
+    """Both kernels on views by sequence, one view an operand: autograd would make two each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THd: Tensor,
+        k_THd: Tensor,
+        v_THv: Tensor,
+        sequences: int,
+        causal: bool,  # noqa: FBT001
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Save operands, output, log-sum-exp and what dropout, which there is none of, would need."""
+        operands = tuple(_by_sequence(x, sequences) for x in (q_THd, k_THd, v_THv))
+        result = torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001 (returns the lse)
+            *operands,
+            attn_bias=None,
+            compute_log_sumexp=True,
+            dropout_p=0.0,
+            is_causal=causal,
+            return_debug_mask=False,
+            scale=scale,
+        )
+        out, lse, cu_q, cu_k, max_q, max_k, seed, offset, _ = result
+        ctx.save_for_backward(*operands, out, lse, seed, offset, None, cu_q, cu_k)
+        ctx.settings, ctx.scale = (max_q, max_k, 0.0, causal), scale
+        ctx.mark_non_differentiable(lse)
+        return _by_token(out), lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the operands."""
+        operands = ctx.saved_tensors
+        dout = _by_sequence(grads[0], operands[0].shape[0])
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001
+            dout, *operands, *ctx.settings, scale=ctx.scale
+        )
+        return *(_by_token(each) for each in found), None, None, None
+
+
+def _by_sequence(x_THd: Tensor, sequences: int) -> Tensor:
+    """`[T, H, d]` as `[S, H, L, d]`, all sequences being of one length: one view."""
+    tokens, heads, width = x_THd.shape
+    length, (token, head, column) = tokens // sequences, x_THd.stride()
+    return x_THd.as_strided((sequences, heads, length, width), (length * token, head, token, column))
+
+
+def _by_token(x_SHLd: Tensor) -> Tensor:
+    """`[S, H, L, d]` as `[T, H, d]`: one view where sequences follow one another in memory."""
+    sequences, heads, length, width = x_SHLd.shape
+    sequence, head, token, column = x_SHLd.stride()
+    if sequences > 1 and sequence != length * token:
+        return x_SHLd.transpose(1, 2).flatten(0, 1)
+    return x_SHLd.as_strided((sequences * length, heads, width), (token, head, column))
 
 
 def mla_decode(

@@ -147,7 +147,7 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
         _equal(q_THd, k_THd, cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k),
         grad=torch.is_grad_enabled() and (q_THd.requires_grad or k_THd.requires_grad or v_THv.requires_grad),
     )
-    out_THv, lse_TH = ATTENTION.choose(case, impl)(
+    out_THv, lse = ATTENTION.choose(case, impl)(
         q_THd,
         k_THd,
         v_THv,
@@ -158,7 +158,12 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
         scale=scale,
         causal=causal,
     )
-    return (out_THv, lse_TH.detach()) if return_lse else out_THv
+    return (out_THv, _by_token(lse.detach())) if return_lse else out_THv
+
+
+def _by_token(lse: Tensor) -> Tensor:
+    """`[T, H]` of what an implementation has: that, or cuDNN's `[S, H, L, 1]`."""
+    return lse if lse.dim() == 2 else lse.squeeze(-1).transpose(1, 2).flatten(0, 1)
 
 
 def _equal(q_THd: Tensor, k_THd: Tensor, sequences: int, longest_q: int, longest_k: int) -> bool:
