@@ -162,13 +162,17 @@ class _Cudnn(torch.autograd.Function):
         ctx.save_for_backward(*operands, out, lse, seed, offset, None, cu_q, cu_k)
         ctx.settings, ctx.scale = (max_q, max_k, 0.0, causal), scale
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return _by_token(out), lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the operands."""
+        dout_THv = grads[0]
+        if dout_THv is None:
+            return (None,) * 6
         operands = ctx.saved_tensors
-        dout = _by_sequence(grads[0], operands[0].shape[0])
+        dout = _by_sequence(dout_THv, operands[0].shape[0])
         found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001
             dout, *operands, *ctx.settings, scale=ctx.scale
         )

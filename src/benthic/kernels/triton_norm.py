@@ -144,7 +144,7 @@ def rope(x, cos_Tr2, sin_Tr2):
 
 def as_rows(x):
     """View x as `[rows, width]` with unit stride along a row, copying only when no such view exists."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -177,7 +177,10 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(total, weight_D, rstd)
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
-        return out.view(x.shape), (total.view(x.shape) if residual is not None else x.new_empty(0))
+        shaped = out if x.dim() == 2 else out.view(x.shape)
+        if residual is None:
+            return shaped, None
+        return shaped, total if x.dim() == 2 else total.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy, dtotal):
@@ -192,7 +195,8 @@ class _Norm(torch.autograd.Function):
         dx = torch.empty_like(dy)
         block, padded, warps = tile(width, 2048)
         programs = min(_PARTIALS, triton.cdiv(rows, block))
-        partial = torch.zeros(max(programs, 1), width, dtype=torch.float32, device=dy.device)
+        made = torch.empty if rows else torch.zeros
+        partial = made(max(programs, 1), width, dtype=torch.float32, device=dy.device)
         if rows:
             _norm_backward[(programs,)](
                 total, weight_D, rstd, dy, dtotal, dx, partial,

@@ -43,7 +43,8 @@ class LatentUp:
     def expand(self, latent_TC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every head, eq. (2) and (5): `(k_nope_THn, v_THv)`, views of one product."""
         kv_THnv = self.linear(latent_TC, self.weight).unflatten(-1, (-1, self.nope_dim + self.v_dim))
-        return kv_THnv[..., : self.nope_dim], kv_THnv[..., self.nope_dim :]
+        k_nope_THn, v_THv = kv_THnv.split((self.nope_dim, self.v_dim), -1)
+        return k_nope_THn, v_THv
 
     def absorb_query(self, q_nope_THn: Tensor) -> Tensor:
         """`q . (W^UK c) = (W^UK^T q) . c`: queries moved into the latent space, `q_THC`."""

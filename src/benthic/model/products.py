@@ -209,6 +209,8 @@ class WeightGradients:
                 f"into {tuple(sum_.shape)} with strides {sum_.stride()}; lay the sum out as the parameter."
             )
             raise ShapeError(message)
+        if weight is owner:
+            return sum_
         offset = sum_.storage_offset() + weight.storage_offset() - owner.storage_offset()
         return sum_.as_strided(weight.shape, weight.stride(), offset)
 
@@ -257,8 +259,9 @@ class SplitLinear:
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x_..I @ weight_OI.T`, in the dtype of x."""
-        y_RO: Tensor = _Split.apply(x.reshape(-1, x.shape[-1]), weight, None, self)
-        return y_RO.view(*x.shape[:-1], weight.shape[0])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y_RO: Tensor = _Split.apply(rows, weight, None, self)
+        return y_RO if x.dim() == 2 else y_RO.view(*x.shape[:-1], weight.shape[0])
 
     def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         """Each expert's rows times its own `weight_OI.T`, in the dtype of the rows."""
