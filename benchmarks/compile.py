@@ -27,12 +27,13 @@ from stdlib_corpus import make_data
 from train_gpu import ROWS, model_of
 
 from benthic.cli.settings import apply
+from benthic.kernels import ops
+from benthic.kernels.reference import balance
 from benthic.kernels.reference import norm as definitions
 from benthic.model.mlp import Mlp
 from benthic.model.moe import Experts
 from benthic.model.norm import Norm
 from benthic.spec import presets
-from benthic.train import losses
 from benthic.train.config import LogConfig, LoopConfig, RunConfig
 from benthic.train.data.shards import TokenShards, read_meta
 from benthic.train.hardware import detect
@@ -155,7 +156,7 @@ def pieces(trainer: Trainer) -> None:  # noqa: ARG001 (every network's)
     swiglu = staticmethod(torch.compile(definitions.swiglu))
     for owner in (Mlp, Experts):
         setattr(owner, "activate", swiglu)  # noqa: B010
-    setattr(losses, "sequence_balance_loss", torch.compile(losses.sequence_balance_loss))  # noqa: B010
+    setattr(ops, "balance_loss", torch.compile(balance.balance_loss))  # noqa: B010
 
 
 def blocks(trainer: Trainer) -> None:

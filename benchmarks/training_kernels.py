@@ -242,6 +242,31 @@ def accumulate(bench: Bench) -> None:
 # --- the rest
 
 
+def choice(bench: Bench) -> None:
+    """Moonlight's gate on the logits of 16,384 tokens, the balance loss of four rows, and the counts."""
+    tokens = 64 if bench.small else 16384
+    logits = bench.random(tokens, 64).float().requires_grad_()
+    bias = torch.zeros(64, device=bench.device)
+    gate = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "top_k": 6, "n_group": 1, "topk_group": 1}
+    gate |= {"norm_topk_prob": True, "routed_scaling_factor": 2.446}
+    count = torch.zeros(64, dtype=torch.int64, device=bench.device)
+    ours = ("triton_autograd", "triton") if bench.device == "cuda" else ("reference", "reference")
+
+    def both(ways: tuple[str, str]) -> Tensor:
+        logits.grad = None
+        routing = ops.route(logits, bias, **gate, impl=ways[0])
+        loss, _ = ops.balance_loss(routing.scores_TE, top_k=6, rows=4, factor=100.0, impl=ways[1])
+        ops.count_experts(count, routing.expert_TK, impl=ways[1])
+        (loss + routing.weight_TK.square().sum()).backward()
+        assert logits.grad is not None  # noqa: S101 (a benchmark's check)
+        return logits.grad
+
+    exact = both(("reference", "reference"))
+    for name, ways in (("ours", ours), ("reference", ("reference", "reference"))):
+        error, seconds = relative(both(ways), exact), bench.time(partial(both, ways), [()])
+        bench.add("route and balance", f"{tokens} x 64", name, seconds, 28.0 * logits.numel(), "TB/s", error)
+
+
 def adamw(bench: Bench) -> None:
     """One update of a layer's experts with moments in bfloat16."""
     count = 1000 if bench.small else 64 * 2816 * 2048
@@ -273,7 +298,7 @@ def e5m6(bench: Bench) -> None:
         bench.add("dequantise_e5m6", f"{rows} x {width}", impl, bench.time(run, [()]), moved, "TB/s", None)
 
 
-SUITES = (loss, gradients, accumulate, adamw, e5m6)
+SUITES = (loss, gradients, accumulate, choice, adamw, e5m6)
 
 
 if __name__ == "__main__":

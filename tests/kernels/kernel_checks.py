@@ -505,6 +505,9 @@ GATES = {
     "odd": (10, 3, {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 5, "topk_group": 2}),
     "groups of one": (6, 2, {"topk_method": "group_limited_greedy", "n_group": 6, "topk_group": 3}),
 }
+BALANCES = [(1, 7, 5, 2), (3, 40, 10, 3), (2, 1, 4, 4)]
+if ON_GPU:
+    BALANCES += [(4, 4096, 64, 6), (2, 1000, 256, 8), (1, 130, 384, 8)]
 PLAIN_GATE = {
     "scoring_func": "softmax",
     "n_group": 1,
@@ -526,6 +529,54 @@ def test_route(dtype, name):
         assert torch.equal(fast.expert_TK, exact.expert_TK)
         close(fast.scores_TE, exact.scores_TE, torch.float32)
         close(fast.weight_TK, exact.weight_TK, torch.float32)
+
+
+@pytest.mark.parametrize("given", ["both", "scores", "weights"])
+@pytest.mark.parametrize("name", GATES)
+def test_gradients_of_route(dtype, name, given):
+    experts, top_k, settings = GATES[name]
+    logits = made(TOKENS if ON_GPU else 5, experts, dtype=torch.float32)
+    gate = PLAIN_GATE | settings | {"top_k": top_k}
+
+    def outputs(logits, impl):
+        routing = ops.route(logits, None, impl="triton_autograd" if impl == "triton" else impl, **gate)
+        return {"scores": (routing.scores_TE,), "weights": (routing.weight_TK,)}.get(
+            given, (routing.scores_TE, routing.weight_TK)
+        )
+
+    compare(outputs, [logits], torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "tokens", "experts", "top_k"), BALANCES)
+def test_balance_loss(dtype, rows, tokens, experts, top_k):
+    scores = made(rows * tokens, experts, dtype=torch.float32).detach().sigmoid().requires_grad_()
+    settings = {"top_k": top_k, "rows": rows, "factor": 0.3}
+    compare(lambda x, impl: ops.balance_loss(x, **settings, impl=impl)[0][None], [scores], torch.float32)
+    fast, exact = (ops.balance_loss(scores, **settings, impl=impl)[1] for impl in ("triton", "reference"))
+    assert not fast.requires_grad
+    torch.testing.assert_close(fast, exact)
+
+
+def test_balance_loss_of_a_sequence_that_ranks_share(dtype):
+    scores = made(2 * 20, 10, dtype=torch.float32).detach().sigmoid().requires_grad_()
+    other = torch.rand(2, 10, device=DEVICE)
+
+    def shared(x, impl):
+        loss, _ = ops.balance_loss(
+            x, top_k=3, rows=2, mean=lambda f_SE: (f_SE + other.to(f_SE.dtype)) / 2, impl=impl
+        )
+        return loss[None]
+
+    compare(shared, [scores], torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS, 1366])
+def test_rows_of_experts_are_added_to_what_was_counted(dtype, tokens):
+    expert = routed(tokens, 7, 3)
+    fast, exact = torch.arange(9, device=DEVICE), torch.arange(9, device=DEVICE)
+    ops.count_experts(fast, expert, impl="triton")
+    ops.count_experts(exact, expert, impl="reference")
+    assert torch.equal(fast, exact)
 
 
 def test_route_chooses_distinct_experts_whatever_the_logits(dtype):

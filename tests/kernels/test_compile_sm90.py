@@ -294,7 +294,11 @@ def test_fp8_products_use_wgmma_without_spills(direction, rows, tmp_path):
 
 
 GATE = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weight_ptr"), "*fp32")
+GATE |= dict.fromkeys(("dscores_ptr", "dweight_ptr", "dlogits_ptr"), "*fp32")
 GATE["expert_ptr"] = "*i32"
+BALANCE = {"factor": "fp32", "expert_ptr": "*i32", "count_ptr": "*i64"} | dict.fromkeys(
+    ("scores_ptr", "loads_ptr", "weighted_ptr", "found_ptr", "dloss_ptr", "dscores_ptr"), "*fp32"
+)
 
 SAMPLED = dict.fromkeys(("seed_ptr", "position_ptr", "token_ptr"), "*i64") | {
     f"{name}_ptr": kind
@@ -322,6 +326,18 @@ MEMORY_BOUND = [
             {"GROUPS": 8, "KEPT": 4, "BEST": 2, "TOP_K": 8, "CHOSEN": 8, "WIDTH": 256},
         )
     ),
+    *(
+        ("triton_route", "_route_backward", way | {"TOP_K": 8, "CHOSEN": 8, "WIDTH": 256}, 4, GATE)
+        for way in (
+            {"SIGMOID": True, "NORMALISE": True, "SCORES": True, "WEIGHTS": True},
+            {"SIGMOID": False, "NORMALISE": False, "SCORES": False, "WEIGHTS": True},
+        )
+    ),
+    ("triton_balance", "_loads", {"TOP_K": 8, "TOKENS": 8, "WIDTH": 256}, 4, BALANCE),
+    ("triton_balance", "_sequence_loads", {"ROWS": 8, "WIDTH": 256}, 4, BALANCE),
+    ("triton_balance", "_loss", {"BLOCK": 1024}, 4, BALANCE),
+    ("triton_balance", "_balance_backward", {"TOKENS": 8, "WIDTH": 256}, 4, BALANCE),
+    ("triton_balance", "_count", {"BLOCK": 4096}, 8, BALANCE),
     *(
         ("triton_sample", kernel, constants, 8, SAMPLED)
         for kernel, constants in (

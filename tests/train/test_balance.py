@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benthic.errors import ShapeError
-from benthic.train.balance import expert_counts, max_vio, sequence_balance_loss, update_bias
+from benthic.kernels import ops
+from benthic.train.balance import max_vio, update_bias
 
 
 def literal_balance_loss(s_TE: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -29,8 +30,9 @@ def test_balance_loss_and_its_gradient_are_those_of_the_report(
 ) -> None:
     torch.manual_seed(0)
     scores = torch.sigmoid(torch.randn(rows * tokens, experts)).requires_grad_()
-    loss = sequence_balance_loss(scores, top_k=top_k, rows=rows)
-    loss.backward()
+    weighted, loss = ops.balance_loss(scores, top_k=top_k, rows=rows, factor=0.5)
+    (2.0 * weighted).backward()
+    assert not loss.requires_grad
     ours = scores.grad
     again = scores.detach().requires_grad_()
     literal = sum(literal_balance_loss(row, top_k) for row in again.view(rows, tokens, experts))
@@ -41,18 +43,18 @@ def test_balance_loss_and_its_gradient_are_those_of_the_report(
 
 def test_perfectly_balanced_sequence_has_loss_one() -> None:
     scores = torch.full((8, 8), 0.1) + 0.8 * torch.eye(8)
-    assert sequence_balance_loss(scores, top_k=1, rows=1).item() == pytest.approx(1.0, abs=1e-6)
+    assert ops.balance_loss(scores, top_k=1, rows=1)[1].item() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_collapsed_routing_costs_more() -> None:
     scores = torch.full((8, 8), 0.01)
     scores[:, 0] = 0.99
-    assert sequence_balance_loss(scores, top_k=1, rows=1).item() > 7.0
+    assert ops.balance_loss(scores, top_k=1, rows=1)[1].item() > 7.0
 
 
 def test_ragged_sequences_are_refused_with_both_numbers() -> None:
     with pytest.raises(ShapeError, match="7 tokens do not divide into 2 sequences"):
-        sequence_balance_loss(torch.rand(7, 4), top_k=2, rows=2)
+        ops.balance_loss(torch.rand(7, 4), top_k=2, rows=2)
 
 
 @given(counts=st.lists(st.integers(0, 10**7), min_size=2, max_size=40), recentre=st.booleans())
@@ -74,7 +76,8 @@ def test_expert_at_the_mean_stays_even_when_counts_exceed_float_precision() -> N
 
 
 def test_counts_and_violation() -> None:
-    counts = expert_counts(torch.tensor([[0, 1], [0, 2], [0, 1]], dtype=torch.int32), 4)
+    counts = torch.zeros(4, dtype=torch.int64)
+    ops.count_experts(counts, torch.tensor([[0, 1], [0, 2], [0, 1]], dtype=torch.int32))
     assert counts.tolist() == [3, 2, 1, 0]
     assert max_vio(counts) == pytest.approx(1.0)
     assert max_vio(torch.tensor([5, 5])) == 0.0

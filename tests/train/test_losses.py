@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from benthic.kernels import ops
 from benthic.model.initialise import initialise
 from benthic.model.local import packed_sockets, plain_linear
 from benthic.model.network import DeepSeek
 from benthic.parallel.pipeline import Flow
 from benthic.spec import presets
-from benthic.train.balance import sequence_balance_loss
 from benthic.train.data.microbatch import Microbatch, assemble
 from benthic.train.losses import Objective, Tally, Weights, targets_of, weights_of
 from benthic.train.stage import ModelStage, Task
@@ -100,7 +100,7 @@ def test_balance_loss_sums_over_every_mixture_layer_the_mtp_ones_included() -> N
     hidden = model(batch.tokens_T, batch.positions_T, sockets)
     ahead = model.predict_ahead(0, model.mtp_input(hidden), batch.ahead_KT[0], batch.positions_T, sockets)
     routings = [routing for _, routing in (*hidden.routing, *ahead.routing)]
-    expected = sum(sequence_balance_loss(r.scores_TE, top_k=2, rows=1) for r in routings)
+    expected = sum(ops.balance_loss(r.scores_TE, top_k=2, rows=1)[1] for r in routings)
     assert torch.allclose(torch.stack(found.balance).sum(), expected, rtol=1e-6)
 
 

@@ -86,7 +86,47 @@ def _route(
     tl.store(weight_ptr + token * TOP_K + k, weight * scale, mask=k < TOP_K)
 
 
-def route(
+@triton.jit
+def _route_backward(
+    scores_ptr, expert_ptr, dscores_ptr, dweight_ptr, dlogits_ptr, experts, scale,
+    SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, SCORES: tl.constexpr, WEIGHTS: tl.constexpr,
+    TOP_K: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one token's logits, through its scores and through the weights of its choice."""
+    token = tl.program_id(0).to(tl.int64)
+    e, k = tl.arange(0, WIDTH), tl.arange(0, CHOSEN)
+    here = e < experts
+    score = tl.load(scores_ptr + token * experts + e, mask=here, other=0.0)
+    dscore = tl.zeros([WIDTH], tl.float32)
+    if SCORES:
+        dscore += tl.load(dscores_ptr + token * experts + e, mask=here, other=0.0)
+    if WEIGHTS:
+        chosen = tl.load(expert_ptr + token * TOP_K + k, mask=k < TOP_K, other=-1)
+        dweight = scale * tl.load(dweight_ptr + token * TOP_K + k, mask=k < TOP_K, other=0.0)
+        own = chosen[:, None] == e[None, :]
+        if NORMALISE:
+            weight = tl.sum(tl.where(own, score[None, :], 0.0), axis=1)
+            total = tl.sum(weight, axis=0) + 1e-20
+            dweight = (dweight - tl.sum(dweight * weight, axis=0) / total) / total
+        dscore += tl.sum(tl.where(own, dweight[:, None], 0.0), axis=0)
+    if SIGMOID:  # noqa: SIM108 (Triton compiles one branch)
+        dlogit = dscore * score * (1.0 - score)
+    else:
+        dlogit = score * (dscore - tl.sum(dscore * score, axis=0))
+    tl.store(dlogits_ptr + token * experts + e, dlogit, mask=here)
+
+
+def differentiable_route(logits_TE, bias_E, **gate):
+    """See `benthic.kernels.ops.route`."""
+    return Routing(*_Route.apply(logits_TE, bias_E, gate))
+
+
+def route(logits_TE, bias_E, **gate):
+    """See `benthic.kernels.ops.route`; of equal scores the first wins. Computes no gradients."""
+    return _routed(logits_TE, bias_E, **gate)
+
+
+def _routed(
     logits_TE,
     bias_E,
     *,
@@ -98,7 +138,6 @@ def route(
     norm_topk_prob,
     routed_scaling_factor,
 ):
-    """See `benthic.kernels.ops.route`; of equal scores the first wins. Computes no gradients."""
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
     tokens, experts = logits_TE.shape
     scores_TE = torch.empty(tokens, experts, dtype=torch.float32, device=logits_TE.device)
@@ -115,3 +154,35 @@ def route(
             num_warps=1 if experts <= 64 else 4,
         )  # fmt: skip
     return Routing(scores_TE, expert_TK, weight_TK)
+
+
+class _Route(torch.autograd.Function):
+    """Scores, choice and weights; gradients of scores and weights reach the logits in one pass."""
+
+    @staticmethod
+    def forward(ctx, logits_TE, bias_E, gate):
+        """Save scores and choice."""
+        routing = _routed(logits_TE, bias_E, **gate)
+        ctx.save_for_backward(routing.scores_TE, routing.expert_TK)
+        ctx.gate = gate
+        ctx.mark_non_differentiable(routing.expert_TK)
+        ctx.set_materialize_grads(False)
+        return tuple(routing)
+
+    @staticmethod
+    def backward(ctx, dscores_TE, _, dweight_TK):
+        """Of the logits."""
+        scores_TE, expert_TK = ctx.saved_tensors
+        (tokens, experts), top_k, gate = scores_TE.shape, expert_TK.shape[1], ctx.gate
+        dlogits_TE = torch.empty(tokens, experts, dtype=torch.float32, device=scores_TE.device)
+        given = [None if grad is None else grad.contiguous() for grad in (dscores_TE, dweight_TK)]
+        if tokens:
+            _route_backward[(tokens,)](
+                scores_TE, expert_TK, *(scores_TE if grad is None else grad for grad in given), dlogits_TE,
+                experts, gate["routed_scaling_factor"],
+                SIGMOID=gate["scoring_func"] == "sigmoid", NORMALISE=gate["norm_topk_prob"],
+                SCORES=given[0] is not None, WEIGHTS=given[1] is not None,
+                TOP_K=top_k, CHOSEN=triton.next_power_of_2(top_k), WIDTH=triton.next_power_of_2(experts),
+                num_warps=1 if experts <= 64 else 4,
+            )  # fmt: skip
+        return dlogits_TE, None, None

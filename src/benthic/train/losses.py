@@ -9,18 +9,19 @@ import torch
 
 from benthic.kernels import ops
 from benthic.model.products import WeightGradients
-from benthic.train.balance import expert_counts, sequence_balance_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
     from benthic.model.moe import Routing
     from benthic.model.network import DeepSeek, Hidden
     from benthic.model.sockets import Sockets
-    from benthic.train.balance import Mean
     from benthic.train.data.microbatch import Microbatch
+
+    Mean = Callable[[Tensor], Tensor]
+    """Averages a tensor, without gradient, over the ranks that share the tokens of the same sequences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +85,14 @@ class Objective:
 
     def routed(self, layer: int, routing: Routing, *, top_k: int, experts: int) -> Tensor:
         """Eq. (17), one layer; also counts the tokens of each expert."""
-        count_E = expert_counts(routing.expert_TK, experts)
-        before = self.tally.counts.get(layer)
-        self.tally.counts[layer] = count_E if before is None else before + count_E
-        loss = sequence_balance_loss(routing.scores_TE, top_k=top_k, rows=self.rows, mean=self.mean)
-        loss = loss / self.shards
-        self.tally.balance.append(loss.detach())
-        return loss * self.weights.balance
+        counts, scores_TE = self.tally.counts, routing.scores_TE
+        if layer not in counts:
+            counts[layer] = torch.zeros(experts, dtype=torch.int64, device=scores_TE.device)
+        ops.count_experts(counts[layer], routing.expert_TK)
+        factor = self.weights.balance / self.shards
+        loss, found = ops.balance_loss(scores_TE, top_k=top_k, rows=self.rows, factor=factor, mean=self.mean)
+        self.tally.balance.append(found if self.shards == 1 else found / self.shards)
+        return loss
 
     def _cross_entropy(
         self, model: DeepSeek, hidden: Hidden, target_T: Tensor, weight: float

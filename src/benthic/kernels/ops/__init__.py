@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.errors import BackendError
 from benthic.kernels.ops.attention import ATTENTION, attention
+from benthic.kernels.ops.balance import BALANCE_LOSS, COUNT_EXPERTS, balance_loss, count_experts
 from benthic.kernels.ops.by_row import (
     GROUPED_LINEAR_BY_ROW,
     HEADS_LINEAR_BY_ROW,
@@ -142,7 +143,9 @@ __all__ = [
     "add_rms_norm_fp8",
     "add_weight_gradient",
     "attention",
+    "balance_loss",
     "copy_blocks",
+    "count_experts",
     "dequantise_e5m6",
     "dequantise_fp8",
     "dequantise_fp8_rows",
@@ -193,6 +196,8 @@ OPS: tuple[Op, ...] = (
     COPY_BLOCKS,
     GATE_LOGITS,
     ROUTE,
+    BALANCE_LOSS,
+    COUNT_EXPERTS,
     PERMUTE,
     UNPERMUTE,
     GATHER_COPIES,

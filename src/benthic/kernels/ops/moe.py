@@ -86,9 +86,7 @@ _FEW_ROWS = inference_only(
         )
     )
 )
-_TRITON_ROUTE = inference_only(
-    one_dtype(triton_runs(torch.float32, reason="one kernel, where torch takes a dozen"))
-)
+_TRITON_ROUTE = one_dtype(triton_runs(torch.float32, reason="one kernel, where torch takes a dozen"))
 
 
 def _mm_wide(case: Case) -> Verdict:
@@ -110,7 +108,8 @@ ROUTE = Op(
     "route",
     (
         Implementation("native", _NATIVE_ROUTE, "benthic.kernels.native_ops:route"),
-        Implementation("triton", _TRITON_ROUTE, "benthic.kernels.triton_route:route"),
+        Implementation("triton", inference_only(_TRITON_ROUTE), "benthic.kernels.triton_route:route"),
+        Implementation("triton_autograd", _TRITON_ROUTE, "benthic.kernels.triton_route:differentiable_route"),
         reference("benthic.kernels.reference.moe:route"),
     ),
 )
