@@ -131,7 +131,7 @@ class Keeper:
     def note(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
         """Do not keep `tensor`, nor views of it: `make` gives it again, laid out the same."""
         if self.running:
-            self._noted[_storage(tensor)] = _Noted(tensor.detach(), Recipe(make))
+            self._noted[_storage(tensor)] = _Noted(tensor, Recipe(make))
 
     def source(self, tensor: Tensor) -> Source:
         """How to get at the values of `tensor` later; it is kept if there is no other way."""
@@ -156,12 +156,11 @@ class Keeper:
             return make()
         key = _place(tensor)
         if key not in self._shared:
-            self._shared[key] = tensor.detach(), make()
+            self._shared[key] = tensor, make()
         return self._shared[key][1]
 
     def _pack(self, tensor: Tensor) -> _Saved:
-        """Detached, since a node that holds its own output would hold itself."""
-        tensor = tensor.detach()
+        tensor = _alone(tensor)
         saved = _Saved(tensor)
         self._saved.append((tensor, saved))
         return saved
@@ -177,11 +176,16 @@ class Keeper:
 
     def _kept(self, tensor: Tensor) -> Tensor | _OnHost:
         if not self._offloading or _storage(tensor) in self._staying:
-            return tensor.detach()
+            return _alone(tensor)
         key = _place(tensor)
         if key not in self._moved:
-            self._moved[key] = tensor.detach(), _OnHost.of(tensor)
+            self._moved[key] = tensor, _OnHost.of(tensor)
         return self._moved[key][1]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Without its graph, since a node that holds its own output would hold itself."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _storage(tensor: Tensor) -> int:
