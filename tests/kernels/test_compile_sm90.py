@@ -266,6 +266,7 @@ def test_the_experts_product_uses_wgmma_without_spills(direction, tmp_path):
     assert used.wgmma > 0
 
 
+@pytest.mark.parametrize("experts", [0, 64])
 @pytest.mark.parametrize(
     ("direction", "rows"),
     [
@@ -276,11 +277,15 @@ def test_the_experts_product_uses_wgmma_without_spills(direction, tmp_path):
         ("column tiles, added", 64),
     ],
 )
-def test_fp8_products_use_wgmma_without_spills(direction, rows, tmp_path):
+def test_fp8_products_use_wgmma_without_spills(direction, rows, experts, tmp_path):
     block_m, block_n, warps, stages = importlib.import_module("benthic.kernels.triton_fp8_linear").tiles(rows)
-    constants = {"EXPERTS": 64, "EMULATE": False} | ({"experts": 1, "k_tiles": 1} if rows == 512 else {})
+    constants = {"EXPERTS": experts, "EMULATE": False}
+    if rows == 512:
+        constants |= {"experts": 1, "k_tiles": 1}
+    if direction == "rows times blocks":
+        constants["x_scale_stride"] = 1
     if direction.startswith("column tiles"):
-        constants |= {"ADD": direction.endswith("added")}
+        constants["ADD"] = direction.endswith("added")
         constants |= {"BLOCK_O": block_m, "BLOCK_I": block_n, "BLOCK_P": 128}
         kernel = "_column_tiles"
     else:
@@ -396,11 +401,12 @@ MEMORY_BOUND = [
         (
             "triton_fp8",
             "_quantise_columns",
-            {"RETILE": retile, "POWER_OF_TWO": False, "EXPERTS": 64, "TILE_R": 128, "COLUMNS": 64},
+            {"RETILE": retile, "POWER_OF_TWO": False, "EXPERTS": experts, "TILE_R": 128, "COLUMNS": 64},
             8,
             {"values_ptr": "*fp8e4nv", "x_ptr": "*fp8e4nv" if retile else "*bf16"},
         )
         for retile in (False, True)
+        for experts in (0, 64)
     ),
     (
         "triton_fp8_fused",

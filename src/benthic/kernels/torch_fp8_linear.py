@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from torch.nn import functional as F
 from torch.nn.functional import ScalingType
 
+from benthic.kernels.reference.fp8_linear import by_column
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -30,18 +32,18 @@ def linear(x: Fp8, weight: Fp8, ends_E: None, *, dtype: torch.dtype) -> Tensor: 
     out: Tensor = F.scaled_mm(
         values,
         weight.values.contiguous().t(),
-        scale.t().contiguous().t(),
+        by_column(scale),
         ScalingType.BlockWise1x128,
         padded.contiguous().t(),
         ScalingType.BlockWise128x128,
         output_dtype=dtype,
     )
-    return out[:rows]
+    return out[:rows] if rows % 4 else out
 
 
 def weight_gradient(dy: Fp8, x: Fp8, ends_E: None, *, dtype: torch.dtype) -> Tensor:  # noqa: ARG001
     """See `benthic.kernels.ops.fp8_weight_gradient`; both operands have one scale per row and 128 of K."""
-    scales = [operand.scale.t().contiguous().t() for operand in (dy, x)]
+    scales = [by_column(operand.scale) for operand in (dy, x)]
     out: Tensor = F.scaled_mm(
         dy.values,
         x.values.t(),

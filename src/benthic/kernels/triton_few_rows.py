@@ -131,7 +131,7 @@ def fp8_linear(x, weight, ends_E, *, dtype):
     block_r, block_k, stages = tiles(x.values.dtype, rows // experts)
     if rows:
         _few_rows_of_blocks[(triton.cdiv(n_dim, COLUMNS), experts + grouped)](
-            x.values, x.scale, values, scale, out_RN, ends_E if grouped else values,
+            x.values, x.scale.contiguous(), values, scale, out_RN, ends_E if grouped else values,
             rows, experts, n_dim, k_dim, scale.shape[-1], scale.shape[-2],
             BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped, WHOLE=k_dim % block_k == 0,
             EMULATE=triton_interprets(), num_warps=4, num_stages=stages,

@@ -8,12 +8,12 @@ import triton.language as tl
 
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
 from benthic.kernels.triton_e4m3 import scaled, tile_scale
-from benthic.kernels.triton_tiles import find_tile, whole
+from benthic.kernels.triton_tiles import find_tile, groups
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _quantise_rows(
-    x_ptr, values_ptr, scale_ptr, rows, columns, tiles, stride,
+    x_ptr, values_ptr, scale_ptr, rows, columns, stride, scale_stride, tile_stride,
     POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """One scale per row and `TILE_N` columns."""
@@ -25,7 +25,8 @@ def _quantise_rows(
     scale = tile_scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
     values = scaled(x, scale[:, None])
     tl.store(values_ptr + row[:, None] * columns + column[None, :], values.to(tl.float8e4nv), mask=mask)
-    tl.store(scale_ptr + row * tiles + tl.program_id(1), scale, mask=row < rows)
+    at = row * scale_stride + tl.program_id(1).to(tl.int64) * tile_stride
+    tl.store(scale_ptr + at, scale, mask=row < rows)
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def _quantise_blocks(
 @triton.jit(do_not_specialize=["rows"])
 def _quantise_columns(
     x_ptr, in_scale_ptr, values_ptr, scale_ptr, ends_ptr,
-    rows, experts, columns, in_tiles, padded_dim, stride,
+    rows, experts, columns, in_stride, in_tile_stride, padded_dim, stride,
     RETILE: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr,
     TILE_R: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -66,13 +67,13 @@ def _quantise_columns(
     mask = row_kept[:, None] & column_kept[None, :]
     x = tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     if RETILE:
-        at = in_scale_ptr + row * in_tiles + tl.program_id(1) * COLUMNS // 128
-        x *= tl.load(at, mask=row_kept, other=0.0)[:, None]
+        at = row * in_stride + (tl.program_id(1) * COLUMNS // 128).to(tl.int64) * in_tile_stride
+        x *= tl.load(in_scale_ptr + at, mask=row_kept, other=0.0)[:, None]
     scale = tile_scale(tl.max(tl.abs(x), axis=0), POWER_OF_TWO)
     values = scaled(x, scale[None, :])
     at = column.to(tl.int64)[:, None] * padded_dim + tile * TILE_R + within[None, :]
     tl.store(values_ptr + at, tl.trans(values).to(tl.float8e4nv), mask=column_kept[:, None])
-    tl.store(scale_ptr + column.to(tl.int64) * (padded_dim // TILE_R) + tile, scale, mask=column_kept)
+    tl.store(scale_ptr + tile.to(tl.int64) * columns + column, scale, mask=column_kept)
 
 
 @triton.jit
@@ -91,25 +92,27 @@ def _dequantise(
     tl.store(out_ptr + place, (values * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def quantise(x_MN, tile_m, tile_n, *, power_of_two):
+def quantise(x_MN, tile_m, tile_n, *, power_of_two, by_column=False):
     """See `benthic.kernels.reference.fp8.quantise`; tiles are one row high or square."""
     if x_MN.stride(1) != 1:
         x_MN = x_MN.contiguous()
     rows, columns = x_MN.shape
     tiles_m, tiles_n = triton.cdiv(rows, tile_m), triton.cdiv(columns, tile_n)
     values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x_MN.device)
-    scale = torch.empty(tiles_m, tiles_n, dtype=torch.float32, device=x_MN.device)
+    strides = (1, tiles_m) if by_column else (tiles_n, 1)
+    scale = torch.empty_strided((tiles_m, tiles_n), strides, dtype=torch.float32, device=x_MN.device)
     tile = triton.next_power_of_2(tile_n)
-    operands = (x_MN, values, scale, rows, columns, tiles_n, x_MN.stride(0))
     if rows and tile_m == 1:
         grid = (triton.cdiv(rows, 16), tiles_n)
         _quantise_rows[grid](
-            *operands, POWER_OF_TWO=power_of_two, ROWS=16, TILE=tile, TILE_N=tile_n, num_warps=4
-        )
+            x_MN, values, scale, rows, columns, x_MN.stride(0), *strides,
+            POWER_OF_TWO=power_of_two, ROWS=16, TILE=tile, TILE_N=tile_n, num_warps=4,
+        )  # fmt: skip
     elif rows:
         _quantise_blocks[(tiles_m, tiles_n)](
-            *operands, POWER_OF_TWO=power_of_two, TILE=tile, BLOCK=tile_n, num_warps=8
-        )
+            x_MN, values, scale, rows, columns, tiles_n, x_MN.stride(0),
+            POWER_OF_TWO=power_of_two, TILE=tile, BLOCK=tile_n, num_warps=8,
+        )  # fmt: skip
     return values, scale
 
 
@@ -143,22 +146,23 @@ def quantise_columns(x_RI, ends_E, *, power_of_two):
 
 def retile(rows, ends_E, *, power_of_two):
     """See `benthic.kernels.ops.retile_fp8`."""
-    return _cut(rows.values, rows.scale.contiguous(), ends_E, power_of_two=power_of_two)
+    return _cut(rows.values, rows.scale, ends_E, power_of_two=power_of_two)
 
 
 def _cut(x_RI, scale, ends_E, *, power_of_two):
     rows, columns = x_RI.shape
-    ends = whole(rows, x_RI.device) if ends_E is None else ends_E
-    experts = ends.shape[0]
+    experts = 1 if ends_E is None else ends_E.shape[0]
     padded = padded_rows(rows, experts)
+    size = (columns, padded // TILE)
     values = torch.empty(columns, padded, dtype=torch.float8_e4m3fn, device=x_RI.device)
-    out_scale = torch.empty(columns, padded // TILE, dtype=torch.float32, device=x_RI.device)
+    out_scale = torch.empty_strided(size, (1, columns), dtype=torch.float32, device=x_RI.device)
     if padded:
         width = 64  # divides 128, so that a program reads one column of scales
         _quantise_columns[(padded // TILE, triton.cdiv(columns, width))](
-            x_RI, out_scale if scale is None else scale, values, out_scale, ends,
-            rows, experts, columns, 0 if scale is None else scale.shape[1], padded, x_RI.stride(0),
-            RETILE=scale is not None, POWER_OF_TWO=power_of_two, EXPERTS=triton.next_power_of_2(experts + 2),
+            x_RI, out_scale if scale is None else scale, values, out_scale,
+            values if ends_E is None else ends_E,
+            rows, experts, columns, *((0, 0) if scale is None else scale.stride()), padded, x_RI.stride(0),
+            RETILE=scale is not None, POWER_OF_TWO=power_of_two, EXPERTS=groups(ends_E),
             TILE_R=TILE, COLUMNS=width, num_warps=8,
         )  # fmt: skip
     return Fp8(values, out_scale)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
 from benthic.kernels.triton_e4m3 import scaled, tile_scale
-from benthic.kernels.triton_tiles import find_tile
+from benthic.kernels.triton_tiles import find_tile, groups
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -116,17 +116,18 @@ def quantise_both(x_RI, ends_E, *, power_of_two):
     x_RI = x_RI if x_RI.stride(1) == 1 else x_RI.contiguous()
     rows, columns = x_RI.shape
     device = x_RI.device
-    ends = torch.full((1,), rows, dtype=torch.int32, device=device) if ends_E is None else ends_E
-    experts = ends.shape[0]
+    experts = 1 if ends_E is None else ends_E.shape[0]
     padded = padded_rows(rows, experts)
-    by_row, by_column = _empty_tiles(rows, columns, device), _empty_tiles(columns, padded, device)
+    by_row, by_column = (
+        _empty_tiles(*size, device, by_column=True) for size in ((rows, columns), (columns, padded))
+    )
     if padded:
         # one tile more than columns have room for: the rows past the last expert may begin in it
         _quantise_both[(padded // TILE + 1, by_row.scale.shape[1])](
-            x_RI, *by_row, *by_column, ends,
+            x_RI, *by_row, *by_column, x_RI if ends_E is None else ends_E,
             rows, experts, columns, padded, x_RI.stride(0),
             *by_row.scale.stride(), *by_column.scale.stride(),
-            POWER_OF_TWO=power_of_two, EXPERTS=triton.next_power_of_2(experts + 2),
+            POWER_OF_TWO=power_of_two, EXPERTS=groups(ends_E),
             TILE=TILE, PART=64, num_warps=8,
         )  # fmt: skip
     return by_row, by_column
@@ -181,7 +182,9 @@ def norm_tile(width):
     return rows, padded, min(16, max(4, rows * padded // 1024))
 
 
-def _empty_tiles(outer, inner, device):
-    """Values and scales to be written."""
-    scale = torch.empty(outer, triton.cdiv(inner, TILE), dtype=torch.float32, device=device)
+def _empty_tiles(outer, inner, device, *, by_column=False):
+    """Values and scales to be written; scales row by row, or as products of a trainer read them."""
+    tiles = triton.cdiv(inner, TILE)
+    strides = (1, outer) if by_column else (tiles, 1)
+    scale = torch.empty_strided((outer, tiles), strides, dtype=torch.float32, device=device)
     return Fp8(torch.empty(outer, inner, dtype=torch.float8_e4m3fn, device=device), scale)

@@ -10,15 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from benthic.kernels.reference.fp8_linear import TILE
+from benthic.kernels.reference.fp8_linear import TILE, by_column
 from benthic.kernels.table import triton_interprets
-from benthic.kernels.triton_tiles import find_tile, product_of_chunk, whole
+from benthic.kernels.triton_tiles import find_tile, groups, product_of_chunk
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _rows_times_blocks(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, ends_ptr,
-    rows, experts, n_dim, k_dim, k_tiles, n_tiles,
+    rows, experts, n_dim, k_dim, k_tiles, n_tiles, x_scale_stride, x_tile_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EXPERTS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
@@ -35,15 +35,17 @@ def _rows_times_blocks(
         own = expert.to(tl.int64)
         x_at = x_ptr + row[:, None] * k_dim + k[None, :]
         weight_at = weight_ptr + (own * n_dim + column.to(tl.int64))[None, :] * k_dim + k[:, None]
+        x_scale_at = x_scale_ptr + row * x_scale_stride
         weight_scale_at = weight_scale_ptr + (own * n_tiles + column // BLOCK_K) * k_tiles
         for chunk in range(k_tiles):
             k_kept = k < k_dim - chunk * BLOCK_K
             x = tl.load(x_at, mask=row_kept[:, None] & k_kept[None, :], other=0.0)
             weight = tl.load(weight_at, mask=k_kept[:, None] & column_kept[None, :], other=0.0)
-            x_scale = tl.load(x_scale_ptr + row * k_tiles + chunk, mask=row_kept, other=0.0)
+            x_scale = tl.load(x_scale_at, mask=row_kept, other=0.0)
             weight_scale = tl.load(weight_scale_at + chunk, mask=column_kept, other=0.0)
             acc += product_of_chunk(x, weight, EMULATE) * x_scale[:, None] * weight_scale[None, :]
             x_at += BLOCK_K
+            x_scale_at += x_tile_stride
             weight_at += BLOCK_K
     out_at = out_ptr + row[:, None] * n_dim + column[None, :]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=row_kept[:, None] & column_kept[None, :])
@@ -73,21 +75,23 @@ def _column_tiles(
     With `ADD` that is added to what dweight holds.
     """
     expert = tl.program_id(2)
-    first, count = _tiles_of(ends_ptr, expert, experts, BLOCK_P, EXPERTS)
+    first, count = 0, tiles
+    if EXPERTS > 0:
+        first, count = _tiles_of(ends_ptr, expert, experts, BLOCK_P, EXPERTS)
     o_first, i_first = (tl.program_id(1) * BLOCK_O).to(tl.int64), (tl.program_id(0) * BLOCK_I).to(tl.int64)
     o, i, p = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_P)
     o_kept, i_kept = o < o_dim - o_first, i < i_dim - i_first
     # offsets inside a tile stay 32 bits wide: with 64, registers spill
     dy_at = dy_ptr + o_first * padded_dim + first * BLOCK_P + o[:, None] * padded_dim + p[None, :]
     x_at = x_ptr + i_first * padded_dim + first * BLOCK_P + i[None, :] * padded_dim + p[:, None]
-    dy_scale_at = dy_scale_ptr + o_first * tiles + first + o * tiles
-    x_scale_at = x_scale_ptr + i_first * tiles + first + i * tiles
+    dy_scale_at = dy_scale_ptr + o_first + first * o_dim + o
+    x_scale_at = x_scale_ptr + i_first + first * i_dim + i
     acc = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     for tile in range(count):
         dy = tl.load(dy_at + tile * BLOCK_P, mask=o_kept[:, None], other=0.0)
         x = tl.load(x_at + tile * BLOCK_P, mask=i_kept[None, :], other=0.0)
-        dy_scale = tl.load(dy_scale_at + tile, mask=o_kept, other=0.0)
-        x_scale = tl.load(x_scale_at + tile, mask=i_kept, other=0.0)
+        dy_scale = tl.load(dy_scale_at + tile * o_dim, mask=o_kept, other=0.0)
+        x_scale = tl.load(x_scale_at + tile * i_dim, mask=i_kept, other=0.0)
         acc += product_of_chunk(dy, x, EMULATE) * dy_scale[:, None] * x_scale[None, :]
     at = (
         dweight_ptr
@@ -107,16 +111,15 @@ def linear(x, weight, ends_E, *, dtype):
     values, scale = weight.values.contiguous(), weight.scale.contiguous()
     rows, k_dim = x.values.shape
     n_dim = values.shape[-2]
-    ends = whole(rows, values.device) if ends_E is None else ends_E
-    experts = ends.shape[0]
+    experts = 1 if ends_E is None else ends_E.shape[0]
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
     block_m, block_n, warps, stages = tiles(rows // experts)
     grid = (triton.cdiv(n_dim, block_n), rows // block_m + experts + 1)
     if rows:
         _rows_times_blocks[grid](
-            x.values, x.scale, values, scale, out_RN, ends,
-            rows, experts, n_dim, k_dim, scale.shape[-1], scale.shape[-2],
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=TILE, EXPERTS=triton.next_power_of_2(experts + 2),
+            x.values, x.scale, values, scale, out_RN, values if ends_E is None else ends_E,
+            rows, experts, n_dim, k_dim, scale.shape[-1], scale.shape[-2], *x.scale.stride(),
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=TILE, EXPERTS=groups(ends_E),
             EMULATE=triton_interprets(), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out_RN
@@ -138,13 +141,13 @@ def add_weight_gradient(into, dy, x, ends_E):
 
 def _write_gradient(out, dy, x, ends_E, *, add):
     (o_dim, padded), i_dim = dy.values.shape, x.values.shape[0]
-    ends = whole(padded, x.values.device) if ends_E is None else ends_E
-    experts = ends.shape[0]
+    experts = 1 if ends_E is None else ends_E.shape[0]
     block_o, block_i, warps, stages = tiles(64)  # 128 x 128 spills: both operands bring a vector of scales
     _column_tiles[(triton.cdiv(i_dim, block_i), triton.cdiv(o_dim, block_o), experts)](
-        dy.values, dy.scale, x.values, x.scale, out, ends,
+        dy.values, by_column(dy.scale), x.values, by_column(x.scale), out, out if ends_E is None else ends_E,
         experts, o_dim, i_dim, padded, padded // TILE,
-        BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_P=TILE, EXPERTS=triton.next_power_of_2(experts),
+        BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_P=TILE,
+        EXPERTS=0 if ends_E is None else triton.next_power_of_2(experts),
         ADD=add, EMULATE=triton_interprets(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 

@@ -31,24 +31,28 @@ def advance(base, rows, stride):
 @triton.jit
 def find_tile(ends_ptr, tile, rows, experts, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
     """Expert, first row and end row of a tile; expert == experts for the rows past the last end."""
-    index = tl.arange(0, EXPERTS)
-    # Group number `experts` is the tail; the groups after it are empty.
-    end = tl.load(ends_ptr + index, mask=index < experts, other=rows)
-    start = tl.load(ends_ptr + index - 1, mask=(index > 0) & (index <= experts), other=0)
-    start = tl.where(index > experts, rows, start)
-    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
-    last = tl.cumsum(tiles, axis=0)
-    expert = tl.sum((last <= tile).to(tl.int32), axis=0)
-    here = index == expert
-    first_tile = tl.sum(tl.where(here, last - tiles, 0), axis=0)
-    start_row = tl.sum(tl.where(here, start, 0), axis=0) + (tile - first_tile) * BLOCK_M
-    end_row = tl.sum(tl.where(here, end, 0), axis=0)
+    if EXPERTS == 0:
+        expert = (tile * BLOCK_M >= rows).to(tl.int32)
+        start_row, end_row = tile * BLOCK_M, rows
+    else:
+        index = tl.arange(0, EXPERTS)
+        # Group number `experts` is the tail; the groups after it are empty.
+        end = tl.load(ends_ptr + index, mask=index < experts, other=rows)
+        start = tl.load(ends_ptr + index - 1, mask=(index > 0) & (index <= experts), other=0)
+        start = tl.where(index > experts, rows, start)
+        tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+        last = tl.cumsum(tiles, axis=0)
+        expert = tl.sum((last <= tile).to(tl.int32), axis=0)
+        here = index == expert
+        first_tile = tl.sum(tl.where(here, last - tiles, 0), axis=0)
+        start_row = tl.sum(tl.where(here, start, 0), axis=0) + (tile - first_tile) * BLOCK_M
+        end_row = tl.sum(tl.where(here, end, 0), axis=0)
     return expert, start_row, end_row
 
 
-def whole(rows, device):
-    """The ends of a single expert that owns all rows."""
-    return torch.full((1,), rows, dtype=torch.int32, device=device)
+def groups(ends_E):
+    """`EXPERTS` of `find_tile`: groups that ends make, padded; 0 without ends, for one that owns all rows."""
+    return 0 if ends_E is None else triton.next_power_of_2(ends_E.shape[0] + 2)
 
 
 def precision(dtype):

@@ -99,7 +99,7 @@ class Fp8Products:
 
     def keep_rows(self, x_RI: Tensor, ends_E: Tensor | None) -> Kept:  # noqa: ARG002 (rows are tiled apart)
         """Row tiles."""
-        return ops.quantise_fp8_rows(x_RI, power_of_two=self.power_of_two)
+        return ops.quantise_fp8_rows(x_RI, power_of_two=self.power_of_two, by_column=True)
 
     def keep_weight(self, weight: Tensor) -> Kept:
         """Block tiles, made once per step."""

@@ -58,14 +58,20 @@ def quantise_fp8_blocks(
 
 
 def quantise_fp8_rows(
-    x_TD: Tensor, *, block: int = 128, power_of_two: bool = False, impl: str | None = None
+    x_TD: Tensor,
+    *,
+    block: int = 128,
+    power_of_two: bool = False,
+    by_column: bool = False,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantise activations to E4M3 with one scale per token and `block` channels (1 x 128 tiles).
 
     Shapes: x [T, D] float. Returns: (values float8_e4m3fn [T, D], scale float32 [T, ceil(D / block)]).
+    With `by_column` the scales of a column lie side by side where a product reads them so, on a GPU.
     Raises: ShapeError when x is not a matrix.
     """
-    return _quantise(x_TD, 1, block, power_of_two=power_of_two, impl=impl)
+    return _quantise(x_TD, 1, block, power_of_two=power_of_two, by_column=by_column, impl=impl)
 
 
 def dequantise_fp8(
@@ -118,7 +124,13 @@ def _dequantise(
 
 
 def _quantise(
-    x_MN: Tensor, tile_m: int, tile_n: int, *, power_of_two: bool, impl: str | None
+    x_MN: Tensor,
+    tile_m: int,
+    tile_n: int,
+    *,
+    power_of_two: bool,
+    impl: str | None,
+    by_column: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if x_MN.dim() != 2:
         msg = (
@@ -128,6 +140,6 @@ def _quantise(
     grad = torch.is_grad_enabled() and x_MN.requires_grad
     case = Case(device_type(x_MN), x_MN.dtype, (tile_m, tile_n), grad=grad)
     out: tuple[Tensor, Tensor] = QUANTISE_FP8.choose(case, impl)(
-        x_MN, tile_m, tile_n, power_of_two=power_of_two
+        x_MN, tile_m, tile_n, power_of_two=power_of_two, by_column=by_column
     )
     return out

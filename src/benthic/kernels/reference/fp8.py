@@ -21,7 +21,14 @@ def tile_scale(amax: Tensor, *, power_of_two: bool) -> Tensor:
     return torch.exp2(torch.ceil(torch.log2(scale))) if power_of_two else scale
 
 
-def quantise(x_MN: Tensor, tile_m: int, tile_n: int, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def quantise(
+    x_MN: Tensor,
+    tile_m: int,
+    tile_n: int,
+    *,
+    power_of_two: bool,
+    by_column: bool = False,  # noqa: ARG001 (decides where scales lie, for speed)
+) -> tuple[Tensor, Tensor]:
     """Quantise with one scale per `tile_m x tile_n` tile; edge tiles may be smaller.
 
     Returns `(values_MN float8_e4m3fn, scale float32 [ceil(M / tile_m), ceil(N / tile_n)])`.

@@ -34,6 +34,11 @@ class Fp8(NamedTuple):
         return Fp8(self.values.transpose(-1, -2), self.scale.transpose(-1, -2))
 
 
+def by_column(scale: Tensor) -> Tensor:
+    """The scales of each column side by side; a copy where they lie otherwise."""
+    return scale if scale.stride() == (1, scale.shape[0]) else scale.t().contiguous().t()
+
+
 def quantise_weight(weight: Tensor, *, power_of_two: bool) -> Fp8:
     """Block tiles of one matrix `[O, I]`, or of each expert's `[E, O, I]`."""
     if weight.dim() == 2:
