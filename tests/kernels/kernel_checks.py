@@ -579,6 +579,32 @@ def test_rows_of_experts_are_added_to_what_was_counted(dtype, tokens):
     assert torch.equal(fast, exact)
 
 
+@pytest.mark.parametrize("tokens", [1, TOKENS, 1366])
+def test_copies_are_placed_as_a_stable_sort_would_place_them(dtype, tokens):
+    """Of nine experts, four are here; some copies are nobody's. The choice is a part of a wider matrix."""
+    packed = torch.cat((routed(tokens, 9, 3), routed(tokens, 9, 3)), dim=1)
+    packed[: tokens // 3] = -1
+    experts = packed[:, :3]
+    here = int(((experts >= 3) & (experts < 7)).sum())
+    fast, exact = (
+        ops.place_copies(experts, first=3, experts=4, rows=here, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(fast, exact, strict=True))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_slots_on_the_way_home(dtype, given):
+    experts, slots = routed(TOKENS, 12, 3), TOKENS + 5
+    dweight = made(3 * slots, 3, dtype=torch.float32).detach() if given else None
+    fast, exact = (
+        ops.home_slots(experts, dweight, per_rank=4, ranks=3, max_tokens=slots, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    assert torch.equal(fast[0], exact[0])
+    assert fast[1] is None if not given else torch.equal(fast[1], exact[1])
+
+
 def test_route_chooses_distinct_experts_whatever_the_logits(dtype):
     experts, top_k, settings = GATES["v3"]
     logits = torch.zeros(4, experts, device=DEVICE)

@@ -301,6 +301,7 @@ def test_fp8_products_use_wgmma_without_spills(direction, rows, experts, tmp_pat
 GATE = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weight_ptr"), "*fp32")
 GATE |= dict.fromkeys(("dscores_ptr", "dweight_ptr", "dlogits_ptr"), "*fp32")
 GATE["expert_ptr"] = "*i32"
+ROUTES = {"expert_ptr": "*i32", "side_ptr": "*fp32"}
 BALANCE = {"factor": "fp32", "expert_ptr": "*i32", "count_ptr": "*i64"} | dict.fromkeys(
     ("scores_ptr", "loads_ptr", "weighted_ptr", "found_ptr", "dloss_ptr", "dscores_ptr"), "*fp32"
 )
@@ -337,6 +338,17 @@ MEMORY_BOUND = [
             {"SIGMOID": True, "NORMALISE": True, "SCORES": True, "WEIGHTS": True},
             {"SIGMOID": False, "NORMALISE": False, "SCORES": False, "WEIGHTS": True},
         )
+    ),
+    ("triton_routes", "_place_copies", {"TOP_K": 8, "BLOCK": 4096}, 8, ROUTES),
+    *(
+        (
+            "triton_routes",
+            "_home_slots",
+            {"DWEIGHT": dweight, "TOP_K": 8, "TOKENS": 32, "RANKS": 8},
+            4,
+            ROUTES | ({} if dweight else {"side_ptr": "*i64", "dweight_ptr": "*i64"}),
+        )
+        for dweight in (True, False)
     ),
     ("triton_balance", "_loads", {"TOP_K": 8, "TOKENS": 8, "WIDTH": 256}, 4, BALANCE),
     ("triton_balance", "_sequence_loads", {"ROWS": 8, "WIDTH": 256}, 4, BALANCE),

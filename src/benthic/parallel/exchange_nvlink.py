@@ -12,7 +12,7 @@ from benthic.kernels import ops, triton_exchange
 from benthic.parallel import exchange_trip
 from benthic.parallel.exchange import experts_per_rank
 from benthic.parallel.exchange_memory import Mailboxes, PeerMemory, Shape, mailboxes, words_needed
-from benthic.parallel.exchange_routes import Arrivals, arrivals, choice
+from benthic.parallel.exchange_routes import Arrivals, arrivals
 from benthic.parallel.exchange_trip import Here, Trip, check_choice
 from benthic.parallel.exchange_wire import Wire, unpack_choice
 
@@ -234,16 +234,14 @@ class _NvlinkTrip(Trip[_Moving]):
         """Wait; sum over ranks; pick each weight's gradient from the rank of its expert."""
         size = self._exchange.size
         box = moving.opened()
-        token_T1 = torch.arange(self._expert_TK.shape[0], device=self._expert_TK.device).unsqueeze(1)
-        chosen = choice(self._expert_TK, per_rank=self._exchange.per_rank, ranks=self._exchange.ranks)
-        first_n = torch.arange(self._exchange.ranks, device=token_T1.device) * size.max_tokens
-        slot_Tn = torch.where(chosen.goes_Tn, first_n + token_T1, -1)
+        slot_Tn, dweight_TK = ops.home_slots(
+            self._expert_TK,
+            box.side.view(torch.float32) if moving.dweight else None,
+            per_rank=self._exchange.per_rank,
+            ranks=self._exchange.ranks,
+            max_tokens=size.max_tokens,
+        )
         out_TD = ops.sum_copies(box.rows.view(size.dtype), slot_Tn)
-        dweight_TK = None
-        if moving.dweight:
-            k = torch.arange(size.top_k, device=token_T1.device)
-            slot_TK = chosen.rank_TK * size.max_tokens + token_T1
-            dweight_TK = box.side.view(torch.float32)[slot_TK, k]
         box.raise_free()
         self._exchange.home.give(box)
         moving.box = None

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benthic.kernels import ops
+
 
 class Choice(NamedTuple):
     """How many tokens and how many of their copies go to each rank.
@@ -75,12 +77,4 @@ def arrivals(expert_AK: Tensor, *, first: int, experts: int, rows: int) -> Arriv
 
     `rows` is at least their number. Other copies, also those of expert -1, are left out.
     """
-    local_AK = expert_AK - first
-    here_AK = (local_AK >= 0) & (local_AK < experts)
-    key_AK = torch.where(here_AK, local_AK, experts)
-    expert_sorted, copy = torch.sort(key_AK.flatten(), stable=True)
-    row = torch.empty_like(copy)
-    row[copy] = torch.arange(copy.numel(), device=copy.device)
-    each = torch.arange(experts, dtype=expert_sorted.dtype, device=copy.device)
-    ends_E = torch.searchsorted(expert_sorted, each, right=True, out_int32=True)
-    return Arrivals(ends_E, torch.where(here_AK, row.view_as(key_AK), -1), copy[:rows])
+    return Arrivals(*ops.place_copies(expert_AK, first=first, experts=experts, rows=rows))

@@ -114,6 +114,7 @@ from benthic.kernels.ops.norm import (
     rope,
     swiglu,
 )
+from benthic.kernels.ops.routes import HOME_SLOTS, PLACE_COPIES, home_slots, place_copies
 from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
 from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, adamw, adamw_fp8
 from benthic.kernels.reference.fp8_linear import Fp8
@@ -159,12 +160,14 @@ __all__ = [
     "grouped_linear",
     "grouped_linear_by_row",
     "heads_linear_by_row",
+    "home_slots",
     "linear_by_row",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
     "mla_by_row",
     "mla_decode",
     "permute",
+    "place_copies",
     "quantise_e5m6",
     "quantise_fp8_blocks",
     "quantise_fp8_both",
@@ -200,6 +203,8 @@ OPS: tuple[Op, ...] = (
     COUNT_EXPERTS,
     PERMUTE,
     UNPERMUTE,
+    PLACE_COPIES,
+    HOME_SLOTS,
     GATHER_COPIES,
     SUM_COPIES,
     SUM_COPIES_BACKWARD,

@@ -1,0 +1,98 @@
+"""Triton kernels that say where an exchange's rows lie: a counting sort and a look-up, without atomics.
+
+Plain torch takes a sort and a dozen helpers for the first, and ten kernels for the second.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["copies", "first"])
+def _place_copies(
+    expert_ptr, row_ptr, copy_ptr, ends_ptr, copies, stride, first, experts,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rows of one expert here, after those of lower ones; the last program has the copies of others."""
+    expert, at = tl.program_id(0), tl.arange(0, BLOCK)
+    if expert == experts:
+        for start in range(0, copies, BLOCK):
+            copy = start + at
+            local = _local(expert_ptr, copy, copies, stride, first, TOP_K)
+            absent = (copy < copies) & ((local < 0) | (local >= experts))
+            tl.store(row_ptr + copy, tl.full([BLOCK], -1, tl.int64), mask=absent)
+    else:
+        lower = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, copies, BLOCK):
+            local = _local(expert_ptr, start + at, copies, stride, first, TOP_K)
+            lower += ((local >= 0) & (local < expert)).to(tl.int32)
+        row = tl.sum(lower, axis=0)
+        for start in range(0, copies, BLOCK):
+            copy = start + at
+            mine = _local(expert_ptr, copy, copies, stride, first, TOP_K) == expert
+            count = mine.to(tl.int32)
+            place = row + tl.cumsum(count, axis=0) - count
+            tl.store(row_ptr + copy, place.to(tl.int64), mask=mine)
+            tl.store(copy_ptr + place, copy.to(tl.int64), mask=mine)
+            row += tl.sum(count, axis=0)
+        tl.store(ends_ptr + expert, row)
+
+
+@triton.jit
+def _local(expert_ptr, copy, copies, stride, first, TOP_K: tl.constexpr):
+    """The experts of some copies, counted from the first one here; negative for lower ones and for none."""
+    at = copy // TOP_K * stride + copy % TOP_K
+    return tl.load(expert_ptr + at, mask=copy < copies, other=-1) - first
+
+
+@triton.jit
+def _home_slots(
+    expert_ptr, side_ptr, slot_ptr, dweight_ptr, tokens, per_rank, ranks, max_tokens, side_stride,
+    DWEIGHT: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Where each rank wrote the sums of some tokens, and the gradients of their weights."""
+    t, n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, RANKS)
+    kept = t < tokens
+    count = tl.zeros([TOKENS, RANKS], tl.int32)
+    for k in tl.static_range(TOP_K):
+        rank = tl.load(expert_ptr + t * TOP_K + k, mask=kept, other=0) // per_rank
+        count += (rank[:, None] == n[None, :]).to(tl.int32)
+        if DWEIGHT:
+            slot = rank.to(tl.int64) * max_tokens + t
+            dweight = tl.load(side_ptr + slot * side_stride + k, mask=kept, other=0.0)
+            tl.store(dweight_ptr + t * TOP_K + k, dweight, mask=kept)
+    slot = tl.where(count > 0, n[None, :] * max_tokens + t[:, None], -1)
+    at = slot_ptr + t[:, None] * ranks + n[None, :]
+    tl.store(at, slot.to(tl.int64), mask=kept[:, None] & (n < ranks)[None, :])
+
+
+def place_copies(expert_AK, *, first, experts, rows):
+    """See `benthic.kernels.ops.place_copies`."""
+    expert_AK = expert_AK if expert_AK.stride(1) == 1 else expert_AK.contiguous()
+    (_, top_k), copies, device = expert_AK.shape, expert_AK.numel(), expert_AK.device
+    ends_E = torch.empty(experts, dtype=torch.int32, device=device)
+    row_AK = torch.empty(expert_AK.shape, dtype=torch.int64, device=device)
+    copy_R = torch.zeros(copies, dtype=torch.int64, device=device)
+    block = min(max(triton.next_power_of_2(copies), 16), 4096)
+    _place_copies[(experts + 1,)](
+        expert_AK, row_AK, copy_R, ends_E, copies, expert_AK.stride(0), first, experts,
+        TOP_K=top_k, BLOCK=block, num_warps=min(8, max(1, block // 256)),
+    )  # fmt: skip
+    return ends_E, row_AK, copy_R[:rows]
+
+
+def home_slots(expert_TK, dweight_SK, *, per_rank, ranks, max_tokens):
+    """See `benthic.kernels.ops.home_slots`."""
+    expert_TK, (tokens, top_k) = expert_TK.contiguous(), expert_TK.shape
+    given, device = dweight_SK is not None, expert_TK.device
+    slot_Tn = torch.empty(tokens, ranks, dtype=torch.int64, device=device)
+    dweight_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=device) if given else None
+    if tokens:
+        _home_slots[(triton.cdiv(tokens, 32),)](
+            expert_TK, dweight_SK if given else slot_Tn, slot_Tn, dweight_TK if given else slot_Tn,
+            tokens, per_rank, ranks, max_tokens, dweight_SK.stride(0) if given else 0,
+            DWEIGHT=given, TOP_K=top_k, TOKENS=32, RANKS=triton.next_power_of_2(ranks), num_warps=4,
+        )  # fmt: skip
+    return slot_Tn, dweight_TK
