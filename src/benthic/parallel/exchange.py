@@ -49,8 +49,9 @@ class AllToAllExchange:
         """Tell every rank how many rows it gets, wait for the same, and start sending rows and weights."""
         check_choice(x_TD, expert_TK, weight_TK)
         chosen = choice(expert_TK, per_rank=self.per_rank, ranks=self.ranks)
-        trip = _AllToAllTrip(self, chosen, x_TD.detach(), self._counts(chosen))
-        moving = trip.send_out(x_TD.detach(), pack_choice(expert_TK, weight_TK.detach()))
+        trip = _AllToAllTrip(self, chosen, x_TD, self._counts(chosen))
+        with torch.no_grad():
+            moving = trip.send_out(x_TD, pack_choice(expert_TK, weight_TK))
         return exchange_trip.start_dispatch(trip, moving, x_TD, weight_TK)
 
     def finish_dispatch(self, flight: InFlight) -> Arrived:

@@ -9,7 +9,7 @@ reset between transfers, and a captured CUDA graph may run again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
@@ -94,10 +94,25 @@ class Mailbox:
         self.rows = _matrix(memory.words, start, shape.slots, shape.row_words)
         self.side = _matrix(memory.words, side, shape.slots, shape.side_words)
         self.tables = (_table(memory, start), _table(memory, side))
+        self._views: dict[tuple[str, torch.dtype], Tensor] = {}
         self._memory = memory
         self._flags_table = _table(memory, 0)
         self._full, self._free = flags, flags + memory.ranks
         self.raise_free()
+
+    def rows_in(self, dtype: torch.dtype) -> Tensor:
+        """The rows in a dtype; one view for all transfers."""
+        return self._in("rows", dtype)
+
+    def side_in(self, dtype: torch.dtype) -> Tensor:
+        """What lies beside them in a dtype; one view for all transfers."""
+        return self._in("side", dtype)
+
+    def _in(self, part: Literal["rows", "side"], dtype: torch.dtype) -> Tensor:
+        key = part, dtype
+        if key not in self._views:
+            self._views[key] = (self.rows if part == "rows" else self.side).view(dtype)
+        return self._views[key]
 
     def raise_full(self) -> None:
         """Everything that this rank writes in this transfer is written."""

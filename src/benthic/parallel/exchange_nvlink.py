@@ -112,7 +112,8 @@ class NvlinkExchange:
         check_choice(x_TD, expert_TK, weight_TK)
         self._check(x_TD, expert_TK)
         trip = _NvlinkTrip(self, expert_TK.to(torch.int32).contiguous())
-        moving = trip.send_out(x_TD.detach(), weight_TK.detach().contiguous())
+        with torch.no_grad():
+            moving = trip.send_out(x_TD, weight_TK.contiguous())
         return exchange_trip.start_dispatch(trip, moving, x_TD, weight_TK)
 
     def finish_dispatch(self, flight: InFlight) -> Arrived:
@@ -236,12 +237,12 @@ class _NvlinkTrip(Trip[_Moving]):
         box = moving.opened()
         slot_Tn, dweight_TK = ops.home_slots(
             self._expert_TK,
-            box.side.view(torch.float32) if moving.dweight else None,
+            box.side_in(torch.float32) if moving.dweight else None,
             per_rank=self._exchange.per_rank,
             ranks=self._exchange.ranks,
             max_tokens=size.max_tokens,
         )
-        out_TD = ops.sum_copies(box.rows.view(size.dtype), slot_Tn)
+        out_TD = ops.sum_copies(box.rows_in(size.dtype), slot_Tn)
         box.raise_free()
         self._exchange.home.give(box)
         moving.box = None
@@ -250,7 +251,7 @@ class _NvlinkTrip(Trip[_Moving]):
     def _rows(self, box: Mailbox) -> Tensor:
         """What is in a mailbox of the way out, in the rows' dtype; slots without a token hold anything."""
         size = self._exchange.size
-        wire = box.rows.view(torch.uint8 if size.fp8 else size.dtype)
+        wire = box.rows_in(torch.uint8 if size.fp8 else size.dtype)
         return self._exchange.wire.unpack(wire, size.hidden_size, size.dtype)
 
     def _sorted(self, expert_AK: Tensor) -> Arrivals:

@@ -109,7 +109,8 @@ def start_combine(rows_RD: Tensor, arrived: Arrived) -> InFlight:
     trip, row_AK = arrived.handle
     # The link comes first and saves all that backward needs: recomputation stops there and sends nothing.
     link = _Weighed.apply(rows_RD, arrived.weight, row_AK, trip)
-    moving = trip.send_home(rows_RD.detach(), row_AK, arrived.weight.detach(), None)
+    with torch.no_grad():
+        moving = trip.send_home(rows_RD, row_AK, arrived.weight, None)
     return InFlight((link,), Flight(trip, moving))
 
 
