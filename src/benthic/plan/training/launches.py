@@ -27,23 +27,23 @@ class Calls(NamedTuple):
         return Calls(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-DENSE: Final = Calls(136, 139, 30)
-MIXTURE: Final = Calls(252, 234, 144)
-HEAD: Final = Calls(34, 22)
-PROJECTION: Final = Calls(50, 50, 5)
-LOW_RANK_QUERY: Final = Calls(12, 20, 5)
+DENSE: Final = Calls(100, 123, 25)
+MIXTURE: Final = Calls(170, 201, 138)
+HEAD: Final = Calls(43, 25)
+PROJECTION: Final = Calls(27, 42, 4)
+LOW_RANK_QUERY: Final = Calls(10, 18, 4)
 TENSOR: Final = Calls(30, 31, 0, 5, 5)
 CONTEXT: Final = Calls(72, 65, 0, 1, 1)
 SHARED_BALANCE: Final = Calls(forward_collectives=1)
 """A mixture's counts, summed over the ranks that share a row."""
-EXPERTS: Final = Calls(134, 110, 0, 4, 3)
+EXPERTS: Final = Calls(133, 111, 0, 4, 3)
 SHARDED_SUMS: Final = Calls(0, 42, 0, 0, 3)
 """From ZeRO-2 on, for every block."""
 SHARDED_WEIGHTS: Final = Calls(0, 0, 0, 3, 3)
 """Under ZeRO-3, on top."""
-ATTENTION_AGAIN: Final = Calls(input=127)
-EXPERTS_AGAIN: Final = Calls(input=71)
-MLP_AGAIN: Final = Calls(input=23)
+ATTENTION_AGAIN: Final = Calls(input=118)
+EXPERTS_AGAIN: Final = Calls(input=67)
+MLP_AGAIN: Final = Calls(input=20)
 
 
 def of_block(shape: Shape, *, moe: bool) -> Calls:
