@@ -71,7 +71,7 @@ def test_experts_get_gradients_from_their_own_rows(name, defer):
     assert not leaves[0].grad[start:].any()
 
 
-def test_rows_are_kept_in_fp8_and_the_weight_as_its_one_copy():
+def test_rows_are_kept_in_fp8_and_the_weight_as_its_two_copies():
     socket, weight = SplitLinear(Fp8Products()), torch.nn.Parameter(made(256, 384))
     x = made(64, 384).bfloat16().requires_grad_()
     kept = {}
@@ -93,8 +93,9 @@ def test_copy_is_made_again_only_when_the_parameter_has_changed():
         weight.mul_(2.0)
     second = running.of(view)
     assert second is not first
-    torch.testing.assert_close(second.scale, first.scale * 2)
-    assert running.bytes_of(weight) == weight.numel() + 4 * 1 * 2
+    torch.testing.assert_close(second.tiles.scale, first.tiles.scale * 2)
+    assert torch.equal(second.turned.values.float(), second.tiles.values.float().T)
+    assert running.bytes_of(weight) == 2 * (weight.numel() + 4 * 1 * 2)
     assert running.bytes_of(torch.nn.Parameter(made(3))) == 0
 
 

@@ -77,7 +77,7 @@ def kept_bytes(config: Setup, table: Table, pp: int) -> dict[str, int]:
         copied = config.precision.weights == "fp8" and not narrow
         found["masters"] += 4 * shard if narrow or (copied and replicas > 1) else 0
         if copied:
-            found["weights"] += sum(counts) + (4 * flat if replicas == 1 else 0)
+            found["weights"] += 2 * sum(counts) + (4 * flat if replicas == 1 else 0)
         else:
             found["weights"] += (2 if narrow else 4) * (shard if layout.zero_stage == 3 else flat)
         found["gradients"] += 4 * (flat if layout.zero_stage == 1 else shard)

@@ -175,8 +175,8 @@ def deepseek_v3_2048_h800() -> RunConfig:
     128 data ranks make 3,072 rows only 24; it grows linearly (the report: "gradually"); no
     fill-in-the-middle. YaRN comes after pretraining.
 
-    Memory, by `--dry-run`: 63.7 GiB (68.3 GB) on the fullest ranks, 43.0 of them activations; an 80 GB card
-    has 79.6 GiB, which leaves 15.9 for what the dry run does not count. Norms, up-projections and SwiGLU
+    Memory, by `--dry-run`: 66.7 GiB (71.6 GB) on the fullest ranks, 43.0 of them activations; an 80 GB card
+    has 79.6 GiB, which leaves 12.9 for what the dry run does not count. Norms, up-projections and SwiGLU
     outputs are recomputed and SwiGLU inputs kept in FP8 as in the report. Differently from it, expert outputs
     are recomputed too (weights multiply them after the down-projection, so backward reads them: one more
     grouped product), and the output of attention stays in bfloat16 (`precision.e5m6_attention` would free

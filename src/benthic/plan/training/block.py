@@ -245,7 +245,6 @@ def _grouped(shape: Shape, n: float, k: float, *, again: bool) -> Iterator[Step]
     if again:
         yield Step("I", "recomputation", product(n, k))
     yield Step("I", "routed experts", product(k, n))
-    yield from _turned(shape.products, experts * n * k)
     yield from _weights("routed experts", product(n, k, gradient=True), experts * n * k)
     yield from _gradients_narrowed(shape, rows * n)
 
@@ -259,7 +258,6 @@ def _product(
     if again:
         yield Step("I", "recomputation", Gemm(m=m, n=n, k=k, dtype=kind))
     yield Step("I", name, Gemm(m=m, n=k, k=n, dtype=kind))
-    yield from _turned(kind, n * k)
     yield from _weights(name, Gemm(m=n, n=k, k=m, dtype=kind, name="gradient"), n * k)
     if kind == "fp8":
         yield from _gradients_narrowed(shape, m * n)
@@ -272,12 +270,6 @@ def _weights(name: str, product: Gemm | GroupedGemm, elements: float) -> Iterato
         return
     yield Step("W", name, product)
     yield Step("W", "gradients", MemoryBound(bytes=(4 + _SUM) * elements, name="accumulate fp32"))
-
-
-def _turned(dtype: Dtype, elements: float) -> Iterator[Step]:
-    """Weights in FP8 laid out along the other side for the input's gradient, every time."""
-    if dtype == "fp8":
-        yield Step("I", "quantisation", MemoryBound(bytes=2.0 * elements, name="transpose fp8"))
 
 
 def _narrowed(shape: Shape, elements: float) -> Iterator[Step]:

@@ -157,6 +157,7 @@ def _arithmetic(candidate: Candidate, held: dict[str, Held]) -> Iterator[Op]:
         yield MemoryBound(bytes=shard * (passes + 6.0), name="adamw")
         if candidate.precision.weights == "fp8":
             yield MemoryBound(bytes=5.0 * one.narrow, name="quantise 128x128")
+            yield MemoryBound(bytes=2.0 * one.narrow, name="transpose fp8")
 
 
 def _running(candidate: Candidate, held: Held) -> float:
