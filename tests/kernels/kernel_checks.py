@@ -593,6 +593,19 @@ def test_copies_are_placed_as_a_stable_sort_would_place_them(dtype, tokens):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(fast, exact, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [1, TOKENS, 1366])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_tokens_leave_sorted_by_rank(dtype, ranks, tokens):
+    experts = routed(tokens, 4 * ranks, 3)
+    goes, counts = ops.choose_ranks(experts, per_rank=4, ranks=ranks, impl="triton")
+    exact = ops.choose_ranks(experts, per_rank=4, ranks=ranks, impl="reference")
+    assert torch.equal(goes, exact[0])
+    assert torch.equal(counts, exact[1])
+    rows = int(counts[:, 0].sum())
+    fast, slow = (ops.place_departures(goes, rows=rows, impl=impl) for impl in ("triton", "reference"))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(fast, slow, strict=True))
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_slots_on_the_way_home(dtype, given):
     experts, slots = routed(TOKENS, 12, 3), TOKENS + 5

@@ -301,7 +301,8 @@ def test_fp8_products_use_wgmma_without_spills(direction, rows, experts, tmp_pat
 GATE = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weight_ptr"), "*fp32")
 GATE |= dict.fromkeys(("dscores_ptr", "dweight_ptr", "dlogits_ptr"), "*fp32")
 GATE["expert_ptr"] = "*i32"
-ROUTES = {"expert_ptr": "*i32", "side_ptr": "*fp32"}
+ROUTES = {"expert_ptr": "*i32", "side_ptr": "*fp32", "count_ptr": "*i64", "token_ptr": "*i64"}
+ROUTES |= {"goes_ptr": "*u8"}
 BALANCE = {"factor": "fp32", "expert_ptr": "*i32", "count_ptr": "*i64"} | dict.fromkeys(
     ("scores_ptr", "loads_ptr", "weighted_ptr", "found_ptr", "dloss_ptr", "dscores_ptr"), "*fp32"
 )
@@ -339,6 +340,8 @@ MEMORY_BOUND = [
             {"SIGMOID": False, "NORMALISE": False, "SCORES": False, "WEIGHTS": True},
         )
     ),
+    ("triton_routes", "_choose_ranks", {"TOP_K": 8, "BLOCK": 1024}, 4, ROUTES | {"goes_ptr": "*i1"}),
+    ("triton_routes", "_place_departures", {"BLOCK": 1024, "RANKS": 8}, 4, ROUTES),
     ("triton_routes", "_place_copies", {"TOP_K": 8, "BLOCK": 4096}, 8, ROUTES),
     *(
         (

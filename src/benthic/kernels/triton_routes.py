@@ -47,6 +47,47 @@ def _local(expert_ptr, copy, copies, stride, first, TOP_K: tl.constexpr):
     return tl.load(expert_ptr + at, mask=copy < copies, other=-1) - first
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def _choose_ranks(
+    expert_ptr, goes_ptr, count_ptr, tokens, per_rank, ranks, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Which tokens go to one rank; how many, and how many of their copies."""
+    n, at = tl.program_id(0), tl.arange(0, BLOCK)
+    leaving, copies = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for first in range(0, tokens, BLOCK):
+        t = first + at
+        here = tl.zeros([BLOCK], tl.int32)
+        for k in tl.static_range(TOP_K):
+            expert = tl.load(expert_ptr + t * TOP_K + k, mask=t < tokens, other=2147483647)
+            here += (expert // per_rank == n).to(tl.int32)
+        tl.store(goes_ptr + t * ranks + n, here > 0, mask=t < tokens)
+        leaving += (here > 0).to(tl.int32)
+        copies += here
+    tl.store(count_ptr + 2 * n, tl.sum(leaving, axis=0).to(tl.int64))
+    tl.store(count_ptr + 2 * n + 1, tl.sum(copies, axis=0).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _place_departures(
+    goes_ptr, token_ptr, slot_ptr, tokens, ranks, BLOCK: tl.constexpr, RANKS: tl.constexpr
+):  # fmt: skip
+    """The rows that leave for one rank, after those for lower ones."""
+    n, at, lower = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, RANKS)
+    before = tl.zeros([BLOCK, RANKS], tl.int32)
+    for first in range(0, tokens, BLOCK):
+        t = first + at
+        kept = (t < tokens)[:, None] & (lower < n)[None, :]
+        before += tl.load(goes_ptr + t[:, None] * ranks + lower[None, :], mask=kept, other=0).to(tl.int32)
+    slot = tl.sum(tl.sum(before, axis=1), axis=0)
+    for first in range(0, tokens, BLOCK):
+        t = first + at
+        goes = tl.load(goes_ptr + t * ranks + n, mask=t < tokens, other=0).to(tl.int32)
+        place = slot + tl.cumsum(goes, axis=0) - goes
+        tl.store(slot_ptr + t * ranks + n, tl.where(goes > 0, place, -1).to(tl.int64), mask=t < tokens)
+        tl.store(token_ptr + place, t.to(tl.int64), mask=goes > 0)
+        slot += tl.sum(goes, axis=0)
+
+
 @triton.jit
 def _home_slots(
     expert_ptr, side_ptr, slot_ptr, dweight_ptr, tokens, per_rank, ranks, max_tokens, side_stride,
@@ -81,6 +122,30 @@ def place_copies(expert_AK, *, first, experts, rows):
         TOP_K=top_k, BLOCK=block, num_warps=min(8, max(1, block // 256)),
     )  # fmt: skip
     return ends_E, row_AK, copy_R[:rows]
+
+
+def choose_ranks(expert_TK, *, per_rank, ranks):
+    """See `benthic.kernels.ops.choose_ranks`."""
+    expert_TK, (tokens, top_k) = expert_TK.contiguous(), expert_TK.shape
+    goes_Tn = torch.empty(tokens, ranks, dtype=torch.bool, device=expert_TK.device)
+    counts_n2 = torch.empty(ranks, 2, dtype=torch.int64, device=expert_TK.device)
+    _choose_ranks[(ranks,)](
+        expert_TK, goes_Tn, counts_n2, tokens, per_rank, ranks, TOP_K=top_k, BLOCK=1024, num_warps=4
+    )
+    return goes_Tn, counts_n2
+
+
+def place_departures(goes_Tn, *, rows):
+    """See `benthic.kernels.ops.place_departures`."""
+    goes_Tn, (tokens, ranks) = goes_Tn.contiguous(), goes_Tn.shape
+    padded = triton.next_power_of_2(ranks)
+    token_S = torch.empty(rows, dtype=torch.int64, device=goes_Tn.device)
+    slot_Tn = torch.empty(tokens, ranks, dtype=torch.int64, device=goes_Tn.device)
+    _place_departures[(ranks,)](
+        goes_Tn.view(torch.uint8), token_S, slot_Tn, tokens, ranks,
+        BLOCK=max(16, min(1024, 8192 // padded)), RANKS=padded, num_warps=4,
+    )  # fmt: skip
+    return token_S, slot_Tn
 
 
 def home_slots(expert_TK, dweight_SK, *, per_rank, ranks, max_tokens):

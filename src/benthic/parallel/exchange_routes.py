@@ -6,12 +6,12 @@ its experts are here), S rows that this rank sends, n ranks.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.kernels import ops
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Choice(NamedTuple):
@@ -57,19 +57,13 @@ class Arrivals(NamedTuple):
 
 def choice(expert_TK: Tensor, *, per_rank: int, ranks: int) -> Choice:
     """Who gets which token, when rank i holds experts `[i * per_rank, (i + 1) * per_rank)`."""
-    rank_TK = expert_TK.long() // per_rank
-    chosen_TKn = rank_TK.unsqueeze(-1) == torch.arange(ranks, device=rank_TK.device)
-    goes_Tn = chosen_TKn.any(dim=1)
-    return Choice(rank_TK, goes_Tn, torch.stack((goes_Tn.sum(0), chosen_TKn.sum((0, 1))), dim=1))
+    goes_Tn, counts_n2 = ops.choose_ranks(expert_TK, per_rank=per_rank, ranks=ranks)
+    return Choice(expert_TK.long() // per_rank, goes_Tn, counts_n2)
 
 
 def departures(goes_Tn: Tensor, rows: int) -> Departures:
     """Sort the `rows` copies that leave by destination; the host knows `rows`, so nothing waits for it."""
-    goes_nT = goes_Tn.T.contiguous()
-    leaving_first = torch.sort((~goes_nT).flatten().to(torch.uint8), stable=True).indices
-    slot_nT = goes_nT.flatten().cumsum(0).view_as(goes_nT) - 1
-    slot_Tn = torch.where(goes_nT, slot_nT, -1).T.contiguous()
-    return Departures(leaving_first[:rows] % max(1, goes_Tn.shape[0]), slot_Tn)
+    return Departures(*ops.place_departures(goes_Tn, rows=rows))
 
 
 def arrivals(expert_AK: Tensor, *, first: int, experts: int, rows: int) -> Arrivals:

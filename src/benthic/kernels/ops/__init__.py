@@ -114,7 +114,16 @@ from benthic.kernels.ops.norm import (
     rope,
     swiglu,
 )
-from benthic.kernels.ops.routes import HOME_SLOTS, PLACE_COPIES, home_slots, place_copies
+from benthic.kernels.ops.routes import (
+    CHOOSE_RANKS,
+    HOME_SLOTS,
+    PLACE_COPIES,
+    PLACE_DEPARTURES,
+    choose_ranks,
+    home_slots,
+    place_copies,
+    place_departures,
+)
 from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
 from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, adamw, adamw_fp8
 from benthic.kernels.reference.fp8_linear import Fp8
@@ -145,6 +154,7 @@ __all__ = [
     "add_weight_gradient",
     "attention",
     "balance_loss",
+    "choose_ranks",
     "copy_blocks",
     "count_experts",
     "dequantise_e5m6",
@@ -168,6 +178,7 @@ __all__ = [
     "mla_decode",
     "permute",
     "place_copies",
+    "place_departures",
     "quantise_e5m6",
     "quantise_fp8_blocks",
     "quantise_fp8_both",
@@ -203,6 +214,8 @@ OPS: tuple[Op, ...] = (
     COUNT_EXPERTS,
     PERMUTE,
     UNPERMUTE,
+    CHOOSE_RANKS,
+    PLACE_DEPARTURES,
     PLACE_COPIES,
     HOME_SLOTS,
     GATHER_COPIES,

@@ -14,6 +14,26 @@ if TYPE_CHECKING:
 
 _ONE_KERNEL = triton_runs(torch.int32, reason="one kernel, where torch takes a dozen")
 
+CHOOSE_RANKS = Op(
+    "choose_ranks",
+    (
+        Implementation("triton", _ONE_KERNEL, "benthic.kernels.triton_routes:choose_ranks"),
+        reference("benthic.kernels.reference.routes:choose_ranks"),
+    ),
+    trains=False,
+)
+PLACE_DEPARTURES = Op(
+    "place_departures",
+    (
+        Implementation(
+            "triton",
+            triton_runs(torch.bool, reason="one kernel, where torch sorts"),
+            "benthic.kernels.triton_routes:place_departures",
+        ),
+        reference("benthic.kernels.reference.routes:place_departures"),
+    ),
+    trains=False,
+)
 PLACE_COPIES = Op(
     "place_copies",
     (
@@ -30,6 +50,30 @@ HOME_SLOTS = Op(
     ),
     trains=False,
 )
+
+
+def choose_ranks(
+    expert_TK: Tensor, *, per_rank: int, ranks: int, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Who gets which token, when rank n holds experts `[n per_rank, (n + 1) per_rank)`.
+
+    Shapes: expert_TK integer [T, K]. Returns: whether any of a token's experts is on a rank, bool [T, ranks];
+    how many tokens and how many of their copies go to each rank, int64 [ranks, 2].
+    """
+    case = Case(device_type(expert_TK), expert_TK.dtype)
+    found: tuple[Tensor, Tensor] = CHOOSE_RANKS.choose(case, impl)(expert_TK, per_rank=per_rank, ranks=ranks)
+    return found
+
+
+def place_departures(goes_Tn: Tensor, *, rows: int, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """Sort the `rows` copies that leave by destination; the host knows `rows`, so nothing waits for it.
+
+    Shapes: goes_Tn bool [T, ranks], of which `rows` are true. Returns: the token that each row is a copy of,
+    int64 [rows]; the row of a token for a rank, int64 [T, ranks], -1 where it does not go there.
+    """
+    case = Case(device_type(goes_Tn), goes_Tn.dtype)
+    found: tuple[Tensor, Tensor] = PLACE_DEPARTURES.choose(case, impl)(goes_Tn, rows=rows)
+    return found
 
 
 def place_copies(

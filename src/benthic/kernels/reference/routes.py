@@ -19,6 +19,23 @@ def place_copies(expert_AK: Tensor, *, first: int, experts: int, rows: int) -> t
     return ends_E, torch.where(here_AK, row.view_as(key_AK), -1), copy[:rows]
 
 
+def choose_ranks(expert_TK: Tensor, *, per_rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """Whether any of a token's experts is on each rank; tokens and copies for each."""
+    rank_TK = expert_TK.long() // per_rank
+    chosen_TKn = rank_TK.unsqueeze(-1) == torch.arange(ranks, device=rank_TK.device)
+    goes_Tn = chosen_TKn.any(dim=1)
+    return goes_Tn, torch.stack((goes_Tn.sum(0), chosen_TKn.sum((0, 1))), dim=1)
+
+
+def place_departures(goes_Tn: Tensor, *, rows: int) -> tuple[Tensor, Tensor]:
+    """Sort the copies that leave by destination and by token within one."""
+    goes_nT = goes_Tn.T.contiguous()
+    leaving_first = torch.sort((~goes_nT).flatten().to(torch.uint8), stable=True).indices
+    slot_nT = goes_nT.flatten().cumsum(0).view_as(goes_nT) - 1
+    slot_Tn = torch.where(goes_nT, slot_nT, -1).T.contiguous()
+    return leaving_first[:rows] % max(1, goes_Tn.shape[0]), slot_Tn
+
+
 def home_slots(
     expert_TK: Tensor, dweight_SK: Tensor | None, *, per_rank: int, ranks: int, max_tokens: int
 ) -> tuple[Tensor, Tensor | None]:
