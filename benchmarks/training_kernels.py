@@ -267,6 +267,27 @@ def choice(bench: Bench) -> None:
         bench.add("route and balance", f"{tokens} x 64", name, seconds, 28.0 * logits.numel(), "TB/s", error)
 
 
+def placing(bench: Bench) -> None:
+    """Where rows lie in an exchange of eight ranks, each with 4,096 tokens and 8 of 64 experts."""
+    tokens, ranks, per_rank = (16 if bench.small else 4096), 8, 8
+    arrived = torch.rand(ranks * tokens, ranks * per_rank, device=bench.device).topk(6).indices.int()
+    experts = arrived[:tokens].contiguous()
+    goes, counts = ops.choose_ranks(experts, per_rank=per_rank, ranks=ranks)
+    rows, here = int(counts[:, 0].sum()), arrived.numel()
+    dweight = torch.rand(ranks * tokens, 6, device=bench.device)
+    where = {"per_rank": per_rank, "ranks": ranks}
+    calls: dict[str, Run] = {
+        "choose_ranks": partial(ops.choose_ranks, experts, **where),
+        "place_departures": partial(ops.place_departures, goes, rows=rows),
+        "place_copies": partial(ops.place_copies, arrived, first=8, experts=per_rank, rows=here),
+        "home_slots": partial(ops.home_slots, experts, dweight, max_tokens=tokens, **where),
+    }
+    for name, call in calls.items():
+        for impl in ("triton", "reference") if bench.device == "cuda" else ("reference",):
+            seconds = bench.time(partial(call, impl=impl), [()])
+            bench.add(name, f"{tokens} x {ranks} ranks", impl, seconds, 12.0 * here, "TB/s", None)
+
+
 def adamw(bench: Bench) -> None:
     """One update of a layer's experts with moments in bfloat16."""
     count = 1000 if bench.small else 64 * 2816 * 2048
@@ -298,7 +319,7 @@ def e5m6(bench: Bench) -> None:
         bench.add("dequantise_e5m6", f"{rows} x {width}", impl, bench.time(run, [()]), moved, "TB/s", None)
 
 
-SUITES = (loss, gradients, accumulate, choice, adamw, e5m6)
+SUITES = (loss, gradients, accumulate, choice, placing, adamw, e5m6)
 
 
 if __name__ == "__main__":
