@@ -78,6 +78,7 @@ _SPLIT: Final = LAYOUTS["zb-h1"]
 RUNS: Final[dict[str, Run]] = {
     "1 rank": Run(Layout()),
     "zb-h1": Run(_SPLIT),
+    "dualpipe": Run(LAYOUTS["dualpipe"]),
     "two dense": Run(_SPLIT, {"first_k_dense_replace": 2}),
     "low-rank query": Run(_SPLIT, {"q_lora_rank": 32}),
     "prediction": Run(_SPLIT, {"num_nextn_predict_layers": 1}),
@@ -150,7 +151,8 @@ def counted(run: Run, data: Path, rank: int) -> list[dict[str, Any]]:
         trainer.step()
     slots: dict[tuple[str, int], list[Mark]] = defaultdict(list)
     for slot, start, end in pipeline._marks:  # noqa: SLF001 (counts where spans have times)
-        slots[key(slot)].append((end[0] - start[0], end[1] - start[1]))
+        if slot.second is None:
+            slots[key(slot)].append((end[0] - start[0], end[1] - start[1]))
     if rank and run.layout.pp_degree == 1:
         return []
     return [

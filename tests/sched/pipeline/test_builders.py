@@ -113,6 +113,8 @@ def test_a_table_of_a_large_run_is_a_schedule(name):
     table = build(name, 16, 128)
     check(table)
     assert table.stages == 16 * (BUILDERS[name].virtual_stages or 2)
+    paired = any(slot.second is not None for slots in table.slots for slot in slots)
+    assert paired == BUILDERS[name].pairs
 
 
 def _torch_order(schedules, name, size):

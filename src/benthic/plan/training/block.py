@@ -48,7 +48,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of one microbatch on one rank. `tokens` are its own, between the layers."""
+    """The sizes of one microbatch on one rank. `tokens` are its own, between the layers.
+
+    `cut`: the host calls a block phase by phase, since slots overlap those of two microbatches.
+    """
 
     model: ModelConfig
     rows: int
@@ -61,6 +64,7 @@ class Shape:
     again: frozenset[str]
     skew: float = 1.0
     kept_pairs: float | None = None
+    cut: bool = False
 
     @property
     def tokens(self) -> float:

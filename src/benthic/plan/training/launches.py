@@ -31,12 +31,15 @@ DENSE: Final = Calls(100, 123, 25)
 MIXTURE: Final = Calls(170, 201, 138)
 HEAD: Final = Calls(43, 25)
 PROJECTION: Final = Calls(27, 42, 4)
+DENSE_CUTS: Final = Calls(7)
+MIXTURE_CUTS: Final = Calls(20)
+"""Of a block cut into its phases, where slots of the table overlap two microbatches."""
 LOW_RANK_QUERY: Final = Calls(10, 18, 4)
 TENSOR: Final = Calls(30, 31, 0, 5, 5)
 CONTEXT: Final = Calls(72, 65, 0, 1, 1)
 SHARED_BALANCE: Final = Calls(forward_collectives=1)
 """A mixture's counts, summed over the ranks that share a row."""
-EXPERTS: Final = Calls(133, 111, 0, 4, 3)
+EXPERTS: Final = Calls(135, 111, 0, 4, 3)
 SHARDED_SUMS: Final = Calls(0, 42, 0, 0, 3)
 """From ZeRO-2 on, for every block."""
 SHARDED_WEIGHTS: Final = Calls(0, 0, 0, 3, 3)
@@ -51,6 +54,7 @@ def of_block(shape: Shape, *, moe: bool) -> Calls:
     apart = moe and shape.ep > 1
     parts = (
         (MIXTURE if moe else DENSE, True),
+        (MIXTURE_CUTS if moe else DENSE_CUTS, shape.cut),
         (LOW_RANK_QUERY, shape.model.q_lora_rank is not None),
         (TENSOR, shape.tp > 1),
         (CONTEXT, shape.cp > 1),

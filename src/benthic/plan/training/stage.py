@@ -14,6 +14,7 @@ from benthic.plan.cost.price import price
 from benthic.plan.cost.priced import Priced, Total, total
 from benthic.plan.training import launches
 from benthic.plan.training.block import Shape, block, embedding, head, hop, projection
+from benthic.sched.pipeline import schedules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -124,6 +125,7 @@ def shape_of(candidate: Candidate, machine: Machine) -> Shape:
         again=again,
         skew=candidate.skew,
         kept_pairs=candidate.train.kept_pairs,
+        cut=schedules.BUILDERS[layout.schedule].pairs,
     )
 
 

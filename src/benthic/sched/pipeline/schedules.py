@@ -29,11 +29,13 @@ class Builder:
         make: the builder; takes ranks, microbatches and, if `virtual_stages` is None, the virtual stages.
         sizes: what it needs, in words.
         virtual_stages: stages of the model for each rank; None if the caller chooses.
+        pairs: some slots overlap a forward and a backward.
     """
 
     make: Callable[..., Table]
     sizes: str = "any ranks and microbatches"
     virtual_stages: int | None = 1
+    pairs: bool = False
 
 
 BUILDERS: Final[dict[str, Builder]] = {
@@ -43,8 +45,8 @@ BUILDERS: Final[dict[str, Builder]] = {
     "zb-h1": Builder(zb_h1),
     "zb-v": Builder(zb_v, virtual_stages=2),
     "chimera": Builder(chimera, "even ranks, microbatches a multiple of ranks"),
-    "dualpipe": Builder(dualpipe, "even ranks, even microbatches, at least two a rank"),
-    "dualpipev": Builder(dualpipe_v, "at least two microbatches a rank", virtual_stages=2),
+    "dualpipe": Builder(dualpipe, "even ranks, even microbatches, at least two a rank", pairs=True),
+    "dualpipev": Builder(dualpipe_v, "at least two microbatches a rank", virtual_stages=2, pairs=True),
 }
 
 
