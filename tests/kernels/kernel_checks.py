@@ -877,10 +877,16 @@ def test_fp8_weights(dtype, shape):
 FP8_DIMS = [(300, 150), (128, 48)] + ([(2048, 1408), (7168, 2048)] if ON_GPU else [])
 
 
-@pytest.mark.parametrize("impl", ["triton", "cublas"])
-@pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
+def skip_gluon(impl, *widths):
+    if impl == "gluon" and (not ON_GPU or any(width % 16 for width in widths)):
+        pytest.skip("Gluon needs a GPU, and rows of a multiple of 16 bytes")
+
+
+@pytest.mark.parametrize("impl", ["triton", "cublas", "gluon"])
+@pytest.mark.parametrize("dims", [*FP8_DIMS, (304, 144)], ids=str)
 def test_fp8_linear(dtype, dims, impl):
     inner, outer = dims
+    skip_gluon(impl, *dims)
     if impl == "cublas" and (not ON_GPU or inner % 128 or dtype == torch.float16):
         pytest.skip("cuBLAS needs a GPU, whole tiles, and a result in bfloat16 or float32")
     x, weight = made(TOKENS, inner, dtype=torch.float32), made(outer, inner, dtype=torch.float32, seed=1)
@@ -888,7 +894,7 @@ def test_fp8_linear(dtype, dims, impl):
     fast = ops.fp8_linear(rows, blocks, dtype=dtype, impl=impl)
     close_fp8(fast, ops.fp8_linear(rows, blocks, dtype=torch.float32, impl="reference").double(), dtype)
     dy = fp8_rows(made(TOKENS, outer, dtype=torch.float32, seed=2).detach())
-    if outer % 128 == 0 or impl == "triton":
+    if outer % 128 == 0 or impl != "cublas":
         fast = ops.fp8_linear(dy, blocks.transposed(), dtype=dtype, impl=impl)
         exact = ops.fp8_linear(dy, blocks.transposed(), dtype=torch.float32, impl="reference")
         close_fp8(fast, exact.double(), dtype)
@@ -911,9 +917,10 @@ def test_fp8_linear_of_few_rows(dtype, dims, name):
     close_fp8(fast, ops.fp8_linear(rows, blocks, ends, dtype=torch.float32, impl="reference").double(), dtype)
 
 
-@pytest.mark.parametrize("impl", ["triton", "cublas"])
+@pytest.mark.parametrize("impl", ["triton", "cublas", "gluon"])
 @pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
 def test_fp8_weight_gradient(dtype, dims, impl):
+    skip_gluon(impl)
     if impl == "cublas" and (not ON_GPU or any(d % 16 for d in dims) or dtype == torch.float16):
         pytest.skip("cuBLAS needs a GPU, widths of a multiple of 16, and a result in bfloat16 or float32")
     tiles = [
@@ -924,15 +931,17 @@ def test_fp8_weight_gradient(dtype, dims, impl):
     close_fp8(fast, ops.fp8_weight_gradient(*tiles, impl="reference").double(), dtype)
 
 
+@pytest.mark.parametrize(("impl", "dims"), [("triton", (300, 150)), ("gluon", (304, 400))])
 @pytest.mark.parametrize("name", GROUPS)
-def test_grouped_fp8_products(dtype, name):
-    ends, (x, weight) = grouped_inputs(name, 35, (300, 150), torch.float32)
+def test_grouped_fp8_products(dtype, name, impl, dims):
+    skip_gluon(impl)
+    ends, (x, weight) = grouped_inputs(name, 35, dims, torch.float32)
     rows, blocks = fp8_rows(x.detach()), ops.quantise_fp8_weight(weight.detach(), impl="reference")
-    fast = ops.fp8_linear(rows, blocks, ends, dtype=dtype, impl="triton")
+    fast = ops.fp8_linear(rows, blocks, ends, dtype=dtype, impl=impl)
     close_fp8(fast, ops.fp8_linear(rows, blocks, ends, dtype=torch.float32, impl="reference").double(), dtype)
-    dy = made(len(x), 150, dtype=torch.float32, seed=2).detach()
+    dy = made(len(x), dims[1], dtype=torch.float32, seed=2).detach()
     tiles = [ops.quantise_fp8_columns(t, ends, impl="reference") for t in (dy, x.detach())]
-    fast = ops.fp8_weight_gradient(*tiles, ends, dtype=dtype, impl="triton")
+    fast = ops.fp8_weight_gradient(*tiles, ends, dtype=dtype, impl=impl)
     close_fp8(fast, ops.fp8_weight_gradient(*tiles, ends, impl="reference").double(), dtype)
 
 

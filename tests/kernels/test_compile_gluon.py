@@ -17,7 +17,13 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from benthic.kernels import gluon_attention, gluon_attention_backward, gluon_mla
+from benthic.kernels import (
+    gluon_attention,
+    gluon_attention_backward,
+    gluon_fp8,
+    gluon_fp8_gradient,
+    gluon_mla,
+)
 
 POINTERS = {
     "out_ptr": "*bf16",
@@ -35,13 +41,17 @@ POINTERS = {
     "part_ptr": "*fp32",
     "most_ptr": "*fp32",
     "total_ptr": "*fp32",
+    "ends_ptr": "*i32",
+    "x_scale_ptr": "*fp32",
+    "dy_scale_ptr": "*fp32",
+    "weight_scale_ptr": "*fp32",
 }
 
 HEADS = [(192, 128), (128, 128), (64, 64)]
 
 
 def descriptor(rows, columns, dtype="bf16"):
-    kind = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
+    kind = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}[dtype]
     layout = gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
     return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
 
@@ -165,3 +175,22 @@ def test_mla_decode_multiplies_pages_as_tall_operands_and_keeps_products_in_flig
     assert text.count("UTMALDG") == 9
     assert text.count(f"HGMMA.64x{rows}x16") == (9 + 8) * 4  # in steps of 16 dims, or tokens
     assert text.count("WARPGROUP.DEPBAR") == 2  # one for scores, one for outputs: nothing waits in between
+
+
+@pytest.mark.parametrize(
+    ("kernel", "operands", "parts"),
+    [(gluon_fp8._rows_times_blocks, ("x", "weight"), 3), (gluon_fp8_gradient._column_tiles, ("dy", "x"), 2)],
+    ids=["linear", "weight gradient"],
+)
+def test_fp8_products_promote_one_part_while_the_next_is_multiplied(kernel, operands, parts, tmp_path):
+    constants = {"REGISTERS": gluon_fp8.CONSUMER_REGISTERS, "FEW_REGISTERS": gluon_fp8.PRODUCER_REGISTERS}
+    described = {name: descriptor(64, 128, "fp8e4nv") for name in operands}
+    kernel = built(kernel, constants, described, gluon_fp8.ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    order = re.findall(r"QGMMA|DEPBAR\.LE gsb0, 0x[01]|FFMA", text)
+    assert order.count("QGMMA") == 2 * 4 * parts  # two groups, four times 32 of a chunk
+    one_more = [at for at, what in enumerate(order) if what.endswith("0x1")]
+    assert len(one_more) == 2 * (parts - 1)
+    for at in one_more:  # something is promoted before everything is waited for
+        assert "FFMA" in order[at : order.index("DEPBAR.LE gsb0, 0x0", at)]

@@ -166,11 +166,11 @@ def gluon_refusal(case: Case) -> str | None:
     """Why a case is not for our Gluon kernels, which use Hopper's products of 16-bit numbers; None: it is."""
     if case.device != "cuda" or case.dtype not in (torch.bfloat16, torch.float16):
         return f"runs on cuda in bfloat16 and float16, not on {case.device} in {case.dtype}"
-    return triton_refusal("cuda") or _hopper_refusal()
+    return triton_refusal("cuda") or hopper_refusal()
 
 
 @functools.cache
-def _hopper_refusal() -> str | None:
+def hopper_refusal() -> str | None:
     """Why wgmma cannot run on the GPU here; None on Hopper, and where there is no GPU to ask."""
     if not torch.cuda.is_available():
         return None

@@ -14,9 +14,11 @@ from benthic.kernels.table import (
     Implementation,
     Op,
     Verdict,
+    hopper_refusal,
     laid_out,
     no,
     reference,
+    triton_refusal,
     triton_runs,
     with_few_rows,
     yes,
@@ -42,6 +44,17 @@ def _cublas(case: Case) -> Verdict:
     if inner % TILE or outer % 16:
         return no(f"needs K a multiple of {TILE} and N of 16, not {inner} and {outer}")
     return yes("cuBLAS with 1x128 and 128x128 scales (H200: 1028-1161 TFLOP/s)")
+
+
+def _gluon(case: Case) -> Verdict:
+    """Tiles by TMA, products by wgmma; not yet timed (docs/adr/0025)."""
+    if case.device != "cuda" or case.dtype not in _FLOATS:
+        return no(f"runs on cuda and gives floats of 16 and 32 bits, not {case.dtype} on {case.device}")
+    if (refusal := triton_refusal("cuda") or hopper_refusal()) is not None:
+        return no(refusal)
+    if case.dims[0] % 16:
+        return no(f"needs K a multiple of 16 bytes, not {case.dims[0]}")
+    return yes("our block-scaled product for Hopper: a warp loads, two groups multiply and promote")
 
 
 QUANTISE_FP8_WEIGHT = Op(
@@ -98,6 +111,7 @@ FP8_LINEAR = Op(
             triton_runs(*_FLOATS, reason="our block-scaled product: any width"),
             "benthic.kernels.triton_fp8_linear:linear",
         ),
+        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8:linear"),
         reference("benthic.kernels.reference.fp8_linear:linear"),
     ),
     typical_dims=(7168, 2048),
@@ -111,6 +125,7 @@ GROUPED_FP8_LINEAR = Op(
             triton_runs(*_FLOATS, reason="our block-scaled grouped product, rows counted on the device"),
             "benthic.kernels.triton_fp8_linear:linear",
         ),
+        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8:linear"),
         reference("benthic.kernels.reference.fp8_linear:linear"),
     ),
     typical_dims=(7168, 2048),
@@ -124,6 +139,7 @@ FP8_WEIGHT_GRADIENT = Op(
             triton_runs(*_FLOATS, reason="our product of two operands in 128x1 tiles"),
             "benthic.kernels.triton_fp8_linear:weight_gradient",
         ),
+        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8_gradient:weight_gradient"),
         reference("benthic.kernels.reference.fp8_linear:weight_gradient"),
     ),
     typical_dims=(4096, 2048),
@@ -136,6 +152,7 @@ GROUPED_FP8_WEIGHT_GRADIENT = Op(
             triton_runs(*_FLOATS, reason="our product of two operands in 128x1 tiles, expert by expert"),
             "benthic.kernels.triton_fp8_linear:weight_gradient",
         ),
+        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8_gradient:weight_gradient"),
         reference("benthic.kernels.reference.fp8_linear:weight_gradient"),
     ),
     typical_dims=(4096, 2048),

@@ -1,0 +1,219 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""FP8 products for Hopper in Gluon: one warp loads, two warp groups of 64 rows each multiply and promote.
+
+    out[r, n] = sum over chunks of 128 of K of (x[r, :] . weight[expert of r, n, :]) * their two scales
+
+Tensor cores sum a chunk from zero; what it gives is scaled and added to float32 sums in registers, because
+their own sums of FP8 products keep too few bits (DeepSeek-V3 report, section 3.3.2). A group promotes 64
+columns while the next 64 are multiplied. A tile of 128 x 192 is as large as registers allow, for it is the
+second-level cache that limits these products: without sharing between multiprocessors a chunk is 40 KiB for
+768 cycles of tensor cores.
+
+There is one program a multiprocessor. All three parts walk over the tiles of all experts by themselves, so
+the next tile is loaded while the last one is written. Rows of an expert are counted on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from benthic.kernels.gluon_tiles import load, new_bars
+from benthic.kernels.triton_tiles import whole
+
+ROWS = gl.constexpr(128)
+COLUMNS = gl.constexpr(192)
+CHUNK = gl.constexpr(128)
+"""Dims that have one scale, and columns that share one of the weight."""
+PART = gl.constexpr(64)
+"""Rows or columns of a product; three of them side by side are a tile's columns."""
+STAGES = gl.constexpr(5)
+BAND = gl.constexpr(16)
+"""Tiles of rows that meet a tile of columns one after another, so that both stay in the cache."""
+CONSUMER_REGISTERS = 240
+PRODUCER_REGISTERS = 24
+ENTRY_REGISTERS = 168
+"""Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
+
+
+@gluon.jit
+def _expert_of(tile, place, ends_ptr, rows, experts, n_tiles):
+    """Go on from an earlier tile's expert to that of `tile`, `experts` for rows that belong to none.
+
+    A place is the expert, its first tile, its first row and its end. Behind the last tile the expert is
+    `experts + 1`.
+    """
+    expert, first, start, end = place
+    tiles = (end - start + ROWS - 1) // ROWS * n_tiles
+    while (tile >= first + tiles) & (expert <= experts):
+        first += tiles
+        expert += 1
+        start = end
+        end = gl.load(ends_ptr + expert, mask=expert < experts, other=rows)
+        tiles = (end - start + ROWS - 1) // ROWS * n_tiles
+    return expert, first, start, end
+
+
+@gluon.jit
+def _corner(tile, first, start, end, n_tiles):
+    """First row and first column of a tile: bands of rows, in each of them column by column."""
+    m_tiles = (end - start + ROWS - 1) // ROWS
+    number = tile - first
+    band = number // (BAND * n_tiles) * BAND
+    high = gl.minimum(m_tiles - band, BAND)
+    number = number % (BAND * n_tiles)
+    return start + (band + number % high) * ROWS, number // high * COLUMNS
+
+
+@gluon.jit
+def _produce(x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_tiles, n_tiles):
+    """Load chunk after chunk of this program's tiles as places in the ring come free."""
+    full, empty = bars
+    place = (0, 0, 0, gl.load(ends_ptr))
+    tile, number = gl.program_id(0), 0
+    place = _expert_of(tile, place, ends_ptr, rows, experts, n_tiles)
+    while place[0] < experts:
+        row, column = _corner(tile, place[1], place[2], place[3], n_tiles)
+        weight_row = place[0] * n_dim + column
+        for chunk in range(k_tiles):
+            stage, bar = number % STAGES, full.index(number % STAGES)
+            mbarrier.wait(empty.index(stage), (number // STAGES) & 1 ^ 1)
+            mbarrier.expect(bar, 2 * x.block_type.nbytes + 3 * weight.block_type.nbytes)
+            for part in gl.static_range(2):
+                load(x, [row + part * PART, chunk * CHUNK], bar, x_ring.index(2 * stage + part))
+            for part in gl.static_range(3):
+                at = [weight_row + part * PART, chunk * CHUNK]
+                load(weight, at, bar, weight_ring.index(3 * stage + part))
+            number += 1
+        tile += gl.num_programs(0)
+        place = _expert_of(tile, place, ends_ptr, rows, experts, n_tiles)
+
+
+@gluon.jit
+def start(x_tile, weight_ring, place, zero):
+    """Start the product of a group's rows and 64 columns, summed from zero."""
+    return warpgroup_mma(x_tile, weight_ring.index(place).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add_chunk(sums, x_tile, weight_ring, first, x_scale, scales, zero):
+    """Add a chunk to the sums of three times 64 columns: one is promoted while the next is multiplied."""
+    sum_0, sum_1, sum_2 = sums
+    part_0 = start(x_tile, weight_ring, first, zero)
+    part_1 = start(x_tile, weight_ring, first + 1, zero)
+    part_0 = warpgroup_mma_wait(1, deps=[part_0])
+    sum_0 += part_0 * (x_scale * scales[0])[:, None]
+    part_2 = start(x_tile, weight_ring, first + 2, zero)
+    part_1 = warpgroup_mma_wait(1, deps=[part_1])
+    sum_1 += part_1 * (x_scale * scales[1])[:, None]
+    part_2 = warpgroup_mma_wait(0, deps=[part_2])
+    sum_2 += part_2 * (x_scale * scales[2])[:, None]
+    return sum_0, sum_1, sum_2
+
+
+@gluon.jit
+def _scale_of(weight_scale_ptr, expert, column, chunk, k_tiles, scale_tiles):
+    """The scale of 64 columns in a chunk; behind the last column that of the last."""
+    block = expert.to(gl.int64) * scale_tiles + gl.minimum(column // CHUNK, scale_tiles - 1)
+    return gl.load(weight_scale_ptr + block * k_tiles + chunk)
+
+
+@gluon.jit
+def _multiply(
+    group, x_ring, weight_ring, bars, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
+    rows, experts, n_dim, k_tiles, n_tiles, scale_tiles,
+):  # fmt: skip
+    """The 64 rows of a group, tile after tile."""
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
+    full, empty = bars
+    zero = gl.zeros([PART, PART], gl.float32, layout=SUMS)
+    place = (0, 0, 0, gl.load(ends_ptr))
+    tile, number = gl.program_id(0), 0
+    place = _expert_of(tile, place, ends_ptr, rows, experts, n_tiles)
+    while place[0] <= experts:
+        row, column = _corner(tile, place[1], place[2], place[3], n_tiles)
+        row += group * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, SUMS))
+        sums = (zero, zero, zero)
+        chunks = gl.where(place[0] < experts, k_tiles, 0)
+        x_scale_at = x_scale_ptr + gl.minimum(row, rows - 1).to(gl.int64) * k_tiles
+        for chunk in range(chunks):
+            stage = number % STAGES
+            x_scale = gl.load(x_scale_at + chunk)
+            scale_0 = _scale_of(weight_scale_ptr, place[0], column, chunk, k_tiles, scale_tiles)
+            scale_1 = _scale_of(weight_scale_ptr, place[0], column + PART, chunk, k_tiles, scale_tiles)
+            scale_2 = _scale_of(weight_scale_ptr, place[0], column + 2 * PART, chunk, k_tiles, scale_tiles)
+            mbarrier.wait(full.index(stage), (number // STAGES) & 1)
+            x_tile = x_ring.index(2 * stage + group)
+            scales = (scale_0, scale_1, scale_2)
+            sums = _add_chunk(sums, x_tile, weight_ring, 3 * stage, x_scale, scales, zero)
+            mbarrier.arrive(empty.index(stage), count=1)
+            number += 1
+        at = out_ptr + row.to(gl.int64)[:, None] * n_dim
+        for part in gl.static_range(3):
+            columns = column + part * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, SUMS))
+            kept = (row < place[3])[:, None] & (columns < n_dim)[None, :]
+            gl.store(at + columns[None, :], sums[part].to(out_ptr.dtype.element_ty), mask=kept)
+        tile += gl.num_programs(0)
+        place = _expert_of(tile, place, ends_ptr, rows, experts, n_tiles)
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _rows_times_blocks(
+    x, weight, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
+    rows, experts, n_dim, k_tiles, n_tiles, scale_tiles,
+    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One program a multiprocessor: every so manieth tile of all experts."""
+    x_ring = gl.allocate_shared_memory(x.dtype, [2 * STAGES, PART, CHUNK], x.layout)
+    weight_ring = gl.allocate_shared_memory(weight.dtype, [3 * STAGES, PART, CHUNK], weight.layout)
+    bars = (new_bars(STAGES, 1), new_bars(STAGES, 2))
+    fence_async_shared()
+    gl.warp_specialize([
+        (_multiply, (
+            0, x_ring, weight_ring, bars, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
+            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles,
+        )),
+        (_multiply, (
+            1, x_ring, weight_ring, bars, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
+            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles,
+        )),
+        (_produce, (
+            x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_tiles, n_tiles,
+        )),
+    ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
+
+
+def linear(x, weight, ends_E, *, dtype):
+    """See `benthic.kernels.ops.fp8_linear`; the launch follows from shapes, so a CUDA graph can hold it."""
+    values, scale = weight.values.contiguous(), weight.scale.contiguous()
+    rows, k_dim = x.values.shape
+    n_dim = values.shape[-2]
+    ends = whole(rows, values.device) if ends_E is None else ends_E
+    experts, n_tiles = ends.shape[0], triton.cdiv(n_dim, COLUMNS.value)
+    out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
+    most_tiles = (rows // ROWS.value + experts + 1) * n_tiles
+    programs = min(torch.cuda.get_device_properties(values.device).multi_processor_count, most_tiles)
+    if rows:
+        _rows_times_blocks[(programs,)](
+            tiles_of(x.values), tiles_of(values.flatten(0, -2)), x.scale, scale, out_RN, ends,
+            rows, experts, n_dim, triton.cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2],
+            REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+            num_warps=4, maxnreg=ENTRY_REGISTERS,
+        )  # fmt: skip
+    return out_RN
+
+
+def tiles_of(values_RK):
+    """A descriptor of blocks of 64 rows by a chunk; zeros lie behind the last row and the last dim."""
+    block = [PART.value, CHUNK.value]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
+    return TensorDescriptor(values_RK, list(values_RK.shape), list(values_RK.stride()), block, layout)
