@@ -28,7 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benthic.kernels.gluon_tiles import load, new_bars
-from benthic.kernels.triton_tiles import whole
 
 ROWS = gl.constexpr(128)
 COLUMNS = gl.constexpr(192)
@@ -130,7 +129,7 @@ def _scale_of(weight_scale_ptr, expert, column, chunk, k_tiles, scale_tiles):
 @gluon.jit
 def _multiply(
     group, x_ring, weight_ring, bars, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
-    rows, experts, n_dim, k_tiles, n_tiles, scale_tiles,
+    rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
 ):  # fmt: skip
     """The 64 rows of a group, tile after tile."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
@@ -144,10 +143,10 @@ def _multiply(
         row += group * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, SUMS))
         sums = (zero, zero, zero)
         chunks = gl.where(place[0] < experts, k_tiles, 0)
-        x_scale_at = x_scale_ptr + gl.minimum(row, rows - 1).to(gl.int64) * k_tiles
+        x_scale_at = x_scale_ptr + gl.minimum(row, rows - 1).to(gl.int64) * stride_scale
         for chunk in range(chunks):
             stage = number % STAGES
-            x_scale = gl.load(x_scale_at + chunk)
+            x_scale = gl.load(x_scale_at + chunk * stride_tile)
             scale_0 = _scale_of(weight_scale_ptr, place[0], column, chunk, k_tiles, scale_tiles)
             scale_1 = _scale_of(weight_scale_ptr, place[0], column + PART, chunk, k_tiles, scale_tiles)
             scale_2 = _scale_of(weight_scale_ptr, place[0], column + 2 * PART, chunk, k_tiles, scale_tiles)
@@ -169,7 +168,7 @@ def _multiply(
 @gluon.jit(do_not_specialize=["rows"])
 def _rows_times_blocks(
     x, weight, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
-    rows, experts, n_dim, k_tiles, n_tiles, scale_tiles,
+    rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: every so manieth tile of all experts."""
@@ -180,11 +179,11 @@ def _rows_times_blocks(
     gl.warp_specialize([
         (_multiply, (
             0, x_ring, weight_ring, bars, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
-            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles,
+            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
         )),
         (_multiply, (
             1, x_ring, weight_ring, bars, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
-            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles,
+            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
         )),
         (_produce, (
             x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_tiles, n_tiles,
@@ -197,7 +196,7 @@ def linear(x, weight, ends_E, *, dtype):
     values, scale = weight.values.contiguous(), weight.scale.contiguous()
     rows, k_dim = x.values.shape
     n_dim = values.shape[-2]
-    ends = whole(rows, values.device) if ends_E is None else ends_E
+    ends = one_end(rows, values.device) if ends_E is None else ends_E
     experts, n_tiles = ends.shape[0], triton.cdiv(n_dim, COLUMNS.value)
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
     most_tiles = (rows // ROWS.value + experts + 1) * n_tiles
@@ -206,6 +205,7 @@ def linear(x, weight, ends_E, *, dtype):
         _rows_times_blocks[(programs,)](
             tiles_of(x.values), tiles_of(values.flatten(0, -2)), x.scale, scale, out_RN, ends,
             rows, experts, n_dim, triton.cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2],
+            *x.scale.stride(),
             REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, maxnreg=ENTRY_REGISTERS,
         )  # fmt: skip
@@ -217,3 +217,8 @@ def tiles_of(values_RK):
     block = [PART.value, CHUNK.value]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
     return TensorDescriptor(values_RK, list(values_RK.shape), list(values_RK.stride()), block, layout)
+
+
+def one_end(rows, device):
+    """The ends of a single expert that owns all rows."""
+    return torch.full((1,), rows, dtype=torch.int32, device=device)

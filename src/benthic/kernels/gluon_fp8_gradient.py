@@ -26,11 +26,11 @@ from benthic.kernels.gluon_fp8 import (
     PART,
     PRODUCER_REGISTERS,
     ROWS,
+    one_end,
     start,
     tiles_of,
 )
 from benthic.kernels.gluon_tiles import load, new_bars
-from benthic.kernels.triton_tiles import whole
 
 COLUMNS = gl.constexpr(128)
 STAGES = gl.constexpr(6)
@@ -79,7 +79,7 @@ def _produce(dy, x, dy_ring, x_ring, bars, ends_ptr, tiles, o_tiles, i_tiles):
 @gluon.jit
 def _multiply(
     group, dy_ring, x_ring, bars, dy_scale_ptr, x_scale_ptr, out_ptr, ends_ptr,
-    o_dim, i_dim, all_chunks, tiles, o_tiles, i_tiles,
+    o_dim, i_dim, tiles, o_tiles, i_tiles,
 ):  # fmt: skip
     """The 64 rows of a group, tile after tile; one part is promoted while the next is multiplied."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
@@ -92,12 +92,12 @@ def _multiply(
         place, chunks = _chunks_of(expert, place, ends_ptr)
         row += group * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, SUMS))
         column += gl.arange(0, PART, layout=gl.SliceLayout(0, SUMS))
-        dy_scale_at = dy_scale_ptr + gl.minimum(row, o_dim - 1).to(gl.int64) * all_chunks
+        dy_scale_at = dy_scale_ptr + gl.minimum(row, o_dim - 1)
         x_scale_at = x_scale_ptr + column
         sum_0, sum_1 = zero, zero
         for chunk in range(place[1], place[1] + chunks):
             stage = number % STAGES
-            by_row = gl.load(dy_scale_at + chunk)
+            by_row = gl.load(dy_scale_at + chunk * o_dim)
             of_chunk = x_scale_at + chunk * i_dim
             by_column_0 = gl.load(of_chunk, mask=column < i_dim, other=0.0)
             by_column_1 = gl.load(of_chunk + PART, mask=column + PART < i_dim, other=0.0)
@@ -120,7 +120,7 @@ def _multiply(
 @gluon.jit
 def _column_tiles(
     dy, x, dy_scale_ptr, x_scale_ptr, out_ptr, ends_ptr,
-    o_dim, i_dim, all_chunks, tiles, o_tiles, i_tiles,
+    o_dim, i_dim, tiles, o_tiles, i_tiles,
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: every so manieth tile of all experts."""
@@ -131,11 +131,11 @@ def _column_tiles(
     gl.warp_specialize([
         (_multiply, (
             0, dy_ring, x_ring, bars, dy_scale_ptr, x_scale_ptr, out_ptr, ends_ptr,
-            o_dim, i_dim, all_chunks, tiles, o_tiles, i_tiles,
+            o_dim, i_dim, tiles, o_tiles, i_tiles,
         )),
         (_multiply, (
             1, dy_ring, x_ring, bars, dy_scale_ptr, x_scale_ptr, out_ptr, ends_ptr,
-            o_dim, i_dim, all_chunks, tiles, o_tiles, i_tiles,
+            o_dim, i_dim, tiles, o_tiles, i_tiles,
         )),
         (_produce, (dy, x, dy_ring, x_ring, bars, ends_ptr, tiles, o_tiles, i_tiles)),
     ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
@@ -144,7 +144,7 @@ def _column_tiles(
 def weight_gradient(dy, x, ends_E, *, dtype):
     """See `benthic.kernels.ops.fp8_weight_gradient`; the launch follows from shapes."""
     (o_dim, padded), i_dim = dy.values.shape, x.values.shape[0]
-    ends = whole(padded, x.values.device) if ends_E is None else ends_E
+    ends = one_end(padded, x.values.device) if ends_E is None else ends_E
     experts = ends.shape[0]
     shape = (o_dim, i_dim) if ends_E is None else (experts, o_dim, i_dim)
     if not padded:
@@ -154,8 +154,9 @@ def weight_gradient(dy, x, ends_E, *, dtype):
     tiles = experts * o_tiles * i_tiles
     programs = min(torch.cuda.get_device_properties(out.device).multi_processor_count, tiles)
     _column_tiles[(programs,)](
-        tiles_of(dy.values), tiles_of(x.values), dy.scale.contiguous(), x.scale.t().contiguous(), out, ends,
-        o_dim, i_dim, padded // CHUNK.value, tiles, o_tiles, i_tiles,
+        tiles_of(dy.values), tiles_of(x.values), dy.scale.t().contiguous(), x.scale.t().contiguous(),
+        out, ends,
+        o_dim, i_dim, tiles, o_tiles, i_tiles,
         REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
