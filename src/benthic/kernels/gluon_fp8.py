@@ -22,26 +22,26 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from benthic.kernels.gluon_fp8_tiles import (
+    CHUNK,
+    CONSUMER_REGISTERS,
+    ENTRY_REGISTERS,
+    PART,
+    PRODUCER_REGISTERS,
+    ROWS,
+    one_end,
+    start,
+    tiles_of,
+)
 from benthic.kernels.gluon_tiles import load, new_bars
 
-ROWS = gl.constexpr(128)
 COLUMNS = gl.constexpr(192)
-CHUNK = gl.constexpr(128)
-"""Dims that have one scale, and columns that share one of the weight."""
-PART = gl.constexpr(64)
-"""Rows or columns of a product; three of them side by side are a tile's columns."""
 STAGES = gl.constexpr(5)
 BAND = gl.constexpr(16)
 """Tiles of rows that meet a tile of columns one after another, so that both stay in the cache."""
-CONSUMER_REGISTERS = 240
-PRODUCER_REGISTERS = 24
-ENTRY_REGISTERS = 168
-"""Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
 
 
 @gluon.jit
@@ -95,12 +95,6 @@ def _produce(x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_di
             number += 1
         tile += gl.num_programs(0)
         place = _expert_of(tile, place, ends_ptr, rows, experts, n_tiles)
-
-
-@gluon.jit
-def start(x_tile, weight_ring, place, zero):
-    """Start the product of a group's rows and 64 columns, summed from zero."""
-    return warpgroup_mma(x_tile, weight_ring.index(place).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -210,15 +204,3 @@ def linear(x, weight, ends_E, *, dtype):
             num_warps=4, maxnreg=ENTRY_REGISTERS,
         )  # fmt: skip
     return out_RN
-
-
-def tiles_of(values_RK):
-    """A descriptor of blocks of 64 rows by a chunk; zeros lie behind the last row and the last dim."""
-    block = [PART.value, CHUNK.value]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
-    return TensorDescriptor(values_RK, list(values_RK.shape), list(values_RK.stride()), block, layout)
-
-
-def one_end(rows, device):
-    """The ends of a single expert that owns all rows."""
-    return torch.full((1,), rows, dtype=torch.int32, device=device)

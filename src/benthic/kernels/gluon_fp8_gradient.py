@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from benthic.kernels.gluon_fp8 import (
+from benthic.kernels.gluon_fp8_tiles import (
     CHUNK,
     CONSUMER_REGISTERS,
     ENTRY_REGISTERS,

@@ -119,7 +119,8 @@ def quantise_both(x_RI, ends_E, *, power_of_two):
     experts = 1 if ends_E is None else ends_E.shape[0]
     padded = padded_rows(rows, experts)
     by_row, by_column = (
-        _empty_tiles(*size, device, by_column=True) for size in ((rows, columns), (columns, padded))
+        _empty_tiles(outer, inner, device, by_column=True)
+        for outer, inner in ((rows, columns), (columns, padded))
     )
     if padded:
         # one tile more than columns have room for: the rows past the last expert may begin in it
