@@ -321,7 +321,7 @@ class _Block:
         """The most that a gated network's backward needs beside what it keeps: at once, put off, then.
 
         `rows` of a token. The outputs of `experts` were kept, and are free once their gradient is there.
-        FP8 has the gradient of each of the matrices apart before it is added.
+        FP8 has the gradient of a dense matrix apart before it is added; experts' are added in their products.
         """
         size, wide, narrow = self.size, rows * self.model.hidden_size, rows * width
         made = size * wide if experts else 0.0
@@ -329,7 +329,7 @@ class _Block:
             now, later = max(made, size * narrow, 2 * size * narrow - made), max(made, 3 * size * narrow)
             return self.tokens * now, self.tokens * later, 0.0
         spare = self._spare(width) if experts else 0.0
-        weight = self.model.hidden_size * width * (experts or 1 / self.layout.tp_degree)
+        weight = 0.0 if experts else self.model.hidden_size * width / self.layout.tp_degree
         down, up = 2 * wide + size * narrow, (size + 1) * wide + 4 * narrow - made
         now = max(
             self.tokens * made,
