@@ -125,7 +125,7 @@ def test_the_table_chooses_the_documented_kernels():
     chosen = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.bfloat16)}
     assert chosen["rms_norm"] == "triton"
     assert chosen["mla_decode"] == "triton"
-    assert chosen["mla_decode (few rows)"] == "triton"
+    assert chosen["mla_decode (few rows)"] == "gluon"
     assert chosen["grouped_linear"] == "grouped_mm_cuda"
     assert chosen["attention"] == "gluon"
     assert chosen["attention (equal lengths)"] == "gluon"

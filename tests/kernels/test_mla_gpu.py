@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -59,7 +61,8 @@ def test_outputs_are_those_of_the_definition(contexts, queries, heads, dtype):
 @pytest.mark.parametrize("programs", [1, 2, 7])
 def test_shares_may_begin_and_end_anywhere(programs, dtype, monkeypatch):
     properties = torch.cuda.get_device_properties(0)
-    few = type("Few", (), {"multi_processor_count": programs, "name": properties.name})
+    shown = {name: getattr(properties, name) for name in ("name", "major", "minor")}
+    few = SimpleNamespace(multi_processor_count=programs, **shown)
     monkeypatch.setattr(gluon_mla.torch.cuda, "get_device_properties", lambda _device: few)
     operands = made((130, 0, 64, 1, 700, 65), 1, 16, dtype)
     found = gluon_mla.mla_decode(*operands, scale=SCALE)

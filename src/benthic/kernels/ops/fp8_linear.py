@@ -47,7 +47,7 @@ def _cublas(case: Case) -> Verdict:
 
 
 def _gluon(case: Case) -> Verdict:
-    """Tiles by TMA, products by wgmma; not yet timed (docs/adr/0025)."""
+    """Tiles by TMA, products by wgmma (docs/adr/0025)."""
     if case.device != "cuda" or case.dtype not in _FLOATS:
         return no(f"runs on cuda and gives floats of 16 and 32 bits, not {case.dtype} on {case.device}")
     if (refusal := triton_refusal("cuda") or hopper_refusal()) is not None:
@@ -106,12 +106,12 @@ FP8_LINEAR = Op(
     (
         _FEW,
         Implementation("cublas", _cublas, "benthic.kernels.torch_fp8_linear:linear"),
+        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8:linear"),
         Implementation(
             "triton",
             triton_runs(*_FLOATS, reason="our block-scaled product: any width"),
             "benthic.kernels.triton_fp8_linear:linear",
         ),
-        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8:linear"),
         reference("benthic.kernels.reference.fp8_linear:linear"),
     ),
     typical_dims=(7168, 2048),
@@ -120,12 +120,12 @@ GROUPED_FP8_LINEAR = Op(
     "grouped_fp8_linear",
     (
         _FEW,
+        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8:linear"),
         Implementation(
             "triton",
             triton_runs(*_FLOATS, reason="our block-scaled grouped product, rows counted on the device"),
             "benthic.kernels.triton_fp8_linear:linear",
         ),
-        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8:linear"),
         reference("benthic.kernels.reference.fp8_linear:linear"),
     ),
     typical_dims=(7168, 2048),
@@ -134,12 +134,12 @@ FP8_WEIGHT_GRADIENT = Op(
     "fp8_weight_gradient",
     (
         Implementation("cublas", _cublas, "benthic.kernels.torch_fp8_linear:weight_gradient"),
+        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8_gradient:weight_gradient"),
         Implementation(
             "triton",
             triton_runs(*_FLOATS, reason="our product of two operands in 128x1 tiles"),
             "benthic.kernels.triton_fp8_linear:weight_gradient",
         ),
-        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8_gradient:weight_gradient"),
         reference("benthic.kernels.reference.fp8_linear:weight_gradient"),
     ),
     typical_dims=(4096, 2048),
@@ -147,12 +147,12 @@ FP8_WEIGHT_GRADIENT = Op(
 GROUPED_FP8_WEIGHT_GRADIENT = Op(
     "grouped_fp8_weight_gradient",
     (
+        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8_gradient:weight_gradient"),
         Implementation(
             "triton",
             triton_runs(*_FLOATS, reason="our product of two operands in 128x1 tiles, expert by expert"),
             "benthic.kernels.triton_fp8_linear:weight_gradient",
         ),
-        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8_gradient:weight_gradient"),
         reference("benthic.kernels.reference.fp8_linear:weight_gradient"),
     ),
     typical_dims=(4096, 2048),
