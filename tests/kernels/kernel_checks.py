@@ -418,6 +418,11 @@ def test_grouped_weight_gradients_are_added_to_float32_sums(dtype, name, dims, i
     exact = sums[1].double()
     ops.add_weight_gradient(exact, dy.double(), x.detach().double(), ends, impl="reference")
     close(sums[0], exact, torch.float32 if impl == "triton" else dtype)
+    first = torch.full_like(sums[0], torch.nan)
+    ops.add_weight_gradient(first, dy, x.detach(), ends, fresh=True, impl=impl)
+    exact.fill_(torch.nan)
+    ops.add_weight_gradient(exact, dy.double(), x.detach().double(), ends, fresh=True, impl="reference")
+    close(first, exact, torch.float32 if impl == "triton" else dtype)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a product in two dtypes needs a GPU")
@@ -431,6 +436,10 @@ def test_added_weight_gradients_are_not_rounded_before(dtype):
     before = whole.clone()
     ops.add_weight_gradient(whole[1], dy, x, impl="addmm")
     close(whole[1], exact, torch.float32)
+    assert torch.equal(whole[[0, 2]], before[[0, 2]])
+    whole[1].fill_(torch.nan)
+    ops.add_weight_gradient(whole[1], dy, x, fresh=True, impl="addmm")
+    close(whole[1], exact - before[1].double(), torch.float32)
     assert torch.equal(whole[[0, 2]], before[[0, 2]])
 
 
@@ -804,6 +813,15 @@ def test_fp8_columns(dtype, name, power_of_two):
     same_tiles(fast, exact)
 
 
+@pytest.mark.parametrize("shape", [(4, 8), (3, 132, 260)] + ([(8, 1408, 2048)] if ON_GPU else []), ids=str)
+def test_fp8_weights_are_turned_round(shape):
+    weight = made(*shape, dtype=torch.float32).detach()
+    tiles = ops.quantise_fp8_weight(weight)
+    same_bits(
+        ops.turn_fp8(tiles, impl="triton"), ops.quantise_fp8_weight(weight.transpose(-1, -2).contiguous())
+    )
+
+
 def same_bits(fused, apart):
     values, scale = apart
     assert torch.equal(fused.values.view(torch.uint8), values.view(torch.uint8))
@@ -954,7 +972,11 @@ def test_fp8_weight_gradients_are_added_to_float32_sums(dtype, dims, impl):
     whole = made(3, *dims, dtype=torch.float32, seed=3).detach()
     before = whole.clone()
     ops.add_fp8_weight_gradient(whole[1], *tiles, impl=impl)
-    assert torch.equal(whole[1], before[1] + ops.fp8_weight_gradient(*tiles, impl=impl))
+    gradient = ops.fp8_weight_gradient(*tiles, impl=impl)
+    assert torch.equal(whole[1], before[1] + gradient)
+    whole[1].fill_(torch.nan)
+    ops.add_fp8_weight_gradient(whole[1], *tiles, fresh=True, impl=impl)
+    assert torch.equal(whole[1], gradient)
     assert torch.equal(whole[::2], before[::2])
 
 
@@ -964,9 +986,13 @@ def test_grouped_fp8_weight_gradients_are_added_to_float32_sums(dtype, name):
     dy = made(len(x), 44, dtype=dtype, seed=2).detach()
     tiles = [ops.quantise_fp8_columns(t, ends) for t in (dy, x.detach())]
     into = made(5, 44, 150, dtype=torch.float32, seed=3).detach()
-    exact = into + ops.fp8_weight_gradient(*tiles, ends, impl="triton")
+    gradient = ops.fp8_weight_gradient(*tiles, ends, impl="triton")
+    exact = into + gradient
     ops.add_fp8_weight_gradient(into, *tiles, ends, impl="triton")
     assert torch.equal(into, exact)
+    into.fill_(torch.nan)
+    ops.add_fp8_weight_gradient(into, *tiles, ends, fresh=True, impl="triton")
+    assert torch.equal(into, gradient)
 
 
 @pytest.mark.parametrize("width", [1, 7, 128, 300, 304] + ([2048, 16384] if ON_GPU else []))
@@ -996,26 +1022,28 @@ def test_e5m6_has_the_same_value_for_every_code(dtype):
 
 @pytest.mark.parametrize("count", [1, 2049, 70_001])
 def test_adamw(dtype, count):
-    """`dtype` is that of the moments. Three updates, so that the second starts from rounded moments."""
-    results = []
+    """`dtype` is that of moments and weight. Three updates: the second starts from rounded moments."""
+    results, running = [], torch.full((count,), torch.nan, device=DEVICE, dtype=dtype)
     for impl, precision in (("triton", torch.float32), ("reference", torch.float64)):
         master = made(count, dtype=precision, seed=1).detach()
         moments = [torch.zeros(count, device=DEVICE, dtype=dtype) for _ in range(2)]
         for step in (1, 2, 3):
             gradient = 0.1 * made(count, dtype=precision, seed=step).detach()
             by = ops.AdamWStep(0.9, 0.999, 1e-8, 1e-3 / (1 - 0.9**step), 1e-4, 1 - 0.999**step, scale=0.7)
-            ops.adamw(master, gradient, *moments, by, impl=impl)
-        results.append((master, *moments))
+            ops.adamw(master, gradient, *moments, by, running=running, impl=impl)
+        results.append((master, *moments, running.clone()))
     (master, *fast), (exact, *slow) = results
+    assert torch.equal(fast[2], master.to(dtype))
     close(master, exact, torch.float32 if dtype == torch.float32 else torch.float16)
     for ours, theirs in zip(fast, slow, strict=True):
         close(ours, theirs.double(), dtype)
 
 
 def test_adamw_leaves_what_lies_behind_its_operands(dtype):
-    held = [torch.full((300,), 3.0, device=DEVICE, dtype=d) for d in (torch.float32,) * 2 + (dtype,) * 2]
+    held = [torch.full((300,), 3.0, device=DEVICE, dtype=d) for d in (torch.float32,) * 2 + (dtype,) * 3]
     by = ops.AdamWStep(0.9, 0.95, 1e-8, step_size=0.1, decay=0.0, correction=0.05)
-    ops.adamw(*(t[1:257] for t in held), by, impl="triton")
+    *operands, running = (t[1:257] for t in held)
+    ops.adamw(*operands, by, running=running, impl="triton")
     assert all((t[:1] == 3.0).all() and (t[257:] == 3.0).all() for t in held)
     assert (held[0][1:257] != 3.0).all()
 

@@ -464,7 +464,7 @@ MEMORY_BOUND = [
         for gradient in (True, False)
     ),
     ("triton_sums", "_accumulate", {"BLOCK": 4096}, 8, {"sum_ptr": "*fp32"}),
-    ("triton_update", "_adamw", {"BLOCK": 2048}, 8, {}),
+    *(("triton_update", "_adamw", {"ROUND": each, "BLOCK": 2048}, 8, {}) for each in (True, False)),
     *(
         (
             "triton_update",
@@ -475,6 +475,7 @@ MEMORY_BOUND = [
         )
         for stochastic in (False, True)
     ),
+    ("triton_turn", "_turn_bytes", {"SIDE": 32}, 4, {"from_ptr": "*i32", "to_ptr": "*i32"}),
     ("triton_fp8", "_dequantise", {"ROWS": 16, "COLUMNS": 256}, 4, {"values_ptr": "*fp8e4nv"}),
 ]
 

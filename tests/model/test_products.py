@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from benthic.errors import ScheduleError, ShapeError
 from benthic.kernels import ops
 from benthic.model.local import plain_linear
-from benthic.model.products import PlainProducts, SplitLinear, WeightGradients
+from benthic.model.products import PlainProducts, SplitLinear, Sum, WeightGradients
 
 ENDS = {
     "uneven": (9, 29, 30, 37),
@@ -178,7 +178,7 @@ def test_float32_gradients_reach_the_sum_of_a_bfloat16_parameter_unrounded(defer
     whole, experts = param(2, 8, 24, dtype=torch.bfloat16), param(4, 8, 16, seed=2, dtype=torch.bfloat16)
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in (whole, experts)]
     for p, total in zip((whole, experts), sums, strict=True):
-        sink.sum_into(p, lambda total=total: total)
+        sink.sum_into(p, lambda total=total: Sum(total))
     ends = torch.tensor((3, 3, 11, 30), dtype=torch.int32)
     x, dy = made(37, 24, dtype=torch.bfloat16), made(37, 8, seed=3, dtype=torch.bfloat16)
     hidden = socket(x, whole.flatten(0, 1)).detach()
@@ -201,13 +201,29 @@ def test_two_views_of_a_summed_parameter_land_where_they_lie():
     sink = WeightGradients()
     socket, weight = SplitLinear(PlainProducts(), sink), param(2, 3, 4, dtype=torch.bfloat16)
     total = torch.zeros_like(weight, dtype=torch.float32)
-    sink.sum_into(weight, lambda: total)
+    sink.sum_into(weight, lambda: Sum(total))
     x = torch.ones(5, 4, dtype=torch.bfloat16)
     (socket(x, weight[1]).sum() + socket(x, weight[0, 1:2]).sum()).backward()
     assert total[:, :, 0].tolist() == [[0.0, 5.0, 0.0], [5.0, 5.0, 5.0]]
-    sink.sum_into(weight, lambda: torch.zeros(6, 4))
+    sink.sum_into(weight, lambda: Sum(torch.zeros(6, 4)))
     with pytest.raises(ShapeError, match="lay the sum out as the parameter"):
         socket(x, weight[1]).sum().backward()
+
+
+def test_the_first_gradient_of_a_sum_is_written_over_what_lies_there():
+    sink = WeightGradients()
+    socket = SplitLinear(PlainProducts(), sink)
+    weight, gate_up = param(3, 4, dtype=torch.bfloat16), param(2, 3, 4, dtype=torch.bfloat16)
+    sums = [torch.full_like(p, torch.nan, dtype=torch.float32) for p in (weight, gate_up)]
+    fresh = [iter([True, False]), iter([True, False])]
+    for p, total, first in zip((weight, gate_up), sums, fresh, strict=True):
+        sink.sum_into(p, lambda total=total, first=first: Sum(total, next(first)))
+    x = torch.ones(5, 4, dtype=torch.bfloat16)
+    for _ in range(2):
+        socket(x, weight).sum().backward()
+    assert (sums[0] == 10.0).all()
+    socket(x, gate_up[1]).sum().backward()  # a part: the other one is zeros
+    assert sums[1][:, :, 0].tolist() == [[0.0, 0.0, 0.0], [5.0, 5.0, 5.0]]
 
 
 @pytest.mark.parametrize("defer", [False, True])

@@ -104,4 +104,5 @@ def test_gradients_of_bfloat16_weights_add_up_in_float32() -> None:
     assert gradient.dtype == torch.float32
     assert torch.allclose(gradient.view(7, 5), expected, rtol=1e-6)
     bucket.zero()
+    bucket.settle()
     assert float(global_norm([bucket], ALONE)) == 0.0

@@ -56,6 +56,10 @@ def weight_gradient(dy: Fp8, x: Fp8, ends_E: None, *, dtype: torch.dtype) -> Ten
     return out
 
 
-def add_weight_gradient(into: Tensor, dy: Fp8, x: Fp8, ends_E: None) -> None:
+def add_weight_gradient(into: Tensor, dy: Fp8, x: Fp8, ends_E: None, *, fresh: bool) -> None:
     """See `benthic.kernels.ops.add_fp8_weight_gradient`; cuBLAS writes, a second kernel adds."""
-    into.add_(weight_gradient(dy, x, ends_E, dtype=into.dtype))
+    gradient = weight_gradient(dy, x, ends_E, dtype=into.dtype)
+    if fresh:
+        into.copy_(gradient)
+    else:
+        into.add_(gradient)

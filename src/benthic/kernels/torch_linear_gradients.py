@@ -25,6 +25,8 @@ def grouped_mm(dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor, *, dtype: torch.dtyp
     return F.grouped_mm(dy_RO.contiguous().t(), x_RI, offs=ends_E)
 
 
-def add(into: Tensor, dy_RO: Tensor, x_RI: Tensor) -> None:
+def add(into: Tensor, dy_RO: Tensor, x_RI: Tensor, *, fresh: bool) -> None:
     """See `benthic.kernels.ops.add_weight_gradient`."""
+    if fresh:
+        into.zero_()
     add_product(into, dy_RO.t(), x_RI)

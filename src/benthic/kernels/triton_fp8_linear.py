@@ -134,9 +134,9 @@ def weight_gradient(dy, x, ends_E, *, dtype):
     return out
 
 
-def add_weight_gradient(into, dy, x, ends_E):
+def add_weight_gradient(into, dy, x, ends_E, *, fresh):
     """See `benthic.kernels.ops.add_fp8_weight_gradient`."""
-    _write_gradient(into, dy, x, ends_E, add=True)
+    _write_gradient(into, dy, x, ends_E, add=not fresh)
 
 
 def _write_gradient(out, dy, x, ends_E, *, add):

@@ -177,9 +177,9 @@ def grouped_weight_gradient(dy_RO, x_RI, ends_E, *, dtype):
     return out
 
 
-def add_grouped_weight_gradient(into, dy_RO, x_RI, ends_E):
+def add_grouped_weight_gradient(into, dy_RO, x_RI, ends_E, *, fresh):
     """See `benthic.kernels.ops.add_weight_gradient`."""
-    _experts_gradients(into, dy_RO, x_RI, ends_E, add=True)
+    _experts_gradients(into, dy_RO, x_RI, ends_E, add=not fresh)
 
 
 def _experts_gradients(out, dy_RO, x_RI, ends_E, *, add):

@@ -24,6 +24,10 @@ def accumulate(into, x):
         _accumulate[(triton.cdiv(count, _BLOCK),)](into, x, count, BLOCK=_BLOCK, num_warps=8)
 
 
-def add_grouped_mm(into, dy_RO, x_RI, ends_E):
+def add_grouped_mm(into, dy_RO, x_RI, ends_E, *, fresh):
     """See `benthic.kernels.ops.add_weight_gradient`: rounded to the operands' dtype, then added."""
-    accumulate(into, F.grouped_mm(dy_RO.contiguous().t(), x_RI, offs=ends_E))
+    gradient = F.grouped_mm(dy_RO.contiguous().t(), x_RI, offs=ends_E)
+    if fresh:
+        into.copy_(gradient)
+    else:
+        accumulate(into, gradient)

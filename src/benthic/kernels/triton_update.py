@@ -33,15 +33,17 @@ def _update(
 
 @triton.jit
 def _adamw(
-    master_ptr, gradient_ptr, first_ptr, second_ptr, count,
+    master_ptr, gradient_ptr, first_ptr, second_ptr, running_ptr, count,
     fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
-    BLOCK: tl.constexpr,
+    ROUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    _update(
+    master = _update(
         master_ptr, gradient_ptr, first_ptr, second_ptr, at, at < count,
         fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
     )  # fmt: skip
+    if ROUND:
+        tl.store(running_ptr + at, master.to(running_ptr.dtype.element_ty), mask=at < count)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -78,12 +80,13 @@ def _adamw_of_blocks(
         tl.store(values_ptr + at, values.to(tl.float8e4nv), mask=mask)
 
 
-def adamw(master, gradient, first, second, by):
+def adamw(master, gradient, first, second, by, running):
     """See `benthic.kernels.ops.adamw`."""
     count = master.numel()
     _adamw[(triton.cdiv(count, _BLOCK),)](
-        master, gradient, first, second, count, *_numbers(by), BLOCK=_BLOCK, num_warps=8
-    )
+        master, gradient, first, second, master if running is None else running, count, *_numbers(by),
+        ROUND=running is not None, BLOCK=_BLOCK, num_warps=8,
+    )  # fmt: skip
 
 
 def adamw_fp8(master, gradient, first, second, by, copy, *, power_of_two, seed):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from benthic.errors import ScheduleError
 from benthic.kernels import ops
 from benthic.kernels.ops import Fp8
-from benthic.model.products import Kept, SplitLinear, owner_of
+from benthic.model.products import Kept, SplitLinear, Sum, owner_of
 from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ class RunningWeights:
                 )
                 raise ScheduleError(message)
             tiles = ops.quantise_fp8_weight(weight.detach(), power_of_two=self.power_of_two)
-            turned = Fp8(*(part.contiguous() for part in tiles.transposed()))
-            held = self._held[key] = Copy(version, tiles, turned)
+            held = self._held[key] = Copy(version, tiles, ops.turn_fp8(tiles))
         return held
 
     def bytes_of(self, param: Tensor) -> int:
@@ -121,15 +120,13 @@ class Fp8Products:
         """`dy W`: a block of the transposed weight is the transposed block, so nothing is rounded again."""
         return ops.fp8_linear(Fp8(*dy), Fp8(*weight[2:]), ends_E, dtype=dtype)
 
-    def weight_gradient(
-        self, dy: Kept, rows: Kept, ends_E: Tensor | None, into: Tensor | None = None
-    ) -> Tensor:
+    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None, sum_: Sum | None = None) -> Tensor:
         """`dy^T x` in float32, from rows re-tiled."""
         columns = ops.retile_fp8(Fp8(*rows), ends_E, power_of_two=self.power_of_two)
-        if into is None:
+        if sum_ is None:
             return ops.fp8_weight_gradient(Fp8(*dy), columns, ends_E)
-        ops.add_fp8_weight_gradient(into, Fp8(*dy), columns, ends_E)
-        return into
+        ops.add_fp8_weight_gradient(sum_.into, Fp8(*dy), columns, ends_E, fresh=sum_.fresh)
+        return sum_.into
 
 
 @dataclass(frozen=True)

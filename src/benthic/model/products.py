@@ -15,7 +15,7 @@ import contextlib
 import itertools
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 
 Kept = tuple[Tensor, ...]
 """One operand in the form that a product reads: a cast copy, or FP8 values and their scales."""
+
+
+class Sum(NamedTuple):
+    """Where a weight gradient goes: float32, in the weight's shape.
+
+    fresh: `into` holds nothing yet, whatever lies there: the gradient is written and not added.
+    """
+
+    into: Tensor
+    fresh: bool = False
 
 
 class Products(Protocol):
@@ -59,12 +69,10 @@ class Products(Protocol):
         """`dy W` in `dtype`."""
         ...
 
-    def weight_gradient(
-        self, dy: Kept, rows: Kept, ends_E: Tensor | None, into: Tensor | None = None
-    ) -> Tensor:
+    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None, sum_: Sum | None = None) -> Tensor:
         """`dy^T x`, in the weight's shape and the recipe's dtype; an expert without rows gets zeros.
 
-        Added to `into`, which is returned then, if that float32 sum is given.
+        Added to `sum_.into`, which is returned then, if there is one.
         """
         ...
 
@@ -105,14 +113,12 @@ class PlainProducts:
         dx = dy_RO @ w if ends_E is None else ops.grouped_input_gradient(dy_RO, w, ends_E)
         return dx.to(dtype)
 
-    def weight_gradient(
-        self, dy: Kept, rows: Kept, ends_E: Tensor | None, into: Tensor | None = None
-    ) -> Tensor:
+    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None, sum_: Sum | None = None) -> Tensor:
         """`dy^T x`."""
         (dy_RO,), (x_RI,) = dy, rows
-        if into is not None:
-            ops.add_weight_gradient(into, dy_RO, x_RI, ends_E)
-            return into
+        if sum_ is not None:
+            ops.add_weight_gradient(sum_.into, dy_RO, x_RI, ends_E, fresh=sum_.fresh)
+            return sum_.into
         narrow = x_RI.dtype.itemsize < 4
         dtype = torch.float32 if self.wide_gradients and narrow else x_RI.dtype
         return ops.weight_gradient(dy_RO, x_RI, ends_E, dtype=dtype)
@@ -136,7 +142,7 @@ class WeightGradients:
     A deferred call holds the kept rows and the output's gradient, not the graph of the backward pass.
     """
 
-    _sums: dict[Tensor, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
+    _sums: dict[Tensor, Callable[[], Sum]] = field(default_factory=dict, repr=False)
     _chunks: dict[int, list[Callable[[], None]]] = field(default_factory=dict, repr=False)
     _filling: list[Callable[[], None]] = field(default_factory=list, repr=False)
     _deferring: bool = False
@@ -185,16 +191,24 @@ class WeightGradients:
         for compute in self._chunks.pop(number):
             compute()
 
-    def sum_into(self, param: Tensor, sum_of: Callable[[], Tensor]) -> None:
+    def sum_into(self, param: Tensor, sum_of: Callable[[], Sum]) -> None:
         """Add gradients of `param` to the float32 tensor that `sum_of` gives instead of to `param.grad`.
 
-        It is asked for each gradient anew, so that the sum may be allocated late and freed early; it must be
-        laid out as the parameter is.
+        It is asked for each gradient anew, so that the sum may be allocated late and freed early, and knows
+        which is the first; it must be laid out as the parameter is.
         """
         self._sums[param] = sum_of
 
     def sum_of(self, weight: Tensor) -> Tensor | None:
-        """The part of the owner's float32 sum that `weight` is a view of; None when there is no sum.
+        """The part of the owner's float32 sum that `weight` is a view of, zeros at first; None: no sum.
+
+        Raises: as `room_for`.
+        """
+        sum_ = self.room_for(weight)
+        return None if sum_ is None else sum_.into.zero_() if sum_.fresh else sum_.into
+
+    def room_for(self, weight: Tensor) -> Sum | None:
+        """As `sum_of`, but what the caller then writes all of may hold anything at first.
 
         Raises:
             ShapeError: parameter and sum are laid out differently: a view of one is none of the other.
@@ -202,19 +216,22 @@ class WeightGradients:
         owner = owner_of(weight)
         if owner not in self._sums:
             return None
-        sum_ = self._sums[owner]()
-        if (owner.shape, owner.stride()) != (sum_.shape, sum_.stride()):
+        into, fresh = self._sums[owner]()
+        if (owner.shape, owner.stride()) != (into.shape, into.stride()):
             message = (
                 f"a parameter of shape {tuple(owner.shape)} and strides {owner.stride()} cannot be summed "
-                f"into {tuple(sum_.shape)} with strides {sum_.stride()}; lay the sum out as the parameter."
+                f"into {tuple(into.shape)} with strides {into.stride()}; lay the sum out as the parameter."
             )
             raise ShapeError(message)
         if weight is owner:
-            return sum_
-        offset = sum_.storage_offset() + weight.storage_offset() - owner.storage_offset()
-        return sum_.as_strided(weight.shape, weight.stride(), offset)
+            return Sum(into, fresh)
+        if fresh and weight.numel() < owner.numel():  # other parts of the owner may never be written
+            into.zero_()
+            fresh = False
+        offset = into.storage_offset() + weight.storage_offset() - owner.storage_offset()
+        return Sum(into.as_strided(weight.shape, weight.stride(), offset), fresh)
 
-    def take(self, weight: Tensor, compute: Callable[[Tensor | None], Tensor]) -> Tensor | None:
+    def take(self, weight: Tensor, compute: Callable[[Sum | None], Tensor]) -> Tensor | None:
         """Decide about one gradient during a backward pass: what autograd shall add to `weight` now.
 
         `compute` gives the gradient, or adds it to the sum that it is called with. None when the gradient is
@@ -232,13 +249,13 @@ class WeightGradients:
                 raise ScheduleError(message)
             self._filling.append(partial(self._add_later, weight, compute))
             return None
-        sum_ = self.sum_of(weight)
+        sum_ = self.room_for(weight)
         dweight = compute(sum_)
         return dweight.to(weight.dtype) if sum_ is None else None
 
-    def _add_later(self, weight: Tensor, compute: Callable[[Tensor | None], Tensor]) -> None:
+    def _add_later(self, weight: Tensor, compute: Callable[[Sum | None], Tensor]) -> None:
         with torch.no_grad():
-            sum_ = self.sum_of(weight)
+            sum_ = self.room_for(weight)
             dweight = compute(sum_)
         if sum_ is None:
             torch.autograd.backward(weight, dweight.to(weight.dtype))

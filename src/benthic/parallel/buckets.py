@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benthic.kernels import ops
+from benthic.model.products import Sum
 from benthic.parallel.collectives import gather, reduce_scatter
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 class Piece:
     """What this rank updates of one parameter: `[start, stop)` of its flattened local part.
 
-    Float32 views into the shard: `master` is the weight, `gradient` the sum over all ranks and microbatches.
-    `narrow`: the parameter itself is narrower than its master.
+    Views into the shard: `master` is the weight and `gradient` the sum over all ranks and microbatches, both
+    float32; `running` is the parameter itself where it is narrower than its master, which an update rounds
+    into it.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Piece:
     stop: int
     master: Tensor
     gradient: Tensor
-    narrow: bool
+    running: Tensor | None
 
 
 class Bucket:
@@ -60,6 +62,9 @@ class Bucket:
             shared embedding); their shards' gradients are summed at the end of a step.
         zero_stage: 1, 2 or 3.
         copied: products read copies of these weights, made when first used after an update.
+
+    Gradients of weights that are narrower than float32 or copied come past autograd (`collect`): the first is
+    written over what the step before has left, so that nothing has to be cleared.
 
     Attributes:
         gathered: the weights are whole between `acquire` and `release` alone.
@@ -89,13 +94,15 @@ class Bucket:
         self.starts = self._adopt()
         self._shard = self._flat[here].clone() if self.gathered else self._flat[here]
         self.master = self._shard if first.dtype == torch.float32 else self._shard.float()
+        self._written = copied or first.dtype != torch.float32
         self._gradients: Tensor | None = None
         self._views: dict[str, Tensor] = {}
+        self._unwritten: set[str] = set()
         self._sum = self._room_for_sums()
         self._users, self._whole, self._current = 0, not self.gathered, False
         self._bytes = self._flat.untyped_storage().nbytes()
-        narrow = [(n, p) for n, p in self.params.items() if p.dtype != torch.float32]
-        self._hooks = [p.register_post_accumulate_grad_hook(_Adder(self, n)) for n, p in narrow]
+        past = self.params.items() if self._written else ()
+        self._hooks = [p.register_post_accumulate_grad_hook(_Adder(self, n)) for n, p in past]
         if self.gathered:
             self._free()
 
@@ -147,31 +154,43 @@ class Bucket:
         for name, param in self.params.items():
             sink.sum_into(param, functools.partial(self.accumulator, name))
 
-    def accumulator(self, name: str) -> Tensor:
-        """The float32 array to which gradients of a parameter are added, in the parameter's shape."""
+    def accumulator(self, name: str) -> Sum:
+        """Where whoever asks adds a gradient of a parameter, or writes it if nothing is there yet."""
         self.prepare()
-        return self._views[name]
+        fresh = name in self._unwritten
+        self._unwritten.discard(name)
+        return Sum(self._views[name], fresh)
 
     def prepare(self) -> Tensor:
         """Have room for whole gradients, float32 and flat; what autograd has already left goes there."""
         if self._gradients is not None:
             return self._gradients
-        self._gradients = torch.zeros(self._flat.numel(), dtype=torch.float32, device=self._flat.device)
+        self._gradients = torch.empty(self._flat.numel(), dtype=torch.float32, device=self._flat.device)
+        self._begin(self._gradients)
         for name, param in self.params.items():
             start = self.starts[name]
             view = self._gradients[start : start + param.numel()].view(param.shape)
             self._views[name] = view
-            if param.dtype == torch.float32:
+            if not self._written:
                 if param.grad is not None:
                     view.copy_(param.grad)
                 param.grad = view
         return self._gradients
 
+    def _begin(self, gradients: Tensor) -> None:
+        """Nothing has been added yet; what lies between parameters and the array's end stays zero."""
+        if self._written:
+            self._unwritten = set(self.params)
+            gradients[sum(p.numel() for p in self.params.values()) :].zero_()
+        else:
+            gradients.zero_()
+
     def zero(self) -> None:
         """Forget the gradients of the step before."""
-        self._sum.zero_()
+        if self.zero_stage != 1:  # else the sum is a part of the whole
+            self._sum.zero_()
         if self._gradients is not None:
-            self._gradients.zero_()
+            self._begin(self._gradients)
 
     def reduce(self) -> None:
         """Add the whole gradients to this rank's shard, summed over the group.
@@ -179,6 +198,9 @@ class Bucket:
         Under ZeRO-1 once a step; under ZeRO-2 and 3 whenever a microbatch's are in, which frees the whole.
         """
         whole = self.prepare()
+        for name in self._unwritten:  # no row came to these
+            self._views[name].zero_()
+        self._unwritten.clear()
         mine = whole[self._here]
         if self.group.size > 1:
             mine = torch.empty_like(self._sum)
@@ -214,16 +236,17 @@ class Bucket:
             if a < b:
                 inside = slice(a - self._here.start, b - self._here.start)
                 shape = tuple(param.shape)
-                narrow = param.dtype != torch.float32
-                yield Piece(name, shape, a - begin, b - begin, self.master[inside], self._sum[inside], narrow)
+                running = None if param.dtype == torch.float32 else self._shard[inside]
+                own = self.master[inside], self._sum[inside], running
+                yield Piece(name, shape, a - begin, b - begin, *own)
 
     def place_of(self, piece: Piece) -> int:
         """Where a piece starts in this rank's shard."""
         return self.starts[piece.name] + piece.start - self._here.start
 
-    def publish(self) -> None:
-        """Round the updated masters into the weights and give every rank all of them."""
-        if self.master is not self._shard:
+    def publish(self, *, rounded: bool = False) -> None:
+        """Round the masters into the weights, unless the update has, and give every rank all of them."""
+        if self.master is not self._shard and not rounded:
             self._shard.copy_(self.master)
         if not self.gathered and self.group.size > 1:
             gather(self._flat, self._shard.clone(), self.group)
@@ -233,7 +256,7 @@ class Bucket:
 
 
 class _Adder:
-    """Adds the gradient of a parameter narrower than float32 to its accumulator, and frees it.
+    """Adds the gradient that autograd made of a parameter to its accumulator, and frees it.
 
     The parameter keeps its hook where Python's collector cannot see, so the hook must not keep the bucket:
     nothing of either would ever be freed.
@@ -246,7 +269,11 @@ class _Adder:
         bucket = self._bucket()
         assert bucket is not None, f"the bucket of {self._name} is gone, but its gradient is not"  # noqa: S101
         if param.grad is not None:
-            ops.accumulate(bucket.accumulator(self._name), param.grad)
+            into, fresh = bucket.accumulator(self._name)
+            if fresh:
+                into.copy_(param.grad)
+            else:
+                ops.accumulate(into, param.grad)
             param.grad = None
 
 

@@ -43,7 +43,7 @@ def measure(trainer: Trainer, names: Collection[str] | None = None) -> KeptBytes
     names = params if names is None else names
     for name in names:
         piece, moments = pieces[name], trainer.optimizer.moments(name)
-        running, master = _weights(trainer, params[name], piece.master if piece.narrow else None)
+        running, master = _weights(trainer, params[name], None if piece.running is None else piece.master)
         terms["running weight"] += running
         terms["master weight"] += master
         terms["gradient"] += _bytes(piece.gradient)

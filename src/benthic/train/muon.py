@@ -118,6 +118,8 @@ class Muon:
         for piece in part.pieces:
             piece.master.mul_(1.0 - lr * self.config.weight_decay)
             piece.master.sub_(self._at(moves, part.bucket, piece), alpha=lr)
+            if piece.running is not None:
+                piece.running.copy_(piece.master)
 
     def _nesterov(self, piece: Piece, scale: float) -> Tensor:
         """G + mu M, after M <- mu M + G."""

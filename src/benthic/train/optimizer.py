@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class AdamW:
-    """Updates what this rank holds of the masters, in place.
+    """Updates what this rank holds of the masters, in place, and rounds them into narrower weights.
 
     Written here because torch's AdamW refuses bfloat16 moments of float32 parameters on CPUs. Weight decay
     touches matrices, not norms. Arithmetic is float32 whatever the moments are kept in.
@@ -44,7 +44,8 @@ class AdamW:
         self.steps += 1
         for name, piece in self._pieces.items():
             by = self._numbers(lr, scale, decays=len(piece.shape) >= 2)
-            ops.adamw(piece.master, piece.gradient, self._first[name], self._second[name], by)
+            moments = self._first[name], self._second[name]
+            ops.adamw(piece.master, piece.gradient, *moments, by, running=piece.running)
 
     def _numbers(self, lr: float, scale: float, *, decays: bool) -> ops.AdamWStep:
         c = self.config

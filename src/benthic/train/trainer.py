@@ -166,7 +166,7 @@ class Trainer:
         if not self.spikes.skips(float(outcome.main) / max(1, self._targets[0])):
             self.optimizer.step(lr=lr, scale=clip_factor(norm, self.config.train.max_norm))
             for bucket in self.buckets:
-                bucket.publish()
+                bucket.publish(rounded=True)
             self._balance(outcome.counts)
         return self._advance(step, outcome, norm, lr)
 

@@ -65,12 +65,14 @@ from benthic.kernels.ops.fp8_linear import (
     QUANTISE_FP8_COLUMNS,
     QUANTISE_FP8_WEIGHT,
     RETILE_FP8,
+    TURN_FP8,
     add_fp8_weight_gradient,
     fp8_linear,
     fp8_weight_gradient,
     quantise_fp8_columns,
     quantise_fp8_weight,
     retile_fp8,
+    turn_fp8,
 )
 from benthic.kernels.ops.gradient_sums import (
     ACCUMULATE,
@@ -195,6 +197,7 @@ __all__ = [
     "sum_copies_backward",
     "swiglu",
     "swiglu_fp8",
+    "turn_fp8",
     "unpermute",
     "weight_gradient",
 ]
@@ -237,6 +240,7 @@ OPS: tuple[Op, ...] = (
     QUANTISE_FP8_WEIGHT,
     QUANTISE_FP8_COLUMNS,
     RETILE_FP8,
+    TURN_FP8,
     QUANTISE_FP8_BOTH,
     SWIGLU_FP8,
     RMS_NORM_FP8,

@@ -57,6 +57,13 @@ def _gluon(case: Case) -> Verdict:
     return yes("our block-scaled product for Hopper: a warp loads, two groups multiply and promote")
 
 
+def _turns_words(case: Case) -> Verdict:
+    """Four bytes at once, both ways."""
+    if any(width % 4 for width in case.dims):
+        return no(f"needs matrices of whole words of 4 bytes, not {list(case.dims)}")
+    return triton_runs(torch.float8_e4m3fn, reason="one pass over words of four values")(case)
+
+
 QUANTISE_FP8_WEIGHT = Op(
     "quantise_fp8_weight",
     (
@@ -91,6 +98,15 @@ RETILE_FP8 = Op(
         ),
         reference("benthic.kernels.reference.fp8_linear:retile"),
     ),
+)
+TURN_FP8 = Op(
+    "turn_fp8",
+    (
+        Implementation("triton", _turns_words, "benthic.kernels.triton_turn:turn_fp8"),
+        reference("benthic.kernels.reference.fp8_linear:turn"),
+    ),
+    typical_dims=(2048, 1408),
+    trains=False,
 )
 _FEW = Implementation(
     "few_rows",
@@ -206,6 +222,18 @@ def quantise_fp8_weight(weight: Tensor, *, power_of_two: bool = False, impl: str
     return out
 
 
+def turn_fp8(tiles: Fp8, *, impl: str | None = None) -> Fp8:
+    """Block tiles of the transposed matrices, laid out anew; nothing is rounded.
+
+    Shapes: tiles of [O, I] or [E, O, I]; returns those of [I, O] or [E, I, O], contiguous.
+    Raises: BackendError when `impl` cannot run. Cost: a byte is read and one written for each value.
+    """
+    dims = (tiles.values.shape[-2], tiles.values.shape[-1])
+    case = Case(tiles.values.device.type, tiles.values.dtype, dims)
+    out: Fp8 = TURN_FP8.choose(case, impl)(tiles)
+    return out
+
+
 def quantise_fp8_columns(
     x_RI: Tensor, ends_E: Tensor | None = None, *, power_of_two: bool = False, impl: str | None = None
 ) -> Fp8:
@@ -281,9 +309,15 @@ def fp8_weight_gradient(
 
 
 def add_fp8_weight_gradient(
-    into: Tensor, dy: Fp8, x: Fp8, ends_E: Tensor | None = None, *, impl: str | None = None
+    into: Tensor,
+    dy: Fp8,
+    x: Fp8,
+    ends_E: Tensor | None = None,
+    *,
+    fresh: bool = False,
+    impl: str | None = None,
 ) -> None:
-    """`into += dy^T x`: what `fp8_weight_gradient` gives, added in float32.
+    """`into += dy^T x`: what `fp8_weight_gradient` gives, added in float32; with `fresh`, written.
 
     Shapes: dy of [O, P], x of [I, P]; into float32 [O, I], or [E, O, I] with ends.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
@@ -301,7 +335,8 @@ def add_fp8_weight_gradient(
     op = ADD_FP8_WEIGHT_GRADIENT if ends_E is None else ADD_GROUPED_FP8_WEIGHT_GRADIENT
     layout: Literal["rows", "strided"] = "rows" if into.is_contiguous() else "strided"
     dims = (TILE, _odd_one(dy.values.shape[0], x.values.shape[0]))
-    op.choose(Case(x.values.device.type, into.dtype, dims, layout=layout), impl)(into, dy, x, ends_E)
+    case = Case(x.values.device.type, into.dtype, dims, layout=layout)
+    op.choose(case, impl)(into, dy, x, ends_E, fresh=fresh)
 
 
 def _check_padded(op: str, dy: Fp8, x: Fp8) -> None:

@@ -107,13 +107,21 @@ def accumulate(into: Tensor, x: Tensor, *, impl: str | None = None) -> None:
 
 
 def add_weight_gradient(
-    into: Tensor, dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor | None = None, *, impl: str | None = None
+    into: Tensor,
+    dy_RO: Tensor,
+    x_RI: Tensor,
+    ends_E: Tensor | None = None,
+    *,
+    fresh: bool = False,
+    impl: str | None = None,
 ) -> None:
     """`into += dy^T x` over all rows, or over each expert's own rows; see `weight_gradient`.
 
+    With `fresh`, `into = dy^T x`, whatever it held; an expert without rows gets zeros.
+
     Shapes: dy [R, O] and x [R, I], one dtype; ends int32 [E] or None; into [O, I] or [E, O, I], float32.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
-    Cost: 2 R I O FLOPs; `into` is read and written once.
+    Cost: 2 R I O FLOPs; `into` is read, unless fresh, and written once.
     """
     experts = () if ends_E is None else (ends_E.shape[0],)
     expected = (*experts, dy_RO.shape[1], x_RI.shape[1])
@@ -127,6 +135,6 @@ def add_weight_gradient(
     dims = (x_RI.shape[1], dy_RO.shape[1])
     case = Case(device_type(x_RI), x_RI.dtype, dims, layout="rows" if into.is_contiguous() else "strided")
     if ends_E is None:
-        ADD_WEIGHT_GRADIENT.choose(case, impl)(into, dy_RO, x_RI)
+        ADD_WEIGHT_GRADIENT.choose(case, impl)(into, dy_RO, x_RI, fresh=fresh)
     else:
-        ADD_GROUPED_WEIGHT_GRADIENT.choose(case, impl)(into, dy_RO, x_RI, ends_E)
+        ADD_GROUPED_WEIGHT_GRADIENT.choose(case, impl)(into, dy_RO, x_RI, ends_E, fresh=fresh)

@@ -47,6 +47,11 @@ def quantise_weight(weight: Tensor, *, power_of_two: bool) -> Fp8:
     return Fp8(torch.stack([v for v, _ in parts]), torch.stack([s for _, s in parts]))
 
 
+def turn(tiles: Fp8) -> Fp8:
+    """Block tiles of the transposed matrix, contiguous."""
+    return Fp8(*(part.contiguous() for part in tiles.transposed()))
+
+
 def padded_rows(rows: int, experts: int) -> int:
     """P: a multiple of 128 that holds every expert's rows padded, however they are divided."""
     return (-(-rows // TILE) if experts == 1 else rows // TILE + experts) * TILE
@@ -90,9 +95,10 @@ def weight_gradient(dy: Fp8, x: Fp8, ends_E: Tensor | None, *, dtype: torch.dtyp
     return out_EOI
 
 
-def add_weight_gradient(into: Tensor, dy: Fp8, x: Fp8, ends_E: Tensor | None) -> None:
-    """`into += dy^T x` in float32."""
-    into.add_(weight_gradient(dy, x, ends_E, dtype=into.dtype))
+def add_weight_gradient(into: Tensor, dy: Fp8, x: Fp8, ends_E: Tensor | None, *, fresh: bool) -> None:
+    """`into += dy^T x` in float32; with `fresh`, `into = dy^T x`."""
+    gradient = weight_gradient(dy, x, ends_E, dtype=into.dtype)
+    into.copy_(gradient if fresh else into + gradient)
 
 
 def _product(a: Fp8, b: Fp8) -> Tensor:

@@ -175,13 +175,19 @@ def grouped_weight_gradient(dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor, *, dtyp
     return out_EOI
 
 
-def add_weight_gradient(into: Tensor, dy_RO: Tensor, x_RI: Tensor) -> None:
-    """`into += dy^T x`, multiplied and summed in into's dtype."""
+def add_weight_gradient(into: Tensor, dy_RO: Tensor, x_RI: Tensor, *, fresh: bool = False) -> None:
+    """`into += dy^T x`, multiplied and summed in into's dtype; with `fresh`, `into = dy^T x`."""
+    if fresh:
+        into.zero_()
     into.addmm_(dy_RO.to(into.dtype).T, x_RI.to(into.dtype))
 
 
-def add_grouped_weight_gradient(into_EOI: Tensor, dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> None:
+def add_grouped_weight_gradient(
+    into_EOI: Tensor, dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor, *, fresh: bool
+) -> None:
     """`into_e += dy_e^T x_e` over the rows of each expert."""
+    if fresh:
+        into_EOI.zero_()
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
         if end > start:

@@ -32,7 +32,14 @@ class AdamWStep(NamedTuple):
     scale: float = 1.0
 
 
-def adamw(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor, by: AdamWStep) -> None:
+def adamw(
+    master: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    by: AdamWStep,
+    running: Tensor | None = None,
+) -> None:
     """Loshchilov and Hutter (2019), algorithm 2, in the master's dtype; moments are rounded as stored.
 
     `.to()` is the moment itself when it is kept in that dtype, a copy otherwise.
@@ -47,6 +54,8 @@ def adamw(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor, by: A
     master.mul_(1.0 - by.decay)
     root = new_second.div(by.correction).sqrt_().add_(by.eps)
     master.addcdiv_(new_first, root, value=-by.step_size)
+    if running is not None:
+        running.copy_(master)
 
 
 def adamw_fp8(
