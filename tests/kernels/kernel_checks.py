@@ -814,8 +814,8 @@ def test_fp8_columns(dtype, name, power_of_two):
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (3, 132, 260)] + ([(8, 1408, 2048)] if ON_GPU else []), ids=str)
-def test_fp8_weights_are_turned_round(shape):
-    weight = made(*shape, dtype=torch.float32).detach()
+def test_fp8_weights_are_turned_round(dtype, shape):
+    weight = made(*shape, dtype=dtype).detach()
     tiles = ops.quantise_fp8_weight(weight)
     same_bits(
         ops.turn_fp8(tiles, impl="triton"), ops.quantise_fp8_weight(weight.transpose(-1, -2).contiguous())

@@ -58,7 +58,7 @@ def held_by(param, layout: Layout, rank: int, ranks: list[int]) -> Held:
     start = min(ranks.index(rank) * width, math.prod(shape))
     stop = min(start + width, math.prod(shape))
     values = torch.arange(param.numel).view(param.shape)[local].flatten()[start:stop]
-    piece = Piece(param.name, shape, start, stop, values, values, narrow=False)
+    piece = Piece(param.name, shape, start, stop, values, values, running=None)
     return Held.piece(param.shape, local, piece, values, owned=True)
 
 

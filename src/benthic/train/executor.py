@@ -6,7 +6,7 @@ One process is the table of one rank and one stage; the trainer sees no differen
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist  # noqa: TID251 (sums over ranks are what a multi-rank step is made of)
@@ -17,6 +17,7 @@ from benthic.parallel.context import ContextAttend
 from benthic.parallel.links import GroupLinks
 from benthic.parallel.pipeline import TableExecutor
 from benthic.parallel.tokens import TokenShare
+from benthic.train.data.microbatch import sent
 from benthic.train.evaluate import Scores
 from benthic.train.exchange import overlaps
 from benthic.train.losses import Objective, Tally, total
@@ -48,6 +49,22 @@ class Outcome:
     mtp: tuple[Tensor, ...]
     balance: Tensor
     counts: dict[int, Tensor]
+
+
+class Sums(NamedTuple):
+    """The losses of an `Outcome` and the gradients' norm, as the host knows them."""
+
+    main: float
+    mtp: tuple[float, ...]
+    balance: float
+    norm: float
+
+    @classmethod
+    def of(cls, outcome: Outcome, norm: Tensor) -> Sums:
+        """Wait once for the device; what is queued behind this is not waited for."""
+        found = torch.stack([outcome.main, *outcome.mtp, outcome.balance, norm.to(outcome.main.dtype)])
+        main, *mtp, balance, length = found.tolist()
+        return cls(main, tuple(mtp), balance, length)
 
 
 class Executor:
@@ -153,14 +170,14 @@ class Executor:
         share = TokenShare.of(mesh.layout, mesh.place, rows=batch.rows, seq_len=batch.seq_len)
         attend = self._attend(share, batch)
         own = batch.take(share.stream()) if mesh.tokens.size > 1 else batch
-        positions_T = batch.positions_T[share.attention()].to(self.device, non_blocking=True)
+        positions_T = sent(batch.positions_T[share.attention()], self.device)
         return Task(own.to(self.device), positions_T, Sockets(attend, self._exchange, self.linear), objective)
 
     def _attend(self, share: TokenShare, batch: Microbatch) -> Attend:
         """Packed attention, of all tokens or from this rank's share."""
         if self.mesh.context.size > 1:
             return ContextAttend.of(share, batch.cu_seqlens.tolist(), self.mesh.context, self.device)
-        return PackedAttend(batch.cu_seqlens.to(self.device, non_blocking=True), batch.max_seqlen)
+        return PackedAttend(sent(batch.cu_seqlens, self.device), batch.max_seqlen)
 
     def _mean(self, f_SE: Tensor) -> Tensor:
         """Over the ranks that share the tokens of a row, each with equally many."""

@@ -15,22 +15,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from benthic.train.data.microbatch import Microbatch
-    from benthic.train.executor import Executor, Outcome
+    from benthic.train.executor import Executor, Sums
     from benthic.train.losses import Weights
 
 
 def check_losses(
-    step: int, outcome: Outcome, executor: Executor, batch: Sequence[Microbatch], weights: Weights
+    step: int, sums: Sums, executor: Executor, batch: Sequence[Microbatch], weights: Weights
 ) -> None:
     """Stop when a loss is not finite, naming the first module whose output is not.
 
     Raises:
         NumericsError: with step, loss, and the module or parameter to blame.
     """
-    named = {"loss": outcome.main, "balance loss": outcome.balance}
-    named |= {f"MTP loss of depth {depth + 1}": loss for depth, loss in enumerate(outcome.mtp)}
-    values = {name: float(loss) for name, loss in named.items()}
-    for name, value in values.items():
+    named = {"loss": sums.main, "balance loss": sums.balance}
+    named |= {f"MTP loss of depth {depth + 1}": loss for depth, loss in enumerate(sums.mtp)}
+    for name, value in named.items():
         if not math.isfinite(value):
             culprit = _culprit(executor, batch, weights)
             message = (

@@ -28,7 +28,7 @@ from benthic.model.block import PHASES, Attended, MoeBlock, Sent
 from benthic.model.fp8_products import MixedLinear
 from benthic.model.local import PackedAttend
 from benthic.model.mla import LowRankAttention
-from benthic.model.products import Kept, Products, SplitLinear
+from benthic.model.products import Kept, Products, SplitLinear, Sum
 from benthic.model.sockets import InFlight
 from benthic.parallel.context import ContextAttend
 from benthic.parallel.setup import PIECES, expanded
@@ -110,11 +110,9 @@ class _Products:
         """As the products do."""
         return self.inner.input_gradient(dy, weight, ends_E, dtype=dtype)
 
-    def weight_gradient(
-        self, dy: Kept, rows: Kept, ends_E: Tensor | None, into: Tensor | None = None
-    ) -> Tensor:
+    def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None, sum_: Sum | None = None) -> Tensor:
         """As the products do."""
-        return self.inner.weight_gradient(dy, rows, ends_E, into)
+        return self.inner.weight_gradient(dy, rows, ends_E, sum_)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from benthic.train.curve import cosine, warmup
 from benthic.train.data.microbatch import Batches
 from benthic.train.data.packing import Packing, WholePacking
 from benthic.train.exchange import build_exchange
-from benthic.train.executor import Executor, total_of
+from benthic.train.executor import Executor, Sums, total_of
 from benthic.train.fields import to_json
 from benthic.train.losses import targets_of, weights_of
 from benthic.train.muon import Muon
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from benthic.train.config import LoopConfig, RunConfig
     from benthic.train.data.microbatch import Microbatch
     from benthic.train.data.shards import TokenShards
-    from benthic.train.executor import Outcome
+    from benthic.train.losses import Weights
 
 # What decides the numbers of a run; the rest of the config, its layout too, may change on resuming.
 _FIXED = (
@@ -157,18 +157,21 @@ class Trainer:
         step, batch = self.steps_done + 1, self._read()
         for bucket in self.buckets:
             bucket.zero()
-        outcome = self._run(step, batch)
+        self._targets = total_of(targets_of(batch), self.mesh.data, self.device)
+        weights = self._weights()
+        outcome = self.executor.run(batch, weights)
         for bucket in self.buckets:
             bucket.settle()
-        norm = float(global_norm(self.buckets, self.mesh.world))
-        check_gradients(step, norm, self.gradients())
+        sums = Sums.of(outcome, global_norm(self.buckets, self.mesh.world))
+        check_losses(step, sums, self.executor, batch, weights)
+        check_gradients(step, sums.norm, self.gradients())
         lr = learning_rate(self.config.train, step, self.tokens)
-        if not self.spikes.skips(float(outcome.main) / max(1, self._targets[0])):
-            self.optimizer.step(lr=lr, scale=clip_factor(norm, self.config.train.max_norm))
+        if not self.spikes.skips(sums.main / max(1, self._targets[0])):
+            self.optimizer.step(lr=lr, scale=clip_factor(sums.norm, self.config.train.max_norm))
             for bucket in self.buckets:
                 bucket.publish(rounded=True)
             self._balance(outcome.counts)
-        return self._advance(step, outcome, norm, lr)
+        return self._advance(step, sums, outcome.counts, lr)
 
     def gradients(self) -> dict[str, Tensor]:
         """What this rank updates with, by parameter: its pieces of the summed gradients, float32 and flat."""
@@ -220,19 +223,15 @@ class Trainer:
         starts = range(first, self.position + self.rows, data * self.local_rows)
         return [self.batches.microbatch(start, self.local_rows) for start in starts]
 
-    def _run(self, step: int, batch: Sequence[Microbatch]) -> Outcome:
+    def _weights(self) -> Weights:
         loss = self.config.loss
-        self._targets = total_of(targets_of(batch), self.mesh.data, self.device)
-        weights = weights_of(
+        return weights_of(
             self._targets,
             rows=self.rows,
             mtp_weight=loss.mtp_weight.at(self.tokens),
             normaliser=loss.mtp_normaliser,
             balance_alpha=loss.balance_alpha,
         )
-        outcome = self.executor.run(batch, weights)
-        check_losses(step, outcome, self.executor, batch, weights)
-        return outcome
 
     def _balance(self, counts: dict[int, Tensor]) -> None:
         """Once a step, over all its microbatches."""
@@ -241,21 +240,21 @@ class Trainer:
             if speed:
                 update_bias(bias_E, counts[layer], speed=speed, recentre=self.config.loss.recentre_bias)
 
-    def _advance(self, step: int, outcome: Outcome, norm: float, lr: float) -> StepResult:
+    def _advance(self, step: int, sums: Sums, counts: dict[int, Tensor], lr: float) -> StepResult:
         tokens = self.rows * number(self.config.train.seq_len)
         self.steps_done, self.tokens = step, self.tokens + tokens
         self.position += self.rows
         main, *ahead = (max(1, count) for count in self._targets)
         return StepResult(
             step=step,
-            loss=float(outcome.main) / main,
-            mtp=tuple(float(term) / count for term, count in zip(outcome.mtp, ahead, strict=True)),
-            balance=float(outcome.balance) / max(1, self.rows * len(outcome.counts)),
-            grad_norm=norm,
+            loss=sums.main / main,
+            mtp=tuple(term / count for term, count in zip(sums.mtp, ahead, strict=True)),
+            balance=sums.balance / max(1, self.rows * len(counts)),
+            grad_norm=sums.norm,
             lr=lr,
             tokens=self.tokens,
             step_tokens=tokens,
-            counts=outcome.counts,
+            counts=counts,
             skipped=self.spikes.skipped,
         )
 

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 IGNORE: Final = -100
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`; a GPU copies pinned memory when it gets there, and nobody waits."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
     """Some rows, packed into one axis of `T = rows * seq_len` tokens.
@@ -60,12 +67,12 @@ class Microbatch:
         if self.tokens_T.device == device:
             return self
         return Microbatch(
-            tokens_T=self.tokens_T.to(device, non_blocking=True),
-            positions_T=self.positions_T.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            tokens_T=sent(self.tokens_T, device),
+            positions_T=sent(self.positions_T, device),
+            cu_seqlens=sent(self.cu_seqlens, device),
             max_seqlen=self.max_seqlen,
-            ahead_KT=self.ahead_KT.to(device, non_blocking=True),
-            target_KT=self.target_KT.to(device, non_blocking=True),
+            ahead_KT=sent(self.ahead_KT, device),
+            target_KT=sent(self.target_KT, device),
             num_targets=self.num_targets,
             rows=self.rows,
         )
