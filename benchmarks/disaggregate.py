@@ -59,7 +59,7 @@ class Workload:
 WORKLOADS = (
     Workload("prefill-heavy", 4096, 64, 1000, 30, (8.0, 14.0, 20.0, 26.0)),
     Workload("balanced", 2048, 256, 600, 30, (18.0, 26.0, 34.0, 42.0, 50.0)),
-    Workload("decode-heavy", 512, 512, 300, 30, (30.0, 50.0, 70.0, 90.0, 110.0)),
+    Workload("decode-heavy", 512, 512, 300, 30, (16.0, 28.0, 40.0, 50.0, 60.0, 75.0, 90.0, 110.0)),
 )
 SMALL = tuple(
     replace(work, prompt=work.prompt // 64, output=8, ttft=2000, tpot=500, rates=(2.0, 4.0))
