@@ -49,6 +49,8 @@ Row = dict[str, Any]
 
 WORKLOADS: Final = {work.name: work for work in disaggregate.WORKLOADS}
 FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decode")}
+RECORDS: Final = ("disaggregate.json", "disaggregate_decode.json")
+"""What is in the second was offered more, on the same kind of machine with the same settings."""
 AHEAD: Final = 1.05
 SECONDS: Final = 20.0
 SEEDS: Final = 2
@@ -73,14 +75,23 @@ def main() -> None:
 
 def all_rows(engine: str, hardware: str | None = None) -> tuple[list[Row], Machine]:
     """Every rate, every workload's verdict, how far off latencies are; and on what the fleets ran."""
-    found = json.loads((RESULTS / "disaggregate.json").read_text())
+    files = [json.loads(path.read_text()) for path in (RESULTS / name for name in RECORDS) if path.exists()]
+    found = files[0]
+    runs: dict[str, list[Row]] = {}
+    for each in files:
+        runs |= {name: [r for r in each["rows"]["runs"] if r["workload"] == name] for name in names_in(each)}
     machine = machines.get(hardware or kind_of(found["hardware"]["gpus"][0]))
     sequences = int(found["settings"].get("max_num_seqs", 256))
     fronts = int(found["settings"].get("fronts", 1))
     fleets = {fleet: Fleet(fleet, engines.get(engine), machine, sequences, fronts) for fleet in FLEETS}
     seconds = float(found["settings"].get("seconds", SECONDS))
-    rows = [row for name in WORKLOADS for row in compared(name, found["rows"]["runs"], fleets, seconds)]
+    rows = [row for name in WORKLOADS for row in compared(name, runs[name], fleets, seconds)]
     return [*rows, *(row for fleet in FLEETS for row in errors(fleet, rows))], machine
+
+
+def names_in(found: Row) -> set[str]:
+    """The workloads of a result."""
+    return {row["workload"] for row in found["rows"]["runs"]}
 
 
 def errors(fleet: str, rows: list[Row]) -> Iterator[Row]:
