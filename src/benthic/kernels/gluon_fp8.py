@@ -37,6 +37,7 @@ from benthic.kernels.gluon_fp8_tiles import (
     tiles_of,
 )
 from benthic.kernels.gluon_tiles import load, new_bars
+from benthic.kernels.triton_tiles import multiprocessors
 
 COLUMNS = gl.constexpr(192)
 STAGES = gl.constexpr(5)
@@ -194,7 +195,7 @@ def linear(x, weight, ends_E, *, dtype):
     experts, n_tiles = ends.shape[0], triton.cdiv(n_dim, COLUMNS.value)
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
     most_tiles = (rows // ROWS.value + experts + 1) * n_tiles
-    programs = min(torch.cuda.get_device_properties(values.device).multi_processor_count, most_tiles)
+    programs = min(multiprocessors(values.device), most_tiles)
     if rows:
         _rows_times_blocks[(programs,)](
             tiles_of(x.values), tiles_of(values.flatten(0, -2)), x.scale, scale, out_RN, ends,

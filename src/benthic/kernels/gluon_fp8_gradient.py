@@ -31,6 +31,7 @@ from benthic.kernels.gluon_fp8_tiles import (
     tiles_of,
 )
 from benthic.kernels.gluon_tiles import load, new_bars
+from benthic.kernels.triton_tiles import multiprocessors
 
 COLUMNS = gl.constexpr(128)
 STAGES = gl.constexpr(6)
@@ -152,7 +153,7 @@ def weight_gradient(dy, x, ends_E, *, dtype):
     out = torch.empty(shape, dtype=dtype, device=x.values.device)
     o_tiles, i_tiles = triton.cdiv(o_dim, ROWS.value), triton.cdiv(i_dim, COLUMNS.value)
     tiles = experts * o_tiles * i_tiles
-    programs = min(torch.cuda.get_device_properties(out.device).multi_processor_count, tiles)
+    programs = min(multiprocessors(out.device), tiles)
     _column_tiles[(programs,)](
         tiles_of(dy.values), tiles_of(x.values), dy.scale.t().contiguous(), x.scale.t().contiguous(),
         out, ends,

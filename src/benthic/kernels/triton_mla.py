@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.triton_tiles import multiprocessors
+
 LOG2E = tl.constexpr(1.4426950408889634)
 _COPY_CHUNK = 4096
 _SPLIT_TARGET = 2  # programs a multiprocessor: enough to hide the latency of page loads
@@ -196,11 +198,6 @@ def split_count(device, programs, longest):
     """Parts to cut contexts into: about two programs a multiprocessor, at least 256 tokens each."""
     wanted = triton.cdiv(_SPLIT_TARGET * multiprocessors(device), programs)
     return max(1, min(wanted, triton.cdiv(longest, 256), 64))
-
-
-def multiprocessors(device):
-    """Multiprocessors of a GPU; 1 under the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def store_latent(cache_PBW, latent_TC, rope_Tr, slot_T):

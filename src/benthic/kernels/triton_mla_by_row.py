@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.triton_tiles import multiprocessors
+
 CUT = 512
 """Tokens of a cut. Fewer would fill a GPU with fewer queries, and write more partial outputs for prompts."""
 PART_BYTES = 256 << 20
@@ -149,8 +151,3 @@ def tiles(dtype, *, fp8_cache=False):
     if dtype == torch.float32:
         return 16, 16, 4, 1
     return (16, 32, 8, 2) if fp8_cache else (16, 64, 8, 2)
-
-
-def multiprocessors(device):
-    """Multiprocessors of a GPU; 1 under the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

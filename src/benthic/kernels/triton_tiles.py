@@ -67,3 +67,8 @@ def product_of_chunk(a, b, EMULATE: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:  # noqa: RET505 (Triton compiles one branch)
         return tl.dot(a, b)
+
+
+def multiprocessors(device):
+    """Multiprocessors of a GPU; 1 where there is none, as under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -268,8 +268,8 @@ def _product(
 
 
 def _weights(name: str, product: Gemm | GroupedGemm, elements: float) -> Iterator[Step]:
-    """A weight gradient added to its FP32 sum: as the product leaves it, or in FP8 by a kernel after it."""
-    if product.dtype != "fp8":
+    """A weight gradient added to its FP32 sum: as the product leaves it, or after the library's in FP8."""
+    if product.dtype != "fp8" or isinstance(product, GroupedGemm):
         yield Step("W", name, product, MemoryBound(bytes=_SUM * elements))
         return
     yield Step("W", name, product)

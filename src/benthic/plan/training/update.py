@@ -147,14 +147,18 @@ def _sums(candidate: Candidate, machine: Machine, held: dict[str, Held]) -> Iter
 
 
 def _arithmetic(candidate: Candidate, held: dict[str, Held]) -> Iterator[Op]:
-    """Clearing gradients, their norm, and the update of a shard: masters, moments and weights."""
+    """The norm of gradients and the update of a shard: masters, moments and weights.
+
+    Only gradients of FP32 weights are cleared: the first of others is written over those of the step before.
+    """
+    wide = candidate.precision.weights == "float32"
     moments = 2 * _MOMENT[candidate.optimizer.moment_dtype]
     for kind, one in held.items():
         shard = one.elements / replicas_of(candidate.layout, kind)
-        cleared = one.elements if candidate.layout.zero_stage == 1 else shard
+        cleared = (one.elements if wide else 0.0) if candidate.layout.zero_stage == 1 else shard
         yield MemoryBound(bytes=_GRADIENT * (cleared + shard), name="clear and norm")
         passes = 8.0 + _GRADIENT + 2 * moments if candidate.optimizer.fused else _PASSES
-        yield MemoryBound(bytes=shard * (passes + 6.0), name="adamw")
+        yield MemoryBound(bytes=shard * (passes + (0.0 if wide else 2.0)), name="adamw")
         if candidate.precision.weights == "fp8":
             yield MemoryBound(bytes=5.0 * one.narrow, name="quantise 128x128")
             yield MemoryBound(bytes=2.0 * one.narrow, name="transpose fp8")
