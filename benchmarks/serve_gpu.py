@@ -24,7 +24,7 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import torch
@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 
     from benthic.model.network import DeepSeek
     from benthic.spec.model import ModelConfig
+
+
+PARTS: Final = {"bf16": ("none", "auto"), "fp8-weights": ("fp8", "auto"), "fp8": ("fp8", "fp8")}
+"""How weights and cache are kept: in bfloat16, weights in FP8, both in FP8."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--parts", nargs="+", default=["bf16", "fp8", "transformers"])
+    parser.add_argument("--parts", nargs="+", default=[*PARTS, "transformers"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms %(message)s")
@@ -126,7 +130,7 @@ def balance(model: DeepSeek, device: str, tokens: int) -> dict[str, float]:
 
 
 def our_rows(sizes: Sizes, part: str, roofs: dict[str, float]) -> list[dict[str, Any]]:
-    """Prefill and decode of the engine with weights and cache in bfloat16, or both in FP8."""
+    """Prefill and decode of the engine with weights and cache as the part has them."""
     on_gpu = sizes.device == "cuda"
     model = random_weights(
         sizes.config, torch.device(sizes.device), torch.bfloat16 if on_gpu else torch.float32, seed=0
@@ -134,8 +138,8 @@ def our_rows(sizes: Sizes, part: str, roofs: dict[str, float]) -> list[dict[str,
     spread = balance(model, sizes.device, sizes.prompts[-1][1])
     options = EngineOptions(
         device=sizes.device,
-        quantization="fp8" if part == "fp8" else "none",
-        kv_cache_dtype="fp8" if part == "fp8" else "auto",
+        quantization=PARTS[part][0],
+        kv_cache_dtype=PARTS[part][1],
         max_num_seqs=max(sizes.batches),
         max_num_batched_tokens=sizes.budget,
         enable_prefix_caching=False,
