@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""The weight gradient of FP8 products for Hopper in Gluon, by three groups of warps; see `gluon_fp8_gradient`.
+"""FP8 products for Hopper in Gluon, in tiles of 192 x 128 that three groups of warps share; see `gluon_fp8`.
 
-    dweight[e, o, i] = sum over chunks of 128 rows of expert e of (dy[o, :] . x[i, :]) * their two scales
+    out[r, n] = sum over chunks of 128 of K of (x[r, :] . weight[expert of r, n, :]) * their two scales
 
-A tile of 192 x 128 asks the second-level cache for a fifth less than one of 128 x 128. Each group has 64 of
-its rows and all columns in one product, so that the left operand is read once; while a group promotes, the
-two others multiply. Scales come by TMA with the operands. What is added to a gradient is added by the
-second-level cache, so that no group waits for what the gradient held.
+Each group has 64 rows and all columns in one product, so that the left operand is read once from shared
+memory; while a group promotes, the two others multiply. Scales are loaded a chunk ahead, those of a tile
+before the last one is written. A tile leaves through shared memory by TMA, unless another expert's rows or
+nobody's lie in it: then its threads write what is theirs.
 """
 
 from __future__ import annotations
@@ -18,170 +18,184 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benthic.kernels.gluon_fp8_gradient import _chunks_of
-from benthic.kernels.gluon_fp8_tiles import CHUNK, PART, one_end
-from benthic.kernels.gluon_tiles import load, new_bars
+from benthic.kernels.gluon_fp8_tiles import (
+    CHUNK,
+    GROUPS,
+    PART,
+    PRODUCER_REGISTERS,
+    TALL_BAND,
+    TALL_COLUMNS,
+    TALL_ENTRY_REGISTERS,
+    TALL_REGISTERS,
+    TALL_ROWS,
+    corner,
+    expert_of,
+    one_end,
+    tiles_of,
+)
+from benthic.kernels.gluon_tiles import DTYPES, load, meet, new_bars, unload
 
-GROUPS = gl.constexpr(3)
-ROWS = gl.constexpr(192)
-COLUMNS = gl.constexpr(128)
-STAGES = gl.constexpr(5)
-BAND = gl.constexpr(8)
-"""Tiles of rows that meet a tile of columns one after another, so that both stay in the cache."""
-CONSUMER_REGISTERS = 160
-PRODUCER_REGISTERS = 24
-ENTRY_REGISTERS = 128
-"""Of a thread before the groups divide them: 65,536 over four groups of 128 threads."""
-
-
-@gluon.jit
-def _corner(tile, o_tiles, i_tiles):
-    """Expert, first row and first column of a tile: bands of rows, in each of them column by column."""
-    number = tile % (o_tiles * i_tiles)
-    band = number // (BAND * i_tiles) * BAND
-    high = gl.minimum(o_tiles - band, BAND)
-    within = number % (BAND * i_tiles)
-    return tile // (o_tiles * i_tiles), (band + within % high) * ROWS, within // high * COLUMNS
+STAGES = gl.constexpr(4)
 
 
 @gluon.jit
-def _produce(
-    dy, x, dy_scale, x_scale, rings, bars, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,
-):  # fmt: skip
+def _find(tile, place, ends_ptr, rows, experts, n_tiles):
+    """Expert, first row, end of rows and first column of a tile; and the place to go on from."""
+    place = expert_of(tile, place, ends_ptr, rows, experts, n_tiles, TALL_ROWS)
+    expert, first, start, end = place
+    row, column = corner(tile, first, start, end, n_tiles, TALL_BAND, TALL_ROWS, TALL_COLUMNS)
+    return place, (expert, row, end, column)
+
+
+@gluon.jit
+def _produce(x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_tiles, n_tiles):
     """Load chunk after chunk of this program's tiles as places in the ring come free."""
-    dy_ring, x_ring, dy_scales, x_scales = rings
     full, empty = bars
-    of_rows: gl.constexpr = GROUPS * (dy.block_type.nbytes + dy_scale.block_type.nbytes)
-    of_columns: gl.constexpr = x.block_type.nbytes + x_scale.block_type.nbytes
-    place = (0, 0, 0, gl.load(ends_ptr))
-    number = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        expert, row, column = _corner(tile, o_tiles, i_tiles)
-        place, chunks = _chunks_of(expert, place, ends_ptr)
-        for chunk in range(place[1], place[1] + chunks):
+    tile, number = gl.program_id(0), 0
+    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    while at[0] < experts:
+        for chunk in range(k_tiles):
             stage, bar = number % STAGES, full.index(number % STAGES)
             mbarrier.wait(empty.index(stage), (number // STAGES) & 1 ^ 1)
-            mbarrier.expect(bar, of_rows + of_columns)
+            mbarrier.expect(bar, GROUPS * x.block_type.nbytes + weight.block_type.nbytes)
             for part in gl.static_range(GROUPS):
-                at, first = GROUPS * stage + part, row + part * PART
-                load(dy, [first, chunk * CHUNK], bar, dy_ring.index(at))
-                load(dy_scale, [chunk * o_dim + first], bar, dy_scales.index(at))
-            load(x, [column, chunk * CHUNK], bar, x_ring.index(stage))
-            load(x_scale, [chunk * i_dim + column], bar, x_scales.index(stage))
+                load(x, [at[1] + part * PART, chunk * CHUNK], bar, x_ring.index(GROUPS * stage + part))
+            load(weight, [at[0] * n_dim + at[3], chunk * CHUNK], bar, weight_ring.index(stage))
             number += 1
+        tile += gl.num_programs(0)
+        place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
 
 
 @gluon.jit
-def _write(sums, row, column, expert, chunks, out_ptr, o_dim, i_dim, ADD: gl.constexpr):
-    """Write a group's part of a tile, or have it added to what is there."""
-    at = out_ptr + (row.to(gl.int64) + expert.to(gl.int64) * o_dim)[:, None] * i_dim + column[None, :]
-    kept = (row < o_dim)[:, None] & (column < i_dim)[None, :]
-    if ADD:
-        gl.atomic_add(at, sums, mask=kept & (chunks > 0), sem="relaxed")
+def _scales_at(at, group, scales, rows, experts, k_tiles, scale_tiles, stride_scale, BY_ROW: gl.constexpr):
+    """Where the scales of a group's rows and of a tile's columns begin; somewhere allowed if it has none."""
+    x_scale_ptr, weight_scale_ptr = scales
+    expert, row, _end, column = at
+    row += group * PART + gl.arange(0, PART, layout=BY_ROW)
+    block = gl.minimum(expert, experts - 1).to(gl.int64) * scale_tiles
+    block += gl.minimum(column // CHUNK, scale_tiles - 1)
+    x_at = x_scale_ptr + gl.minimum(row, rows - 1).to(gl.int64) * stride_scale
+    return x_at, weight_scale_ptr + block * k_tiles
+
+
+@gluon.jit
+def _write(sums, at, group, out, out_tile, out_ptr, n_dim):
+    """Write a group's 64 rows of a tile."""
+    _expert, row, end, column = at
+    row += group * PART
+    if row + PART <= end:
+        tma.store_wait(0)  # for what the group wrote last
+        meet()
+        out_tile.store(sums.to(out_tile.dtype))
+        fence_async_shared()
+        meet()
+        unload(out, [row, column], out_tile)
     else:
-        gl.store(at, sums.to(out_ptr.dtype.element_ty), mask=kept)
+        rows = row + gl.arange(0, PART, layout=gl.SliceLayout(1, sums.type.layout))
+        columns = column + gl.arange(0, TALL_COLUMNS, layout=gl.SliceLayout(0, sums.type.layout))
+        kept = (rows < end)[:, None] & (columns < n_dim)[None, :]
+        place = out_ptr + rows.to(gl.int64)[:, None] * n_dim + columns[None, :]
+        gl.store(place, sums.to(out_tile.dtype), mask=kept)
 
 
 @gluon.jit
 def _multiply(
-    group, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD: gl.constexpr,
+    group, x_ring, weight_ring, bars, scales, out, out_tile, out_ptr, ends_ptr,
+    rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
 ):  # fmt: skip
     """The 64 rows of a group, tile after tile."""
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TALL_COLUMNS, 32])
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
-    BY_COLUMN: gl.constexpr = gl.SliceLayout(0, SUMS)
-    dy_ring, x_ring, dy_scales, x_scales = rings
     full, empty = bars
-    zero = gl.zeros([PART, COLUMNS], gl.float32, layout=SUMS)
-    place = (0, 0, 0, gl.load(ends_ptr))
-    number = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        expert, row, column = _corner(tile, o_tiles, i_tiles)
-        place, chunks = _chunks_of(expert, place, ends_ptr)
+    zero = gl.zeros([PART, TALL_COLUMNS], gl.float32, layout=SUMS)
+    tile, number = gl.program_id(0), 0
+    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    x_at, w_at = _scales_at(at, group, scales, rows, experts, k_tiles, scale_tiles, stride_scale, BY_ROW)
+    x_scale, w_scale = gl.load(x_at), gl.load(w_at)
+    while at[0] <= experts:
         sums = zero
-        for _chunk in range(chunks):
-            stage = number % STAGES
+        for chunk in range(gl.where(at[0] < experts, k_tiles, 0)):
+            stage, scale = number % STAGES, x_scale * w_scale
             mbarrier.wait(full.index(stage), (number // STAGES) & 1)
-            dy_tile, x_tile = dy_ring.index(GROUPS * stage + group), x_ring.index(stage)
-            part = warpgroup_mma(dy_tile, x_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-            by_row = dy_scales.index(GROUPS * stage + group).load(BY_ROW)
+            x_tile, weight_tile = x_ring.index(GROUPS * stage + group), weight_ring.index(stage)
+            part = warpgroup_mma(x_tile, weight_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            following = gl.minimum(chunk + 1, k_tiles - 1)
+            x_scale, w_scale = gl.load(x_at + following * stride_tile), gl.load(w_at + following)
             part = warpgroup_mma_wait(0, deps=[part])
-            by_column = x_scales.index(stage).load(BY_COLUMN)
-            sums += part * by_row[:, None] * by_column[None, :]
             mbarrier.arrive(empty.index(stage), count=1)
+            sums += part * scale[:, None]
             number += 1
-        row += group * PART + gl.arange(0, PART, layout=BY_ROW)
-        column += gl.arange(0, COLUMNS, layout=BY_COLUMN)
-        _write(sums, row, column, expert, chunks, out_ptr, o_dim, i_dim, ADD)
+        written = at
+        tile += gl.num_programs(0)
+        place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
+        x_at, w_at = _scales_at(at, group, scales, rows, experts, k_tiles, scale_tiles, stride_scale, BY_ROW)
+        x_scale, w_scale = gl.load(x_at), gl.load(w_at)
+        _write(sums, written, group, out, out_tile, out_ptr, n_dim)
+    tma.store_wait(0)
 
 
-@gluon.jit
-def _column_tiles(
-    dy, x, dy_scale, x_scale, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,
-    ADD: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+@gluon.jit(do_not_specialize=["rows"])
+def _rows_times_blocks(
+    x, weight, out, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
+    rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
+    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: every so manieth tile of all experts."""
-    dy_ring = gl.allocate_shared_memory(dy.dtype, [GROUPS * STAGES, PART, CHUNK], dy.layout)
-    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, COLUMNS, CHUNK], x.layout)
-    dy_scales = gl.allocate_shared_memory(gl.float32, [GROUPS * STAGES, PART], dy_scale.layout)
-    x_scales = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], x_scale.layout)
-    rings = (dy_ring, x_ring, dy_scales, x_scales)
+    x_ring = gl.allocate_shared_memory(x.dtype, [GROUPS * STAGES, PART, CHUNK], x.layout)
+    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, TALL_COLUMNS, CHUNK], weight.layout)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, PART, TALL_COLUMNS], out.layout)
     bars = (new_bars(STAGES, 1), new_bars(STAGES, GROUPS))
+    scales = (x_scale_ptr, weight_scale_ptr)
     fence_async_shared()
     gl.warp_specialize([
-        (_multiply, (0, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD)),
-        (_multiply, (1, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD)),
-        (_multiply, (2, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD)),
-        (_produce, (dy, x, dy_scale, x_scale, rings, bars, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles)),
+        (_multiply, (
+            0, x_ring, weight_ring, bars, scales, out, out_tiles.index(0), out_ptr, ends_ptr,
+            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
+        )),
+        (_multiply, (
+            1, x_ring, weight_ring, bars, scales, out, out_tiles.index(1), out_ptr, ends_ptr,
+            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
+        )),
+        (_multiply, (
+            2, x_ring, weight_ring, bars, scales, out, out_tiles.index(2), out_ptr, ends_ptr,
+            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
+        )),
+        (_produce, (
+            x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_tiles, n_tiles,
+        )),
     ], [4, 4, 1], [REGISTERS, REGISTERS, FEW_REGISTERS])  # fmt: skip
 
 
-def _tiles_of(values_RK, rows):
-    """A descriptor of blocks of some rows by a chunk; zeros lie behind the last row."""
-    block = [rows, CHUNK.value]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
-    return TensorDescriptor(values_RK, list(values_RK.shape), list(values_RK.stride()), block, layout)
+def _rows_of(out_RN):
+    """A descriptor of a group's rows by a tile's columns."""
+    block = [PART.value, TALL_COLUMNS.value]
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[out_RN.dtype])
+    return TensorDescriptor(out_RN, list(out_RN.shape), list(out_RN.stride()), block, layout)
 
 
-def _scales_of(scale, columns):
-    """A descriptor of some columns' scales: chunk after chunk, as a line of numbers."""
-    line = scale.t().contiguous().view(-1)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(line, list(line.shape), [1], [columns], layout)
-
-
-def weight_gradient(dy, x, ends_E, *, dtype):
-    """See `benthic.kernels.ops.fp8_weight_gradient`; the launch follows from shapes."""
-    o_dim, i_dim = dy.values.shape[0], x.values.shape[0]
-    shape = (o_dim, i_dim) if ends_E is None else (ends_E.shape[0], o_dim, i_dim)
-    made = torch.empty if dy.values.shape[1] else torch.zeros
-    out = made(shape, dtype=dtype, device=x.values.device)
-    _launch(out, dy, x, ends_E, add=False)
-    return out
-
-
-def add_weight_gradient(into, dy, x, ends_E):
-    """See `benthic.kernels.ops.add_fp8_weight_gradient`; every sum is added once."""
-    _launch(into, dy, x, ends_E, add=True)
-
-
-def _launch(out, dy, x, ends_E, *, add):
-    (o_dim, padded), i_dim = dy.values.shape, x.values.shape[0]
-    if not padded:
-        return
-    ends = one_end(padded, out.device) if ends_E is None else ends_E
-    o_tiles, i_tiles = triton.cdiv(o_dim, ROWS.value), triton.cdiv(i_dim, COLUMNS.value)
-    tiles = ends.shape[0] * o_tiles * i_tiles
-    programs = min(torch.cuda.get_device_properties(out.device).multi_processor_count, tiles)
-    _column_tiles[(programs,)](
-        _tiles_of(dy.values, PART.value), _tiles_of(x.values, COLUMNS.value),
-        _scales_of(dy.scale, PART.value), _scales_of(x.scale, COLUMNS.value),
-        out, ends, o_dim, i_dim, tiles, o_tiles, i_tiles,
-        ADD=add, REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
-        num_warps=4, maxnreg=ENTRY_REGISTERS,
-    )  # fmt: skip
+def linear(x, weight, ends_E, *, dtype):
+    """See `benthic.kernels.ops.fp8_linear`; the launch follows from shapes, so a CUDA graph can hold it."""
+    values, scale = weight.values.contiguous(), weight.scale.contiguous()
+    rows, k_dim = x.values.shape
+    n_dim = values.shape[-2]
+    ends = one_end(rows, values.device) if ends_E is None else ends_E
+    experts, n_tiles = ends.shape[0], triton.cdiv(n_dim, TALL_COLUMNS.value)
+    out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
+    most_tiles = (rows // TALL_ROWS.value + experts + 1) * n_tiles
+    programs = min(torch.cuda.get_device_properties(values.device).multi_processor_count, most_tiles)
+    if rows:
+        _rows_times_blocks[(programs,)](
+            tiles_of(x.values), tiles_of(values.flatten(0, -2), TALL_COLUMNS.value), _rows_of(out_RN),
+            x.scale, scale, out_RN, ends,
+            rows, experts, n_dim, triton.cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2],
+            *x.scale.stride(),
+            REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+            num_warps=4, maxnreg=TALL_ENTRY_REGISTERS,
+        )  # fmt: skip
+    return out_RN
