@@ -121,11 +121,11 @@ def _multiply(
     while at[0] <= experts:
         sums = zero
         for chunk in range(gl.where(at[0] < experts, k_tiles, 0)):
-            stage, scale = number % STAGES, x_scale * w_scale
+            stage = number % STAGES
             mbarrier.wait(full.index(stage), (number // STAGES) & 1)
             x_tile, weight_tile = x_ring.index(GROUPS * stage + group), weight_ring.index(stage)
             part = warpgroup_mma(x_tile, weight_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-            following = gl.minimum(chunk + 1, k_tiles - 1)
+            scale, following = x_scale * w_scale, gl.minimum(chunk + 1, k_tiles - 1)
             x_scale, w_scale = gl.load(x_at + following * stride_tile), gl.load(w_at + following)
             part = warpgroup_mma_wait(0, deps=[part])
             mbarrier.arrive(empty.index(stage), count=1)
