@@ -22,6 +22,9 @@ from benthic.kernels import (
     gluon_attention_backward,
     gluon_fp8,
     gluon_fp8_gradient,
+    gluon_fp8_three,
+    gluon_fp8_three_gradient,
+    gluon_fp8_tiles,
     gluon_mla,
 )
 
@@ -64,7 +67,7 @@ def built(kernel, constants, types, registers):
     aligned = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(names)
-        if name in POINTERS or name.startswith("stride_")
+        if name in POINTERS or name.startswith("stride_") or name.endswith("_dim")
     }
     return triton.compile(
         GluonASTSource(kernel, signature, fixed, aligned),
@@ -194,3 +197,39 @@ def test_fp8_products_promote_one_part_while_the_next_is_multiplied(kernel, oper
     assert len(one_more) == 2 * (parts - 1)
     for at in one_more:  # something is promoted before everything is waited for
         assert "FFMA" in order[at : order.index("DEPBAR.LE gsb0, 0x0", at)]
+
+
+def scales(count):
+    """A line of float32 scales."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return f"tensordesc<fp32[{count}],{layout!r}>"
+
+
+OF_64, OF_128 = descriptor(64, 128, "fp8e4nv"), descriptor(128, 128, "fp8e4nv")
+ROWS = {"x": OF_64, "weight": OF_128, "out": descriptor(64, 128)}
+COLUMNS = {"dy": OF_64, "x": OF_128, "dy_scale": scales(64), "x_scale": scales(128), "out_ptr": "*fp32"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "types", "constants", "stores", "sums"),
+    [
+        (gluon_fp8_three._rows_times_blocks, ROWS, {}, 3, 0),
+        (gluon_fp8_three_gradient._column_tiles, COLUMNS, {"ADD": False}, 0, 0),
+        (gluon_fp8_three_gradient._column_tiles, COLUMNS, {"ADD": True}, 0, 3 * 32),
+    ],
+    ids=["linear", "weight gradient", "added weight gradient"],
+)
+def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma_or_are_added_in_the_cache(
+    kernel, types, constants, stores, sums, tmp_path
+):
+    constants = constants | {
+        "REGISTERS": gluon_fp8_tiles.TALL_REGISTERS,
+        "FEW_REGISTERS": gluon_fp8_tiles.PRODUCER_REGISTERS,
+    }
+    kernel = built(kernel, constants, types, gluon_fp8_tiles.TALL_ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    assert text.count("QGMMA.64x128x32") == 3 * 4  # three groups, four times 32 of a chunk
+    assert text.count("FFMA R") == 3 * 64
+    assert text.count("UTMASTG") == stores
+    assert len(re.findall(r"REDG\S*ADD\.F32x2", text)) == sums

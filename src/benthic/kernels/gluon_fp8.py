@@ -32,6 +32,8 @@ from benthic.kernels.gluon_fp8_tiles import (
     PART,
     PRODUCER_REGISTERS,
     ROWS,
+    corner,
+    expert_of,
     one_end,
     start,
     tiles_of,
@@ -42,36 +44,6 @@ from benthic.kernels.triton_tiles import multiprocessors
 COLUMNS = gl.constexpr(192)
 STAGES = gl.constexpr(5)
 BAND = gl.constexpr(16)
-"""Tiles of rows that meet a tile of columns one after another, so that both stay in the cache."""
-
-
-@gluon.jit
-def _expert_of(tile, place, ends_ptr, rows, experts, n_tiles):
-    """Go on from an earlier tile's expert to that of `tile`, `experts` for rows that belong to none.
-
-    A place is the expert, its first tile, its first row and its end. Behind the last tile the expert is
-    `experts + 1`.
-    """
-    expert, first, start, end = place
-    tiles = (end - start + ROWS - 1) // ROWS * n_tiles
-    while (tile >= first + tiles) & (expert <= experts):
-        first += tiles
-        expert += 1
-        start = end
-        end = gl.load(ends_ptr + expert, mask=expert < experts, other=rows)
-        tiles = (end - start + ROWS - 1) // ROWS * n_tiles
-    return expert, first, start, end
-
-
-@gluon.jit
-def _corner(tile, first, start, end, n_tiles):
-    """First row and first column of a tile: bands of rows, in each of them column by column."""
-    m_tiles = (end - start + ROWS - 1) // ROWS
-    number = tile - first
-    band = number // (BAND * n_tiles) * BAND
-    high = gl.minimum(m_tiles - band, BAND)
-    number = number % (BAND * n_tiles)
-    return start + (band + number % high) * ROWS, number // high * COLUMNS
 
 
 @gluon.jit
@@ -80,9 +52,9 @@ def _produce(x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_di
     full, empty = bars
     place = (0, 0, 0, gl.load(ends_ptr))
     tile, number = gl.program_id(0), 0
-    place = _expert_of(tile, place, ends_ptr, rows, experts, n_tiles)
+    place = expert_of(tile, place, ends_ptr, rows, experts, n_tiles, ROWS)
     while place[0] < experts:
-        row, column = _corner(tile, place[1], place[2], place[3], n_tiles)
+        row, column = corner(tile, place[1], place[2], place[3], n_tiles, BAND, ROWS, COLUMNS)
         weight_row = place[0] * n_dim + column
         for chunk in range(k_tiles):
             stage, bar = number % STAGES, full.index(number % STAGES)
@@ -95,7 +67,7 @@ def _produce(x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_di
                 load(weight, at, bar, weight_ring.index(3 * stage + part))
             number += 1
         tile += gl.num_programs(0)
-        place = _expert_of(tile, place, ends_ptr, rows, experts, n_tiles)
+        place = expert_of(tile, place, ends_ptr, rows, experts, n_tiles, ROWS)
 
 
 @gluon.jit
@@ -132,9 +104,9 @@ def _multiply(
     zero = gl.zeros([PART, PART], gl.float32, layout=SUMS)
     place = (0, 0, 0, gl.load(ends_ptr))
     tile, number = gl.program_id(0), 0
-    place = _expert_of(tile, place, ends_ptr, rows, experts, n_tiles)
+    place = expert_of(tile, place, ends_ptr, rows, experts, n_tiles, ROWS)
     while place[0] <= experts:
-        row, column = _corner(tile, place[1], place[2], place[3], n_tiles)
+        row, column = corner(tile, place[1], place[2], place[3], n_tiles, BAND, ROWS, COLUMNS)
         row += group * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, SUMS))
         sums = (zero, zero, zero)
         chunks = gl.where(place[0] < experts, k_tiles, 0)
@@ -157,7 +129,7 @@ def _multiply(
             kept = (row < place[3])[:, None] & (columns < n_dim)[None, :]
             gl.store(at + columns[None, :], sums[part].to(out_ptr.dtype.element_ty), mask=kept)
         tile += gl.num_programs(0)
-        place = _expert_of(tile, place, ends_ptr, rows, experts, n_tiles)
+        place = expert_of(tile, place, ends_ptr, rows, experts, n_tiles, ROWS)
 
 
 @gluon.jit(do_not_specialize=["rows"])

@@ -26,6 +26,7 @@ from benthic.kernels.gluon_fp8_tiles import (
     PART,
     PRODUCER_REGISTERS,
     ROWS,
+    chunks_of,
     one_end,
     start,
     tiles_of,
@@ -35,20 +36,6 @@ from benthic.kernels.triton_tiles import multiprocessors
 
 COLUMNS = gl.constexpr(128)
 STAGES = gl.constexpr(6)
-
-
-@gluon.jit
-def _chunks_of(expert, place, ends_ptr):
-    """Go on from an earlier expert, its first chunk and its end to those of `expert`; and its chunks."""
-    before, first, start_row, end = place
-    chunks = (end - start_row + CHUNK - 1) // CHUNK
-    while before < expert:
-        first += chunks
-        before += 1
-        start_row = end
-        end = gl.load(ends_ptr + before)
-        chunks = (end - start_row + CHUNK - 1) // CHUNK
-    return (before, first, start_row, end), chunks
 
 
 @gluon.jit
@@ -66,7 +53,7 @@ def _produce(dy, x, dy_ring, x_ring, bars, ends_ptr, tiles, o_tiles, i_tiles):
     number = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, row, column = _corner(tile, o_tiles, i_tiles)
-        place, chunks = _chunks_of(expert, place, ends_ptr)
+        place, chunks = chunks_of(expert, place, ends_ptr)
         for chunk in range(place[1], place[1] + chunks):
             stage, bar = number % STAGES, full.index(number % STAGES)
             mbarrier.wait(empty.index(stage), (number // STAGES) & 1 ^ 1)
@@ -90,7 +77,7 @@ def _multiply(
     number = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, row, column = _corner(tile, o_tiles, i_tiles)
-        place, chunks = _chunks_of(expert, place, ends_ptr)
+        place, chunks = chunks_of(expert, place, ends_ptr)
         row += group * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, SUMS))
         column += gl.arange(0, PART, layout=gl.SliceLayout(0, SUMS))
         dy_scale_at = dy_scale_ptr + gl.minimum(row, o_dim - 1)

@@ -11,6 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Triton 3.9's names, and before that 3.6's.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+unload = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from benthic.kernels.bench.timing import Line
 
-OURS: Final = ("gluon", "triton", "native", "chunked")
+OURS: Final = ("gluon", "gluon_three", "triton", "native", "chunked")
 """Implementations that are written here; the others call a library or are the definition."""
 
 ROOFS: Final = {"TB/s": "roof: copy", "TFLOP/s": "roof: product"}

@@ -54,7 +54,15 @@ def _gluon(case: Case) -> Verdict:
         return no(refusal)
     if case.dims[0] % 16:
         return no(f"needs K a multiple of 16 bytes, not {case.dims[0]}")
-    return yes("our block-scaled product for Hopper: a warp loads, two groups multiply and promote")
+    return yes("our block-scaled product for Hopper: a warp loads, groups multiply and promote in turn")
+
+
+def _gluon_by_eights(case: Case) -> Verdict:
+    """`_gluon`, for results that leave by TMA."""
+    verdict = _gluon(case)
+    if verdict.runs and (case.dtype == torch.float32 or case.dims[1] % 8):
+        return no(f"gives rows of a multiple of 8 in 16 bits, not {case.dims[1]} in {case.dtype}")
+    return verdict
 
 
 def _turns_words(case: Case) -> Verdict:
@@ -128,6 +136,7 @@ FP8_LINEAR = Op(
             triton_runs(*_FLOATS, reason="our block-scaled product: any width"),
             "benthic.kernels.triton_fp8_linear:linear",
         ),
+        Implementation("gluon_three", _gluon_by_eights, "benthic.kernels.gluon_fp8_three:linear"),
         reference("benthic.kernels.reference.fp8_linear:linear"),
     ),
     typical_dims=(7168, 2048),
@@ -142,6 +151,7 @@ GROUPED_FP8_LINEAR = Op(
             triton_runs(*_FLOATS, reason="our block-scaled grouped product, rows counted on the device"),
             "benthic.kernels.triton_fp8_linear:linear",
         ),
+        Implementation("gluon_three", _gluon_by_eights, "benthic.kernels.gluon_fp8_three:linear"),
         reference("benthic.kernels.reference.fp8_linear:linear"),
     ),
     typical_dims=(7168, 2048),
@@ -156,6 +166,7 @@ FP8_WEIGHT_GRADIENT = Op(
             triton_runs(*_FLOATS, reason="our product of two operands in 128x1 tiles"),
             "benthic.kernels.triton_fp8_linear:weight_gradient",
         ),
+        Implementation("gluon_three", _gluon, "benthic.kernels.gluon_fp8_three_gradient:weight_gradient"),
         reference("benthic.kernels.reference.fp8_linear:weight_gradient"),
     ),
     typical_dims=(4096, 2048),
@@ -169,6 +180,7 @@ GROUPED_FP8_WEIGHT_GRADIENT = Op(
             triton_runs(*_FLOATS, reason="our product of two operands in 128x1 tiles, expert by expert"),
             "benthic.kernels.triton_fp8_linear:weight_gradient",
         ),
+        Implementation("gluon_three", _gluon, "benthic.kernels.gluon_fp8_three_gradient:weight_gradient"),
         reference("benthic.kernels.reference.fp8_linear:weight_gradient"),
     ),
     typical_dims=(4096, 2048),
@@ -185,6 +197,11 @@ ADD_FP8_WEIGHT_GRADIENT = Op(
             ),
             "benthic.kernels.triton_fp8_linear:add_weight_gradient",
         ),
+        Implementation(
+            "gluon_three",
+            laid_out("rows", _gluon),
+            "benthic.kernels.gluon_fp8_three_gradient:add_weight_gradient",
+        ),
         reference("benthic.kernels.reference.fp8_linear:add_weight_gradient"),
     ),
     typical_dims=(4096, 2048),
@@ -200,6 +217,11 @@ ADD_GROUPED_FP8_WEIGHT_GRADIENT = Op(
                 triton_runs(torch.float32, reason="our grouped product adds what its accumulator holds"),
             ),
             "benthic.kernels.triton_fp8_linear:add_weight_gradient",
+        ),
+        Implementation(
+            "gluon_three",
+            laid_out("rows", _gluon),
+            "benthic.kernels.gluon_fp8_three_gradient:add_weight_gradient",
         ),
         reference("benthic.kernels.reference.fp8_linear:add_weight_gradient"),
     ),
