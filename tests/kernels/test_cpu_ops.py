@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benthic.errors import BackendError, ConfigError, ShapeError
-from benthic.kernels import ops
+from benthic.kernels import ops, torch_heads
 
 TOKENS, DIM = 63, 44
 
@@ -44,6 +44,15 @@ def test_gradients_of_parts_of_heads():
     assert torch.autograd.gradcheck(ops.join_head_dims, (wide, other))
     weight = torch.randn(3, 7, 9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(ops.heads_linear, (wide, weight))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_a_product_of_every_head_is_written_row_by_row(tokens):
+    x, weight = made(tokens, 3, 8), made(3 * 9, 8, seed=1).unflatten(0, (3, 9))[:, 4:]
+    with torch.no_grad():
+        out = torch_heads.heads_linear(x, weight)
+        assert torch.equal(out, ops.heads_linear(x, weight, impl="reference"))
+    assert out.is_contiguous()
 
 
 def test_parts_of_heads_that_do_not_fit_are_refused():
