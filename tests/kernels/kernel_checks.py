@@ -107,6 +107,47 @@ def test_rope_of_a_strided_slice(dtype, shape):
     )
 
 
+WIDTHS_OF_HEADS = [(7, 128, 64), (16, 128, 128), (3, 12, 5), (1, 44, 9)]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["of each head", "of all heads"])
+@pytest.mark.parametrize(("heads", "first", "second"), WIDTHS_OF_HEADS)
+def test_join_head_dims_of_views_moves_every_bit(dtype, heads, first, second, shared):
+    wide = made(TOKENS, heads, first + second + 8, dtype=dtype)
+    other = made(TOKENS, second + 8, dtype=dtype, seed=1) if shared else wide
+    dout = made(TOKENS, heads, first + second, dtype=dtype, seed=2).detach()
+    results = []
+    for impl in ("triton", "reference"):
+        parts = wide[..., :first], other[..., -second:]
+        out = ops.join_head_dims(*parts, impl=impl)
+        results.append([out, *torch.autograd.grad(out, parts, dout)])
+    assert all(torch.equal(fast, exact) for fast, exact in zip(*results, strict=True))
+    assert results[0][0].is_contiguous()
+
+
+@pytest.mark.parametrize(("heads", "first", "second"), WIDTHS_OF_HEADS)
+def test_split_head_dims_joins_gradients_to_the_bit(dtype, heads, first, second):
+    wide = made(TOKENS, heads, first + second, dtype=dtype)
+    grads = made(TOKENS, heads, first + 8, dtype=dtype), made(TOKENS, heads, second, dtype=dtype, seed=1)
+    grads = grads[0].detach()[..., :first], grads[1].detach()
+    results = []
+    for impl in ("triton", "reference"):
+        parts = ops.split_head_dims(wide, first, impl=impl)
+        assert all(part.untyped_storage().data_ptr() == wide.data_ptr() for part in parts)
+        results.append([*parts, *torch.autograd.grad(parts, wide, grads)])
+    assert all(torch.equal(fast, exact) for fast, exact in zip(*results, strict=True))
+
+
+def test_joins_of_no_tokens_and_of_transposed_operands(dtype):
+    assert ops.join_head_dims(made(0, 4, 8, dtype=dtype), made(0, 4, dtype=dtype), impl="triton").shape == (
+        0,
+        4,
+        12,
+    )
+    parts = made(8, 4, TOKENS, dtype=dtype).permute(2, 1, 0), made(4, TOKENS, dtype=dtype).t()
+    assert torch.equal(*(ops.join_head_dims(*parts, impl=impl) for impl in ("triton", "reference")))
+
+
 def pack(lengths):
     ends = torch.tensor(lengths).cumsum(0).tolist()
     return torch.tensor([0, *ends], dtype=torch.int32, device=DEVICE)

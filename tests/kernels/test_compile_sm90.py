@@ -315,12 +315,24 @@ SAMPLED = dict.fromkeys(("seed_ptr", "position_ptr", "token_ptr"), "*i64") | {
     )
     for name in names.split()
 }
+
+
+def joined(first, second):
+    rows, *padded = importlib.import_module("benthic.kernels.triton_heads").tiles(first, second)
+    constants = {"HEADS": 16, "FIRST": first, "SECOND": second, "ROWS": rows}
+    return constants | dict(zip(("FIRST_PAD", "SECOND_PAD"), padded, strict=True))
+
+
 MEMORY_BOUND = [
     ("triton_norm", "_norm_forward", {"HAS_RESIDUAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
     ("triton_norm", "_norm_backward", {"HAS_DTOTAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
     ("triton_norm", "_swiglu_forward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
     ("triton_norm", "_swiglu_backward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
     ("triton_norm", "_rotate", {"ROWS": 64, "HALF": 32}, 4, {}),
+    *(
+        ("triton_heads", "_join", joined(first, second), 4, {})
+        for first, second in ((128, 64), (128, 128), (44, 9))
+    ),
     ("triton_permute", "_gather_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_sum_rows", {"WEIGHTED": True, "TOP_K": 8, "WIDTH": 8192}, 16, {}),
@@ -484,6 +496,15 @@ MEMORY_BOUND = [
 def test_memory_bound_kernels_do_not_spill(module, kernel, constants, warps, overrides, tmp_path):
     built = compiled(module, kernel, constants, warps=warps, overrides=overrides)
     assert_fits(resources(built, tmp_path))
+
+
+@pytest.mark.parametrize(("first", "second"), [(128, 64), (128, 128)])
+def test_parts_of_heads_move_sixteen_bytes_at_a_time(first, second):
+    ptx = compiled("triton_heads", "_join", joined(first, second)).asm["ptx"]
+    for access in ("ld", "st"):
+        moves = re.findall(rf"{access}\.global\S*", ptx)
+        assert moves
+        assert all(move.endswith("v4.b32") for move in moves), moves
 
 
 def layout_of_first_sum(built):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benthic.errors import BackendError, ConfigError, ShapeError
-from benthic.kernels import ops
+from benthic.kernels import ops, torch_heads
 
 TOKENS, DIM = 63, 44
 
@@ -35,6 +35,36 @@ def compare(function, inputs, *, tolerance=1e-5, impls=(None, "reference")):
         scale = slow.abs().max().clamp(min=1.0)
         assert torch.isfinite(fast).all()
         assert (fast.double() - slow).abs().max() <= tolerance * scale
+
+
+def test_gradients_of_parts_of_heads():
+    wide = torch.randn(5, 3, 9, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.join_head_dims(*ops.split_head_dims(x, 6)), wide)
+    assert torch.autograd.gradcheck(ops.join_head_dims, (wide, other))
+    weight = torch.randn(3, 7, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ops.heads_linear, (wide, weight))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_a_product_of_every_head_is_written_row_by_row(tokens):
+    x, weight = made(tokens, 3, 8), made(3 * 9, 8, seed=1).unflatten(0, (3, 9))[:, 4:]
+    with torch.no_grad():
+        out = torch_heads.heads_linear(x, weight)
+        assert torch.equal(out, ops.heads_linear(x, weight, impl="reference"))
+    assert out.is_contiguous()
+
+
+def test_parts_of_heads_that_do_not_fit_are_refused():
+    x = made(5, 3, 8)
+    for second in (made(5, 2, 4), made(4, 4), made(5)):
+        with pytest.raises(ShapeError, match=r"join_head_dims: first \(5, 3, 8\)"):
+            ops.join_head_dims(x, second)
+    for first in (0, 8):
+        with pytest.raises(ShapeError, match=f"split_head_dims: {first} columns"):
+            ops.split_head_dims(x, first)
+    with pytest.raises(ShapeError, match="heads_linear"):
+        ops.heads_linear(x, made(2, 4, 8))
 
 
 @pytest.mark.parametrize("shape", [(TOKENS, DIM), (3, 7, DIM), (1, DIM)])

@@ -63,6 +63,16 @@ def test_attention_gradients_are_the_same_bits_over_fifty_repeats():
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 65])
+def test_a_product_of_every_head_lies_row_by_row_in_inference(tokens):
+    x, weight = random(tokens, 5, 512), random(5 * 256, 512).unflatten(0, (5, 256))[:, 128:]
+    with torch.no_grad():
+        out = ops.heads_linear(x, weight)
+        exact = ops.heads_linear(x.double(), weight.double(), impl="reference")
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.double(), exact, rtol=1e-2, atol=1e-1)
+
+
 def test_a_mixture_of_experts_runs_inside_a_cuda_graph():
     tokens, width, experts = 256, 512, 16
     x, gate = random(tokens, width).detach(), random(experts, width, dtype=torch.float32).detach()

@@ -104,6 +104,13 @@ CALLS = {
     )[0],
     "swiglu": lambda made, impl: ops.swiglu(made(TOKENS, WIDTH), impl=impl),
     "rope": rope,
+    "join_head_dims": lambda made, impl: ops.join_head_dims(
+        made(TOKENS, 3, WIDTH), made(TOKENS, 8), impl=impl
+    ),
+    "split_head_dims": lambda made, impl: torch.cat(
+        ops.split_head_dims(made(TOKENS, 3, WIDTH), 9, impl=impl), dim=-1
+    ),
+    "heads_linear": lambda made, impl: ops.heads_linear(made(TOKENS, 3, WIDTH), made(3, 9, WIDTH), impl=impl),
     "attention": attention,
     "mla_decode": mla_decode,
     "store_latent": store_latent,

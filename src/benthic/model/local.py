@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-import torch
 from torch.nn import functional as F
 
 from benthic.kernels import ops
@@ -77,7 +76,7 @@ class PackedAttend:
     ) -> Tensor:
         """DeepSeek-V3 report eq. (10), every head with keys and values of its own."""
         lengths = Lengths(self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen)
-        q_THnr = torch.cat((q_nope_THn, q_rope_THr), dim=-1)
+        q_THnr = ops.join_head_dims(q_nope_THn, q_rope_THr)
         return attend_expanded(self.core, q_THnr, latent_TC, k_rope_Tr, up, lengths, scale=scale)
 
 
@@ -106,10 +105,9 @@ def attend_expanded(
 ) -> Tensor:
     """Causal attention after expanding the latents: `out_THv`, one row for each query."""
     k_nope_THn, v_THv = up.expand(latent_TC)
-    k_rope_THr = k_rope_Tr[:, None].expand(-1, k_nope_THn.shape[1], -1)
     return core(
         q_THnr,
-        torch.cat((k_nope_THn, k_rope_THr), dim=-1),
+        ops.join_head_dims(k_nope_THn, k_rope_Tr),
         v_THv,
         lengths.cu_seqlens_q,
         lengths.cu_seqlens_k,

@@ -43,8 +43,7 @@ class LatentUp:
     def expand(self, latent_TC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every head, eq. (2) and (5): `(k_nope_THn, v_THv)`, views of one product."""
         kv_THnv = self.linear(latent_TC, self.weight).unflatten(-1, (-1, self.nope_dim + self.v_dim))
-        k_nope_THn, v_THv = kv_THnv.split((self.nope_dim, self.v_dim), -1)
-        return k_nope_THn, v_THv
+        return ops.split_head_dims(kv_THnv, self.nope_dim)
 
     def absorb_query(self, q_nope_THn: Tensor) -> Tensor:
         """`q . (W^UK c) = (W^UK^T q) . c`: queries moved into the latent space, `q_THC`."""
@@ -54,7 +53,7 @@ class LatentUp:
     def absorb_value(self, out_THC: Tensor) -> Tensor:
         """`sum p (W^UV c) = W^UV (sum p c)`: outputs moved from the latent space, `out_THv`."""
         w_uv_HvC = self.weight.unflatten(0, (-1, self.nope_dim + self.v_dim))[:, self.nope_dim :]
-        return (out_THC.transpose(0, 1) @ w_uv_HvC.transpose(1, 2)).transpose(0, 1)
+        return ops.heads_linear(out_THC, w_uv_HvC)
 
 
 class Attention(nn.Module, ABC):
@@ -93,7 +92,7 @@ class Attention(nn.Module, ABC):
         """From the compressed query and the unnormed latent with its key to the attention's output."""
         linear = sockets.linear
         q_THnr = self.query(compressed_TX, linear).unflatten(-1, (-1, sum(self.query_split)))
-        q_nope_THn, q_rope_THr = q_THnr.split(self.query_split, -1)
+        q_nope_THn, q_rope_THr = ops.split_head_dims(q_THnr, self.query_split[0])
         latent_TC, k_rope_Tr = kv_TCr.split(self.latent_split, -1)
         return sockets.attend(
             q_nope_THn,

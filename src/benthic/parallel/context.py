@@ -104,7 +104,7 @@ class ContextAttend:
         latent_AC, k_rope_Ar = all_TX.split((latent_TC.shape[-1], k_rope_Tr.shape[-1]), dim=-1)
         return attend_expanded(
             self.core,
-            torch.cat((q_nope_THn, q_rope_THr), dim=-1),
+            ops.join_head_dims(q_nope_THn, q_rope_THr),
             latent_AC.index_select(0, self.key_K),
             k_rope_Ar.index_select(0, self.key_K),
             up,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from benthic.kernels.ops import attention, mla_decode, store_latent
+from benthic.kernels.ops import attention, join_head_dims, mla_decode, store_latent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -185,10 +185,9 @@ def _expanded(
     """Prefill rows against expanded keys and values: `out_THv`."""
     latent_MC, rope_Mr = context
     k_nope_MHn, v_MHv = up.expand(latent_MC)
-    rope_MHr = rope_Mr.unsqueeze(1).expand(-1, k_nope_MHn.shape[1], -1)
     return attention(
-        torch.cat((q_nope_THn, q_rope_THr), dim=-1),
-        torch.cat((k_nope_MHn, rope_MHr), dim=-1),
+        join_head_dims(q_nope_THn, q_rope_THr),
+        join_head_dims(k_nope_MHn, rope_Mr),
         v_MHv,
         prefill.cu_seqlens_q,
         prefill.cu_seqlens_k,

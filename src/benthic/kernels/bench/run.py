@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SUITES: Final[dict[str, Callable[[Bench], None]]] = {
     "memory_bound": suites.memory_bound,
+    "head_dims": suites.head_dims,
     "attention": attention.attention,
     "decode": attention.decode,
     "experts": suites.experts,

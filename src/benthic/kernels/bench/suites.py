@@ -65,6 +65,32 @@ def _rows(bench: Bench, *shape: int, count: int = 1) -> Make:
     return lambda seed: tuple(bench.random(*shape, seed=seed * 10 + i, grad=True) for i in range(count))
 
 
+def head_dims(bench: Bench) -> None:
+    """Two parts of heads side by side, as queries, keys and gradients of both products are made."""
+    tokens, heads = (64, 4) if bench.small else (16384, 16)
+    row = tokens * bench.dtype.itemsize
+
+    def shared(impl: str, x: torch.Tensor) -> torch.Tensor:
+        return ops.join_head_dims(x[..., :128], x[:, 0, 128:], impl=impl)
+
+    def both(impl: str, x: torch.Tensor) -> torch.Tensor:
+        return ops.join_head_dims(x[..., :128], x[..., 128:], impl=impl)
+
+    cases: list[tuple[str, Callable[..., torch.Tensor], int, int]] = [
+        ("128 + 64", both, 192, 2 * heads * 192),
+        ("128 + 64 of all heads", shared, 192, heads * (128 + 192) + 64),
+        ("128 + 128", both, 256, 2 * heads * 256),
+    ]
+    for dims, run, width, each in cases:
+        operands = bench.sets(_rows(bench, tokens, heads, width), row * each)
+        names = implementations("join_head_dims", trying(run, *operands[0]))
+        for impl in dict.fromkeys([*names, "reference"]):  # the definition is what torch has
+            error = relative(run(impl, *operands[0]), run("reference", *operands[0]))
+            seconds = bench.time(partial(run, impl), operands)
+            shape = f"{tokens} x {heads} x ({dims})"
+            bench.add("join_head_dims", shape, impl, seconds, row * each, "TB/s", error)
+
+
 def _grouped_lines(bench: Bench, count: int, rows: int, width: int, out: int) -> None:
     ends = (torch.arange(1, count + 1, device=bench.device) * rows).to(torch.int32)
 

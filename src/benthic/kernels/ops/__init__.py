@@ -81,6 +81,14 @@ from benthic.kernels.ops.gradient_sums import (
     accumulate,
     add_weight_gradient,
 )
+from benthic.kernels.ops.heads import (
+    HEADS_LINEAR,
+    JOIN_HEAD_DIMS,
+    SPLIT_HEAD_DIMS,
+    heads_linear,
+    join_head_dims,
+    split_head_dims,
+)
 from benthic.kernels.ops.linear_gradients import (
     GROUPED_INPUT_GRADIENT,
     GROUPED_WEIGHT_GRADIENT,
@@ -171,8 +179,10 @@ __all__ = [
     "grouped_input_gradient",
     "grouped_linear",
     "grouped_linear_by_row",
+    "heads_linear",
     "heads_linear_by_row",
     "home_slots",
+    "join_head_dims",
     "linear_by_row",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
@@ -192,6 +202,7 @@ __all__ = [
     "rms_norm_fp8",
     "rope",
     "route",
+    "split_head_dims",
     "store_latent",
     "sum_copies",
     "sum_copies_backward",
@@ -207,6 +218,9 @@ OPS: tuple[Op, ...] = (
     ADD_RMS_NORM,
     SWIGLU,
     ROPE,
+    JOIN_HEAD_DIMS,
+    SPLIT_HEAD_DIMS,
+    HEADS_LINEAR,
     ATTENTION,
     MLA_DECODE,
     STORE_LATENT,
