@@ -774,6 +774,15 @@ def test_fp8_tiles(dtype, quantise, power_of_two):
         assert differ.float().mean() < 1e-3
 
 
+def test_fp8_values_are_those_of_a_division(dtype):
+    x = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 448.0, 1 / 3, -5e-4, 6e4]], dtype=torch.float32).to(dtype)
+    x = x.repeat(1, 16)
+    if ON_GPU:  # the interpreter's conversion rounds some of these otherwise
+        x = torch.cat((x, made(1, 2**16, dtype=dtype).detach() * 2.0**-9), dim=1)
+    fast, exact = (ops.quantise_fp8_rows(x, impl=impl) for impl in ("triton", "reference"))
+    same_bits(ops.Fp8(*fast), exact)
+
+
 def test_fp8_dequantise(dtype):
     values, scale = ops.quantise_fp8_blocks(made(150, 300, dtype=torch.float32).detach(), impl="reference")
     results = [ops.dequantise_fp8(values, scale, dtype=dtype, impl=impl) for impl in ("triton", "reference")]

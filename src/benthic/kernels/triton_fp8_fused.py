@@ -12,6 +12,7 @@ import triton.language as tl
 
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
 from benthic.kernels.triton_e4m3 import scaled, tile_scale
+from benthic.kernels.triton_fp8 import row_block
 from benthic.kernels.triton_tiles import find_tile, groups
 
 
@@ -141,9 +142,10 @@ def swiglu(gate_up_RF2, *, power_of_two):
     out = _empty_tiles(rows, width, gate_up_RF2.device)
     if rows:
         tiles = out.scale.shape[1]
-        _swiglu_rows[(triton.cdiv(rows, 16), tiles)](
+        block, warps = row_block(rows)
+        _swiglu_rows[(triton.cdiv(rows, block), tiles)](
             gate_up_RF2, *out, rows, width, tiles, gate_up_RF2.stride(0),
-            POWER_OF_TWO=power_of_two, ROWS=16, TILE=TILE, num_warps=4,
+            POWER_OF_TWO=power_of_two, ROWS=block, TILE=TILE, num_warps=warps,
         )  # fmt: skip
     return out
 
