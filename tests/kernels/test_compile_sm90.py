@@ -190,13 +190,15 @@ def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
     module = importlib.import_module("benthic.kernels.triton_few_rows")
     block_r, block_k, stages = module.tiles(torch.float8_e4m3fn if fp8 else torch.bfloat16, rows)
     constants = {"BLOCK_R": block_r, "BLOCK_N": module.COLUMNS, "BLOCK_K": block_k, "WHOLE": True}
-    constants |= {"GROUPED": True, "EMULATE": False} if fp8 else {"PRECISION": "ieee"}
+    constants |= {"GROUPED": True, "EMULATE": False, "STAGES": stages} if fp8 else {"PRECISION": "ieee"}
     kinds = dict.fromkeys(("x_ptr", "weight_ptr"), "*fp8e4nv") if fp8 else {}
     kernel = "_few_rows_of_blocks" if fp8 else "_few_rows"
     built = compiled("triton_few_rows", kernel, constants, warps=4, stages=stages, overrides=kinds)
     used = resources(built, tmp_path)
     assert_fits(used)
     assert used.wgmma > 0
+    if fp8:  # scales too are loaded ahead, four bytes at a time
+        assert re.search(r"cp\.async\.ca\.shared\.global \[.*, 0x4", built.asm["ptx"])
 
 
 @pytest.mark.parametrize(("tiling", "kind"), [(1, "heads"), (4, "searched")])
