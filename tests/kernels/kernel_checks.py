@@ -703,6 +703,21 @@ def test_unpermute(dtype, width):
     compare(lambda rows, weight, impl: ops.unpermute(rows, maps, weight, impl=impl), inputs, dtype)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_that_come_home_are_added_to_what_is_beside_them(dtype, count):
+    maps = ops.permute(made(TOKENS, 4, dtype=dtype), routed(TOKENS, 5, 3), 6, impl="reference").maps
+    inputs = [made(TOKENS * 3, 48, dtype=dtype), made(TOKENS, 3, dtype=torch.float32, seed=1)]
+    inputs += [made(TOKENS, 48, dtype=dtype, seed=2 + index) for index in range(count)]
+
+    def run(rows, weight, *beside, impl):
+        return ops.unpermute(rows, maps, weight, beside, impl=impl)
+
+    compare(run, inputs, dtype)
+    rows, weight, *beside = (each.detach() for each in inputs)
+    apart = ops.added(ops.unpermute(rows, maps, weight, impl="triton"), tuple(beside))
+    assert torch.equal(run(rows, weight, *beside, impl="triton"), apart)
+
+
 def absent(tokens, top_k):
     """Rows of copies of which some are elsewhere (-1); also how many rows there are, three of them unused."""
     here = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(3)) < 0.6

@@ -325,7 +325,16 @@ MEMORY_BOUND = [
     ("triton_norm", "_rotate", {"ROWS": 64, "HALF": 32}, 4, {}),
     ("triton_permute", "_gather_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
-    ("triton_permute", "_sum_rows", {"WEIGHTED": True, "TOP_K": 8, "WIDTH": 8192}, 16, {}),
+    *(
+        (
+            "triton_permute",
+            "_sum_rows",
+            {"WEIGHTED": True, "BESIDE": beside, "TOP_K": 8, "WIDTH": 8192},
+            16,
+            {"row_ptr": "*i64"},
+        )
+        for beside in (0, 1, 2)
+    ),
     ("triton_permute", "_sum_rows_backward", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_row_maps", {"BLOCK": 2048}, 8, {"expert_ptr": "*i32"}),
     *(

@@ -129,7 +129,7 @@ from benthic.kernels.ops.routes import (
 from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
 from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, adamw, adamw_fp8
 from benthic.kernels.reference.fp8_linear import Fp8
-from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
+from benthic.kernels.reference.moe import Permuted, Routing, RowMaps, added
 from benthic.kernels.reference.sampling import Filters
 from benthic.kernels.reference.update import AdamWStep
 from benthic.kernels.table import Case, Implementation, Op
@@ -154,6 +154,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_fp8",
     "add_weight_gradient",
+    "added",
     "attention",
     "balance_loss",
     "choose_ranks",

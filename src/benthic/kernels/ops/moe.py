@@ -240,23 +240,37 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, *, impl: str | No
     return permuted
 
 
-def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, *, impl: str | None = None) -> Tensor:
+def unpermute(
+    rows_RD: Tensor,
+    maps: RowMaps,
+    weight_TK: Tensor,
+    beside: tuple[Tensor, ...] = (),
+    *,
+    impl: str | None = None,
+) -> Tensor:
     """`out_t = sum_k weight_tk * rows[row_tk]`: bring every token's rows home and sum them.
 
-    Shapes: rows [R, D]; maps from `permute`; weight [T, K]. The K terms are summed in float32 in the order
-    of k by gathers, so the result is deterministic; rounded once to the rows' dtype. Differentiable in rows
-    and weights.
-    Raises: ShapeError when rows, maps and weights disagree.
+    Shapes: rows [R, D]; maps from `permute`; weight [T, K]; beside up to two tensors [T, D] of the rows'
+    dtype. The K terms are summed in float32 in the order of k by gathers, so the result is deterministic;
+    rounded once to the rows' dtype, then added to the sum of `beside` as two torch additions would be.
+    Differentiable in rows, weights and beside.
+    Raises: ShapeError when rows, maps, weights and `beside` disagree.
     """
+    if len(beside) > 2 or any(x.shape[1:] != rows_RD.shape[1:] or x.dtype != rows_RD.dtype for x in beside):
+        msg = (
+            f"unpermute: rows are {tuple(rows_RD.shape)} in {rows_RD.dtype}, but beside them are "
+            f"{[(tuple(x.shape), x.dtype) for x in beside]}; at most two of the same width and dtype"
+        )
+        raise ShapeError(msg)
     if weight_TK.shape != maps.row_TK.shape or rows_RD.shape[0] != maps.copy_R.shape[0]:
         msg = (
             f"unpermute: {rows_RD.shape[0]} rows and weights {tuple(weight_TK.shape)} disagree with maps of "
             f"{maps.copy_R.shape[0]} rows and {tuple(maps.row_TK.shape)} copies"
         )
         raise ShapeError(msg)
-    grad = torch.is_grad_enabled() and (rows_RD.requires_grad or weight_TK.requires_grad)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (rows_RD, weight_TK, *beside))
     case = Case(device_type(rows_RD), rows_RD.dtype, grad=grad)
-    out: Tensor = UNPERMUTE.choose(case, impl)(rows_RD, maps, weight_TK)
+    out: Tensor = UNPERMUTE.choose(case, impl)(rows_RD, maps, weight_TK, beside)
     return out
 
 
