@@ -107,6 +107,21 @@ def test_rope_of_a_strided_slice(dtype, shape):
     )
 
 
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 16, 64), (TOKENS, 7, 12)])
+def test_rope_and_norm_at_once_give_the_bits_of_each_alone(dtype, tokens, heads, width):
+    angle = made(tokens, width // 2, dtype=torch.float32, seed=3).detach()
+    query = made(tokens, heads, width + 9, dtype=dtype).detach()[..., 9:]
+    latent, key = made(tokens, 160 + width, dtype=dtype, seed=1).detach().split((160, width), -1)
+    weight, angles = made(160, dtype=dtype, seed=2).detach(), (angle.cos(), angle.sin())
+    once = ops.rope_and_norm(query, key, latent, weight, 1e-6, *angles, impl="triton")
+    apart = [ops.rope(x, *angles, impl="triton") for x in (query, key)]
+    apart.append(ops.rms_norm(latent, weight, 1e-6, impl="triton"))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(once, apart, strict=True))
+    exact = ops.rope_and_norm(query, key, latent, weight, 1e-6, *angles, impl="reference")
+    for ours, theirs in zip(once, exact, strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)
+
+
 def pack(lengths):
     ends = torch.tensor(lengths).cumsum(0).tolist()
     return torch.tensor([0, *ends], dtype=torch.int32, device=DEVICE)

@@ -323,6 +323,7 @@ MEMORY_BOUND = [
     ("triton_norm", "_swiglu_forward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
     ("triton_norm", "_swiglu_backward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
     ("triton_norm", "_rotate", {"ROWS": 64, "HALF": 32}, 4, {}),
+    ("triton_norm", "_rotate_and_norm", {"ROWS": 64, "HALF": 32, "NORM_ROWS": 8, "WIDTH": 512}, 4, {}),
     ("triton_permute", "_gather_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     *(

@@ -90,6 +90,20 @@ def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
     return out
 
 
+def rope_and_norm(
+    q_rope_THr: Tensor,
+    k_rope_Tr: Tensor,
+    latent_TC: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_Tr2: Tensor,
+    sin_Tr2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `benthic.kernels.ops.rope_and_norm`."""
+    query, key = (rope(x, cos_Tr2, sin_Tr2) for x in (q_rope_THr, k_rope_Tr))
+    return query, key, rms_norm(latent_TC, weight_C, eps)
+
+
 def store_latent(cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: Tensor) -> None:
     """See `benthic.kernels.ops.store_latent`."""
     latent_TC, rope_Tr, slot_T = _rows(latent_TC), _rows(rope_Tr), slot_T.to(torch.int64).contiguous()

@@ -110,10 +110,12 @@ from benthic.kernels.ops.norm import (
     ADD_RMS_NORM,
     RMS_NORM,
     ROPE,
+    ROPE_AND_NORM,
     SWIGLU,
     add_rms_norm,
     rms_norm,
     rope,
+    rope_and_norm,
     swiglu,
 )
 from benthic.kernels.ops.routes import (
@@ -192,6 +194,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_fp8",
     "rope",
+    "rope_and_norm",
     "route",
     "store_latent",
     "sum_copies",
@@ -208,6 +211,7 @@ OPS: tuple[Op, ...] = (
     ADD_RMS_NORM,
     SWIGLU,
     ROPE,
+    ROPE_AND_NORM,
     ATTENTION,
     MLA_DECODE,
     STORE_LATENT,
