@@ -697,6 +697,10 @@ def test_gate_logits(dtype):
     x, weight = made(TOKENS, 96, dtype=dtype).detach(), made(10, 96, dtype=dtype, seed=1).detach()
     exact = torch.nn.functional.linear(x.double(), weight.double())
     close(ops.gate_logits(x, weight), exact, torch.float32)
+    few = [ops.gate_logits(part, weight, impl="few_rows") for part in (x, x[:1], x[3:9])]
+    close(few[0], exact, torch.float32)
+    assert torch.equal(few[0][:1], few[1])  # a program holds one row or four
+    assert torch.equal(few[0][3:9], few[2])
 
 
 @pytest.mark.parametrize("width", WIDTHS)

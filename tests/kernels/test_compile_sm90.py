@@ -303,6 +303,7 @@ def test_fp8_products_use_wgmma_without_spills(direction, rows, experts, tmp_pat
 GATE = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weight_ptr"), "*fp32")
 GATE |= dict.fromkeys(("dscores_ptr", "dweight_ptr", "dlogits_ptr"), "*fp32")
 GATE["expert_ptr"] = "*i32"
+GATED = {"out_ptr": "*fp32"}
 ROUTES = {"expert_ptr": "*i32", "side_ptr": "*fp32", "count_ptr": "*i64", "token_ptr": "*i64"}
 ROUTES |= {"goes_ptr": "*u8"}
 BALANCE = {"factor": "fp32", "expert_ptr": "*i32", "count_ptr": "*i64"} | dict.fromkeys(
@@ -322,6 +323,11 @@ MEMORY_BOUND = [
     ("triton_norm", "_norm_backward", {"HAS_DTOTAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
     ("triton_norm", "_swiglu_forward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
     ("triton_norm", "_swiglu_backward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
+    *(
+        ("triton_few_rows", "_gate", {"ROWS": rows, "EXPERTS": experts, "WIDTH": 4096 // experts}, 2, GATED)
+        for rows in (1, 4)
+        for experts in (1, 2)
+    ),
     ("triton_norm", "_rotate", {"ROWS": 64, "HALF": 32}, 4, {}),
     ("triton_norm", "_rotate_and_norm", {"ROWS": 64, "HALF": 32, "NORM_ROWS": 8, "WIDTH": 512}, 4, {}),
     ("triton_permute", "_gather_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),

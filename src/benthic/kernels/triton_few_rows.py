@@ -106,6 +106,40 @@ def _few_rows_of_blocks(
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=kept)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _gate(
+    x_ptr, weight_ptr, out_ptr, rows, experts, k_dim, stride_x, stride_e,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out[r, e] = sum_k x[r, k] * weight[e, k] in float32; two warps hold all weights of EXPERTS experts."""
+    expert, k = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS), tl.arange(0, WIDTH)
+    kept = (expert < experts)[:, None] & (k < k_dim)[None, :]
+    weight_at = weight_ptr + expert[:, None] * stride_e + k[None, :]
+    weight = tl.load(weight_at, mask=kept, other=0.0).to(tl.float32)
+    for index in tl.static_range(ROWS):
+        row = tl.program_id(0) * ROWS + index
+        x_kept = k < tl.where(row < rows, k_dim, 0)
+        x = tl.load(x_ptr + row.to(tl.int64) * stride_x + k, mask=x_kept, other=0.0)
+        out = tl.sum(weight * x.to(tl.float32)[None, :], axis=1)
+        tl.store(out_ptr + row * experts + expert, out, mask=expert < tl.where(row < rows, experts, 0))
+
+
+def gate_logits(x_TD, weight_ED):
+    """See `benthic.kernels.ops.gate_logits`; computes no gradients."""
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    weight_ED = weight_ED if weight_ED.stride(1) == 1 else weight_ED.contiguous()
+    (rows, width), experts = x_TD.shape, weight_ED.shape[0]
+    out_TE = torch.empty(rows, experts, dtype=torch.float32, device=x_TD.device)
+    block, padded = 1 if rows <= 8 else 4, triton.next_power_of_2(width)
+    own = max(1, 4096 // padded)
+    if rows:
+        _gate[(triton.cdiv(rows, block), triton.cdiv(experts, own))](
+            x_TD, weight_ED, out_TE, rows, experts, width, x_TD.stride(0), weight_ED.stride(0),
+            ROWS=block, EXPERTS=own, WIDTH=padded, num_warps=2,
+        )  # fmt: skip
+    return out_TE
+
+
 def grouped_linear(x_RI, weight_EOI, ends_E):
     """See `benthic.kernels.ops.grouped_linear`; computes no gradients."""
     x_RI = x_RI if x_RI.stride(1) == 1 else x_RI.contiguous()
