@@ -61,7 +61,7 @@ def _few_rows(
 @triton.jit
 def _few_rows_of_blocks(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, ends_ptr,
-    rows, experts, n_dim, k_dim, k_tiles, n_tiles,
+    rows, experts, n_dim, k_dim, k_tiles, n_tiles, stride_scale, stride_tile, stride_weight_scale,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _few_rows_of_blocks(
     k = tl.arange(0, BLOCK_K)
     own = expert.to(tl.int64)
     weight_base = weight_ptr + (own * n_dim + column[:, None]) * k_dim
-    weight_scale_at = weight_scale_ptr + (own * n_tiles + first_column // BLOCK_K) * k_tiles
+    weight_scale_at = weight_scale_ptr + (own * n_tiles + first_column // BLOCK_K) * stride_weight_scale
     for first in range(start, end, BLOCK_R):
         row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
         row_kept = row < end
@@ -85,7 +85,7 @@ def _few_rows_of_blocks(
         if expert < experts:
             weight_at = weight_base + k[None, :]
             x_at = x_ptr + row[None, :] * k_dim + k[:, None]
-            x_scale_at = x_scale_ptr + row * k_tiles
+            x_scale_at = x_scale_ptr + row * stride_scale
             own_scale_at = weight_scale_at + tl.zeros([BLOCK_R], tl.int64)
             # stages named here: scales, which no product reads, are loaded ahead like its operands
             for chunk in tl.range(k_tiles, num_stages=STAGES):
@@ -96,7 +96,7 @@ def _few_rows_of_blocks(
                     k_kept = k < k_dim - chunk * BLOCK_K
                     weight = tl.load(weight_at, mask=column_kept[:, None] & k_kept[None, :], other=0.0)
                     x = tl.load(x_at, mask=k_kept[:, None] & row_kept[None, :], other=0.0)
-                scale = tl.load(x_scale_at + chunk, mask=row_kept, other=0.0)
+                scale = tl.load(x_scale_at + chunk * stride_tile, mask=row_kept, other=0.0)
                 scale *= tl.load(own_scale_at + chunk, mask=row_kept, other=0.0)
                 acc += product_of_chunk(weight, x, EMULATE) * scale[None, :]
                 weight_at += BLOCK_K
@@ -160,17 +160,20 @@ def grouped_linear(x_RI, weight_EOI, ends_E):
 
 def fp8_linear(x, weight, ends_E, *, dtype):
     """See `benthic.kernels.ops.fp8_linear`."""
-    values, scale = weight.values.contiguous(), weight.scale.contiguous()
+    values, scale = weight.values.contiguous(), weight.scale
     rows, k_dim = x.values.shape
     n_dim, grouped = values.shape[-2], ends_E is not None
+    if grouped or scale.stride(-1) != 1:
+        scale = scale.contiguous()
     experts = ends_E.shape[0] if grouped else 1
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
     # one weight gives few programs, which have to load far ahead
     block_r, block_k, stages = tiles(x.values.dtype, rows // experts) if grouped else (16, 128, 8)
     if rows:
         _few_rows_of_blocks[(triton.cdiv(n_dim, COLUMNS), experts + grouped)](
-            x.values, x.scale.contiguous(), values, scale, out_RN, ends_E if grouped else values,
-            rows, experts, n_dim, k_dim, scale.shape[-1], scale.shape[-2],
+            x.values, x.scale, values, scale, out_RN, ends_E if grouped else values,
+            rows, experts, n_dim, k_dim,
+            scale.shape[-1], scale.shape[-2], *x.scale.stride(), scale.stride(-2),
             BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped, WHOLE=k_dim % block_k == 0,
             EMULATE=triton_interprets(), STAGES=stages, num_warps=4, num_stages=stages,
         )  # fmt: skip

@@ -130,7 +130,7 @@ from benthic.kernels.ops.routes import (
 )
 from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
 from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, adamw, adamw_fp8
-from benthic.kernels.reference.fp8_linear import Fp8
+from benthic.kernels.reference.fp8_linear import Fp8, spaced
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps, added
 from benthic.kernels.reference.sampling import Filters
 from benthic.kernels.reference.update import AdamWStep
@@ -196,6 +196,7 @@ __all__ = [
     "rope",
     "rope_and_norm",
     "route",
+    "spaced",
     "store_latent",
     "sum_copies",
     "sum_copies_backward",
