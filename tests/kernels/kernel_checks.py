@@ -148,6 +148,21 @@ def test_joins_of_no_tokens_and_of_transposed_operands(dtype):
     assert torch.equal(*(ops.join_head_dims(*parts, impl=impl) for impl in ("triton", "reference")))
 
 
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 16, 64), (TOKENS, 7, 12)])
+def test_rope_and_norm_at_once_give_the_bits_of_each_alone(dtype, tokens, heads, width):
+    angle = made(tokens, width // 2, dtype=torch.float32, seed=3).detach()
+    query = made(tokens, heads, width + 9, dtype=dtype).detach()[..., 9:]
+    latent, key = made(tokens, 160 + width, dtype=dtype, seed=1).detach().split((160, width), -1)
+    weight, angles = made(160, dtype=dtype, seed=2).detach(), (angle.cos(), angle.sin())
+    once = ops.rope_and_norm(query, key, latent, weight, 1e-6, *angles, impl="triton")
+    apart = [ops.rope(x, *angles, impl="triton") for x in (query, key)]
+    apart.append(ops.rms_norm(latent, weight, 1e-6, impl="triton"))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(once, apart, strict=True))
+    exact = ops.rope_and_norm(query, key, latent, weight, 1e-6, *angles, impl="reference")
+    for ours, theirs in zip(once, exact, strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)
+
+
 def pack(lengths):
     ends = torch.tensor(lengths).cumsum(0).tolist()
     return torch.tensor([0, *ends], dtype=torch.int32, device=DEVICE)
@@ -723,6 +738,10 @@ def test_gate_logits(dtype):
     x, weight = made(TOKENS, 96, dtype=dtype).detach(), made(10, 96, dtype=dtype, seed=1).detach()
     exact = torch.nn.functional.linear(x.double(), weight.double())
     close(ops.gate_logits(x, weight), exact, torch.float32)
+    few = [ops.gate_logits(part, weight, impl="few_rows") for part in (x, x[:1], x[3:9])]
+    close(few[0], exact, torch.float32)
+    assert torch.equal(few[0][:1], few[1])  # a program holds one row or four
+    assert torch.equal(few[0][3:9], few[2])
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -742,6 +761,21 @@ def test_unpermute(dtype, width):
     maps = ops.permute(made(TOKENS, 4, dtype=dtype), routed(TOKENS, 5, 3), 6, impl="reference").maps
     inputs = [made(TOKENS * 3, width, dtype=dtype), made(TOKENS, 3, dtype=torch.float32, seed=1)]
     compare(lambda rows, weight, impl: ops.unpermute(rows, maps, weight, impl=impl), inputs, dtype)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_that_come_home_are_added_to_what_is_beside_them(dtype, count):
+    maps = ops.permute(made(TOKENS, 4, dtype=dtype), routed(TOKENS, 5, 3), 6, impl="reference").maps
+    inputs = [made(TOKENS * 3, 48, dtype=dtype), made(TOKENS, 3, dtype=torch.float32, seed=1)]
+    inputs += [made(TOKENS, 48, dtype=dtype, seed=2 + index) for index in range(count)]
+
+    def run(rows, weight, *beside, impl):
+        return ops.unpermute(rows, maps, weight, beside, impl=impl)
+
+    compare(run, inputs, dtype)
+    rows, weight, *beside = (each.detach() for each in inputs)
+    apart = ops.added(ops.unpermute(rows, maps, weight, impl="triton"), tuple(beside))
+    assert torch.equal(run(rows, weight, *beside, impl="triton"), apart)
 
 
 def absent(tokens, top_k):
@@ -813,6 +847,15 @@ def test_fp8_tiles(dtype, quantise, power_of_two):
     else:  # the interpreter's conversion drops the carry into the exponent and rounds some ties up
         differ &= exact.float().abs().frexp().mantissa != 0.5
         assert differ.float().mean() < 1e-3
+
+
+def test_fp8_values_are_those_of_a_division(dtype):
+    x = torch.tensor([[0.0, -0.0, 1e-30, -1e-30, 448.0, 1 / 3, -5e-4, 6e4]], dtype=torch.float32).to(dtype)
+    x = x.repeat(1, 16)
+    if ON_GPU:  # the interpreter's conversion rounds some of these otherwise
+        x = torch.cat((x, made(1, 2**16, dtype=dtype).detach() * 2.0**-9), dim=1)
+    fast, exact = (ops.quantise_fp8_rows(x, impl=impl) for impl in ("triton", "reference"))
+    same_bits(ops.Fp8(*fast), exact)
 
 
 def test_fp8_dequantise(dtype):

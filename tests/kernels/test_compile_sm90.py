@@ -190,13 +190,15 @@ def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
     module = importlib.import_module("benthic.kernels.triton_few_rows")
     block_r, block_k, stages = module.tiles(torch.float8_e4m3fn if fp8 else torch.bfloat16, rows)
     constants = {"BLOCK_R": block_r, "BLOCK_N": module.COLUMNS, "BLOCK_K": block_k, "WHOLE": True}
-    constants |= {"GROUPED": True, "EMULATE": False} if fp8 else {"PRECISION": "ieee"}
+    constants |= {"GROUPED": True, "EMULATE": False, "STAGES": stages} if fp8 else {"PRECISION": "ieee"}
     kinds = dict.fromkeys(("x_ptr", "weight_ptr"), "*fp8e4nv") if fp8 else {}
     kernel = "_few_rows_of_blocks" if fp8 else "_few_rows"
     built = compiled("triton_few_rows", kernel, constants, warps=4, stages=stages, overrides=kinds)
     used = resources(built, tmp_path)
     assert_fits(used)
     assert used.wgmma > 0
+    if fp8:  # scales too are loaded ahead, four bytes at a time
+        assert re.search(r"cp\.async\.ca\.shared\.global \[.*, 0x4", built.asm["ptx"])
 
 
 @pytest.mark.parametrize(("tiling", "kind"), [(1, "heads"), (4, "searched")])
@@ -301,6 +303,7 @@ def test_fp8_products_use_wgmma_without_spills(direction, rows, experts, tmp_pat
 GATE = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weight_ptr"), "*fp32")
 GATE |= dict.fromkeys(("dscores_ptr", "dweight_ptr", "dlogits_ptr"), "*fp32")
 GATE["expert_ptr"] = "*i32"
+GATED = {"out_ptr": "*fp32"}
 ROUTES = {"expert_ptr": "*i32", "side_ptr": "*fp32", "count_ptr": "*i64", "token_ptr": "*i64"}
 ROUTES |= {"goes_ptr": "*u8"}
 BALANCE = {"factor": "fp32", "expert_ptr": "*i32", "count_ptr": "*i64"} | dict.fromkeys(
@@ -328,14 +331,29 @@ MEMORY_BOUND = [
     ("triton_norm", "_norm_backward", {"HAS_DTOTAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
     ("triton_norm", "_swiglu_forward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
     ("triton_norm", "_swiglu_backward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
+    *(
+        ("triton_few_rows", "_gate", {"ROWS": rows, "EXPERTS": experts, "WIDTH": 4096 // experts}, 2, GATED)
+        for rows in (1, 4)
+        for experts in (1, 2)
+    ),
     ("triton_norm", "_rotate", {"ROWS": 64, "HALF": 32}, 4, {}),
     *(
         ("triton_heads", "_join", joined(first, second), 4, {})
         for first, second in ((128, 64), (128, 128), (44, 9))
     ),
+    ("triton_norm", "_rotate_and_norm", {"ROWS": 64, "HALF": 32, "NORM_ROWS": 8, "WIDTH": 512}, 4, {}),
     ("triton_permute", "_gather_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
-    ("triton_permute", "_sum_rows", {"WEIGHTED": True, "TOP_K": 8, "WIDTH": 8192}, 16, {}),
+    *(
+        (
+            "triton_permute",
+            "_sum_rows",
+            {"WEIGHTED": True, "BESIDE": beside, "TOP_K": 8, "WIDTH": 8192},
+            16,
+            {"row_ptr": "*i64"},
+        )
+        for beside in (0, 1, 2)
+    ),
     ("triton_permute", "_sum_rows_backward", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_row_maps", {"BLOCK": 2048}, 8, {"expert_ptr": "*i32"}),
     *(

@@ -218,3 +218,12 @@ def test_operands_that_disagree_are_refused_with_both_shapes():
         ops.adamw_fp8(*no_update(made(8, 8)), ops.quantise_fp8_weight(made(8, 9)))
     with pytest.raises(ShapeError, match="contiguous and of one shape"):
         ops.adamw_fp8(*no_update(made(8, 9).t()), ops.quantise_fp8_weight(made(9, 8)))
+
+
+def test_spaced_scales_begin_at_multiples_of_four_and_are_not_copied_again():
+    for scale in (torch.rand(3, 22), torch.rand(24, 3).t(), torch.rand(2, 3, 5)):
+        spaced = ops.spaced(scale)
+        assert torch.equal(spaced, scale)
+        assert spaced.stride(-1) == 1
+        assert spaced.stride(-2) == -(-scale.shape[-1] // 4) * 4
+        assert ops.spaced(spaced) is spaced

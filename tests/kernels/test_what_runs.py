@@ -49,6 +49,12 @@ def rope(made, impl):
     return ops.rope(made(TOKENS, 2, WIDTH), angle.cos(), angle.sin(), impl=impl)
 
 
+def rope_and_norm(made, impl):
+    angle = made(TOKENS, WIDTH // 2).detach()
+    operands = made(TOKENS, 2, WIDTH), made(TOKENS, WIDTH), made(TOKENS, 12), made(12)
+    return ops.rope_and_norm(*operands, 1e-6, angle.cos(), angle.sin(), impl=impl)[0]
+
+
 def mla_decode(made, impl):
     operands = made(2, 1, 3, WIDTH), made(2, 1, 3, 4), made(4, 8, WIDTH + 4)
     return ops.mla_decode(*operands, integers([2, 0], [3, 1]), integers(9, 5), scale=0.2, impl=impl)
@@ -111,6 +117,7 @@ CALLS = {
         ops.split_head_dims(made(TOKENS, 3, WIDTH), 9, impl=impl), dim=-1
     ),
     "heads_linear": lambda made, impl: ops.heads_linear(made(TOKENS, 3, WIDTH), made(3, 9, WIDTH), impl=impl),
+    "rope_and_norm": rope_and_norm,
     "attention": attention,
     "mla_decode": mla_decode,
     "store_latent": store_latent,
@@ -235,7 +242,7 @@ def test_nothing_counts_as_recorded_under_no_grad(call):
 
 def test_native_refuses_every_op_whose_gradients_are_recorded():
     refused = [call for call, each in EVERY if each.name == "native" and case_of(call, grad=True).grad]
-    assert len(refused) == 15
+    assert len(refused) == 16
     for call in refused:
         with pytest.raises(BackendError, match=r"gradients recorded.* native: "):
             CALLS[call](maker(grad=True), "native")

@@ -102,9 +102,9 @@ class Told(LocalExchange):
         self.note("combine")  # type: ignore[attr-defined]
         return super().start_combine(rows_RD, arrived)
 
-    def finish_combine(self, flight: InFlight) -> torch.Tensor:
+    def finish_combine(self, flight: InFlight, beside: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
         self.note("home")  # type: ignore[attr-defined]
-        return super().finish_combine(flight)
+        return super().finish_combine(flight, beside)
 
 
 def test_the_second_half_works_while_the_first_travels(model: DeepSeek) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.kernels.native import library
-from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
+from benthic.kernels.reference.moe import Permuted, Routing, RowMaps, added
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +88,20 @@ def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
         x.shape[-1] // 2,
     )
     return out
+
+
+def rope_and_norm(
+    q_rope_THr: Tensor,
+    k_rope_Tr: Tensor,
+    latent_TC: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_Tr2: Tensor,
+    sin_Tr2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `benthic.kernels.ops.rope_and_norm`."""
+    query, key = (rope(x, cos_Tr2, sin_Tr2) for x in (q_rope_THr, k_rope_Tr))
+    return query, key, rms_norm(latent_TC, weight_C, eps)
 
 
 def store_latent(cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: Tensor) -> None:
@@ -210,7 +224,7 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
     return Permuted(rows_RD, ends_E, RowMaps(row_TK, copy_R))
 
 
-def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
+def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, beside: tuple[Tensor, ...] = ()) -> Tensor:
     """See `benthic.kernels.ops.unpermute`."""
     rows_RD, weight_TK = rows_RD.contiguous(), weight_TK.to(torch.float32).contiguous()
     row_TK = maps.row_TK.contiguous()
@@ -219,7 +233,7 @@ def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
     library().unpermute(
         rows_RD.data_ptr(), row_TK.data_ptr(), weight_TK.data_ptr(), out_TD.data_ptr(), tokens, top_k, width
     )
-    return out_TD
+    return added(out_TD, beside)
 
 
 def linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:

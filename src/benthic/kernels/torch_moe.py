@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benthic.kernels.grouped_mm import GroupedMm
-from benthic.kernels.reference.moe import Permuted, RowMaps, row_maps
+from benthic.kernels.reference.moe import Permuted, RowMaps, added, row_maps
 from benthic.kernels.reference.norm import wide
 
 if TYPE_CHECKING:
@@ -25,10 +25,9 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
     return Permuted(rows_RD, ends_E, maps)
 
 
-def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
+def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, beside: tuple[Tensor, ...] = ()) -> Tensor:
     """See `benthic.kernels.ops.unpermute`; narrow rows are summed in float32."""
-    out_TD: Tensor = _WeightedSum.apply(rows_RD, weight_TK, maps.row_TK, maps.copy_R)
-    return out_TD
+    return added(_WeightedSum.apply(rows_RD, weight_TK, maps.row_TK, maps.copy_R), beside)
 
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:

@@ -61,6 +61,20 @@ def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
     return _rotate(x, *_by_head(x, cos_Tr2, sin_Tr2), sign=1.0)
 
 
+def rope_and_norm(
+    q_rope_THr: Tensor,
+    k_rope_Tr: Tensor,
+    latent_TC: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_Tr2: Tensor,
+    sin_Tr2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `benthic.kernels.ops.rope_and_norm`; float32 and float64."""
+    query, key = (rope(x, cos_Tr2, sin_Tr2) for x in (q_rope_THr, k_rope_Tr))
+    return query, key, rms_norm(latent_TC, weight_C, eps)
+
+
 def differentiable_rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
     """See `benthic.kernels.ops.rope`; float32, float64 and bfloat16."""
     out: Tensor = _Rope.apply(x, *_by_head(x, cos_Tr2, sin_Tr2))

@@ -19,8 +19,17 @@ def tile_scale(amax, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def scaled(x, scale):
-    """`x / scale`, rounded to nearest and clamped to what E4M3 holds; `scale` is spread over x."""
-    return tl.minimum(tl.maximum(tl.div_rn(x, scale + tl.zeros_like(x)), -448.0), 448.0)
+    """`x / scale`, rounded to nearest and clamped to what E4M3 holds; `scale` is spread over x.
+
+    A product with the reciprocal whose remainder is added rounds as a division does (Markstein 1990), unless
+    the remainder underflows: the quotient is then far below what E4M3 holds. A division branches at every
+    element, and takes its slow path for zeros.
+    """
+    inverse = tl.div_rn(1.0 + tl.zeros_like(scale), scale)
+    quotient = x * inverse
+    quotient = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
+    quotient = tl.where(x == 0.0, x, quotient)  # the sum has lost the sign of a zero
+    return tl.minimum(tl.maximum(quotient, -448.0), 448.0)
 
 
 @triton.jit

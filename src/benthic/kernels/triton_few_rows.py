@@ -61,9 +61,9 @@ def _few_rows(
 @triton.jit
 def _few_rows_of_blocks(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, ends_ptr,
-    rows, experts, n_dim, k_dim, k_tiles, n_tiles,
+    rows, experts, n_dim, k_dim, k_tiles, n_tiles, stride_scale, stride_tile, stride_weight_scale,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUPED: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr,
+    GROUPED: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `_few_rows` for FP8 tiles: every chunk of K is multiplied by itself, scaled and added in float32."""
     expert = tl.program_id(1)
@@ -77,7 +77,7 @@ def _few_rows_of_blocks(
     k = tl.arange(0, BLOCK_K)
     own = expert.to(tl.int64)
     weight_base = weight_ptr + (own * n_dim + column[:, None]) * k_dim
-    weight_scale_at = weight_scale_ptr + (own * n_tiles + first_column // BLOCK_K) * k_tiles
+    weight_scale_at = weight_scale_ptr + (own * n_tiles + first_column // BLOCK_K) * stride_weight_scale
     for first in range(start, end, BLOCK_R):
         row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
         row_kept = row < end
@@ -85,7 +85,10 @@ def _few_rows_of_blocks(
         if expert < experts:
             weight_at = weight_base + k[None, :]
             x_at = x_ptr + row[None, :] * k_dim + k[:, None]
-            for chunk in range(k_tiles):
+            x_scale_at = x_scale_ptr + row * stride_scale
+            own_scale_at = weight_scale_at + tl.zeros([BLOCK_R], tl.int64)
+            # stages named here: scales, which no product reads, are loaded ahead like its operands
+            for chunk in tl.range(k_tiles, num_stages=STAGES):
                 if WHOLE:
                     weight = tl.load(weight_at, mask=column_kept[:, None], other=0.0)
                     x = tl.load(x_at, mask=row_kept[None, :], other=0.0)
@@ -93,14 +96,48 @@ def _few_rows_of_blocks(
                     k_kept = k < k_dim - chunk * BLOCK_K
                     weight = tl.load(weight_at, mask=column_kept[:, None] & k_kept[None, :], other=0.0)
                     x = tl.load(x_at, mask=k_kept[:, None] & row_kept[None, :], other=0.0)
-                scale = tl.load(x_scale_ptr + row * k_tiles + chunk, mask=row_kept, other=0.0)
-                scale *= tl.load(weight_scale_at + chunk)
+                scale = tl.load(x_scale_at + chunk * stride_tile, mask=row_kept, other=0.0)
+                scale *= tl.load(own_scale_at + chunk, mask=row_kept, other=0.0)
                 acc += product_of_chunk(weight, x, EMULATE) * scale[None, :]
                 weight_at += BLOCK_K
                 x_at += BLOCK_K
         out_at = out_ptr + row[None, :] * n_dim + column[:, None]
         kept = column_kept[:, None] & row_kept[None, :]
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gate(
+    x_ptr, weight_ptr, out_ptr, rows, experts, k_dim, stride_x, stride_e,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """out[r, e] = sum_k x[r, k] * weight[e, k] in float32; two warps hold all weights of EXPERTS experts."""
+    expert, k = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS), tl.arange(0, WIDTH)
+    kept = (expert < experts)[:, None] & (k < k_dim)[None, :]
+    weight_at = weight_ptr + expert[:, None] * stride_e + k[None, :]
+    weight = tl.load(weight_at, mask=kept, other=0.0).to(tl.float32)
+    for index in tl.static_range(ROWS):
+        row = tl.program_id(0) * ROWS + index
+        x_kept = k < tl.where(row < rows, k_dim, 0)
+        x = tl.load(x_ptr + row.to(tl.int64) * stride_x + k, mask=x_kept, other=0.0)
+        out = tl.sum(weight * x.to(tl.float32)[None, :], axis=1)
+        tl.store(out_ptr + row * experts + expert, out, mask=expert < tl.where(row < rows, experts, 0))
+
+
+def gate_logits(x_TD, weight_ED):
+    """See `benthic.kernels.ops.gate_logits`; computes no gradients."""
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    weight_ED = weight_ED if weight_ED.stride(1) == 1 else weight_ED.contiguous()
+    (rows, width), experts = x_TD.shape, weight_ED.shape[0]
+    out_TE = torch.empty(rows, experts, dtype=torch.float32, device=x_TD.device)
+    block, padded = 1 if rows <= 8 else 4, triton.next_power_of_2(width)
+    own = max(1, 4096 // padded)
+    if rows:
+        _gate[(triton.cdiv(rows, block), triton.cdiv(experts, own))](
+            x_TD, weight_ED, out_TE, rows, experts, width, x_TD.stride(0), weight_ED.stride(0),
+            ROWS=block, EXPERTS=own, WIDTH=padded, num_warps=2,
+        )  # fmt: skip
+    return out_TE
 
 
 def grouped_linear(x_RI, weight_EOI, ends_E):
@@ -123,18 +160,22 @@ def grouped_linear(x_RI, weight_EOI, ends_E):
 
 def fp8_linear(x, weight, ends_E, *, dtype):
     """See `benthic.kernels.ops.fp8_linear`."""
-    values, scale = weight.values.contiguous(), weight.scale.contiguous()
+    values, scale = weight.values.contiguous(), weight.scale
     rows, k_dim = x.values.shape
     n_dim, grouped = values.shape[-2], ends_E is not None
+    if grouped or scale.stride(-1) != 1:
+        scale = scale.contiguous()
     experts = ends_E.shape[0] if grouped else 1
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
-    block_r, block_k, stages = tiles(x.values.dtype, rows // experts)
+    # one weight gives few programs, which have to load far ahead
+    block_r, block_k, stages = tiles(x.values.dtype, rows // experts) if grouped else (16, 128, 8)
     if rows:
         _few_rows_of_blocks[(triton.cdiv(n_dim, COLUMNS), experts + grouped)](
-            x.values, x.scale.contiguous(), values, scale, out_RN, ends_E if grouped else values,
-            rows, experts, n_dim, k_dim, scale.shape[-1], scale.shape[-2],
+            x.values, x.scale, values, scale, out_RN, ends_E if grouped else values,
+            rows, experts, n_dim, k_dim,
+            scale.shape[-1], scale.shape[-2], *x.scale.stride(), scale.stride(-2),
             BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped, WHOLE=k_dim % block_k == 0,
-            EMULATE=triton_interprets(), num_warps=4, num_stages=stages,
+            EMULATE=triton_interprets(), STAGES=stages, num_warps=4, num_stages=stages,
         )  # fmt: skip
     return out_RN
 

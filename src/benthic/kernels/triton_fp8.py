@@ -103,10 +103,10 @@ def quantise(x_MN, tile_m, tile_n, *, power_of_two, by_column=False):
     scale = torch.empty_strided((tiles_m, tiles_n), strides, dtype=torch.float32, device=x_MN.device)
     tile = triton.next_power_of_2(tile_n)
     if rows and tile_m == 1:
-        grid = (triton.cdiv(rows, 16), tiles_n)
-        _quantise_rows[grid](
+        block, warps = row_block(rows)
+        _quantise_rows[(triton.cdiv(rows, block), tiles_n)](
             x_MN, values, scale, rows, columns, x_MN.stride(0), *strides,
-            POWER_OF_TWO=power_of_two, ROWS=16, TILE=tile, TILE_N=tile_n, num_warps=4,
+            POWER_OF_TWO=power_of_two, ROWS=block, TILE=tile, TILE_N=tile_n, num_warps=warps,
         )  # fmt: skip
     elif rows:
         _quantise_blocks[(tiles_m, tiles_n)](
@@ -114,6 +114,11 @@ def quantise(x_MN, tile_m, tile_n, *, power_of_two, by_column=False):
             POWER_OF_TWO=power_of_two, TILE=tile, BLOCK=tile_n, num_warps=8,
         )  # fmt: skip
     return values, scale
+
+
+def row_block(rows):
+    """`(rows, warps)` of a program that cuts one column of row tiles; few rows go to many programs."""
+    return (16, 4) if rows > 256 else (4, 1)
 
 
 def dequantise(values_MN, scale, tile_m, tile_n, *, dtype):

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
 from benthic.kernels.triton_e4m3 import scaled, tile_scale
+from benthic.kernels.triton_fp8 import row_block
 from benthic.kernels.triton_tiles import find_tile, groups
 
 
@@ -60,7 +61,7 @@ def _quantise_both(
 
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_rows(
-    gate_up_ptr, values_ptr, scale_ptr, rows, width, tiles, stride,
+    gate_up_ptr, values_ptr, scale_ptr, rows, width, stride, scale_stride, tile_stride,
     POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One scale per row and `TILE` columns of `silu(gate) * up`, rounded first as the wide one is stored."""
@@ -74,13 +75,14 @@ def _swiglu_rows(
     scale = tile_scale(tl.max(tl.abs(out), axis=1), POWER_OF_TWO)
     values = scaled(out, scale[:, None]).to(tl.float8e4nv)
     tl.store(values_ptr + row[:, None] * width + column[None, :], values, mask=mask)
-    tl.store(scale_ptr + row * tiles + tl.program_id(1), scale, mask=row < rows)
+    at = row * scale_stride + tl.program_id(1).to(tl.int64) * tile_stride
+    tl.store(scale_ptr + at, scale, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_rows(
     x_ptr, residual_ptr, weight_ptr, total_ptr, values_ptr, scale_ptr,
-    rows, width, tiles, x_stride, residual_stride, eps,
+    rows, width, tiles, x_stride, residual_stride, scale_stride, tile_stride, eps,
     HAS_RESIDUAL: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +110,8 @@ def _norm_rows(
     values = scaled(cut, scale[:, :, None]).to(tl.float8e4nv)
     kept = (row < rows)[:, None]
     tl.store(values_ptr + at, values, mask=kept[:, :, None] & (column < width)[None, :, :])
-    tl.store(scale_ptr + row[:, None] * tiles + tile[None, :], scale, mask=kept & (tile < tiles)[None, :])
+    at = row[:, None] * scale_stride + tile[None, :].to(tl.int64) * tile_stride
+    tl.store(scale_ptr + at, scale, mask=kept & (tile < tiles)[None, :])
 
 
 def quantise_both(x_RI, ends_E, *, power_of_two):
@@ -119,8 +122,7 @@ def quantise_both(x_RI, ends_E, *, power_of_two):
     experts = 1 if ends_E is None else ends_E.shape[0]
     padded = padded_rows(rows, experts)
     by_row, by_column = (
-        _empty_tiles(outer, inner, device, by_column=True)
-        for outer, inner in ((rows, columns), (columns, padded))
+        _empty_tiles(outer, inner, device) for outer, inner in ((rows, columns), (columns, padded))
     )
     if padded:
         # one tile more than columns have room for: the rows past the last expert may begin in it
@@ -140,10 +142,10 @@ def swiglu(gate_up_RF2, *, power_of_two):
     rows, width = gate_up_RF2.shape[0], gate_up_RF2.shape[1] // 2
     out = _empty_tiles(rows, width, gate_up_RF2.device)
     if rows:
-        tiles = out.scale.shape[1]
-        _swiglu_rows[(triton.cdiv(rows, 16), tiles)](
-            gate_up_RF2, *out, rows, width, tiles, gate_up_RF2.stride(0),
-            POWER_OF_TWO=power_of_two, ROWS=16, TILE=TILE, num_warps=4,
+        block, warps = row_block(rows)
+        _swiglu_rows[(triton.cdiv(rows, block), out.scale.shape[1])](
+            gate_up_RF2, *out, rows, width, gate_up_RF2.stride(0), *out.scale.stride(),
+            POWER_OF_TWO=power_of_two, ROWS=block, TILE=TILE, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -169,7 +171,7 @@ def _norm(x_RD, residual_RD, weight_D, eps, *, power_of_two):
     if rows:
         _norm_rows[(triton.cdiv(rows, block),)](
             x_RD, other, weight_D, total, *out,
-            rows, width, out.scale.shape[1], x_RD.stride(0), other.stride(0), eps,
+            rows, width, out.scale.shape[1], x_RD.stride(0), other.stride(0), *out.scale.stride(), eps,
             HAS_RESIDUAL=residual_RD is not None, POWER_OF_TWO=power_of_two,
             ROWS=block, WIDTH=padded, TILE=TILE, num_warps=warps,
         )  # fmt: skip
@@ -183,9 +185,9 @@ def norm_tile(width):
     return rows, padded, min(16, max(4, rows * padded // 1024))
 
 
-def _empty_tiles(outer, inner, device, *, by_column=False):
-    """Values and scales to be written; scales row by row, or as products of a trainer read them."""
-    tiles = triton.cdiv(inner, TILE)
-    strides = (1, outer) if by_column else (tiles, 1)
-    scale = torch.empty_strided((outer, tiles), strides, dtype=torch.float32, device=device)
+def _empty_tiles(outer, inner, device):
+    """Values and scales to be written; scales column by column, as cuBLAS reads them."""
+    scale = torch.empty_strided(
+        (outer, triton.cdiv(inner, TILE)), (1, outer), dtype=torch.float32, device=device
+    )
     return Fp8(torch.empty(outer, inner, dtype=torch.float8_e4m3fn, device=device), scale)

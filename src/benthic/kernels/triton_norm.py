@@ -107,7 +107,19 @@ def _rotate(
     rows, heads, half, stride_t, stride_h, sign,
     ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    _rotate_tile(
+        x_ptr, cos_ptr, sin_ptr, out_ptr, first, rows, heads, half, stride_t, stride_h, sign, ROWS, HALF
+    )
+
+
+@triton.jit
+def _rotate_tile(
+    x_ptr, cos_ptr, sin_ptr, out_ptr,
+    first, rows, heads, half, stride_t, stride_h, sign,
+    ROWS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.arange(0, ROWS)
     token, head = row // heads, row % heads
     column = tl.arange(0, HALF)
     mask = (row < rows)[:, None] & (column < half)[None, :]
@@ -120,6 +132,41 @@ def _rotate(
     place = row[:, None] * (2 * half) + column[None, :]
     tl.store(out_ptr + place, (x_1 * cos - x_2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(out_ptr + place + half, (x_2 * cos + x_1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "norms", "queries"])
+def _rotate_and_norm(
+    query_ptr, key_ptr, latent_ptr, weight_ptr, cos_ptr, sin_ptr, query_out_ptr, key_out_ptr, latent_out_ptr,
+    tokens, heads, half, width, stride_query, stride_head, stride_key, stride_latent, eps, norms, queries,
+    ROWS: tl.constexpr, HALF: tl.constexpr, NORM_ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The first `norms` programs normalise latents, `queries` more rotate queries, the others keys.
+
+    Tiles are those of kernels of their own, so the bits are too.
+    """
+    program = tl.program_id(0)
+    if program < norms:
+        row = program.to(tl.int64) * NORM_ROWS + tl.arange(0, NORM_ROWS)
+        column = tl.arange(0, WIDTH)
+        mask = (row < tokens)[:, None] & (column < width)[None, :]
+        place = row[:, None] * stride_latent + column[None, :]
+        x = tl.load(latent_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
+        weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        out = (x * rstd[:, None] * weight[None, :]).to(latent_out_ptr.dtype.element_ty)
+        tl.store(latent_out_ptr + row[:, None] * width + column[None, :], out, mask=mask)
+    elif program < norms + queries:
+        first = (program - norms).to(tl.int64) * ROWS
+        _rotate_tile(
+            query_ptr, cos_ptr, sin_ptr, query_out_ptr,
+            first, tokens * heads, heads, half, stride_query, stride_head, 1.0, ROWS, HALF,
+        )  # fmt: skip
+    else:
+        first = (program - norms - queries).to(tl.int64) * ROWS
+        _rotate_tile(
+            key_ptr, cos_ptr, sin_ptr, key_out_ptr,
+            first, tokens, 1, half, stride_key, 0, 1.0, ROWS, HALF,
+        )  # fmt: skip
 
 
 def rms_norm(x, weight_D, eps):
@@ -140,6 +187,26 @@ def swiglu(gate_up):
 def rope(x, cos_Tr2, sin_Tr2):
     """See `benthic.kernels.ops.rope`."""
     return _Rope.apply(x, cos_Tr2.contiguous(), sin_Tr2.contiguous())
+
+
+def rope_and_norm(q_rope_THr, k_rope_Tr, latent_TC, weight_C, eps, cos_Tr2, sin_Tr2):
+    """See `benthic.kernels.ops.rope_and_norm`."""
+    query, key, latent = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q_rope_THr, k_rope_Tr, latent_TC)
+    )
+    tokens, heads, rope_dim = query.shape
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, latent)]
+    rows, half_padded, _ = tile(rope_dim // 2, 2048)
+    norm_rows, padded, warps = tile(latent.shape[1], 4096)
+    programs = [triton.cdiv(*each) for each in ((tokens, norm_rows), (tokens * heads, rows), (tokens, rows))]
+    if tokens:
+        _rotate_and_norm[(sum(programs),)](
+            query, key, latent, weight_C, cos_Tr2.contiguous(), sin_Tr2.contiguous(), *outs,
+            tokens, heads, rope_dim // 2, latent.shape[1],
+            query.stride(0), query.stride(1), key.stride(0), latent.stride(0), eps, *programs[:2],
+            ROWS=rows, HALF=half_padded, NORM_ROWS=norm_rows, WIDTH=padded, num_warps=warps,
+        )  # fmt: skip
+    return tuple(outs)
 
 
 def as_rows(x):

@@ -38,14 +38,22 @@ def _gather_copies(
 
 @triton.jit
 def _sum_rows(
-    rows_ptr, weight_ptr, row_ptr, out_ptr, width, stride,
-    WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+    rows_ptr, weight_ptr, row_ptr, out_ptr, beside1_ptr, beside2_ptr, width, stride,
+    WEIGHTED: tl.constexpr, BESIDE: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over k, in order, of weight[t, k] * rows[row[t, k]]."""
+    """out[t] = sum over k, in order, of weight[t, k] * rows[row[t, k]], added to BESIDE tensors."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
+    at, kept = token * width + column, column < width
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     acc = sum_of_rows(rows_ptr, weight_ptr, row_ptr, token, column, width, stride, WEIGHTED, TOP_K, WIDTH)
-    tl.store(out_ptr + token * width + column, acc.to(out_ptr.dtype.element_ty), mask=column < width)
+    if BESIDE > 0:  # every sum is rounded, as by kernels of their own
+        beside = tl.load(beside1_ptr + at, mask=kept, other=0.0).to(tl.float32)
+        if BESIDE > 1:
+            beside += tl.load(beside2_ptr + at, mask=kept, other=0.0).to(tl.float32)
+            beside = beside.to(dtype).to(tl.float32)
+        acc = beside + acc.to(dtype).to(tl.float32)
+    tl.store(out_ptr + at, acc.to(dtype), mask=kept)
 
 
 @triton.jit
@@ -128,9 +136,9 @@ def row_maps(expert_TK, num_experts):
     return ends_E, RowMaps(row_TK, copy_R)
 
 
-def unpermute(rows_RD, maps, weight_TK):
+def unpermute(rows_RD, maps, weight_TK, beside=()):
     """See `benthic.kernels.ops.unpermute`."""
-    return _WeightedSum.apply(rows_RD, weight_TK, maps.row_TK)
+    return _WeightedSum.apply(rows_RD, weight_TK, maps.row_TK, *beside)
 
 
 def gather_copies(x_AD, copy_R, ends_E, top_k):
@@ -198,29 +206,32 @@ class _Gather(torch.autograd.Function):
         return _summed(_unit_stride(drows_RD), None, row_TK), None, None
 
 
-def _summed(rows_RD, weight_TK, row_TK):
+def _summed(rows_RD, weight_TK, row_TK, beside=()):
     width, padded = rows_RD.shape[1], triton.next_power_of_2(rows_RD.shape[1])
     out = torch.empty(row_TK.shape[0], width, dtype=rows_RD.dtype, device=rows_RD.device)
     if out.numel():
         _sum_rows[(row_TK.shape[0],)](
-            rows_RD, row_TK if weight_TK is None else weight_TK, row_TK, out, width, rows_RD.stride(0),
-            WEIGHTED=weight_TK is not None, TOP_K=row_TK.shape[1], WIDTH=padded, num_warps=_warps(padded),
+            rows_RD, row_TK if weight_TK is None else weight_TK, row_TK, out,
+            *beside, *[out] * (2 - len(beside)), width, rows_RD.stride(0),
+            WEIGHTED=weight_TK is not None, BESIDE=len(beside),
+            TOP_K=row_TK.shape[1], WIDTH=padded, num_warps=_warps(padded),
         )  # fmt: skip
     return out
 
 
 class _WeightedSum(torch.autograd.Function):
-    """out[t] = sum over k of weight[t, k] * rows[row[t, k]]."""
+    """out[t] = beside[t] + sum over k of weight[t, k] * rows[row[t, k]]."""
 
     @staticmethod
-    def forward(ctx, rows_RD, weight_TK, row_TK):
+    def forward(ctx, rows_RD, weight_TK, row_TK, *beside):
         """Save rows and weights."""
         rows_RD, weight_TK, row_TK = _unit_stride(rows_RD), weight_TK.contiguous(), row_TK.contiguous()
         ctx.save_for_backward(rows_RD, weight_TK, row_TK)
-        return _summed(rows_RD, weight_TK, row_TK)
+        ctx.beside = len(beside)
+        return _summed(rows_RD, weight_TK, row_TK, [each.contiguous() for each in beside])
 
     @staticmethod
     def backward(ctx, dout_TD):
         """Gradients of rows and weights, in one pass."""
         rows_RD, weight_TK, row_TK = ctx.saved_tensors
-        return *sum_copies_backward(dout_TD, rows_RD, row_TK, weight_TK), None
+        return *sum_copies_backward(dout_TD, rows_RD, row_TK, weight_TK), None, *[dout_TD] * ctx.beside

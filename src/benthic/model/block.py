@@ -56,9 +56,9 @@ class Expanded:
 
 @dataclass(frozen=True)
 class Computed:
-    """After experts: `beside_TD` is residual plus shared experts; the experts' rows are on their way home."""
+    """After experts: `beside` adds up to residual plus shared experts; rows are on their way home."""
 
-    beside_TD: Tensor
+    beside: tuple[Tensor, ...]
     flight: InFlight
 
 
@@ -146,14 +146,14 @@ class MoeBlock(Block[Sent, Computed]):
     def experts(self, sent: Sent, sockets: Sockets) -> Computed:
         """Shared experts on this rank's own tokens while rows travel; routed experts on those that arrive."""
         linear, own = sockets.linear, sent.attended
-        beside_TD = self.moe.beside(own.residual_TD, own.normed_TD, linear)
+        beside = self.moe.beside(own.residual_TD, own.normed_TD, linear)
         arrived = sockets.exchange.finish_dispatch(sent.flight)
         rows_RD = self.moe.experts(arrived.rows_RD, arrived.ends_E, linear)
-        return Computed(beside_TD, sockets.exchange.start_combine(rows_RD, arrived))
+        return Computed(beside, sockets.exchange.start_combine(rows_RD, arrived))
 
     def combine(self, computed: Computed, sockets: Sockets) -> Tensor:
         """Sum the weighed rows that come home, eq. (12)."""
-        return computed.beside_TD + sockets.exchange.finish_combine(computed.flight)
+        return sockets.exchange.finish_combine(computed.flight, computed.beside)
 
     def routing(self, sent: Sent) -> Routing:
         """The gate's choice."""

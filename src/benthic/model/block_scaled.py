@@ -54,7 +54,7 @@ class NarrowRows(NamedTuple):
         """Rows quantised now, if they are not yet."""
         if isinstance(rows_RI, NarrowRows):
             return rows_RI
-        return cls(Fp8(*ops.quantise_fp8_rows(rows_RI)), rows_RI.dtype)
+        return cls(Fp8(*ops.quantise_fp8_rows(rows_RI, by_column=True)), rows_RI.dtype)
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,18 @@ def _product(rows_RI: Tensor | NarrowRows, parts: tuple[Fp8, ...], ends_E: Tenso
 def block_scaled_linear(model: DeepSeek, scales: Scales) -> BlockScaledLinear:
     """The socket for a model whose parameters named in `scales` hold FP8 values."""
     state = dict(model.named_parameters())
-    tiles = {name: Fp8(state[name].data, scale) for name, scale in scales.items()}
+    tiles = {name: Fp8(state[name].data, _read_in_place(scale)) for name, scale in scales.items()}
     return BlockScaledLinear(
         {
             own.values.data_ptr(): side_by_side(own) if GATE_UP in name else (own,)
             for name, own in tiles.items()
         }
     )
+
+
+def _read_in_place(scale: Tensor) -> Tensor:
+    """Scales of one matrix laid out as its products read them; those of experts stay as they are."""
+    return ops.spaced(scale) if scale.dim() == 2 else scale
 
 
 def side_by_side(tiles: Fp8) -> tuple[Fp8, ...]:

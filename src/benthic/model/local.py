@@ -138,13 +138,17 @@ class LocalExchange:
         return Arrived(rows_RD, ends_E, weight_TK, maps)
 
     def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
-        """Sum each token's rows with their weights, in a fixed order; nothing has to travel."""
-        return InFlight((ops.unpermute(rows_RD, arrived.handle, arrived.weight),), None)
+        """Nothing has to travel. Where autograd records, rows are summed now: less is kept until combine."""
+        if torch.is_grad_enabled():
+            return InFlight((ops.unpermute(rows_RD, arrived.handle, arrived.weight),), None)
+        return InFlight((rows_RD, arrived.weight), arrived.handle)
 
-    def finish_combine(self, flight: InFlight) -> Tensor:
-        """The sums are here already."""
-        (out_TD,) = flight.tensors
-        return out_TD
+    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
+        """Sum each token's rows with their weights, in a fixed order."""
+        if flight.handle is None:
+            return ops.added(flight.tensors[0], beside)
+        rows_RD, weight_TK = flight.tensors
+        return ops.unpermute(rows_RD, flight.handle, weight_TK, beside)
 
 
 def packed_sockets(

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from benthic.kernels import ops
@@ -94,15 +95,28 @@ class Attention(nn.Module, ABC):
         q_THnr = self.query(compressed_TX, linear).unflatten(-1, (-1, sum(self.query_split)))
         q_nope_THn, q_rope_THr = ops.split_head_dims(q_THnr, self.query_split[0])
         latent_TC, k_rope_Tr = kv_TCr.split(self.latent_split, -1)
+        q_rope_THr, k_rope_Tr, latent_TC = self._rotate_and_norm(q_rope_THr, k_rope_Tr, latent_TC, angles)
         return sockets.attend(
             q_nope_THn,
-            ops.rope(q_rope_THr, angles.cos_Tr2, angles.sin_Tr2),
-            self.kv_a_norm(latent_TC),
-            ops.rope(k_rope_Tr, angles.cos_Tr2, angles.sin_Tr2),
+            q_rope_THr,
+            latent_TC,
+            k_rope_Tr,
             self.latent_up(self.kv_b.weight, self.query_split[0], self.v_dim, linear),
             layer=self.layer,
             scale=self.scale,
         )
+
+    def _rotate_and_norm(
+        self, q_rope_THr: Tensor, k_rope_Tr: Tensor, latent_TC: Tensor, angles: Angles
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and key, normed latent; a trainer may have replaced the norm's method."""
+        norm, cos_Tr2, sin_Tr2 = self.kv_a_norm, angles.cos_Tr2, angles.sin_Tr2
+        if not torch.is_grad_enabled():
+            return ops.rope_and_norm(
+                q_rope_THr, k_rope_Tr, latent_TC, norm.weight, norm.eps, cos_Tr2, sin_Tr2
+            )
+        rotated = (ops.rope(x, cos_Tr2, sin_Tr2) for x in (q_rope_THr, k_rope_Tr))
+        return *rotated, norm(latent_TC)
 
 
 class DirectAttention(Attention):

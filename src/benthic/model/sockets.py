@@ -113,8 +113,11 @@ class Exchange(Protocol):
         """Weigh the experts' rows and send them home."""
         ...
 
-    def finish_combine(self, flight: InFlight) -> Tensor:
-        """Wait for what comes home and sum it in a fixed order: `out_t = sum_k weight_tk expert_k(x_t)`."""
+    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
+        """Wait for what comes home and sum it in a fixed order: `out_t = sum_k weight_tk expert_k(x_t)`.
+
+        Added to the sum of `beside`, see `benthic.kernels.ops.added`.
+        """
         ...
 
 

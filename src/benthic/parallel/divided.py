@@ -101,12 +101,12 @@ def _combined(block: MoeBlock, team: Team) -> Callable[[Computed, Sockets], Tens
     return lambda computed, sockets: team.sum(combine(computed, sockets))
 
 
-def _beside(moe: Moe) -> Callable[[Tensor, Tensor, LinearSocket], Tensor]:
+def _beside(moe: Moe) -> Callable[[Tensor, Tensor, LinearSocket], tuple[Tensor, ...]]:
     """The shared experts' share without the residual stream, which only rank 0 adds to the sum."""
     shared = moe.shared
     if shared is None:
-        return lambda residual_TD, normed_TD, linear: torch.zeros_like(residual_TD)  # noqa: ARG005
-    return lambda residual_TD, normed_TD, linear: shared(normed_TD, linear)  # noqa: ARG005
+        return lambda residual_TD, normed_TD, linear: ()  # noqa: ARG005
+    return lambda residual_TD, normed_TD, linear: (shared(normed_TD, linear),)  # noqa: ARG005
 
 
 def _looked_up(weight_VD: Tensor, team: Team) -> Callable[[Tensor], Tensor]:

@@ -62,9 +62,9 @@ class AllToAllExchange:
         """Sum each token's copies here with their weights and start sending the sums home."""
         return exchange_trip.start_combine(rows_RD, arrived)
 
-    def finish_combine(self, flight: InFlight) -> Tensor:
+    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
         """Wait for the sums and add them up in the order of ranks."""
-        return exchange_trip.finish_combine(flight)
+        return exchange_trip.finish_combine(flight, beside)
 
     def _counts(self, chosen: Choice) -> list[list[list[int]]]:
         """Tokens and copies by rank, `[leaving, arriving]`: the one synchronisation of the host."""

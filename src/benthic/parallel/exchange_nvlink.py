@@ -124,9 +124,9 @@ class NvlinkExchange:
         """Write the weighed sum of each token's copies here into the memory of its own rank."""
         return exchange_trip.start_combine(rows_RD, arrived)
 
-    def finish_combine(self, flight: InFlight) -> Tensor:
+    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
         """Wait on the device and add the sums up in the order of ranks."""
-        return exchange_trip.finish_combine(flight)
+        return exchange_trip.finish_combine(flight, beside)
 
     def _check(self, x_TD: Tensor, expert_TK: Tensor) -> None:
         size = self.size

@@ -114,11 +114,11 @@ def start_combine(rows_RD: Tensor, arrived: Arrived) -> InFlight:
     return InFlight((link,), Flight(trip, moving))
 
 
-def finish_combine(flight: InFlight) -> Tensor:
-    """Wait for the sums and add them up in the order of ranks."""
+def finish_combine(flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
+    """Wait for the sums and add them up in the order of ranks, then to what is `beside`."""
     (link,), handle = flight.tensors, flight.handle
     out_TD: Tensor = _Returned.apply(link, handle.trip, handle.moving)
-    return out_TD
+    return ops.added(out_TD, beside)
 
 
 def check_choice(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> None:

@@ -95,15 +95,15 @@ class GatheredExperts(OwnExperts):
             work = start_reduce_scatter(received, sent, self.group)
         return InFlight((received,), Moving(work, sent, sent.shape[1], sent.dtype))
 
-    def finish_combine(self, flight: InFlight) -> Tensor:
-        """Wait for the sums of this rank's rows and add them in the order of ranks."""
+    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
+        """Wait for the sums of this rank's rows and add them in the order of ranks, then to `beside`."""
         moving: Moving = flight.handle
         moving.work.wait()
         (received,) = flight.tensors
         if not self.rows:
-            return received
+            return ops.added(received, beside)
         parts_NTD = received.view(self.group.size, -1, moving.width)
-        return parts_NTD.sum(0, dtype=wide(moving.dtype)).to(moving.dtype)
+        return ops.added(parts_NTD.sum(0, dtype=wide(moving.dtype)).to(moving.dtype), beside)
 
     def _start_exchange(self, received: Tensor, sent: Tensor, *, home: bool) -> dist.Work:
         """Own rows to everybody and everybody's here, or the other way."""

@@ -141,9 +141,9 @@ class _Exchange:
         """As the exchange does."""
         return self.inner.start_combine(rows_RD, arrived)
 
-    def finish_combine(self, flight: InFlight) -> Tensor:
+    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
         """As the exchange does."""
-        return self.inner.finish_combine(flight)
+        return self.inner.finish_combine(flight, beside)
 
 
 @dataclass

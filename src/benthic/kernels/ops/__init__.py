@@ -118,10 +118,12 @@ from benthic.kernels.ops.norm import (
     ADD_RMS_NORM,
     RMS_NORM,
     ROPE,
+    ROPE_AND_NORM,
     SWIGLU,
     add_rms_norm,
     rms_norm,
     rope,
+    rope_and_norm,
     swiglu,
 )
 from benthic.kernels.ops.routes import (
@@ -136,8 +138,8 @@ from benthic.kernels.ops.routes import (
 )
 from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
 from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, adamw, adamw_fp8
-from benthic.kernels.reference.fp8_linear import Fp8
-from benthic.kernels.reference.moe import Permuted, Routing, RowMaps
+from benthic.kernels.reference.fp8_linear import Fp8, spaced
+from benthic.kernels.reference.moe import Permuted, Routing, RowMaps, added
 from benthic.kernels.reference.sampling import Filters
 from benthic.kernels.reference.update import AdamWStep
 from benthic.kernels.table import Case, Implementation, Op
@@ -162,6 +164,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_fp8",
     "add_weight_gradient",
+    "added",
     "attention",
     "balance_loss",
     "choose_ranks",
@@ -201,7 +204,9 @@ __all__ = [
     "rms_norm",
     "rms_norm_fp8",
     "rope",
+    "rope_and_norm",
     "route",
+    "spaced",
     "split_head_dims",
     "store_latent",
     "sum_copies",
@@ -221,6 +226,7 @@ OPS: tuple[Op, ...] = (
     JOIN_HEAD_DIMS,
     SPLIT_HEAD_DIMS,
     HEADS_LINEAR,
+    ROPE_AND_NORM,
     ATTENTION,
     MLA_DECODE,
     STORE_LATENT,

@@ -98,6 +98,16 @@ def _mm_wide(case: Case) -> Verdict:
     return yes("torch's product of narrow operands that leaves in float32: nothing is cast first")
 
 
+def _gate_of_few(case: Case) -> Verdict:
+    """Two warps hold the weights of an expert or two: no more of them than fit their registers."""
+    if case.dims[1] > 4096:
+        return no(f"holds weights of up to 4096 columns in two warps, not {case.dims[1]}")
+    return triton_runs(
+        torch.bfloat16, torch.float16, torch.float32, reason="weights read once, no loop over K"
+    )(case)
+
+
+_GATE_OF_FEW = inference_only(one_dtype(with_few_rows(_gate_of_few)))
 _NATIVE = inference_only(native_runs("one call into C"))
 _NATIVE_ROUTE = inference_only(one_dtype(native_runs("one call into C")))
 _NATIVE_GROUPED = inference_only(
@@ -147,14 +157,18 @@ GROUPED_LINEAR = Op(
 GATE_LOGITS = Op(
     "gate_logits",
     (
+        Implementation("few_rows", _GATE_OF_FEW, "benthic.kernels.triton_few_rows:gate_logits"),
         Implementation("mm_wide", inference_only(_mm_wide), "benthic.kernels.torch_moe:gate_logits"),
         reference("benthic.kernels.reference.moe:gate_logits"),
     ),
-    typical_dims=(2048, 64),
+    typical_dims=(64, 2048),
 )
 
 FEW_ROWS = 32
 """Rows an expert, on average, up to which `grouped_linear` is bound by reading weights."""
+
+FEW_GATED = 64
+"""Rows up to which the gate's product waits for its weights and not for arithmetic."""
 
 SCORING_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "greedy", "group_limited_greedy")
@@ -171,7 +185,8 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor, *, impl: str | None = None) -> 
         raise ShapeError(msg)
     mixed = x_TD.dtype is not weight_ED.dtype
     grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_ED.requires_grad)
-    case = Case(device_type(x_TD), x_TD.dtype, tuple(weight_ED.shape), grad=grad, mixed=mixed)
+    few, dims = x_TD.shape[0] <= FEW_GATED, tuple(weight_ED.shape)
+    case = Case(device_type(x_TD), x_TD.dtype, dims, grad=grad, mixed=mixed, few=few)
     logits_TE: Tensor = GATE_LOGITS.choose(case, impl)(x_TD, weight_ED)
     return logits_TE
 
@@ -240,23 +255,37 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, *, impl: str | No
     return permuted
 
 
-def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, *, impl: str | None = None) -> Tensor:
+def unpermute(
+    rows_RD: Tensor,
+    maps: RowMaps,
+    weight_TK: Tensor,
+    beside: tuple[Tensor, ...] = (),
+    *,
+    impl: str | None = None,
+) -> Tensor:
     """`out_t = sum_k weight_tk * rows[row_tk]`: bring every token's rows home and sum them.
 
-    Shapes: rows [R, D]; maps from `permute`; weight [T, K]. The K terms are summed in float32 in the order
-    of k by gathers, so the result is deterministic; rounded once to the rows' dtype. Differentiable in rows
-    and weights.
-    Raises: ShapeError when rows, maps and weights disagree.
+    Shapes: rows [R, D]; maps from `permute`; weight [T, K]; beside up to two tensors [T, D] of the rows'
+    dtype. The K terms are summed in float32 in the order of k by gathers, so the result is deterministic;
+    rounded once to the rows' dtype, then added to the sum of `beside` as two torch additions would be.
+    Differentiable in rows, weights and beside.
+    Raises: ShapeError when rows, maps, weights and `beside` disagree.
     """
+    if len(beside) > 2 or any(x.shape[1:] != rows_RD.shape[1:] or x.dtype != rows_RD.dtype for x in beside):
+        msg = (
+            f"unpermute: rows are {tuple(rows_RD.shape)} in {rows_RD.dtype}, but beside them are "
+            f"{[(tuple(x.shape), x.dtype) for x in beside]}; at most two of the same width and dtype"
+        )
+        raise ShapeError(msg)
     if weight_TK.shape != maps.row_TK.shape or rows_RD.shape[0] != maps.copy_R.shape[0]:
         msg = (
             f"unpermute: {rows_RD.shape[0]} rows and weights {tuple(weight_TK.shape)} disagree with maps of "
             f"{maps.copy_R.shape[0]} rows and {tuple(maps.row_TK.shape)} copies"
         )
         raise ShapeError(msg)
-    grad = torch.is_grad_enabled() and (rows_RD.requires_grad or weight_TK.requires_grad)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (rows_RD, weight_TK, *beside))
     case = Case(device_type(rows_RD), rows_RD.dtype, grad=grad)
-    out: Tensor = UNPERMUTE.choose(case, impl)(rows_RD, maps, weight_TK)
+    out: Tensor = UNPERMUTE.choose(case, impl)(rows_RD, maps, weight_TK, beside)
     return out
 
 

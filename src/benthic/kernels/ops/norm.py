@@ -33,6 +33,7 @@ _TRITON = triton_runs(
 )
 
 _NATIVE = inference_only(one_dtype(native_runs("one call into C")))
+_NATIVE_ROPE_AND_NORM = inference_only(one_dtype(native_runs("three calls into C")))
 
 RMS_NORM = Op(
     "rms_norm",
@@ -79,6 +80,17 @@ ROPE = Op(
         Implementation("triton", _TRITON, "benthic.kernels.triton_norm:rope"),
         reference("benthic.kernels.reference.norm:rope"),
     ),
+)
+
+ROPE_AND_NORM = Op(
+    "rope_and_norm",
+    (
+        Implementation("native", _NATIVE_ROPE_AND_NORM, "benthic.kernels.native_ops:rope_and_norm"),
+        Implementation("torch", one_dtype(_PLAIN), "benthic.kernels.torch_norm:rope_and_norm"),
+        Implementation("triton", inference_only(_TRITON), "benthic.kernels.triton_norm:rope_and_norm"),
+        reference("benthic.kernels.reference.norm:rope_and_norm"),
+    ),
+    trains=False,
 )
 
 
@@ -162,4 +174,47 @@ def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor, *, impl: str | None = None
         mixed=cos_Tr2.dtype is not x.dtype or sin_Tr2.dtype is not x.dtype,
     )
     out: Tensor = ROPE.choose(case, impl)(x, cos_Tr2, sin_Tr2)
+    return out
+
+
+def rope_and_norm(
+    q_rope_THr: Tensor,
+    k_rope_Tr: Tensor,
+    latent_TC: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_Tr2: Tensor,
+    sin_Tr2: Tensor,
+    *,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(rope(q), rope(k), rms_norm(latent))`: what latent attention makes of two products, in one pass.
+
+    Shapes: q [T, H, r], k [T, r], latent [T, C], of one dtype; weight [C]; cos and sin float32 [T, r/2].
+    The bits are those of `rope` and `rms_norm`.
+    For inference: where autograd records, only the definition runs.
+    Raises: ShapeError when tokens or widths disagree; BackendError when `impl` cannot run.
+    """
+    angles = (q_rope_THr.shape[0], q_rope_THr.shape[-1] // 2)
+    if (
+        any(x.shape != angles for x in (cos_Tr2, sin_Tr2))
+        or k_rope_Tr.shape != (angles[0], q_rope_THr.shape[-1])
+        or latent_TC.shape != (angles[0], weight_C.shape[0])
+    ):
+        msg = (
+            f"rope_and_norm: queries {tuple(q_rope_THr.shape)}, keys {tuple(k_rope_Tr.shape)}, latents "
+            f"{tuple(latent_TC.shape)}, weight {tuple(weight_C.shape)}, angles {tuple(cos_Tr2.shape)} and "
+            f"{tuple(sin_Tr2.shape)} disagree in tokens or widths"
+        )
+        raise ShapeError(msg)
+    dtype, operands = latent_TC.dtype, (q_rope_THr, k_rope_Tr, latent_TC, weight_C)
+    case = Case(
+        device_type(latent_TC),
+        dtype,
+        grad=torch.is_grad_enabled() and any(x.requires_grad for x in operands),
+        mixed=any(x.dtype is not dtype for x in operands),
+    )
+    out: tuple[Tensor, Tensor, Tensor] = ROPE_AND_NORM.choose(case, impl)(
+        q_rope_THr, k_rope_Tr, latent_TC, weight_C, eps, cos_Tr2, sin_Tr2
+    )
     return out

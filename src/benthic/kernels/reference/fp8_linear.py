@@ -39,6 +39,19 @@ def by_column(scale: Tensor) -> Tensor:
     return scale if scale.stride() == (1, scale.shape[0]) else scale.t().contiguous().t()
 
 
+def spaced(scale: Tensor) -> Tensor:
+    """Scales `[..., O, I]` of which each row begins at a multiple of 4; a copy where they lie otherwise.
+
+    What lies between rows are zeros, so cuBLAS may read them.
+    """
+    used = scale.shape[-1]
+    if scale.stride(-1) == 1 and scale.stride(-2) == used + -used % 4:
+        return scale
+    if used % 4 == 0:  # padding by nothing would copy, and keep how they lie
+        return scale.contiguous()
+    return F.pad(scale, (0, -used % 4))[..., :used]
+
+
 def quantise_weight(weight: Tensor, *, power_of_two: bool) -> Fp8:
     """Block tiles of one matrix `[O, I]`, or of each expert's `[E, O, I]`."""
     if weight.dim() == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -106,11 +107,16 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
     return Permuted(x_TD[maps.copy_R // expert_TK.shape[1]], ends_E, maps)
 
 
-def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor) -> Tensor:
-    """`out_t = sum_k weight_tk * rows[row_tk]`, summed in float32 in the order of k."""
+def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, beside: tuple[Tensor, ...] = ()) -> Tensor:
+    """`out_t = sum_k weight_tk * rows[row_tk]`, summed in float32 in the order of k; see `added`."""
     acc = wide(rows_RD.dtype)
     rows_TKD = rows_RD[maps.row_TK].to(acc)
-    return (rows_TKD * weight_TK.to(acc).unsqueeze(-1)).sum(dim=1).to(rows_RD.dtype)
+    return added((rows_TKD * weight_TK.to(acc).unsqueeze(-1)).sum(dim=1).to(rows_RD.dtype), beside)
+
+
+def added(out_TD: Tensor, beside: tuple[Tensor, ...]) -> Tensor:
+    """The tensors of `beside` added up, then `out`: every sum is rounded to their dtype."""
+    return functools.reduce(torch.add, (*beside, out_TD))
 
 
 def gather_copies(x_AD: Tensor, copy_R: Tensor, ends_E: Tensor, top_k: int) -> Tensor:

@@ -30,6 +30,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
+def rope_and_norm(
+    q_rope_THr: Tensor,
+    k_rope_Tr: Tensor,
+    latent_TC: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_Tr2: Tensor,
+    sin_Tr2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and key rotated, the latent normalised."""
+    query, key = (rope(x, cos_Tr2, sin_Tr2) for x in (q_rope_THr, k_rope_Tr))
+    return query, key, rms_norm(latent_TC, weight_C, eps)
+
+
 def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
     """Rotate pairs `(x_j, x_{j+r/2})` by each token's angles, in float32, rounded once."""
     x_1, x_2 = x.to(wide(x.dtype)).chunk(2, dim=-1)
