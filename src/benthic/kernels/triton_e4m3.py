@@ -10,8 +10,7 @@ import triton.language as tl
 @triton.jit
 def tile_scale(amax, POWER_OF_TWO: tl.constexpr):
     """Return amax / 448 with amax at least 1e-4, rounded up to a power of two on request."""
-    floor = tl.maximum(amax, 1e-4)
-    scale = tl.div_rn(floor, 448.0 + tl.zeros_like(floor))
+    scale = _quotient(tl.maximum(amax, 1e-4), 448.0, 1.0 / 448.0)
     if POWER_OF_TWO:
         scale = tl.exp2(tl.ceil(tl.log2(scale)))
     return scale
@@ -19,8 +18,22 @@ def tile_scale(amax, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def scaled(x, scale):
-    """`x / scale`, rounded to nearest and clamped to what E4M3 holds; `scale` is spread over x."""
-    return tl.minimum(tl.maximum(tl.div_rn(x, scale + tl.zeros_like(x)), -448.0), 448.0)
+    """`x / scale`, rounded to nearest; `scale`, that of the tile's largest magnitude, is spread over x.
+
+    No quotient is beyond 448 by more than a last place, which E4M3 rounds away: nothing is clamped.
+    """
+    return _quotient(x, scale, tl.div_rn(1.0 + tl.zeros_like(scale), scale))
+
+
+@triton.jit
+def _quotient(x, by, inverse):
+    """`x / by` rounded to nearest, where `inverse` is `1 / by` rounded to nearest (Markstein 1990).
+
+    Three products in place of a division, which takes ten instructions and a branch for each element:
+    enough to keep a kernel from the rate of memory. The remainder is turned round, so that -0 stays -0.
+    """
+    near = x * inverse
+    return tl.fma(tl.fma(near, by, x * -1.0), inverse * -1.0, near)
 
 
 @triton.jit
@@ -37,5 +50,7 @@ def spread(x, bits):
     below = tl.floor(steps)
     above = steps - below + bits.to(tl.float32) * 5.9604644775390625e-8 >= 1.0
     subnormal = (below + above.to(tl.float32)) * 0.001953125
-    rounded = tl.where(magnitude < 0.015625, subnormal, normal)
-    return tl.where(x < 0.0, -rounded, rounded)
+    rounded = tl.where(magnitude < 0.015625, subnormal, normal).to(tl.int32, bitcast=True)
+    # the sign by its bit: Triton before 3.7 negates by `0 - x`, which makes +0 of what rounds to -0
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (rounded | sign).to(tl.float32, bitcast=True)
