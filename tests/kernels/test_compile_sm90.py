@@ -432,9 +432,9 @@ MEMORY_BOUND = [
     (
         "triton_fp8_fused",
         "_quantise_both",
-        {"POWER_OF_TWO": False, "EXPERTS": 64, "TILE": 128, "PART": 64},
+        {"POWER_OF_TWO": False, "EXPERTS": 64, "TILE": 128},
         8,
-        {"row_values_ptr": "*fp8e4nv", "column_values_ptr": "*fp8e4nv"},
+        {"row_values_ptr": "*fp8e4nv", "column_words_ptr": "*i32"},
     ),
     (
         "triton_fp8_fused",
