@@ -22,7 +22,18 @@ def scaled(x, scale):
 
     No quotient is beyond 448 by more than a last place, which E4M3 rounds away: nothing is clamped.
     """
-    return _quotient(x, scale, tl.div_rn(1.0 + tl.zeros_like(scale), scale))
+    return _quotient(x, scale, _inverse(scale))
+
+
+@triton.jit
+def _inverse(scale):
+    """`1 / scale` rounded to nearest, as `div_rn` finds it but without its branch for extreme exponents.
+
+    A scale has none: it lies between 1e-4 / 448 and the largest float32 / 448.
+    """
+    near, turned = 1.0 / scale, scale * -1.0
+    near = tl.fma(near, tl.fma(turned, near, 1.0), near)
+    return tl.fma(near, tl.fma(turned, near, 1.0), near)
 
 
 @triton.jit

@@ -32,17 +32,19 @@ def _quantise_both(
     column = column_tile * TILE + within
     x_ptr += column_tile * TILE
     row_values_ptr += column_tile * TILE
-    row_scale_ptr += column_tile.to(tl.int64) * row_tile_stride
     left = columns - column_tile * TILE
     x_0 = _rows_of(x_ptr, row, end, left, stride, TILE)
     x_1 = _rows_of(x_ptr, row + 1, end, left, stride, TILE)
     x_2 = _rows_of(x_ptr, row + 2, end, left, stride, TILE)
     x_3 = _rows_of(x_ptr, row + 3, end, left, stride, TILE)
-    where = row_values_ptr, row_scale_ptr, columns, row_scale_stride
-    _store_rows(x_0, *where, row, end, left, POWER_OF_TWO, TILE)
-    _store_rows(x_1, *where, row + 1, end, left, POWER_OF_TWO, TILE)
-    _store_rows(x_2, *where, row + 2, end, left, POWER_OF_TWO, TILE)
-    _store_rows(x_3, *where, row + 3, end, left, POWER_OF_TWO, TILE)
+    where = row_values_ptr, columns, end, left
+    scale_0 = _store_rows(x_0, row, *where, POWER_OF_TWO, TILE)
+    scale_1 = _store_rows(x_1, row + 1, *where, POWER_OF_TWO, TILE)
+    scale_2 = _store_rows(x_2, row + 2, *where, POWER_OF_TWO, TILE)
+    scale_3 = _store_rows(x_3, row + 3, *where, POWER_OF_TWO, TILE)
+    scale = tl.reshape(tl.join(tl.join(scale_0, scale_2), tl.join(scale_1, scale_3)), (TILE,))
+    at = (start + within).to(tl.int64) * row_scale_stride + column_tile.to(tl.int64) * row_tile_stride
+    tl.store(row_scale_ptr + at, scale, mask=start + within < end)
     # the rows past the last expert belong to nobody: in columns they are zeros
     owned = expert < experts
     amax = tl.maximum(tl.maximum(tl.abs(x_0), tl.abs(x_1)), tl.maximum(tl.abs(x_2), tl.abs(x_3)))
@@ -68,14 +70,15 @@ def _rows_of(x_ptr, row, end, left, stride, TILE: tl.constexpr):
 
 @triton.jit
 def _store_rows(
-    x, values_ptr, scale_ptr, columns, scale_stride, row, end, left,
-    POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr,
+    x, row, values_ptr, columns, end, left, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
+    """Store some rows of a square and return their scales."""
     scale = tile_scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
-    values, within, place = scaled(x, scale[:, None]).to(tl.float8e4nv), tl.arange(0, TILE), row.to(tl.int64)
+    within = tl.arange(0, TILE)
+    at = row.to(tl.int64)[:, None] * columns + within[None, :]
     mask = (row < end)[:, None] & (within < left)[None, :]
-    tl.store(values_ptr + place[:, None] * columns + within[None, :], values, mask=mask)
-    tl.store(scale_ptr + place * scale_stride, scale, mask=row < end)
+    tl.store(values_ptr + at, scaled(x, scale[:, None]).to(tl.float8e4nv), mask=mask)
+    return scale
 
 
 @triton.jit
