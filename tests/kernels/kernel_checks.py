@@ -11,9 +11,12 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from benthic.errors import BackendError
 from benthic.kernels import ops
+from benthic.kernels.triton_e4m3 import scaled
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -808,6 +811,24 @@ def test_fp8_columns(dtype, name, power_of_two):
     rows = fp8_rows(x)
     fast, exact = (ops.retile_fp8(rows, ends, **options, impl=i) for i in ("triton", "reference"))
     same_tiles(fast, exact)
+
+
+@triton.jit
+def _scaled(x_ptr, scale_ptr, out_ptr, size: tl.constexpr):
+    at = tl.arange(0, size)
+    tl.store(out_ptr + at, scaled(tl.load(x_ptr + at), tl.load(scale_ptr + at)))
+
+
+def test_a_quotient_of_three_products_is_that_of_a_division(dtype):
+    """Quotients of small numbers, many of them borders of two E4M3 values, and of any."""
+    largest = torch.arange(128, 256, dtype=torch.float32, device=DEVICE)[:, None]
+    x = torch.cat((torch.arange(256, device=DEVICE) % largest, -made(128, 256, dtype=torch.float32)), dim=1)
+    x, scale = x.detach(), (largest / largest.new_full((), 448.0)).expand(-1, 512).contiguous()
+    x[:, :2] = x.new_tensor([0.0, -0.0])
+    found = torch.empty_like(x)
+    for row in range(0, 128, 8):
+        _scaled[(1,)](x[row : row + 8], scale[row : row + 8], found[row : row + 8], size=4096)
+    assert torch.equal(found.view(torch.int32), (x / scale).view(torch.int32))
 
 
 def same_bits(fused, apart):

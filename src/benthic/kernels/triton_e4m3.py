@@ -62,6 +62,6 @@ def spread(x, bits):
     above = steps - below + bits.to(tl.float32) * 5.9604644775390625e-8 >= 1.0
     subnormal = (below + above.to(tl.float32)) * 0.001953125
     rounded = tl.where(magnitude < 0.015625, subnormal, normal).to(tl.int32, bitcast=True)
-    # the sign by its bit: Triton before 3.7 negates by `0 - x`, which makes +0 of what rounds to -0
+    # the sign by its bit: Triton 3.6 negates by `0 - x`, which makes +0 of what rounds to -0
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
     return (rounded | sign).to(tl.float32, bitcast=True)

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-
 # Programs that share the copies of a counting sort, and (expert, copy) pairs that one looks at in a step.
 _PROGRAMS = 128
 _PAIRS = 8192
