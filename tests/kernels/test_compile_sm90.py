@@ -305,7 +305,7 @@ GATE |= dict.fromkeys(("dscores_ptr", "dweight_ptr", "dlogits_ptr"), "*fp32")
 GATE["expert_ptr"] = "*i32"
 GATED = {"out_ptr": "*fp32"}
 ROUTES = {"expert_ptr": "*i32", "side_ptr": "*fp32", "count_ptr": "*i64", "token_ptr": "*i64"}
-ROUTES |= {"goes_ptr": "*u8"}
+ROUTES |= {"goes_ptr": "*u8", "found_ptr": "*i32"}
 BALANCE = {"factor": "fp32", "expert_ptr": "*i32", "count_ptr": "*i64"} | dict.fromkeys(
     ("scores_ptr", "loads_ptr", "weighted_ptr", "found_ptr", "dloss_ptr", "dscores_ptr"), "*fp32"
 )
@@ -355,7 +355,6 @@ MEMORY_BOUND = [
         for beside in (0, 1, 2)
     ),
     ("triton_permute", "_sum_rows_backward", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
-    ("triton_permute", "_row_maps", {"BLOCK": 2048}, 8, {"expert_ptr": "*i32"}),
     *(
         ("triton_route", "_route", {"SIGMOID": True, "BIASED": True, "NORMALISE": True} | gate, 4, GATE)
         for gate in (
@@ -372,7 +371,14 @@ MEMORY_BOUND = [
     ),
     ("triton_routes", "_choose_ranks", {"TOP_K": 8, "BLOCK": 1024}, 4, ROUTES | {"goes_ptr": "*i1"}),
     ("triton_routes", "_place_departures", {"BLOCK": 1024, "RANKS": 8}, 4, ROUTES),
-    ("triton_routes", "_place_copies", {"TOP_K": 8, "BLOCK": 4096}, 8, ROUTES),
+    *(
+        ("triton_routes", kernel, shape | {"TOP_K": 8, "PROGRAMS": 128} | part, 8, ROUTES)
+        for shape in ({"EXPERTS": 8, "BLOCK": 1024}, {"EXPERTS": 256, "BLOCK": 32})
+        for kernel, part in (
+            ("_count_copies", {}),
+            ("_place_copies", {"PART": min(128, 8192 // shape["EXPERTS"])}),
+        )
+    ),
     *(
         (
             "triton_routes",
@@ -456,9 +462,9 @@ MEMORY_BOUND = [
     (
         "triton_fp8_fused",
         "_quantise_both",
-        {"POWER_OF_TWO": False, "EXPERTS": 64, "TILE": 128, "PART": 64},
+        {"POWER_OF_TWO": False, "EXPERTS": 64, "TILE": 128},
         8,
-        {"row_values_ptr": "*fp8e4nv", "column_values_ptr": "*fp8e4nv"},
+        {"row_values_ptr": "*fp8e4nv", "column_words_ptr": "*i32"},
     ),
     (
         "triton_fp8_fused",

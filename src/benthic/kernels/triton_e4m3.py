@@ -10,8 +10,7 @@ import triton.language as tl
 @triton.jit
 def tile_scale(amax, POWER_OF_TWO: tl.constexpr):
     """Return amax / 448 with amax at least 1e-4, rounded up to a power of two on request."""
-    floor = tl.maximum(amax, 1e-4)
-    scale = tl.div_rn(floor, 448.0 + tl.zeros_like(floor))
+    scale = _quotient(tl.maximum(amax, 1e-4), 448.0, 1.0 / 448.0)
     if POWER_OF_TWO:
         scale = tl.exp2(tl.ceil(tl.log2(scale)))
     return scale
@@ -19,17 +18,33 @@ def tile_scale(amax, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def scaled(x, scale):
-    """`x / scale`, rounded to nearest and clamped to what E4M3 holds; `scale` is spread over x.
+    """`x / scale`, rounded to nearest; `scale`, that of the tile's largest magnitude, is spread over x.
 
-    A product with the reciprocal whose remainder is added rounds as a division does (Markstein 1990), unless
-    the remainder underflows: the quotient is then far below what E4M3 holds. A division branches at every
-    element, and takes its slow path for zeros.
+    No quotient is beyond 448 by more than a last place, which E4M3 rounds away: nothing is clamped.
     """
-    inverse = tl.div_rn(1.0 + tl.zeros_like(scale), scale)
-    quotient = x * inverse
-    quotient = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
-    quotient = tl.where(x == 0.0, x, quotient)  # the sum has lost the sign of a zero
-    return tl.minimum(tl.maximum(quotient, -448.0), 448.0)
+    return _quotient(x, scale, _inverse(scale))
+
+
+@triton.jit
+def _inverse(scale):
+    """`1 / scale` rounded to nearest, as `div_rn` finds it but without its branch for extreme exponents.
+
+    A scale has none: it lies between 1e-4 / 448 and the largest float32 / 448.
+    """
+    near, turned = 1.0 / scale, scale * -1.0
+    near = tl.fma(near, tl.fma(turned, near, 1.0), near)
+    return tl.fma(near, tl.fma(turned, near, 1.0), near)
+
+
+@triton.jit
+def _quotient(x, by, inverse):
+    """`x / by` rounded to nearest, where `inverse` is `1 / by` rounded to nearest (Markstein 1990).
+
+    Three products in place of a division, which takes ten instructions and a branch for each element:
+    enough to keep a kernel from the rate of memory. The remainder is turned round, so that -0 stays -0.
+    """
+    near = x * inverse
+    return tl.fma(tl.fma(near, by, x * -1.0), inverse * -1.0, near)
 
 
 @triton.jit
@@ -46,5 +61,7 @@ def spread(x, bits):
     below = tl.floor(steps)
     above = steps - below + bits.to(tl.float32) * 5.9604644775390625e-8 >= 1.0
     subnormal = (below + above.to(tl.float32)) * 0.001953125
-    rounded = tl.where(magnitude < 0.015625, subnormal, normal)
-    return tl.where(x < 0.0, -rounded, rounded)
+    rounded = tl.where(magnitude < 0.015625, subnormal, normal).to(tl.int32, bitcast=True)
+    # the sign by its bit: Triton 3.6 negates by `0 - x`, which makes +0 of what rounds to -0
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (rounded | sign).to(tl.float32, bitcast=True)

@@ -18,45 +18,74 @@ from benthic.kernels.triton_tiles import find_tile, groups
 
 @triton.jit(do_not_specialize=["rows"])
 def _quantise_both(
-    x_ptr, row_values_ptr, row_scale_ptr, column_values_ptr, column_scale_ptr, ends_ptr,
-    rows, experts, columns, padded_dim, stride,
+    x_ptr, row_values_ptr, row_scale_ptr, column_words_ptr, column_scale_ptr, ends_ptr,
+    rows, experts, columns, word_dim, stride,
     row_scale_stride, row_tile_stride, column_scale_stride, column_tile_stride,
-    POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A square of one expert's rows: a scale for each of its rows, then one for each of its columns.
+    """A square of one expert's rows, read once: a scale for each of its rows and one for each of its columns.
 
-    Both in parts, so that few registers are live; what is loaded for columns lies in the first cache.
+    A thread holds four rows of a column, so columns are turned round as words of four values.
     """
     tile, column_tile = tl.program_id(0), tl.program_id(1)
     expert, start, end = find_tile(ends_ptr, tile, rows, experts, TILE, EXPERTS)
-    within, part = tl.arange(0, TILE), tl.arange(0, PART)
+    row, within = start + 4 * tl.arange(0, TILE // 4), tl.arange(0, TILE)
     column = column_tile * TILE + within
-    for first in range(0, TILE, PART):
-        some_row = (start + first + part).to(tl.int64)
-        mask = (some_row < end)[:, None] & (column < columns)[None, :]
-        at = some_row[:, None] * stride + column[None, :]
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        scale = tile_scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
-        values = scaled(x, scale[:, None]).to(tl.float8e4nv)
-        tl.store(row_values_ptr + some_row[:, None] * columns + column[None, :], values, mask=mask)
-        at = some_row * row_scale_stride + column_tile.to(tl.int64) * row_tile_stride
-        tl.store(row_scale_ptr + at, scale, mask=some_row < end)
-    row = (start + within).to(tl.int64)
+    x_ptr += column_tile * TILE
+    row_values_ptr += column_tile * TILE
+    left = columns - column_tile * TILE
+    x_0 = _rows_of(x_ptr, row, end, left, stride, TILE)
+    x_1 = _rows_of(x_ptr, row + 1, end, left, stride, TILE)
+    x_2 = _rows_of(x_ptr, row + 2, end, left, stride, TILE)
+    x_3 = _rows_of(x_ptr, row + 3, end, left, stride, TILE)
+    where = row_values_ptr, columns, end, left
+    scale_0 = _store_rows(x_0, row, *where, POWER_OF_TWO, TILE)
+    scale_1 = _store_rows(x_1, row + 1, *where, POWER_OF_TWO, TILE)
+    scale_2 = _store_rows(x_2, row + 2, *where, POWER_OF_TWO, TILE)
+    scale_3 = _store_rows(x_3, row + 3, *where, POWER_OF_TWO, TILE)
+    scale = tl.reshape(tl.join(tl.join(scale_0, scale_2), tl.join(scale_1, scale_3)), (TILE,))
+    at = (start + within).to(tl.int64) * row_scale_stride + column_tile.to(tl.int64) * row_tile_stride
+    tl.store(row_scale_ptr + at, scale, mask=start + within < end)
     # the rows past the last expert belong to nobody: in columns they are zeros
-    row_kept = row < tl.where(expert < experts, end, start)
-    columns_here = tl.where(tile < padded_dim // TILE, columns, 0)
-    for first in range(0, TILE, PART):
-        some_column = column_tile * TILE + first + part
-        mask = row_kept[:, None] & (some_column < columns)[None, :]
-        at = row[:, None] * stride + some_column[None, :]
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        scale = tile_scale(tl.max(tl.abs(x), axis=0), POWER_OF_TWO)
-        values = tl.trans(scaled(x, scale[None, :])).to(tl.float8e4nv)
-        kept, place = some_column < columns_here, some_column.to(tl.int64)
-        at = place[:, None] * padded_dim + tile * TILE + within[None, :]
-        tl.store(column_values_ptr + at, values, mask=kept[:, None])
-        at = place * column_scale_stride + tile.to(tl.int64) * column_tile_stride
-        tl.store(column_scale_ptr + at, scale, mask=kept)
+    owned = expert < experts
+    amax = tl.maximum(tl.maximum(tl.abs(x_0), tl.abs(x_1)), tl.maximum(tl.abs(x_2), tl.abs(x_3)))
+    scale = tile_scale(tl.where(owned, tl.max(amax, axis=0), 0.0), POWER_OF_TWO)
+    word = _bytes(x_0, scale) | (_bytes(x_1, scale) << 8)
+    word |= (_bytes(x_2, scale) << 16) | (_bytes(x_3, scale) << 24)
+    words = tl.trans(tl.where(owned, word, 0))
+    kept, place = column < tl.where(tile < word_dim // (TILE // 4), columns, 0), column.to(tl.int64)
+    at = place[:, None] * word_dim + tile * (TILE // 4) + tl.arange(0, TILE // 4)[None, :]
+    tl.store(column_words_ptr + at, words, mask=kept[:, None])
+    at = place * column_scale_stride + tile.to(tl.int64) * column_tile_stride
+    tl.store(column_scale_ptr + at, scale, mask=kept)
+
+
+@triton.jit
+def _rows_of(x_ptr, row, end, left, stride, TILE: tl.constexpr):
+    """Some rows of a square, zero from `end` and past the `left` columns."""
+    within = tl.arange(0, TILE)
+    at = row.to(tl.int64)[:, None] * stride + within[None, :]
+    mask = (row < end)[:, None] & (within < left)[None, :]
+    return tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_rows(
+    x, row, values_ptr, columns, end, left, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Store some rows of a square and return their scales."""
+    scale = tile_scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
+    within = tl.arange(0, TILE)
+    at = row.to(tl.int64)[:, None] * columns + within[None, :]
+    mask = (row < end)[:, None] & (within < left)[None, :]
+    tl.store(values_ptr + at, scaled(x, scale[:, None]).to(tl.float8e4nv), mask=mask)
+    return scale
+
+
+@triton.jit
+def _bytes(x, scale):
+    """Values of columns as the lowest bytes of words."""
+    return scaled(x, scale[None, :]).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -127,11 +156,11 @@ def quantise_both(x_RI, ends_E, *, power_of_two):
     if padded:
         # one tile more than columns have room for: the rows past the last expert may begin in it
         _quantise_both[(padded // TILE + 1, by_row.scale.shape[1])](
-            x_RI, *by_row, *by_column, x_RI if ends_E is None else ends_E,
-            rows, experts, columns, padded, x_RI.stride(0),
+            x_RI, *by_row, by_column.values.view(torch.int32), by_column.scale,
+            x_RI if ends_E is None else ends_E, rows, experts, columns, padded // 4, x_RI.stride(0),
             *by_row.scale.stride(), *by_column.scale.stride(),
             POWER_OF_TWO=power_of_two, EXPERTS=groups(ends_E),
-            TILE=TILE, PART=64, num_warps=8,
+            TILE=TILE, num_warps=8,
         )  # fmt: skip
     return by_row, by_column
 

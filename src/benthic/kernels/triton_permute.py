@@ -1,7 +1,6 @@
 """Triton kernels that move rows to experts and back by gathers: no atomics, so results are deterministic.
 
-One program a row (or a token); a row is read and written in one go, so all of them are bound by memory. Where
-rows go is counted by one program an expert, which a sort and its helpers took half a dozen kernels for.
+One program a row (or a token); a row is read and written in one go, so all of them are bound by memory.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.reference.moe import Permuted, RowMaps
+from benthic.kernels.triton_routes import place_copies
 
 
 @triton.jit
@@ -94,28 +94,6 @@ def _sum_rows_backward(
         tl.store(dweight_ptr + token * TOP_K + k, tl.sum(dout * value, axis=0))
 
 
-@triton.jit(do_not_specialize=["copies"])
-def _row_maps(expert_ptr, row_ptr, copy_ptr, ends_ptr, copies, BLOCK: tl.constexpr):
-    """The rows of one expert: they follow those of lower experts, in the order of the copies."""
-    expert = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    lower = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, copies, BLOCK):
-        found = tl.load(expert_ptr + first + at, mask=first + at < copies, other=2147483647)
-        lower += (found < expert).to(tl.int32)
-    row = tl.sum(lower, axis=0)
-    for first in range(0, copies, BLOCK):
-        copy = first + at
-        found = tl.load(expert_ptr + copy, mask=copy < copies, other=2147483647)
-        mine = found == expert
-        count = mine.to(tl.int32)
-        place = row + tl.cumsum(count, axis=0) - count
-        tl.store(row_ptr + copy, place.to(tl.int64), mask=mine)
-        tl.store(copy_ptr + place, copy.to(tl.int64), mask=mine)
-        row += tl.sum(count, axis=0)
-    tl.store(ends_ptr + expert, row)
-
-
 def permute(x_TD, expert_TK, num_experts):
     """See `benthic.kernels.ops.permute`."""
     ends_E, maps = row_maps(expert_TK, num_experts)
@@ -124,15 +102,8 @@ def permute(x_TD, expert_TK, num_experts):
 
 def row_maps(expert_TK, num_experts):
     """See `benthic.kernels.reference.moe.row_maps`: a counting sort, stable, without atomics."""
-    expert_TK = expert_TK.to(torch.int32).contiguous()
-    copies, device = expert_TK.numel(), expert_TK.device
-    ends_E = torch.empty(num_experts, dtype=torch.int32, device=device)
-    row_TK = torch.empty(expert_TK.shape, dtype=torch.int64, device=device)
-    copy_R = torch.empty(copies, dtype=torch.int64, device=device)
-    block = min(max(triton.next_power_of_2(copies), 16), 4096)
-    _row_maps[(num_experts,)](
-        expert_TK, row_TK, copy_R, ends_E, copies, BLOCK=block, num_warps=min(8, max(1, block // 256))
-    )
+    expert_TK = expert_TK.to(torch.int32)
+    ends_E, row_TK, copy_R = place_copies(expert_TK, first=0, experts=num_experts, rows=expert_TK.numel())
     return ends_E, RowMaps(row_TK, copy_R)
 
 

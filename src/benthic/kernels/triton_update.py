@@ -76,7 +76,8 @@ def _adamw_of_blocks(
         at = (matrix * outer + row)[:, None] * inner + column[None, :]
         values = scaled(tl.load(master_ptr + at, mask=mask, other=0.0), own)
         if STOCHASTIC:
-            values = spread(values, drawn(seed.to(tl.int64), at))
+            within = tl.minimum(tl.maximum(values, -448.0), 448.0)
+            values = spread(within, drawn(seed.to(tl.int64), at))
         tl.store(values_ptr + at, values.to(tl.float8e4nv), mask=mask)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+import torch
 from torch.nn import functional as F
 
 from benthic.kernels import ops

@@ -37,7 +37,11 @@ PLACE_DEPARTURES = Op(
 PLACE_COPIES = Op(
     "place_copies",
     (
-        Implementation("triton", _ONE_KERNEL, "benthic.kernels.triton_routes:place_copies"),
+        Implementation(
+            "triton",
+            triton_runs(torch.int32, reason="two kernels, where torch sorts"),
+            "benthic.kernels.triton_routes:place_copies",
+        ),
         reference("benthic.kernels.reference.routes:place_copies"),
     ),
     trains=False,
