@@ -36,7 +36,8 @@ HALF = gl.constexpr(64)
 BLOCK = gl.constexpr(64)
 """Rows that are multiplied at once."""
 STAGES = gl.constexpr(4)
-PART_WIDTH = gl.constexpr(64)
+PART = gl.constexpr(64)
+"""Columns of sums that leave the registers at once, or their addresses would need more than there are."""
 BAND = gl.constexpr(16)
 """Left tiles that meet a right one one after another, so that both stay in the cache."""
 CONSUMER_REGISTERS = 240
@@ -59,7 +60,7 @@ def _corner(tile, left_tiles, right_tiles):
 @gluon.jit
 def _rows_of(ends_ptr, expert):
     """First row and end of an expert."""
-    start = gl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    start = gl.load(ends_ptr + (expert - 1), mask=expert > 0, other=0)
     return start, gl.load(ends_ptr + expert)
 
 
@@ -104,13 +105,31 @@ def _halves(x):
 
 
 @gluon.jit
+def _give(part, out_ptr, left, first_right, left_dim, right_dim, ADD: gl.constexpr, TURNED: gl.constexpr,
+          EDGES: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """Add or write 64 x 64 sums. Without a mask the compiler makes no branch of each addition."""
+    part = gl.convert_layout(part, LAYOUT)
+    right = first_right + gl.arange(0, PART, layout=gl.SliceLayout(0, LAYOUT))
+    kept = (left < left_dim)[:, None] & (right < right_dim)[None, :] if EDGES else None
+    if TURNED:
+        at = out_ptr + left[:, None] + (right * left_dim)[None, :]
+    else:
+        at = out_ptr + (left * right_dim)[:, None] + right[None, :]
+    if ADD:
+        gl.atomic_add(at, part, mask=kept, sem="relaxed")
+    else:
+        gl.store(at, part.to(out_ptr.dtype.element_ty), mask=kept)
+
+
+@gluon.jit
 def _multiply(
     group, left_ring, right_ring, bars, out_ptr, ends_ptr,
-    left_dim, right_dim, left_stride, right_stride, tiles, left_tiles, right_tiles, ADD: gl.constexpr,
+    left_dim, right_dim, tiles, left_tiles, right_tiles,
+    ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr,
 ):  # fmt: skip
     """The 64 x 256 sums of a group, tile after tile."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RIGHT, 16])
-    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART_WIDTH, 16])
+    PARTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     full, empty = bars
     zero = gl.zeros([HALF, RIGHT], gl.float32, layout=SUMS)
     number = 0
@@ -119,7 +138,7 @@ def _multiply(
         start, end = _rows_of(ends_ptr, expert)
         sums = zero
         for row in range(start, end, BLOCK):
-            stage = number % STAGES
+            stage, before = number % STAGES, (number + STAGES - 1) % STAGES
             mbarrier.wait(full.index(stage), (number // STAGES) & 1)
             left, right = left_ring.index(2 * stage + group), right_ring.index(stage)
             if end - row < BLOCK:
@@ -129,35 +148,31 @@ def _multiply(
                 meet()
             sums = warpgroup_mma(left.permute((1, 0)), right, sums, is_async=True)
             sums = warpgroup_mma_wait(1, deps=[sums])
-            mbarrier.arrive(empty.index((number + STAGES - 1) % STAGES), count=1, pred=row > start)
+            mbarrier.arrive(empty.index(before), count=1, pred=row > start)
             number += 1
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(empty.index((number + STAGES - 1) % STAGES), count=1, pred=end > start)
-        left = first_left + group * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, PART))
-        right = first_right + gl.arange(0, PART_WIDTH, layout=gl.SliceLayout(0, PART))
-        out = out_ptr + expert.to(gl.int64) * left_dim * right_dim
         if (end > start) | (not ADD):
-            parts = _halves(sums)
+            out = out_ptr + expert.to(gl.int64) * left_dim * right_dim
+            at = first_left + group * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, PARTS))
+            halves = _halves(sums)
             for half in gl.static_range(2):
-                quarters = _halves(parts[half])
+                quarters = _halves(halves[half])
                 for quarter in gl.static_range(2):
-                    part = gl.convert_layout(quarters[quarter], PART)
-                    column = right + (2 * half + quarter) * PART_WIDTH
-                    at = out + left.to(gl.int64)[:, None] * left_stride + column.to(gl.int64)[None, :] * right_stride
-                    kept = (left < left_dim)[:, None] & (column < right_dim)[None, :]
-                    if ADD:
-                        gl.atomic_add(at, part, mask=kept, sem="relaxed")
-                    else:
-                        gl.store(at, part.to(out_ptr.dtype.element_ty), mask=kept)
+                    column = first_right + (2 * half + quarter) * PART
+                    _give(quarters[quarter], out, at, column, left_dim, right_dim, ADD, TURNED, EDGES, PARTS)
 
 
 @gluon.jit
 def _expert_gradient(
-    left, right, out_ptr, ends_ptr,
-    left_dim, right_dim, left_stride, right_stride, tiles, left_tiles, right_tiles,
-    ADD: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    left, right, out_ptr, ends_ptr, left_dim, right_dim, tiles, left_tiles, right_tiles,
+    ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr,
+    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program a multiprocessor: every so manieth tile of all experts."""
+    """One program a multiprocessor: every so manieth tile of all experts.
+
+    TURNED: the left operand is x. EDGES: some tiles stand over the edge.
+    """
     left_ring = gl.allocate_shared_memory(left.dtype, [2 * STAGES, BLOCK, HALF], left.layout)
     right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, BLOCK, RIGHT], right.layout)
     bars = (new_bars(STAGES, 1), new_bars(STAGES, 2))
@@ -165,11 +180,56 @@ def _expert_gradient(
     gl.warp_specialize([
         (_multiply, (
             0, left_ring, right_ring, bars, out_ptr, ends_ptr,
-            left_dim, right_dim, left_stride, right_stride, tiles, left_tiles, right_tiles, ADD,
+            left_dim, right_dim, tiles, left_tiles, right_tiles, ADD, TURNED, EDGES,
         )),
         (_multiply, (
             1, left_ring, right_ring, bars, out_ptr, ends_ptr,
-            left_dim, right_dim, left_stride, right_stride, tiles, left_tiles, right_tiles, ADD,
+            left_dim, right_dim, tiles, left_tiles, right_tiles, ADD, TURNED, EDGES,
         )),
         (_produce, (left, right, left_ring, right_ring, bars, ends_ptr, tiles, left_tiles, right_tiles)),
     ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
+
+
+def grouped_weight_gradient(dy_RO, x_RI, ends_E, *, dtype):
+    """See `benthic.kernels.ops.weight_gradient`; an expert without rows has zeros."""
+    out_EOI = torch.empty(ends_E.shape[0], dy_RO.shape[1], x_RI.shape[1], dtype=dtype, device=x_RI.device)
+    if not len(x_RI):  # a descriptor wants something to describe
+        return out_EOI.zero_()
+    _sum_rows(out_EOI, dy_RO, x_RI, ends_E, add=False)
+    return out_EOI
+
+
+def add_grouped_weight_gradient(into_EOI, dy_RO, x_RI, ends_E):
+    """See `benthic.kernels.ops.add_weight_gradient`; the launch follows from shapes."""
+    if len(x_RI):
+        _sum_rows(into_EOI, dy_RO, x_RI, ends_E, add=True)
+
+
+def _sum_rows(out_EOI, dy_RO, x_RI, ends_E, *, add):
+    experts, o_dim, i_dim = out_EOI.shape
+    turned = _tiles(i_dim, o_dim) < _tiles(o_dim, i_dim)
+    left, right = (x_RI, dy_RO) if turned else (dy_RO, x_RI)
+    left_dim, right_dim = left.shape[1], right.shape[1]
+    left_tiles, right_tiles = triton.cdiv(left_dim, LEFT.value), triton.cdiv(right_dim, RIGHT.value)
+    tiles = experts * left_tiles * right_tiles
+    programs = min(torch.cuda.get_device_properties(x_RI.device).multi_processor_count, tiles)
+    _expert_gradient[(programs,)](
+        _columns_of(left, HALF.value), _columns_of(right, RIGHT.value), out_EOI, ends_E,
+        left_dim, right_dim, tiles, left_tiles, right_tiles,
+        ADD=add, TURNED=turned, EDGES=bool(left_dim % LEFT.value or right_dim % RIGHT.value),
+        REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+        num_warps=4, maxnreg=ENTRY_REGISTERS,
+    )  # fmt: skip
+
+
+def _tiles(left_dim, right_dim):
+    return triton.cdiv(left_dim, LEFT.value) * triton.cdiv(right_dim, RIGHT.value)
+
+
+def _columns_of(x_RD, width):
+    """A descriptor of blocks of rows by `width` columns; zeros lie behind the last of either."""
+    aligned = x_RD.stride(1) == 1 and x_RD.stride(0) % 8 == 0 and x_RD.data_ptr() % 16 == 0
+    x_RD = x_RD if aligned else x_RD.contiguous()
+    block = [BLOCK.value, width]
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x_RD.dtype])
+    return TensorDescriptor(x_RD, list(x_RD.shape), [x_RD.stride(0), 1], block, layout)
