@@ -165,14 +165,16 @@ def _multiply(
 
 @gluon.jit
 def _expert_gradient(
-    left, right, out_ptr, ends_ptr, left_dim, right_dim, tiles, left_tiles, right_tiles,
+    left, right, out_ptr, ends_ptr, left_eights, right_eights, tiles, left_tiles, right_tiles,
     ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr,
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: every so manieth tile of all experts.
 
-    TURNED: the left operand is x. EDGES: some tiles stand over the edge.
+    TURNED: the left operand is x. EDGES: some tiles stand over the edge. Widths are known to be multiples of
+    eight, so that pairs of sums are added at once.
     """
+    left_dim, right_dim = left_eights * 8, right_eights * 8
     left_ring = gl.allocate_shared_memory(left.dtype, [2 * STAGES, BLOCK, HALF], left.layout)
     right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, BLOCK, RIGHT], right.layout)
     bars = (new_bars(STAGES, 1), new_bars(STAGES, 2))
@@ -215,7 +217,7 @@ def _sum_rows(out_EOI, dy_RO, x_RI, ends_E, *, add):
     programs = min(torch.cuda.get_device_properties(x_RI.device).multi_processor_count, tiles)
     _expert_gradient[(programs,)](
         _columns_of(left, HALF.value), _columns_of(right, RIGHT.value), out_EOI, ends_E,
-        left_dim, right_dim, tiles, left_tiles, right_tiles,
+        left_dim // 8, right_dim // 8, tiles, left_tiles, right_tiles,
         ADD=add, TURNED=turned, EDGES=bool(left_dim % LEFT.value or right_dim % RIGHT.value),
         REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
