@@ -163,7 +163,7 @@ def _multiply(
                     _give(quarters[quarter], out, at, column, left_dim, right_dim, ADD, TURNED, EDGES, PARTS)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["left_eights", "right_eights", "tiles", "left_tiles", "right_tiles"])
 def _expert_gradient(
     left, right, out_ptr, ends_ptr, left_eights, right_eights, tiles, left_tiles, right_tiles,
     ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr,
