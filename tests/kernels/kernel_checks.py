@@ -453,22 +453,35 @@ def test_bfloat16_grouped_products_are_refused_in_the_interpreter(dtype):
         ops.grouped_linear(x, w, torch.tensor([4], dtype=torch.int32), impl="triton")
 
 
+def skip_gluon_experts(impl, dims, dtype):
+    if impl == "gluon" and (not ON_GPU or dtype == torch.float32 or any(width % 8 for width in dims)):
+        pytest.skip("Gluon needs a GPU, numbers of 16 bits, and rows of a multiple of 16 bytes")
+
+
+EXPERT_DIMS = [(16, 24), (23, 9)] + ([(256, 512), (512, 1024), (128, 512), (1408, 200)] if ON_GPU else [])
+"""Widths of rows and of their outputs. Of the last four, three are whole tiles in Gluon, two are turned."""
+
+
+@pytest.mark.parametrize("impl", ["triton", "gluon"])
+@pytest.mark.parametrize("dims", EXPERT_DIMS, ids=str)
 @pytest.mark.parametrize("name", GROUPS)
-def test_grouped_weight_gradient_in_float32(dtype, name):
-    ends, (x, _) = grouped_inputs(name, 35, (23, 9), dtype)
-    dy = made(len(x), 9, dtype=dtype, seed=2).detach()
-    fast = ops.weight_gradient(dy, x.detach(), ends, dtype=torch.float32, impl="triton")
+def test_grouped_weight_gradient_in_float32(dtype, name, dims, impl):
+    skip_gluon_experts(impl, dims, dtype)
+    ends, (x, _) = grouped_inputs(name, 35, dims, dtype)
+    dy = made(len(x), dims[1], dtype=dtype, seed=2).detach()
+    fast = ops.weight_gradient(dy, x.detach(), ends, dtype=torch.float32, impl=impl)
     exact = ops.weight_gradient(dy.double(), x.detach().double(), ends, impl="reference")
     assert fast.dtype == torch.float32
     close(fast, exact, torch.float32)
 
 
-@pytest.mark.parametrize("impl", ["triton", "grouped_mm"])
-@pytest.mark.parametrize("dims", [(16, 24), (23, 9)] + ([(512, 1024)] if ON_GPU else []), ids=str)
+@pytest.mark.parametrize("impl", ["triton", "grouped_mm", "gluon"])
+@pytest.mark.parametrize("dims", EXPERT_DIMS, ids=str)
 @pytest.mark.parametrize("name", GROUPS)
 def test_grouped_weight_gradients_are_added_to_float32_sums(dtype, name, dims, impl):
     if impl == "grouped_mm" and (dtype != torch.bfloat16 or dims[0] % 8):
         pytest.skip("the library's grouped product takes bfloat16 in rows of whole 16 bytes")
+    skip_gluon_experts(impl, dims, dtype)
     width, out = dims
     ends, (x, _) = grouped_inputs(name, 35, (width, out), dtype)
     dy = made(len(x), out, dtype=dtype, seed=2).detach()
@@ -476,12 +489,43 @@ def test_grouped_weight_gradients_are_added_to_float32_sums(dtype, name, dims, i
     ops.add_weight_gradient(sums[0], dy, x.detach(), ends, impl=impl)
     exact = sums[1].double()
     ops.add_weight_gradient(exact, dy.double(), x.detach().double(), ends, impl="reference")
-    close(sums[0], exact, torch.float32 if impl == "triton" else dtype)
+    close(sums[0], exact, dtype if impl == "grouped_mm" else torch.float32)
     first = torch.full_like(sums[0], torch.nan)
     ops.add_weight_gradient(first, dy, x.detach(), ends, fresh=True, impl=impl)
     exact.fill_(torch.nan)
     ops.add_weight_gradient(exact, dy.double(), x.detach().double(), ends, fresh=True, impl="reference")
-    close(first, exact, torch.float32 if impl == "triton" else dtype)
+    close(first, exact, dtype if impl == "grouped_mm" else torch.float32)
+
+
+@pytest.mark.parametrize("dims", [(128, 512), (1408, 200), (512, 1024)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 0, 64, 63, 65), (0, 0, 0, 0, 0), (700, 1, 0, 2, 129)], ids=str)
+def test_weight_gradients_of_few_rows_in_gluon_beside_nan(dtype, sizes, dims):
+    skip_gluon_experts("gluon", dims, dtype)
+    inner, outer = dims
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+    rows = sum(sizes)
+    whole = [made(rows + 70, width, dtype=dtype, seed=width).detach() for width in dims]
+    for x in whole:
+        x[rows:] = torch.nan
+    before = made(3, 5, outer, inner, dtype=torch.float32, seed=3).detach()
+    sums, again = before.clone(), before.clone()
+    for into in (sums, again):
+        ops.add_weight_gradient(into[1], whole[1], whole[0], ends, impl="gluon")
+    assert torch.equal(sums, again)
+    assert torch.equal(sums[[0, 2]], before[[0, 2]])
+    exact = ops.weight_gradient(whole[1].double(), whole[0].double(), ends, impl="reference")
+    close(sums[1], before[1] + exact, torch.float32)
+    written = ops.weight_gradient(whole[1], whole[0], ends, dtype=torch.float32, impl="gluon")
+    close(written, exact, torch.float32)
+    if rows:  # what one expert has that is not a number stays its own
+        first = next(expert for expert, size in enumerate(sizes) if size)
+        whole[0][ends[first] - 1] = torch.inf
+        whole[1][0] = torch.nan
+        into = before[1].clone()
+        ops.add_weight_gradient(into, whole[1], whole[0], ends, impl="gluon")
+        assert into[first].isnan().all()
+        others = [expert for expert in range(5) if expert != first]
+        assert torch.equal(into[others], sums[1][others])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a product in two dtypes needs a GPU")

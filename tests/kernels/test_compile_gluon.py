@@ -20,6 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from benthic.kernels import (
     gluon_attention,
     gluon_attention_backward,
+    gluon_expert_gradient,
     gluon_fp8,
     gluon_fp8_gradient,
     gluon_fp8_three,
@@ -233,3 +234,25 @@ def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma_or_are_added_in_
     assert text.count("FFMA R") == 3 * 64
     assert text.count("UTMASTG") == stores
     assert len(re.findall(r"REDG\S*ADD\.F32x2", text)) == sums
+
+
+@pytest.mark.parametrize("edges", [False, True], ids=["whole tiles", "edges"])
+@pytest.mark.parametrize("turned", [False, True], ids=["upright", "turned"])
+@pytest.mark.parametrize(("out", "dtype"), [("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16")], ids=str)
+def test_weight_gradients_of_experts_have_a_product_in_flight_and_are_added_in_the_cache(
+    out, dtype, turned, edges, tmp_path
+):
+    module = gluon_expert_gradient
+    constants = {"ADD": out == "fp32", "TURNED": turned, "EDGES": edges}
+    constants |= {"REGISTERS": module.CONSUMER_REGISTERS, "FEW_REGISTERS": module.PRODUCER_REGISTERS}
+    described = {"left": descriptor(64, 64, dtype), "right": descriptor(64, 256, dtype), "out_ptr": f"*{out}"}
+    kernel = built(module._expert_gradient, constants, described, module.ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    products = re.findall(r"HGMMA\.64x256x16.*", text)
+    assert len(products) == 2 * 4  # two groups, four times 16 rows
+    assert all(".tnspA.tnspB" in product for product in products)
+    assert sum("gsb0" in product for product in products) == 2
+    assert re.findall(r"DEPBAR\.LE gsb0, 0x([01])", text) == ["1", "0"] * 2
+    added = re.findall(r"REDG\.E\.ADD\.F32", text)
+    assert len(added) == (0 if out != "fp32" else 2 * 128 if turned else 2 * 64)

@@ -131,6 +131,24 @@ def test_a_decode_step_runs_inside_a_cuda_graph_while_contexts_grow():
     torch.testing.assert_close(captured, step(), rtol=0, atol=0)
 
 
+def test_weight_gradients_of_experts_run_inside_a_cuda_graph_while_experts_grow():
+    x, dy = random(700, 512).detach(), random(700, 256).detach()
+    ends = torch.tensor([5, 5, 300, 400, 600], dtype=torch.int32, device="cuda")
+    sums, eager = torch.zeros(2, 5, 256, 512, device="cuda")
+
+    ops.add_weight_gradient(eager, dy, x, ends, impl="gluon")
+    eager.zero_()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.add_weight_gradient(sums, dy, x, ends, impl="gluon")
+    for grown in (0, 64, 36):
+        ends += grown
+        graph.replay()
+        ops.add_weight_gradient(eager, dy, x, ends, impl="gluon")
+    assert torch.equal(sums, eager)
+
+
 def test_the_table_chooses_the_documented_kernels():
     chosen = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.bfloat16)}
     assert chosen["rms_norm"] == "triton"

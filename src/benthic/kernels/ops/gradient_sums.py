@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.errors import ShapeError
+from benthic.kernels.ops.linear_gradients import gluon_experts
 from benthic.kernels.table import (
     Case,
     Implementation,
@@ -79,6 +80,11 @@ ADD_GROUPED_WEIGHT_GRADIENT = Op(
                 ),
             ),
             "benthic.kernels.triton_moe:add_grouped_weight_gradient",
+        ),
+        Implementation(
+            "gluon",
+            laid_out("rows", gluon_experts),
+            "benthic.kernels.gluon_expert_gradient:add_grouped_weight_gradient",
         ),
         Implementation(
             "grouped_mm",

@@ -7,7 +7,18 @@ from torch import Tensor
 
 from benthic.errors import ShapeError
 from benthic.kernels.ops.moe import GROUPED_LINEAR
-from benthic.kernels.table import Case, Implementation, Op, Verdict, no, on, reference, triton_runs, yes
+from benthic.kernels.table import (
+    Case,
+    Implementation,
+    Op,
+    Verdict,
+    gluon_refusal,
+    no,
+    on,
+    reference,
+    triton_runs,
+    yes,
+)
 
 _ITEMSIZE = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
 
@@ -23,6 +34,15 @@ def _grouped_mm(case: Case) -> Verdict:
     if any(width * case.dtype.itemsize % 16 for width in widths):
         return no(f"needs rows of a multiple of 16 bytes, not {widths} elements of {case.dtype.itemsize}")
     return yes("torch's grouped product")
+
+
+def gluon_experts(case: Case) -> Verdict:
+    """Operands by TMA as they lie, products by wgmma, sums written or added in the second-level cache."""
+    if (refusal := gluon_refusal(case)) is not None:
+        return no(refusal)
+    if any(width % 8 for width in case.dims[:2]):
+        return no(f"needs rows of a multiple of 16 bytes, not {list(case.dims[:2])} elements of 2")
+    return yes("our grouped product for Hopper: a warp loads, two groups multiply 128 x 256 tiles")
 
 
 # The input gradient is the product with the transposed weight. The C kernel wants its weights like that, but
@@ -57,6 +77,9 @@ GROUPED_WEIGHT_GRADIENT = Op(
                 dot=True,
             ),
             "benthic.kernels.triton_moe:grouped_weight_gradient",
+        ),
+        Implementation(
+            "gluon", gluon_experts, "benthic.kernels.gluon_expert_gradient:grouped_weight_gradient"
         ),
         reference("benthic.kernels.reference.moe:grouped_weight_gradient"),
     ),
