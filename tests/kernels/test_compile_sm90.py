@@ -372,11 +372,15 @@ MEMORY_BOUND = [
     ("triton_routes", "_choose_ranks", {"TOP_K": 8, "BLOCK": 1024}, 4, ROUTES | {"goes_ptr": "*i1"}),
     ("triton_routes", "_place_departures", {"BLOCK": 1024, "RANKS": 8}, 4, ROUTES),
     *(
-        ("triton_routes", kernel, shape | {"TOP_K": 8, "PROGRAMS": 128} | part, 8, ROUTES)
-        for shape in ({"EXPERTS": 8, "BLOCK": 1024}, {"EXPERTS": 256, "BLOCK": 32})
+        ("triton_counting_sort", kernel, shape | {"TOP_K": 8, "PROGRAMS": 128} | part, 8, ROUTES)
+        for shape in (
+            {"EXPERTS": 8, "BLOCK": 512},
+            {"EXPERTS": 64, "BLOCK": 64},
+            {"EXPERTS": 256, "BLOCK": 16},
+        )
         for kernel, part in (
             ("_count_copies", {}),
-            ("_place_copies", {"PART": min(128, 8192 // shape["EXPERTS"])}),
+            ("_place_copies", {"PART": min(128, 4096 // shape["EXPERTS"])}),
         )
     ),
     *(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.reference.moe import Permuted, RowMaps
-from benthic.kernels.triton_routes import place_copies
+from benthic.kernels.triton_counting_sort import sort_copies
 
 
 @triton.jit
@@ -102,8 +102,7 @@ def permute(x_TD, expert_TK, num_experts):
 
 def row_maps(expert_TK, num_experts):
     """See `benthic.kernels.reference.moe.row_maps`: a counting sort, stable, without atomics."""
-    expert_TK = expert_TK.to(torch.int32)
-    ends_E, row_TK, copy_R = place_copies(expert_TK, first=0, experts=num_experts, rows=expert_TK.numel())
+    ends_E, row_TK, copy_R = sort_copies(expert_TK.to(torch.int32), first=0, experts=num_experts)
     return ends_E, RowMaps(row_TK, copy_R)
 
 
