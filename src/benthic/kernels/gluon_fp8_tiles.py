@@ -22,7 +22,7 @@ ENTRY_REGISTERS = 168
 GROUPS = gl.constexpr(3)
 TALL_ROWS = gl.constexpr(192)
 TALL_COLUMNS = gl.constexpr(128)
-TALL_BAND = gl.constexpr(8)
+TALL_BAND = gl.constexpr(16)
 TALL_REGISTERS = 160
 TALL_ENTRY_REGISTERS = 128
 """The same of kernels whose tiles are multiplied by three groups of 64 rows, besides the one that loads."""

@@ -35,6 +35,7 @@ class Case(NamedTuple):
         grad: autograd records the call, so a gradient may be asked for.
         mixed: the operands have several dtypes, for ops to which that matters.
         few: there are few rows for each weight, or for each cached token, for ops to which that matters.
+        many: there are so many that tall tiles are full.
         layout: how weights or pages lie in memory, for ops to which that matters: "columns" when outputs lie
             side by side (stride 1 in the outputs' dim), "strided" when pages have gaps, else "rows".
     """
@@ -46,6 +47,7 @@ class Case(NamedTuple):
     grad: bool = False
     mixed: bool = False
     few: bool = False
+    many: bool = False
     layout: Literal["rows", "columns", "strided"] = "rows"
 
 

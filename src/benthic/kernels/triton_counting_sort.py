@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 # Programs that share the copies of a counting sort, and (expert, copy) pairs that one looks at in a step.
-_PROGRAMS = 128
-_PAIRS = 4096
+_PROGRAMS = 256
+_PAIRS = 8192
 
 
 @triton.jit(do_not_specialize=["copies", "chunk", "first"])

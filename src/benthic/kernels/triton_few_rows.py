@@ -87,7 +87,7 @@ def _few_rows_of_blocks(
             x_at = x_ptr + row[None, :] * k_dim + k[:, None]
             x_scale_at = x_scale_ptr + row * stride_scale
             own_scale_at = weight_scale_at + tl.zeros([BLOCK_R], tl.int64)
-            # stages named here: scales, which no product reads, are loaded ahead like its operands
+            # with stages named here scales, which no product reads, are loaded ahead like its operands
             for chunk in tl.range(k_tiles, num_stages=STAGES):
                 if WHOLE:
                     weight = tl.load(weight_at, mask=column_kept[:, None], other=0.0)
@@ -175,7 +175,7 @@ def fp8_linear(x, weight, ends_E, *, dtype):
             rows, experts, n_dim, k_dim,
             scale.shape[-1], scale.shape[-2], *x.scale.stride(), scale.stride(-2),
             BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped, WHOLE=k_dim % block_k == 0,
-            EMULATE=triton_interprets(), STAGES=stages, num_warps=4, num_stages=stages,
+            EMULATE=triton_interprets(), STAGES=None if grouped else stages, num_warps=4, num_stages=stages,
         )  # fmt: skip
     return out_RN
 

@@ -17,15 +17,17 @@ def _quantise_rows(
     POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """One scale per row and `TILE_N` columns."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tiles = tl.cdiv(columns, TILE_N)
+    tile = tl.program_id(0) % tiles  # neighbours lie side by side in memory
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     within = tl.arange(0, TILE)
-    column = tl.program_id(1) * TILE_N + within
+    column = tile * TILE_N + within
     mask = (row < rows)[:, None] & ((column < columns) & (within < TILE_N))[None, :]
     x = tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     scale = tile_scale(tl.max(tl.abs(x), axis=1), POWER_OF_TWO)
     values = scaled(x, scale[:, None])
     tl.store(values_ptr + row[:, None] * columns + column[None, :], values.to(tl.float8e4nv), mask=mask)
-    at = row * scale_stride + tl.program_id(1).to(tl.int64) * tile_stride
+    at = row * scale_stride + tile.to(tl.int64) * tile_stride
     tl.store(scale_ptr + at, scale, mask=row < rows)
 
 
@@ -36,14 +38,14 @@ def _quantise_blocks(
 ):  # fmt: skip
     """One scale per `BLOCK x BLOCK` block."""
     within = tl.arange(0, TILE)
-    row = tl.program_id(0).to(tl.int64) * BLOCK + within
-    column = tl.program_id(1) * BLOCK + within
+    row = tl.program_id(1).to(tl.int64) * BLOCK + within
+    column = tl.program_id(0) * BLOCK + within
     mask = ((row < rows) & (within < BLOCK))[:, None] & ((column < columns) & (within < BLOCK))[None, :]
     x = tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     scale = tile_scale(tl.max(tl.max(tl.abs(x), axis=1), axis=0), POWER_OF_TWO)
     values = scaled(x, scale)
     tl.store(values_ptr + row[:, None] * columns + column[None, :], values.to(tl.float8e4nv), mask=mask)
-    tl.store(scale_ptr + tl.program_id(0) * tiles + tl.program_id(1), scale)
+    tl.store(scale_ptr + tl.program_id(1) * tiles + tl.program_id(0), scale)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -104,12 +106,12 @@ def quantise(x_MN, tile_m, tile_n, *, power_of_two, by_column=False):
     tile = triton.next_power_of_2(tile_n)
     if rows and tile_m == 1:
         block, warps = row_block(rows)
-        _quantise_rows[(triton.cdiv(rows, block), tiles_n)](
+        _quantise_rows[(tiles_n * triton.cdiv(rows, block),)](
             x_MN, values, scale, rows, columns, x_MN.stride(0), *strides,
             POWER_OF_TWO=power_of_two, ROWS=block, TILE=tile, TILE_N=tile_n, num_warps=warps,
         )  # fmt: skip
     elif rows:
-        _quantise_blocks[(tiles_m, tiles_n)](
+        _quantise_blocks[(tiles_n, tiles_m)](
             x_MN, values, scale, rows, columns, tiles_n, x_MN.stride(0),
             POWER_OF_TWO=power_of_two, TILE=tile, BLOCK=tile_n, num_warps=8,
         )  # fmt: skip
@@ -118,7 +120,7 @@ def quantise(x_MN, tile_m, tile_n, *, power_of_two, by_column=False):
 
 def row_block(rows):
     """`(rows, warps)` of a program that cuts one column of row tiles; few rows go to many programs."""
-    return (16, 4) if rows > 256 else (4, 1)
+    return (16, 2) if rows > 256 else (4, 1)
 
 
 def dequantise(values_MN, scale, tile_m, tile_n, *, dtype):
@@ -168,6 +170,6 @@ def _cut(x_RI, scale, ends_E, *, power_of_two):
             values if ends_E is None else ends_E,
             rows, experts, columns, *((0, 0) if scale is None else scale.stride()), padded, x_RI.stride(0),
             RETILE=scale is not None, POWER_OF_TWO=power_of_two, EXPERTS=groups(ends_E),
-            TILE_R=TILE, COLUMNS=width, num_warps=8,
+            TILE_R=TILE, COLUMNS=width, num_warps=4,
         )  # fmt: skip
     return Fp8(values, out_scale)

@@ -94,8 +94,10 @@ def _swiglu_rows(
     POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One scale per row and `TILE` columns of `silu(gate) * up`, rounded first as the wide one is stored."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    tiles = tl.cdiv(width, TILE)
+    tile = tl.program_id(0) % tiles  # neighbours lie side by side in memory
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tile * TILE + tl.arange(0, TILE)
     mask = (row < rows)[:, None] & (column < width)[None, :]
     place = row[:, None] * stride + column[None, :]
     gate = tl.load(gate_up_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -104,7 +106,7 @@ def _swiglu_rows(
     scale = tile_scale(tl.max(tl.abs(out), axis=1), POWER_OF_TWO)
     values = scaled(out, scale[:, None]).to(tl.float8e4nv)
     tl.store(values_ptr + row[:, None] * width + column[None, :], values, mask=mask)
-    at = row * scale_stride + tl.program_id(1).to(tl.int64) * tile_stride
+    at = row * scale_stride + tile.to(tl.int64) * tile_stride
     tl.store(scale_ptr + at, scale, mask=row < rows)
 
 
@@ -160,7 +162,7 @@ def quantise_both(x_RI, ends_E, *, power_of_two):
             x_RI if ends_E is None else ends_E, rows, experts, columns, padded // 4, x_RI.stride(0),
             *by_row.scale.stride(), *by_column.scale.stride(),
             POWER_OF_TWO=power_of_two, EXPERTS=groups(ends_E),
-            TILE=TILE, num_warps=8,
+            TILE=TILE, num_warps=4,
         )  # fmt: skip
     return by_row, by_column
 
@@ -172,7 +174,7 @@ def swiglu(gate_up_RF2, *, power_of_two):
     out = _empty_tiles(rows, width, gate_up_RF2.device)
     if rows:
         block, warps = row_block(rows)
-        _swiglu_rows[(triton.cdiv(rows, block), out.scale.shape[1])](
+        _swiglu_rows[(out.scale.shape[1] * triton.cdiv(rows, block),)](
             gate_up_RF2, *out, rows, width, gate_up_RF2.stride(0), *out.scale.stride(),
             POWER_OF_TWO=power_of_two, ROWS=block, TILE=TILE, num_warps=warps,
         )  # fmt: skip

@@ -68,6 +68,11 @@ ADD_GROUPED_WEIGHT_GRADIENT = Op(
     "add_grouped_weight_gradient",
     (
         Implementation(
+            "gluon",
+            laid_out("rows", gluon_experts),
+            "benthic.kernels.gluon_expert_gradient:add_grouped_weight_gradient",
+        ),
+        Implementation(
             "triton",
             laid_out(
                 "rows",
@@ -80,11 +85,6 @@ ADD_GROUPED_WEIGHT_GRADIENT = Op(
                 ),
             ),
             "benthic.kernels.triton_moe:add_grouped_weight_gradient",
-        ),
-        Implementation(
-            "gluon",
-            laid_out("rows", gluon_experts),
-            "benthic.kernels.gluon_expert_gradient:add_grouped_weight_gradient",
         ),
         Implementation(
             "grouped_mm",

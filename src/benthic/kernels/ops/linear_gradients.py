@@ -68,6 +68,9 @@ GROUPED_WEIGHT_GRADIENT = Op(
     (
         Implementation("grouped_mm", _grouped_mm, "benthic.kernels.torch_linear_gradients:grouped_mm"),
         Implementation(
+            "gluon", gluon_experts, "benthic.kernels.gluon_expert_gradient:grouped_weight_gradient"
+        ),
+        Implementation(
             "triton",
             triton_runs(
                 torch.bfloat16,
@@ -77,9 +80,6 @@ GROUPED_WEIGHT_GRADIENT = Op(
                 dot=True,
             ),
             "benthic.kernels.triton_moe:grouped_weight_gradient",
-        ),
-        Implementation(
-            "gluon", gluon_experts, "benthic.kernels.gluon_expert_gradient:grouped_weight_gradient"
         ),
         reference("benthic.kernels.reference.moe:grouped_weight_gradient"),
     ),
