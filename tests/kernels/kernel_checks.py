@@ -293,8 +293,8 @@ def test_mla_decode_does_not_depend_on_the_number_of_splits(dtype, splits):
 @pytest.mark.parametrize("programs", [1, 5, 132])
 @pytest.mark.parametrize("contexts", [(1, 0, 65, 64, 700, 0), (0, 0), (9000,)], ids=str)
 def test_parts_of_contexts_become_outputs(dtype, contexts, programs):
-    """Parts as `gluon_mla._decode` leaves them, at `program + sequence`; the rest of their memory is NaN."""
-    from benthic.kernels import gluon_mla
+    """Parts as both decodes in Gluon leave them, at `share + sequence`; the rest of their memory is NaN."""
+    from benthic.kernels import gluon_mla_shares
 
     pages, places, rows = [-(-context // 64) for context in contexts], programs + len(contexts), 3
     share, taken = max(-(-sum(pages) // programs), 2), 0
@@ -317,7 +317,7 @@ def test_parts_of_contexts_become_outputs(dtype, contexts, programs):
     out = torch.empty(len(contexts), rows, 512, dtype=dtype, device=DEVICE)
     context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
     for parts, columns in ((32, 128), (8, 512)):
-        gluon_mla._combine[(len(contexts) * rows, 512 // columns)](
+        gluon_mla_shares.combine[(len(contexts) * rows, 512 // columns)](
             part, most, total, out.fill_(torch.nan), context, len(contexts), rows, programs,
             ROWS=16, LEAST=2, MANY=128, MOST=256, PARTS=parts, COLUMNS=columns,
         )  # fmt: skip

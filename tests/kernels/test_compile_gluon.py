@@ -23,6 +23,7 @@ from benthic.kernels import (
     gluon_fp8,
     gluon_fp8_gradient,
     gluon_mla,
+    gluon_mla_wide,
 )
 
 POINTERS = {
@@ -175,6 +176,24 @@ def test_mla_decode_multiplies_pages_as_tall_operands_and_keeps_products_in_flig
     assert text.count("UTMALDG") == 9
     assert text.count(f"HGMMA.64x{rows}x16") == (9 + 8) * 4  # in steps of 16 dims, or tokens
     assert text.count("WARPGROUP.DEPBAR") == 2  # one for scores, one for outputs: nothing waits in between
+
+
+@pytest.mark.parametrize("heads", [64, 128])
+def test_mla_decode_of_many_rows_sums_values_while_scores_are_computed(heads, tmp_path):
+    registers = {
+        "REGISTERS": gluon_mla_wide.VALUE_REGISTERS,
+        "FEW_REGISTERS": gluon_mla_wide.PRODUCER_REGISTERS,
+    }
+    constants = registers | {"LEAST": 2, "MANY": 256} | ({"tiles": 1} if heads == 64 else {})
+    described = {"latents": descriptor(64, 128), "ropes": descriptor(64, 64)}
+    kernel = built(gluon_mla_wide._decode, constants, described, gluon_mla_wide.ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    assert text.count("UTMALDG") == 9  # boxes of 64 dims
+    assert text.count("HGMMA.64x64x16") == 9 * 4
+    assert text.count("HGMMA.64x128x16") == 2 * 2 * 4  # two groups, two pieces each
+    assert text.count("WARPGROUP.DEPBAR") == 1 + 2 * 2  # scores of a page, a piece of each group's values
+    assert "LDSM" in text  # weights are the left operand, from registers
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S,
     programs = min(multiprocessors_of(device), triton.cdiv(pages, LEAST_PAGES))
     part, most, total, many = parts_of(sequences, programs, padded, device)
     _decode[(programs,)](
-        pieces_of(cache_PBW), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, most, total,
+        pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, most, total,
         *q_latent_SQHC.stride()[:3], *q_rope_SQHr.stride()[:3], block_table_SP.stride(0),
         sequences, rows, heads, scale,
         ROWS=padded, RING=ring, REGISTERS=registers, LEAST=LEAST_PAGES, MANY=many,

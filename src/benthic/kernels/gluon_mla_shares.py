@@ -108,8 +108,8 @@ def add_up(parts, context_S, out_SQHC, shares):
     )  # fmt: skip
 
 
-def pieces_of(cache_PBW):
-    """A descriptor of blocks of a page's tokens by 64 dims."""
-    layout = gl.NVMMASharedLayout.get_default_for([64, 64], DTYPES[cache_PBW.dtype])
+def pieces_of(cache_PBW, width):
+    """A descriptor of blocks of a page's tokens by `width` dims."""
+    layout = gl.NVMMASharedLayout.get_default_for([64, width], DTYPES[cache_PBW.dtype])
     rows_TW = cache_PBW.flatten(0, 1)
-    return TensorDescriptor(rows_TW, list(rows_TW.shape), list(rows_TW.stride()), [64, 64], layout)
+    return TensorDescriptor(rows_TW, list(rows_TW.shape), list(rows_TW.stride()), [64, width], layout)
