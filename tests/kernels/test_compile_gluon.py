@@ -22,11 +22,11 @@ from benthic.kernels import (
     gluon_attention_backward,
     gluon_expert_gradient,
     gluon_fp8,
-    gluon_fp8_gradient,
     gluon_fp8_three,
     gluon_fp8_three_gradient,
     gluon_fp8_tiles,
     gluon_mla,
+    gluon_mla_wide,
 )
 
 POINTERS = {
@@ -181,15 +181,29 @@ def test_mla_decode_multiplies_pages_as_tall_operands_and_keeps_products_in_flig
     assert text.count("WARPGROUP.DEPBAR") == 2  # one for scores, one for outputs: nothing waits in between
 
 
-@pytest.mark.parametrize(
-    ("kernel", "operands", "parts"),
-    [(gluon_fp8._rows_times_blocks, ("x", "weight"), 3), (gluon_fp8_gradient._column_tiles, ("dy", "x"), 2)],
-    ids=["linear", "weight gradient"],
-)
-def test_fp8_products_promote_one_part_while_the_next_is_multiplied(kernel, operands, parts, tmp_path):
+@pytest.mark.parametrize("heads", [64, 128])
+def test_mla_decode_of_many_rows_sums_values_while_scores_are_computed(heads, tmp_path):
+    registers = {
+        "REGISTERS": gluon_mla_wide.VALUE_REGISTERS,
+        "FEW_REGISTERS": gluon_mla_wide.PRODUCER_REGISTERS,
+    }
+    constants = registers | {"LEAST": 2, "MANY": 256} | ({"tiles": 1} if heads == 64 else {})
+    described = {"latents": descriptor(64, 128), "ropes": descriptor(64, 64)}
+    kernel = built(gluon_mla_wide._decode, constants, described, gluon_mla_wide.ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    assert text.count("UTMALDG") == 9  # boxes of 64 dims
+    assert text.count("HGMMA.64x64x16") == 9 * 4
+    assert text.count("HGMMA.64x128x16") == 2 * 2 * 4  # two groups, two pieces each
+    assert text.count("WARPGROUP.DEPBAR") == 1 + 2 * 2  # scores of a page, a piece of each group's values
+    assert "LDSM" in text  # weights are the left operand, from registers
+
+
+def test_fp8_products_promote_one_part_while_the_next_is_multiplied(tmp_path):
+    parts = 3
     constants = {"REGISTERS": gluon_fp8.CONSUMER_REGISTERS, "FEW_REGISTERS": gluon_fp8.PRODUCER_REGISTERS}
-    described = {name: descriptor(64, 128, "fp8e4nv") for name in operands}
-    kernel = built(kernel, constants, described, gluon_fp8.ENTRY_REGISTERS)
+    described = {name: descriptor(64, 128, "fp8e4nv") for name in ("x", "weight")}
+    kernel = built(gluon_fp8._rows_times_blocks, constants, described, gluon_fp8.ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
     order = re.findall(r"QGMMA|DEPBAR\.LE gsb0, 0x[01]|FFMA", text)

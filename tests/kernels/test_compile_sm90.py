@@ -412,13 +412,13 @@ MEMORY_BOUND = [
     ("triton_mla", "_combine", {"C": 512, "C_PAD": 512, "SPLITS": 8}, 4, {"part_ptr": "*fp32"}),
     *(
         (
-            "gluon_mla",
-            "_combine",
-            {"ROWS": 16, "LEAST": 2, "MANY": 256, "MOST": 256, "PARTS": parts, "COLUMNS": columns},
+            "gluon_mla_shares",
+            "combine",
+            {"ROWS": rows, "LEAST": 2, "MANY": 256, "MOST": 256, "PARTS": parts, "COLUMNS": columns},
             4,
             {"most_ptr": "*fp32", "total_ptr": "*fp32"},
         )
-        for parts, columns in ((32, 128), (8, 512))
+        for rows, parts, columns in ((16, 32, 128), (16, 8, 512), (128, 32, 128), (128, 8, 512))
     ),
     ("triton_mla", "_copy", {"CHUNK": 4096}, 4, {}),
     *(

@@ -15,7 +15,6 @@ if importlib.util.find_spec("triton") is None:
 
 from benthic.kernels import (
     gluon_fp8,
-    gluon_fp8_gradient,
     gluon_fp8_three,
     gluon_fp8_three_gradient,
     gluon_fp8_tiles,
@@ -38,7 +37,7 @@ def load(pointer: Pointer, mask: int = 1, other: int | None = None) -> int | Non
     return pointer.numbers[pointer.at] if mask else other
 
 
-MODULES = (gluon_fp8, gluon_fp8_gradient, gluon_fp8_three, gluon_fp8_three_gradient, gluon_fp8_tiles)
+MODULES = (gluon_fp8, gluon_fp8_three, gluon_fp8_three_gradient, gluon_fp8_tiles)
 SHARED = ("expert_of", "corner", "chunks_of")
 
 
@@ -93,14 +92,10 @@ def test_every_row_and_column_is_written_once_by_its_own_expert(
     assert set(seen.values()) <= {1}
 
 
-@pytest.mark.parametrize(
-    ("module", "tall", "wide"), [(gluon_fp8_gradient, 128, 128), (gluon_fp8_three_gradient, 192, 128)]
-)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SIZES, st.integers(1, 3000), st.integers(1, 900), st.integers(1, 140))
-def test_every_tile_of_a_weight_sums_the_chunks_of_its_expert(
-    module, tall, wide, sizes, o_dim, i_dim, programs
-) -> None:
+def test_every_tile_of_a_weight_sums_the_chunks_of_its_expert(sizes, o_dim, i_dim, programs) -> None:
+    module, tall, wide = gluon_fp8_three_gradient, 192, 128
     ends, experts = ends_of(sizes), len(sizes)
     o_tiles, i_tiles = -(-o_dim // tall), -(-i_dim // wide)
     chunks = [-(-size // 128) for size in sizes]
@@ -108,8 +103,7 @@ def test_every_tile_of_a_weight_sums_the_chunks_of_its_expert(
     for program in range(min(programs, tiles)):
         place = (0, 0, 0, ends[0])
         for tile in range(program, tiles, min(programs, tiles)):
-            sizes_of = (o_dim,) if module is gluon_fp8_three_gradient else ()
-            expert, row, column = module._corner.fn(tile, *sizes_of, o_tiles, i_tiles)
+            expert, row, column = module._corner.fn(tile, o_dim, o_tiles, i_tiles)
             place, count = module.chunks_of(expert, place, Pointer(ends))
             assert (place[1], count) == (sum(chunks[:expert]), chunks[expert])
             seen.add((expert, row, column))

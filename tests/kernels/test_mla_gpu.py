@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from benthic.kernels import gluon_mla, ops
+from benthic.kernels import gluon_mla, gluon_mla_wide, ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,8 +32,10 @@ def made(contexts, queries, heads, dtype):
     return *query.split((512, 64), dim=-1), cache, table, torch.tensor(contexts, device="cuda").int()
 
 
-def decode(operands, impl="gluon"):
-    return ops.mla_decode(*operands, scale=SCALE, impl=impl)
+def decode(operands, impl=None):
+    """By name: the first choice may be another."""
+    rows = operands[0].shape[1] * operands[0].shape[2]
+    return ops.mla_decode(*operands, scale=SCALE, impl=impl or ("gluon" if rows <= 32 else "gluon_wide"))
 
 
 def assert_close(found, operands, dtype):
@@ -47,7 +47,11 @@ def assert_close(found, operands, dtype):
     assert (errors <= worst * exact.flatten(2).norm(dim=-1)).all()
 
 
-@pytest.mark.parametrize(("queries", "heads"), [(1, 16), (1, 5), (2, 16), (3, 5), (4, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "heads"),
+    [(1, 16), (1, 5), (2, 16), (3, 5), (4, 8), (1, 64), (1, 128), (2, 64), (4, 16), (1, 40), (3, 50)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "contexts",
     [(1,), (63, 64, 65, 66), (0, 4097, 0, 3, 1000, 0), (40000,), tuple(range(0, 900, 3))],
@@ -59,25 +63,23 @@ def test_outputs_are_those_of_the_definition(contexts, queries, heads, dtype):
 
 
 @pytest.mark.parametrize("programs", [1, 2, 7])
-def test_shares_may_begin_and_end_anywhere(programs, dtype, monkeypatch):
-    properties = torch.cuda.get_device_properties(0)
-    shown = {name: getattr(properties, name) for name in ("name", "major", "minor")}
-    few = SimpleNamespace(multi_processor_count=programs, **shown)
-    monkeypatch.setattr(gluon_mla.torch.cuda, "get_device_properties", lambda _device: few)
-    operands = made((130, 0, 64, 1, 700, 65), 1, 16, dtype)
-    found = gluon_mla.mla_decode(*operands, scale=SCALE)
-    monkeypatch.undo()
-    assert_close(found, operands, dtype)
+@pytest.mark.parametrize(("module", "heads"), [(gluon_mla, 16), (gluon_mla_wide, 128)])
+def test_shares_may_begin_and_end_anywhere(module, heads, programs, dtype, monkeypatch):
+    monkeypatch.setattr(module, "multiprocessors", lambda _device: programs)
+    operands = made((130, 0, 64, 1, 700, 65), 1, heads, dtype)
+    assert_close(module.mla_decode(*operands, scale=SCALE), operands, dtype)
 
 
-def test_queries_may_lie_across(dtype):
-    latent, *rest = made((65, 1000), 1, 16, dtype)
+@pytest.mark.parametrize("heads", [16, 128])
+def test_queries_may_lie_across(heads, dtype):
+    latent, *rest = made((65, 1000), 1, heads, dtype)
     across = latent.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
     assert torch.equal(decode((across, *rest)), decode((latent, *rest)))
 
 
-def test_a_graph_reads_contexts_as_they_are_and_repeats_to_the_last_bit(dtype):
-    operands = made((300, 64, 2000, 129), 1, 16, dtype)
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_graph_reads_contexts_as_they_are_and_repeats_to_the_last_bit(heads, dtype):
+    operands = made((300, 64, 2000, 129), 1, heads, dtype)
     context, graph = operands[-1], torch.cuda.CUDAGraph()
     decode(operands)
     with torch.cuda.graph(graph):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,15 +26,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benthic.kernels.gluon_tiles import DTYPES, LOG2E, load, meet, new_bars
+from benthic.kernels.gluon_mla_shares import (
+    LATENT,
+    LEAST_PAGES,
+    PAGE,
+    add_up,
+    pages_of,
+    parts_of,
+    pieces_of,
+    share_of,
+)
+from benthic.kernels.gluon_tiles import LOG2E, load, meet, new_bars
+from benthic.kernels.triton_tiles import multiprocessors
 
-PAGE = gl.constexpr(64)
 PIECES = gl.constexpr(9)
 """Of 64 dims in a page: eight of the latent, one of the rotary key."""
 VALUES = gl.constexpr(8)
-LATENT = gl.constexpr(512)
 TURNS = gl.constexpr(4)
 """Barriers of each kind; no more than three pages are in the ring, in whole or in part."""
 AHEAD = gl.constexpr(2)
@@ -44,36 +51,6 @@ FORMS = {16: (25, 168), 32: (22, 216)}
 """For up to so many rows: pieces in the ring (227 KiB in all), registers of a thread that sums values."""
 ENTRY_REGISTERS = 168
 """Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
-LEAST_PAGES = 2
-"""Of a program: parts of single pages would cost more to combine than they save."""
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _share(context_ptr, sequences, LEAST: gl.constexpr, MANY: gl.constexpr):
-    """This program's pages: the sequence and page where they begin, and their number."""
-    layout: gl.constexpr = gl.BlockedLayout([MANY // 128], [32], [4], [0])
-    index = gl.arange(0, MANY, layout=layout)
-    context = gl.load(context_ptr + index, mask=index < sequences, other=0)
-    pages = (context + PAGE - 1) // PAGE
-    end = gl.associative_scan(pages, 0, _add)
-    total = gl.sum(pages, axis=0)
-    share = gl.maximum((total + gl.num_programs(0) - 1) // gl.num_programs(0), LEAST)
-    first = gl.program_id(0) * share
-    sequence = gl.sum((end <= first).to(gl.int32), axis=0)
-    page = first - gl.max(gl.where(end <= first, end, 0), axis=0)
-    return sequence, page, gl.minimum(share, total - first)
-
-
-@gluon.jit
-def _pages(context_ptr, sequence, page, left):
-    """Context of a sequence, and how many of its pages from `page` on belong to a share of `left`."""
-    context = gl.load(context_ptr + sequence)
-    return context, gl.minimum((context + PAGE - 1) // PAGE - page, left)
 
 
 @gluon.jit
@@ -100,7 +77,7 @@ def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RIN
     sequence, page, left = share
     number, base = 0, 0
     while left > 0:
-        _context, pages = _pages(context_ptr, sequence, page, left)
+        _context, pages = pages_of(context_ptr, sequence, page, left)
         row_ptr = table_ptr + sequence.to(gl.int64) * stride_table + page
         coming = gl.load(row_ptr, mask=pages > 0, other=0)
         for i in range(pages):
@@ -182,7 +159,7 @@ def _score(
     sequence, page, left = share
     number, base = 0, 0
     while left > 0:
-        context, pages = _pages(context_ptr, sequence, page, left)
+        context, pages = pages_of(context_ptr, sequence, page, left)
         _load_queries(
             queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, rows, heads, ROWS
         )
@@ -235,7 +212,7 @@ def _sum_values(
     sequence, page, left = share
     number, base = 0, 0
     while left > 0:
-        _context, pages = _pages(context_ptr, sequence, page, left)
+        _context, pages = pages_of(context_ptr, sequence, page, left)
         acc = [zero for _ in (0, 1, 2, 3, 4, 5, 6, 7)]
         for _i in range(pages):
             mbarrier.wait(weighed.index(number % TURNS), (number // TURNS) & 1)
@@ -264,7 +241,7 @@ def _decode(
     ROWS: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: its share of all pages."""
-    share = _share(context_ptr, sequences, LEAST, MANY)
+    share = share_of(context_ptr, sequences, gl.program_id(0), gl.num_programs(0), LEAST, MANY)
     dtype: gl.constexpr = cache.dtype
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], dtype)
     weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, ROWS], dtype)
@@ -286,44 +263,12 @@ def _decode(
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sequences", "programs"])
-def _combine(
-    part_ptr, most_ptr, total_ptr, out_ptr, context_ptr, sequences, rows, programs,
-    ROWS: tl.constexpr, LEAST: tl.constexpr, MANY: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Some columns of one row: bring the parts of its sequence to one greatest score, add up and divide."""
-    sequence, row = tl.program_id(0) // rows, tl.program_id(0) % rows
-    index, dim = tl.arange(0, MANY), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    pages = (tl.load(context_ptr + index, mask=index < sequences, other=0) + 63) // 64
-    share = tl.maximum(tl.cdiv(tl.sum(pages, axis=0), programs), LEAST)
-    first = tl.sum(tl.where(index < sequence, pages, 0), axis=0)
-    own = tl.sum(tl.where(index == sequence, pages, 0), axis=0)
-    parts = tl.where(own > 0, (first + own - 1) // share - first // share + 1, 0)
-    base = ((sequence + first // share) * ROWS + row).to(tl.int64)
-    every = tl.arange(0, MOST)
-    m = tl.load(most_ptr + base + every * ROWS, mask=every < parts, other=float("-inf"))
-    most = tl.max(m, axis=0)
-    most = tl.where(most == float("-inf"), 0.0, most)
-    total = tl.load(total_ptr + base + every * ROWS, mask=every < parts, other=0.0)
-    total = tl.sum(tl.exp2(m - most) * total, axis=0)
-    acc = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, parts, PARTS):
-        some = start + tl.arange(0, PARTS)
-        weight = tl.load(most_ptr + base + some * ROWS, mask=some < parts, other=float("-inf"))
-        at = (base + some * ROWS)[:, None] * 512 + dim[None, :]
-        value = tl.load(part_ptr + at, mask=(some < parts)[:, None], other=0.0)
-        acc += tl.sum(tl.exp2(weight - most)[:, None] * value, axis=0)
-    out = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * 512 + dim, out.to(out_ptr.dtype.element_ty))
-
-
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale):
     """See `benthic.kernels.ops.mla_decode`; launches follow from shapes, so a CUDA graph can hold them."""
     q_latent_SQHC, q_rope_SQHr = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent_SQHC, q_rope_SQHr)
     )
-    sequences, queries, heads, latent = q_latent_SQHC.shape
+    sequences, queries, heads, _latent = q_latent_SQHC.shape
     device, rows = cache_PBW.device, queries * heads
     out = torch.empty(q_latent_SQHC.shape, dtype=q_latent_SQHC.dtype, device=device)
     pages = sequences * block_table_SP.shape[1]
@@ -331,29 +276,14 @@ def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S,
         return out.zero_()
     padded = 16 if rows <= 16 else 32
     ring, registers = FORMS[padded]
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    programs = min(multiprocessors, triton.cdiv(pages, LEAST_PAGES))
-    parts, many = (programs + sequences) * padded, max(128, triton.next_power_of_2(sequences))
-    part = torch.empty(parts, latent, dtype=torch.float32, device=device)
-    most, total = torch.empty(2, parts, dtype=torch.float32, device=device)
+    programs = min(multiprocessors(device), triton.cdiv(pages, LEAST_PAGES))
+    part, most, total, many = parts_of(sequences, programs, padded, device)
     _decode[(programs,)](
-        _pieces(cache_PBW), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, most, total,
+        pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, most, total,
         *q_latent_SQHC.stride()[:3], *q_rope_SQHr.stride()[:3], block_table_SP.stride(0),
         sequences, rows, heads, scale,
         ROWS=padded, RING=ring, REGISTERS=registers, LEAST=LEAST_PAGES, MANY=many,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
-    tile, columns = (32, 128) if sequences <= 16 else (8, 512)
-    _combine[(sequences * rows, latent // columns)](
-        part, most, total, out, context_S, sequences, rows, programs,
-        ROWS=padded, LEAST=LEAST_PAGES, MANY=many, MOST=triton.next_power_of_2(programs), PARTS=tile,
-        COLUMNS=columns,
-    )  # fmt: skip
+    add_up((part, most, total), context_S, out, programs)
     return out
-
-
-def _pieces(cache_PBW):
-    """A descriptor of blocks of a page's tokens by 64 dims."""
-    layout = gl.NVMMASharedLayout.get_default_for([64, 64], DTYPES[cache_PBW.dtype])
-    rows_TW = cache_PBW.flatten(0, 1)
-    return TensorDescriptor(rows_TW, list(rows_TW.shape), list(rows_TW.stride()), [64, 64], layout)

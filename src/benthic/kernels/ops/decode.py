@@ -32,18 +32,34 @@ FEW_ROWS = 32
 """Query-head pairs of a sequence up to which pages are the tall operand; more are so themselves."""
 
 
+def _paged_refusal(case: Case) -> str | None:
+    """Why our kernels for Hopper do not take a cache; None: they do."""
+    refusal = gluon_refusal(case)
+    if refusal is None and case.dims != (512, 64, 64):
+        return f"takes latents of 512 dims, rotary keys of 64 and pages of 64 tokens, not {case.dims}"
+    return refusal
+
+
 def _gluon(case: Case) -> Verdict:
     """Few rows a sequence, where reading pages is all that matters (docs/adr/0024)."""
-    if (refusal := gluon_refusal(case)) is not None:
+    if (refusal := _paged_refusal(case)) is not None:
         return no(refusal)
-    if case.dims != (512, 64, 64):
-        return no(f"takes latents of 512 dims, rotary keys of 64 and pages of 64 tokens, not {case.dims}")
     if not case.few:
         return no(f"takes at most {FEW_ROWS} query-head pairs a sequence")
     return yes("our paged kernel for Hopper: a warp loads pages, 3.4 to 4.2 TB/s on an H200")
 
 
+def _gluon_wide(case: Case) -> Verdict:
+    """Many rows a sequence, where products matter as much as reading; not yet timed (docs/adr/0024)."""
+    if (refusal := _paged_refusal(case)) is not None:
+        return no(refusal)
+    if case.few:
+        return no(f"takes more than {FEW_ROWS} query-head pairs a sequence")
+    return yes("our paged kernel for Hopper: loads, scores and sums of values of three pages overlap")
+
+
 _GLUON = inference_only(one_dtype(laid_out("rows", _gluon)))
+_GLUON_WIDE = inference_only(one_dtype(laid_out("rows", _gluon_wide)))
 _NATIVE = inference_only(
     one_dtype(laid_out("rows", native_runs("one sequence a thread, pages read in place")))
 )
@@ -79,6 +95,7 @@ MLA_DECODE = Op(
         Implementation("torch", _TORCH, "benthic.kernels.torch_attention:mla_decode"),
         Implementation("gluon", _GLUON, "benthic.kernels.gluon_mla:mla_decode"),
         Implementation("triton", _TRITON_DECODE, "benthic.kernels.triton_mla:mla_decode"),
+        Implementation("gluon_wide", _GLUON_WIDE, "benthic.kernels.gluon_mla_wide:mla_decode"),
         reference("benthic.kernels.reference.attention:mla_decode"),
     ),
     typical_dims=(512, 64, 64),

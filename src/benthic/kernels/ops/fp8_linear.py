@@ -137,8 +137,8 @@ FEW_ROWS = 16
 """Rows a weight, on average, up to which `few_rows` is the fastest: on an H200, 5.4 to 14 us at one row where
 cuBLAS takes 13 to 25, and no better at 32."""
 MANY_ROWS = 768
-"""Rows a weight, on average, from which tiles of 192 rows win. On an H200 they give 795 TFLOP/s and those of 128
-rows 1,013 with 256 rows for each of 32 experts, 1,209 and 928 with 1,536 for each of 64."""
+"""Rows a weight, on average, from which tiles of 192 rows win. On an H200 they give 795 TFLOP/s and those of
+128 rows 1,013 with 256 rows for each of 32 experts, 1,209 and 928 with 1,536 for each of 64."""
 
 FP8_LINEAR = Op(
     "fp8_linear",
