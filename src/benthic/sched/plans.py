@@ -243,7 +243,8 @@ class Totals:
 
     `prefix_queries` and `prefix_hits` count prompt tokens looked up and found at first starts; `recomputed`
     counts tokens computed again after preemptions (those not found in the prefix cache). Pulled requests
-    count in `pulled_blocks` instead: prompts were looked up and computed elsewhere. `drafts` counts rows
+    count in `pulled_blocks` instead: prompts were looked up and computed elsewhere. Of those blocks,
+    `early_blocks` came while the prompt was still being computed. `drafts` counts rows
     that had any, `drafted` and `accepted_drafts` their tokens, `accepted_at` those that held by place.
     `host_blocks_out` were copied to host memory at their eviction, `host_blocks_in` came back instead of
     being computed, at first starts (`prefix_hits` counts their tokens too) and after preemptions.
@@ -264,5 +265,6 @@ class Totals:
     accepted_drafts: int = 0
     accepted_at: list[int] = field(default_factory=list)
     pulled_blocks: int = 0
+    early_blocks: int = 0
     host_blocks_out: int = 0
     host_blocks_in: int = 0
