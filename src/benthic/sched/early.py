@@ -78,7 +78,7 @@ class EarlyPulls:
         self._news = False
         self.journal: Journal = ignore
 
-    def __contains__(self, request_id: str) -> bool:
+    def __contains__(self, request_id: object) -> bool:
         return request_id in self._pulls
 
     @property
