@@ -148,6 +148,7 @@ class Instance:
         """
         if request_id in self._scheduler.pulls.early:
             self._scheduler.pulls.early.drop(request_id)
+            self._reader.keep_early(self._scheduler.pulls.early)
             return
         self.engine.abort(request_id)
         if not self._told.get(request_id):
