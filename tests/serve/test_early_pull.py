@@ -76,15 +76,10 @@ def prefilled_early(
 
 def all_empty(both: Pair) -> bool:
     both.settle()
+    both.owner.step()
     work_off(both.reader)
     lent = both.owner._told or both.reader._reader._incoming or both.owner._desk._open
     return not lent and all(is_empty(each) for each in (both.owner, both.reader))
-
-
-def let_go(both: Pair) -> None:
-    """What was lent is taken back before the owner's next plan runs."""
-    both.settle()
-    both.owner.step()
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 7, "repetition_penalty": 1.2}])
@@ -96,7 +91,6 @@ def test_all_but_the_last_chunk_of_a_prompt_has_come_when_its_first_token_is_the
         assert both.reader.stats().early_blocks == both.reader.stats().pulled_blocks == 12
         assert both.decode(asked, first) == colocated([asked])["a"]
         assert both.reader.stats().pulled_blocks == 13
-        let_go(both)
         assert all_empty(both)
 
 
@@ -106,7 +100,6 @@ def test_a_reader_without_a_prefix_cache_pulls_at_the_end() -> None:
         first, _ = prefilled_early(both, asked)
         assert both.decode(asked, first) == colocated([asked])["a"]
         assert (both.reader.stats().early_blocks, both.reader.stats().pulled_blocks) == (0, 13)
-        let_go(both)
         assert all_empty(both)
 
 
@@ -121,7 +114,6 @@ def test_a_reader_that_is_full_pulls_what_fits_and_the_rest_at_the_end() -> None
         assert both.decode(asked, first) == colocated([asked])["a"]
         both.reader.add(other)
         work_off(both.reader)
-        let_go(both)
         assert all_empty(both)
 
 
@@ -142,7 +134,6 @@ def test_what_was_read_of_a_prompt_that_is_preempted_does_not_count() -> None:
         assert ready == [8, 16, 24], "it is not lent again"
         assert both.reader.stats().early_blocks == 4
         assert both.decode(asked, first) == colocated([asked])["a"]
-        let_go(both)
         assert all_empty(both)
 
 
@@ -161,7 +152,6 @@ def test_an_abort_in_the_middle_of_a_prompt_frees_both_sides(side: str) -> None:
             ahead.stop()
             both.owner.abort("a")
         ahead.stop()
-        let_go(both)
         assert all_empty(both)
 
 
@@ -172,7 +162,6 @@ def test_a_prompt_whose_first_token_ends_it_leaves_nothing_lent() -> None:
     with pair(owner=CHUNKED) as both:
         last, _ = prefilled_early(both, ends)
         assert (last.finish_reason, last.remote) == ("stop", None)
-        let_go(both)
         assert all_empty(both)
 
 

@@ -49,7 +49,7 @@ class EarlyPull:
     @property
     def holdings(self) -> list[int]:
         """Blocks that it uses."""
-        return [block for block in self.seq.table[self.seq.num_registered :] if block != SKIPPED]
+        return self.seq.table[self.seq.num_registered :]
 
 
 class EarlyPulls:

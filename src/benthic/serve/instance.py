@@ -219,6 +219,7 @@ class Instance:
         for lease_id in leases.due(now):
             if self._desk.close(lease_id):
                 leases.release(lease_id)
+        self._take_back()
 
     def _with_lease(self, delta: Delta) -> Delta:
         """The delta; where it ends a request that is held, it says where the blocks are."""
