@@ -17,7 +17,7 @@ from benthic.sched.batching import BatchingConfig, Request, Scheduler
 from benthic.sched.replay import replay
 
 if TYPE_CHECKING:
-    from benthic.sched.pulls import TransferPlan
+    from benthic.sched.plans import TransferPlan
 
 PROMPT = tuple(range(1, 31))
 SMALL = replace(CONFIG, max_num_batched_tokens=8)

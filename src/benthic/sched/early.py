@@ -18,8 +18,7 @@ from benthic.sched.request import Request, SequenceState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from benthic.sched.plans import BatchingConfig, Totals
-    from benthic.sched.pulls import TransferPlan
+    from benthic.sched.plans import BatchingConfig, Totals, TransferPlan
     from benthic.sched.residency import Residency
 
 SKIPPED = -1

@@ -142,6 +142,20 @@ class BlockCopy(NamedTuple):
     host: int
 
 
+class TransferPlan(NamedTuple):
+    """Fill `blocks` with columns `first`, `first + 1`, … of what the request's lease holds.
+
+    `last` marks the transfer that ends its request's pull; an early pull has none. Transfers are numbered
+    from 0; those of one request come back in order.
+    """
+
+    number: int
+    request_id: str
+    first: int
+    blocks: tuple[int, ...]
+    last: bool
+
+
 class Started(NamedTuple):
     """A request got a slot. `cached_tokens` were found in the prefix cache; `resumed` after a preemption."""
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from benthic.sched.early import EarlyPulls, take_oldest
 from benthic.sched.leases import Journal, ignore
+from benthic.sched.plans import TransferPlan
 from benthic.sched.request import Phase
 
 if TYPE_CHECKING:
@@ -28,20 +29,6 @@ if TYPE_CHECKING:
     from benthic.sched.plans import BatchingConfig, Totals
     from benthic.sched.request import SequenceState
     from benthic.sched.residency import Residency
-
-
-class TransferPlan(NamedTuple):
-    """Fill `blocks` with columns `first`, `first + 1`, … of what the request's lease holds.
-
-    `last` marks the transfer that ends its request's pull; an early pull has none. Transfers are numbered
-    from 0; those of one request come back in order.
-    """
-
-    number: int
-    request_id: str
-    first: int
-    blocks: tuple[int, ...]
-    last: bool
 
 
 @dataclass(eq=False)

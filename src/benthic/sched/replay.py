@@ -18,7 +18,7 @@ from benthic.sched.batching import BatchingConfig, Finished, Request, Scheduler,
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from benthic.sched.pulls import TransferPlan
+    from benthic.sched.plans import TransferPlan
 
 VERSION = 2
 

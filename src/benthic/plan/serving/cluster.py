@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
     from benthic.plan.serving.demand import Ask
     from benthic.plan.serving.group import GroupSpec, Lane
-    from benthic.sched.plans import Finished, StepPlan
-    from benthic.sched.pulls import TransferPlan
+    from benthic.sched.plans import Finished, StepPlan, TransferPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from benthic.serve.transfer.handshake import Check, Done, FromDesk, Greet, Held,
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
-    from benthic.sched.pulls import TransferPlan
+    from benthic.sched.plans import TransferPlan
     from benthic.serve.messages import Remote
     from benthic.serve.transfer.handshake import Terms
     from benthic.serve.transfer.memory import Copy, Opener, Source
