@@ -11,6 +11,8 @@ counted. Drilled are 200 requests through 1P1D and 2P1D, instances that join and
     prefill   SIGKILL hits a prefill instance
     decode    SIGKILL hits the decode instance
     link      a connection between the router and some instance is shut down (each way in turn)
+    chunks    SIGKILL hits one of the two instances (in turn) between which a prompt's blocks move while it is
+              being computed
     silence   SIGSTOP: some instance stays connected and says nothing more (a quarter as often)
 
 and for 1P1D whose instances have two tensor-parallel ranks, after 200 requests, half as often:
@@ -46,6 +48,7 @@ from provenance import write_result
 from benthic.model.checkpoint import save_pretrained
 from benthic.model.initialise import initialise
 from benthic.model.network import DeepSeek
+from benthic.serve.ahead import Ahead
 from benthic.serve.engine import Engine
 from benthic.serve.fleet import Fleet, FleetOptions, start_router
 from benthic.serve.journal import Journal
@@ -57,14 +60,16 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from benthic.serve.members import Member
+    from benthic.serve.messages import Remote
     from benthic.serve.router import Router
 
-KINDS = ("prefill", "decode", "link", "silence")
+KINDS = ("prefill", "decode", "link", "chunks", "silence")
 ANYWHERE = ("link", "silence", "rank")
 STALL_S = 6.0
 PATIENCE_S = 120.0
-NUDGE = 1e-4
-"""Far above what float32 loses in a logit of order 1 to 10, far below what a wrong block changes."""
+NUDGE = 1e-3
+"""Far below what a wrong block changes in a logit of order 1 to 10, and above what float32 loses: 1e-6 of a
+sum of probabilities, which is so much for a token of one in a thousand."""
 ENGINE = EngineOptions(
     max_num_seqs=16,
     max_num_batched_tokens=32,
@@ -179,8 +184,11 @@ async def strike(router: Router, kind: str, rng: random.Random, turn: int) -> Ki
     whole = sum(member.open for member in router.members)
     await asyncio.sleep(rng.uniform(0.0, 1.0))
     await until(lambda: sum(member.open for member in router.members) == whole, "all instances up")
-    member = rng.choice([m for m in router.members if m.open and kind in (m.role, *ANYWHERE)])
-    await until(lambda: bool(member.loads), f"a request at {member.name}")
+    if kind == "chunks":
+        member = await in_the_middle(router, turn)
+    else:
+        member = rng.choice([m for m in router.members if m.open and kind in (m.role, *ANYWHERE)])
+        await until(lambda: bool(member.loads), f"a request at {member.name}")
     requests, began = len(member.loads), time.monotonic()
     if kind == "link":
         cut(member.client, ("requests", "replies")[turn % 2])
@@ -191,6 +199,29 @@ async def strike(router: Router, kind: str, rng: random.Random, turn: int) -> Ki
     await until(lambda: member not in list(router.members), f"{member.name} to be given up")
     await until(lambda: sum(m.open for m in router.members) == whole, "another instance in its place")
     return Kill(kind, member.name, requests, round(time.monotonic() - began, 2))
+
+
+async def in_the_middle(router: Router, turn: int) -> Member:
+    """One of the two that have a prompt of which a chunk is computed and others are not."""
+    told: list[str] = []
+    tell = Ahead.tell
+
+    def note(self: Ahead, remote: Remote) -> None:
+        told.append(remote.lease_id.removesuffix("/early"))
+        tell(self, remote)
+
+    def found() -> list[Member]:
+        names = [
+            (m, name) for m in router.members for name in m.loads if m.role == ("prefill", "decode")[turn % 2]
+        ]
+        return [m for m, name in names if told and name == told[-1]]
+
+    Ahead.tell = note  # type: ignore[method-assign]
+    try:
+        await until(lambda: bool(found()), "a prompt whose blocks move")
+    finally:
+        Ahead.tell = tell  # type: ignore[method-assign]
+    return found()[0]
 
 
 def process_of(member: Member) -> int:
@@ -343,13 +374,14 @@ async def carry_out(drill: Drill, checkpoint: Path, seed: int) -> tuple[Load, di
         seconds = time.monotonic() - began
         await nothing_left(router)
         stats = router.stats
-        pulled = 0 if stats is None else stats.pulled_blocks
+        pulled, early = (0, 0) if stats is None else (stats.pulled_blocks, stats.early_blocks)
     return load, {
         "fleet": drill.name,
         "requests": len(load.asked),
         "tokens": sum(map(len, load.answers.values())),
         "seconds": round(seconds, 1),
         "pulled_blocks": pulled,
+        "early_blocks": early,
         "joins_and_drains": drill.moves,
         "requests_moved": router.retried,
         "kills": [summarised(kind, kills) for kind in drill.kinds],

@@ -19,7 +19,7 @@ from benthic.sched.request import Phase
 
 if TYPE_CHECKING:
     from benthic.sched.leases import Lease
-    from benthic.sched.pulls import TransferPlan
+    from benthic.sched.plans import TransferPlan
 
 CONFIG = BatchingConfig(
     num_blocks=12,

@@ -46,15 +46,18 @@ def small_instance(
     patience_s: float = 20.0,
     seed: int = 0,
     mover: Mover = "host",
+    chunk_s: float = 0.0,
     **options: object,
 ) -> Instance:
-    """One instance in this process."""
+    """One instance in this process; its steps last `chunk_s` longer for every chunk of a prompt."""
     torch.set_num_threads(1)
     settings = EngineOptions(**(SETTINGS | {"share_pages": mover == "host"} | options))
     model = random_model(seed=seed)
     parts = assemble(model, settings, model_name="nano", eos=(EOS,))
     transfer = TransferOptions(address=address, model=digest_of(model), patience_s=patience_s, mover=mover)
-    return Instance(Engine(parts, settings, clock=clock), transfer, clock=clock)
+    instance = Instance(Engine(parts, settings, clock=clock), transfer, clock=clock)
+    instance.engine.observers.append(lambda plan: time.sleep(chunk_s * len(plan.prefills)))
+    return instance
 
 
 def factory_in(

@@ -114,6 +114,23 @@ def test_instances_of_any_ranks_answer_as_one_engine_does_and_go_on_without_one_
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(("ranks", "options"), [((2, 1), {}), ((1, 2), {"speculative": MTP})])
+def test_every_rank_has_pulled_most_of_a_long_prompt_before_its_end(ranks, options, folder) -> None:
+    asked = [replace_params(each, prompt=each.prompt * 6) for each in ASKED[:5]]
+    engine = Engine.from_pretrained(folder, EngineOptions(**(ENGINE | {"num_blocks": 512})))
+    answers = {name: answer.tokens for name, answer in serve(engine, asked).items()}
+    sizes = {"num_blocks": 512, "max_num_batched_tokens": 24}
+
+    async def scenario() -> None:
+        async with fleet(folder, *ranks, **sizes, **options) as router:
+            assert await asyncio.wait_for(all_of(router, asked), 60) == answers
+            await nothing_left(router)
+            assert router.stats.early_blocks > router.stats.pulled_blocks * 0.4
+            assert router.retried == 0
+
+    asyncio.run(scenario())
+
+
 async def lose_a_rank(router: Router, victim: int, expected: dict[str, list[int]]) -> None:
     """The error names it, requests get the tokens they would have got, and the other side loses no block."""
     answers = asyncio.create_task(all_of(router, ASKED))

@@ -47,12 +47,15 @@ def test_requests_survive_a_kill_of_each_kind_of_instance_and_a_cut_link(
     """Same tokens as one engine; no request, block, lease, process or folder is left."""
     forked_instances.warm_up()
     monkeypatch.setattr("benthic.serve.client.start_engine", forked_instances.start_engine)
-    row = script.run(script.Drill(2, 1, kinds=("prefill", "decode", "link"), kills=1), tmp_path, seed=0)
+    kinds = ("prefill", "decode", "link", "chunks")
+    row = script.run(script.Drill(2, 1, kinds=kinds, kills=1), tmp_path, seed=0)
     assert [(kill["kind"], kill["kills"]) for kill in row["kills"]] == [
         ("prefill", 1),
         ("decode", 1),
         ("link", 1),
+        ("chunks", 1),
     ]
+    assert 0 < row["early_blocks"] < row["pulled_blocks"]
     assert row["requests_moved"] >= 2
     assert row["other_by_rounding"] <= 1
     assert not any(row["left"].values())

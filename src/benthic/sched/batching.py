@@ -32,15 +32,15 @@ What the scheduler promises
     the last in that line is preempted; it resumes with the same tokens, computing what is not
     cached.
   * Full committed blocks can be found by later requests; with `host_blocks`, also after their eviction. The
-    last known token is always computed, never
-    cached.
+    last known token is always computed, never cached.
   * It alone ends requests: eos and stop ids, `max_tokens`, `max_model_len`, abort, error. Tokens past the end
     of a row (`Finished.kept`) do not count. Rows of requests that ended or were aborted since the plan are
     ignored.
   * Slots and blocks of an ended request come free when the newest plan in flight at its end is committed.
   * Blocks of rejected drafts are given back at the commit; only accepted tokens are ever hashed.
   * Blocks are conserved: `num_free_blocks == num_blocks` once nothing is left.
-  * Between instances, `leases` keeps a held request's blocks for a reader and `pulls` plans such reading.
+  * Between instances, `leases` keeps a held request's blocks for a reader and `pulls` plans such reading,
+    `pulls.early` that of prompts that are still being computed.
 
 While a sequence has uncommitted drafts, how many held decides its next position, so it sits out until they
 are committed; without drafts, any number of plans may be made ahead.
@@ -110,15 +110,15 @@ class Scheduler:
         self._decodes = Decodes(config, self._residency, self._drafting)
         self._flights = Flights()
         self._making_room = MakingRoom(
-            self._residency, self._decodes, self._prefills, self._flights, self.totals
+            self._residency, self._decodes, self._prefills, self.leases, self._flights, self.totals
         )
         self._finished: list[Finished] = []
         self._num_added = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is unfinished, or a plan or transfer uncommitted."""
-        return bool(self._requests or self._flights or self.pulls.num_in_flight)
+        """Whether a request is unfinished, a plan or transfer uncommitted, or an early pull to plan."""
+        return bool(self._requests or self._flights or self.pulls.has_work)
 
     @property
     def num_running(self) -> int:
@@ -210,6 +210,8 @@ class Scheduler:
         prefills, chunks = self._prefills.plan(budget - num_tokens, landed=self._flights.landed, now=now)
         num_tokens += sum([chunk.length for chunk in prefills])
         self._decodes.join([chunk.seq for chunk in chunks if chunk.seq.phase is Phase.DECODING])
+        if not preempted:
+            self.pulls.early.reserve()
         self.totals.steps += num_tokens > 0
         self.totals.scheduled_tokens += num_tokens
         to_host, from_host = home.host.to_host, home.host.from_host
@@ -229,9 +231,10 @@ class Scheduler:
             from_host=from_host,
         )
 
-    def _begin_prefilling(self, seq: SequenceState, woken: list[SequenceState]) -> None:
-        """A pull has ended: compute what it did not bring, at least the last known token."""
-        self._prefills.resume(seq)
+    def _begin_prefilling(self, seq: SequenceState | None, woken: list[SequenceState]) -> None:
+        """A pull has ended (None: an early one): compute what it did not bring, at least the last token."""
+        if seq is not None:
+            self._prefills.resume(seq)
         self._prefills.wait(woken)
 
     def commit(
@@ -358,6 +361,8 @@ class Scheduler:
         for seq, end, samples in flight.chunks:
             if seq.phase in _RESIDENT:
                 self._prefills.wait(self._residency.settle(seq, end))
+                if end < seq.num_tokens:
+                    self.leases.lend(seq, end)
             if samples:
                 self._settle(seq, next(row), now)
             elif end == seq.limit and seq.phase is not Phase.FINISHED:

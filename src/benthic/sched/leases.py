@@ -2,11 +2,13 @@
 
 A prefill instance computes a prompt for somebody else. When such a request ends, its blocks go under a lease:
 they are handed on when the reader says so, or when the lease is over. Prefill memory is thereby the buffer
-between the two sides (DistServe section 4.3: "pull"), and `lease_share` bounds it.
+between the two sides (DistServe section 4.3: "pull"), and `lease_share` bounds it. What is computed of a
+longer prompt is lent before that, for as long as the request keeps its blocks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,7 +35,7 @@ class Lease(NamedTuple):
         lease_id: the request that computed it.
         blocks: in the order of positions.
         num_tokens: positions 0 to `num_tokens - 1` are valid.
-        deadline: `now` from which the owner may hand the blocks on.
+        deadline: `now` from which the owner may hand the blocks on; inf while the prompt is being computed.
     """
 
     lease_id: str
@@ -56,6 +58,7 @@ class Leases:
         self._most = int(config.lease_share * config.num_blocks)
         self._leases: dict[str, Lease] = {}
         self._promised: dict[str, int] = {}
+        self.lent: dict[str, Lease] = {}
         self.journal: Journal = ignore
 
     def __len__(self) -> int:
@@ -93,6 +96,21 @@ class Leases:
             raise OverloadedError(msg)
         self._promised[request.request_id] = need
 
+    def lend(self, seq: SequenceState, num_tokens: int) -> None:
+        """Let the first `num_tokens` positions of a held prompt be read, of which more are to be computed.
+
+        `lent` then has it until the request ends or loses its blocks, with the columns of the whole prompt;
+        only full ones will not be written any more. What was preempted is not lent again: its blocks are
+        others then.
+        """
+        request = seq.request
+        if request.hold and not seq.preemptions:
+            self.lent[request.request_id] = Lease(request.request_id, tuple(seq.table), num_tokens, math.inf)
+
+    def take_back(self, request_id: str) -> None:
+        """A request loses its blocks; one that lends nothing is ignored."""
+        self.lent.pop(request_id, None)
+
     def grant(self, seq: SequenceState, now: float, *, keep: bool) -> None:
         """Take a promise back at the end of `seq`; when `keep`, lease the blocks of its computed positions.
 
@@ -100,6 +118,7 @@ class Leases:
         """
         request_id = seq.request.request_id
         self._promised.pop(request_id, None)
+        self.take_back(request_id)
         if not (keep and seq.request.hold):
             return
         num_tokens = seq.num_tokens - 1

@@ -10,6 +10,7 @@ from benthic.sched.request import Phase, SequenceState
 if TYPE_CHECKING:
     from benthic.sched.decodes import Decodes
     from benthic.sched.flights import Flights
+    from benthic.sched.leases import Leases
     from benthic.sched.plans import Totals
     from benthic.sched.prefills import Prefills
     from benthic.sched.residency import Residency
@@ -19,11 +20,18 @@ class MakingRoom:
     """Grows decoding sequences, and preempts for them."""
 
     def __init__(
-        self, residency: Residency, decodes: Decodes, prefills: Prefills, flights: Flights, totals: Totals
+        self,
+        residency: Residency,
+        decodes: Decodes,
+        prefills: Prefills,
+        leases: Leases,
+        flights: Flights,
+        totals: Totals,
     ) -> None:
         self._residency = residency
         self._decodes = decodes
         self._prefills = prefills
+        self._leases = leases
         self._flights = flights
         self._totals = totals
 
@@ -43,6 +51,7 @@ class MakingRoom:
         """Take slot and blocks away from `seq`, which waits from now on; nobody else starts in this plan."""
         self._prefills.leave(seq)
         self._decodes.changed()
+        self._leases.take_back(seq.request.request_id)
         seq.phase = Phase.WAITING
         seq.ready_after = self._flights.newest
         seq.preemptions += 1

@@ -142,6 +142,20 @@ class BlockCopy(NamedTuple):
     host: int
 
 
+class TransferPlan(NamedTuple):
+    """Fill `blocks` with columns `first`, `first + 1`, … of what the request's lease holds.
+
+    `last` marks the transfer that ends its request's pull; an early pull has none. Transfers are numbered
+    from 0; those of one request come back in order.
+    """
+
+    number: int
+    request_id: str
+    first: int
+    blocks: tuple[int, ...]
+    last: bool
+
+
 class Started(NamedTuple):
     """A request got a slot. `cached_tokens` were found in the prefix cache; `resumed` after a preemption."""
 
@@ -243,7 +257,8 @@ class Totals:
 
     `prefix_queries` and `prefix_hits` count prompt tokens looked up and found at first starts; `recomputed`
     counts tokens computed again after preemptions (those not found in the prefix cache). Pulled requests
-    count in `pulled_blocks` instead: prompts were looked up and computed elsewhere. `drafts` counts rows
+    count in `pulled_blocks` instead: prompts were looked up and computed elsewhere. Of those blocks,
+    `early_blocks` came while the prompt was still being computed. `drafts` counts rows
     that had any, `drafted` and `accepted_drafts` their tokens, `accepted_at` those that held by place.
     `host_blocks_out` were copied to host memory at their eviction, `host_blocks_in` came back instead of
     being computed, at first starts (`prefix_hits` counts their tokens too) and after preemptions.
@@ -264,5 +279,6 @@ class Totals:
     accepted_drafts: int = 0
     accepted_at: list[int] = field(default_factory=list)
     pulled_blocks: int = 0
+    early_blocks: int = 0
     host_blocks_out: int = 0
     host_blocks_in: int = 0

@@ -85,9 +85,17 @@ class PrefixIndex:
         """Keep `seq` out of the queue until the block of `key` is committed or no longer being computed."""
         self._parked.setdefault(key, []).append(seq)
 
-    def begin(self, seq: SequenceState, matched: int) -> None:
-        """Note that `seq` computes its full blocks from `matched` on."""
-        for key in seq.keys[matched:]:
+    def cached(self, key: bytes) -> bool:
+        """Whether the block of `key` is in the cache or on the host."""
+        return self._pool.find(key) is not None or key in self._host
+
+    def has(self, key: bytes) -> bool:
+        """Whether the block of `key` is cached or being computed."""
+        return key in self._computing or self.cached(key)
+
+    def begin(self, seq: SequenceState, matched: int, end: int | None = None) -> None:
+        """Note that `seq` computes its full blocks from `matched` on, up to `end`."""
+        for key in seq.keys[matched:end]:
             self._computing.setdefault(key, seq)
 
     def commit(self, seq: SequenceState, num_computed: int) -> list[SequenceState]:
@@ -101,10 +109,10 @@ class PrefixIndex:
         seq.num_registered = max(seq.num_registered, full)
         return woken
 
-    def end(self, seq: SequenceState) -> list[SequenceState]:
-        """Note that `seq` computes nothing any more; returns whom this unparks."""
+    def end(self, seq: SequenceState, first: int | None = None) -> list[SequenceState]:
+        """Note that `seq` computes no block any more, from `first` on; returns whom this unparks."""
         woken: list[SequenceState] = []
-        for key in seq.keys[seq.num_registered :]:
+        for key in seq.keys[seq.num_registered if first is None else first :]:
             woken += self._settle(seq, key)
         return woken
 

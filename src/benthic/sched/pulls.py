@@ -13,11 +13,14 @@ not arrive is computed instead: a failed transfer costs time, never a token.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
-from benthic.errors import ServeError
+from benthic.sched.early import EarlyPulls, take_oldest
 from benthic.sched.leases import Journal, ignore
+from benthic.sched.plans import TransferPlan
 from benthic.sched.request import Phase
 
 if TYPE_CHECKING:
@@ -28,20 +31,6 @@ if TYPE_CHECKING:
     from benthic.sched.residency import Residency
 
 
-class TransferPlan(NamedTuple):
-    """Fill `blocks` with columns `first`, `first + 1`, … of what the request's lease holds.
-
-    `last` marks the transfer that ends its request's pull. Transfers are numbered from 0; those of one
-    request come back in order.
-    """
-
-    number: int
-    request_id: str
-    first: int
-    blocks: tuple[int, ...]
-    last: bool
-
-
 @dataclass(eq=False)
 class Pull:
     """One request's pull: columns up to `next_column` are planned, those from `end` on will not come."""
@@ -49,7 +38,7 @@ class Pull:
     seq: SequenceState
     next_column: int
     end: int
-    flying: list[int] = field(default_factory=list)
+    flying: deque[int] = field(default_factory=deque)
     kept: list[int] | None = None
 
 
@@ -64,8 +53,9 @@ class Pulls:
         config: BatchingConfig,
         residency: Residency,
         totals: Totals,
-        arrived: Callable[[SequenceState, list[SequenceState]], None],
+        arrived: Callable[[SequenceState | None, list[SequenceState]], None],
     ) -> None:
+        self.early = EarlyPulls(config, residency, totals, partial(arrived, None))
         self._block_size = config.block_size
         self._most = config.transfer_blocks
         self._residency = residency
@@ -82,13 +72,21 @@ class Pulls:
     @property
     def num_in_flight(self) -> int:
         """Transfers planned and not back."""
-        return len(self._flying)
+        return len(self._flying) + self.early.num_in_flight
+
+    @property
+    def has_work(self) -> bool:
+        """Whether transfers are in flight, or an early pull has more to plan."""
+        return bool(self._flying or self.early.num_in_flight or self.early.has_work)
 
     @property
     def tables(self) -> list[list[int]]:
-        """Blocks that wait for a transfer of an aborted request (for checking that blocks are conserved)."""
+        """Blocks of early pulls, and those that wait for a transfer of an aborted request.
+
+        For checking that blocks are conserved.
+        """
         pulls = {id(pull): pull for _, pull in self._flying.values()}
-        return [pull.kept for pull in pulls.values() if pull.kept is not None]
+        return [*self.early.tables, *[pull.kept for pull in pulls.values() if pull.kept is not None]]
 
     def start(self, seq: SequenceState) -> bool:
         """Begin to pull what `seq`, which has its blocks, does not have; False when it has everything."""
@@ -101,7 +99,10 @@ class Pulls:
         return True
 
     def plan(self) -> tuple[TransferPlan, ...]:
-        """The transfers to start now: at most `transfer_blocks` blocks, the longest-pulling request first."""
+        """The transfers to start now: at most `transfer_blocks` blocks, the longest-pulling request first.
+
+        What they leave of that goes to early pulls.
+        """
         plans: list[TransferPlan] = []
         left = self._most
         for request_id, pull in self._pulls.items():
@@ -117,9 +118,22 @@ class Pulls:
             self._flying[plan.number] = (plan, pull)
             pull.flying.append(plan.number)
             plans.append(plan)
+        plans += self._plan_early(left)
         if plans:
             self.journal({"transfers": [list(plan) for plan in plans]})
         return tuple(plans)
+
+    def _plan_early(self, left: int) -> list[TransferPlan]:
+        plans: list[TransferPlan] = []
+        for pull in self.early.running:
+            blocks = tuple(pull.reserved[:left])
+            if blocks:
+                name = pull.seq.request.request_id
+                plans.append(TransferPlan(self._next_number, name, pull.next_column, blocks, last=False))
+                self._next_number += 1
+                left -= len(blocks)
+                self.early.depart(pull, plans[-1])
+        return plans
 
     def commit(self, plan: TransferPlan) -> None:
         """Report that a transfer's blocks are filled.
@@ -127,22 +141,30 @@ class Pulls:
         Raises:
             ServeError: it is not the oldest of its request in flight.
         """
-        pull = self._land(plan)
-        if plan.first < pull.end:
-            self._totals.pulled_blocks += len(plan.blocks)
+        if self.early.flies(plan.number):
+            self.early.land(plan, brought=True)
+        else:
+            pull = self._land(plan)
+            if plan.first < pull.end:
+                self._totals.pulled_blocks += len(plan.blocks)
+            self._end_if_done(pull)
         self.journal({"pulled": plan.number})
-        self._end_if_done(pull)
 
     def fail(self, plan: TransferPlan) -> None:
         """Report that a transfer did not happen: its columns and those behind it are computed instead.
 
+        An early pull ends with that; its request pulls them again.
+
         Raises:
             ServeError: it is not the oldest of its request in flight.
         """
-        pull = self._land(plan)
-        pull.end = min(pull.end, plan.first)
+        if self.early.flies(plan.number):
+            self.early.land(plan, brought=False)
+        else:
+            pull = self._land(plan)
+            pull.end = min(pull.end, plan.first)
+            self._end_if_done(pull)
         self.journal({"pull_failed": plan.number})
-        self._end_if_done(pull)
 
     def leave(self, seq: SequenceState) -> None:
         """Forget a request that ended; its blocks gain a user until its transfers are back."""
@@ -155,14 +177,8 @@ class Pulls:
 
     def _land(self, plan: TransferPlan) -> Pull:
         _, pull = self._flying.get(plan.number, (plan, None))
-        if pull is None or pull.flying[0] != plan.number:
-            oldest = "none" if pull is None else f"transfer {pull.flying[0]}"
-            msg = (
-                f"transfer {plan.number} of {plan.request_id!r} came back, but the oldest of it in flight "
-                f"is {oldest}. Report each once and in order."
-            )
-            raise ServeError(msg)
-        pull.flying.pop(0)
+        take_oldest(plan, deque() if pull is None else pull.flying)
+        assert pull is not None  # noqa: S101 (it had flights)
         del self._flying[plan.number]
         return pull
 

@@ -8,7 +8,7 @@ where an old run takes another turn; the simulator and the live engine are compa
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from benthic.sched.batching import BatchingConfig, Finished, Request, Scheduler,
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from benthic.sched.pulls import TransferPlan
+    from benthic.sched.plans import TransferPlan
 
 VERSION = 2
 
@@ -36,13 +36,13 @@ class RecordingScheduler(Scheduler):
     def __init__(self, config: BatchingConfig, write: Callable[[str], object]) -> None:
         super().__init__(config)
         self._write = write
-        self.leases.journal = self.pulls.journal = self._put
+        self.leases.journal = self.pulls.journal = self.pulls.early.journal = self._put
         self._put({"version": VERSION, "config": asdict(config)})
 
     def add(self, request: Request, now: float) -> None:
         """As `Scheduler.add`."""
         super().add(request, now)
-        self._put({"add": _changed_fields(request), "now": now})
+        self._put({"add": request.changed(), "now": now})
 
     def abort(self, request_id: str, now: float) -> Finished | None:
         """As `Scheduler.abort`."""
@@ -144,6 +144,9 @@ class _Player:
             "transfers": self._plan_transfers,
             "pulled": self._pulled,
             "pull_failed": self._pull_failed,
+            "early": self._early,
+            "grown": self._grown,
+            "dropped": self._dropped,
         }
         if kind not in actions:
             msg = f"line {line} of the recording is a {kind!r}, but only {sorted(actions)} are known."
@@ -206,6 +209,16 @@ class _Player:
     def _pull_failed(self, line: int, event: dict[str, Any]) -> None:  # noqa: ARG002 (one signature for all)
         self.scheduler.pulls.fail(self._transfers.pop(event["pull_failed"]))
 
+    def _early(self, line: int, event: dict[str, Any]) -> None:  # noqa: ARG002 (one signature for all)
+        request = Request(**_tuples(event["early"]))
+        self.scheduler.pulls.early.begin(request, event["num_tokens"], event["now"])
+
+    def _grown(self, line: int, event: dict[str, Any]) -> None:  # noqa: ARG002 (one signature for all)
+        self.scheduler.pulls.early.grow(event["grown"], event["num_tokens"])
+
+    def _dropped(self, line: int, event: dict[str, Any]) -> None:  # noqa: ARG002 (one signature for all)
+        self.scheduler.pulls.early.drop(event["dropped"])
+
 
 def _insist(line: int, what: str, recorded: object, replayed: object) -> None:
     if recorded != replayed:
@@ -244,15 +257,6 @@ def _read_config(numbered: Iterable[tuple[int, dict[str, Any]]]) -> BatchingConf
     except (KeyError, TypeError) as error:
         msg = f"line 1 of the recording holds no scheduler configuration: {error}."
         raise DataError(msg) from error
-
-
-def _changed_fields(request: Request) -> dict[str, Any]:
-    """The fields of a request that differ from their defaults."""
-    values = {field.name: getattr(request, field.name) for field in fields(request)}
-    if request.prompt is not None:
-        del values["prompt_len"]
-    defaults = {field.name: field.default for field in fields(request)}
-    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum, auto
+from typing import Any
 
 from benthic.errors import AdmissionError
 from benthic.sched.plans import Finished, FinishReason
@@ -70,6 +71,14 @@ class Request:
                 f"{self.max_tokens}, but 0 <= min_tokens <= max_tokens must hold."
             )
             raise AdmissionError(msg)
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, for a recording."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.prompt is not None:
+            del values["prompt_len"]
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 class Phase(Enum):

@@ -41,6 +41,11 @@ class Residency:
         """Whether another sequence could get a slot now."""
         return bool(self._free_slots)
 
+    @property
+    def spare(self) -> int:
+        """Free blocks beyond the watermark's."""
+        return self.pool.num_free - self._watermark
+
     def begin_plan(self) -> None:
         """A new plan: nothing is written or moved yet."""
         self.writes = []

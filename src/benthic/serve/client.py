@@ -194,8 +194,12 @@ class EngineClient:
 
     def release(self, lease_id: str) -> None:
         """Let the engine hand on the blocks of a held request that has ended; unknown names are ignored."""
+        self.post(Abort(request_id=lease_id))
+
+    def post(self, message: Request) -> None:
+        """Tell the engine something that is not answered; one that is gone hears nothing."""
         if self._death is None:
-            self._send(Abort(request_id=lease_id))
+            self._send(message)
 
     async def wait_dead(self) -> str:
         """Wait until the engine is gone; returns why."""

@@ -209,6 +209,7 @@ class Engine:
             step_seconds=self._step_seconds,
             leased_blocks=self._scheduler.leases.num_blocks,
             pulled_blocks=totals.pulled_blocks,
+            early_blocks=totals.early_blocks,
             drafts=totals.drafts,
             draft_tokens=totals.drafted,
             accepted_tokens=totals.accepted_drafts,
@@ -246,7 +247,18 @@ class Engine:
                 self._drafter.learn(plan, result, drawing, positions)
         except (BenthicError, torch.OutOfMemoryError) as error:
             return Launched(plan, entries, error=error)
-        return Launched(plan, entries, drawing=drawing, prompts=prompts, trial=trial)
+        written = self._mark_if_lent(plan)
+        return Launched(plan, entries, drawing=drawing, prompts=prompts, trial=trial, written=written)
+
+    def _mark_if_lent(self, plan: StepPlan) -> torch.cuda.Event | None:
+        """The end of the step on the device, where others are to read what it writes of a prompt."""
+        chunks = [chunk for chunk in plan.prefills if not chunk.samples]
+        lent = any(self._in_flight[chunk.request_id].request.lend for chunk in chunks)
+        if not lent or self._device.type != "cuda":
+            return None
+        written = torch.cuda.Event()
+        written.record()
+        return written
 
     def _draw(self, plan: StepPlan, result: StepResult, positions: list[int], trial: Trial | None) -> Drawing:
         """Draw a token from every row of logits; each sequence's newest feeds its next step."""

@@ -44,6 +44,11 @@ TOTALS: Final[tuple[tuple[str, str, Callable[[Stats], float]], ...]] = (
     ("instance_prompt_tokens", "Prompt tokens that it computed.", lambda s: s.prompt_tokens),
     ("instance_generation_tokens", "Tokens that it generated.", lambda s: s.generation_tokens),
     ("instance_kv_blocks_pulled", "Blocks that it read from others.", lambda s: s.pulled_blocks),
+    (
+        "instance_kv_blocks_pulled_early",
+        "Those that came while their prompt was still being computed.",
+        lambda s: s.early_blocks,
+    ),
 )
 
 

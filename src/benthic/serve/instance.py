@@ -16,8 +16,8 @@ import msgspec
 import torch
 
 from benthic import __version__
-from benthic.sched.batching import Started
-from benthic.serve.messages import Remote
+from benthic.sched.batching import Request, Started
+from benthic.serve.messages import Delta, Remote
 from benthic.serve.pages import Pages
 from benthic.serve.process import Shared
 from benthic.serve.transfer.desk import Desk
@@ -27,13 +27,14 @@ from benthic.spec.parameters import parameters
 from benthic.spec.shard import always_held
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from benthic.model.network import DeepSeek
     from benthic.sched.batching import StepPlan
+    from benthic.sched.leases import Lease
     from benthic.serve.cache import CacheLayout
     from benthic.serve.engine import Clock, Engine
-    from benthic.serve.messages import Delta, Generate, Ready, Stats
+    from benthic.serve.messages import Generate, Ready, Stats
     from benthic.serve.pages import Mover
     from benthic.serve.transfer.memory import Opener
 
@@ -86,6 +87,7 @@ class Instance:
         self._desk = Desk(transfer.address, terms, Welcome(self.instance_id, pages.regions))
         lease_s = self._scheduler.config.lease_seconds
         self._reader = Reader(terms, pages, lease_s=lease_s, patience_s=transfer.patience_s)
+        self._told: dict[str, int] = {}  # tokens that are ready of prompts to be lent, as others know it
         engine.observers.append(self._observe)
 
     @property
@@ -119,12 +121,38 @@ class Instance:
     def add(self, request: Generate) -> None:
         """As `Engine.add`; where blocks are to be pulled, their lease is kept alive from now on."""
         self.engine.add(request)
+        if request.lend:
+            self._told[request.request_id] = 0
         if request.pull is not None:
             self._reader.expect(request.request_id, request.pull, self._clock())
 
+    def pull_early(self, request: Generate) -> None:
+        """Pull what is ready of a prompt that another instance computes, until an abort of that name."""
+        early, now = self._scheduler.pulls.early, self._clock()
+        assert request.pull is not None  # noqa: S101 (the router's to keep)
+        prompt = Request(
+            request_id=request.request_id, prompt=request.prompt + request.output, priority=request.priority
+        )
+        early.begin(prompt, request.pull.num_tokens, now)
+        if request.request_id in early:
+            self._reader.expect(request.request_id, request.pull, now, early=True)
+
+    def more_ready(self, request_id: str, num_tokens: int) -> None:
+        """So much is ready now of a prompt that is pulled early."""
+        self._scheduler.pulls.early.grow(request_id, num_tokens)
+
     def abort(self, request_id: str) -> None:
-        """As `Engine.abort`; also ends a lease of that name, and a pull, whose copies it waits for."""
+        """As `Engine.abort`; also ends a lease of that name, and a pull, whose copies it waits for.
+
+        What is on its way of an early pull comes and counts.
+        """
+        if request_id in self._scheduler.pulls.early:
+            self._scheduler.pulls.early.drop(request_id)
+            self._reader.keep_early(self._scheduler.pulls.early)
+            return
         self.engine.abort(request_id)
+        if not self._told.get(request_id):
+            self._told.pop(request_id, None)
         for transfer in self._reader.forget(request_id):
             self._scheduler.pulls.fail(transfer)
         if self._scheduler.leases.get(request_id) is not None:
@@ -137,6 +165,7 @@ class Instance:
         self._finish_pulls()
         steps = self._scheduler.totals.steps
         deltas = [self._with_lease(delta) for delta in self.engine.step()]
+        deltas += self._lend()
         self._move()
         if self._scheduler.totals.steps == steps and self._reader.waiting:
             self._reader.wait(IDLE_S)
@@ -159,6 +188,7 @@ class Instance:
         self._reader.shut()
 
     def _observe(self, plan: StepPlan) -> None:
+        self._take_back()
         for event in plan.events:
             if isinstance(event, Started) and event.request_id not in self._scheduler.pulls:
                 self._reader.forget(event.request_id)  # the prefix cache had everything
@@ -177,6 +207,7 @@ class Instance:
                 pulls.commit(plan)
             else:
                 pulls.fail(plan)
+        self._reader.keep_early(pulls.early)
 
     def _serve_readers(self) -> None:
         now, leases = self._clock(), self._scheduler.leases
@@ -188,21 +219,51 @@ class Instance:
         for lease_id in leases.due(now):
             if self._desk.close(lease_id):
                 leases.release(lease_id)
+        self._take_back()
 
     def _with_lease(self, delta: Delta) -> Delta:
         """The delta; where it ends a request that is held, it says where the blocks are."""
-        lease = None if delta.finish_reason is None else self._scheduler.leases.get(delta.request_id)
+        if delta.finish_reason is None:
+            return delta
+        if not self._told.get(delta.request_id):
+            self._told.pop(delta.request_id, None)
+        lease = self._scheduler.leases.get(delta.request_id)
         if lease is None:
             return delta
         self._desk.open(delta.request_id)
-        remote = Remote(
+        return msgspec.structs.replace(delta, remote=self._remote(delta.request_id, lease))
+
+    def _lend(self) -> Iterator[Delta]:
+        """Say of prompts that are to be lent what has become ready."""
+        for request_id, lease in self._scheduler.leases.lent.items():
+            told = self._told.get(request_id, lease.num_tokens)
+            if told < lease.num_tokens:
+                self._told[request_id] = lease.num_tokens
+                self._desk.open(early_name(request_id))
+                remote = self._remote(early_name(request_id), lease)
+                yield Delta(request_id=request_id, tokens=(), remote=remote)
+
+    def _take_back(self) -> None:
+        """Lend nothing whose blocks may be given to others: before a plan runs, and writes to them."""
+        leases = self._scheduler.leases
+        for request_id, told in list(self._told.items()):
+            if told and request_id not in leases.lent and leases.get(request_id) is None:
+                self._desk.revoke(early_name(request_id))
+                del self._told[request_id]
+
+    def _remote(self, lease_id: str, lease: Lease) -> Remote:
+        return Remote(
             instance_id=self.instance_id,
             address=self._desk.address,
-            lease_id=delta.request_id,
+            lease_id=lease_id,
             blocks=lease.blocks,
             num_tokens=lease.num_tokens,
         )
-        return msgspec.structs.replace(delta, remote=remote)
+
+
+def early_name(request_id: str) -> str:
+    """What the prompt of a request is lent under; its blocks stay the same under that name."""
+    return f"{request_id}/early"
 
 
 def terms_of(model: str, layout: CacheLayout) -> Terms:

@@ -10,6 +10,8 @@ from benthic.serve.sample import Logprobs, Measured, logprobs_from
 from benthic.serve.transit import Homeward
 
 if TYPE_CHECKING:
+    import torch
+
     from benthic.sched.batching import StepPlan
     from benthic.serve.drafts import Trial
     from benthic.serve.messages import Generate
@@ -69,7 +71,7 @@ class Launched:
 
     `entries` are the requests behind `plan.sampled_ids` as they were at the launch: ids may end and be used
     again before the step lands. `trial` says which rows verify drafts. `error` says why it could not be
-    launched.
+    launched. `written` is the end of its writes to the cache, where it must be waited for.
     """
 
     plan: StepPlan
@@ -78,6 +80,7 @@ class Launched:
     prompts: list[PromptRows] = field(default_factory=list)
     trial: Trial | None = None
     error: Exception | None = None
+    written: torch.cuda.Event | None = None
 
     @property
     def given(self) -> tuple[int, ...] | None:
@@ -87,6 +90,8 @@ class Launched:
 
     def collect(self) -> list[Row]:
         """Wait for the step: a row for each of its requests, prompt log-probabilities go to theirs."""
+        if self.written is not None:
+            self.written.synchronize()
         for rows in self.prompts:
             rows.land()
         if self.drawing is None:

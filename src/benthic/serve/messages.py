@@ -52,7 +52,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class Remote(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt's cache blocks in another instance, under a lease.
 
-    `address` is its desk and `instance_id` this life of its process; `blocks` hold `num_tokens` positions.
+    `address` is its desk and `instance_id` this life of its process; `blocks` hold `num_tokens` positions, or
+    will hold the whole prompt while it is being computed.
     """
 
     instance_id: str
@@ -66,8 +67,9 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Ask for one sequence. `priority`: lower numbers go first.
 
     `output` was put out before, by another engine: generation goes on behind it (`params` still speak of the
-    whole). `hold` keeps the blocks for another instance when the request ends by length; `pull` says where
-    another instance keeps those of the prompt.
+    whole). `hold` keeps the blocks for another instance when the request ends by length; with `lend`, deltas
+    without tokens say what is ready of a prompt before that. `pull` says where another instance keeps those
+    of the prompt.
     """
 
     request_id: str
@@ -76,6 +78,7 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     priority: int = 0
     output: tuple[int, ...] = ()
     hold: bool = False
+    lend: bool = False
     pull: Remote | None = None
 
 
@@ -83,6 +86,22 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Stop a request and free its blocks; unknown ids are ignored (it may just have ended)."""
 
     request_id: str
+
+
+class PullEarly(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Pull what is ready of a prompt that another instance computes, as far as there is room; unanswered.
+
+    `request` has a name of its own, which `Abort` ends; its `pull` says how much is ready.
+    """
+
+    request: Generate
+
+
+class MoreReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """More is ready of a prompt that is pulled early; unknown ids are ignored (it may have failed)."""
+
+    request_id: str
+    num_tokens: int
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -100,7 +119,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     `prompt_logprobs` comes once, with the first delta; its first entry is empty.
     `cached_tokens` counts the prompt tokens found in the prefix cache (first delta).
     `queued_s` is how long the request waited for its first step (first delta).
-    `remote` comes with the end of a held request: where its blocks are, and until when (a lease).
+    `remote` comes with the end of a held request: where its blocks are, and until when (a lease). It comes
+    without tokens before that, where what is ready is lent.
     """
 
     request_id: str
@@ -115,7 +135,9 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     remote: Remote | None = None
 
     def then(self, later: Delta) -> Delta:
-        """This delta and the request's next one, as one."""
+        """This delta and the request's next one, as one; what was lent before is out of date."""
+        if self.remote is not None:
+            return later
         logprobs = (self.logprobs or ()) + (later.logprobs or ())
         return msgspec.structs.replace(
             later,
@@ -130,6 +152,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Totals and gauges of the engine at one instant (counters since the start).
 
+    `early_blocks` of the `pulled_blocks` came while their prompt was still being computed.
     `drafts` counts rows with drafts, `draft_tokens` and `accepted_tokens` drafts given and accepted,
     `accepted_at[i]` those accepted at place i. `host_blocks` are those of host memory, `host_hits` tokens
     that came back from there, and bytes are of one rank. `computed_tokens` are those of all steps, of prompts
@@ -149,6 +172,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step_seconds: float
     leased_blocks: int = 0
     pulled_blocks: int = 0
+    early_blocks: int = 0
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0

@@ -26,7 +26,18 @@ import zmq
 
 from benthic import collector
 from benthic.errors import AdmissionError, BenthicError, OverloadedError, PeerLostError
-from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
+from benthic.serve.messages import (
+    Abort,
+    Delta,
+    Drain,
+    Fatal,
+    Generate,
+    MoreReady,
+    PullEarly,
+    Ready,
+    Rejected,
+    Stats,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -34,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("benthic.serve.engine")
 
-Request = Generate | Abort | Drain
+Request = Generate | PullEarly | MoreReady | Abort | Drain
 Reply = Delta | Stats | Ready | Rejected | Fatal
 
 HEARTBEAT_S = 1.0
@@ -87,6 +98,19 @@ class Wakeable(Protocol):
 
     def wake(self) -> None:
         """Do what is due."""
+        ...
+
+
+@runtime_checkable
+class Reading(Protocol):
+    """An engine that reads what others have computed of a prompt; those that lend have only such readers."""
+
+    def pull_early(self, request: Generate) -> None:
+        """Begin to, until an abort of that name."""
+        ...
+
+    def more_ready(self, request_id: str, num_tokens: int) -> None:
+        """More can be read."""
         ...
 
 
@@ -351,6 +375,12 @@ class EngineLoop:
             engine.abort(message.request_id)
         elif isinstance(message, Drain):
             self._draining = True
+        elif isinstance(message, PullEarly | MoreReady):
+            assert isinstance(engine, Reading)  # noqa: S101 (others are told of nothing)
+            if isinstance(message, PullEarly):
+                engine.pull_early(message.request)
+            else:
+                engine.more_ready(message.request_id, message.num_tokens)
         else:
             try:
                 engine.add(message)

@@ -4,6 +4,7 @@ Every request runs in a task of its own:
 
     place it (it may have to wait)  ->  prefill, the blocks stay under a lease  ->  decode pulls and goes on
 
+What is computed of a long prompt is pulled while prefill goes on.
 What a request has put out is remembered, so that it goes on behind it elsewhere when its instance dies: a
 request with a seed (the router gives one to those without) or a greedy one gets the tokens it would have got.
 The HTTP side sees an `EngineClient`'s interface and nothing of this.
@@ -23,6 +24,7 @@ import msgspec
 
 from benthic.errors import BenthicError, EngineDeadError, OverloadedError
 from benthic.sched.routing import Policy, Query, Role, Route, choose
+from benthic.serve.ahead import Ahead
 from benthic.serve.client import EngineClient
 from benthic.serve.line import Line
 from benthic.serve.members import Load, Member, Members
@@ -266,7 +268,7 @@ class Router:
             if prefill is None:
                 await self._finish_on(decode, part, journey)
                 return
-            remote = await self._prefill(prefill, part, journey)
+            remote = await self._prefill(prefill, part, journey, Ahead(decode.client, part))
             if remote is not None:
                 await self._decode(decode, prefill, remote, journey)
         finally:
@@ -322,7 +324,7 @@ class Router:
                 self.members.places.note(member.name, journey.keys)
         return decode, prefill
 
-    async def _prefill(self, member: Member, part: Generate, journey: Journey) -> Remote | None:
+    async def _prefill(self, member: Member, part: Generate, journey: Journey, ahead: Ahead) -> Remote | None:
         """Compute the prompt and one token; returns where the blocks are, or None when that was the end."""
         last = len(part.output) + 1
         params = msgspec.structs.replace(
@@ -331,12 +333,16 @@ class Router:
         remote = None
         try:
             with contextlib.closing(
-                member.client.open([msgspec.structs.replace(part, params=params, hold=True)])
+                member.client.open([msgspec.structs.replace(part, params=params, hold=True, lend=True)])
             ) as stream:
                 async for delta in stream:
+                    if delta.remote is not None and delta.finish_reason is None:
+                        ahead.tell(delta.remote)
+                        continue
                     remote = delta.remote
                     journey.deliver(delta, more=remote is not None)
         finally:
+            ahead.stop()
             if remote is None:  # also when its end was on the way while the request was aborted
                 member.client.release(part.request_id)
         member.computed(part.request_id)

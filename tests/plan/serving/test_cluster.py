@@ -129,6 +129,24 @@ def test_a_faster_link_never_delays_a_request():
     assert ends[0] > ends[-1]
 
 
+@pytest.mark.parametrize("prompt_tokens", [1024, 1030])
+def test_all_but_the_last_chunk_of_a_prompt_moves_while_the_rest_is_computed(prompt_tokens):
+    step, link = Affine(fixed=0.1), Link(block_bytes=5.0, bytes_per_second=1000.0)  # 5 ms a block
+
+    def second_token_s(*, caching: bool) -> float:
+        prefill = spec("prefill", step=step, depth=1, changes={"max_num_batched_tokens": 256})
+        decode = spec(step=step, depth=1, changes={"enable_prefix_caching": caching})
+        cluster = Cluster([prefill, decode], link=link)
+        outcome = cluster.play([Ask(0.0, prompt_tokens, 2)])
+        assert outcome.transferred_blocks == -(-prompt_tokens // 16)
+        assert blocks_are_free(cluster)
+        return outcome.served[0].e2e_s - outcome.served[0].ttft_s
+
+    columns, last = -(-prompt_tokens // 16), -(-prompt_tokens // 16) - (prompt_tokens - 1) // 256 * 16
+    assert second_token_s(caching=False) == pytest.approx(columns * 0.005 + 0.1)
+    assert second_token_s(caching=True) == pytest.approx(last * 0.005 + 0.1)
+
+
 def test_drafts_that_hold_shorten_a_run_as_much_as_the_formula_says():
     alpha, outputs = 0.8, 4000
     changes = {"num_blocks": 1000, "max_model_len": 8192}

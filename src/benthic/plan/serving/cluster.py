@@ -18,9 +18,9 @@ from benthic.errors import AdmissionError, ConfigError, OverloadedError
 from benthic.plan.serving.demand import check
 from benthic.plan.serving.fronts import FREE, Front, FrontCost
 from benthic.plan.serving.group import Group
+from benthic.plan.serving.journey import Journey, block_names, chain, early_name, known, served
 from benthic.plan.serving.outcome import GroupUse, Outcome, Served
 from benthic.sched.batching import Request
-from benthic.sched.blocks import ROOT, block_key
 from benthic.sched.routing import Policy, PrefixMap, Query, Route, choose
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
     from benthic.plan.serving.demand import Ask
     from benthic.plan.serving.group import GroupSpec, Lane
-    from benthic.sched.plans import Finished, StepPlan
-    from benthic.sched.pulls import TransferPlan
+    from benthic.sched.plans import Finished, StepPlan, TransferPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +58,6 @@ class Link:
 
 NO_LINK = Link(block_bytes=0.0, bytes_per_second=math.inf)
 """Blocks move at once, as in DistServe's own simulator."""
-
-
-@dataclass(eq=False)
-class Journey:
-    """One request on its way. `alone`: one instance shall do all of it."""
-
-    request_id: str
-    ask: Ask
-    keys: tuple[bytes, ...]
-    front: Front
-    decode: Lane | None = None
-    owner: Lane | None = None
-    prefilled_by: str = ""
-    alone: bool = False
-    leased: bool = False
-    first_token_s: float = math.nan
-    cached_tokens: int = 0
-    preemptions: int = 0
 
 
 @dataclass(eq=False)
@@ -162,7 +143,7 @@ class Cluster:
     # --- placing requests
 
     def _arrive(self, index: int, ask: Ask) -> None:
-        keys = () if self._places is None else _chain(ask.keys)
+        keys = () if self._places is None else chain(ask.keys)
         journey = Journey(str(index), ask, keys, self._fronts[index % self.fronts])
         self._journeys[journey.request_id] = journey
         taken = journey.front.take(self.now, ask.prompt_tokens)
@@ -210,7 +191,7 @@ class Cluster:
 
     def _send_whole(self, journey: Journey) -> None:
         ask = journey.ask
-        lane = _known(journey.decode)
+        lane = known(journey.decode)
         request = Request(
             request_id=journey.request_id,
             prompt_len=ask.prompt_tokens,
@@ -238,10 +219,10 @@ class Cluster:
             prompt_len=journey.ask.prompt_tokens + 1,
             max_tokens=journey.ask.output_tokens - 1,
             ignore_eos=True,
-            block_keys=journey.ask.keys,
             pull=True,
+            **block_names(journey),
         )
-        self._add(journey, _known(journey.decode), request)
+        self._add(journey, known(journey.decode), request)
 
     def _add(self, journey: Journey, lane: Lane, request: Request) -> None:
         try:
@@ -277,7 +258,14 @@ class Cluster:
             self._at(again, partial(self._run, group))
 
     def landed(self, lane: Lane, plan: StepPlan) -> None:
-        """The fronts write a step's tokens: those of sequences that decode on equal parts of all of them."""
+        """The fronts write a step's tokens: those of sequences that decode on equal parts of all of them.
+
+        Decode lanes hear what is ready of prompts.
+        """
+        for chunk in plan.prefills:
+            lease = lane.scheduler.leases.lent.get(chunk.request_id)
+            if lease is not None:
+                self._pull_early(self._journeys[chunk.request_id], lease.num_tokens)
         decodes = len(plan.decode_ids) / self.fronts
         drawn = [chunk.request_id for chunk in plan.prefills if chunk.samples]
         journeys = [self._journeys[request_id] for request_id in drawn]
@@ -306,23 +294,35 @@ class Cluster:
         if lane.name == journey.prefilled_by:
             journey.cached_tokens = event.cached_tokens
         if lane is journey.owner and journey.ask.output_tokens > 1:
+            known(journey.decode).scheduler.pulls.early.drop(early_name(journey.request_id))
             journey.leased = lane.scheduler.leases.get(event.request_id) is not None
             self._at(written, partial(self._send_decode, journey))
             return
         self._release(journey)
         self._forget(journey)
         del self._journeys[event.request_id]
-        self._served[int(event.request_id)] = _served(journey, written)
+        self._served[int(event.request_id)] = served(journey, written)
         self._place_waiting()
 
     # --- handing over
 
+    def _pull_early(self, journey: Journey, num_tokens: int) -> None:
+        """So much of a prompt is ready on its owner."""
+        lane, name = known(journey.decode), early_name(journey.request_id)
+        if journey.lent:
+            lane.scheduler.pulls.early.grow(name, num_tokens)
+        else:
+            journey.lent = True
+            request = Request(request_id=name, prompt_len=journey.ask.prompt_tokens, **block_names(journey))
+            lane.scheduler.pulls.early.begin(request, num_tokens, self.now)
+        self._wake(lane.group)
+
     def _pull(self, lane: Lane) -> None:
         """Start the transfers that are planned, each behind those before it on either port."""
-        if lane.role != "decode" or not lane.scheduler.num_running:
+        if lane.role != "decode" or not lane.scheduler.has_work:
             return
         for transfer in lane.scheduler.pulls.plan():
-            owner = self._journeys[transfer.request_id].owner
+            owner = self._journeys[transfer.request_id.partition("/")[0]].owner
             ports = [lane] if owner is None else [lane, owner]
             begin = max(self.now, *[port.link_free_s for port in ports])
             end = begin + self.link.seconds(len(transfer.blocks))
@@ -350,33 +350,3 @@ class Cluster:
         for lane in (journey.decode, journey.owner):
             if lane is not None:
                 lane.forget(journey.request_id)
-
-
-def _served(journey: Journey, now: float) -> Served:
-    ask, first = journey.ask, journey.first_token_s
-    gaps = ask.output_tokens - 1
-    return Served(
-        at_s=ask.at_s,
-        prompt_tokens=ask.prompt_tokens,
-        output_tokens=ask.output_tokens,
-        ttft_s=first - ask.at_s,
-        tpot_s=(now - first) / gaps if gaps else None,
-        e2e_s=now - ask.at_s,
-        cached_tokens=journey.cached_tokens,
-        preemptions=journey.preemptions,
-        prefill=journey.prefilled_by,
-        decode=_known(journey.decode).name,
-    )
-
-
-def _known(lane: Lane | None) -> Lane:
-    assert lane is not None, "a request is routed before it is sent"  # noqa: S101 (ours to keep)
-    return lane
-
-
-def _chain(keys: tuple[int, ...]) -> tuple[bytes, ...]:
-    parent, chain = ROOT, []
-    for key in keys:
-        parent = block_key(parent, repr(key).encode())
-        chain.append(parent)
-    return tuple(chain)

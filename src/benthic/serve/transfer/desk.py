@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from benthic.serve.transfer.handshake import (
+    Check,
     Done,
     FromDesk,
     Greet,
@@ -132,6 +133,9 @@ class Desk:
             with self._lock:
                 self._renewed.update(self._open.intersection(message.lease_ids))
             return None
+        if isinstance(message, Check):
+            with self._lock:
+                return Held(message.lease_id, message.lease_id in self._open)
         return Held(message.lease_id, self._end(message))
 
     def _end(self, message: Done) -> bool:

@@ -77,12 +77,18 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     lease_id: str
 
 
+class Check(msgspec.Struct, frozen=True, tag=True):
+    """The reader has read something of a lease, which goes on; answered by `Held`."""
+
+    lease_id: str
+
+
 class Held(msgspec.Struct, frozen=True, tag=True):
-    """Whether the lease held until its `Done`: if not, what was read may be somebody else's."""
+    """Whether the lease held until its `Done` or `Check`: if not, what was read may be somebody else's."""
 
     lease_id: str
     valid: bool
 
 
-ToDesk = Greet | Renew | Done
+ToDesk = Greet | Renew | Check | Done
 FromDesk = Welcome | Refuse | Held

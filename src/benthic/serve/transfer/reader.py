@@ -14,12 +14,12 @@ import msgspec
 import zmq
 
 from benthic.errors import TransferError
-from benthic.serve.transfer.handshake import Done, FromDesk, Greet, Held, Refuse, Renew, Welcome
+from benthic.serve.transfer.handshake import Check, Done, FromDesk, Greet, Held, Refuse, Renew, Welcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
-    from benthic.sched.pulls import TransferPlan
+    from benthic.sched.plans import TransferPlan
     from benthic.serve.messages import Remote
     from benthic.serve.transfer.handshake import Terms
     from benthic.serve.transfer.memory import Copy, Opener, Source
@@ -45,7 +45,10 @@ class Owner:
 
 @dataclass(eq=False)
 class Incoming:
-    """One request's blocks: transfers to copy, those on their way, those copied and not confirmed."""
+    """One request's blocks: transfers to copy, those on their way, those copied and not confirmed.
+
+    Of an early pull, the first `asked` of those copied are confirmed at a time.
+    """
 
     remote: Remote
     owner: Owner
@@ -54,6 +57,8 @@ class Incoming:
     copied: list[TransferPlan] = field(default_factory=list)
     asked_s: float | None = None
     verdict: bool | None = None
+    early: bool = False
+    asked: int = 0
 
 
 class Reader:
@@ -87,11 +92,21 @@ class Reader:
         each = self._incoming.values()
         return any(one.waiting or one.copying or one.asked_s is not None for one in each)
 
-    def expect(self, request_id: str, remote: Remote, now: float) -> None:
-        """A request came whose blocks another instance holds: greet it, and keep the lease from now on."""
+    def expect(self, request_id: str, remote: Remote, now: float, *, early: bool = False) -> None:
+        """A request came whose blocks another instance holds: greet it, and keep the lease from now on.
+
+        What is pulled `early` is lent until its owner says otherwise.
+        """
         owner = self._meet(remote, now)
-        self._incoming[request_id] = Incoming(remote, owner)
-        self._send(owner, Renew((remote.lease_id,)))
+        self._incoming[request_id] = Incoming(remote, owner, early=early)
+        if not early:
+            self._send(owner, Renew((remote.lease_id,)))
+
+    def keep_early(self, wanted: Container[str]) -> None:
+        """Forget every early pull that is not wanted any more; none of its transfers is under way."""
+        for request_id, each in list(self._incoming.items()):
+            if each.early and request_id not in wanted:
+                del self._incoming[request_id]
 
     def forget(self, request_id: str) -> list[TransferPlan]:
         """The request needs nothing (more): let its lease go; returns transfers that did not end.
@@ -103,7 +118,7 @@ class Reader:
             return []
         for _, copy in each.copying:
             copy.wait()
-        if each.asked_s is None:
+        if each.asked_s is None and not each.early:
             self._send(each.owner, Done(each.remote.lease_id))
         return [*each.copied, *(plan for plan, _ in each.copying), *each.waiting]
 
@@ -125,9 +140,13 @@ class Reader:
         ended: list[tuple[TransferPlan, bool]] = []
         for request_id, each in list(self._incoming.items()):
             trouble = self._trouble(each, now) or self._copy(each, now)
-            if trouble is not None:
+            if trouble is not None and each.early:
+                logger.info("%s: %s; it is pulled at its end", request_id, trouble)
+            elif trouble is not None:
                 logger.warning("%s: %s; the prompt is computed here", request_id, trouble)
-            if trouble is not None or each.verdict is not None:
+            if each.early and trouble is None:
+                ended += [(plan, True) for plan in self._confirmed(each, now)]
+            elif trouble is not None or each.verdict is not None:
                 ended += [(plan, trouble is None) for plan in self.forget(request_id)]
         self._let_go()
         return ended
@@ -192,7 +211,7 @@ class Reader:
         owner.hang_up.close(linger=0)
         owner.socket.close(linger=0)
 
-    def _send(self, owner: Owner, message: Greet | Renew | Done) -> None:
+    def _send(self, owner: Owner, message: Greet | Renew | Check | Done) -> None:
         if not owner.socket.closed:
             owner.socket.send(self._encode(message), zmq.NOBLOCK)
 
@@ -233,7 +252,7 @@ class Reader:
         self._renewed_s = now
         wanted: dict[int, tuple[Owner, list[str]]] = {}
         for each in self._incoming.values():
-            if each.asked_s is None:
+            if each.asked_s is None and not each.early:
                 wanted.setdefault(id(each.owner), (each.owner, []))[1].append(each.remote.lease_id)
         for owner, lease_ids in wanted.values():
             self._send(owner, Renew(tuple(lease_ids)))
@@ -282,3 +301,14 @@ class Reader:
         if plan.last:
             each.asked_s = now
             self._send(each.owner, Done(each.remote.lease_id))
+
+    def _confirmed(self, each: Incoming, now: float) -> list[TransferPlan]:
+        """What an early pull has for certain; asks about what came since."""
+        confirmed = []
+        if each.verdict is not None:
+            confirmed, each.copied = each.copied[: each.asked], each.copied[each.asked :]
+            each.asked_s = each.verdict = None
+        if each.copied and each.asked_s is None:
+            each.asked_s, each.asked = now, len(each.copied)
+            self._send(each.owner, Check(each.remote.lease_id))
+        return confirmed
