@@ -156,4 +156,3 @@ def test_the_table_chooses_the_documented_kernels():
     assert chosen["mla_decode (few rows)"] == "gluon"
     assert chosen["grouped_linear"] == "grouped_mm_cuda"
     assert chosen["attention"] == "gluon"
-    assert chosen["attention (equal lengths)"] == "gluon"

@@ -5,91 +5,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch.nn import functional as F
 
 from benthic.errors import ShapeError
+from benthic.kernels.ops.fp8_ways import (
+    FLOATS,
+    cublas,
+    gluon,
+    gluon_gradient,
+    gluon_tall,
+    gluon_tall_first,
+    turns_words,
+)
 from benthic.kernels.reference.fp8_linear import TILE, Fp8
 from benthic.kernels.table import (
     Case,
     Implementation,
     Op,
-    Verdict,
-    hopper_refusal,
     laid_out,
-    no,
     reference,
-    triton_refusal,
     triton_runs,
     with_few_rows,
-    yes,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _cublas(case: Case) -> Verdict:
-    """Block-scaled products of cuBLAS (CUDA 12.9): 1028-1161 TFLOP/s at V3's shapes on an H200."""
-    if case.device != "cuda":
-        return no(f"runs on cuda, not {case.device}")
-    if not hasattr(F, "scaled_mm"):
-        return no(f"torch {torch.__version__} has no torch.nn.functional.scaled_mm")
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
-        return no(f"block scales in float32 are Hopper's, not sm_{torch.cuda.get_device_capability()[0]}x's")
-    if case.dtype not in (torch.bfloat16, torch.float32):
-        return no(f"gives bfloat16 and float32, not {case.dtype}")
-    inner, outer = case.dims
-    if inner % TILE or outer % 16:
-        return no(f"needs K a multiple of {TILE} and N of 16, not {inner} and {outer}")
-    return yes("cuBLAS with 1x128 and 128x128 scales (H200: 1028-1161 TFLOP/s)")
-
-
-def _gluon(case: Case) -> Verdict:
-    """Tiles by TMA, products by wgmma (docs/adr/0025)."""
-    if case.device != "cuda" or case.dtype not in _FLOATS:
-        return no(f"runs on cuda and gives floats of 16 and 32 bits, not {case.dtype} on {case.device}")
-    if (refusal := triton_refusal("cuda") or hopper_refusal()) is not None:
-        return no(refusal)
-    if case.dims[0] % 16:
-        return no(f"needs K a multiple of 16 bytes, not {case.dims[0]}")
-    return yes("our block-scaled product for Hopper: a warp loads, groups multiply and promote in turn")
-
-
-def _gluon_tall(case: Case) -> Verdict:
-    """`_gluon`, for results that leave by TMA; 1,200 to 1,250 TFLOP/s on an H200 where its tiles are full."""
-    verdict = _gluon(case)
-    if verdict.runs and (case.dtype == torch.float32 or case.dims[1] % 8):
-        return no(f"gives rows of a multiple of 8 in 16 bits, not {case.dims[1]} in {case.dtype}")
-    return verdict
-
-
-def _gluon_tall_first(case: Case) -> Verdict:
-    """`_gluon_tall`, where there are rows enough for tiles of 192."""
-    return _gluon_tall(case) if case.many else no("is made for many rows a weight")
-
-
-def _gluon_gradient(case: Case) -> Verdict:
-    """`_gluon`, for weights whose widths are multiples of 16."""
-    if case.dims[1] % 16:
-        return no(f"needs widths of a multiple of 16, not {case.dims[1]}")
-    return _gluon(case)
-
-
-def _turns_words(case: Case) -> Verdict:
-    """Four bytes at once, both ways."""
-    if any(width % 4 for width in case.dims):
-        return no(f"needs matrices of whole words of 4 bytes, not {list(case.dims)}")
-    return triton_runs(torch.float8_e4m3fn, reason="one pass over words of four values")(case)
-
 
 QUANTISE_FP8_WEIGHT = Op(
     "quantise_fp8_weight",
     (
         Implementation(
             "triton",
-            triton_runs(*_FLOATS, reason="one kernel that reads every tile once"),
+            triton_runs(*FLOATS, reason="one kernel that reads every tile once"),
             "benthic.kernels.triton_fp8:quantise_weight",
         ),
         reference("benthic.kernels.reference.fp8_linear:quantise_weight"),
@@ -100,7 +46,7 @@ QUANTISE_FP8_COLUMNS = Op(
     (
         Implementation(
             "triton",
-            triton_runs(*_FLOATS, reason="one kernel that reads, pads, transposes and quantises"),
+            triton_runs(*FLOATS, reason="one kernel that reads, pads, transposes and quantises"),
             "benthic.kernels.triton_fp8:quantise_columns",
         ),
         reference("benthic.kernels.reference.fp8_linear:quantise_columns"),
@@ -112,7 +58,7 @@ RETILE_FP8 = Op(
         Implementation(
             "triton",
             triton_runs(
-                *_FLOATS, torch.float8_e4m3fn, reason="dequantises, transposes, quantises in one pass"
+                *FLOATS, torch.float8_e4m3fn, reason="dequantises, transposes, quantises in one pass"
             ),
             "benthic.kernels.triton_fp8:retile",
         ),
@@ -122,7 +68,7 @@ RETILE_FP8 = Op(
 TURN_FP8 = Op(
     "turn_fp8",
     (
-        Implementation("triton", _turns_words, "benthic.kernels.triton_turn:turn_fp8"),
+        Implementation("triton", turns_words, "benthic.kernels.triton_turn:turn_fp8"),
         reference("benthic.kernels.reference.fp8_linear:turn"),
     ),
     typical_dims=(2048, 1408),
@@ -130,7 +76,7 @@ TURN_FP8 = Op(
 )
 _FEW = Implementation(
     "few_rows",
-    with_few_rows(triton_runs(*_FLOATS, reason="weights read once, as the tall operand")),
+    with_few_rows(triton_runs(*FLOATS, reason="weights read once, as the tall operand")),
     "benthic.kernels.triton_few_rows:fp8_linear",
 )
 FEW_ROWS = 16
@@ -144,14 +90,14 @@ FP8_LINEAR = Op(
     "fp8_linear",
     (
         _FEW,
-        Implementation("cublas", _cublas, "benthic.kernels.torch_fp8_linear:linear"),
-        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8:linear"),
+        Implementation("cublas", cublas, "benthic.kernels.torch_fp8_linear:linear"),
+        Implementation("gluon", gluon, "benthic.kernels.gluon_fp8:linear"),
         Implementation(
             "triton",
-            triton_runs(*_FLOATS, reason="our block-scaled product: any width"),
+            triton_runs(*FLOATS, reason="our block-scaled product: any width"),
             "benthic.kernels.triton_fp8_linear:linear",
         ),
-        Implementation("gluon_three", _gluon_tall, "benthic.kernels.gluon_fp8_three:linear"),
+        Implementation("gluon_three", gluon_tall, "benthic.kernels.gluon_fp8_three:linear"),
         reference("benthic.kernels.reference.fp8_linear:linear"),
     ),
     typical_dims=(7168, 2048),
@@ -160,11 +106,11 @@ GROUPED_FP8_LINEAR = Op(
     "grouped_fp8_linear",
     (
         _FEW,
-        Implementation("gluon_three", _gluon_tall_first, "benthic.kernels.gluon_fp8_three:linear"),
-        Implementation("gluon", _gluon, "benthic.kernels.gluon_fp8:linear"),
+        Implementation("gluon_three", gluon_tall_first, "benthic.kernels.gluon_fp8_three:linear"),
+        Implementation("gluon", gluon, "benthic.kernels.gluon_fp8:linear"),
         Implementation(
             "triton",
-            triton_runs(*_FLOATS, reason="our block-scaled grouped product, rows counted on the device"),
+            triton_runs(*FLOATS, reason="our block-scaled grouped product, rows counted on the device"),
             "benthic.kernels.triton_fp8_linear:linear",
         ),
         reference("benthic.kernels.reference.fp8_linear:linear"),
@@ -174,13 +120,13 @@ GROUPED_FP8_LINEAR = Op(
 FP8_WEIGHT_GRADIENT = Op(
     "fp8_weight_gradient",
     (
-        Implementation("cublas", _cublas, "benthic.kernels.torch_fp8_linear:weight_gradient"),
+        Implementation("cublas", cublas, "benthic.kernels.torch_fp8_linear:weight_gradient"),
         Implementation(
-            "gluon_three", _gluon_gradient, "benthic.kernels.gluon_fp8_three_gradient:weight_gradient"
+            "gluon_three", gluon_gradient, "benthic.kernels.gluon_fp8_three_gradient:weight_gradient"
         ),
         Implementation(
             "triton",
-            triton_runs(*_FLOATS, reason="our product of two operands in 128x1 tiles"),
+            triton_runs(*FLOATS, reason="our product of two operands in 128x1 tiles"),
             "benthic.kernels.triton_fp8_linear:weight_gradient",
         ),
         reference("benthic.kernels.reference.fp8_linear:weight_gradient"),
@@ -191,11 +137,11 @@ GROUPED_FP8_WEIGHT_GRADIENT = Op(
     "grouped_fp8_weight_gradient",
     (
         Implementation(
-            "gluon_three", _gluon_gradient, "benthic.kernels.gluon_fp8_three_gradient:weight_gradient"
+            "gluon_three", gluon_gradient, "benthic.kernels.gluon_fp8_three_gradient:weight_gradient"
         ),
         Implementation(
             "triton",
-            triton_runs(*_FLOATS, reason="our product of two operands in 128x1 tiles, expert by expert"),
+            triton_runs(*FLOATS, reason="our product of two operands in 128x1 tiles, expert by expert"),
             "benthic.kernels.triton_fp8_linear:weight_gradient",
         ),
         reference("benthic.kernels.reference.fp8_linear:weight_gradient"),
@@ -206,7 +152,7 @@ GROUPED_FP8_WEIGHT_GRADIENT = Op(
 ADD_FP8_WEIGHT_GRADIENT = Op(
     "add_fp8_weight_gradient",
     (
-        Implementation("cublas", _cublas, "benthic.kernels.torch_fp8_linear:add_weight_gradient"),
+        Implementation("cublas", cublas, "benthic.kernels.torch_fp8_linear:add_weight_gradient"),
         Implementation(
             "triton",
             laid_out(
@@ -216,7 +162,7 @@ ADD_FP8_WEIGHT_GRADIENT = Op(
         ),
         Implementation(
             "gluon_three",
-            laid_out("rows", _gluon_gradient),
+            laid_out("rows", gluon_gradient),
             "benthic.kernels.gluon_fp8_three_gradient:add_weight_gradient",
         ),
         reference("benthic.kernels.reference.fp8_linear:add_weight_gradient"),
@@ -229,7 +175,7 @@ ADD_GROUPED_FP8_WEIGHT_GRADIENT = Op(
     (
         Implementation(
             "gluon_three",
-            laid_out("rows", _gluon_gradient),
+            laid_out("rows", gluon_gradient),
             "benthic.kernels.gluon_fp8_three_gradient:add_weight_gradient",
         ),
         Implementation(
@@ -320,7 +266,7 @@ def fp8_linear(
     op = FP8_LINEAR if ends_E is None else GROUPED_FP8_LINEAR
     inner, outer = x.values.shape[1], weight.values.shape[-2]
     rows, weights = x.values.shape[0], 1 if ends_E is None else ends_E.shape[0]
-    few, many = rows <= FEW_ROWS * weights, rows >= MANY_ROWS * weights
+    few, many = rows <= FEW_ROWS * weights, impl is not None or rows >= MANY_ROWS * weights
     case = Case(x.values.device.type, dtype, (inner, outer), few=few, many=many)
     out: Tensor = op.choose(case, impl)(x, weight, ends_E, dtype=dtype)
     return out

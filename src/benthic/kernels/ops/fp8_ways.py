@@ -1,0 +1,70 @@
+"""Where each way to multiply in FP8 runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch.nn import functional as F
+
+from benthic.kernels.reference.fp8_linear import TILE
+from benthic.kernels.table import hopper_refusal, no, triton_refusal, triton_runs, yes
+
+if TYPE_CHECKING:
+    from benthic.kernels.table import Case, Verdict
+
+FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def cublas(case: Case) -> Verdict:
+    """Block-scaled products of cuBLAS (CUDA 12.9): 1028-1161 TFLOP/s at V3's shapes on an H200."""
+    if case.device != "cuda":
+        return no(f"runs on cuda, not {case.device}")
+    if not hasattr(F, "scaled_mm"):
+        return no(f"torch {torch.__version__} has no torch.nn.functional.scaled_mm")
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+        return no(f"block scales in float32 are Hopper's, not sm_{torch.cuda.get_device_capability()[0]}x's")
+    if case.dtype not in (torch.bfloat16, torch.float32):
+        return no(f"gives bfloat16 and float32, not {case.dtype}")
+    inner, outer = case.dims
+    if inner % TILE or outer % 16:
+        return no(f"needs K a multiple of {TILE} and N of 16, not {inner} and {outer}")
+    return yes("cuBLAS with 1x128 and 128x128 scales (H200: 1028-1161 TFLOP/s)")
+
+
+def gluon(case: Case) -> Verdict:
+    """Tiles by TMA, products by wgmma (docs/adr/0025)."""
+    if case.device != "cuda" or case.dtype not in FLOATS:
+        return no(f"runs on cuda and gives floats of 16 and 32 bits, not {case.dtype} on {case.device}")
+    if (refusal := triton_refusal("cuda") or hopper_refusal()) is not None:
+        return no(refusal)
+    if case.dims[0] % 16:
+        return no(f"needs K a multiple of 16 bytes, not {case.dims[0]}")
+    return yes("our block-scaled product for Hopper: a warp loads, groups multiply and promote in turn")
+
+
+def gluon_tall(case: Case) -> Verdict:
+    """`gluon`, for results that leave by TMA; 1,200 to 1,250 TFLOP/s on an H200 where its tiles are full."""
+    verdict = gluon(case)
+    if verdict.runs and (case.dtype == torch.float32 or case.dims[1] % 8):
+        return no(f"gives rows of a multiple of 8 in 16 bits, not {case.dims[1]} in {case.dtype}")
+    return verdict
+
+
+def gluon_tall_first(case: Case) -> Verdict:
+    """`gluon_tall`, where there are rows enough for tiles of 192."""
+    return gluon_tall(case) if case.many else no("is made for many rows a weight")
+
+
+def gluon_gradient(case: Case) -> Verdict:
+    """`gluon`, for weights whose widths are multiples of 16."""
+    if case.dims[1] % 16:
+        return no(f"needs widths of a multiple of 16, not {case.dims[1]}")
+    return gluon(case)
+
+
+def turns_words(case: Case) -> Verdict:
+    """Four bytes at once, both ways."""
+    if any(width % 4 for width in case.dims):
+        return no(f"needs matrices of whole words of 4 bytes, not {list(case.dims)}")
+    return triton_runs(torch.float8_e4m3fn, reason="one pass over words of four values")(case)
