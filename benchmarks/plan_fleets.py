@@ -134,7 +134,7 @@ def compared(name: str, record: list[Row], fleets: dict[str, Fleet], seconds: fl
     for fleet, one in fleets.items():
         runs = [r for r in record if (r["workload"], r["fleet"]) == (name, fleet)]
         rows += [beside(name, fleet, run, one.trial(name, run["rate"], 0, seconds)) for run in runs]
-        foretold[fleet] = goodput(one.climb(name))
+        foretold[fleet] = goodput(one.climb(name, max(run["rate"] for run in runs)))
         seen[fleet] = goodput(by_rate(runs))
     return [*rows, {"workload": name, "foretold": foretold, "measured": seen, **verdict(foretold, seen)}]
 
@@ -169,11 +169,11 @@ class Fleet:
     sequences: int = 256
     fronts: int = 1
 
-    def climb(self, name: str) -> list[tuple[float, float]]:
-        """Attainment at rising rates until one fails, then halving the gap below it."""
+    def climb(self, name: str, most: float) -> list[tuple[float, float]]:
+        """Attainment at rising rates up to the most that was offered, or one that fails; then halved gaps."""
         found: list[tuple[float, float]] = []
         met, failed = 0.0, 0.0
-        for rate in WORKLOADS[name].rates:
+        for rate in (rate for rate in WORKLOADS[name].rates if rate <= most):
             found.append((rate, self.attained(name, rate)))
             if found[-1][1] < ATTAINMENT:
                 failed = rate

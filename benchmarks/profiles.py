@@ -1,6 +1,7 @@
 """Writes the profiles that ship with the planner: `python benchmarks/profiles.py`.
 
-`h200.json` holds our own kernels, from `benchmarks/results/kernels_h200.json`, with products and collectives
+`h200.json` holds our own kernels, from `benchmarks/results/kernels_h200.json` and, for MLA decode in Gluon,
+`kernels_decode_h200.json`, with products and collectives
 of the libraries that we call (cuBLAS, block-scaled FP8, NCCL; medians on two H200, torch 2.11, 2026-11-22).
 What `benthic calibrate` measured on an H200 (`benchmarks/results/calibrate_h200.json`) is added, but for
 attention below 0.5 ms, which it timed as the host launched it. What the host takes for an operator comes from
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 RESULTS: Final = Path(__file__).parent / "results"
 PROFILES: Final = Path(cost.__file__).parent / "profiles"
-OURS: Final = {"cudnn", "triton", "grouped_mm_cuda", "chunked", "torch"}
+OURS: Final = {"cudnn", "triton", "gluon", "grouped_mm_cuda", "chunked", "torch"}
 LAUNCHED: Final = 5e-4
 """Calls of attention that take less were bound by the host when `calibrate_h200.json` was measured."""
 AMOUNTS: Final = {
@@ -181,9 +182,9 @@ def host_of_collectives() -> dict[str, float]:
 
 def kernels() -> Iterator[Measured]:
     """Our kernels, each as the fastest implementation that may be chosen."""
-    record = json.loads((RESULTS / "kernels_h200.json").read_text())
+    records = [json.loads((RESULTS / f"kernels{part}_h200.json").read_text()) for part in ("", "_decode")]
     best: dict[Op, float] = {}
-    for row in record["rows"]:
+    for row in [*records[0]["rows"], *(row for row in records[1]["rows"] if row["op"] == "mla_decode")]:
         if row["implementation"] not in OURS:
             continue
         if (row["op"], row["implementation"]) == ("grouped_linear backward", "triton"):
@@ -193,7 +194,8 @@ def kernels() -> Iterator[Measured]:
         for op, part in operations(row):
             taken = row["microseconds"] / 1e6 * part
             best[op] = min(taken, best.get(op, taken))
-    source = f"kernels_h200.json, commit {record['settings'].get('commit') or record['commit']}"
+    commits = (str(record["settings"].get("commit") or record["commit"]) for record in records)
+    source = f"kernels_h200.json and kernels_decode_h200.json, commits {' and '.join(commits)}"
     for op, taken in best.items():
         yield Measured(op, taken, source)
 

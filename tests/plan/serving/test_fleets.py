@@ -40,7 +40,7 @@ def test_a_prompt_in_a_graph_does_not_wait_for_the_host_as_one_without_does():
 
 def test_a_climb_ends_where_targets_break_and_halves_the_gap(monkeypatch):
     monkeypatch.setattr(plan_fleets.Fleet, "attained", lambda _, __, rate: 1.0 if rate < 15.0 else 0.5)
-    rates = FLEETS["1P1D"].climb("prefill-heavy")
+    rates = FLEETS["1P1D"].climb("prefill-heavy", 100.0)
     assert [rate for rate, _ in rates] == [8.0, 14.0, 20.0, 17.0, 15.5]
     assert plan_fleets.goodput(rates) == pytest.approx((14.0 + 0.2 * 1.5) / 2)
 
