@@ -984,7 +984,7 @@ def same_bits(fused, apart):
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("columns", [150, 256] + ([2048] if ON_GPU else []))
+@pytest.mark.parametrize("columns", [256, 2048] if ON_GPU else [150, 256])
 @pytest.mark.parametrize("name", [None, *GROUPS])
 def test_fp8_rows_and_columns_at_once(dtype, name, columns, power_of_two):
     ends, (x, _) = grouped_inputs(name or "uneven", 35, (columns, 8), dtype)
@@ -1000,7 +1000,7 @@ def test_fp8_rows_and_columns_at_once(dtype, name, columns, power_of_two):
 
 @pytest.mark.parametrize("rows", [1, 127, 129, 257])
 @pytest.mark.parametrize("experts", [1, 2])
-@pytest.mark.parametrize("width", [40, 128])
+@pytest.mark.parametrize("width", [128] if ON_GPU else [40, 128])
 def test_fp8_rows_of_nobody_have_row_tiles_and_no_column_tiles(dtype, rows, experts, width):
     x, ends = made(rows, width, dtype=dtype).detach(), torch.ones(experts, dtype=torch.int32, device=DEVICE)
     by_row, by_column = ops.quantise_fp8_both(x, ends, impl="triton")

@@ -65,3 +65,8 @@ def spread(x, bits):
     # the sign by its bit: Triton 3.6 negates by `0 - x`, which makes +0 of what rounds to -0
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
     return (rounded | sign).to(tl.float32, bitcast=True)
+
+
+def row_block(rows):
+    """`(rows, warps)` of a program that cuts one column of row tiles; few rows go to many programs."""
+    return (16, 2) if rows > 256 else (4, 1)

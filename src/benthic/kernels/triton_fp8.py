@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
-from benthic.kernels.triton_e4m3 import scaled, tile_scale
+from benthic.kernels.triton_e4m3 import row_block, scaled, tile_scale
 from benthic.kernels.triton_tiles import find_tile, groups
 
 
@@ -116,11 +116,6 @@ def quantise(x_MN, tile_m, tile_n, *, power_of_two, by_column=False):
             POWER_OF_TWO=power_of_two, TILE=tile, BLOCK=tile_n, num_warps=8,
         )  # fmt: skip
     return values, scale
-
-
-def row_block(rows):
-    """`(rows, warps)` of a program that cuts one column of row tiles; few rows go to many programs."""
-    return (16, 2) if rows > 256 else (4, 1)
 
 
 def dequantise(values_MN, scale, tile_m, tile_n, *, dtype):

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
-from benthic.kernels.triton_e4m3 import scaled, tile_scale
-from benthic.kernels.triton_fp8 import quantise, quantise_columns, row_block
+from benthic.kernels.triton_e4m3 import row_block, scaled, tile_scale
 from benthic.kernels.triton_tiles import find_tile, groups
 
 
@@ -146,16 +145,9 @@ def _norm_rows(
 
 
 def quantise_both(x_RI, ends_E, *, power_of_two):
-    """See `benthic.kernels.ops.quantise_fp8_both`.
-
-    Rows that do not fill their last tile are read twice: with Triton 3.6 on an H200 the kernel below gave
-    other bits for their columns than `quantise_columns`, which gives those of the definition.
-    """
+    """See `benthic.kernels.ops.quantise_fp8_both`."""
     x_RI = x_RI if x_RI.stride(1) == 1 else x_RI.contiguous()
     rows, columns = x_RI.shape
-    if columns % TILE:
-        by_row = Fp8(*quantise(x_RI, 1, TILE, power_of_two=power_of_two, by_column=True))
-        return by_row, quantise_columns(x_RI, ends_E, power_of_two=power_of_two)
     device = x_RI.device
     experts = 1 if ends_E is None else ends_E.shape[0]
     padded = padded_rows(rows, experts)

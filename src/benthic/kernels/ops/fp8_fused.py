@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.errors import ShapeError
+from benthic.kernels.ops.fp8 import quantise_fp8_rows
+from benthic.kernels.ops.fp8_linear import quantise_fp8_columns
+from benthic.kernels.reference.fp8_linear import TILE, Fp8
 from benthic.kernels.table import (
     Case,
     Implementation,
@@ -23,8 +26,6 @@ from benthic.kernels.table import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from benthic.kernels.reference.fp8_linear import Fp8
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _TRITON = inference_only(triton_runs(*_FLOATS, reason="one kernel that reads and writes every tile once"))
@@ -71,9 +72,13 @@ def quantise_fp8_both(
     Shapes: x float [R, I]; ends int32 [E] or None. Returns row tiles of [R, I], also of rows past the last
     end, and column tiles [I, P], where those are zeros.
     Raises: ShapeError when x is not a matrix; BackendError when `impl` cannot run.
-    Cost: x is read, 2 bytes an element are written.
+    Cost: x is read, 2 bytes an element are written. Rows that do not fill their last tile are read twice: on
+    an H200 with Triton 3.6 the kernel that reads them once gave other bits for their columns.
     """
     _check_matrix("quantise_fp8_both", x_RI)
+    if impl is None and x_RI.shape[1] % TILE:
+        by_row = Fp8(*quantise_fp8_rows(x_RI, power_of_two=power_of_two, by_column=True))
+        return by_row, quantise_fp8_columns(x_RI, ends_E, power_of_two=power_of_two)
     out: tuple[Fp8, Fp8] = QUANTISE_FP8_BOTH.choose(_case(x_RI), impl)(
         x_RI, ends_E, power_of_two=power_of_two
     )
