@@ -76,7 +76,7 @@ def quantise_fp8_both(
     an H200 with Triton 3.6 the kernel that reads them once gave other bits for their columns.
     """
     _check_matrix("quantise_fp8_both", x_RI)
-    if impl is None and x_RI.shape[1] % TILE:
+    if impl is None and x_RI.is_cuda and x_RI.shape[1] % TILE:
         by_row = Fp8(*quantise_fp8_rows(x_RI, power_of_two=power_of_two, by_column=True))
         return by_row, quantise_fp8_columns(x_RI, ends_E, power_of_two=power_of_two)
     out: tuple[Fp8, Fp8] = QUANTISE_FP8_BOTH.choose(_case(x_RI), impl)(
