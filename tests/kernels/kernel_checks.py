@@ -797,6 +797,16 @@ def test_gate_logits(dtype):
     assert torch.equal(few[0][3:9], few[2])
 
 
+def test_gate_gradients(dtype):
+    x, weight = made(70, 96, dtype=dtype).detach(), made(16, 96, dtype=dtype, seed=1).detach()
+    sizes = torch.logspace(-6, 0, 70, device=DEVICE)[:, None]
+    dlogits = made(70, 16, dtype=torch.float32, seed=2).detach() * sizes
+    dx, dweight = ops.gate_gradients(dlogits, x, weight)
+    assert (dx.dtype, dweight.dtype) == (dtype, dtype)
+    close(dx, dlogits.double() @ weight.double(), dtype)
+    close(dweight, dlogits.double().t() @ x.double(), dtype)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_permute(dtype, width):
     expert = routed(TOKENS, 5, 3)

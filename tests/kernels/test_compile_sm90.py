@@ -342,7 +342,7 @@ MEMORY_BOUND = [
         for first, second in ((128, 64), (128, 128), (44, 9))
     ),
     ("triton_norm", "_rotate_and_norm", {"ROWS": 64, "HALF": 32, "NORM_ROWS": 8, "WIDTH": 512}, 4, {}),
-    ("triton_permute", "_gather_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
+    ("triton_permute", "_spread_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     *(
         (

@@ -124,6 +124,9 @@ CALLS = {
     "copy_blocks": copy_blocks,
     "route": lambda made, impl: ops.route(made(TOKENS, EXPERTS), None, impl=impl, **GATE).weight_TK,
     "balance_loss": lambda made, impl: ops.balance_loss(made(TOKENS, EXPERTS), top_k=2, rows=2, impl=impl)[0],
+    "gate_gradients": lambda made, impl: ops.gate_gradients(
+        made(TOKENS, EXPERTS), made(TOKENS, WIDTH), made(EXPERTS, WIDTH), impl=impl
+    )[0],
     "gate_logits": lambda made, impl: ops.gate_logits(made(TOKENS, WIDTH), made(EXPERTS, WIDTH), impl=impl),
     "permute": permute,
     "unpermute": unpermute,

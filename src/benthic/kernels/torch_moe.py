@@ -35,6 +35,16 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
 
 
+def gate_gradients(dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """See `benthic.kernels.ops.gate_gradients`: what bfloat16 leaves of the gradient is multiplied too."""
+    high_TE = dlogits_TE.bfloat16()
+    low_TE = (dlogits_TE - high_TE).bfloat16()
+    both_TF = torch.cat((high_TE, low_TE), dim=1)
+    dx_TD = both_TF @ torch.cat((weight_ED, weight_ED))
+    parts_FD = torch.mm(both_TF.t(), x_TD, out_dtype=torch.float32)
+    return dx_TD, parts_FD.unflatten(0, (2, -1)).sum(0).to(weight_ED.dtype)
+
+
 def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """See `benthic.kernels.ops.grouped_linear`; needs rows of a multiple of 16 bytes."""
     out_RO: Tensor = GroupedMm.apply(x_RI, weight_EOI, ends_E, zero_tail)

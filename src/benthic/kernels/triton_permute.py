@@ -1,4 +1,4 @@
-"""Triton kernels that move rows to experts and back by gathers: no atomics, so results are deterministic.
+"""Triton kernels that move rows to experts and back without atomics, so results are deterministic.
 
 One program a row (or a token); a row is read and written in one go, so all of them are bound by memory.
 """
@@ -14,13 +14,14 @@ from benthic.kernels.triton_counting_sort import sort_copies
 
 
 @triton.jit
-def _gather_rows(x_ptr, copy_ptr, out_ptr, width, stride, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
-    """rows[r] = x[token of r]."""
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(copy_ptr + row) // TOP_K
+def _spread_rows(x_ptr, row_ptr, out_ptr, width, stride, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+    """rows[row[t, k]] = x[t]: a token is read once, where reading by copies reads it TOP_K times."""
+    token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     x = tl.load(x_ptr + token * stride + column, mask=column < width)
-    tl.store(out_ptr + row * width + column, x, mask=column < width)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_ptr + token * TOP_K + k)
+        tl.store(out_ptr + row * width + column, x, mask=column < width)
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _sum_rows_backward(
 def permute(x_TD, expert_TK, num_experts):
     """See `benthic.kernels.ops.permute`."""
     ends_E, maps = row_maps(expert_TK, num_experts)
-    return Permuted(_Gather.apply(x_TD, maps.row_TK, maps.copy_R), ends_E, maps)
+    return Permuted(_Gather.apply(x_TD, maps.row_TK), ends_E, maps)
 
 
 def row_maps(expert_TK, num_experts):
@@ -156,15 +157,15 @@ class _Gather(torch.autograd.Function):
     """rows[r] = x[token of r]; dx[t] = sum over k of drows[row[t, k]]."""
 
     @staticmethod
-    def forward(ctx, x_TD, row_TK, copy_R):
+    def forward(ctx, x_TD, row_TK):
         """Save where the copies went."""
         ctx.save_for_backward(row_TK)
         x_TD = _unit_stride(x_TD)
         width, padded = x_TD.shape[1], triton.next_power_of_2(x_TD.shape[1])
-        out = torch.empty(copy_R.shape[0], width, dtype=x_TD.dtype, device=x_TD.device)
+        out = torch.empty(row_TK.numel(), width, dtype=x_TD.dtype, device=x_TD.device)
         if out.numel():
-            _gather_rows[(copy_R.shape[0],)](
-                x_TD, copy_R, out, width, x_TD.stride(0),
+            _spread_rows[(row_TK.shape[0],)](
+                x_TD, row_TK, out, width, x_TD.stride(0),
                 TOP_K=row_TK.shape[1], WIDTH=padded, num_warps=_warps(padded),
             )  # fmt: skip
         return out
@@ -173,7 +174,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, drows_RD):
         """Sum the gradients of a token's copies."""
         (row_TK,) = ctx.saved_tensors
-        return _summed(_unit_stride(drows_RD), None, row_TK), None, None
+        return _summed(_unit_stride(drows_RD), None, row_TK), None
 
 
 def _summed(rows_RD, weight_TK, row_TK, beside=()):

@@ -85,10 +85,7 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Both gradients, rounded once."""
-        x_TD, weight_ED = ctx.saved_tensors
-        dlogits_TE = grads[0]
-        dx_TD = (dlogits_TE @ weight_ED.float()).to(x_TD.dtype)
-        return dx_TD, (dlogits_TE.t() @ x_TD.float()).to(weight_ED.dtype)
+        return ops.gate_gradients(grads[0], *ctx.saved_tensors)
 
 
 class Experts(nn.Module):

@@ -98,6 +98,15 @@ def _mm_wide(case: Case) -> Verdict:
     return yes("torch's product of narrow operands that leaves in float32: nothing is cast first")
 
 
+def _halves(case: Case) -> Verdict:
+    """Tensor cores, where library products in float32 have none; float16 has too few exponents for it."""
+    if case.device != "cuda" or case.dtype != torch.bfloat16:
+        return no(f"runs on cuda in bfloat16, not on {case.device} in {case.dtype}")
+    if case.mixed:
+        return no("takes x and weight of one dtype")
+    return yes("the gradient in two halves of bfloat16: 16 of its 24 bits, on tensor cores")
+
+
 def _gate_of_few(case: Case) -> Verdict:
     """Two warps hold the weights of an expert or two: no more of them than fit their registers."""
     if case.dims[1] > 4096:
@@ -163,6 +172,15 @@ GATE_LOGITS = Op(
     ),
     typical_dims=(64, 2048),
 )
+GATE_GRADIENTS = Op(
+    "gate_gradients",
+    (
+        Implementation("halves", inference_only(_halves), "benthic.kernels.torch_moe:gate_gradients"),
+        reference("benthic.kernels.reference.moe:gate_gradients"),
+    ),
+    typical_dims=(64, 2048),
+    trains=False,
+)
 
 FEW_ROWS = 32
 """Rows an expert, on average, up to which `grouped_linear` is bound by reading weights."""
@@ -189,6 +207,28 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor, *, impl: str | None = None) -> 
     case = Case(device_type(x_TD), x_TD.dtype, dims, grad=grad, mixed=mixed, few=few)
     logits_TE: Tensor = GATE_LOGITS.choose(case, impl)(x_TD, weight_ED)
     return logits_TE
+
+
+def gate_gradients(
+    dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `gate_logits`: `dlogits W` in x's dtype and `dlogits^T x` in the weight's.
+
+    Shapes: dlogits float32 [T, E], x [T, D], weight [E, D] -> [T, D], [E, D]. Sums are float32, rounded once;
+    `dlogits` counts with 16 bits at least.
+    Raises: ShapeError when the operands disagree.
+    """
+    if dlogits_TE.shape != (x_TD.shape[0], weight_ED.shape[0]) or x_TD.shape[1] != weight_ED.shape[1]:
+        msg = (
+            f"gate_gradients: {tuple(dlogits_TE.shape)} logits, rows {tuple(x_TD.shape)} and weight "
+            f"{tuple(weight_ED.shape)} disagree; expected [T, E], [T, D] and [E, D]"
+        )
+        raise ShapeError(msg)
+    mixed = x_TD.dtype is not weight_ED.dtype
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (dlogits_TE, x_TD, weight_ED))
+    case = Case(device_type(x_TD), x_TD.dtype, tuple(weight_ED.shape), grad=grad, mixed=mixed)
+    found: tuple[Tensor, Tensor] = GATE_GRADIENTS.choose(case, impl)(dlogits_TE, x_TD, weight_ED)
+    return found
 
 
 def route(  # noqa: PLR0913 (the gate's hyper-parameters, as in the model's config)

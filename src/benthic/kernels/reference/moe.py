@@ -51,6 +51,12 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return F.linear(x_TD.float(), weight_ED.float())
 
 
+def gate_gradients(dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """`dlogits W` and `dlogits^T x` in float32, rounded once."""
+    dx_TD = (dlogits_TE @ weight_ED.float()).to(x_TD.dtype)
+    return dx_TD, (dlogits_TE.t() @ x_TD.float()).to(weight_ED.dtype)
+
+
 def route(  # noqa: PLR0913 (the gate's hyper-parameters)
     logits_TE: Tensor,
     bias_E: Tensor | None,
