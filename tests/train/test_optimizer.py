@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
+from benthic.kernels import ops
 from benthic.parallel.buckets import Bucket, global_norm
 from benthic.parallel.mesh import Group
 from benthic.train.config import OptimizerConfig
@@ -34,7 +37,7 @@ def fill(bucket: Bucket, value: float) -> None:
 
 def run(model: Toy, steps: int, config: OptimizerConfig) -> AdamW:
     bucket = bucket_of(model)
-    optimizer = AdamW(bucket.pieces(), config)
+    optimizer = AdamW([bucket.pieces()], config)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         bucket.zero()
@@ -76,7 +79,7 @@ def test_bfloat16_weights_follow_float32_masters() -> None:
     model = Toy().to(torch.bfloat16)
     before = model.matrix.detach().clone()
     bucket = bucket_of(model)
-    optimizer = AdamW(bucket.pieces(), OptimizerConfig(weight_decay=0.0))
+    optimizer = AdamW([bucket.pieces()], OptimizerConfig(weight_decay=0.0))
     fill(bucket, 1.0)
     for _ in range(3):
         optimizer.step(lr=1e-5)
@@ -85,6 +88,32 @@ def test_bfloat16_weights_follow_float32_masters() -> None:
     assert torch.allclose(master, before.float() - 3e-5, atol=1e-6)
     assert torch.equal(model.matrix, master.to(torch.bfloat16))
     assert {piece.name for piece in bucket.pieces()} == {"matrix", "norm"}
+
+
+def test_neighbours_that_decay_alike_are_updated_together(monkeypatch) -> None:
+    torch.manual_seed(0)
+    shapes = {"a": (3, 4), "norm": (5,), "b": (2, 7), "bias": (4,), "c": (6, 2)}
+    model = nn.ParameterDict({name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()})
+    bucket = Bucket(dict(model.items()), ALONE, ALONE, zero_stage=1)
+    pieces = list(bucket.pieces())
+    alone = [piece.master.clone() for piece in pieces]
+    together = AdamW([[pieces[0], *pieces[2:]]], OptimizerConfig())
+    sizes, adamw = [], ops.adamw
+    monkeypatch.setattr(
+        ops, "adamw", lambda master, *rest, **more: (sizes.append(len(master)), adamw(master, *rest, **more))
+    )
+    for piece in pieces:
+        piece.gradient.normal_()
+    together.step(lr=0.1)
+    assert sizes == [12, 12, 9]  # a; c behind a hole; norm and bias
+    for piece, before in zip(pieces, alone, strict=True):
+        if piece is pieces[1]:
+            assert torch.equal(piece.master, before)
+            continue
+        one = AdamW([[replace(piece, master=before)]], OptimizerConfig())
+        one.step(lr=0.1)
+        assert torch.equal(piece.master, before)
+        assert torch.equal(together.moments(piece.name)["first"], one.moments(piece.name)["first"])
 
 
 def test_gradients_of_bfloat16_weights_add_up_in_float32() -> None:

@@ -93,14 +93,15 @@ def _held(config: Setup, table: Table, pp: int) -> Iterator[Param]:
 
 
 def _buckets(config: Setup, held: list[Param], table: Table) -> Iterator[tuple[list[Param], int, bool]]:
-    """The parameters of each bucket, its replicas here, and whether it is rounded from masters."""
+    """The parameters of each bucket in its order, its replicas here, and whether it is rounded from masters."""
     holders = holders_of(config.model, parts_of(config.model, config.layout, table.stages), table.routes)
     found: dict[tuple[str, tuple[int, ...], str, bool], list[Param]] = {}
     for param in held:
         key = unit_of(param.name), holders[param.name], kind_of(param), _narrow(config, param)
         found.setdefault(key, []).append(param)
     for (_, _, kind, narrow), params in found.items():
-        yield params, replicas_of(config.layout, kind), narrow
+        matrices_first = sorted(params, key=lambda param: len(param.shape) < 2)
+        yield matrices_first, replicas_of(config.layout, kind), narrow
 
 
 def _moments(config: Setup, params: list[Param], counts: list[int], shard: int) -> int:

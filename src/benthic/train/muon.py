@@ -84,9 +84,10 @@ class Muon:
         self.config = config
         found = (_part(bucket, params) for bucket in buckets)
         self._parts = tuple(part for part in found if part is not None)
-        pieces = [piece for bucket in buckets for piece in bucket.pieces()]
-        self._rest = AdamW([p for p in pieces if params[p.name].part not in MUON_PARTS], config)
-        self._pieces = {p.name: p for p in pieces if params[p.name].part in MUON_PARTS}
+        pieces = [list(bucket.pieces()) for bucket in buckets]
+        rest = [[p for p in each if params[p.name].part not in MUON_PARTS] for each in pieces]
+        self._rest = AdamW(rest, config)
+        self._pieces = {p.name: p for each in pieces for p in each if params[p.name].part in MUON_PARTS}
         dtype = DTYPES[config.moment_dtype]
         self._momentum = {n: torch.zeros_like(p.master, dtype=dtype) for n, p in self._pieces.items()}
 

@@ -40,18 +40,19 @@ def check_losses(
             raise NumericsError(message)
 
 
-def check_gradients(step: int, norm: float, gradients: Mapping[str, Tensor]) -> None:
-    """Stop when the gradient norm is not finite, naming the gradients that are not.
+def check_gradients(step: int, norm: float, named: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Stop when the gradient norm is not finite, naming the gradients of `named()` that are not.
 
     Raises:
         NumericsError: with step and parameters.
     """
     if math.isfinite(norm):
         return
+    gradients = named()
     bad = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
-    found = f"gradients of {', '.join(bad[:4])} ({len(bad)} of {len(gradients)})" if bad else "only their sum"
+    where = f"gradients of {', '.join(bad[:4])} ({len(bad)} of {len(gradients)})" if bad else "only their sum"
     message = (
-        f"step {step}: the gradient norm is {norm}; not finite: {found}. The parameters were not updated. "
+        f"step {step}: the gradient norm is {norm}; not finite: {where}. The parameters were not updated. "
         "Resume from the last checkpoint with a lower train.lr."
     )
     raise NumericsError(message)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -10,7 +11,7 @@ from benthic.kernels import ops
 from benthic.train.precision import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -22,30 +23,34 @@ class AdamW:
     """Updates what this rank holds of the masters, in place, and rounds them into narrower weights.
 
     Written here because torch's AdamW refuses bfloat16 moments of float32 parameters on CPUs. Weight decay
-    touches matrices, not norms. Arithmetic is float32 whatever the moments are kept in.
+    touches matrices, not norms. Arithmetic is float32 whatever the moments are kept in. Pieces that lie one
+    behind the other and decay alike are updated by one call.
 
     Args:
-        pieces: of the parameters, from `parallel.buckets`; their masters are float32.
+        pieces: of the parameters of each bucket, from `parallel.buckets`; their masters are float32.
         config: settings.
     """
 
-    def __init__(self, pieces: Iterable[Piece], config: OptimizerConfig) -> None:
+    def __init__(self, pieces: Iterable[Iterable[Piece]], config: OptimizerConfig) -> None:
         self.config = config
         self.steps = 0
-        self._pieces = {piece.name: piece for piece in pieces}
-        dtype = DTYPES[config.moment_dtype]
-        masters = {name: piece.master for name, piece in self._pieces.items()}
-        self._first = {n: torch.zeros_like(master, dtype=dtype) for n, master in masters.items()}
-        self._second = {n: torch.zeros_like(master, dtype=dtype) for n, master in masters.items()}
+        self._runs: list[_Run] = []
+        self._moments: dict[str, dict[str, Tensor]] = {}
+        for run in itertools.chain.from_iterable(map(_runs, pieces)):
+            sizes = [piece.master.numel() for piece in run]
+            flat = _Run.of(run, sum(sizes), DTYPES[config.moment_dtype])
+            self._runs.append(flat)
+            parts = zip(run, flat.first.split(sizes), flat.second.split(sizes), strict=True)
+            self._moments |= {piece.name: {"first": f, "second": s} for piece, f, s in parts}
 
     @torch.no_grad()
     def step(self, *, lr: float, scale: float = 1.0) -> None:
         """One update with `scale` times the gradients (the clipping factor)."""
         self.steps += 1
-        for name, piece in self._pieces.items():
-            by = self._numbers(lr, scale, decays=len(piece.shape) >= 2)
-            moments = self._first[name], self._second[name]
-            ops.adamw(piece.master, piece.gradient, *moments, by, running=piece.running)
+        numbers = [self._numbers(lr, scale, decays=decays) for decays in (False, True)]
+        for run in self._runs:
+            by = numbers[run.decays]
+            ops.adamw(run.master, run.gradient, run.first, run.second, by, running=run.running)
 
     def _numbers(self, lr: float, scale: float, *, decays: bool) -> ops.AdamWStep:
         c = self.config
@@ -61,4 +66,50 @@ class AdamW:
 
     def moments(self, name: str) -> dict[str, Tensor]:
         """The first and second moment of one parameter's piece, flat; what updates change beside masters."""
-        return {"first": self._first[name], "second": self._second[name]}
+        return self._moments[name]
+
+
+class _Run(NamedTuple):
+    """Pieces one behind the other, as one: flat."""
+
+    master: Tensor
+    gradient: Tensor
+    running: Tensor | None
+    first: Tensor
+    second: Tensor
+    decays: bool
+
+    @classmethod
+    def of(cls, pieces: list[Piece], size: int, dtype: torch.dtype) -> _Run:
+        """Fresh moments in `dtype`."""
+        start = pieces[0]
+        whole = [
+            None if x is None else x.as_strided((size,), (1,))
+            for x in (start.master, start.gradient, start.running)
+        ]
+        master, gradient, running = whole
+        assert master is not None  # noqa: S101
+        assert gradient is not None  # noqa: S101
+        moments = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
+        return cls(master, gradient, running, *moments, _decays(start))
+
+
+def _runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces of one bucket in order, cut wherever one does not begin where the one before ends."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and not _follows(run[-1], piece):
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
+
+
+def _follows(before: Piece, piece: Piece) -> bool:
+    end = before.master.storage_offset() + before.master.numel()
+    return end == piece.master.storage_offset() and _decays(before) == _decays(piece)
+
+
+def _decays(piece: Piece) -> bool:
+    return len(piece.shape) >= 2

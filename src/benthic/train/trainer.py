@@ -25,7 +25,7 @@ from benthic.train.balance import update_bias
 from benthic.train.checkpoint import Saved
 from benthic.train.contents import random_states, set_random_states, tensors_of
 from benthic.train.curve import cosine, warmup
-from benthic.train.data.microbatch import Batches
+from benthic.train.data.microbatch import Batches, ReadAhead
 from benthic.train.data.packing import Packing, WholePacking
 from benthic.train.exchange import build_exchange
 from benthic.train.executor import Executor, Sums, total_of
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from benthic.sched.pipeline.table import Table
     from benthic.train.checkpoint import Stored
     from benthic.train.config import LoopConfig, RunConfig
-    from benthic.train.data.microbatch import Microbatch
     from benthic.train.data.shards import TokenShards
     from benthic.train.losses import Weights
 
@@ -115,6 +114,7 @@ class Trainer:
             mtp_depth=model.num_nextn_predict_layers,
             mask_documents=config.data.mask_documents,
         )
+        self._reader = ReadAhead(self.batches, self.local_rows)
         sink = WeightGradients()
         linear = linear_socket(config.precision, sink, self.stages.models.values())
         exchange = build_exchange(config, self.table, self.mesh.expert)
@@ -154,7 +154,7 @@ class Trainer:
             NumericsError: a loss or a gradient is not finite; nothing has been updated then.
         """
         self._resize()
-        step, batch = self.steps_done + 1, self._read()
+        step, batch = self.steps_done + 1, self._reader.take(self._starts(self.position))
         for bucket in self.buckets:
             bucket.zero()
         self._targets = total_of(targets_of(batch), self.mesh.data, self.device)
@@ -162,9 +162,10 @@ class Trainer:
         outcome = self.executor.run(batch, weights)
         for bucket in self.buckets:
             bucket.settle()
+        self._reader.read(self._starts(self.position + self.rows))  # while a GPU is busy
         sums = Sums.of(outcome, global_norm(self.buckets, self.mesh.world))
         check_losses(step, sums, self.executor, batch, weights)
-        check_gradients(step, sums.norm, self.gradients())
+        check_gradients(step, sums.norm, self.gradients)
         lr = learning_rate(self.config.train, step, self.tokens)
         if not self.spikes.skips(sums.main / max(1, self._targets[0])):
             self.optimizer.step(lr=lr, scale=clip_factor(sums.norm, self.config.train.max_norm))
@@ -216,12 +217,11 @@ class Trainer:
             self.rows, self.table = rows, table_of(self.config, rows)
             self.executor.follow(self.table)
 
-    def _read(self) -> list[Microbatch]:
-        """This rank's microbatches: those of all data ranks alternate, so that a step's rows are its own."""
+    def _starts(self, position: int) -> range:
+        """Where this rank's microbatches start: those of all data ranks alternate within a step."""
         data = self.config.layout.dp_degree
-        first = self.position + self.mesh.place.dp * self.local_rows
-        starts = range(first, self.position + self.rows, data * self.local_rows)
-        return [self.batches.microbatch(start, self.local_rows) for start in starts]
+        first = position + self.mesh.place.dp * self.local_rows
+        return range(first, position + self.rows, data * self.local_rows)
 
     def _weights(self) -> Weights:
         loss = self.config.loss
@@ -346,7 +346,7 @@ def optimizer_of(config: RunConfig, buckets: Sequence[Bucket]) -> AdamW | Muon:
     if config.optimizer.name == "muon":
         params = {param.name: param for param in parameters(config.model)}
         return Muon(buckets, config.optimizer, params)
-    return AdamW([piece for bucket in buckets for piece in bucket.pieces()], config.optimizer)
+    return AdamW([bucket.pieces() for bucket in buckets], config.optimizer)
 
 
 def learning_rate(loop: LoopConfig, step: int, tokens: int) -> float:

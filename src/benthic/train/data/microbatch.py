@@ -102,6 +102,26 @@ class Batches:
         return np.pad(tokens, padding), np.pad(owner, padding, constant_values=-1), np.pad(learned, padding)
 
 
+class ReadAhead:
+    """The microbatches of `rows` rows of one step after another, of which the next can be read early."""
+
+    def __init__(self, batches: Batches, rows: int) -> None:
+        self._batches, self._rows = batches, rows
+        self._starts, self._ahead = range(0), list[Microbatch]()
+
+    def take(self, starts: range) -> list[Microbatch]:
+        """Those that begin at `starts`: read by now, or read now."""
+        if starts != self._starts:
+            self.read(starts)
+        found, self._starts, self._ahead = self._ahead, range(0), []
+        return found
+
+    def read(self, starts: range) -> None:
+        """Read those that begin at `starts`, which `take` will most likely ask for."""
+        self._ahead = [self._batches.microbatch(start, self._rows) for start in starts]
+        self._starts = starts
+
+
 def assemble(
     tokens_SW: NDArray[np.int64],
     owner_SW: NDArray[np.int64],
