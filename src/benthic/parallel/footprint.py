@@ -93,7 +93,7 @@ def _held(config: Setup, table: Table, pp: int) -> Iterator[Param]:
 
 
 def _buckets(config: Setup, held: list[Param], table: Table) -> Iterator[tuple[list[Param], int, bool]]:
-    """The parameters of each bucket in its order, its replicas here, and whether it is rounded from masters."""
+    """Each bucket's parameters in its order, its replicas here, and whether it is rounded from masters."""
     holders = holders_of(config.model, parts_of(config.model, config.layout, table.stages), table.routes)
     found: dict[tuple[str, tuple[int, ...], str, bool], list[Param]] = {}
     for param in held:

@@ -90,8 +90,8 @@ class _Run(NamedTuple):
         master, gradient, running = whole
         assert master is not None  # noqa: S101
         assert gradient is not None  # noqa: S101
-        moments = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
-        return cls(master, gradient, running, *moments, _decays(start))
+        first, second = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
+        return cls(master, gradient, running, first, second, _decays(start))
 
 
 def _runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
