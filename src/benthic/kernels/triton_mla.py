@@ -138,10 +138,12 @@ def _copy(
     """One chunk of one block of one layer; strides in blocks of `size` elements."""
     block, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     place = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
-    source = (layer * source_stride + tl.load(from_ptr + block)) * size
+    came = tl.load(from_ptr + block)
+    source = (layer * source_stride + came) * size
     target = (layer * target_stride + tl.load(to_ptr + block)) * size
-    value = tl.load(source_ptr + source + place, mask=place < size)
-    tl.store(target_ptr + target + place, value, mask=place < size)
+    copied = (place < size) & (came >= 0)
+    value = tl.load(source_ptr + source + place, mask=copied)
+    tl.store(target_ptr + target + place, value, mask=copied)
 
 
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale, splits=None):

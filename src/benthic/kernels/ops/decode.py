@@ -215,7 +215,7 @@ def copy_blocks(
     Shapes: source [L, P, block, W] and target [L, P', block, W], both contiguous and of one dtype; from, to
     integer [R] on the device that copies. On a GPU the source may be the memory of another GPU that this one
     can read, and source or target pinned memory of the host; one kernel then loads or stores over the link
-    and nothing is kept in between. Blocks in `to` must differ.
+    and nothing is kept in between. Blocks in `to` must differ; -1 in `from` copies nothing.
     For inference: where autograd records, only the definition runs.
     Raises: ShapeError when the caches' layers, blocks or dtypes disagree, or one has gaps; BackendError when
     `impl` cannot run.

@@ -112,7 +112,8 @@ def store_latent(cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: 
 
 
 def copy_blocks(source_LPBW: Tensor, from_R: Tensor, target_LPBW: Tensor, to_R: Tensor) -> None:
-    """`target[:, to_r] = source[:, from_r]`."""
+    """`target[:, to_r] = source[:, from_r]` where `from_r` is a block."""
+    from_R, to_R = from_R[from_R >= 0], to_R[from_R >= 0]
     if source_LPBW.dtype == torch.float8_e4m3fn:  # bytes, since torch moves FP8 rows by index on no device
         source_LPBW, target_LPBW = source_LPBW.view(torch.uint8), target_LPBW.view(torch.uint8)
     copied_LRBW = source_LPBW[:, from_R.long().to(source_LPBW.device)].to(target_LPBW.device)
