@@ -420,7 +420,7 @@ MEMORY_BOUND = [
         )
         for rows, parts, columns in ((16, 32, 128), (16, 8, 512), (128, 32, 128), (128, 8, 512))
     ),
-    ("triton_mla", "_copy", {"CHUNK": 4096}, 4, {}),
+    ("triton_mla", "_copy", {"CHUNK": 8192}, 8, {}),
     *(
         (
             "triton_mla",

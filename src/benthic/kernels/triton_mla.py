@@ -16,7 +16,7 @@ import triton.language as tl
 from benthic.kernels.triton_tiles import multiprocessors
 
 LOG2E = tl.constexpr(1.4426950408889634)
-_COPY_CHUNK = 4096
+_COPY_CHUNK = 8192
 _SPLIT_TARGET = 2  # programs a multiprocessor: enough to hide the latency of page loads
 
 
@@ -225,5 +225,5 @@ def copy_blocks(source_LPBW, from_R, target_LPBW, to_R):
     if size and count and layers:
         _copy[(count, layers, triton.cdiv(size, _COPY_CHUNK))](
             source_LPBW, target_LPBW, from_R, to_R, source_LPBW.shape[1], pages, size,
-            CHUNK=_COPY_CHUNK, num_warps=4,
+            CHUNK=_COPY_CHUNK, num_warps=8,
         )  # fmt: skip
