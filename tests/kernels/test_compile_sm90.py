@@ -328,7 +328,7 @@ def joined(first, second):
 
 MEMORY_BOUND = [
     ("triton_norm", "_norm_forward", {"HAS_RESIDUAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
-    ("triton_norm", "_norm_backward", {"HAS_DTOTAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
+    ("triton_norm", "_norm_backward", {"HAS_DTOTAL": True, "ROWS": 1, "WIDTH": 8192}, 16, {}),
     ("triton_norm", "_swiglu_forward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
     ("triton_norm", "_swiglu_backward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
     *(

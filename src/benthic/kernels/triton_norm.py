@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-# Programs of the norm's backward. Each sums its rows' weight gradients, so the count fixes the order of
-# that sum: a constant keeps the result the same on every device.
-_PARTIALS = 264
+# Programs of the norm's backward: eight a multiprocessor, so that enough loads are on their way. Each sums its
+# rows' weight gradients, so the count fixes the order of that sum: a constant keeps the result the same on
+# every device.
+_PARTIALS = 1056
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -260,7 +261,7 @@ class _Norm(torch.autograd.Function):
         has_dtotal = ctx.has_residual and dtotal is not None
         dtotal = dtotal.contiguous() if has_dtotal else dy
         dx = torch.empty_like(dy)
-        block, padded, warps = tile(width, 2048)
+        block, padded, _ = tile(width, 4096)
         programs = min(_PARTIALS, triton.cdiv(rows, block))
         made = torch.empty if rows else torch.zeros
         partial = made(max(programs, 1), width, dtype=torch.float32, device=dy.device)
@@ -268,7 +269,7 @@ class _Norm(torch.autograd.Function):
             _norm_backward[(programs,)](
                 total, weight_D, rstd, dy, dtotal, dx, partial,
                 rows, width, total.stride(0),
-                HAS_DTOTAL=has_dtotal, ROWS=block, WIDTH=padded, num_warps=warps,
+                HAS_DTOTAL=has_dtotal, ROWS=block, WIDTH=padded, num_warps=min(16, max(4, padded // 512)),
             )  # fmt: skip
         dweight_D = partial.sum(dim=0).to(weight_D.dtype)
         return dx, (dx if ctx.has_residual else None), dweight_D, None
