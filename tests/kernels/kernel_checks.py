@@ -757,6 +757,37 @@ def test_rows_are_counted_as_a_stable_sort_would_place_them(dtype, tokens):
     assert torch.equal(fast.rows_RD, exact.rows_RD)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"),
+    [(0, 6, 8), (1, 6, 64), (1, 8, 256), (TOKENS, 3, 9), *([(64, 6, 64), (256, 8, 256)] if ON_GPU else [])],
+)
+@pytest.mark.parametrize("spread", ["all", "some", "equal logits", "one"])
+def test_few_copies_are_sorted_and_gathered_as_many_are(dtype, spread, tokens, top_k, experts):
+    """Also where most experts have no rows, and where every token chooses the same ones."""
+    x = made(tokens, 36, dtype=dtype).detach()
+    if spread == "equal logits":
+        logits = torch.zeros(tokens, experts, device=DEVICE)
+        expert = ops.route(logits, None, **(PLAIN_GATE | GATES["k2"][2]), top_k=top_k).expert_TK
+    elif spread == "one":  # a single expert owns all rows
+        expert = torch.full((tokens, top_k), experts - 2, device=DEVICE).int()
+    else:
+        expert = routed(tokens, experts if spread == "all" else 8, top_k)
+    few, many, exact = (
+        ops.permute(x, expert, experts, impl=impl) for impl in ("few_copies", "triton", "reference")
+    )
+    for found in (few, many):
+        assert torch.equal(found.rows_RD, exact.rows_RD)
+        assert torch.equal(found.ends_E, exact.ends_E)
+        assert torch.equal(found.maps.row_TK, exact.maps.row_TK)
+        assert torch.equal(found.maps.copy_R, exact.maps.copy_R)
+
+
+def test_many_copies_are_refused_by_the_kernel_of_few(dtype):
+    expert, x = routed(700, 8, 3), made(700, 4, dtype=dtype).detach()
+    with pytest.raises(BackendError, match="made for few rows"):
+        ops.permute(x, expert, 8, impl="few_copies")
+
+
 @pytest.mark.parametrize("spare", [0, 35])
 @pytest.mark.parametrize("dims", [(36, 40), (23, 9)], ids=str)
 @pytest.mark.parametrize("name", GROUPS)

@@ -23,6 +23,30 @@ def _gather_rows(x_ptr, copy_ptr, out_ptr, width, stride, TOP_K: tl.constexpr, W
     tl.store(out_ptr + row * width + column, x, mask=column < width)
 
 
+@triton.jit(do_not_specialize=["copies"])
+def _permute_few(
+    x_ptr, expert_ptr, out_ptr, row_ptr, copy_ptr, ends_ptr, copies, width, stride,
+    TOP_K: tl.constexpr, COPIES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A copy goes after those of lower experts and the earlier ones of its own.
+
+    Programs after those of all copies find one expert's end each. All experts are read by each program.
+    """
+    own, at = tl.program_id(0), tl.arange(0, COPIES)
+    expert = tl.load(expert_ptr + at, mask=at < copies, other=2147483647)
+    if own < copies:
+        column = tl.arange(0, WIDTH)
+        x = tl.load(x_ptr + (own // TOP_K).to(tl.int64) * stride + column, mask=column < width)
+        mine = tl.load(expert_ptr + own)
+        before = (expert < mine) | ((expert == mine) & (at < own))
+        row = tl.sum(before.to(tl.int32), axis=0).to(tl.int64)
+        tl.store(out_ptr + row * width + column, x, mask=column < width)
+        tl.store(row_ptr + own, row)
+        tl.store(copy_ptr + row, own.to(tl.int64))
+    else:
+        tl.store(ends_ptr + own - copies, tl.sum((expert <= own - copies).to(tl.int32), axis=0))
+
+
 @triton.jit
 def _gather_copies(
     x_ptr, copy_ptr, ends_ptr, out_ptr, width, stride, last, TOP_K: tl.constexpr, WIDTH: tl.constexpr
@@ -98,6 +122,22 @@ def permute(x_TD, expert_TK, num_experts):
     """See `benthic.kernels.ops.permute`."""
     ends_E, maps = row_maps(expert_TK, num_experts)
     return Permuted(_Gather.apply(x_TD, maps.row_TK, maps.copy_R), ends_E, maps)
+
+
+def permute_few(x_TD, expert_TK, num_experts):
+    """See `benthic.kernels.ops.permute`: sorting and gathering in one kernel. Computes no gradients."""
+    x_TD, expert_TK = _unit_stride(x_TD), expert_TK.to(torch.int32).contiguous()
+    (_, top_k), copies, (_, width), device = expert_TK.shape, expert_TK.numel(), x_TD.shape, x_TD.device
+    rows_RD = torch.empty(copies, width, dtype=x_TD.dtype, device=device)
+    row_TK = torch.empty(expert_TK.shape, dtype=torch.int64, device=device)
+    copy_R = torch.empty(copies, dtype=torch.int64, device=device)
+    ends_E = torch.empty(num_experts, dtype=torch.int32, device=device)
+    padded = triton.next_power_of_2(width)
+    _permute_few[(copies + num_experts,)](
+        x_TD, expert_TK, rows_RD, row_TK, copy_R, ends_E, copies, width, x_TD.stride(0),
+        TOP_K=top_k, COPIES=max(128, triton.next_power_of_2(copies)), WIDTH=padded, num_warps=_warps(padded),
+    )  # fmt: skip
+    return Permuted(rows_RD, ends_E, RowMaps(row_TK, copy_R))
 
 
 def row_maps(expert_TK, num_experts):
