@@ -67,10 +67,16 @@ def argument_type(name, dtype, overrides):
     return f"*{dtype}"
 
 
+def kernel_of(module, kernel):
+    return getattr(importlib.import_module(f"benthic.kernels.{module}"), kernel)
+
+
 def compiled(module, kernel, constants, *, dtype="bf16", warps=4, stages=3, overrides=None):
     """Compile as a launch with 16-byte aligned pointers and strides would; returns (ptx, resource usage)."""
-    function = getattr(importlib.import_module(f"benthic.kernels.{module}"), kernel)
+    function = kernel_of(module, kernel)
     names = function.arg_names
+    if "PDL" in names:
+        constants = {"PDL": False} | constants
     signature, attributes = {}, {}
     for index, name in enumerate(names):
         if name in constants:
@@ -525,6 +531,38 @@ MEMORY_BOUND = [
 def test_memory_bound_kernels_do_not_spill(module, kernel, constants, warps, overrides, tmp_path):
     built = compiled(module, kernel, constants, warps=warps, overrides=overrides)
     assert_fits(resources(built, tmp_path))
+
+
+def few_rows(kernel, **more):
+    tiling = {"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_K": 128, "WHOLE": True}
+    return ("triton_few_rows", kernel, tiling | more, 4, {})
+
+
+FP8_PRODUCT = {"EMULATE": False, "STAGES": 4}
+EARLY = [
+    *(each for each in MEMORY_BOUND if "PDL" in kernel_of(*each[:2]).arg_names),
+    few_rows("_few_rows", PRECISION="tf32"),
+    *(few_rows("_few_rows_of_blocks", GROUPED=grouped, **FP8_PRODUCT) for grouped in (False, True)),
+]
+
+
+@pytest.mark.parametrize(("module", "kernel", "constants", "warps", "overrides"), EARLY)
+def test_a_kernel_launched_early_touches_no_memory_before_it_has_waited(
+    module, kernel, constants, warps, overrides, tmp_path
+):
+    """But weights of the gate, which nothing writes during a step."""
+    if kernel == "_few_rows_of_blocks":
+        overrides = dict.fromkeys(("x_ptr", "weight_ptr"), "*fp8e4nv")
+    built = compiled(module, kernel, constants | {"PDL": True}, warps=warps, overrides=overrides)
+    assert_fits(resources(built, tmp_path))
+    ptx = built.asm["ptx"]
+    before, after = re.split(r"griddepcontrol\.wait\s*;", ptx)
+    assert not re.search(r"\b(st|red|atom)\.|cp\.async", before)
+    assert ("ld.global" in before) == (kernel == "_gate")
+    assert "griddepcontrol.launch_dependents" in before
+    assert "ld.global" in after or "cp.async" in after
+    plain = compiled(module, kernel, constants, warps=warps, overrides=overrides)
+    assert "griddepcontrol" not in plain.asm["ptx"]
 
 
 @pytest.mark.parametrize(("first", "second"), [(128, 64), (128, 128)])

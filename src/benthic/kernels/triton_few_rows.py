@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.table import triton_interprets
 from benthic.kernels.triton_tiles import precision, product_of_chunk
 
@@ -25,9 +26,10 @@ def _few_rows(
     x_ptr, weight_ptr, out_ptr, ends_ptr,
     rows, experts, n_dim, k_dim, stride_x, stride_e, stride_n,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[r, n] = sum_k weight[expert of r, n, k] * x[r, k]; expert number `experts` is the zero tail."""
+    wait_for_inputs(PDL)
     expert = tl.program_id(1)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert, mask=expert < experts, other=rows)
@@ -64,8 +66,10 @@ def _few_rows_of_blocks(
     rows, experts, n_dim, k_dim, k_tiles, n_tiles, stride_scale, stride_tile, stride_weight_scale,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUPED: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """As `_few_rows` for FP8 tiles: every chunk of K is multiplied by itself, scaled and added in float32."""
+    wait_for_inputs(PDL)
     expert = tl.program_id(1)
     start, end = 0, rows
     if GROUPED:
@@ -109,13 +113,18 @@ def _few_rows_of_blocks(
 @triton.jit(do_not_specialize=["rows"])
 def _gate(
     x_ptr, weight_ptr, out_ptr, rows, experts, k_dim, stride_x, stride_e,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[r, e] = sum_k x[r, k] * weight[e, k] in float32; two warps hold all weights of EXPERTS experts."""
+    """out[r, e] = sum_k x[r, k] * weight[e, k] in float32; two warps hold all weights of EXPERTS experts.
+
+    These are loaded before anything is waited for: whatever wrote weights has ended, since products that no
+    kernel is launched early after stand between.
+    """
     expert, k = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS), tl.arange(0, WIDTH)
     kept = (expert < experts)[:, None] & (k < k_dim)[None, :]
     weight_at = weight_ptr + expert[:, None] * stride_e + k[None, :]
     weight = tl.load(weight_at, mask=kept, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
     for index in tl.static_range(ROWS):
         row = tl.program_id(0) * ROWS + index
         x_kept = k < tl.where(row < rows, k_dim, 0)
@@ -135,7 +144,7 @@ def gate_logits(x_TD, weight_ED):
     if rows:
         _gate[(triton.cdiv(rows, block), triton.cdiv(experts, own))](
             x_TD, weight_ED, out_TE, rows, experts, width, x_TD.stride(0), weight_ED.stride(0),
-            ROWS=block, EXPERTS=own, WIDTH=padded, num_warps=2,
+            ROWS=block, EXPERTS=own, WIDTH=padded, num_warps=2, **early(x_TD.device, rows),
         )  # fmt: skip
     return out_TE
 
@@ -153,7 +162,7 @@ def grouped_linear(x_RI, weight_EOI, ends_E):
             x_RI, weight_EOI, out_RO, ends_E,
             rows, experts, n_dim, k_dim, x_RI.stride(0), weight_EOI.stride(0), weight_EOI.stride(1),
             BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, WHOLE=k_dim % block_k == 0,
-            PRECISION=precision(x_RI.dtype), num_warps=4, num_stages=stages,
+            PRECISION=precision(x_RI.dtype), num_warps=4, num_stages=stages, **early(x_RI.device, rows),
         )  # fmt: skip
     return out_RO
 
@@ -176,6 +185,7 @@ def fp8_linear(x, weight, ends_E, *, dtype):
             scale.shape[-1], scale.shape[-2], *x.scale.stride(), scale.stride(-2),
             BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped, WHOLE=k_dim % block_k == 0,
             EMULATE=triton_interprets(), STAGES=None if grouped else stages, num_warps=4, num_stages=stages,
+            **early(values.device, rows),
         )  # fmt: skip
     return out_RN
 
