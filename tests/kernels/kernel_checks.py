@@ -804,6 +804,31 @@ def test_grouped_linear_of_few_rows(dtype, name, dims, spare):
     assert not fast[int(ends[-1]) :].any()
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(0, 2, 0, 1, 0), (1, 0, 0, 0, 3), (0, 0, 0, 0, 2), (0, 0, 0, 0, 0)], ids=str
+)
+@pytest.mark.parametrize("spare", [0, 1])
+def test_experts_without_rows_have_no_programs_where_rows_are_fewer(dtype, spare, sizes, fp8):
+    """A row gives the bits that it gives among many, where every expert has programs."""
+    weight, rows = made(5, 72, 136, dtype=dtype, seed=1).detach(), sum(sizes) + spare
+    if not rows:
+        return
+    x = made(rows + 8, 136, dtype=dtype).detach()
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+    if fp8:
+        blocks = ops.quantise_fp8_weight(weight.float(), impl="reference")
+        few, many = (
+            ops.fp8_linear(fp8_rows(part.float()), blocks, ends, dtype=dtype, impl="few_rows")
+            for part in (x[:rows], x)
+        )
+    else:
+        few, many = (ops.grouped_linear(part, weight, ends, impl="few_rows") for part in (x[:rows], x))
+        close(few, ops.grouped_linear(x[:rows].double(), weight.double(), ends, impl="reference"), dtype)
+    assert torch.equal(few, many[:rows])
+    assert not few[sum(sizes) :].any()
+
+
 @pytest.mark.skipif(not ON_GPU, reason="about the order in which tensor cores add")
 def test_a_row_of_few_gives_the_same_bits_whoever_is_beside_it(dtype):
     weight = made(4, 320, 448, dtype=dtype, seed=1).detach()

@@ -191,11 +191,12 @@ def test_mla_decode_does_not_spill_and_uses_wgmma_from_64_rows(rows, cache, tmp_
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("rows", [6, 12, 24])
+@pytest.mark.parametrize("rows", [0, 6, 12, 24])
 def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
     module = importlib.import_module("benthic.kernels.triton_few_rows")
     block_r, block_k, stages = module.tiles(torch.float8_e4m3fn if fp8 else torch.bfloat16, rows)
     constants = {"BLOCK_R": block_r, "BLOCK_N": module.COLUMNS, "BLOCK_K": block_k, "WHOLE": True}
+    constants["EXPERTS"] = 0 if rows else 64  # fewer rows than experts
     constants |= {"GROUPED": True, "EMULATE": False, "STAGES": stages} if fp8 else {"PRECISION": "ieee"}
     kinds = dict.fromkeys(("x_ptr", "weight_ptr"), "*fp8e4nv") if fp8 else {}
     kernel = "_few_rows_of_blocks" if fp8 else "_few_rows"
@@ -534,14 +535,14 @@ def test_memory_bound_kernels_do_not_spill(module, kernel, constants, warps, ove
 
 
 def few_rows(kernel, **more):
-    tiling = {"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_K": 128, "WHOLE": True}
+    tiling = {"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EXPERTS": 0, "WHOLE": True}
     return ("triton_few_rows", kernel, tiling | more, 4, {})
 
 
 FP8_PRODUCT = {"EMULATE": False, "STAGES": 4}
 EARLY = [
     *(each for each in MEMORY_BOUND if "PDL" in kernel_of(*each[:2]).arg_names),
-    few_rows("_few_rows", PRECISION="tf32"),
+    *(few_rows("_few_rows", EXPERTS=experts, PRECISION="tf32") for experts in (0, 64)),
     *(few_rows("_few_rows_of_blocks", GROUPED=grouped, **FP8_PRODUCT) for grouped in (False, True)),
 ]
 

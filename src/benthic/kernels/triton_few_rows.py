@@ -4,7 +4,8 @@
 Weights are the tall operand of the matrix instruction (64 of their rows at a time) and the few rows the
 narrow one, the other way round than usual: so tensor cores are not padded, and what a row gives depends
 neither on how many rows there are nor on which block of rows it falls into. Every program owns 64 columns
-of one expert's output; experts without rows read nothing.
+of one expert's output; experts without rows read nothing, and where rows are fewer than experts they have
+no programs.
 """
 
 from __future__ import annotations
@@ -22,17 +23,38 @@ COLUMNS = 64
 
 
 @triton.jit
+def _owner(ends_ptr, place, rows, experts, EXPERTS: tl.constexpr):
+    """An expert, its first row and its end; number `experts` is the zero tail, for the last place.
+
+    With `EXPERTS`, places are only as many as can have rows: expert number `place` of those that do.
+    """
+    if EXPERTS == 0:
+        expert = place
+        start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(ends_ptr + expert, mask=expert < experts, other=rows)
+    else:
+        each = tl.arange(0, EXPERTS)
+        ends = tl.load(ends_ptr + each, mask=each < experts, other=0)
+        starts = tl.load(ends_ptr + each - 1, mask=(each > 0) & (each < experts), other=0)
+        owns = ends > starts
+        here = owns & (tl.cumsum(owns.to(tl.int32), axis=0) == place + 1)
+        tail = place == tl.num_programs(1) - 1
+        expert = tl.where(tail, experts, tl.sum(tl.where(here, each, 0), axis=0))
+        start = tl.where(tail, tl.max(ends, axis=0), tl.sum(tl.where(here, starts, 0), axis=0))
+        end = tl.where(tail, rows, tl.sum(tl.where(here, ends, 0), axis=0))
+    return expert, start, end
+
+
+@triton.jit
 def _few_rows(
     x_ptr, weight_ptr, out_ptr, ends_ptr,
     rows, experts, n_dim, k_dim, stride_x, stride_e, stride_n,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    EXPERTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[r, n] = sum_k weight[expert of r, n, k] * x[r, k]; expert number `experts` is the zero tail."""
     wait_for_inputs(PDL)
-    expert = tl.program_id(1)
-    start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends_ptr + expert, mask=expert < experts, other=rows)
+    expert, start, end = _owner(ends_ptr, tl.program_id(1), rows, experts, EXPERTS)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_kept = column < n_dim
     k = tl.arange(0, BLOCK_K)
@@ -65,16 +87,14 @@ def _few_rows_of_blocks(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, ends_ptr,
     rows, experts, n_dim, k_dim, k_tiles, n_tiles, stride_scale, stride_tile, stride_weight_scale,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUPED: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUPED: tl.constexpr, EXPERTS: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `_few_rows` for FP8 tiles: every chunk of K is multiplied by itself, scaled and added in float32."""
     wait_for_inputs(PDL)
-    expert = tl.program_id(1)
-    start, end = 0, rows
+    expert, start, end = tl.program_id(1), 0, rows
     if GROUPED:
-        start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(ends_ptr + expert, mask=expert < experts, other=rows)
+        expert, start, end = _owner(ends_ptr, expert, rows, experts, EXPERTS)
     first_column = tl.program_id(0) * BLOCK_N
     column = first_column + tl.arange(0, BLOCK_N)
     column_kept = column < n_dim
@@ -158,10 +178,11 @@ def grouped_linear(x_RI, weight_EOI, ends_E):
     out_RO = torch.empty(rows, n_dim, dtype=x_RI.dtype, device=x_RI.device)
     block_r, block_k, stages = tiles(x_RI.dtype, rows // experts)
     if rows:
-        _few_rows[(triton.cdiv(n_dim, COLUMNS), experts + 1)](
+        _few_rows[(triton.cdiv(n_dim, COLUMNS), min(rows, experts) + 1)](
             x_RI, weight_EOI, out_RO, ends_E,
             rows, experts, n_dim, k_dim, x_RI.stride(0), weight_EOI.stride(0), weight_EOI.stride(1),
-            BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, WHOLE=k_dim % block_k == 0,
+            BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k,
+            EXPERTS=_searched(rows, experts), WHOLE=k_dim % block_k == 0,
             PRECISION=precision(x_RI.dtype), num_warps=4, num_stages=stages, **early(x_RI.device, rows),
         )  # fmt: skip
     return out_RO
@@ -179,15 +200,21 @@ def fp8_linear(x, weight, ends_E, *, dtype):
     # one weight gives few programs, which have to load far ahead
     block_r, block_k, stages = tiles(x.values.dtype, rows // experts) if grouped else (16, 128, 8)
     if rows:
-        _few_rows_of_blocks[(triton.cdiv(n_dim, COLUMNS), experts + grouped)](
+        _few_rows_of_blocks[(triton.cdiv(n_dim, COLUMNS), min(rows, experts) + 1 if grouped else 1)](
             x.values, x.scale, values, scale, out_RN, ends_E if grouped else values,
             rows, experts, n_dim, k_dim,
             scale.shape[-1], scale.shape[-2], *x.scale.stride(), scale.stride(-2),
-            BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped, WHOLE=k_dim % block_k == 0,
+            BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped,
+            EXPERTS=_searched(rows, experts) if grouped else 0, WHOLE=k_dim % block_k == 0,
             EMULATE=triton_interprets(), STAGES=None if grouped else stages, num_warps=4, num_stages=stages,
             **early(values.device, rows),
         )  # fmt: skip
     return out_RN
+
+
+def _searched(rows, experts):
+    """`EXPERTS` of `_owner`: experts are searched for those that have rows where some cannot have any."""
+    return triton.next_power_of_2(experts) if rows < experts else 0
 
 
 def tiles(dtype, rows):
