@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -82,3 +83,23 @@ def test_phases_of_two_microbatches_may_be_interleaved(name):
                     states[i] = getattr(block, phase)(states[i], *more, sockets[i])
     for actual, wanted in zip(states, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+
+
+def test_shared_experts_are_started_before_routed_ones_and_taken_after_them():
+    model, order = random_model(BASE), []
+    tokens_T, positions_T, _, sockets = packed(model.config)
+    exact = model(tokens_T, positions_T, sockets).hidden_TD
+
+    def aside(work):
+        order.append("started")
+        result = work()
+        return lambda: order.append("taken") or result
+
+    for block in model.blocks:
+        if hasattr(block, "moe"):
+            forward = block.moe.experts.forward
+            block.moe.experts.forward = lambda *rows, inner=forward: order.append("routed") or inner(*rows)
+    found = model(tokens_T, positions_T, replace(sockets, aside=aside)).hidden_TD
+    assert torch.equal(found, exact)
+    mixtures = sum(hasattr(block, "moe") for block in model.blocks)
+    assert order == ["started", "routed", "taken"] * mixtures
