@@ -1,7 +1,7 @@
-"""Shared experts beside routed ones: a second stream inside the CUDA graph of a decode step.
+"""Shared experts beside routed ones, latents beside queries: a second stream in the graph of a decode step.
 
-Choosing experts, sorting rows and the small kernels between products leave most of a GPU idle, and so do the
-shared experts' products of a few rows. Side by side both end sooner. Only where a graph is recorded: the two
+Choosing experts, sorting rows and the small kernels between products leave most of a GPU idle, and so do
+products of a few rows. Side by side both end sooner. Only where a graph is recorded: the two
 waits between streams cost the host more than they save where it launches kernel by kernel.
 """
 
