@@ -758,6 +758,37 @@ def test_rows_are_counted_as_a_stable_sort_would_place_them(dtype, tokens):
     assert torch.equal(fast.rows_RD, exact.rows_RD)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"),
+    [(0, 6, 8), (1, 6, 64), (1, 8, 256), (TOKENS, 3, 9), *([(64, 6, 64), (256, 8, 256)] if ON_GPU else [])],
+)
+@pytest.mark.parametrize("spread", ["all", "some", "equal logits", "one"])
+def test_few_copies_are_sorted_and_gathered_as_many_are(dtype, spread, tokens, top_k, experts):
+    """Also where most experts have no rows, and where every token chooses the same ones."""
+    x = made(tokens, 36, dtype=dtype).detach()
+    if spread == "equal logits":
+        logits = torch.zeros(tokens, experts, device=DEVICE)
+        expert = ops.route(logits, None, **(PLAIN_GATE | GATES["k2"][2]), top_k=top_k).expert_TK
+    elif spread == "one":  # a single expert owns all rows
+        expert = torch.full((tokens, top_k), experts - 2, device=DEVICE).int()
+    else:
+        expert = routed(tokens, experts if spread == "all" else 8, top_k)
+    few, many, exact = (
+        ops.permute(x, expert, experts, impl=impl) for impl in ("few_copies", "triton", "reference")
+    )
+    for found in (few, many):
+        assert torch.equal(found.rows_RD, exact.rows_RD)
+        assert torch.equal(found.ends_E, exact.ends_E)
+        assert torch.equal(found.maps.row_TK, exact.maps.row_TK)
+        assert torch.equal(found.maps.copy_R, exact.maps.copy_R)
+
+
+def test_many_copies_are_refused_by_the_kernel_of_few(dtype):
+    expert, x = routed(700, 8, 3), made(700, 4, dtype=dtype).detach()
+    with pytest.raises(BackendError, match="made for few rows"):
+        ops.permute(x, expert, 8, impl="few_copies")
+
+
 @pytest.mark.parametrize("spare", [0, 35])
 @pytest.mark.parametrize("dims", [(36, 40), (23, 9)], ids=str)
 @pytest.mark.parametrize("name", GROUPS)
@@ -772,6 +803,31 @@ def test_grouped_linear_of_few_rows(dtype, name, dims, spare):
     fast = ops.grouped_linear(x, weight, ends, impl="few_rows")
     close(fast, exact, dtype)
     assert not fast[int(ends[-1]) :].any()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(0, 2, 0, 1, 0), (1, 0, 0, 0, 3), (0, 0, 0, 0, 2), (0, 0, 0, 0, 0)], ids=str
+)
+@pytest.mark.parametrize("spare", [0, 1])
+def test_experts_without_rows_have_no_programs_where_rows_are_fewer(dtype, spare, sizes, fp8):
+    """A row gives the bits that it gives among many, where every expert has programs."""
+    weight, rows = made(5, 72, 136, dtype=dtype, seed=1).detach(), sum(sizes) + spare
+    if not rows:
+        return
+    x = made(rows + 8, 136, dtype=dtype).detach()
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+    if fp8:
+        blocks = ops.quantise_fp8_weight(weight.float(), impl="reference")
+        few, many = (
+            ops.fp8_linear(fp8_rows(part.float()), blocks, ends, dtype=dtype, impl="few_rows")
+            for part in (x[:rows], x)
+        )
+    else:
+        few, many = (ops.grouped_linear(part, weight, ends, impl="few_rows") for part in (x[:rows], x))
+        close(few, ops.grouped_linear(x[:rows].double(), weight.double(), ends, impl="reference"), dtype)
+    assert torch.equal(few, many[:rows])
+    assert not few[sum(sizes) :].any()
 
 
 @pytest.mark.skipif(not ON_GPU, reason="about the order in which tensor cores add")

@@ -67,10 +67,16 @@ def argument_type(name, dtype, overrides):
     return f"*{dtype}"
 
 
+def kernel_of(module, kernel):
+    return getattr(importlib.import_module(f"benthic.kernels.{module}"), kernel)
+
+
 def compiled(module, kernel, constants, *, dtype="bf16", warps=4, stages=3, overrides=None):
     """Compile as a launch with 16-byte aligned pointers and strides would; returns (ptx, resource usage)."""
-    function = getattr(importlib.import_module(f"benthic.kernels.{module}"), kernel)
+    function = kernel_of(module, kernel)
     names = function.arg_names
+    defaults = {"PDL": False, "AHEAD": 0}  # launched in turn
+    constants = {name: value for name, value in defaults.items() if name in names} | constants
     signature, attributes = {}, {}
     for index, name in enumerate(names):
         if name in constants:
@@ -185,11 +191,12 @@ def test_mla_decode_does_not_spill_and_uses_wgmma_from_64_rows(rows, cache, tmp_
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("rows", [6, 12, 24])
+@pytest.mark.parametrize("rows", [0, 6, 12, 24])
 def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
     module = importlib.import_module("benthic.kernels.triton_few_rows")
     block_r, block_k, stages = module.tiles(torch.float8_e4m3fn if fp8 else torch.bfloat16, rows)
     constants = {"BLOCK_R": block_r, "BLOCK_N": module.COLUMNS, "BLOCK_K": block_k, "WHOLE": True}
+    constants["EXPERTS"] = 0 if rows else 64  # fewer rows than experts
     constants |= {"GROUPED": True, "EMULATE": False, "STAGES": stages} if fp8 else {"PRECISION": "ieee"}
     kinds = dict.fromkeys(("x_ptr", "weight_ptr"), "*fp8e4nv") if fp8 else {}
     kernel = "_few_rows_of_blocks" if fp8 else "_few_rows"
@@ -344,6 +351,7 @@ MEMORY_BOUND = [
     ("triton_norm", "_rotate_and_norm", {"ROWS": 64, "HALF": 32, "NORM_ROWS": 8, "WIDTH": 512}, 4, {}),
     ("triton_permute", "_spread_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
+    ("triton_permute", "_permute_few", {"TOP_K": 8, "COPIES": 2048, "WIDTH": 8192}, 16, ROUTES),
     *(
         (
             "triton_permute",
@@ -524,6 +532,42 @@ MEMORY_BOUND = [
 def test_memory_bound_kernels_do_not_spill(module, kernel, constants, warps, overrides, tmp_path):
     built = compiled(module, kernel, constants, warps=warps, overrides=overrides)
     assert_fits(resources(built, tmp_path))
+
+
+def few_rows(kernel, **more):
+    tiling = {"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EXPERTS": 0, "WHOLE": True}
+    return ("triton_few_rows", kernel, tiling | more, 4, {})
+
+
+FP8_PRODUCT = {"EMULATE": False, "STAGES": 4}
+EARLY = [
+    *(each for each in MEMORY_BOUND if "PDL" in kernel_of(*each[:2]).arg_names),
+    *(few_rows("_few_rows", EXPERTS=experts, PRECISION="tf32") for experts in (0, 64)),
+    few_rows("_few_rows", AHEAD=264, PRECISION="tf32"),
+    *(few_rows("_few_rows_of_blocks", GROUPED=grouped, **FP8_PRODUCT) for grouped in (False, True)),
+    few_rows("_few_rows_of_blocks", GROUPED=True, AHEAD=264, **FP8_PRODUCT),
+]
+
+
+@pytest.mark.parametrize(("module", "kernel", "constants", "warps", "overrides"), EARLY)
+def test_a_kernel_launched_early_touches_no_memory_before_it_has_waited(
+    module, kernel, constants, warps, overrides, tmp_path
+):
+    """But weights of the gate, which nothing writes during a step."""
+    if kernel == "_few_rows_of_blocks":
+        overrides = dict.fromkeys(("x_ptr", "weight_ptr"), "*fp8e4nv")
+    built = compiled(module, kernel, constants | {"PDL": True}, warps=warps, overrides=overrides)
+    assert_fits(resources(built, tmp_path))
+    ptx = built.asm["ptx"]
+    before, after = re.split(r"griddepcontrol\.wait\s*;", ptx)
+    assert not re.search(r"\b(st|red|atom)\.|cp\.async(?!\.bulk\.prefetch)", before)
+    assert ("cp.async.bulk.prefetch.L2.global" in before) == ("AHEAD" in constants)
+    assert ("ld.global" in before) == (kernel == "_gate")
+    assert "griddepcontrol.launch_dependents" in before
+    assert "ld.global" in after or "cp.async" in after
+    constants = {name: value for name, value in constants.items() if name != "AHEAD"}
+    plain = compiled(module, kernel, constants, warps=warps, overrides=overrides)
+    assert "griddepcontrol" not in plain.asm["ptx"]
 
 
 @pytest.mark.parametrize(("first", "second"), [(128, 64), (128, 128)])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from small_models import BASE, VARIANTS, packed, random_model
 from torch.utils.checkpoint import checkpoint
 
 from benthic.model.block import PHASES
+from benthic.model.sockets import at_once
 
 
 def run(model):
@@ -82,3 +84,50 @@ def test_phases_of_two_microbatches_may_be_interleaved(name):
                     states[i] = getattr(block, phase)(states[i], *more, sockets[i])
     for actual, wanted in zip(states, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+
+
+def attended_at_once(forward, x_TD, angles, sockets):
+    return forward(x_TD, angles, replace(sockets, aside=at_once))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_latent_is_started_before_its_query_and_taken_when_it_is_needed(grad):
+    model, order = random_model(BASE), []
+    tokens_T, positions_T, _, sockets = packed(model.config)
+    exact = model(tokens_T, positions_T, sockets).hidden_TD
+
+    def aside(work):
+        result = work()
+        order.append("started")
+        return lambda: order.append("taken") or result
+
+    for block in model.blocks:
+        query = block.attn.query
+        block.attn.query = lambda *rows, inner=query: order.append("query") or inner(*rows)
+        block.experts = lambda sent, given, inner=block.experts: inner(sent, replace(given, aside=at_once))
+    with torch.set_grad_enabled(grad):
+        found = model(tokens_T, positions_T, replace(sockets, aside=aside)).hidden_TD
+    torch.testing.assert_close(found, exact)
+    of_layer = ["started", "taken", "query"] if grad else ["started", "query", "taken"]
+    assert order == of_layer * len(model.blocks)
+
+
+def test_shared_experts_are_started_before_routed_ones_and_taken_after_them():
+    model, order = random_model(BASE), []
+    tokens_T, positions_T, _, sockets = packed(model.config)
+    exact = model(tokens_T, positions_T, sockets).hidden_TD
+
+    def aside(work):
+        order.append("started")
+        result = work()
+        return lambda: order.append("taken") or result
+
+    for block in model.blocks:
+        block.attn.forward = partial(attended_at_once, block.attn.forward)
+        if hasattr(block, "moe"):
+            forward = block.moe.experts.forward
+            block.moe.experts.forward = lambda *rows, inner=forward: order.append("routed") or inner(*rows)
+    found = model(tokens_T, positions_T, replace(sockets, aside=aside)).hidden_TD
+    assert torch.equal(found, exact)
+    mixtures = sum(hasattr(block, "moe") for block in model.blocks)
+    assert order == ["started", "routed", "taken"] * mixtures

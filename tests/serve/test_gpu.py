@@ -10,8 +10,9 @@ from small_engine import NANO, is_empty, prompts, random_model, request, serve, 
 from test_graphs import planned
 from test_overlap import mixed_requests
 
+from benthic.kernels.launch import in_turn
 from benthic.model.local import LocalExchange, plain_linear
-from benthic.model.sockets import Sockets
+from benthic.model.sockets import Sockets, at_once
 from benthic.sched.plans import TableWrite
 from benthic.serve.attend import PagedAttend
 from benthic.serve.cache import CacheLayout, LatentCache
@@ -254,3 +255,14 @@ def test_the_account_of_memory_adds_up_and_the_cache_keeps_to_it():
     assert total - free <= 0.3 * total + (64 << 20)
     assert "for activations" in size.reason
     assert "latent cache" in " ".join(use.lines(0.3, cache))
+
+
+@pytest.mark.parametrize("how", [{}, {"quantization": "fp8", "kv_cache_dtype": "fp8"}], ids=["wide", "fp8"])
+def test_early_kernels_and_a_second_stream_change_no_token(how):
+    fast = tokens(small_engine(gpu_model(torch.bfloat16), num_blocks=64, **how))
+    engine = small_engine(gpu_model(torch.bfloat16), num_blocks=64, **how)
+    with in_turn():
+        for graphs in engine._runner.all_graphs:
+            graphs.served = replace(graphs.served, plugs=replace(graphs.served.plugs, aside=at_once))
+            graphs.capture(iter)
+        assert tokens(engine) == fast

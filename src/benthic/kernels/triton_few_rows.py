@@ -4,7 +4,8 @@
 Weights are the tall operand of the matrix instruction (64 of their rows at a time) and the few rows the
 narrow one, the other way round than usual: so tensor cores are not padded, and what a row gives depends
 neither on how many rows there are nor on which block of rows it falls into. Every program owns 64 columns
-of one expert's output; experts without rows read nothing.
+of one expert's output; experts without rows read nothing, and where rows are fewer than experts they have
+no programs.
 """
 
 from __future__ import annotations
@@ -13,11 +14,59 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.table import triton_interprets
-from benthic.kernels.triton_tiles import precision, product_of_chunk
+from benthic.kernels.triton_tiles import multiprocessors, precision, product_of_chunk
 
 COLUMNS = 64
 """Columns of a program: the fewest that a warp group's instruction takes."""
+
+_FETCHED = 1024
+"""Bytes of each weight row that the first programs ask for while they wait: 17 MB, a third of the cache."""
+
+
+@triton.jit
+def _owner(ends_ptr, place, rows, experts, EXPERTS: tl.constexpr):
+    """An expert, its first row and its end; number `experts` is the zero tail, for the last place.
+
+    With `EXPERTS`, places are only as many as can have rows: expert number `place` of those that do.
+    """
+    if EXPERTS == 0:
+        expert = place
+        start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(ends_ptr + expert, mask=expert < experts, other=rows)
+    else:
+        each = tl.arange(0, EXPERTS)
+        ends = tl.load(ends_ptr + each, mask=each < experts, other=0)
+        starts = tl.load(ends_ptr + each - 1, mask=(each > 0) & (each < experts), other=0)
+        owns = ends > starts
+        here = owns & (tl.cumsum(owns.to(tl.int32), axis=0) == place + 1)
+        tail = place == tl.num_programs(1) - 1
+        expert = tl.where(tail, experts, tl.sum(tl.where(here, each, 0), axis=0))
+        start = tl.where(tail, tl.max(ends, axis=0), tl.sum(tl.where(here, starts, 0), axis=0))
+        end = tl.where(tail, rows, tl.sum(tl.where(here, ends, 0), axis=0))
+    return expert, start, end
+
+
+@triton.jit
+def _fetch_ahead(weight_ptr, stride_e, stride_n, experts, n_dim, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Bring the beginning of a program's weights into the cache, before it is known whether it has rows.
+
+    Only the first `AHEAD` programs, which wait for inputs meanwhile, and only of whole experts' columns.
+    """
+    expert, block = tl.program_id(1), tl.program_id(0)
+    if (expert * tl.num_programs(0) + block < AHEAD) & (expert < experts) & ((block + 1) * BLOCK_N <= n_dim):
+        column, half = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, 2)
+        row = weight_ptr + expert.to(tl.int64) * stride_e + column.to(tl.int64) * stride_n
+        at = row.to(tl.int64)[:, None] + 512 * half[None, :]
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;",
+            "=r,l",
+            [at],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -25,12 +74,14 @@ def _few_rows(
     x_ptr, weight_ptr, out_ptr, ends_ptr,
     rows, experts, n_dim, k_dim, stride_x, stride_e, stride_n,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[r, n] = sum_k weight[expert of r, n, k] * x[r, k]; expert number `experts` is the zero tail."""
-    expert = tl.program_id(1)
-    start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends_ptr + expert, mask=expert < experts, other=rows)
+    if AHEAD > 0:
+        _fetch_ahead(weight_ptr, stride_e, stride_n, experts, n_dim, AHEAD, BLOCK_N)
+    wait_for_inputs(PDL)
+    expert, start, end = _owner(ends_ptr, tl.program_id(1), rows, experts, EXPERTS)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_kept = column < n_dim
     k = tl.arange(0, BLOCK_K)
@@ -63,14 +114,16 @@ def _few_rows_of_blocks(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, ends_ptr,
     rows, experts, n_dim, k_dim, k_tiles, n_tiles, stride_scale, stride_tile, stride_weight_scale,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUPED: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr, STAGES: tl.constexpr,
+    GROUPED: tl.constexpr, EXPERTS: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `_few_rows` for FP8 tiles: every chunk of K is multiplied by itself, scaled and added in float32."""
-    expert = tl.program_id(1)
-    start, end = 0, rows
+    if AHEAD > 0:
+        _fetch_ahead(weight_ptr, n_dim * k_dim, k_dim, experts, n_dim, AHEAD, BLOCK_N)
+    wait_for_inputs(PDL)
+    expert, start, end = tl.program_id(1), 0, rows
     if GROUPED:
-        start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-        end = tl.load(ends_ptr + expert, mask=expert < experts, other=rows)
+        expert, start, end = _owner(ends_ptr, expert, rows, experts, EXPERTS)
     first_column = tl.program_id(0) * BLOCK_N
     column = first_column + tl.arange(0, BLOCK_N)
     column_kept = column < n_dim
@@ -109,13 +162,18 @@ def _few_rows_of_blocks(
 @triton.jit(do_not_specialize=["rows"])
 def _gate(
     x_ptr, weight_ptr, out_ptr, rows, experts, k_dim, stride_x, stride_e,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[r, e] = sum_k x[r, k] * weight[e, k] in float32; two warps hold all weights of EXPERTS experts."""
+    """out[r, e] = sum_k x[r, k] * weight[e, k] in float32; two warps hold all weights of EXPERTS experts.
+
+    These are loaded before anything is waited for: whatever wrote weights has ended, since products that no
+    kernel is launched early after stand between.
+    """
     expert, k = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS), tl.arange(0, WIDTH)
     kept = (expert < experts)[:, None] & (k < k_dim)[None, :]
     weight_at = weight_ptr + expert[:, None] * stride_e + k[None, :]
     weight = tl.load(weight_at, mask=kept, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
     for index in tl.static_range(ROWS):
         row = tl.program_id(0) * ROWS + index
         x_kept = k < tl.where(row < rows, k_dim, 0)
@@ -135,7 +193,7 @@ def gate_logits(x_TD, weight_ED):
     if rows:
         _gate[(triton.cdiv(rows, block), triton.cdiv(experts, own))](
             x_TD, weight_ED, out_TE, rows, experts, width, x_TD.stride(0), weight_ED.stride(0),
-            ROWS=block, EXPERTS=own, WIDTH=padded, num_warps=2,
+            ROWS=block, EXPERTS=own, WIDTH=padded, num_warps=2, **early(x_TD.device, rows),
         )  # fmt: skip
     return out_TE
 
@@ -149,11 +207,13 @@ def grouped_linear(x_RI, weight_EOI, ends_E):
     out_RO = torch.empty(rows, n_dim, dtype=x_RI.dtype, device=x_RI.device)
     block_r, block_k, stages = tiles(x_RI.dtype, rows // experts)
     if rows:
-        _few_rows[(triton.cdiv(n_dim, COLUMNS), experts + 1)](
+        _few_rows[(triton.cdiv(n_dim, COLUMNS), min(rows, experts) + 1)](
             x_RI, weight_EOI, out_RO, ends_E,
             rows, experts, n_dim, k_dim, x_RI.stride(0), weight_EOI.stride(0), weight_EOI.stride(1),
-            BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, WHOLE=k_dim % block_k == 0,
+            BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k,
+            EXPERTS=_searched(rows, experts), WHOLE=k_dim % block_k == 0,
             PRECISION=precision(x_RI.dtype), num_warps=4, num_stages=stages,
+            **_ahead(x_RI, weight_EOI, rows),
         )  # fmt: skip
     return out_RO
 
@@ -170,14 +230,30 @@ def fp8_linear(x, weight, ends_E, *, dtype):
     # one weight gives few programs, which have to load far ahead
     block_r, block_k, stages = tiles(x.values.dtype, rows // experts) if grouped else (16, 128, 8)
     if rows:
-        _few_rows_of_blocks[(triton.cdiv(n_dim, COLUMNS), experts + grouped)](
+        _few_rows_of_blocks[(triton.cdiv(n_dim, COLUMNS), min(rows, experts) + 1 if grouped else 1)](
             x.values, x.scale, values, scale, out_RN, ends_E if grouped else values,
             rows, experts, n_dim, k_dim,
             scale.shape[-1], scale.shape[-2], *x.scale.stride(), scale.stride(-2),
-            BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped, WHOLE=k_dim % block_k == 0,
+            BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped,
+            EXPERTS=_searched(rows, experts) if grouped else 0, WHOLE=k_dim % block_k == 0,
             EMULATE=triton_interprets(), STAGES=None if grouped else stages, num_warps=4, num_stages=stages,
+            **_ahead(x.values, values if grouped else values[None], rows),
         )  # fmt: skip
     return out_RN
+
+
+def _searched(rows, experts):
+    """`EXPERTS` of `_owner`: experts are searched for those that have rows where some cannot have any."""
+    return triton.next_power_of_2(experts) if rows < experts else 0
+
+
+def _ahead(x_RI, weight_EOI, rows):
+    """`PDL` and `AHEAD`: what is fetched while nothing is known of rows must be likely to have some."""
+    launched, experts = early(x_RI.device, rows), weight_EOI.shape[0]
+    size = weight_EOI.element_size()
+    fits = weight_EOI.shape[2] * size >= _FETCHED and weight_EOI.stride(1) * size % 16 == 0
+    likely = launched["PDL"] and fits and rows >= 2 * experts
+    return {"AHEAD": 2 * multiprocessors(x_RI.device) if likely else 0, **launched}
 
 
 def tiles(dtype, rows):

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
 from benthic.kernels.triton_e4m3 import row_block, scaled, tile_scale
 from benthic.kernels.triton_tiles import find_tile, groups
@@ -15,8 +16,10 @@ from benthic.kernels.triton_tiles import find_tile, groups
 def _quantise_rows(
     x_ptr, values_ptr, scale_ptr, rows, columns, stride, scale_stride, tile_stride,
     POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILE_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One scale per row and `TILE_N` columns."""
+    wait_for_inputs(PDL)
     tiles = tl.cdiv(columns, TILE_N)
     tile = tl.program_id(0) % tiles  # neighbours lie side by side in memory
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -109,6 +112,7 @@ def quantise(x_MN, tile_m, tile_n, *, power_of_two, by_column=False):
         _quantise_rows[(tiles_n * triton.cdiv(rows, block),)](
             x_MN, values, scale, rows, columns, x_MN.stride(0), *strides,
             POWER_OF_TWO=power_of_two, ROWS=block, TILE=tile, TILE_N=tile_n, num_warps=warps,
+            **early(x_MN.device, rows),
         )  # fmt: skip
     elif rows:
         _quantise_blocks[(tiles_n, tiles_m)](

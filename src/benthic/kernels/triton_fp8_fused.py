@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
 from benthic.kernels.triton_e4m3 import row_block, scaled, tile_scale
 from benthic.kernels.triton_tiles import find_tile, groups
@@ -90,9 +91,10 @@ def _bytes(x, scale):
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_rows(
     gate_up_ptr, values_ptr, scale_ptr, rows, width, stride, scale_stride, tile_stride,
-    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One scale per row and `TILE` columns of `silu(gate) * up`, rounded first as the wide one is stored."""
+    wait_for_inputs(PDL)
     tiles = tl.cdiv(width, TILE)
     tile = tl.program_id(0) % tiles  # neighbours lie side by side in memory
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -114,9 +116,10 @@ def _norm_rows(
     x_ptr, residual_ptr, weight_ptr, total_ptr, values_ptr, scale_ptr,
     rows, width, tiles, x_stride, residual_stride, scale_stride, tile_stride, eps,
     HAS_RESIDUAL: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Whole rows normalised, rounded as the wide ones are stored, then cut into tiles."""
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     mask = (row < rows)[:, None] & (column < width)[None, :]
@@ -176,6 +179,7 @@ def swiglu(gate_up_RF2, *, power_of_two):
         _swiglu_rows[(out.scale.shape[1] * triton.cdiv(rows, block),)](
             gate_up_RF2, *out, rows, width, gate_up_RF2.stride(0), *out.scale.stride(),
             POWER_OF_TWO=power_of_two, ROWS=block, TILE=TILE, num_warps=warps,
+            **early(gate_up_RF2.device, rows),
         )  # fmt: skip
     return out
 
@@ -203,7 +207,7 @@ def _norm(x_RD, residual_RD, weight_D, eps, *, power_of_two):
             x_RD, other, weight_D, total, *out,
             rows, width, out.scale.shape[1], x_RD.stride(0), other.stride(0), *out.scale.stride(), eps,
             HAS_RESIDUAL=residual_RD is not None, POWER_OF_TWO=power_of_two,
-            ROWS=block, WIDTH=padded, TILE=TILE, num_warps=warps,
+            ROWS=block, WIDTH=padded, TILE=TILE, num_warps=warps, **early(x_RD.device, rows),
         )  # fmt: skip
     return out, total
 

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.triton_tiles import multiprocessors
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -116,9 +117,10 @@ def _fitting(x, FP8: tl.constexpr):
 def _store(
     cache_ptr, latent_ptr, rope_ptr, slot_ptr, tokens, stride_slot, stride_latent, stride_rope,
     C: tl.constexpr, C_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, ROWS: tl.constexpr,
-    FP8: tl.constexpr,
+    FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """cache[slot[t]] = latent[t], rope[t]; tokens with slot -1 are skipped."""
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slot_ptr + token, mask=token < tokens, other=-1).to(tl.int64)
     latent, rope = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
@@ -213,6 +215,7 @@ def store_latent(cache_PBW, latent_TC, rope_Tr, slot_T):
             latent_TC.stride(0), rope_Tr.stride(0),
             C=latent, C_PAD=triton.next_power_of_2(latent),
             R=rope, R_PAD=triton.next_power_of_2(rope), ROWS=4, FP8=cache_PBW.dtype == torch.float8_e4m3fn,
+            **early(latent_TC.device, tokens),
         )  # fmt: skip
 
 

@@ -10,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-# Programs of the norm's backward: eight a multiprocessor, so that enough loads are on their way. Each sums its
-# rows' weight gradients, so the count fixes the order of that sum: a constant keeps the result the same on
+from benthic.kernels.launch import early, wait_for_inputs
+
+# Programs of the norm's backward: eight a multiprocessor, so that enough loads are on their way. Each sums
+# its rows' weight gradients, so the count fixes the order of that sum: a constant keeps the result the same on
 # every device.
 _PARTIALS = 1056
 
@@ -20,8 +22,9 @@ _PARTIALS = 1056
 def _norm_forward(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, rstd_ptr,
     rows, width, x_stride, residual_stride, eps,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     mask = (row < rows)[:, None] & (column < width)[None, :]
@@ -71,8 +74,9 @@ def _norm_backward(
 
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_forward(
-    gate_up_ptr, out_ptr, rows, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    gate_up_ptr, out_ptr, rows, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     mask = (row < rows)[:, None] & (column < width)[None, :]
@@ -139,12 +143,13 @@ def _rotate_tile(
 def _rotate_and_norm(
     query_ptr, key_ptr, latent_ptr, weight_ptr, cos_ptr, sin_ptr, query_out_ptr, key_out_ptr, latent_out_ptr,
     tokens, heads, half, width, stride_query, stride_head, stride_key, stride_latent, eps, norms, queries,
-    ROWS: tl.constexpr, HALF: tl.constexpr, NORM_ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, HALF: tl.constexpr, NORM_ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first `norms` programs normalise latents, `queries` more rotate queries, the others keys.
 
     Tiles are those of kernels of their own, so the bits are too.
     """
+    wait_for_inputs(PDL)
     program = tl.program_id(0)
     if program < norms:
         row = program.to(tl.int64) * NORM_ROWS + tl.arange(0, NORM_ROWS)
@@ -206,6 +211,7 @@ def rope_and_norm(q_rope_THr, k_rope_Tr, latent_TC, weight_C, eps, cos_Tr2, sin_
             tokens, heads, rope_dim // 2, latent.shape[1],
             query.stride(0), query.stride(1), key.stride(0), latent.stride(0), eps, *programs[:2],
             ROWS=rows, HALF=half_padded, NORM_ROWS=norm_rows, WIDTH=padded, num_warps=warps,
+            **early(latent.device, tokens),
         )  # fmt: skip
     return tuple(outs)
 
@@ -241,6 +247,7 @@ class _Norm(torch.autograd.Function):
                 rows_RD, other, weight_D, out, total, rstd,
                 rows, width, rows_RD.stride(0), other.stride(0), eps,
                 HAS_RESIDUAL=residual is not None, ROWS=block, WIDTH=padded, num_warps=warps,
+                **early(x.device, rows),
             )  # fmt: skip
         ctx.save_for_backward(total, weight_D, rstd)
         ctx.has_residual = residual is not None
@@ -288,8 +295,9 @@ class _SwiGlu(torch.autograd.Function):
         if out.numel():
             grid, block, padded = _swiglu_tiles(rows, width)
             _swiglu_forward[grid](
-                rows_RF2, out, rows, width, rows_RF2.stride(0), ROWS=block, WIDTH=padded, num_warps=4
-            )
+                rows_RF2, out, rows, width, rows_RF2.stride(0), ROWS=block, WIDTH=padded, num_warps=4,
+                **early(out.device, rows),
+            )  # fmt: skip
         return out
 
     @staticmethod

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.moe import Permuted, RowMaps
 from benthic.kernels.triton_counting_sort import sort_copies
 
@@ -24,11 +25,38 @@ def _spread_rows(x_ptr, row_ptr, out_ptr, width, stride, TOP_K: tl.constexpr, WI
         tl.store(out_ptr + row * width + column, x, mask=column < width)
 
 
+@triton.jit(do_not_specialize=["copies"])
+def _permute_few(
+    x_ptr, expert_ptr, out_ptr, row_ptr, copy_ptr, ends_ptr, copies, width, stride,
+    TOP_K: tl.constexpr, COPIES: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A copy goes after those of lower experts and the earlier ones of its own.
+
+    Programs after those of all copies find one expert's end each. All experts are read by each program.
+    """
+    wait_for_inputs(PDL)
+    own, at = tl.program_id(0), tl.arange(0, COPIES)
+    expert = tl.load(expert_ptr + at, mask=at < copies, other=2147483647)
+    if own < copies:
+        column = tl.arange(0, WIDTH)
+        x = tl.load(x_ptr + (own // TOP_K).to(tl.int64) * stride + column, mask=column < width)
+        mine = tl.load(expert_ptr + own)
+        before = (expert < mine) | ((expert == mine) & (at < own))
+        row = tl.sum(before.to(tl.int32), axis=0).to(tl.int64)
+        tl.store(out_ptr + row * width + column, x, mask=column < width)
+        tl.store(row_ptr + own, row)
+        tl.store(copy_ptr + row, own.to(tl.int64))
+    else:
+        tl.store(ends_ptr + own - copies, tl.sum((expert <= own - copies).to(tl.int32), axis=0))
+
+
 @triton.jit
 def _gather_copies(
-    x_ptr, copy_ptr, ends_ptr, out_ptr, width, stride, last, TOP_K: tl.constexpr, WIDTH: tl.constexpr
-):
+    x_ptr, copy_ptr, ends_ptr, out_ptr, width, stride, last,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """rows[r] = x[token of r] for rows before the last expert's end."""
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(ends_ptr + last):
         token = tl.load(copy_ptr + row) // TOP_K
@@ -41,8 +69,10 @@ def _gather_copies(
 def _sum_rows(
     rows_ptr, weight_ptr, row_ptr, out_ptr, beside1_ptr, beside2_ptr, width, stride,
     WEIGHTED: tl.constexpr, BESIDE: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over k, in order, of weight[t, k] * rows[row[t, k]], added to BESIDE tensors."""
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     at, kept = token * width + column, column < width
@@ -101,6 +131,23 @@ def permute(x_TD, expert_TK, num_experts):
     return Permuted(_Gather.apply(x_TD, maps.row_TK), ends_E, maps)
 
 
+def permute_few(x_TD, expert_TK, num_experts):
+    """See `benthic.kernels.ops.permute`: sorting and gathering in one kernel. Computes no gradients."""
+    x_TD, expert_TK = _unit_stride(x_TD), expert_TK.to(torch.int32).contiguous()
+    (_, top_k), copies, (_, width), device = expert_TK.shape, expert_TK.numel(), x_TD.shape, x_TD.device
+    rows_RD = torch.empty(copies, width, dtype=x_TD.dtype, device=device)
+    row_TK = torch.empty(expert_TK.shape, dtype=torch.int64, device=device)
+    copy_R = torch.empty(copies, dtype=torch.int64, device=device)
+    ends_E = torch.empty(num_experts, dtype=torch.int32, device=device)
+    padded = triton.next_power_of_2(width)
+    _permute_few[(copies + num_experts,)](
+        x_TD, expert_TK, rows_RD, row_TK, copy_R, ends_E, copies, width, x_TD.stride(0),
+        TOP_K=top_k, COPIES=max(128, triton.next_power_of_2(copies)), WIDTH=padded, num_warps=_warps(padded),
+        **early(device, copies),
+    )  # fmt: skip
+    return Permuted(rows_RD, ends_E, RowMaps(row_TK, copy_R))
+
+
 def row_maps(expert_TK, num_experts):
     """See `benthic.kernels.reference.moe.row_maps`: a counting sort, stable, without atomics."""
     ends_E, row_TK, copy_R = sort_copies(expert_TK.to(torch.int32), first=0, experts=num_experts)
@@ -121,7 +168,7 @@ def gather_copies(x_AD, copy_R, ends_E, top_k):
         padded = triton.next_power_of_2(width)
         _gather_copies[(rows,)](
             x_AD, copy_R, ends_E, out, width, x_AD.stride(0), ends_E.shape[0] - 1,
-            TOP_K=top_k, WIDTH=padded, num_warps=_warps(padded),
+            TOP_K=top_k, WIDTH=padded, num_warps=_warps(padded), **early(out.device, rows),
         )  # fmt: skip
     return out
 
@@ -185,7 +232,7 @@ def _summed(rows_RD, weight_TK, row_TK, beside=()):
             rows_RD, row_TK if weight_TK is None else weight_TK, row_TK, out,
             *beside, *[out] * (2 - len(beside)), width, rows_RD.stride(0),
             WEIGHTED=weight_TK is not None, BESIDE=len(beside),
-            TOP_K=row_TK.shape[1], WIDTH=padded, num_warps=_warps(padded),
+            TOP_K=row_TK.shape[1], WIDTH=padded, num_warps=_warps(padded), **early(out.device, len(out)),
         )  # fmt: skip
     return out
 

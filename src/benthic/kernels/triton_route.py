@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.moe import Routing
 
 LOWEST = tl.constexpr(-3.0e38)
@@ -52,9 +53,10 @@ def _route(
     experts, stride, scale,
     SIGMOID: tl.constexpr, BIASED: tl.constexpr, NORMALISE: tl.constexpr,
     GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
-    TOP_K: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Scores of one token, its `TOP_K` experts, best first, and their weights."""
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, WIDTH)
     here = e < experts
@@ -151,7 +153,7 @@ def _routed(
             SIGMOID=scoring_func == "sigmoid", BIASED=bias_E is not None, NORMALISE=norm_topk_prob,
             GROUPS=n_group if grouped else 1, KEPT=topk_group, BEST=2 if topk_method == "noaux_tc" else 1,
             TOP_K=top_k, CHOSEN=triton.next_power_of_2(top_k), WIDTH=triton.next_power_of_2(experts),
-            num_warps=1 if experts <= 64 else 4,
+            num_warps=1 if experts <= 64 else 4, **early(logits_TE.device, tokens),
         )  # fmt: skip
     return Routing(scores_TE, expert_TK, weight_TK)
 

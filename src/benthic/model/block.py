@@ -146,10 +146,10 @@ class MoeBlock(Block[Sent, Computed]):
     def experts(self, sent: Sent, sockets: Sockets) -> Computed:
         """Shared experts on this rank's own tokens while rows travel; routed experts on those that arrive."""
         linear, own = sockets.linear, sent.attended
-        beside = self.moe.beside(own.residual_TD, own.normed_TD, linear)
+        beside = sockets.aside(lambda: self.moe.beside(own.residual_TD, own.normed_TD, linear))
         arrived = sockets.exchange.finish_dispatch(sent.flight)
         rows_RD = self.moe.experts(arrived.rows_RD, arrived.ends_E, linear)
-        return Computed(beside, sockets.exchange.start_combine(rows_RD, arrived))
+        return Computed(beside(), sockets.exchange.start_combine(rows_RD, arrived))
 
     def combine(self, computed: Computed, sockets: Sockets) -> Tensor:
         """Sum the weighed rows that come home, eq. (12)."""

@@ -85,14 +85,20 @@ class Attention(nn.Module, ABC):
     def forward(self, x_TD: Tensor, angles: Angles, sockets: Sockets) -> Tensor:
         """Attend from every row of the normed `x_TD`: `[tokens, hidden_size]`, residual not yet added."""
         linear = sockets.linear
+        latent = sockets.aside(lambda: self.kv_a(x_TD, linear))
         compressed_TX = self.compress_query(x_TD, linear)
-        out_THv = self.meet(compressed_TX, self.kv_a(x_TD, linear), angles, sockets)
+        if torch.is_grad_enabled():
+            out_THv = self.meet(compressed_TX, latent(), angles, sockets)
+        else:  # a query needs the latent only when it is whole
+            out_THv = self._attend(self.query(compressed_TX, linear), latent(), angles, sockets)
         return self.o(out_THv.flatten(1), linear)
 
     def meet(self, compressed_TX: Tensor, kv_TCr: Tensor, angles: Angles, sockets: Sockets) -> Tensor:
         """From the compressed query and the unnormed latent with its key to the attention's output."""
-        linear = sockets.linear
-        q_THnr = self.query(compressed_TX, linear).unflatten(-1, (-1, sum(self.query_split)))
+        return self._attend(self.query(compressed_TX, sockets.linear), kv_TCr, angles, sockets)
+
+    def _attend(self, query_TX: Tensor, kv_TCr: Tensor, angles: Angles, sockets: Sockets) -> Tensor:
+        q_THnr = query_TX.unflatten(-1, (-1, sum(self.query_split)))
         q_nope_THn, q_rope_THr = ops.split_head_dims(q_THnr, self.query_split[0])
         latent_TC, k_rope_Tr = kv_TCr.split(self.latent_split, -1)
         q_rope_THr, k_rope_Tr, latent_TC = self._rotate_and_norm(q_rope_THr, k_rope_Tr, latent_TC, angles)
@@ -101,7 +107,7 @@ class Attention(nn.Module, ABC):
             q_rope_THr,
             latent_TC,
             k_rope_Tr,
-            self.latent_up(self.kv_b.weight, self.query_split[0], self.v_dim, linear),
+            self.latent_up(self.kv_b.weight, self.query_split[0], self.v_dim, sockets.linear),
             layer=self.layer,
             scale=self.scale,
         )

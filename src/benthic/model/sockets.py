@@ -12,10 +12,14 @@ R routed rows (sorted by expert), F ffn, V vocabulary; I and O are the in and ou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 class LatentUp(Protocol):
@@ -121,10 +125,25 @@ class Exchange(Protocol):
         ...
 
 
+class Aside(Protocol):
+    """When work happens that nothing depends on until its result is taken; results are the same."""
+
+    def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Start `work`; what is returned takes its result, and is called before any operand is given up."""
+        ...
+
+
+def at_once(work: Callable[[], T]) -> Callable[[], T]:
+    """Work first, then whatever follows."""
+    result = work()
+    return lambda: result
+
+
 @dataclass(frozen=True)
 class Sockets:
-    """The three choices that a forward pass is given."""
+    """The three choices that a forward pass is given, and when a block's side work happens."""
 
     attend: Attend
     exchange: Exchange
     linear: Linear
+    aside: Aside = at_once

@@ -14,9 +14,11 @@ from benthic.model.block_scaled import (
 )
 from benthic.model.local import LocalExchange
 from benthic.model.narrow_rows import quantise_as_computed
+from benthic.model.sockets import at_once
 from benthic.parallel.divided import exchange_for
 from benthic.sched.batching import BatchingConfig, Scheduler
 from benthic.sched.replay import RecordingScheduler
+from benthic.serve.aside import aside_for
 from benthic.serve.attend import PagedAttend
 from benthic.serve.cache import CacheLayout, CacheSize, LatentCache
 from benthic.serve.capture import capture, capture_progress, graph_sizes
@@ -268,6 +270,7 @@ def plugs_for(model: DeepSeek, options: EngineOptions, scales: Scales | None, ra
         linear=linear_socket(model, options, scales),
         exchange=LocalExchange(config.n_routed_experts) if rank is None else rank.exchange(config),
         attend=InvariantAttend if options.batch_invariant else PagedAttend,
+        aside=aside_for(model.head_weight().device) if rank is None else at_once,
     )
 
 

@@ -6,24 +6,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benthic.model.local import LocalExchange
-from benthic.model.sockets import Sockets
+from benthic.model.sockets import Sockets, at_once
 from benthic.serve.attend import PagedAttend
 from benthic.serve.columns import fastest_linear
 
 if TYPE_CHECKING:
     from benthic.model.network import DeepSeek
-    from benthic.model.sockets import Exchange, Linear
+    from benthic.model.sockets import Aside, Exchange, Linear
     from benthic.serve.attend import MakeAttend, StepLayout
     from benthic.serve.cache import LatentCache
 
 
 @dataclass(frozen=True)
 class Plugs:
-    """How matrices are multiplied, how rows reach experts, and what makes a step's attention."""
+    """How matrices are multiplied, how rows reach experts, and what makes a step's attention.
+
+    `aside` is for steps without prompts: the rows of others fill a GPU.
+    """
 
     linear: Linear
     exchange: Exchange
     attend: MakeAttend = PagedAttend
+    aside: Aside = at_once
 
     @classmethod
     def fastest(cls, model: DeepSeek) -> Plugs:
@@ -32,4 +36,5 @@ class Plugs:
 
     def sockets(self, cache: LatentCache, layout: StepLayout) -> Sockets:
         """For one step against a cache."""
-        return Sockets(self.attend(cache, layout), self.exchange, self.linear)
+        aside = self.aside if layout.prefill is None else at_once
+        return Sockets(self.attend(cache, layout), self.exchange, self.linear, aside)

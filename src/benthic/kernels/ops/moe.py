@@ -43,6 +43,16 @@ _LOOP = on("cpu", reason="one product an expert that has rows: widths that group
 _TRITON_ROWS = triton_runs(
     torch.bfloat16, torch.float16, torch.float32, reason="one gather each way, float32 sums, no atomics"
 )
+_FEW_COPIES = inference_only(
+    with_few_rows(
+        triton_runs(
+            torch.bfloat16,
+            torch.float16,
+            torch.float32,
+            reason="one kernel: every copy counts those before it, where a sort and a gather take three",
+        )
+    )
+)
 _TRITON_GROUPED = triton_runs(
     torch.bfloat16,
     torch.float16,
@@ -137,6 +147,7 @@ PERMUTE = Op(
     (
         Implementation("native", _NATIVE, "benthic.kernels.native_ops:permute"),
         Implementation("torch", _GATHERS, "benthic.kernels.torch_moe:permute"),
+        Implementation("few_copies", _FEW_COPIES, "benthic.kernels.triton_permute:permute_few"),
         Implementation("triton", _TRITON_ROWS, "benthic.kernels.triton_permute:permute"),
         reference("benthic.kernels.reference.moe:permute"),
     ),
@@ -184,6 +195,9 @@ GATE_GRADIENTS = Op(
 
 FEW_ROWS = 32
 """Rows an expert, on average, up to which `grouped_linear` is bound by reading weights."""
+
+FEW_COPIES = 2048
+"""Copies up to which each of them counts those before it sooner than a sort in two passes ends."""
 
 FEW_GATED = 64
 """Rows up to which the gate's product waits for its weights and not for arithmetic."""
@@ -290,7 +304,8 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, *, impl: str | No
     if expert_TK.dim() != 2 or expert_TK.shape[0] != x_TD.shape[0]:
         msg = f"permute: {x_TD.shape[0]} tokens but expert_TK is {tuple(expert_TK.shape)}; expected [T, K]"
         raise ShapeError(msg)
-    case = Case(device_type(x_TD), x_TD.dtype, grad=torch.is_grad_enabled() and x_TD.requires_grad)
+    grad, few = torch.is_grad_enabled() and x_TD.requires_grad, expert_TK.numel() <= FEW_COPIES
+    case = Case(device_type(x_TD), x_TD.dtype, grad=grad, few=few)
     permuted: Permuted = PERMUTE.choose(case, impl)(x_TD, expert_TK, num_experts)
     return permuted
 

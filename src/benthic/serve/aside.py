@@ -1,0 +1,51 @@
+"""Shared experts beside routed ones, latents beside queries: a second stream in the graph of a decode step.
+
+Choosing experts, sorting rows and the small kernels between products leave most of a GPU idle, and so do
+products of a few rows. Side by side both end sooner. Only where a graph is recorded: the two
+waits between streams cost the host more than they save where it launches kernel by kernel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from benthic.model.sockets import at_once
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from benthic.model.sockets import Aside
+
+T = TypeVar("T")
+
+
+def aside_for(device: torch.device) -> Aside:
+    """What a step's side work runs on: a stream of its own on a GPU."""
+    return SecondStream(device) if device.type == "cuda" else at_once
+
+
+class SecondStream:
+    """Runs work on a stream of its own while a CUDA graph is recorded, at once otherwise.
+
+    Memory that the work takes belongs to that stream. What it reads and returns may be given up after the
+    result was taken: the next work starts behind everything that came before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
+        """See `benthic.model.sockets.Aside`."""
+        if not torch.cuda.is_current_stream_capturing():
+            return at_once(work)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            result = work()
+
+        def taken() -> T:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return result
+
+        return taken
