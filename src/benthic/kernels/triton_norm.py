@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Programs of the norm's backward: eight a multiprocessor, so that enough loads are on their way. Each sums its
-# rows' weight gradients, so the count fixes the order of that sum: a constant keeps the result the same on
-# every device.
+# Programs of the norm's backward: eight a multiprocessor, so that enough loads are on their way. Each sums
+# its rows' weight gradients, so the count fixes the order of that sum: a constant keeps the result the same
+# on every device.
 _PARTIALS = 1056
 
 
