@@ -143,7 +143,7 @@ def _copy(
     came = tl.load(from_ptr + block)
     source = (layer * source_stride + came) * size
     target = (layer * target_stride + tl.load(to_ptr + block)) * size
-    copied = (place < size) & (came >= 0)
+    copied = place < tl.where(came >= 0, size, 0)
     value = tl.load(source_ptr + source + place, mask=copied)
     tl.store(target_ptr + target + place, value, mask=copied)
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from benthic.kernels.launch import early, wait_for_inputs
 
 # Programs of the norm's backward: eight a multiprocessor, so that enough loads are on their way. Each sums
-# its rows' weight gradients, so the count fixes the order of that sum: a constant keeps the result the same on
-# every device.
+# its rows' weight gradients, so the count fixes the order of that sum: a constant keeps the result the same
+# on every device.
 _PARTIALS = 1056
 
 
