@@ -75,8 +75,8 @@ def compiled(module, kernel, constants, *, dtype="bf16", warps=4, stages=3, over
     """Compile as a launch with 16-byte aligned pointers and strides would; returns (ptx, resource usage)."""
     function = kernel_of(module, kernel)
     names = function.arg_names
-    defaults = {"PDL": False, "AHEAD": 0}  # launched in turn
-    constants = {name: value for name, value in defaults.items() if name in names} | constants
+    if "PDL" in names:
+        constants = {"PDL": False} | constants
     signature, attributes = {}, {}
     for index, name in enumerate(names):
         if name in constants:
@@ -543,9 +543,7 @@ FP8_PRODUCT = {"EMULATE": False, "STAGES": 4}
 EARLY = [
     *(each for each in MEMORY_BOUND if "PDL" in kernel_of(*each[:2]).arg_names),
     *(few_rows("_few_rows", EXPERTS=experts, PRECISION="tf32") for experts in (0, 64)),
-    few_rows("_few_rows", AHEAD=264, PRECISION="tf32"),
     *(few_rows("_few_rows_of_blocks", GROUPED=grouped, **FP8_PRODUCT) for grouped in (False, True)),
-    few_rows("_few_rows_of_blocks", GROUPED=True, AHEAD=264, **FP8_PRODUCT),
 ]
 
 
@@ -560,12 +558,10 @@ def test_a_kernel_launched_early_touches_no_memory_before_it_has_waited(
     assert_fits(resources(built, tmp_path))
     ptx = built.asm["ptx"]
     before, after = re.split(r"griddepcontrol\.wait\s*;", ptx)
-    assert not re.search(r"\b(st|red|atom)\.|cp\.async(?!\.bulk\.prefetch)", before)
-    assert ("cp.async.bulk.prefetch.L2.global" in before) == ("AHEAD" in constants)
+    assert not re.search(r"\b(st|red|atom)\.|cp\.async", before)
     assert ("ld.global" in before) == (kernel == "_gate")
     assert "griddepcontrol.launch_dependents" in before
     assert "ld.global" in after or "cp.async" in after
-    constants = {name: value for name, value in constants.items() if name != "AHEAD"}
     plain = compiled(module, kernel, constants, warps=warps, overrides=overrides)
     assert "griddepcontrol" not in plain.asm["ptx"]
 

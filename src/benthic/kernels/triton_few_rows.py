@@ -16,13 +16,10 @@ import triton.language as tl
 
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.table import triton_interprets
-from benthic.kernels.triton_tiles import multiprocessors, precision, product_of_chunk
+from benthic.kernels.triton_tiles import precision, product_of_chunk
 
 COLUMNS = 64
 """Columns of a program: the fewest that a warp group's instruction takes."""
-
-_FETCHED = 1024
-"""Bytes of each weight row that the first programs ask for while they wait: 17 MB, a third of the cache."""
 
 
 @triton.jit
@@ -49,37 +46,13 @@ def _owner(ends_ptr, place, rows, experts, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def _fetch_ahead(weight_ptr, stride_e, stride_n, experts, n_dim, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Bring the beginning of a program's weights into the cache, before it is known whether it has rows.
-
-    Only the first `AHEAD` programs, which wait for inputs meanwhile, and only of whole experts' columns.
-    """
-    expert, block = tl.program_id(1), tl.program_id(0)
-    if (expert * tl.num_programs(0) + block < AHEAD) & (expert < experts) & ((block + 1) * BLOCK_N <= n_dim):
-        column, half = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, 2)
-        row = weight_ptr + expert.to(tl.int64) * stride_e + column.to(tl.int64) * stride_n
-        at = row.to(tl.int64)[:, None] + 512 * half[None, :]
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;",
-            "=r,l",
-            [at],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def _few_rows(
     x_ptr, weight_ptr, out_ptr, ends_ptr,
     rows, experts, n_dim, k_dim, stride_x, stride_e, stride_n,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EXPERTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    EXPERTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[r, n] = sum_k weight[expert of r, n, k] * x[r, k]; expert number `experts` is the zero tail."""
-    if AHEAD > 0:
-        _fetch_ahead(weight_ptr, stride_e, stride_n, experts, n_dim, AHEAD, BLOCK_N)
     wait_for_inputs(PDL)
     expert, start, end = _owner(ends_ptr, tl.program_id(1), rows, experts, EXPERTS)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -115,11 +88,9 @@ def _few_rows_of_blocks(
     rows, experts, n_dim, k_dim, k_tiles, n_tiles, stride_scale, stride_tile, stride_weight_scale,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUPED: tl.constexpr, EXPERTS: tl.constexpr, WHOLE: tl.constexpr, EMULATE: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `_few_rows` for FP8 tiles: every chunk of K is multiplied by itself, scaled and added in float32."""
-    if AHEAD > 0:
-        _fetch_ahead(weight_ptr, n_dim * k_dim, k_dim, experts, n_dim, AHEAD, BLOCK_N)
     wait_for_inputs(PDL)
     expert, start, end = tl.program_id(1), 0, rows
     if GROUPED:
@@ -212,8 +183,7 @@ def grouped_linear(x_RI, weight_EOI, ends_E):
             rows, experts, n_dim, k_dim, x_RI.stride(0), weight_EOI.stride(0), weight_EOI.stride(1),
             BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k,
             EXPERTS=_searched(rows, experts), WHOLE=k_dim % block_k == 0,
-            PRECISION=precision(x_RI.dtype), num_warps=4, num_stages=stages,
-            **_ahead(x_RI, weight_EOI, rows),
+            PRECISION=precision(x_RI.dtype), num_warps=4, num_stages=stages, **early(x_RI.device, rows),
         )  # fmt: skip
     return out_RO
 
@@ -237,7 +207,7 @@ def fp8_linear(x, weight, ends_E, *, dtype):
             BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k, GROUPED=grouped,
             EXPERTS=_searched(rows, experts) if grouped else 0, WHOLE=k_dim % block_k == 0,
             EMULATE=triton_interprets(), STAGES=None if grouped else stages, num_warps=4, num_stages=stages,
-            **_ahead(x.values, values if grouped else values[None], rows),
+            **early(values.device, rows),
         )  # fmt: skip
     return out_RN
 
@@ -245,15 +215,6 @@ def fp8_linear(x, weight, ends_E, *, dtype):
 def _searched(rows, experts):
     """`EXPERTS` of `_owner`: experts are searched for those that have rows where some cannot have any."""
     return triton.next_power_of_2(experts) if rows < experts else 0
-
-
-def _ahead(x_RI, weight_EOI, rows):
-    """`PDL` and `AHEAD`: what is fetched while nothing is known of rows must be likely to have some."""
-    launched, experts = early(x_RI.device, rows), weight_EOI.shape[0]
-    size = weight_EOI.element_size()
-    fits = weight_EOI.shape[2] * size >= _FETCHED and weight_EOI.stride(1) * size % 16 == 0
-    likely = launched["PDL"] and fits and rows >= 2 * experts
-    return {"AHEAD": 2 * multiprocessors(x_RI.device) if likely else 0, **launched}
 
 
 def tiles(dtype, rows):
