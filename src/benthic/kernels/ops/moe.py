@@ -15,6 +15,7 @@ from benthic.kernels.table import (
     Op,
     Verdict,
     device_type,
+    gluon_refusal,
     inference_only,
     laid_out,
     no,
@@ -67,6 +68,17 @@ def _grouped_mm_cuda(case: Case) -> Verdict:
     if refusal is not None:
         return no(f"its spare rows are cleared by a Triton kernel, and {refusal}")
     return _aligned(case, "torch's CUTLASS kernel, the fastest bfloat16 one today (H200: 595-677 TFLOP/s)")
+
+
+def _gluon(case: Case) -> Verdict:
+    """Tiles by TMA, products by wgmma; the gradient of weights is the library's, in bfloat16."""
+    if case.device != "cuda" or case.dtype != torch.bfloat16:
+        return no(f"runs on cuda in bfloat16, not on {case.device} in {case.dtype}")
+    if (refusal := gluon_refusal(case)) is not None:
+        return no(refusal)
+    if any(width % 64 for width in case.dims):
+        return no(f"needs widths of a multiple of 64, which a step of its products has, not {case.dims}")
+    return yes("our grouped product for Hopper: a warp loads, groups of 64 rows multiply")
 
 
 def _aligned(case: Case, reason: str) -> Verdict:
@@ -146,6 +158,7 @@ GROUPED_LINEAR = Op(
     (
         Implementation("few_rows", _FEW_ROWS, "benthic.kernels.triton_few_rows:grouped_linear"),
         Implementation("grouped_mm_cuda", _grouped_mm_cuda, "benthic.kernels.triton_moe:grouped_mm"),
+        Implementation("gluon", _gluon, "benthic.kernels.gluon_grouped:grouped_linear"),
         Implementation("native", _NATIVE_GROUPED, "benthic.kernels.native_ops:grouped_linear"),
         Implementation("grouped_mm", _grouped_mm_cpu, "benthic.kernels.torch_moe:grouped_mm"),
         Implementation("loop", _LOOP, "benthic.kernels.torch_moe:loop"),
