@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""The product of experts' rows for Hopper in Gluon: one warp loads, groups of four warps multiply.
+"""The product of experts' rows for Hopper in Gluon: one warp loads, two groups of four warps multiply.
 
     out[r, n] = sum over k of x[r, k] * weight[expert of r, k, n]
 
 Both the output (a weight's rows are the columns n) and the gradient of the input (they are the dims k): the
-tensor cores read a weight's tile as it lies or turned round. Groups have rows of their own and share a tile
+tensor cores read a weight's tile as it lies or turned round. Groups have 128 rows each and share 128 columns
 of the weight. A group all of whose rows are behind the expert's end loads and multiplies nothing, so an
 expert's last tile costs what its rows cost.
 
@@ -15,7 +15,7 @@ memory: by TMA, or where another expert's rows follow, by threads that write wha
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
 import torch
 import triton
@@ -31,52 +31,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benthic.kernels.gluon_fp8_tiles import corner, expert_of
-from benthic.kernels.gluon_tiles import DTYPES, load, meet, new_bars, unload
+from benthic.kernels.gluon_tiles import load, meet, new_bars, take_context, unload
 from benthic.kernels.grouped_mm import GroupedMm
 from benthic.kernels.triton_tiles import multiprocessors
 
+ROWS = gl.constexpr(256)
+COLUMNS = gl.constexpr(128)
+PART = gl.constexpr(128)
+"""Rows of a tile that a group has."""
 CHUNK = gl.constexpr(64)
 """Dims that are multiplied at once."""
+PIECE = gl.constexpr(64)
+"""Columns of sums that leave the registers at once."""
+STAGES = gl.constexpr(4)
+BAND = gl.constexpr(4)
+"""Tiles of rows that meet a tile of columns one after another, so that both stay in the cache."""
+CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
-
-
-class Tile(NamedTuple):
-    """How a tile is divided.
-
-    Attributes:
-        groups: groups of warps that multiply.
-        part: rows that each of them has.
-        width: columns of a product.
-        products: products of a group beside one another, as many as make a tile's columns.
-        piece: columns that leave the registers at once.
-        stages: places of the ring.
-        band: tiles of rows that meet a tile of columns one after another, so that both stay in the cache.
-        registers: of a thread that multiplies.
-        entry_registers: of a thread before the groups divide them.
-    """
-
-    groups: int
-    part: int
-    width: int
-    products: int
-    piece: int
-    stages: int
-    band: int
-    registers: int
-    entry_registers: int
-
-
-THREE = Tile(3, 64, 128, 2, 128, 3, 16, 160, 128)
-TWO = Tile(2, 64, 256, 1, 128, 4, 16, 240, 168)
-TALL = Tile(2, 128, 128, 1, 64, 4, 16, 240, 168)
-NARROW = Tile(3, 64, 128, 1, 128, 4, 16, 160, 128)
+ENTRY_REGISTERS = 168
+"""Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
 
 
 @gluon.jit
-def _find(
-    tile, place, ends_ptr, rows, experts, n_tiles,
-    BAND: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
-):  # fmt: skip
+def _find(tile, place, ends_ptr, rows, experts, n_tiles):
     """Expert, first row, end of rows and first column of a tile; and the place to go on from."""
     place = expert_of(tile, place, ends_ptr, rows, experts, n_tiles, ROWS)
     expert, first, start, end = place
@@ -87,54 +64,36 @@ def _find(
 @gluon.jit
 def _produce(
     x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_dim, n_tiles,
-    TURNED: gl.constexpr, GROUPS: gl.constexpr, PRODUCTS: gl.constexpr, STAGES: gl.constexpr,
-    BAND: gl.constexpr,
+    TURNED: gl.constexpr,
 ):  # fmt: skip
     """Load chunk after chunk of this program's tiles as places in the ring come free."""
-    PART: gl.constexpr = x.block_type.shape[0]
-    WIDTH: gl.constexpr = weight.block_type.shape[0 if TURNED else 1]
+    ONE: gl.constexpr = x.block_type.nbytes + weight.block_type.nbytes
+    BOTH: gl.constexpr = ONE + x.block_type.nbytes
     full, empty = bars
     tile, number = gl.program_id(0), 0
-    place = (0, 0, 0, gl.load(ends_ptr))
-    place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles, BAND, GROUPS * PART, PRODUCTS * WIDTH)
+    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
     while at[0] < experts:
         expert, row, end, column = at
-        parts = gl.minimum((end - row + PART - 1) // PART, GROUPS)
+        both = row + PART < end
         for k in range(0, k_dim, CHUNK):
             stage, bar = number % STAGES, full.index(number % STAGES)
             mbarrier.wait(empty.index(stage), (number // STAGES) & 1 ^ 1)
-            for part in gl.static_range(GROUPS):
-                mbarrier.expect(
-                    bar, (part + 1) * x.block_type.nbytes + PRODUCTS * weight.block_type.nbytes,
-                    pred=parts == part + 1,
-                )  # fmt: skip
-            for part in gl.static_range(GROUPS):
-                at_x = [row + part * PART, k]
-                load(x, at_x, bar, x_ring.index(GROUPS * stage + part), pred=part < parts)
-            for part in gl.static_range(PRODUCTS):
-                first, to = column + part * WIDTH, weight_ring.index(PRODUCTS * stage + part)
-                if TURNED:
-                    load(weight, [expert * n_dim + first, k], bar, to)
-                else:
-                    load(weight, [expert * k_dim + k, first], bar, to)
+            mbarrier.expect(bar, ONE, pred=row + PART >= end)
+            mbarrier.expect(bar, BOTH, pred=both)
+            load(x, [row, k], bar, x_ring.index(2 * stage))
+            load(x, [row + PART, k], bar, x_ring.index(2 * stage + 1), pred=both)
+            if TURNED:
+                load(weight, [expert * n_dim + column, k], bar, weight_ring.index(stage))
+            else:
+                load(weight, [expert * k_dim + k, column], bar, weight_ring.index(stage))
             number += 1
         tile += gl.num_programs(0)
-        place, at = _find(
-            tile, place, ends_ptr, rows, experts, n_tiles, BAND, GROUPS * PART, PRODUCTS * WIDTH
-        )
-
-
-@gluon.jit
-def _halves(x):
-    """The first and the last columns."""
-    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+        place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
 
 
 @gluon.jit
 def _write_piece(sums, row, end, column, out, out_tile, out_ptr, n_dim):
     """Write the columns of a group's rows that leave the registers at once."""
-    PART: gl.constexpr = out_tile.shape[0]
-    PIECE: gl.constexpr = out_tile.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
     tma.store_wait(0)  # for what the group wrote last
     meet()
@@ -153,131 +112,73 @@ def _write_piece(sums, row, end, column, out, out_tile, out_ptr, n_dim):
 
 
 @gluon.jit
-def _write(sums, row, end, column, out, out_tile, out_ptr, n_dim):
-    """Write a group's rows of a tile, piece after piece."""
-    PIECE: gl.constexpr = out_tile.shape[1]
-    if sums.shape[1] == PIECE:
-        _write_piece(sums, row, end, column, out, out_tile, out_ptr, n_dim)
-    else:
-        halves = _halves(sums)
-        for half in gl.static_range(2):
-            first = column + half * (sums.shape[1] // 2)
-            _write_piece(halves[half], row, end, first, out, out_tile, out_ptr, n_dim)
-
-
-@gluon.jit
 def _multiply(
     group, x_ring, weight_ring, bars, out, out_tile, out_ptr, ends_ptr,
     rows, experts, n_dim, k_dim, n_tiles,
-    TURNED: gl.constexpr, GROUPS: gl.constexpr, PRODUCTS: gl.constexpr, STAGES: gl.constexpr,
-    BAND: gl.constexpr,
+    TURNED: gl.constexpr,
 ):  # fmt: skip
     """The rows of a group, tile after tile."""
-    PART: gl.constexpr = out_tile.shape[0]
-    WIDTH: gl.constexpr = weight_ring.shape[1 if TURNED else 2]
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     full, empty = bars
     tile, number = gl.program_id(0), 0
-    place = (0, 0, 0, gl.load(ends_ptr))
-    place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles, BAND, GROUPS * PART, PRODUCTS * WIDTH)
+    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
     while at[0] <= experts:
         expert, row, end, column = at
         row += group * PART
         last = gl.where(expert < experts, k_dim, 0)
         if row < end:
-            sums = gl.zeros([PART, WIDTH], gl.float32, layout=SUMS)
-            more = sums
+            sums = gl.zeros([PART, COLUMNS], gl.float32, layout=SUMS)
             for k in range(0, last, CHUNK):
                 stage, before = number % STAGES, (number + STAGES - 1) % STAGES
                 mbarrier.wait(full.index(stage), (number // STAGES) & 1)
-                x_tile, weights = x_ring.index(GROUPS * stage + group), PRODUCTS * stage
-                sums = _start(x_tile, weight_ring.index(weights), sums, TURNED)
-                if PRODUCTS == 2:
-                    more = _start(x_tile, weight_ring.index(weights + 1), more, TURNED)
-                    sums, more = warpgroup_mma_wait(2, deps=[sums, more])
-                else:
-                    sums = warpgroup_mma_wait(1, deps=[sums])
+                weight_tile = weight_ring.index(stage)
+                if TURNED:
+                    weight_tile = weight_tile.permute((1, 0))
+                sums = warpgroup_mma(x_ring.index(2 * stage + group), weight_tile, sums, is_async=True)
+                sums = warpgroup_mma_wait(1, deps=[sums])
                 mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
                 number += 1
-            if PRODUCTS == 2:
-                sums, more = warpgroup_mma_wait(0, deps=[sums, more])
-            else:
-                sums = warpgroup_mma_wait(0, deps=[sums])
+            sums = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(empty.index((number + STAGES - 1) % STAGES), count=1, pred=last > 0)
-            _write(sums, row, end, column, out, out_tile, out_ptr, n_dim)
-            if PRODUCTS == 2:
-                _write(more, row, end, column + WIDTH, out, out_tile, out_ptr, n_dim)
+            pieces = gl.split(gl.permute(gl.reshape(sums, [PART, 2, PIECE]), (0, 2, 1)))
+            for piece in gl.static_range(2):
+                first = column + piece * PIECE
+                _write_piece(pieces[piece], row, end, first, out, out_tile, out_ptr, n_dim)
         else:
             for _k in range(0, last, CHUNK):
                 mbarrier.wait(full.index(number % STAGES), (number // STAGES) & 1)
                 mbarrier.arrive(empty.index(number % STAGES), count=1)
                 number += 1
         tile += gl.num_programs(0)
-        place, at = _find(
-            tile, place, ends_ptr, rows, experts, n_tiles, BAND, GROUPS * PART, PRODUCTS * WIDTH
-        )
+        place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _start(x_tile, weight_tile, sums, TURNED: gl.constexpr):
-    """Start a product that is added to sums."""
-    if TURNED:
-        weight_tile = weight_tile.permute((1, 0))
-    return warpgroup_mma(x_tile, weight_tile, sums, is_async=True)
 
 
 @gluon.jit(do_not_specialize=["rows", "experts", "n_tiles"])
 def _rows_times_experts(
     x, weight, out, out_ptr, ends_ptr, rows, experts, n_dim, k_dim, n_tiles,
-    TURNED: gl.constexpr, GROUPS: gl.constexpr, PRODUCTS: gl.constexpr, STAGES: gl.constexpr,
-    BAND: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    TURNED: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: every so manieth tile of all experts. TURNED: weights are [E, N, K]."""
-    PART: gl.constexpr = x.block_type.shape[0]
-    x_ring = gl.allocate_shared_memory(x.dtype, [GROUPS * STAGES, PART, CHUNK], x.layout)
-    weight_ring = gl.allocate_shared_memory(
-        weight.dtype,
-        [PRODUCTS * STAGES, weight.block_type.shape[0], weight.block_type.shape[1]],
-        weight.layout,
-    )
-    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, PART, out.block_type.shape[1]], out.layout)
-    bars = (new_bars(STAGES, 1), new_bars(STAGES, GROUPS))
+    block: gl.constexpr = weight.block_type.shape
+    x_ring = gl.allocate_shared_memory(x.dtype, [2 * STAGES, PART, CHUNK], x.layout)
+    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, block[0], block[1]], weight.layout)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [2, PART, PIECE], out.layout)
+    bars = (new_bars(STAGES, 1), new_bars(STAGES, 2))
     fence_async_shared()
-    if GROUPS == 2:
-        gl.warp_specialize([
-            (_multiply, (
-                0, x_ring, weight_ring, bars, out, out_tiles.index(0), out_ptr, ends_ptr,
-                rows, experts, n_dim, k_dim, n_tiles, TURNED, GROUPS, PRODUCTS, STAGES, BAND,
-            )),
-            (_multiply, (
-                1, x_ring, weight_ring, bars, out, out_tiles.index(1), out_ptr, ends_ptr,
-                rows, experts, n_dim, k_dim, n_tiles, TURNED, GROUPS, PRODUCTS, STAGES, BAND,
-            )),
-            (_produce, (
-                x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_dim, n_tiles,
-                TURNED, GROUPS, PRODUCTS, STAGES, BAND,
-            )),
-        ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_multiply, (
-                0, x_ring, weight_ring, bars, out, out_tiles.index(0), out_ptr, ends_ptr,
-                rows, experts, n_dim, k_dim, n_tiles, TURNED, GROUPS, PRODUCTS, STAGES, BAND,
-            )),
-            (_multiply, (
-                1, x_ring, weight_ring, bars, out, out_tiles.index(1), out_ptr, ends_ptr,
-                rows, experts, n_dim, k_dim, n_tiles, TURNED, GROUPS, PRODUCTS, STAGES, BAND,
-            )),
-            (_multiply, (
-                2, x_ring, weight_ring, bars, out, out_tiles.index(2), out_ptr, ends_ptr,
-                rows, experts, n_dim, k_dim, n_tiles, TURNED, GROUPS, PRODUCTS, STAGES, BAND,
-            )),
-            (_produce, (
-                x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_dim, n_tiles,
-                TURNED, GROUPS, PRODUCTS, STAGES, BAND,
-            )),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, FEW_REGISTERS])  # fmt: skip
+    gl.warp_specialize([
+        (_multiply, (
+            0, x_ring, weight_ring, bars, out, out_tiles.index(0), out_ptr, ends_ptr,
+            rows, experts, n_dim, k_dim, n_tiles, TURNED,
+        )),
+        (_multiply, (
+            1, x_ring, weight_ring, bars, out, out_tiles.index(1), out_ptr, ends_ptr,
+            rows, experts, n_dim, k_dim, n_tiles, TURNED,
+        )),
+        (_produce, (
+            x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_dim, n_tiles, TURNED,
+        )),
+    ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
 
 
 def grouped_linear(x_RI, weight_EOI, ends_E):
@@ -285,25 +186,24 @@ def grouped_linear(x_RI, weight_EOI, ends_E):
     return GroupedMm.apply(x_RI, weight_EOI, ends_E, multiply)
 
 
-def multiply(x_RK, weight_EKN, ends_E, tile=None):
+def multiply(x_RK, weight_EKN, ends_E):
     """`out[r] = x[r] @ weight[expert of r]`; the weight's dims may lie in either order."""
     rows, k_dim = x_RK.shape
     experts, _, n_dim = weight_EKN.shape
     out_RN = torch.empty(rows, n_dim, dtype=x_RK.dtype, device=x_RK.device)
-    tile = tile or TWO
     turned = weight_EKN.stride(2) != 1
-    weight = (weight_EKN.transpose(1, 2) if turned else weight_EKN).contiguous().flatten(0, 1)
-    block = [tile.width, CHUNK.value] if turned else [CHUNK.value, tile.width]
-    tall, n_tiles = tile.groups * tile.part, triton.cdiv(n_dim, tile.width * tile.products)
-    programs = min(multiprocessors(x_RK.device), (rows // tall + experts + 1) * n_tiles)
+    weight = (weight_EKN.transpose(1, 2) if turned else weight_EKN).contiguous()
+    n_tiles = triton.cdiv(n_dim, COLUMNS.value)
+    programs = min(multiprocessors(x_RK.device), (rows // ROWS.value + experts + 1) * n_tiles)
     if rows:
+        take_context(x_RK.device)
         _rows_times_experts[(programs,)](
-            _described(_loadable(x_RK), [tile.part, CHUNK.value]), _described(weight, block),
-            _described(out_RN, [tile.part, tile.piece]), out_RN, ends_E,
-            rows, experts, n_dim, k_dim, n_tiles,
-            TURNED=turned, GROUPS=tile.groups, PRODUCTS=tile.products, STAGES=tile.stages, BAND=tile.band,
-            REGISTERS=tile.registers, FEW_REGISTERS=PRODUCER_REGISTERS,
-            num_warps=4, maxnreg=tile.entry_registers,
+            _described(_loadable(x_RK), PART.value, CHUNK.value),
+            _described(weight, *((COLUMNS.value, CHUNK.value) if turned else (CHUNK.value, COLUMNS.value))),
+            _described(out_RN, PART.value, PIECE.value),
+            out_RN, ends_E, rows, experts, n_dim, k_dim, n_tiles, TURNED=turned,
+            REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+            num_warps=4, maxnreg=ENTRY_REGISTERS,
         )  # fmt: skip
     return out_RN
 
@@ -315,7 +215,15 @@ def _loadable(x_RK):
     return x_RK if aligned else x_RK.contiguous()
 
 
-def _described(x_RD, block):
-    """A descriptor of blocks of a matrix; zeros lie behind its last row and column."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x_RD.dtype])
-    return TensorDescriptor(x_RD, list(x_RD.shape), [x_RD.stride(0), 1], block, layout)
+def _described(x, rows, columns):
+    """A descriptor of blocks of a matrix, or of some below one another; zeros lie behind them."""
+    width, stride = x.shape[-1], x.stride(-2)
+    return TensorDescriptor(
+        x, [x.numel() // width, width], [stride, 1], [rows, columns], _layout(rows, columns)
+    )
+
+
+@functools.cache
+def _layout(rows, columns):
+    """Of a block in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
