@@ -447,6 +447,46 @@ def test_grouped_linear(dtype, name, dims, spare):
     compare(lambda x, w, impl: ops.grouped_linear(x, w, ends, impl=impl), inputs, dtype)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="Gluon needs a GPU")
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("dims", [(64, 192), (256, 512), (1408, 320), (2048, 1408)], ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_linear_in_gluon(dtype, name, dims, spare):
+    if dtype != torch.bfloat16:
+        pytest.skip("the gradient of weights takes bfloat16")
+    ends, inputs = grouped_inputs(name, spare, dims, dtype)
+    compare(lambda x, w, impl: ops.grouped_linear(x, w, ends, impl=impl), inputs, dtype, impl="gluon")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="Gluon needs a GPU")
+@pytest.mark.parametrize("sizes", [(1, 0, 64, 63, 65, 127), (0, 0, 0), (700, 1, 0, 2, 129, 193)], ids=str)
+@pytest.mark.parametrize("dims", [(128, 512), (192, 1408)], ids=str)
+def test_products_of_few_rows_in_gluon_beside_nan(dtype, sizes, dims):
+    if dtype != torch.bfloat16:
+        pytest.skip("the gradient of weights takes bfloat16")
+    ends, rows, (inner, outer) = (
+        torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32),
+        sum(sizes),
+        dims,
+    )
+    weight = made(len(sizes), outer, inner, dtype=dtype, seed=1).detach()
+    for run, width in ((ops.grouped_linear, inner), (ops.grouped_input_gradient, outer)):
+        x = made(rows + 70, width, dtype=dtype, seed=2).detach()
+        x[rows:] = torch.nan  # they belong to nobody
+        found = run(x, weight, ends, impl="gluon")
+        assert not found[rows:].any()
+        close(found[:rows], run(x[:rows].double(), weight.double(), ends, impl="reference"), dtype)
+        last = ends.tolist()[-2]  # the last expert's rows and weights are its own
+        spoilt = weight.clone()
+        spoilt[-1] = torch.nan
+        assert torch.equal(run(x, spoilt, ends, impl="gluon")[:last], found[:last])
+        for row in {0, rows // 2, rows - 1} if rows else ():  # a row has the bits that it has alone
+            expert = int((ends <= row).sum())
+            one = torch.ones(1, dtype=torch.int32, device=DEVICE)
+            alone = run(x[row : row + 1], weight[expert : expert + 1], one, impl="gluon")
+            assert torch.equal(alone[0], found[row])
+
+
 @pytest.mark.skipif(ON_GPU, reason="of the interpreter")
 def test_bfloat16_grouped_products_are_refused_in_the_interpreter(dtype):
     x, w = torch.ones(4, 16, dtype=torch.bfloat16), torch.ones(1, 16, 16, dtype=torch.bfloat16)

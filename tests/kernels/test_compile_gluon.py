@@ -25,6 +25,7 @@ from benthic.kernels import (
     gluon_fp8_three,
     gluon_fp8_three_gradient,
     gluon_fp8_tiles,
+    gluon_grouped,
     gluon_mla,
     gluon_mla_wide,
 )
@@ -270,3 +271,21 @@ def test_weight_gradients_of_experts_have_a_product_in_flight_and_are_added_in_t
     assert re.findall(r"DEPBAR\.LE gsb0, 0x([01])", text) == ["1", "0"] * 2
     added = re.findall(r"REDG\.E\.ADD\.F32", text)
     assert len(added) == (0 if out != "fp32" else 2 * 128 if turned else 2 * 64)
+
+
+@pytest.mark.parametrize("turned", [True, False], ids=["output", "input gradient"])
+def test_products_of_experts_have_one_in_flight_and_leave_by_tma(turned, tmp_path):
+    described = {"x": descriptor(128, 64), "weight": descriptor(*((128, 64) if turned else (64, 128)))}
+    described["out"] = descriptor(128, 64)
+    constants = {"TURNED": turned, "REGISTERS": gluon_grouped.CONSUMER_REGISTERS}
+    constants["FEW_REGISTERS"] = gluon_grouped.PRODUCER_REGISTERS
+    kernel = gluon_grouped._rows_times_experts
+    kernel = built(kernel, constants, described, gluon_grouped.ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    products = re.findall(r"HGMMA\.64x128x16.*", text)
+    assert len(products) == 2 * 2 * 4  # groups, 64 rows of theirs, 16 dims of a chunk
+    assert all((".tnspB" in product) != turned for product in products)
+    assert sum("gsb0" in product for product in products) == 2
+    assert re.findall(r"DEPBAR\.LE gsb0, 0x(\d)", text) == ["1", "0"] * 2
+    assert text.count("UTMASTG") == 2 * 2

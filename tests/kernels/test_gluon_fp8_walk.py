@@ -1,4 +1,4 @@
-"""How programs of FP8 products divide tiles among themselves: the kernels' own functions, run by Python."""
+"""How programs of products in Gluon divide tiles: the kernels' own functions, run by Python."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from benthic.kernels import (
     gluon_fp8_three,
     gluon_fp8_three_gradient,
     gluon_fp8_tiles,
+    gluon_grouped,
 )
 
 SIZES = st.lists(st.integers(0, 5000), min_size=1, max_size=9)
@@ -37,7 +38,7 @@ def load(pointer: Pointer, mask: int = 1, other: int | None = None) -> int | Non
     return pointer.numbers[pointer.at] if mask else other
 
 
-MODULES = (gluon_fp8, gluon_fp8_three, gluon_fp8_three_gradient, gluon_fp8_tiles)
+MODULES = (gluon_fp8, gluon_fp8_three, gluon_fp8_three_gradient, gluon_fp8_tiles, gluon_grouped)
 SHARED = ("expert_of", "corner", "chunks_of")
 
 
@@ -60,14 +61,17 @@ def ends_of(sizes: list[int]) -> list[int]:
 def found(module, tile, place, ends, rows, n_tiles):
     """The place to go on from, and expert, first row, end and first column of a tile."""
     experts = len(ends)
-    if module is gluon_fp8_three:
+    if module in (gluon_fp8_three, gluon_grouped):
         return module._find.fn(tile, place, Pointer(ends), rows, experts, n_tiles)
     place = module.expert_of(tile, place, Pointer(ends), rows, experts, n_tiles, module.ROWS)
     row, column = module.corner(tile, *place[1:], n_tiles, module.BAND, module.ROWS, module.COLUMNS)
     return place, (place[0], row, place[3], column)
 
 
-@pytest.mark.parametrize(("module", "tall", "wide"), [(gluon_fp8, 128, 192), (gluon_fp8_three, 192, 128)])
+@pytest.mark.parametrize(
+    ("module", "tall", "wide"),
+    [(gluon_fp8, 128, 192), (gluon_fp8_three, 192, 128), (gluon_grouped, 256, 128)],
+)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SIZES, st.integers(0, 700), st.integers(1, 1500), st.integers(1, 140))
 def test_every_row_and_column_is_written_once_by_its_own_expert(

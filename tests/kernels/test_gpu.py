@@ -154,5 +154,7 @@ def test_the_table_chooses_the_documented_kernels():
     assert chosen["rms_norm"] == "triton"
     assert chosen["mla_decode"] == "triton"
     assert chosen["mla_decode (few rows)"] == "gluon"
-    assert chosen["grouped_linear"] == "grouped_mm_cuda"
+    assert chosen["grouped_linear"] == chosen["grouped_input_gradient"] == "grouped_mm_cuda"
+    assert chosen["grouped_linear (few rows)"] == "few_rows"
+    assert chosen["grouped_linear (many rows)"] == chosen["grouped_input_gradient (many rows)"] == "gluon"
     assert chosen["attention"] == "gluon"

@@ -7,7 +7,18 @@ import torch
 
 from benthic.errors import BackendError
 from benthic.kernels import ops
-from benthic.kernels.table import Case, Implementation, Op, device_type, no, reference, yes
+from benthic.kernels.ops.linear_gradients import GROUPED_INPUT_GRADIENT
+from benthic.kernels.ops.moe import GROUPED_LINEAR
+from benthic.kernels.table import (
+    Case,
+    Implementation,
+    Op,
+    device_type,
+    hopper_refusal,
+    no,
+    reference,
+    yes,
+)
 
 pytest.importorskip("triton", reason="the table names Triton modules")
 
@@ -68,3 +79,26 @@ def test_a_case_is_judged_once_and_then_looked_up():
 def test_the_cheap_device_type_is_the_real_one():
     for device in ("cpu", "meta"):
         assert device_type(torch.empty(1, device=device)) == device
+
+
+@pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")
+def test_tiles_of_256_rows_come_first_for_many_rows_an_expert_alone():
+    plain = Case("cuda", torch.bfloat16, (2048, 1408))
+    for op in (GROUPED_LINEAR, GROUPED_INPUT_GRADIENT):
+        for grad in (False, True):
+            case = plain._replace(grad=grad)
+            assert op.select(case)[0].name == "grouped_mm_cuda"
+            assert op.select(case._replace(many=True))[0].name == "gluon"
+            assert op.select(case._replace(many=True, dims=(2048, 1416)))[0].name == "grouped_mm_cuda"
+    assert GROUPED_LINEAR.select(plain._replace(few=True))[0].name == "few_rows"
+
+
+@pytest.mark.parametrize(("rows", "many"), [(511, False), (512, True)])
+def test_rows_are_many_from_256_an_expert(rows, many, monkeypatch):
+    cases, choose = [], Op.choose
+    monkeypatch.setattr(Op, "choose", lambda op, case, impl: (cases.append(case), choose(op, case, impl))[1])
+    x, weight = torch.zeros(rows, 64), torch.zeros(2, 64, 64)
+    ends = torch.tensor([3, rows], dtype=torch.int32)
+    ops.grouped_linear(x, weight, ends)
+    ops.grouped_input_gradient(x, weight, ends)
+    assert [case.many for case in cases] == [many, many]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,6 +18,7 @@ meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_thread = threading.local()
 
 
 @gluon.jit
@@ -91,3 +94,13 @@ def rows_of(x_THd, rows, width):
     layout = gl.NVMMASharedLayout.get_default_for([rows, width], DTYPES[x_THd.dtype])
     shape = [tokens, (heads - 1) * x_THd.stride(1) + dims]
     return TensorDescriptor(x_THd, shape, [x_THd.stride(0), 1], [rows, width], layout)
+
+
+def take_context(device):
+    """Make CUDA's context that of this thread: a descriptor needs it before Triton's launch looks for it.
+
+    A thread of autograd has none until it launches something, which it may not have done yet.
+    """
+    if device.type == "cuda" and not hasattr(_thread, "launched"):
+        torch.zeros(1, device=device)
+        _thread.launched = True

@@ -1,7 +1,4 @@
-"""Gradients for torch's grouped product, which a CPU and a GPU each complete in their own way.
-
-The library leaves the rows past the last expert's end unwritten; how to clear them is the caller's part.
-"""
+"""Gradients for grouped products that are given: torch's, completed in a way of a device's own, or ours."""
 
 from __future__ import annotations
 
@@ -21,12 +18,16 @@ class GroupedMm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, clear: Callable[[Tensor, Tensor], Tensor]
+        ctx: Any,
+        x_RI: Tensor,
+        weight_EOI: Tensor,
+        ends_E: Tensor,
+        multiply: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Save the operands; `clear` zeroes the rows past the last end."""
+        """Save the operands; `multiply` takes rows, weights [E, K, N] and ends; no rows past these."""
         ctx.save_for_backward(x_RI, weight_EOI, ends_E)
-        ctx.clear = clear
-        return clear(F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E), ends_E)
+        ctx.multiply = multiply
+        return multiply(x_RI, weight_EOI.transpose(1, 2), ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -35,7 +36,7 @@ class GroupedMm(torch.autograd.Function):
         dy_RO = grads[0].contiguous()
         dx_RI = dweight_EOI = None
         if ctx.needs_input_grad[0]:
-            dx_RI = ctx.clear(F.grouped_mm(dy_RO, weight_EOI, offs=ends_E), ends_E)
+            dx_RI = ctx.multiply(dy_RO, weight_EOI, ends_E)
         if ctx.needs_input_grad[1]:
             dweight_EOI = F.grouped_mm(dy_RO.t(), x_RI, offs=ends_E)
         return dx_RI, dweight_EOI, None, None

@@ -299,7 +299,7 @@ def explain(device: str, dtype: torch.dtype) -> list[Choice]:
     """Say for every op which implementation runs on a device type ("cpu", "cuda") in a dtype, and why.
 
     A line named after the op alone is about inference. Where training runs something else, or a pack of equal
-    lengths, or few rows, or weights whose outputs lie side by side, a line of its own says so.
+    lengths, or few or many rows, or weights whose outputs lie side by side, a line of its own says so.
     """
     choices = []
     for op in OPS:
@@ -320,6 +320,8 @@ def _variants(op: Op, plain: Case) -> list[tuple[str, Case]]:
         variants.append(("weights in columns", plain._replace(layout="columns")))
     if op in (MLA_DECODE, GROUPED_LINEAR, FP8_LINEAR, GROUPED_FP8_LINEAR):
         variants.append(("few rows", plain._replace(few=True)))
+    if op in (GROUPED_LINEAR, GROUPED_INPUT_GRADIENT, GROUPED_FP8_LINEAR):
+        variants.append(("many rows", plain._replace(many=True)))
     if op.trains:
         variants.append(("training", plain._replace(grad=True)))
     return variants
