@@ -43,8 +43,6 @@ POINTERS = {
     "table_ptr": "*i32",
     "context_ptr": "*i32",
     "part_ptr": "*fp32",
-    "most_ptr": "*fp32",
-    "total_ptr": "*fp32",
     "ends_ptr": "*i32",
     "x_scale_ptr": "*fp32",
     "dy_scale_ptr": "*fp32",

@@ -8,10 +8,9 @@ turned round. Nothing is padded to 64 rows, and the latent is read once, as keys
 
 Shared memory is a ring of pieces of 64 tokens x 64 dims, nine a page. One warp fills it by TMA, four warps
 compute scores and weights, four others outputs, at most two pages later. All pages of all sequences are cut
-into equal shares, one a multiprocessor, so a program may meet the end of one sequence and the beginning of
-others; it finds its share from the contexts, which lie on the device. Of each sequence it leaves a part, at
-`program + sequence` among all: the greatest score m, total = sum 2^(score - m) and sum 2^(score - m) value.
-A second kernel brings a sequence's parts to one greatest score.
+into shares, one a multiprocessor, so a program may meet the end of one sequence and the beginning of
+others. Outputs of a sequence of which it has all pages it writes; of others it leaves parts, which a second
+kernel weighs (`gluon_mla_shares`).
 """
 
 from __future__ import annotations
@@ -26,12 +25,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from benthic.kernels.gluon_mla_shares import (
     LATENT,
     LEAST_PAGES,
     PAGE,
     add_up,
+    begins_and_ends,
+    conclude,
+    copied,
+    copy_rows,
+    factor_of,
+    note,
     pages_of,
     parts_of,
     pieces_of,
@@ -73,7 +79,7 @@ def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RIN
     The first pieces of a page take the places of the page three before, the last ones those of the page two
     before.
     """
-    full, _weighed, empty = bars
+    full, _weighed, empty, _ending = bars
     sequence, page, left = share
     number, base = 0, 0
     while left > 0:
@@ -99,21 +105,12 @@ def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RIN
 def _load_queries(
     queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, rows, heads, ROWS: gl.constexpr
 ):  # fmt: skip
-    """The rows of a sequence to shared memory, zeros behind the last."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    dim = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    kept = (row < rows)[:, None]
-    query, head, sequence = row // heads, row % heads, sequence.to(gl.int64)
-    by_sequence, by_query, by_head = latent_strides
-    latent_ptr += sequence * by_sequence + (query * by_query + head * by_head)[:, None] + dim[None, :]
-    by_sequence, by_query, by_head = rope_strides
-    rope_ptr += sequence * by_sequence + (query * by_query + head * by_head)[:, None] + dim[None, :]
-    queries.index(VALUES).store(gl.load(rope_ptr, mask=kept, other=0.0))
+    """The rows of a sequence to shared memory."""
     for piece in gl.static_range(VALUES):
-        queries.index(piece).store(gl.load(latent_ptr + piece * 64, mask=kept, other=0.0))
-    fence_async_shared()
-    meet()
+        at = latent_ptr + piece * 64
+        copy_rows(queries.index(piece), at, latent_strides, sequence, 0, rows, heads, ROWS, 64)
+    copy_rows(queries.index(VALUES), rope_ptr, rope_strides, sequence, 0, rows, heads, ROWS, 64)
+    copied()
 
 
 @gluon.jit
@@ -147,48 +144,52 @@ def _weights(s, m, total, visible, scale, SCORES: gl.constexpr):
 
 @gluon.jit
 def _score(
-    latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, latent_strides, rope_strides,
-    rows, heads, scale, ring, queries, weights, alphas, bars, share,
+    latent_ptr, rope_ptr, context_ptr, lse_ptr, ends_ptr, latent_strides, rope_strides,
+    sequences, rows, heads, scale, ring, queries, weights, alphas, factors, bars, share,
     ROWS: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of a share, page after page, at most `AHEAD` pages before their outputs."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    full, weighed, empty = bars
+    full, weighed, empty, ending = bars
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES))
     zero = gl.zeros([PAGE, ROWS], gl.float32, layout=SCORES)
     sequence, page, left = share
-    number, base = 0, 0
+    number, base, part = 0, 0, 0
     while left > 0:
         context, pages = pages_of(context_ptr, sequence, page, left)
-        _load_queries(
-            queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, rows, heads, ROWS
-        )
-        last_seen = context - (rows - 1 - row) // heads  # tokens that each row sees
-        m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, SCORES))
-        total = zero
-        for i in range(pages):
-            first = (page + i) * PAGE
-            mbarrier.wait(full.index(number % TURNS), (number // TURNS) & 1)
-            if first + PAGE > context:
-                _clear_foreign_tokens(ring, base, context - first, RING)
-            s = zero
-            for piece in gl.static_range(PIECES):
-                keys = ring.index(_slot(base, piece, RING))
-                query = queries.index(piece).permute((1, 0))
-                s = warpgroup_mma(keys, query, s, use_acc=piece > 0, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            p, m, total, alpha = _weights(s, m, total, last_seen - first, scale, SCORES)
-            _wait_until_used(empty, number - AHEAD)
-            weights.index(number % AHEAD).store(p.to(weights.dtype))
-            alphas.index(number % AHEAD).store(alpha)
-            fence_async_shared()
-            meet()
-            mbarrier.arrive(weighed.index(number % TURNS), count=1)
-            number += 1
-            base = _slot(base, PIECES, RING)
-        place = (sequence + gl.program_id(0)) * ROWS + row
-        gl.store(most_ptr + place, m * scale)
-        gl.store(total_ptr + place, gl.sum(total, axis=0))
+        if pages > 0:
+            _load_queries(
+                queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, rows, heads, ROWS
+            )
+            last_seen = context - (rows - 1 - row) // heads  # tokens that each row sees
+            m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, SCORES))
+            total = zero
+            for i in range(pages):
+                first = (page + i) * PAGE
+                mbarrier.wait(full.index(number % TURNS), (number // TURNS) & 1)
+                if first + PAGE > context:
+                    _clear_foreign_tokens(ring, base, context - first, RING)
+                s = zero
+                for piece in gl.static_range(PIECES):
+                    keys = ring.index(_slot(base, piece, RING))
+                    query = queries.index(piece).permute((1, 0))
+                    s = warpgroup_mma(keys, query, s, use_acc=piece > 0, is_async=True)
+                s = warpgroup_mma_wait(0, deps=[s])
+                p, m, total, alpha = _weights(s, m, total, last_seen - first, scale, SCORES)
+                _wait_until_used(empty, number - AHEAD)
+                weights.index(number % AHEAD).store(p.to(weights.dtype))
+                alphas.index(number % AHEAD).store(alpha)
+                fence_async_shared()
+                meet()
+                mbarrier.arrive(weighed.index(number % TURNS), count=1)
+                number += 1
+                base = _slot(base, PIECES, RING)
+            lse = conclude(m, gl.sum(total, axis=0), scale, factors, ending, part)
+            part += 1
+            begins, ends = begins_and_ends(context, page, pages)
+            note(ends_ptr, sequences, sequence, gl.program_id(0), begins, ends)
+            if not (begins and ends):
+                gl.store(lse_ptr + (2 * gl.program_id(0) + begins) * ROWS + row, lse)
         sequence, page, left = sequence + 1, 0, left - pages
 
 
@@ -200,47 +201,59 @@ def _values(ring, base, piece: gl.constexpr, RING: gl.constexpr):
 
 @gluon.jit
 def _sum_values(
-    context_ptr, part_ptr, ring, weights, alphas, bars, share,
+    context_ptr, part_ptr, out_ptr, rows, ring, weights, alphas, factors, bars, share,
     ROWS: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Outputs of a share, page after page, as weights come."""
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    _full, weighed, empty = bars
+    _full, weighed, empty, ending = bars
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OUT))
     dim = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     zero = gl.zeros([64, ROWS], gl.float32, layout=OUT)
+    at = row[None, :] * LATENT + dim[:, None]
     sequence, page, left = share
-    number, base = 0, 0
+    number, base, part = 0, 0, 0
     while left > 0:
-        _context, pages = pages_of(context_ptr, sequence, page, left)
-        acc = [zero for _ in (0, 1, 2, 3, 4, 5, 6, 7)]
-        for _i in range(pages):
-            mbarrier.wait(weighed.index(number % TURNS), (number // TURNS) & 1)
-            alpha = alphas.index(number % AHEAD).load(gl.SliceLayout(0, OUT))
-            acc = [x * alpha[None, :] for x in acc]
-            weight = weights.index(number % AHEAD)
-            acc = [
-                warpgroup_mma(_values(ring, base, piece, RING), weight, acc[piece], is_async=True)
-                for piece in (0, 1, 2, 3, 4, 5, 6, 7)
-            ]
-            acc = warpgroup_mma_wait(0, deps=acc)
-            mbarrier.arrive(empty.index(number % TURNS), count=1)
-            number += 1
-            base = _slot(base, PIECES, RING)
-        place = ((sequence + gl.program_id(0)) * ROWS + row) * LATENT
-        for piece in gl.static_range(VALUES):
-            gl.store(part_ptr + place[None, :] + (piece * 64 + dim)[:, None], acc[piece])
+        context, pages = pages_of(context_ptr, sequence, page, left)
+        if pages > 0:
+            acc = [zero for _ in (0, 1, 2, 3, 4, 5, 6, 7)]
+            for _i in range(pages):
+                mbarrier.wait(weighed.index(number % TURNS), (number // TURNS) & 1)
+                alpha = alphas.index(number % AHEAD).load(gl.SliceLayout(0, OUT))
+                acc = [x * alpha[None, :] for x in acc]
+                weight = weights.index(number % AHEAD)
+                acc = [
+                    warpgroup_mma(_values(ring, base, piece, RING), weight, acc[piece], is_async=True)
+                    for piece in (0, 1, 2, 3, 4, 5, 6, 7)
+                ]
+                acc = warpgroup_mma_wait(0, deps=acc)
+                mbarrier.arrive(empty.index(number % TURNS), count=1)
+                number += 1
+                base = _slot(base, PIECES, RING)
+            factor = factor_of(factors, ending, part, gl.SliceLayout(0, OUT))
+            part += 1
+            acc = [x * factor[None, :] for x in acc]
+            begins, ends = begins_and_ends(context, page, pages)
+            if begins and ends:
+                rows_ptr, kept = out_ptr + sequence.to(gl.int64) * rows * LATENT, (row < rows)[None, :]
+                for piece in gl.static_range(VALUES):
+                    gl.store(rows_ptr + piece * 64 + at, acc[piece].to(out_ptr.dtype.element_ty), mask=kept)
+            else:
+                own_ptr = part_ptr + (2 * gl.program_id(0) + begins) * ROWS * LATENT
+                for piece in gl.static_range(VALUES):
+                    gl.store(own_ptr + piece * 64 + at, acc[piece])
         sequence, page, left = sequence + 1, 0, left - pages
 
 
 @gluon.jit(do_not_specialize=["sequences"])
 def _decode(
-    cache, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, most_ptr, total_ptr,
+    cache, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, lse_ptr, ends_ptr, out_ptr,
     stride_qs, stride_qq, stride_qh, stride_rs, stride_rq, stride_rh, stride_table,
     sequences, rows, heads, scale,
     ROWS: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: its share of all pages."""
+    gdc_launch_dependents()
     share = share_of(context_ptr, sequences, gl.program_id(0), gl.num_programs(0), LEAST, MANY)
     dtype: gl.constexpr = cache.dtype
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], dtype)
@@ -250,15 +263,19 @@ def _decode(
     queries = gl.allocate_shared_memory(dtype, [PIECES, ROWS, 64], rows_layout)
     weights = gl.allocate_shared_memory(dtype, [AHEAD, PAGE, ROWS], weights_layout)
     alphas = gl.allocate_shared_memory(gl.float32, [AHEAD, ROWS], plain)
-    bars = (new_bars(TURNS, 1), new_bars(TURNS, 1), new_bars(TURNS, 1))
+    factors = gl.allocate_shared_memory(gl.float32, [ROWS], plain)
+    ending = new_bars(2, 1)
+    bars = (new_bars(TURNS, 1), new_bars(TURNS, 1), new_bars(TURNS, 1), (ending.index(0), ending.index(1)))
     fence_async_shared()
     gl.warp_specialize([
         (_score, (
-            latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, (stride_qs, stride_qq, stride_qh),
-            (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, alphas,
-            bars, share, ROWS, RING,
+            latent_ptr, rope_ptr, context_ptr, lse_ptr, ends_ptr, (stride_qs, stride_qq, stride_qh),
+            (stride_rs, stride_rq, stride_rh), sequences, rows, heads, scale * LOG2E, ring, queries, weights,
+            alphas, factors, bars, share, ROWS, RING,
         )),
-        (_sum_values, (context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING)),
+        (_sum_values, (
+            context_ptr, part_ptr, out_ptr, rows, ring, weights, alphas, factors, bars, share, ROWS, RING,
+        )),
         (_produce, (cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
@@ -277,13 +294,13 @@ def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S,
     padded = 16 if rows <= 16 else 32
     ring, registers = FORMS[padded]
     programs = min(multiprocessors(device), triton.cdiv(pages, LEAST_PAGES))
-    part, most, total, many = parts_of(sequences, programs, padded, device)
+    part, lse, ends, many = parts_of(sequences, programs, padded, device)
     _decode[(programs,)](
-        pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, most, total,
+        pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, lse, ends, out,
         *q_latent_SQHC.stride()[:3], *q_rope_SQHr.stride()[:3], block_table_SP.stride(0),
         sequences, rows, heads, scale,
         ROWS=padded, RING=ring, REGISTERS=registers, LEAST=LEAST_PAGES, MANY=many,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
-    add_up((part, most, total), context_S, out, programs)
+    add_up((part, lse, ends), context_S, out, programs)
     return out
