@@ -152,7 +152,7 @@ def test_weight_gradients_of_experts_run_inside_a_cuda_graph_while_experts_grow(
 def test_the_table_chooses_the_documented_kernels():
     chosen = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.bfloat16)}
     assert chosen["rms_norm"] == "triton"
-    assert chosen["mla_decode"] == "triton"
+    assert chosen["mla_decode"] == "gluon_wide"
     assert chosen["mla_decode (few rows)"] == "gluon"
     assert chosen["grouped_linear"] == "grouped_mm_cuda"
     assert chosen["attention"] == "gluon"

@@ -41,6 +41,7 @@ from benthic.kernels.gluon_mla_shares import (
     pages_of,
     parts_of,
     pieces_of,
+    rows_of,
     share_of,
 )
 from benthic.kernels.gluon_tiles import LOG2E, load, meet, new_bars
@@ -282,9 +283,7 @@ def _decode(
 
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale):
     """See `benthic.kernels.ops.mla_decode`; launches follow from shapes, so a CUDA graph can hold them."""
-    q_latent_SQHC, q_rope_SQHr = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent_SQHC, q_rope_SQHr)
-    )
+    (q_latent_SQHC, by_latent), (q_rope_SQHr, by_rope) = rows_of(q_latent_SQHC), rows_of(q_rope_SQHr)
     sequences, queries, heads, _latent = q_latent_SQHC.shape
     device, rows = cache_PBW.device, queries * heads
     out = torch.empty(q_latent_SQHC.shape, dtype=q_latent_SQHC.dtype, device=device)
@@ -297,7 +296,7 @@ def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S,
     part, lse, ends, many = parts_of(sequences, programs, padded, device)
     _decode[(programs,)](
         pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, lse, ends, out,
-        *q_latent_SQHC.stride()[:3], *q_rope_SQHr.stride()[:3], block_table_SP.stride(0),
+        *by_latent, *by_rope, block_table_SP.stride(0),
         sequences, rows, heads, scale,
         ROWS=padded, RING=ring, REGISTERS=registers, LEAST=LEAST_PAGES, MANY=many,
         num_warps=4, maxnreg=ENTRY_REGISTERS,

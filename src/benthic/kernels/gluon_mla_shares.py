@@ -57,7 +57,7 @@ def share_of(context_ptr, sequences, number, shares, LEAST: gl.constexpr, MANY: 
     length = gl.maximum((total + shares - 1) // shares, LEAST)
     first = number * length
     before = gl.max(gl.where(end <= first, end, 0), axis=0)
-    passed = gl.sum((end <= first).to(gl.int32), axis=0)
+    passed = gl.sum(gl.where(end <= first, 1, 0), axis=0)
     # Alike: `group` sequences a share, or `parts` shares a sequence; one of the two is 1.
     group = (sequences + shares - 1) // shares
     parts = gl.maximum(gl.minimum(shares // sequences, longest // LEAST), 1)
@@ -108,7 +108,7 @@ def copied():
 
 @gluon.jit
 def conclude(m, total, scale, factors, bars, part):
-    """lse of a part's rows; `1 / total` goes to those who sum values, once they have read the part before.
+    """Return lse of a part's rows; `1 / total` goes to those who sum values, once they have read the last.
 
     A row that has seen no token has total = 0, sums of zeros and lse = -inf.
     """
@@ -209,6 +209,14 @@ def add_up(parts, context_S, out_SQHC, shares):
         PADDED=part.shape[0] // (2 * shares), PARTS=few, ROWS=height, COLUMNS=columns, EARLY=True,
         launch_pdl=True,
     )  # fmt: skip
+
+
+def rows_of(x_SQHd):
+    """`x`, or a copy of which 16 bytes at a time can be copied; strides to a sequence, query and head."""
+    steps = [step for step, size in zip(x_SQHd.stride(), x_SQHd.shape[:3], strict=False) if size > 1]
+    if x_SQHd.stride(-1) != 1 or x_SQHd.data_ptr() % 16 or any(step % 16 for step in steps):
+        x_SQHd = x_SQHd.clone(memory_format=torch.contiguous_format)
+    return x_SQHd, [x_SQHd.stride(dim) if x_SQHd.shape[dim] > 1 else 0 for dim in range(3)]
 
 
 def pieces_of(cache_PBW, width):
