@@ -26,6 +26,7 @@ from benthic.kernels import (
     gluon_fp8_three_gradient,
     gluon_fp8_tiles,
     gluon_mla,
+    gluon_mla_fp8,
     gluon_mla_wide,
 )
 
@@ -177,6 +178,21 @@ def test_mla_decode_multiplies_pages_as_tall_operands_and_keeps_products_in_flig
     assert text.count("UTMALDG") == 9
     assert text.count(f"HGMMA.64x{rows}x16") == (9 + 8) * 4  # in steps of 16 dims, or tokens
     assert text.count("WARPGROUP.DEPBAR") == 2  # one for scores, one for outputs: nothing waits in between
+
+
+@pytest.mark.parametrize("rows", gluon_mla_fp8.FORMS)
+def test_mla_decode_widens_an_fp8_cache_two_numbers_at_a_time(rows, tmp_path):
+    slots, registers, widen_registers = gluon_mla_fp8.FORMS[rows]
+    constants = {"ROWS": rows, "SLOTS": slots, "REGISTERS": registers, "WIDEN_REGISTERS": widen_registers}
+    described = {"cache": descriptor(64, 64, "fp8e4nv")}
+    constants |= {"LEAST": 2, "MANY": 256}
+    kernel = built(gluon_mla_fp8._decode, constants, described, gluon_mla_fp8.ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    assert text.count("UTMALDG") == 9
+    assert text.count("HMUL2.BF16_V2") == 64 * 576 // 128 // 2
+    assert text.count(f"HGMMA.64x{rows}x16") == (9 + 8) * 4
+    assert text.count("WARPGROUP.DEPBAR") == 2
 
 
 @pytest.mark.parametrize("heads", [64, 128])
