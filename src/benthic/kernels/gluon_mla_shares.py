@@ -7,7 +7,7 @@ program finds its share from the contexts, which lie on the device. Balance come
 - by default shares are equal, `length = ceil(pages / shares)`, and end anywhere in a sequence;
 - where sequences are so alike that `length / SLACK` more pages allow it, a share has whole sequences (the
   same number each), or a sequence has whole shares. 64 contexts of 64 pages over 66 shares are then 64 shares
-  of 64, where equal ones of 63 would cut every sequence but one.
+  of 64, where equal ones of 63 would cut every sequence.
 
 What holds all pages of a sequence writes outputs. Other parts leave normalised outputs in float32 and lse,
 the logarithm to base 2 of the sum of powers 2^score, for each row. A share has at most two parts of that
