@@ -191,6 +191,10 @@ def test_mla_decode_widens_an_fp8_cache_two_numbers_at_a_time(rows, tmp_path):
     text = tool(kernel, "-sass", tmp_path)
     assert text.count("UTMALDG") == 9
     assert text.count("HMUL2.BF16_V2") == 64 * 576 // 128 // 2
+    # Loads, then stores of what they gave, a fence, and only then a place is given back to TMA.
+    steps = re.findall(r"ld\.shared\.v4|st\.shared\.v4|fence\.proxy|mbarrier\.arrive\.s", kernel.asm["ptx"])
+    order = "".join({"l": "l", "s": "s", "f": "F", "m": "A"}[step[0]] for step in steps)
+    assert order.count(("l" * 6 + "s" * 12 + "FA") * 3 + "A") == 1
     assert text.count(f"HGMMA.64x{rows}x16") == (9 + 8) * 4
     assert text.count("WARPGROUP.DEPBAR") == 2
 

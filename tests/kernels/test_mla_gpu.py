@@ -81,7 +81,17 @@ def test_shares_may_begin_and_end_anywhere(module, heads, programs, dtype, monke
 
 @pytest.mark.parametrize(("queries", "heads"), [(1, 16), (1, 5), (2, 16), (3, 5)], ids=str)
 @pytest.mark.parametrize(
-    "contexts", [(1,), (63, 64, 65, 66), (0, 4097, 0, 3, 1000, 0), (40000,), (4160,) * 8], ids=str
+    "contexts",
+    [
+        (1,),
+        (63, 64, 65, 66),
+        (0, 4097, 0, 3, 1000, 0),
+        (40000,),
+        tuple(range(0, 900, 3)),
+        (4160,) * 8,
+        (1030,) * 200,
+    ],
+    ids=["one token", "a page", "ragged", "long", "many", "alike, pieces", "alike, groups"],
 )
 def test_a_cache_in_e4m3_is_widened_as_it_is_read(contexts, queries, heads, dtype):
     latent, rope, cache, *where = made(contexts, queries, heads, torch.bfloat16)

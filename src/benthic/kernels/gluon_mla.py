@@ -97,7 +97,7 @@ def _decode(
         (score, (
             latent_ptr, rope_ptr, context_ptr, lse_ptr, ends_ptr, (stride_qs, stride_qq, stride_qh),
             (stride_rs, stride_rq, stride_rh), sequences, rows, heads, scale * LOG2E, ring, queries, weights,
-            alphas, factors, bars, share, ROWS, RING,
+            alphas, factors, bars, share, ROWS, RING, True,
         )),
         (sum_values, (
             context_ptr, part_ptr, out_ptr, rows, ring, weights, alphas, factors, bars, share, ROWS, RING,

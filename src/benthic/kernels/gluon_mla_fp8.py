@@ -73,7 +73,11 @@ def _produce(cache, table_ptr, context_ptr, stride_table, raw, bars, share, SLOT
 
 @gluon.jit
 def _widen(raw, ring, raw_bars, bars, pages, SLOTS: gl.constexpr):
-    """Pages of a share to bfloat16, one after another."""
+    """Pages of a share to bfloat16, one after another.
+
+    A place is given back when its numbers are stored, and so have arrived: neither a barrier of threads nor
+    an arrival waits for loads from shared memory that are under way, and TMA does not queue behind them.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     filled, taken = raw_bars
     full, _weighed, empty, _ending = bars
@@ -84,13 +88,13 @@ def _widen(raw, ring, raw_bars, bars, pages, SLOTS: gl.constexpr):
             slot = number % SLOTS
             mbarrier.wait(filled.index(slot), (number // SLOTS) & 1)
             values = [raw.index(slot * THIRD + piece).load(layout) for piece in (0, 1, 2)]
-            mbarrier.arrive(taken.index(slot), count=1)
             for piece in gl.static_range(THIRD):
                 bits = values[piece].to(gl.uint8, bitcast=True)
                 wide = gl.inline_asm_elementwise(WIDEN, "=r,=r,r", [bits], gl.bfloat16, is_pure=True, pack=4)
                 ring.index(page % 2 * PIECES + third * THIRD + piece).store(wide)
-        fence_async_shared()
-        meet()
+            fence_async_shared()
+            meet()
+            mbarrier.arrive(taken.index(slot), count=1)
         mbarrier.arrive(full.index(page % TURNS), count=1)
 
 
@@ -123,7 +127,7 @@ def _decode(
         (score, (
             latent_ptr, rope_ptr, context_ptr, lse_ptr, ends_ptr, (stride_qs, stride_qq, stride_qh),
             (stride_rs, stride_rq, stride_rh), sequences, rows, heads, scale * LOG2E, ring, queries, weights,
-            alphas, factors, bars, share, ROWS, RING,
+            alphas, factors, bars, share, ROWS, RING, False,
         )),
         (sum_values, (
             context_ptr, part_ptr, out_ptr, rows, ring, weights, alphas, factors, bars, share, ROWS, RING,

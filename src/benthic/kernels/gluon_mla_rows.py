@@ -96,9 +96,12 @@ def _weights(s, m, total, visible, scale, SCORES: gl.constexpr):
 def score(
     latent_ptr, rope_ptr, context_ptr, lse_ptr, ends_ptr, latent_strides, rope_strides,
     sequences, rows, heads, scale, ring, queries, weights, alphas, factors, bars, share,
-    ROWS: gl.constexpr, RING: gl.constexpr,
+    ROWS: gl.constexpr, RING: gl.constexpr, CLEAR: gl.constexpr,
 ):  # fmt: skip
-    """Scores and weights of a share, page after page, at most `AHEAD` pages before their outputs."""
+    """Scores and weights of a share, page after page, at most `AHEAD` pages before their outputs.
+
+    `CLEAR`: pages may hold NaN and infinities behind the context; E4M3 as widened is 480 at most.
+    """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     full, weighed, empty, ending = bars
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES))
@@ -117,7 +120,7 @@ def score(
             for i in range(pages):
                 first = (page + i) * PAGE
                 mbarrier.wait(full.index(number % TURNS), (number // TURNS) & 1)
-                if first + PAGE > context:
+                if CLEAR and first + PAGE > context:
                     _clear_foreign_tokens(ring, base, context - first, RING)
                 s = zero
                 for piece in gl.static_range(PIECES):
