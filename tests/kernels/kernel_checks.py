@@ -384,7 +384,7 @@ def test_parts_of_contexts_become_outputs(dtype, contexts, shares):
         out = whole.clone()
         gluon_mla_shares.combine[(len(contexts) * -(-rows // height), 512 // columns)](
             part, lse, out, context, ends, len(contexts), rows,
-            PADDED=16, PARTS=parts, ROWS=height, COLUMNS=columns, EARLY=False,
+            PADDED=16, PARTS=parts, ROWS=height, COLUMNS=columns,
         )  # fmt: skip
         close(out, expected, dtype)
 

@@ -414,7 +414,7 @@ MEMORY_BOUND = [
         (
             "gluon_mla_shares",
             "combine",
-            {"PADDED": padded, "PARTS": parts, "ROWS": rows, "COLUMNS": columns, "EARLY": True},
+            {"PADDED": padded, "PARTS": parts, "ROWS": rows, "COLUMNS": columns},
             4,
             {"part_ptr": "*fp32"},
         )

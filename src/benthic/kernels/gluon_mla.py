@@ -20,7 +20,6 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from benthic.kernels.gluon_mla_rows import AHEAD, PIECES, TURNS, score, slot_of, sum_values, wait_until_used
 from benthic.kernels.gluon_mla_shares import (
@@ -79,7 +78,6 @@ def _decode(
     ROWS: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: its share of all pages."""
-    gdc_launch_dependents()
     share = share_of(context_ptr, sequences, gl.program_id(0), gl.num_programs(0), LEAST, MANY)
     dtype: gl.constexpr = cache.dtype
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], dtype)

@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from benthic.kernels.gluon_mla_rows import AHEAD, PIECES, TURNS, score, sum_values, wait_until_used
 from benthic.kernels.gluon_mla_shares import LEAST_PAGES, PAGE, add_up, pages_of, parts_of, rows_of, share_of
@@ -107,7 +106,6 @@ def _decode(
     LEAST: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: its share of all pages."""
-    gdc_launch_dependents()
     share = share_of(context_ptr, sequences, gl.program_id(0), gl.num_programs(0), LEAST, MANY)
     dtype: gl.constexpr = latent_ptr.dtype.element_ty
     pieces_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, 64], dtype)

@@ -28,7 +28,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_wait
 
 from benthic.kernels.gluon_tiles import DTYPES, copy, meet
 
@@ -144,20 +143,15 @@ def note(ends_ptr, sequences, sequence, share, begins, ends):
 @triton.jit(do_not_specialize=["sequences"])
 def combine(
     part_ptr, lse_ptr, out_ptr, context_ptr, ends_ptr, sequences, rows,
-    PADDED: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+    PADDED: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of some rows of a sequence: weigh its parts, if it has several.
-
-    `EARLY`: launched before parts are there, so that programs stand ready when they are.
-    """
+    """Some columns of some rows of a sequence: weigh its parts, if it has several."""
     blocks = tl.cdiv(rows, ROWS)
     sequence = tl.program_id(0) // blocks
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     dim = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     out_at = out_ptr + (sequence * rows + row).to(tl.int64)[:, None] * 512 + dim[None, :]
     context = tl.load(context_ptr + sequence)
-    if EARLY:
-        gdc_wait()
     first, last = tl.load(ends_ptr + sequence), tl.load(ends_ptr + sequences + sequence)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     if context <= 0:
@@ -206,8 +200,7 @@ def add_up(parts, context_S, out_SQHC, shares):
     few, height, columns = tiles(shares, sequences)
     combine[(sequences * triton.cdiv(rows, height), latent // columns)](
         part, lse, out_SQHC, context_S, ends, sequences, rows,
-        PADDED=part.shape[0] // (2 * shares), PARTS=few, ROWS=height, COLUMNS=columns, EARLY=True,
-        launch_pdl=True,
+        PADDED=part.shape[0] // (2 * shares), PARTS=few, ROWS=height, COLUMNS=columns,
     )  # fmt: skip
 
 

@@ -26,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from benthic.kernels.gluon_mla_shares import (
     LATENT,
@@ -272,7 +271,6 @@ def _decode(
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: 64 rows of its share of all pages."""
-    gdc_launch_dependents()
     number, shares = gl.program_id(0) // tiles, gl.num_programs(0) // tiles
     share = share_of(context_ptr, sequences, number, shares, LEAST, MANY)
     dtype: gl.constexpr = latents.dtype
