@@ -154,5 +154,8 @@ def test_the_table_chooses_the_documented_kernels():
     assert chosen["rms_norm"] == "triton"
     assert chosen["mla_decode"] == "gluon_wide"
     assert chosen["mla_decode (few rows)"] == "gluon"
+    of_fp8 = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.float8_e4m3fn)}
+    assert of_fp8["mla_decode"] == "triton"
+    assert of_fp8["mla_decode (few rows)"] == "gluon_fp8"
     assert chosen["grouped_linear"] == "grouped_mm_cuda"
     assert chosen["attention"] == "gluon"
