@@ -349,36 +349,42 @@ def test_mla_decode_does_not_depend_on_the_number_of_splits(dtype, splits):
     close(fast, exact, dtype)
 
 
-@pytest.mark.parametrize("programs", [1, 5, 132])
+@pytest.mark.parametrize("shares", [1, 5, 132])
 @pytest.mark.parametrize("contexts", [(1, 0, 65, 64, 700, 0), (0, 0), (9000,)], ids=str)
-def test_parts_of_contexts_become_outputs(dtype, contexts, programs):
-    """Parts as both decodes in Gluon leave them, at `share + sequence`; the rest of their memory is NaN."""
+def test_parts_of_contexts_become_outputs(dtype, contexts, shares):
+    """Parts and outputs as both decodes in Gluon leave them; the rest of their memory is NaN."""
     from benthic.kernels import gluon_mla_shares
 
-    pages, places, rows = [-(-context // 64) for context in contexts], programs + len(contexts), 3
-    share, taken = max(-(-sum(pages) // programs), 2), 0
-    part, most, total = (torch.empty(places, 16, *width, device=DEVICE) for width in ((512,), (), ()))
+    pages, places, rows = [-(-context // 64) for context in contexts], 2 * shares, 6
+    length, taken = max(-(-sum(pages) // shares), 2), 0
+    part = torch.full((places, 16, 512), torch.nan, device=DEVICE)
+    lse = torch.full((places, 16), torch.nan, device=DEVICE)
+    ends = torch.full((2, len(contexts)), -1, dtype=torch.int32, device=DEVICE)
+    whole = torch.full((len(contexts), rows, 512), torch.nan, dtype=dtype, device=DEVICE)
     expected = torch.zeros(len(contexts), rows, 512, dtype=torch.float64, device=DEVICE)
     for sequence, context in enumerate(contexts):
         scores = 9 * made(rows, context, dtype=torch.float32, seed=sequence).detach()
         values = made(context, 512, dtype=torch.float32, seed=sequence + 9).detach()
         expected[sequence] = torch.softmax(scores.double() * math.log(2), -1) @ values.double()
-        for page in range(pages[sequence]):
-            if page and (taken + page) % share:
-                continue  # in the part that the page before begins or goes on with
-            program = (taken + page) // share
-            seen = slice(page * 64, 64 * (share * (program + 1) - taken))
-            place, greatest = program + sequence, scores[:, seen].amax(-1)
-            powers = torch.exp2(scores[:, seen] - greatest[:, None])
-            most[place, :rows], total[place, :rows] = greatest, powers.sum(-1)
+        first, last = taken // length, (taken + pages[sequence] - 1) // length
+        if context:
+            ends[:, sequence] = torch.tensor([first, last])
+        for share in range(first, last + 1) if first < last else ():
+            begin = max(share * length - taken, 0) * 64
+            seen = slice(begin, 64 * (length * (share + 1) - taken))
+            place = 2 * share + (begin == 0)
+            powers = torch.softmax(scores[:, seen].double() * math.log(2), -1).float()
+            lse[place, :rows] = torch.logsumexp(scores[:, seen].double() * math.log(2), -1) / math.log(2)
             part[place, :rows] = powers @ values[seen]
+        if context and first == last:
+            whole[sequence] = expected[sequence]
         taken += pages[sequence]
-    out = torch.empty(len(contexts), rows, 512, dtype=dtype, device=DEVICE)
     context = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    for parts, columns in ((32, 128), (8, 512)):
-        gluon_mla_shares.combine[(len(contexts) * rows, 512 // columns)](
-            part, most, total, out.fill_(torch.nan), context, len(contexts), rows, programs,
-            ROWS=16, LEAST=2, MANY=128, MOST=256, PARTS=parts, COLUMNS=columns,
+    for parts, height, columns in ((2, 4, 512), (4, 2, 512), (16, 1, 128)):
+        out = whole.clone()
+        gluon_mla_shares.combine[(len(contexts) * -(-rows // height), 512 // columns)](
+            part, lse, out, context, ends, len(contexts), rows,
+            PADDED=16, PARTS=parts, ROWS=height, COLUMNS=columns,
         )  # fmt: skip
         close(out, expected, dtype)
 

@@ -27,6 +27,7 @@ from benthic.kernels import (
     gluon_fp8_tiles,
     gluon_grouped,
     gluon_mla,
+    gluon_mla_fp8,
     gluon_mla_wide,
 )
 
@@ -44,8 +45,6 @@ POINTERS = {
     "table_ptr": "*i32",
     "context_ptr": "*i32",
     "part_ptr": "*fp32",
-    "most_ptr": "*fp32",
-    "total_ptr": "*fp32",
     "ends_ptr": "*i32",
     "x_scale_ptr": "*fp32",
     "dy_scale_ptr": "*fp32",
@@ -180,6 +179,25 @@ def test_mla_decode_multiplies_pages_as_tall_operands_and_keeps_products_in_flig
     assert text.count("UTMALDG") == 9
     assert text.count(f"HGMMA.64x{rows}x16") == (9 + 8) * 4  # in steps of 16 dims, or tokens
     assert text.count("WARPGROUP.DEPBAR") == 2  # one for scores, one for outputs: nothing waits in between
+
+
+@pytest.mark.parametrize("rows", gluon_mla_fp8.FORMS)
+def test_mla_decode_widens_an_fp8_cache_two_numbers_at_a_time(rows, tmp_path):
+    slots, registers, widen_registers = gluon_mla_fp8.FORMS[rows]
+    constants = {"ROWS": rows, "SLOTS": slots, "REGISTERS": registers, "WIDEN_REGISTERS": widen_registers}
+    described = {"cache": descriptor(64, 64, "fp8e4nv")}
+    constants |= {"LEAST": 2, "MANY": 256}
+    kernel = built(gluon_mla_fp8._decode, constants, described, gluon_mla_fp8.ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    assert text.count("UTMALDG") == 9
+    assert text.count("HMUL2.BF16_V2") == 64 * 576 // 128 // 2
+    # Loads, then stores of what they gave, a fence, and only then a place is given back to TMA.
+    steps = re.findall(r"ld\.shared\.v4|st\.shared\.v4|fence\.proxy|mbarrier\.arrive\.s", kernel.asm["ptx"])
+    order = "".join({"l": "l", "s": "s", "f": "F", "m": "A"}[step[0]] for step in steps)
+    assert order.count(("l" * 6 + "s" * 12 + "FA") * 3 + "A") == 1
+    assert text.count(f"HGMMA.64x{rows}x16") == (9 + 8) * 4
+    assert text.count("WARPGROUP.DEPBAR") == 2
 
 
 @pytest.mark.parametrize("heads", [64, 128])

@@ -422,11 +422,16 @@ MEMORY_BOUND = [
         (
             "gluon_mla_shares",
             "combine",
-            {"ROWS": rows, "LEAST": 2, "MANY": 256, "MOST": 256, "PARTS": parts, "COLUMNS": columns},
+            {"PADDED": padded, "PARTS": parts, "ROWS": rows, "COLUMNS": columns},
             4,
-            {"most_ptr": "*fp32", "total_ptr": "*fp32"},
+            {"part_ptr": "*fp32"},
         )
-        for rows, parts, columns in ((16, 32, 128), (16, 8, 512), (128, 32, 128), (128, 8, 512))
+        for padded, parts, rows, columns in (
+            (16, 2, 4, 512),
+            (16, 16, 1, 128),
+            (128, 2, 4, 512),
+            (128, 4, 2, 512),
+        )
     ),
     ("triton_mla", "_copy", {"CHUNK": 8192}, 8, {}),
     *(

@@ -152,9 +152,12 @@ def test_weight_gradients_of_experts_run_inside_a_cuda_graph_while_experts_grow(
 def test_the_table_chooses_the_documented_kernels():
     chosen = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.bfloat16)}
     assert chosen["rms_norm"] == "triton"
-    assert chosen["mla_decode"] == "triton"
+    assert chosen["mla_decode"] == "gluon_wide"
     assert chosen["mla_decode (few rows)"] == "gluon"
     assert chosen["grouped_linear"] == chosen["grouped_input_gradient"] == "grouped_mm_cuda"
     assert chosen["grouped_linear (few rows)"] == "few_rows"
     assert chosen["grouped_linear (many rows)"] == chosen["grouped_input_gradient (many rows)"] == "gluon"
+    of_fp8 = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.float8_e4m3fn)}
+    assert of_fp8["mla_decode"] == "triton"
+    assert of_fp8["mla_decode (few rows)"] == "gluon_fp8"
     assert chosen["attention"] == "gluon"

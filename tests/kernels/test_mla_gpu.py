@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benthic.errors import BackendError
 from benthic.kernels import gluon_mla, gluon_mla_wide, ops
 
 pytestmark = [
@@ -54,8 +55,16 @@ def assert_close(found, operands, dtype):
 )
 @pytest.mark.parametrize(
     "contexts",
-    [(1,), (63, 64, 65, 66), (0, 4097, 0, 3, 1000, 0), (40000,), tuple(range(0, 900, 3))],
-    ids=["one token", "a page", "ragged", "long", "many"],
+    [
+        (1,),
+        (63, 64, 65, 66),
+        (0, 4097, 0, 3, 1000, 0),
+        (40000,),
+        tuple(range(0, 900, 3)),
+        (4160,) * 8,
+        (1030,) * 200,
+    ],
+    ids=["one token", "a page", "ragged", "long", "many", "alike, pieces", "alike, groups"],
 )
 def test_outputs_are_those_of_the_definition(contexts, queries, heads, dtype):
     operands = made(contexts, queries, heads, dtype)
@@ -68,6 +77,30 @@ def test_shares_may_begin_and_end_anywhere(module, heads, programs, dtype, monke
     monkeypatch.setattr(module, "multiprocessors", lambda _device: programs)
     operands = made((130, 0, 64, 1, 700, 65), 1, heads, dtype)
     assert_close(module.mla_decode(*operands, scale=SCALE), operands, dtype)
+
+
+@pytest.mark.parametrize(("queries", "heads"), [(1, 16), (1, 5), (2, 16), (3, 5)], ids=str)
+@pytest.mark.parametrize(
+    "contexts",
+    [
+        (1,),
+        (63, 64, 65, 66),
+        (0, 4097, 0, 3, 1000, 0),
+        (40000,),
+        tuple(range(0, 900, 3)),
+        (4160,) * 8,
+        (1030,) * 200,
+    ],
+    ids=["one token", "a page", "ragged", "long", "many", "alike, pieces", "alike, groups"],
+)
+def test_a_cache_in_e4m3_is_widened_as_it_is_read(contexts, queries, heads, dtype):
+    latent, rope, cache, *where = made(contexts, queries, heads, torch.bfloat16)
+    operands = latent, rope, cache.to(torch.float8_e4m3fn), *where
+    if dtype is torch.bfloat16:
+        assert_close(decode(operands, "gluon_fp8"), operands, dtype)
+    else:
+        with pytest.raises(BackendError, match="takes queries in bfloat16"):
+            decode((latent.to(dtype), rope.to(dtype), *operands[2:]), "gluon_fp8")
 
 
 @pytest.mark.parametrize("heads", [16, 128])

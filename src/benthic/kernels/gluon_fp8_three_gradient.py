@@ -117,6 +117,7 @@ def _multiply(
             part = warpgroup_mma_wait(0, deps=[part])
             by_column = x_scales.index(stage).load(BY_COLUMN)
             sums += part * by_row[:, None] * by_column[None, :]
+            fence_async_shared()  # scales were loaded by threads, which TMA does not wait for
             mbarrier.arrive(empty.index(stage), count=1)
             number += 1
         row += group * PART + gl.arange(0, PART, layout=BY_ROW)

@@ -8,10 +8,9 @@ turned round. Nothing is padded to 64 rows, and the latent is read once, as keys
 
 Shared memory is a ring of pieces of 64 tokens x 64 dims, nine a page. One warp fills it by TMA, four warps
 compute scores and weights, four others outputs, at most two pages later. All pages of all sequences are cut
-into equal shares, one a multiprocessor, so a program may meet the end of one sequence and the beginning of
-others; it finds its share from the contexts, which lie on the device. Of each sequence it leaves a part, at
-`program + sequence` among all: the greatest score m, total = sum 2^(score - m) and sum 2^(score - m) value.
-A second kernel brings a sequence's parts to one greatest score.
+into shares, one a multiprocessor, so a program may meet the end of one sequence and the beginning of
+others. Outputs of a sequence of which it has all pages it writes; of others it leaves parts, which a second
+kernel weighs (`gluon_mla_shares`).
 """
 
 from __future__ import annotations
@@ -20,50 +19,26 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from benthic.kernels.gluon_mla_rows import AHEAD, PIECES, TURNS, score, slot_of, sum_values, wait_until_used
 from benthic.kernels.gluon_mla_shares import (
-    LATENT,
     LEAST_PAGES,
     PAGE,
     add_up,
     pages_of,
     parts_of,
     pieces_of,
+    rows_of,
     share_of,
 )
-from benthic.kernels.gluon_tiles import LOG2E, load, meet, new_bars
+from benthic.kernels.gluon_tiles import LOG2E, load, new_bars
 from benthic.kernels.triton_tiles import multiprocessors
 
-PIECES = gl.constexpr(9)
-"""Of 64 dims in a page: eight of the latent, one of the rotary key."""
-VALUES = gl.constexpr(8)
-TURNS = gl.constexpr(4)
-"""Barriers of each kind; no more than three pages are in the ring, in whole or in part."""
-AHEAD = gl.constexpr(2)
-"""Pages of weights that scores may be before outputs."""
 FORMS = {16: (25, 168), 32: (22, 216)}
 """For up to so many rows: pieces in the ring (227 KiB in all), registers of a thread that sums values."""
 ENTRY_REGISTERS = 168
 """Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
-
-
-@gluon.jit
-def _slot(base, piece: gl.constexpr, RING: gl.constexpr):
-    """Where in the ring a piece of the page at `base` lies."""
-    at = base + piece
-    return gl.where(at >= RING, at - RING, at)
-
-
-@gluon.jit
-def _wait_until_used(empty, number):
-    """Until nothing reads the page of that number any more; there is none before 0."""
-    mbarrier.wait(empty.index(number % TURNS), (number // TURNS) & 1, pred=number >= 0)
 
 
 @gluon.jit
@@ -73,7 +48,7 @@ def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RIN
     The first pieces of a page take the places of the page three before, the last ones those of the page two
     before.
     """
-    full, _weighed, empty = bars
+    full, _weighed, empty, _ending = bars
     sequence, page, left = share
     number, base = 0, 0
     while left > 0:
@@ -84,158 +59,20 @@ def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RIN
             token = coming * PAGE
             coming = gl.load(row_ptr + i + 1, mask=i + 1 < pages, other=0)
             bar = full.index(number % TURNS)
-            _wait_until_used(empty, number - 3)
+            wait_until_used(empty, number - 3)
             mbarrier.expect(bar, PIECES * cache.block_type.nbytes)
             for piece in gl.static_range(PIECES):
                 if piece == RING - 2 * PIECES:
-                    _wait_until_used(empty, number - 2)
-                load(cache, [token, piece * 64], bar, ring.index(_slot(base, piece, RING)))
+                    wait_until_used(empty, number - 2)
+                load(cache, [token, piece * 64], bar, ring.index(slot_of(base, piece, RING)))
             number += 1
-            base = _slot(base, PIECES, RING)
-        sequence, page, left = sequence + 1, 0, left - pages
-
-
-@gluon.jit
-def _load_queries(
-    queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, rows, heads, ROWS: gl.constexpr
-):  # fmt: skip
-    """The rows of a sequence to shared memory, zeros behind the last."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    dim = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    kept = (row < rows)[:, None]
-    query, head, sequence = row // heads, row % heads, sequence.to(gl.int64)
-    by_sequence, by_query, by_head = latent_strides
-    latent_ptr += sequence * by_sequence + (query * by_query + head * by_head)[:, None] + dim[None, :]
-    by_sequence, by_query, by_head = rope_strides
-    rope_ptr += sequence * by_sequence + (query * by_query + head * by_head)[:, None] + dim[None, :]
-    queries.index(VALUES).store(gl.load(rope_ptr, mask=kept, other=0.0))
-    for piece in gl.static_range(VALUES):
-        queries.index(piece).store(gl.load(latent_ptr + piece * 64, mask=kept, other=0.0))
-    fence_async_shared()
-    meet()
-
-
-@gluon.jit
-def _clear_foreign_tokens(ring, base, tokens, RING: gl.constexpr):
-    """Zero what a page holds behind the context: weights there are 0, but 0 times NaN is not."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, PAGE, layout=gl.SliceLayout(1, layout))
-    for piece in gl.static_range(VALUES):
-        place = ring.index(_slot(base, piece, RING))
-        value = place.load(layout)
-        place.store(gl.where((row < tokens)[:, None], value, gl.zeros_like(value)))
-    fence_async_shared()
-    meet()
-
-
-@gluon.jit
-def _weights(s, m, total, visible, scale, SCORES: gl.constexpr):
-    """Powers of a page of scores, the new greatest score a row, sums of powers, and what old sums are worth.
-
-    Sums are kept apart for each place in the tile, and added up at the end. A row that has seen no token
-    keeps m = -inf; 0 is subtracted there, so that its weights are 2^-inf = 0.
-    """
-    token = gl.arange(0, PAGE, layout=gl.SliceLayout(1, SCORES))
-    s = gl.where(token[:, None] < visible[None, :], s, float("-inf"))
-    m_new = gl.maximum(m, gl.max(s, axis=0))
-    shift = gl.where(m_new == float("-inf"), 0.0, m_new * scale)
-    p = gl.exp2(s * scale - shift[None, :])
-    alpha = gl.exp2(m * scale - shift)
-    return p, m_new, total * alpha[None, :] + p, alpha
-
-
-@gluon.jit
-def _score(
-    latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, latent_strides, rope_strides,
-    rows, heads, scale, ring, queries, weights, alphas, bars, share,
-    ROWS: gl.constexpr, RING: gl.constexpr,
-):  # fmt: skip
-    """Scores and weights of a share, page after page, at most `AHEAD` pages before their outputs."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    full, weighed, empty = bars
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES))
-    zero = gl.zeros([PAGE, ROWS], gl.float32, layout=SCORES)
-    sequence, page, left = share
-    number, base = 0, 0
-    while left > 0:
-        context, pages = pages_of(context_ptr, sequence, page, left)
-        _load_queries(
-            queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, rows, heads, ROWS
-        )
-        last_seen = context - (rows - 1 - row) // heads  # tokens that each row sees
-        m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, SCORES))
-        total = zero
-        for i in range(pages):
-            first = (page + i) * PAGE
-            mbarrier.wait(full.index(number % TURNS), (number // TURNS) & 1)
-            if first + PAGE > context:
-                _clear_foreign_tokens(ring, base, context - first, RING)
-            s = zero
-            for piece in gl.static_range(PIECES):
-                keys = ring.index(_slot(base, piece, RING))
-                query = queries.index(piece).permute((1, 0))
-                s = warpgroup_mma(keys, query, s, use_acc=piece > 0, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            p, m, total, alpha = _weights(s, m, total, last_seen - first, scale, SCORES)
-            _wait_until_used(empty, number - AHEAD)
-            weights.index(number % AHEAD).store(p.to(weights.dtype))
-            alphas.index(number % AHEAD).store(alpha)
-            fence_async_shared()
-            meet()
-            mbarrier.arrive(weighed.index(number % TURNS), count=1)
-            number += 1
-            base = _slot(base, PIECES, RING)
-        place = (sequence + gl.program_id(0)) * ROWS + row
-        gl.store(most_ptr + place, m * scale)
-        gl.store(total_ptr + place, gl.sum(total, axis=0))
-        sequence, page, left = sequence + 1, 0, left - pages
-
-
-@gluon.jit
-def _values(ring, base, piece: gl.constexpr, RING: gl.constexpr):
-    """A piece of a page turned round: 64 dims x 64 tokens."""
-    return ring.index(_slot(base, piece, RING)).permute((1, 0))
-
-
-@gluon.jit
-def _sum_values(
-    context_ptr, part_ptr, ring, weights, alphas, bars, share,
-    ROWS: gl.constexpr, RING: gl.constexpr,
-):  # fmt: skip
-    """Outputs of a share, page after page, as weights come."""
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    _full, weighed, empty = bars
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OUT))
-    dim = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
-    zero = gl.zeros([64, ROWS], gl.float32, layout=OUT)
-    sequence, page, left = share
-    number, base = 0, 0
-    while left > 0:
-        _context, pages = pages_of(context_ptr, sequence, page, left)
-        acc = [zero for _ in (0, 1, 2, 3, 4, 5, 6, 7)]
-        for _i in range(pages):
-            mbarrier.wait(weighed.index(number % TURNS), (number // TURNS) & 1)
-            alpha = alphas.index(number % AHEAD).load(gl.SliceLayout(0, OUT))
-            acc = [x * alpha[None, :] for x in acc]
-            weight = weights.index(number % AHEAD)
-            acc = [
-                warpgroup_mma(_values(ring, base, piece, RING), weight, acc[piece], is_async=True)
-                for piece in (0, 1, 2, 3, 4, 5, 6, 7)
-            ]
-            acc = warpgroup_mma_wait(0, deps=acc)
-            mbarrier.arrive(empty.index(number % TURNS), count=1)
-            number += 1
-            base = _slot(base, PIECES, RING)
-        place = ((sequence + gl.program_id(0)) * ROWS + row) * LATENT
-        for piece in gl.static_range(VALUES):
-            gl.store(part_ptr + place[None, :] + (piece * 64 + dim)[:, None], acc[piece])
+            base = slot_of(base, PIECES, RING)
         sequence, page, left = sequence + 1, 0, left - pages
 
 
 @gluon.jit(do_not_specialize=["sequences"])
 def _decode(
-    cache, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, most_ptr, total_ptr,
+    cache, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, lse_ptr, ends_ptr, out_ptr,
     stride_qs, stride_qq, stride_qh, stride_rs, stride_rq, stride_rh, stride_table,
     sequences, rows, heads, scale,
     ROWS: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
@@ -250,24 +87,26 @@ def _decode(
     queries = gl.allocate_shared_memory(dtype, [PIECES, ROWS, 64], rows_layout)
     weights = gl.allocate_shared_memory(dtype, [AHEAD, PAGE, ROWS], weights_layout)
     alphas = gl.allocate_shared_memory(gl.float32, [AHEAD, ROWS], plain)
-    bars = (new_bars(TURNS, 1), new_bars(TURNS, 1), new_bars(TURNS, 1))
+    factors = gl.allocate_shared_memory(gl.float32, [ROWS], plain)
+    ending = new_bars(2, 1)
+    bars = (new_bars(TURNS, 1), new_bars(TURNS, 1), new_bars(TURNS, 1), (ending.index(0), ending.index(1)))
     fence_async_shared()
     gl.warp_specialize([
-        (_score, (
-            latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, (stride_qs, stride_qq, stride_qh),
-            (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, ring, queries, weights, alphas,
-            bars, share, ROWS, RING,
+        (score, (
+            latent_ptr, rope_ptr, context_ptr, lse_ptr, ends_ptr, (stride_qs, stride_qq, stride_qh),
+            (stride_rs, stride_rq, stride_rh), sequences, rows, heads, scale * LOG2E, ring, queries, weights,
+            alphas, factors, bars, share, ROWS, RING, True,
         )),
-        (_sum_values, (context_ptr, part_ptr, ring, weights, alphas, bars, share, ROWS, RING)),
+        (sum_values, (
+            context_ptr, part_ptr, out_ptr, rows, ring, weights, alphas, factors, bars, share, ROWS, RING,
+        )),
         (_produce, (cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale):
     """See `benthic.kernels.ops.mla_decode`; launches follow from shapes, so a CUDA graph can hold them."""
-    q_latent_SQHC, q_rope_SQHr = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent_SQHC, q_rope_SQHr)
-    )
+    (q_latent_SQHC, by_latent), (q_rope_SQHr, by_rope) = rows_of(q_latent_SQHC), rows_of(q_rope_SQHr)
     sequences, queries, heads, _latent = q_latent_SQHC.shape
     device, rows = cache_PBW.device, queries * heads
     out = torch.empty(q_latent_SQHC.shape, dtype=q_latent_SQHC.dtype, device=device)
@@ -277,13 +116,13 @@ def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S,
     padded = 16 if rows <= 16 else 32
     ring, registers = FORMS[padded]
     programs = min(multiprocessors(device), triton.cdiv(pages, LEAST_PAGES))
-    part, most, total, many = parts_of(sequences, programs, padded, device)
+    part, lse, ends, many = parts_of(sequences, programs, padded, device)
     _decode[(programs,)](
-        pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, most, total,
-        *q_latent_SQHC.stride()[:3], *q_rope_SQHr.stride()[:3], block_table_SP.stride(0),
+        pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, lse, ends, out,
+        *by_latent, *by_rope, block_table_SP.stride(0),
         sequences, rows, heads, scale,
         ROWS=padded, RING=ring, REGISTERS=registers, LEAST=LEAST_PAGES, MANY=many,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
-    add_up((part, most, total), context_S, out, programs)
+    add_up((part, lse, ends), context_S, out, programs)
     return out

@@ -32,9 +32,16 @@ from benthic.kernels.gluon_mla_shares import (
     LEAST_PAGES,
     PAGE,
     add_up,
+    begins_and_ends,
+    conclude,
+    copied,
+    copy_rows,
+    factor_of,
+    note,
     pages_of,
     parts_of,
     pieces_of,
+    rows_of,
     share_of,
 )
 from benthic.kernels.gluon_tiles import LOG2E, clear_after, load, meet, new_bars
@@ -50,7 +57,7 @@ HALF = gl.constexpr(2)
 ROPE = gl.constexpr(64)
 PAGES = gl.constexpr(2)
 """In shared memory."""
-VALUE_REGISTERS = 184
+VALUE_REGISTERS = 176
 PRODUCER_REGISTERS = 32
 ENTRY_REGISTERS = 128
 """Of a thread before the groups divide them: 65,536 over four groups of 128 threads."""
@@ -77,7 +84,7 @@ def _nth(k: gl.constexpr):
 @gluon.jit
 def _produce(latents, ropes, table_ptr, context_ptr, stride_table, values, keys, bars, share):
     """Load the pages of a share, piece after piece, as places come free; the rotary key with the first."""
-    full, empty, _weighed, _taken = bars
+    full, empty, _weighed, _taken, _ending = bars
     sequence, page, left = share
     number = 0
     while left > 0:
@@ -100,30 +107,16 @@ def _produce(latents, ropes, table_ptr, context_ptr, stride_table, values, keys,
 
 
 @gluon.jit
-def _rows(ptr, strides, sequence, first_row, rows, heads, DIMS: gl.constexpr):
-    """Some dims of 64 rows of a sequence, zeros behind the last."""
-    layout: gl.constexpr = gl.BlockedLayout([1, DIMS // 8], [4, 8], [4, 1], [1, 0])
-    row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    dim = gl.arange(0, DIMS, layout=gl.SliceLayout(0, layout))
-    by_sequence, by_query, by_head = strides
-    ptr += sequence.to(gl.int64) * by_sequence
-    at = ptr + (row // heads * by_query + row % heads * by_head)[:, None] + dim[None, :]
-    return gl.load(at, mask=(row < rows)[:, None], other=0.0)
-
-
-@gluon.jit
 def _load_queries(
     queries, latent_ptr, rope_ptr, latent_strides, rope_strides, sequence, first_row, rows, heads
 ):  # fmt: skip
-    """Queries of 64 rows to shared memory, one piece after another: more would not fit in registers."""
+    """Queries of 64 rows to shared memory, all pieces at once and past registers."""
     latents, ropes = queries
-    rope = _rows(rope_ptr, rope_strides, sequence, first_row, rows, heads, ROPE)
     for k in gl.static_range(VALUES):
         at = latent_ptr + k * WIDTH
-        latents.index(k).store(_rows(at, latent_strides, sequence, first_row, rows, heads, WIDTH))
-    ropes.store(rope)
-    fence_async_shared()
-    meet()
+        copy_rows(latents.index(k), at, latent_strides, sequence, first_row, rows, heads, ROWS, WIDTH)
+    copy_rows(ropes, rope_ptr, rope_strides, sequence, first_row, rows, heads, ROWS, ROPE)
+    copied()
 
 
 @gluon.jit
@@ -170,25 +163,33 @@ def _weights(s, m, total, visible, scale, cut, SCORES: gl.constexpr):
 
 
 @gluon.jit
+def _part(begins, tiles):
+    """Where this program's 64 rows of a part of a sequence begin."""
+    share, tile = gl.program_id(0) // tiles, gl.program_id(0) % tiles
+    return ((2 * share + begins) * tiles + tile) * ROWS
+
+
+@gluon.jit
 def _score(
-    latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, latent_strides, rope_strides, rows, heads, scale,
-    values, keys, queries, weights, alphas, bars, share, number_of_share, tile, padded,
+    latent_ptr, rope_ptr, context_ptr, lse_ptr, ends_ptr, latent_strides, rope_strides,
+    sequences, rows, heads, scale, values, keys, queries, weights, alphas, factors, bars, share, tiles,
 ):  # fmt: skip
     """Scores and weights of a share, page after page."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE, 16])
-    full, _empty, weighed, taken = bars
-    row = tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
+    full, _empty, weighed, taken, ending = bars
+    first_row = gl.program_id(0) % tiles * ROWS
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     zero = gl.zeros([ROWS, PAGE], gl.float32, layout=SCORES)
     sequence, page, left = share
-    number = 0
+    number, part = 0, 0
     while left > 0:
         context, pages = pages_of(context_ptr, sequence, page, left)
         if pages > 0:
             _load_queries(
                 queries, latent_ptr, rope_ptr, latent_strides, rope_strides,
-                sequence, tile * ROWS, rows, heads,
+                sequence, first_row, rows, heads,
             )  # fmt: skip
-            last_seen = context - (rows - 1 - row) // heads  # tokens that each row sees
+            last_seen = context - (rows - 1 - first_row - row) // heads  # tokens that each row sees
             m = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
             total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, SCORES))
             for i in range(pages):
@@ -204,60 +205,74 @@ def _score(
                 meet()
                 mbarrier.arrive(weighed, count=1)
                 number += 1
-            place = (sequence + number_of_share) * padded + row
-            gl.store(most_ptr + place, m * scale)
-            gl.store(total_ptr + place, total)
+            lse = conclude(m, total, scale, factors, ending, part)
+            part += 1
+            begins, ends = begins_and_ends(context, page, pages)
+            note(ends_ptr, sequences, sequence, gl.program_id(0) // tiles, begins, ends)
+            if not (begins and ends):
+                gl.store(lse_ptr + _part(begins, tiles) + row, lse)
         sequence, page, left = sequence + 1, 0, left - pages
 
 
 @gluon.jit
 def _sum_values(
-    group, context_ptr, part_ptr, values, weights, alphas, bars, share, number_of_share, tile, padded
+    group, context_ptr, part_ptr, out_ptr, rows, values, weights, alphas, factors, bars, share, tiles
 ):  # fmt: skip
     """Half of the outputs of a share, page after page, as weights come."""
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
-    _full, empty, weighed, taken = bars
-    row = tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+    _full, empty, weighed, taken, ending = bars
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
     dim = group * HALF * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, OUT))
     zero = gl.zeros([ROWS, WIDTH], gl.float32, layout=OUT)
+    at = row[:, None] * LATENT + dim[None, :]
     sequence, page, left = share
-    number = 0
+    number, part = 0, 0
     while left > 0:
-        _context, pages = pages_of(context_ptr, sequence, page, left)
-        acc_0, acc_1 = zero, zero
-        for _i in range(pages):
-            mbarrier.wait(weighed, number & 1)
-            p = weights.load(LEFT)
-            alpha = alphas.load(gl.SliceLayout(1, OUT))[:, None]
-            mbarrier.arrive(taken, count=1)
-            acc_0, acc_1 = acc_0 * alpha, acc_1 * alpha
-            place = _place(number, group * HALF)
-            acc_0 = warpgroup_mma(p, values.index(place), acc_0, is_async=True)
-            acc_1 = warpgroup_mma(p, values.index(place + 1), acc_1, is_async=True)
-            acc_0 = warpgroup_mma_wait(1, deps=[acc_0])
-            mbarrier.arrive(empty.index(place), count=1)
-            acc_1, p = warpgroup_mma_wait(0, deps=[acc_1, p])
-            mbarrier.arrive(empty.index(place + 1), count=1)
-            number += 1
+        context, pages = pages_of(context_ptr, sequence, page, left)
         if pages > 0:
-            base = part_ptr + (sequence + number_of_share).to(gl.int64) * padded * LATENT
-            at = base + row[:, None] * LATENT + dim[None, :]
-            gl.store(at, acc_0)
-            gl.store(at + WIDTH, acc_1)
+            acc_0, acc_1 = zero, zero
+            for _i in range(pages):
+                mbarrier.wait(weighed, number & 1)
+                p = weights.load(LEFT)
+                alpha = alphas.load(gl.SliceLayout(1, OUT))[:, None]
+                mbarrier.arrive(taken, count=1)
+                acc_0, acc_1 = acc_0 * alpha, acc_1 * alpha
+                place = _place(number, group * HALF)
+                acc_0 = warpgroup_mma(p, values.index(place), acc_0, is_async=True)
+                acc_1 = warpgroup_mma(p, values.index(place + 1), acc_1, is_async=True)
+                acc_0 = warpgroup_mma_wait(1, deps=[acc_0])
+                mbarrier.arrive(empty.index(place), count=1)
+                acc_1, p = warpgroup_mma_wait(0, deps=[acc_1, p])
+                mbarrier.arrive(empty.index(place + 1), count=1)
+                number += 1
+            factor = factor_of(factors, ending, part, gl.SliceLayout(1, OUT))[:, None]
+            part += 1
+            acc_0, acc_1 = acc_0 * factor, acc_1 * factor
+            begins, ends = begins_and_ends(context, page, pages)
+            if begins and ends:
+                first = gl.program_id(0) % tiles * ROWS
+                rows_ptr = out_ptr + (sequence.to(gl.int64) * rows + first) * LATENT
+                kept = (row < rows - first)[:, None]
+                gl.store(rows_ptr + at, acc_0.to(out_ptr.dtype.element_ty), mask=kept)
+                gl.store(rows_ptr + WIDTH + at, acc_1.to(out_ptr.dtype.element_ty), mask=kept)
+            else:
+                own_ptr = part_ptr + _part(begins, tiles) * LATENT
+                gl.store(own_ptr + at, acc_0)
+                gl.store(own_ptr + WIDTH + at, acc_1)
         sequence, page, left = sequence + 1, 0, left - pages
 
 
 @gluon.jit(do_not_specialize=["sequences"])
 def _decode(
-    latents, ropes, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, most_ptr, total_ptr,
+    latents, ropes, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, lse_ptr, ends_ptr, out_ptr,
     stride_qs, stride_qq, stride_qh, stride_rs, stride_rq, stride_rh, stride_table,
     sequences, rows, heads, tiles, scale,
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: 64 rows of its share of all pages."""
-    number, tile = gl.program_id(0) // tiles, gl.program_id(0) % tiles
-    share = share_of(context_ptr, sequences, number, gl.num_programs(0) // tiles, LEAST, MANY)
+    number, shares = gl.program_id(0) // tiles, gl.num_programs(0) // tiles
+    share = share_of(context_ptr, sequences, number, shares, LEAST, MANY)
     dtype: gl.constexpr = latents.dtype
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     values = gl.allocate_shared_memory(dtype, [PAGES * VALUES, PAGE, WIDTH], latents.layout)
@@ -268,20 +283,24 @@ def _decode(
     )
     weights = gl.allocate_shared_memory(dtype, [ROWS, PAGE], ropes.layout)
     alphas = gl.allocate_shared_memory(gl.float32, [ROWS], plain)
-    weighed, taken = new_bars(1, 1), new_bars(1, 2)
-    bars = (new_bars(PAGES * VALUES, 1), new_bars(PAGES * VALUES, 1), weighed.index(0), taken.index(0))
+    factors = gl.allocate_shared_memory(gl.float32, [ROWS], plain)
+    by_one, by_two = new_bars(2, 1), new_bars(2, 2)  # arrivals: of scores, of both groups that sum
+    bars = (
+        new_bars(PAGES * VALUES, 1), new_bars(PAGES * VALUES, 1), by_one.index(0), by_two.index(0),
+        (by_one.index(1), by_two.index(1)),
+    )  # fmt: skip
     fence_async_shared()
     gl.warp_specialize([
         (_score, (
-            latent_ptr, rope_ptr, context_ptr, most_ptr, total_ptr, (stride_qs, stride_qq, stride_qh),
-            (stride_rs, stride_rq, stride_rh), rows, heads, scale * LOG2E, values, keys, queries, weights,
-            alphas, bars, share, number, tile, tiles * ROWS,
+            latent_ptr, rope_ptr, context_ptr, lse_ptr, ends_ptr, (stride_qs, stride_qq, stride_qh),
+            (stride_rs, stride_rq, stride_rh), sequences, rows, heads, scale * LOG2E, values, keys, queries,
+            weights, alphas, factors, bars, share, tiles,
         )),
         (_sum_values, (
-            0, context_ptr, part_ptr, values, weights, alphas, bars, share, number, tile, tiles * ROWS,
+            0, context_ptr, part_ptr, out_ptr, rows, values, weights, alphas, factors, bars, share, tiles,
         )),
         (_sum_values, (
-            1, context_ptr, part_ptr, values, weights, alphas, bars, share, number, tile, tiles * ROWS,
+            1, context_ptr, part_ptr, out_ptr, rows, values, weights, alphas, factors, bars, share, tiles,
         )),
         (_produce, (latents, ropes, table_ptr, context_ptr, stride_table, values, keys, bars, share)),
     ], [4, 4, 1], [REGISTERS, REGISTERS, FEW_REGISTERS])  # fmt: skip
@@ -289,9 +308,7 @@ def _decode(
 
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale):
     """See `benthic.kernels.ops.mla_decode`; launches follow from shapes, so a CUDA graph can hold them."""
-    q_latent_SQHC, q_rope_SQHr = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent_SQHC, q_rope_SQHr)
-    )
+    (q_latent_SQHC, by_latent), (q_rope_SQHr, by_rope) = rows_of(q_latent_SQHC), rows_of(q_rope_SQHr)
     sequences, queries, heads, _latent = q_latent_SQHC.shape
     device, rows = cache_PBW.device, queries * heads
     out = torch.empty(q_latent_SQHC.shape, dtype=q_latent_SQHC.dtype, device=device)
@@ -300,14 +317,14 @@ def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S,
         return out.zero_()
     tiles = triton.cdiv(rows, ROWS.value)
     shares = min(max(multiprocessors(device) // tiles, 1), triton.cdiv(pages, LEAST_PAGES))
-    part, most, total, many = parts_of(sequences, shares, tiles * ROWS.value, device)
+    part, lse, ends, many = parts_of(sequences, shares, tiles * ROWS.value, device)
     _decode[(shares * tiles,)](
         pieces_of(cache_PBW, WIDTH.value), pieces_of(cache_PBW, ROPE.value),
-        q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, most, total,
-        *q_latent_SQHC.stride()[:3], *q_rope_SQHr.stride()[:3], block_table_SP.stride(0),
+        q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, lse, ends, out,
+        *by_latent, *by_rope, block_table_SP.stride(0),
         sequences, rows, heads, tiles, scale,
         REGISTERS=VALUE_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS, LEAST=LEAST_PAGES, MANY=many,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
-    add_up((part, most, total), context_S, out, shares)
+    add_up((part, lse, ends), context_S, out, shares)
     return out

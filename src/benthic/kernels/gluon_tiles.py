@@ -8,12 +8,14 @@ import threading
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Triton 3.9's names, and before that 3.6's.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 unload = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)

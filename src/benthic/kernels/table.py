@@ -33,7 +33,8 @@ class Case(NamedTuple):
         dims: sizes that never change within a model; each op's `typical_dims` has an example.
         equal: every sequence of a pack has the same length, for ops to which that matters.
         grad: autograd records the call, so a gradient may be asked for.
-        mixed: the operands have several dtypes, for ops to which that matters.
+        mixed: the operands have several dtypes, for ops to which that matters; with a cache in E4M3, queries
+            that are not in bfloat16.
         few: there are few rows for each weight, or for each cached token, for ops to which that matters.
         many: there are so many that tall tiles are full.
         layout: how weights or pages lie in memory, for ops to which that matters: "columns" when outputs lie
