@@ -82,6 +82,7 @@ def attention(kernel, constants, types, module):
     constants = {"CAUSAL": True} | constants
     constants |= {
         "GROUPS": 1,
+        "TOGETHER": 16,
         "STAGES": module.STAGES,
         "REGISTERS": module.CONSUMER_REGISTERS,
         "FEW_REGISTERS": module.PRODUCER_REGISTERS,

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from benthic.kernels.gluon_attention_backward import gradients
-from benthic.kernels.gluon_tiles import LOG2E, load, loadable, meet, new_bars, rows_of
+from benthic.kernels.gluon_tiles import LOG2E, grid_of, load, loadable, meet, new_bars, place, rows_of
 from benthic.kernels.triton_attention_backward import keep, split_width
 
 QUERIES = 128
@@ -253,15 +253,16 @@ def _forward(
     q_stride, k_stride, v_stride, tokens, scale,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head and sequence; the descriptors see heads side by side in a row."""
-    head, sequence = gl.program_id(1), gl.program_id(2)
+    head, tile, sequence = place(HEADS, TOGETHER)
     start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
     rows = gl.load(starts_q_ptr + sequence + 1) - start_q
     keys = gl.load(starts_k_ptr + sequence + 1) - start_k
     # Causal tiles at the end of a sequence meet the most keys: start them first.
-    tile = gl.num_programs(0) - 1 - gl.program_id(0) if CAUSAL else gl.program_id(0)
+    if CAUSAL:
+        tile = gl.num_programs(1) - 1 - tile
     offset, end, first_masked = keys - rows, keys, keys // BLOCK_N
     if CAUSAL:
         end = gl.minimum(keys, gl.maximum((tile + 1) * BLOCK_M + offset, 0))
@@ -298,7 +299,7 @@ class _Attention(torch.autograd.Function):
         out_THv = torch.empty(tokens, heads, value, dtype=q_THd.dtype, device=q_THd.device)
         lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THd.device)
         d_1, d_2 = split_width(width)
-        grid = (triton.cdiv(max_q, QUERIES), heads, cu_seqlens_q.shape[0] - 1)
+        grid, together = grid_of(triton.cdiv(max_q, QUERIES), heads, cu_seqlens_q.shape[0] - 1)
         if k_THd.shape[0] == 0:  # a descriptor wants something to describe
             out_THv.zero_()
             lse_HT.fill_(-torch.inf)
@@ -309,7 +310,7 @@ class _Attention(torch.autograd.Function):
                 out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k,
                 q_THd.stride(1), k_THd.stride(1), v_THv.stride(1), tokens, scale,
                 HEADS=heads, GROUPS=heads // k_THd.shape[1], D_1=d_1, D_2=d_2, V=value, BLOCK_M=QUERIES,
-                BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, REGISTERS=CONSUMER_REGISTERS,
+                BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, TOGETHER=together, REGISTERS=CONSUMER_REGISTERS,
                 FEW_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=ENTRY_REGISTERS,
             )  # fmt: skip
         return keep(

@@ -12,7 +12,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from benthic.kernels.gluon_tiles import LOG2E, clear_after, load, meet, new_bars, nothing, product, store
+from benthic.kernels.gluon_tiles import (
+    LOG2E,
+    clear_after,
+    load,
+    meet,
+    new_bars,
+    nothing,
+    place,
+    product,
+    store,
+)
 
 
 @gluon.jit
@@ -55,6 +65,7 @@ def _consume_queries(
     visible, kept, blocks,
     KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """The gradients of the 64 keys of a group and of their values, from `blocks` of queries a head.
 
@@ -86,9 +97,9 @@ def _consume_queries(
         if (block == blocks - 1) & (kept < BLOCK_M):
             mbarrier.wait(dout_full.index(stage), phase)
             _clear_queries(rings, stage, kept, BLOCK_M, D_1, D_2, V)
-        place = _unknown(group)
+        mine = _unknown(group)
         s_coming = product(
-            (keys_1.index(place), keys_2.index(place)),
+            (keys_1.index(mine), keys_2.index(mine)),
             (queries_1.index(stage), queries_2.index(stage)),
             zero,
             D_2,
@@ -109,7 +120,7 @@ def _consume_queries(
         p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), LEFT)
         mbarrier.wait(dout_full.index(stage), phase)
         dp_coming = warpgroup_mma(
-            values.index(place), douts.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
+            values.index(mine), douts.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
         )
         dv = warpgroup_mma(p, douts.index(stage), dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp_coming])
@@ -120,8 +131,9 @@ def _consume_queries(
         dv, ds_32 = warpgroup_mma_wait(0, deps=[dv, ds_32])
         mbarrier.arrive(dout_empty.index(stage), count=1)
         ds = gl.convert_layout(ds_32.to(ds.dtype), LEFT)
-    last, key_head, scale = (total - 1) % STAGES, gl.program_id(1), scale / LOG2E
-    column = gl.program_id(0) * BLOCK_N + group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    key_head, tile, _sequence = place(KEY_HEADS, TOGETHER)
+    last, scale = (total - 1) % STAGES, scale / LOG2E
+    column = tile * BLOCK_N + group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     dk_1 = warpgroup_mma(ds, queries_1.index(last), dk_1, is_async=True)
     if D_2 > 0:
         dk_2 = warpgroup_mma(ds, queries_2.index(last), dk_2, is_async=True)
@@ -185,10 +197,10 @@ def key_gradients(
     q_stride, dout_stride, k_stride, v_stride, tokens, scale,
     KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values of one key head and sequence."""
-    key_head, sequence, tile = gl.program_id(1), gl.program_id(2), gl.program_id(0)
+    key_head, tile, sequence = place(KEY_HEADS, TOGETHER)
     start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
     queries = gl.load(starts_q_ptr + sequence + 1) - start_q
     rows = gl.load(starts_k_ptr + sequence + 1) - start_k
@@ -222,13 +234,13 @@ def key_gradients(
                     0, keys_1, keys_2, values, rings, terms, bars, key_bars,
                     dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
                     queries - first_query - (blocks - 1) * BLOCK_M, blocks,
-                    KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
+                    KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL, TOGETHER,
                 )),
                 (_consume_queries, (
                     1, keys_1, keys_2, values, rings, terms, bars, key_bars,
                     dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
                     queries - first_query - (blocks - 1) * BLOCK_M, blocks,
-                    KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
+                    KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL, TOGETHER,
                 )),
                 (_produce_queries, (
                     (q_1, q_2, dout, k_1, k_2, v), keys_1, keys_2, values, rings, terms, bars, key_bars,

@@ -12,7 +12,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from benthic.kernels.gluon_tiles import LOG2E, clear_after, load, meet, new_bars, nothing, product, store
+from benthic.kernels.gluon_tiles import (
+    LOG2E,
+    clear_after,
+    load,
+    meet,
+    new_bars,
+    nothing,
+    place,
+    product,
+    store,
+)
 
 
 @gluon.jit
@@ -148,15 +158,16 @@ def query_gradient(
     q_stride, dout_stride, k_stride, v_stride, tokens, scale,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries of one head and sequence."""
-    head, sequence = gl.program_id(1), gl.program_id(2)
+    head, tile, sequence = place(HEADS, TOGETHER)
     start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
     rows = gl.load(starts_q_ptr + sequence + 1) - start_q
     keys = gl.load(starts_k_ptr + sequence + 1) - start_k
     # Causal tiles at the end of a sequence meet the most keys: start them first.
-    tile = gl.num_programs(0) - 1 - gl.program_id(0) if CAUSAL else gl.program_id(0)
+    if CAUSAL:
+        tile = gl.num_programs(1) - 1 - tile
     offset, end, first_masked = keys - rows, keys, keys // BLOCK_N
     if CAUSAL:
         end = gl.minimum(keys, gl.maximum((tile + 1) * BLOCK_M + offset, 0))

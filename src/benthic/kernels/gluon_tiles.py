@@ -1,7 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""What Gluon kernels for Hopper share: names of both Triton versions, barriers, descriptors of heads."""
+"""What Gluon kernels for Hopper share: names of both Triton versions, barriers, grids, descriptors."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from triton.experimental import gluon
@@ -14,8 +16,19 @@ load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_t
 unload = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
+HEADS_TOGETHER = 16
+"""Of how many heads the longest tiles start first: a lone short sequence has few of them."""
+
 LOG2E = gl.constexpr(1.4426950408889634)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def place(HEADS: gl.constexpr, TOGETHER: gl.constexpr):
+    """Head, ordinal of the tile and sequence of a program: tiles in order, of `TOGETHER` heads each."""
+    PARTS: gl.constexpr = HEADS // TOGETHER
+    row = gl.program_id(2)
+    return row % PARTS * TOGETHER + gl.program_id(0), gl.program_id(1), row // PARTS
 
 
 @gluon.jit
@@ -75,6 +88,12 @@ def nothing(ptr, start, rows, tile, head, HEADS: gl.constexpr, D: gl.constexpr, 
         at = ((start + row).to(gl.int64)[:, None] * HEADS + head) * D + first + dim[None, :]
         zero = gl.zeros([BLOCK_M, 32], ptr.dtype.element_ty, layout=layout)
         gl.store(ptr + at, zero, mask=(row < rows)[:, None])
+
+
+def grid_of(tiles, heads, sequences):
+    """The grid that `place` reads, and its `TOGETHER`."""
+    together = math.gcd(heads, HEADS_TOGETHER)
+    return (together, tiles, heads // together * sequences), together
 
 
 def loadable(x_THd):
