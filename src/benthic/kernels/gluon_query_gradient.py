@@ -114,10 +114,10 @@ def _consume_keys(
     if D_2 > 0:
         dq_2 = warpgroup_mma(ds, keys_2.index(last), dq_2, is_async=True)
         dq_1, dq_2 = warpgroup_mma_wait(0, deps=[dq_1, dq_2])
-        store(dq_ptr, dq_2, start_q, row, rows, head, D_1, scale, HEADS, D_1 + D_2, D_2, OUT_2)
+        store(dq_ptr, dq_2, start_q, row, rows, head, D_1, scale, HEADS, D_1 + D_2, D_2)
     else:
         dq_1 = warpgroup_mma_wait(0, deps=[dq_1])
-    store(dq_ptr, dq_1, start_q, row, rows, head, 0, scale, HEADS, D_1 + D_2, D_1, OUT_1)
+    store(dq_ptr, dq_1, start_q, row, rows, head, 0, scale, HEADS, D_1 + D_2, D_1)
 
 
 @gluon.jit
@@ -163,8 +163,20 @@ def query_gradient(
     """The gradient of a tile of queries of one head and sequence."""
     head, tile, sequence = place(HEADS, TOGETHER)
     start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
-    rows = gl.load(starts_q_ptr + sequence + 1) - start_q
-    keys = gl.load(starts_k_ptr + sequence + 1) - start_k
+    end_q, end_k = gl.load(starts_q_ptr + sequence + 1), gl.load(starts_k_ptr + sequence + 1)
+    queries_1 = gl.allocate_shared_memory(q_1.dtype, [2, 64, D_1], q_1.layout)
+    douts = gl.allocate_shared_memory(dout.dtype, [2, 64, V], dout.layout)
+    keys_1 = gl.allocate_shared_memory(k_1.dtype, [STAGES, BLOCK_N, D_1], k_1.layout)
+    values = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V], v.layout)
+    queries_2, keys_2 = queries_1, keys_1
+    if D_2 > 0:
+        queries_2 = gl.allocate_shared_memory(q_2.dtype, [2, 64, D_2], q_2.layout)
+        keys_2 = gl.allocate_shared_memory(k_2.dtype, [STAGES, BLOCK_N, D_2], k_2.layout)
+    query_bars = new_bars(2, 1)
+    bars = (new_bars(STAGES, 1), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
+    fence_async_shared()
+    rings = (keys_1, keys_2, values)
+    rows, keys = end_q - start_q, end_k - start_k
     # Causal tiles at the end of a sequence meet the most keys: start them first.
     if CAUSAL:
         tile = gl.num_programs(1) - 1 - tile
@@ -173,38 +185,25 @@ def query_gradient(
         end = gl.minimum(keys, gl.maximum((tile + 1) * BLOCK_M + offset, 0))
         first_masked = gl.minimum(first_masked, gl.maximum(tile * BLOCK_M + offset + 1, 0) // BLOCK_N)
     blocks = (end + BLOCK_N - 1) // BLOCK_N
-    if tile * BLOCK_M < rows:
-        if blocks > 0:
-            queries_1 = gl.allocate_shared_memory(q_1.dtype, [2, 64, D_1], q_1.layout)
-            douts = gl.allocate_shared_memory(dout.dtype, [2, 64, V], dout.layout)
-            keys_1 = gl.allocate_shared_memory(k_1.dtype, [STAGES, BLOCK_N, D_1], k_1.layout)
-            values = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V], v.layout)
-            queries_2, keys_2 = queries_1, keys_1
-            if D_2 > 0:
-                queries_2 = gl.allocate_shared_memory(q_2.dtype, [2, 64, D_2], q_2.layout)
-                keys_2 = gl.allocate_shared_memory(k_2.dtype, [STAGES, BLOCK_N, D_2], k_2.layout)
-            query_bars = new_bars(2, 1)
-            bars = (new_bars(STAGES, 1), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
-            fence_async_shared()
-            rings = (keys_1, keys_2, values)
-            columns = (
-                head * q_stride, head * dout_stride, head // GROUPS * k_stride, head // GROUPS * v_stride
-            )  # fmt: skip
-            gl.warp_specialize([
-                (_consume_keys, (
-                    0, (queries_1.index(0), queries_2.index(0)), douts.index(0), rings, bars, query_bars,
-                    dq_ptr, lse_ptr, delta_ptr, start_q, rows, keys, tile, head, tokens, scale, offset,
-                    blocks, first_masked, HEADS, D_1, D_2, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
-                )),
-                (_consume_keys, (
-                    1, (queries_1.index(1), queries_2.index(1)), douts.index(1), rings, bars, query_bars,
-                    dq_ptr, lse_ptr, delta_ptr, start_q, rows, keys, tile, head, tokens, scale, offset,
-                    blocks, first_masked, HEADS, D_1, D_2, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
-                )),
-                (_produce_keys, (
-                    (q_1, q_2, dout, k_1, k_2, v), queries_1, queries_2, douts, rings, bars, query_bars,
-                    start_q + tile * BLOCK_M, start_k, columns, blocks, D_1, D_2, BLOCK_N, STAGES,
-                )),
-            ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
-        else:
-            nothing(dq_ptr, start_q, rows, tile, head, HEADS, D_1 + D_2, BLOCK_M)
+    if (tile * BLOCK_M < rows) & (blocks > 0):
+        columns = (
+            head * q_stride, head * dout_stride, head // GROUPS * k_stride, head // GROUPS * v_stride
+        )  # fmt: skip
+        gl.warp_specialize([
+            (_consume_keys, (
+                0, (queries_1.index(0), queries_2.index(0)), douts.index(0), rings, bars, query_bars,
+                dq_ptr, lse_ptr, delta_ptr, start_q, rows, keys, tile, head, tokens, scale, offset,
+                blocks, first_masked, HEADS, D_1, D_2, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
+            )),
+            (_consume_keys, (
+                1, (queries_1.index(1), queries_2.index(1)), douts.index(1), rings, bars, query_bars,
+                dq_ptr, lse_ptr, delta_ptr, start_q, rows, keys, tile, head, tokens, scale, offset,
+                blocks, first_masked, HEADS, D_1, D_2, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
+            )),
+            (_produce_keys, (
+                (q_1, q_2, dout, k_1, k_2, v), queries_1, queries_2, douts, rings, bars, query_bars,
+                start_q + tile * BLOCK_M, start_k, columns, blocks, D_1, D_2, BLOCK_N, STAGES,
+            )),
+        ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
+    elif tile * BLOCK_M < rows:
+        nothing(dq_ptr, start_q, rows, tile, head, HEADS, D_1 + D_2, BLOCK_M)
