@@ -158,7 +158,7 @@ def _consume(
     out = acc / gl.convert_layout(safe, gl.SliceLayout(1, OUT))[:, None]
     lse = gl.where(total == 0.0, float("-inf"), (m * scale + gl.log2(safe)) / LOG2E)
     gl.store(lse_ptr + head.to(gl.int64) * tokens + start_q + row, lse, mask=row < rows)
-    store(out_ptr, out, start_q, row, rows, head, 0, 1.0, HEADS, V, V)
+    store(out_ptr, out, q_1, start_q, tile * BLOCK_M + group * 64, rows, head, 0, 1.0, HEADS, V)
 
 
 @gluon.jit

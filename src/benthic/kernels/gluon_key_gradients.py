@@ -71,6 +71,7 @@ def _consume_queries(
 
     The last of a head's has `kept` queries. The first query that sees the tile's first key is its `visible`.
     """
+    DIMS: gl.constexpr = D_1 + D_2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     OUT_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_1, 16])
     OUT_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_2 if D_2 > 0 else D_1, 16])
@@ -133,17 +134,16 @@ def _consume_queries(
         ds = gl.convert_layout(ds_32.to(ds.dtype), LEFT)
     key_head, tile, _sequence = place(KEY_HEADS, TOGETHER)
     last, scale = (total - 1) % STAGES, scale / LOG2E
-    # Row numbers as the loop reads them: its address is at hand, and a second one would be spilled.
-    column = tile * BLOCK_N + group * 64 + ordinals.load(gl.SliceLayout(1, SCORES))
+    column = tile * BLOCK_N + group * 64
     dk_1 = warpgroup_mma(ds, queries_1.index(last), dk_1, is_async=True)
     if D_2 > 0:
         dk_2 = warpgroup_mma(ds, queries_2.index(last), dk_2, is_async=True)
         dk_1, dk_2 = warpgroup_mma_wait(0, deps=[dk_1, dk_2])
-        store(dk_ptr, dk_2, start_k, column, rows, key_head, D_1, scale, KEY_HEADS, D_1 + D_2, D_2)
+        store(dk_ptr, dk_2, keys_2.index(group), start_k, column, rows, key_head, D_1, scale, KEY_HEADS, DIMS)
     else:
         dk_1 = warpgroup_mma_wait(0, deps=[dk_1])
-    store(dk_ptr, dk_1, start_k, column, rows, key_head, 0, scale, KEY_HEADS, D_1 + D_2, D_1)
-    store(dv_ptr, dv, start_k, column, rows, key_head, 0, 1.0, KEY_HEADS, V, V)
+    store(dk_ptr, dk_1, keys_1.index(group), start_k, column, rows, key_head, 0, scale, KEY_HEADS, DIMS)
+    store(dv_ptr, dv, values.index(group), start_k, column, rows, key_head, 0, 1.0, KEY_HEADS, V)
 
 
 @gluon.jit

@@ -79,7 +79,8 @@ def _consume_keys(
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT_1, k_width=2)
     keys_1, keys_2, _values = rings
     key_full = bars[0]
-    row = tile * BLOCK_M + group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    first_row = tile * BLOCK_M + group * 64
+    row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     last_seen = gl.minimum(row + offset, keys - 1) if CAUSAL else row * 0 + (keys - 1)
     per_row = head.to(gl.int64) * tokens + start_q + row
     lse = gl.load(lse_ptr + per_row, mask=row < rows, other=float("inf")) * LOG2E
@@ -114,10 +115,10 @@ def _consume_keys(
     if D_2 > 0:
         dq_2 = warpgroup_mma(ds, keys_2.index(last), dq_2, is_async=True)
         dq_1, dq_2 = warpgroup_mma_wait(0, deps=[dq_1, dq_2])
-        store(dq_ptr, dq_2, start_q, row, rows, head, D_1, scale, HEADS, D_1 + D_2, D_2)
+        store(dq_ptr, dq_2, queries[1], start_q, first_row, rows, head, D_1, scale, HEADS, D_1 + D_2)
     else:
         dq_1 = warpgroup_mma_wait(0, deps=[dq_1])
-    store(dq_ptr, dq_1, start_q, row, rows, head, 0, scale, HEADS, D_1 + D_2, D_1)
+    store(dq_ptr, dq_1, queries[0], start_q, first_row, rows, head, 0, scale, HEADS, D_1 + D_2)
 
 
 @gluon.jit

@@ -68,24 +68,16 @@ def product(left, right, zero, D_2: gl.constexpr):
     return s
 
 
-@gluon.constexpr_function
-def _rows_of_eights(width):
-    """64 rows over four warps, eight dims side by side a thread; a quad keeps what a product left it."""
-    eights = [[0, 32 << i] for i in range((width // 32).bit_length() - 1)]
-    registers, lanes = [[0, 1], [0, 2], [0, 4], *eights, [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, width])
-
-
 @gluon.jit
-def store(ptr, acc, start, row, rows, head, first, scale, HEADS: gl.constexpr, D: gl.constexpr,
-          WIDTH: gl.constexpr):  # fmt: skip
-    """Write dims `first .. first + WIDTH` of a group's 64 rows, 16 bytes at a time."""
-    LAYOUT: gl.constexpr = _rows_of_eights(WIDTH)
-    acc = gl.convert_layout((acc * scale).to(ptr.dtype.element_ty), LAYOUT)
-    row = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))
+def store(ptr, acc, staged, start, first_row, rows, head, first, scale, HEADS: gl.constexpr, D: gl.constexpr):
+    """Write dims of a group's 64 rows from `first` on, through shared memory of operands it needs no more."""
+    WIDTH: gl.constexpr = staged.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    staged.store((acc * scale).to(ptr.dtype.element_ty))
+    row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     dim = first + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     at = ((start + row).to(gl.int64)[:, None] * HEADS + head) * D + dim[None, :]
-    gl.store(ptr + at, acc, mask=(row < rows)[:, None])
+    gl.store(ptr + at, staged.load(LAYOUT), mask=(row < rows)[:, None])
 
 
 @gluon.jit
