@@ -82,6 +82,7 @@ def attention(kernel, constants, types, module):
     constants = {"CAUSAL": True} | constants
     constants |= {
         "GROUPS": 1,
+        "TOGETHER": 16,
         "STAGES": module.STAGES,
         "REGISTERS": module.CONSUMER_REGISTERS,
         "FEW_REGISTERS": module.PRODUCER_REGISTERS,
@@ -126,7 +127,9 @@ def assert_fits(kernel, folder):
 
 
 @pytest.mark.parametrize(
-    ("dims", "dtype", "causal"), [((192, 128), "bf16", True), ((64, 64), "fp16", False)], ids=str
+    ("dims", "dtype", "causal"),
+    [((192, 128), "bf16", True), ((64, 64), "fp16", False)],
+    ids=str,
 )
 def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(dims, dtype, causal, tmp_path):
     kernel = forward(*dims, dtype, causal=causal)
@@ -157,7 +160,9 @@ SHORT_OF_REGISTERS = pytest.mark.xfail(
     + [("key_gradients", dims) for dims in HEADS[1:]],
     ids=str,
 )
-def test_gradients_of_attention_keep_their_products_in_flight(name, dims, tmp_path):
+def test_gradients_of_attention_keep_their_products_in_flight_and_leave_in_whole_sectors(
+    name, dims, tmp_path
+):
     kernel = backward(name, *dims)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
@@ -166,6 +171,7 @@ def test_gradients_of_attention_keep_their_products_in_flight(name, dims, tmp_pa
     products = re.findall(r"HGMMA.*", text)
     # Only the last product of a group is one to wait for: the assembler did not run them one by one.
     assert 0 < sum("gsb0" in product for product in products) < len(products) / 2
+    assert set(re.findall(r"STG\S*", text)) == {"STG.E.128"}
 
 
 @pytest.mark.parametrize("rows", gluon_mla.FORMS)

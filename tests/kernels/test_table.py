@@ -39,6 +39,26 @@ def test_explain_gives_a_choice_and_a_reason_for_every_op(device, dtype):
     assert all(reason for choice in choices for _, reason in choice.others)
 
 
+@pytest.mark.parametrize(
+    ("dims", "grad", "chosen"),
+    [
+        ((192, 128), True, "gluon"),
+        ((192, 128), False, "gluon"),
+        ((128, 128), True, "cudnn"),
+        ((128, 128), False, "gluon"),
+        ((96, 96), True, "cudnn"),
+    ],
+    ids=str,
+)
+def test_attention_of_equal_lengths_runs_in_gluon_but_for_gradients_at_other_widths(
+    dims, grad, chosen, monkeypatch
+):
+    monkeypatch.setattr("benthic.kernels.table.hopper_refusal", lambda: None)
+    op = next(op for op in ops.OPS if op.name == "attention")
+    case = Case("cuda", torch.bfloat16, (*dims, 1), equal=True, grad=grad)
+    assert op.select(case)[0].name == chosen
+
+
 def test_an_op_that_nothing_runs_is_refused_with_every_reason():
     never = Op("example", (Implementation("one", lambda _: no("too cold"), "a:b"),))
     with pytest.raises(BackendError, match=r"example cannot run on cpu in torch.float16.*one: too cold"):

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from benthic.kernels.gluon_attention_backward import gradients
-from benthic.kernels.gluon_tiles import LOG2E, load, loadable, meet, new_bars, rows_of
+from benthic.kernels.gluon_tiles import LOG2E, grid_of, load, loadable, meet, new_bars, place, rows_of, store
 from benthic.kernels.triton_attention_backward import keep, split_width
 
 QUERIES = 128
@@ -158,10 +158,7 @@ def _consume(
     out = acc / gl.convert_layout(safe, gl.SliceLayout(1, OUT))[:, None]
     lse = gl.where(total == 0.0, float("-inf"), (m * scale + gl.log2(safe)) / LOG2E)
     gl.store(lse_ptr + head.to(gl.int64) * tokens + start_q + row, lse, mask=row < rows)
-    row = gl.convert_layout(row, gl.SliceLayout(1, OUT))
-    value = gl.arange(0, V, layout=gl.SliceLayout(0, OUT))
-    at = ((start_q + row).to(gl.int64)[:, None] * HEADS + head) * V + value[None, :]
-    gl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None])
+    store(out_ptr, out, q_1, start_q, tile * BLOCK_M + group * 64, rows, head, 0, 1.0, HEADS, V)
 
 
 @gluon.jit
@@ -209,15 +206,18 @@ def _nothing_seen(
     gl.store(lse_ptr + head.to(gl.int64) * tokens + start_q + row, blind, mask=row < rows)
 
 
-@gluon.jit
-def _attend(
-    q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr,
-    start_q, start_k, rows, keys, tile, head, columns, tokens, scale, offset, blocks, first_masked,
-    HEADS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, REGISTERS: gl.constexpr,
-    FEW_REGISTERS: gl.constexpr,
+@gluon.jit(do_not_specialize=["tokens"])
+def _forward(
+    q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr,
+    q_stride, k_stride, v_stride, tokens, scale,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Divide a tile's work over a loading warp and two groups that compute."""
+    """One tile of queries of one head and sequence; the descriptors see heads side by side in a row."""
+    head, tile, sequence = place(HEADS, TOGETHER)
+    start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
+    end_q, end_k = gl.load(starts_q_ptr + sequence + 1), gl.load(starts_k_ptr + sequence + 1)
     queries_1 = gl.allocate_shared_memory(q_1.dtype, [2, 64, D_1], q_1.layout)
     keys_1 = gl.allocate_shared_memory(k_1.dtype, [STAGES, BLOCK_N, D_1], k_1.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V], v.layout)
@@ -229,54 +229,35 @@ def _attend(
     bars = (new_bars(STAGES, 1), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
     fence_async_shared()
     rings = (keys_1, keys_2, values)
-    gl.warp_specialize([
-        (_consume, (
-            0, (queries_1.index(0), queries_2.index(0)), rings, bars, query_bars, out_ptr, lse_ptr,
-            start_q, rows, keys, tile, head, tokens, scale, offset, blocks, first_masked,
-            HEADS, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
-        )),
-        (_consume, (
-            1, (queries_1.index(1), queries_2.index(1)), rings, bars, query_bars, out_ptr, lse_ptr,
-            start_q, rows, keys, tile, head, tokens, scale, offset, blocks, first_masked,
-            HEADS, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
-        )),
-        (_produce, (
-            (q_1, q_2, k_1, k_2, v), queries_1, queries_2, rings, bars, query_bars,
-            start_q + tile * BLOCK_M, start_k, columns, blocks, D_1, D_2, BLOCK_N, STAGES,
-        )),
-    ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=["tokens"])
-def _forward(
-    q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr,
-    q_stride, k_stride, v_stride, tokens, scale,
-    HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """One tile of queries of one head and sequence; the descriptors see heads side by side in a row."""
-    head, sequence = gl.program_id(1), gl.program_id(2)
-    start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
-    rows = gl.load(starts_q_ptr + sequence + 1) - start_q
-    keys = gl.load(starts_k_ptr + sequence + 1) - start_k
+    rows, keys = end_q - start_q, end_k - start_k
     # Causal tiles at the end of a sequence meet the most keys: start them first.
-    tile = gl.num_programs(0) - 1 - gl.program_id(0) if CAUSAL else gl.program_id(0)
+    if CAUSAL:
+        tile = gl.num_programs(1) - 1 - tile
     offset, end, first_masked = keys - rows, keys, keys // BLOCK_N
     if CAUSAL:
         end = gl.minimum(keys, gl.maximum((tile + 1) * BLOCK_M + offset, 0))
         first_masked = gl.minimum(first_masked, gl.maximum(tile * BLOCK_M + offset + 1, 0) // BLOCK_N)
     blocks = (end + BLOCK_N - 1) // BLOCK_N
-    if tile * BLOCK_M < rows:
-        if blocks > 0:
-            columns = (head * q_stride, head // GROUPS * k_stride, head // GROUPS * v_stride)
-            _attend(
-                q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr,
-                start_q, start_k, rows, keys, tile, head, columns, tokens, scale * LOG2E, offset, blocks,
-                first_masked, HEADS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL, REGISTERS, FEW_REGISTERS,
-            )  # fmt: skip
-        else:
-            _nothing_seen(out_ptr, lse_ptr, start_q, rows, tile, head, tokens, HEADS, V, BLOCK_M)
+    if (tile * BLOCK_M < rows) & (blocks > 0):
+        columns = (head * q_stride, head // GROUPS * k_stride, head // GROUPS * v_stride)
+        gl.warp_specialize([
+            (_consume, (
+                0, (queries_1.index(0), queries_2.index(0)), rings, bars, query_bars, out_ptr, lse_ptr,
+                start_q, rows, keys, tile, head, tokens, scale * LOG2E, offset, blocks, first_masked,
+                HEADS, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
+            )),
+            (_consume, (
+                1, (queries_1.index(1), queries_2.index(1)), rings, bars, query_bars, out_ptr, lse_ptr,
+                start_q, rows, keys, tile, head, tokens, scale * LOG2E, offset, blocks, first_masked,
+                HEADS, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
+            )),
+            (_produce, (
+                (q_1, q_2, k_1, k_2, v), queries_1, queries_2, rings, bars, query_bars,
+                start_q + tile * BLOCK_M, start_k, columns, blocks, D_1, D_2, BLOCK_N, STAGES,
+            )),
+        ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
+    elif tile * BLOCK_M < rows:
+        _nothing_seen(out_ptr, lse_ptr, start_q, rows, tile, head, tokens, HEADS, V, BLOCK_M)
 
 
 def attention(q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, scale, causal):
@@ -298,7 +279,7 @@ class _Attention(torch.autograd.Function):
         out_THv = torch.empty(tokens, heads, value, dtype=q_THd.dtype, device=q_THd.device)
         lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THd.device)
         d_1, d_2 = split_width(width)
-        grid = (triton.cdiv(max_q, QUERIES), heads, cu_seqlens_q.shape[0] - 1)
+        grid, together = grid_of(triton.cdiv(max_q, QUERIES), heads, cu_seqlens_q.shape[0] - 1)
         if k_THd.shape[0] == 0:  # a descriptor wants something to describe
             out_THv.zero_()
             lse_HT.fill_(-torch.inf)
@@ -309,7 +290,7 @@ class _Attention(torch.autograd.Function):
                 out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k,
                 q_THd.stride(1), k_THd.stride(1), v_THv.stride(1), tokens, scale,
                 HEADS=heads, GROUPS=heads // k_THd.shape[1], D_1=d_1, D_2=d_2, V=value, BLOCK_M=QUERIES,
-                BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, REGISTERS=CONSUMER_REGISTERS,
+                BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, TOGETHER=together, REGISTERS=CONSUMER_REGISTERS,
                 FEW_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=ENTRY_REGISTERS,
             )  # fmt: skip
         return keep(

@@ -20,7 +20,7 @@ import triton
 
 from benthic.kernels.gluon_key_gradients import key_gradients
 from benthic.kernels.gluon_query_gradient import query_gradient
-from benthic.kernels.gluon_tiles import loadable, rows_of
+from benthic.kernels.gluon_tiles import grid_of, loadable, rows_of
 from benthic.kernels.triton_attention_backward import row_dots, split_width
 
 TILE = 128
@@ -65,9 +65,10 @@ def write_query_gradient(dq_THd, operands, max_q, scale, *, causal):
     q_THd, k_THd, _v_THv, _dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
     described, strides, sizes = _described(operands, causal=causal)
     heads = q_THd.shape[1]
-    query_gradient[(triton.cdiv(max_q, TILE), heads, starts_q.shape[0] - 1)](
+    grid, together = grid_of(triton.cdiv(max_q, TILE), heads, starts_q.shape[0] - 1)
+    query_gradient[grid](
         *described, dq_THd, lse_HT, delta_HT, starts_q, starts_k, *strides, q_THd.shape[0], scale,
-        HEADS=heads, GROUPS=heads // k_THd.shape[1], BLOCK_M=TILE, BLOCK_N=BLOCK, **sizes,
+        HEADS=heads, GROUPS=heads // k_THd.shape[1], BLOCK_M=TILE, BLOCK_N=BLOCK, TOGETHER=together, **sizes,
     )  # fmt: skip
 
 
@@ -76,9 +77,11 @@ def write_key_gradients(dk_THd, dv_THv, operands, max_k, scale, *, causal):
     q_THd, k_THd, _v_THv, _dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
     described, strides, sizes = _described(operands, causal=causal)
     key_heads = k_THd.shape[1]
-    key_gradients[(triton.cdiv(max_k, TILE), key_heads, starts_k.shape[0] - 1)](
+    grid, together = grid_of(triton.cdiv(max_k, TILE), key_heads, starts_k.shape[0] - 1)
+    key_gradients[grid](
         *described, dk_THd, dv_THv, lse_HT, delta_HT, starts_q, starts_k, *strides, q_THd.shape[0], scale,
-        KEY_HEADS=key_heads, GROUPS=q_THd.shape[1] // key_heads, BLOCK_M=BLOCK, BLOCK_N=TILE, **sizes,
+        KEY_HEADS=key_heads, GROUPS=q_THd.shape[1] // key_heads, BLOCK_M=BLOCK, BLOCK_N=TILE,
+        TOGETHER=together, **sizes,
     )  # fmt: skip
 
 

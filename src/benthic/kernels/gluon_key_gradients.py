@@ -12,7 +12,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from benthic.kernels.gluon_tiles import LOG2E, clear_after, load, meet, new_bars, nothing, product, store
+from benthic.kernels.gluon_tiles import (
+    LOG2E,
+    clear_after,
+    load,
+    meet,
+    new_bars,
+    nothing,
+    place,
+    product,
+    store,
+)
 
 
 @gluon.jit
@@ -55,11 +65,13 @@ def _consume_queries(
     visible, kept, blocks,
     KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """The gradients of the 64 keys of a group and of their values, from `blocks` of queries a head.
 
     The last of a head's has `kept` queries. The first query that sees the tile's first key is its `visible`.
     """
+    DIMS: gl.constexpr = D_1 + D_2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     OUT_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_1, 16])
     OUT_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_2 if D_2 > 0 else D_1, 16])
@@ -86,9 +98,9 @@ def _consume_queries(
         if (block == blocks - 1) & (kept < BLOCK_M):
             mbarrier.wait(dout_full.index(stage), phase)
             _clear_queries(rings, stage, kept, BLOCK_M, D_1, D_2, V)
-        place = _unknown(group)
+        mine = _unknown(group)
         s_coming = product(
-            (keys_1.index(place), keys_2.index(place)),
+            (keys_1.index(mine), keys_2.index(mine)),
             (queries_1.index(stage), queries_2.index(stage)),
             zero,
             D_2,
@@ -109,7 +121,7 @@ def _consume_queries(
         p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), LEFT)
         mbarrier.wait(dout_full.index(stage), phase)
         dp_coming = warpgroup_mma(
-            values.index(place), douts.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
+            values.index(mine), douts.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
         )
         dv = warpgroup_mma(p, douts.index(stage), dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp_coming])
@@ -120,17 +132,18 @@ def _consume_queries(
         dv, ds_32 = warpgroup_mma_wait(0, deps=[dv, ds_32])
         mbarrier.arrive(dout_empty.index(stage), count=1)
         ds = gl.convert_layout(ds_32.to(ds.dtype), LEFT)
-    last, key_head, scale = (total - 1) % STAGES, gl.program_id(1), scale / LOG2E
-    column = gl.program_id(0) * BLOCK_N + group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    key_head, tile, _sequence = place(KEY_HEADS, TOGETHER)
+    last, scale = (total - 1) % STAGES, scale / LOG2E
+    column = tile * BLOCK_N + group * 64
     dk_1 = warpgroup_mma(ds, queries_1.index(last), dk_1, is_async=True)
     if D_2 > 0:
         dk_2 = warpgroup_mma(ds, queries_2.index(last), dk_2, is_async=True)
         dk_1, dk_2 = warpgroup_mma_wait(0, deps=[dk_1, dk_2])
-        store(dk_ptr, dk_2, start_k, column, rows, key_head, D_1, scale, KEY_HEADS, D_1 + D_2, D_2, OUT_2)
+        store(dk_ptr, dk_2, keys_2.index(group), start_k, column, rows, key_head, D_1, scale, KEY_HEADS, DIMS)
     else:
         dk_1 = warpgroup_mma_wait(0, deps=[dk_1])
-    store(dk_ptr, dk_1, start_k, column, rows, key_head, 0, scale, KEY_HEADS, D_1 + D_2, D_1, OUT_1)
-    store(dv_ptr, dv, start_k, column, rows, key_head, 0, 1.0, KEY_HEADS, V, V, OUT_V)
+    store(dk_ptr, dk_1, keys_1.index(group), start_k, column, rows, key_head, 0, scale, KEY_HEADS, DIMS)
+    store(dv_ptr, dv, values.index(group), start_k, column, rows, key_head, 0, 1.0, KEY_HEADS, V)
 
 
 @gluon.jit
@@ -185,57 +198,56 @@ def key_gradients(
     q_stride, dout_stride, k_stride, v_stride, tokens, scale,
     KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values of one key head and sequence."""
-    key_head, sequence, tile = gl.program_id(1), gl.program_id(2), gl.program_id(0)
+    key_head, tile, sequence = place(KEY_HEADS, TOGETHER)
     start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
-    queries = gl.load(starts_q_ptr + sequence + 1) - start_q
-    rows = gl.load(starts_k_ptr + sequence + 1) - start_k
+    end_q, end_k = gl.load(starts_q_ptr + sequence + 1), gl.load(starts_k_ptr + sequence + 1)
+    keys_1 = gl.allocate_shared_memory(k_1.dtype, [2, 64, D_1], k_1.layout)
+    values = gl.allocate_shared_memory(v.dtype, [2, 64, V], v.layout)
+    queries_1 = gl.allocate_shared_memory(q_1.dtype, [STAGES, BLOCK_M, D_1], q_1.layout)
+    douts = gl.allocate_shared_memory(dout.dtype, [STAGES, BLOCK_M, V], dout.layout)
+    keys_2, queries_2 = keys_1, queries_1
+    if D_2 > 0:
+        keys_2 = gl.allocate_shared_memory(k_2.dtype, [2, 64, D_2], k_2.layout)
+        queries_2 = gl.allocate_shared_memory(q_2.dtype, [STAGES, BLOCK_M, D_2], q_2.layout)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
+    deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
+    ordinals = gl.allocate_shared_memory(gl.int32, [BLOCK_M], plain)
+    ordinals.store(gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [4], [0])))
+    key_bars = new_bars(2, 1)
+    bars = (new_bars(STAGES, 2), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
+    fence_async_shared()
+    rings, terms = (queries_1, queries_2, douts), (lses, deltas, ordinals)
+    queries, rows = end_q - start_q, end_k - start_k
     first_query = 0
     visible = tile * BLOCK_N - (rows - queries)
     if CAUSAL:  # queries before see none of these keys
         first_query = gl.maximum(visible, 0)
     blocks = gl.maximum(queries - first_query + BLOCK_M - 1, 0) // BLOCK_M
-    if tile * BLOCK_N < rows:
-        if blocks > 0:
-            keys_1 = gl.allocate_shared_memory(k_1.dtype, [2, 64, D_1], k_1.layout)
-            values = gl.allocate_shared_memory(v.dtype, [2, 64, V], v.layout)
-            queries_1 = gl.allocate_shared_memory(q_1.dtype, [STAGES, BLOCK_M, D_1], q_1.layout)
-            douts = gl.allocate_shared_memory(dout.dtype, [STAGES, BLOCK_M, V], dout.layout)
-            keys_2, queries_2 = keys_1, queries_1
-            if D_2 > 0:
-                keys_2 = gl.allocate_shared_memory(k_2.dtype, [2, 64, D_2], k_2.layout)
-                queries_2 = gl.allocate_shared_memory(q_2.dtype, [STAGES, BLOCK_M, D_2], q_2.layout)
-            plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-            lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
-            deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
-            ordinals = gl.allocate_shared_memory(gl.int32, [BLOCK_M], plain)
-            ordinals.store(gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [4], [0])))
-            key_bars = new_bars(2, 1)
-            bars = (new_bars(STAGES, 2), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
-            fence_async_shared()
-            rings, terms = (queries_1, queries_2, douts), (lses, deltas, ordinals)
-            columns = (q_stride, dout_stride, k_stride, v_stride)
-            gl.warp_specialize([
-                (_consume_queries, (
-                    0, keys_1, keys_2, values, rings, terms, bars, key_bars,
-                    dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
-                    queries - first_query - (blocks - 1) * BLOCK_M, blocks,
-                    KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
-                )),
-                (_consume_queries, (
-                    1, keys_1, keys_2, values, rings, terms, bars, key_bars,
-                    dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
-                    queries - first_query - (blocks - 1) * BLOCK_M, blocks,
-                    KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
-                )),
-                (_produce_queries, (
-                    (q_1, q_2, dout, k_1, k_2, v), keys_1, keys_2, values, rings, terms, bars, key_bars,
-                    lse_ptr, delta_ptr, start_k + tile * BLOCK_N, start_q, first_query, queries, blocks,
-                    key_head, columns, tokens, GROUPS, D_1, D_2, BLOCK_M, STAGES,
-                )),
-            ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
-        else:
-            nothing(dk_ptr, start_k, rows, tile, key_head, KEY_HEADS, D_1 + D_2, BLOCK_N)
-            nothing(dv_ptr, start_k, rows, tile, key_head, KEY_HEADS, V, BLOCK_N)
+    if (tile * BLOCK_N < rows) & (blocks > 0):
+        columns = (q_stride, dout_stride, k_stride, v_stride)
+        gl.warp_specialize([
+            (_consume_queries, (
+                0, keys_1, keys_2, values, rings, terms, bars, key_bars,
+                dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
+                queries - first_query - (blocks - 1) * BLOCK_M, blocks,
+                KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL, TOGETHER,
+            )),
+            (_consume_queries, (
+                1, keys_1, keys_2, values, rings, terms, bars, key_bars,
+                dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
+                queries - first_query - (blocks - 1) * BLOCK_M, blocks,
+                KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL, TOGETHER,
+            )),
+            (_produce_queries, (
+                (q_1, q_2, dout, k_1, k_2, v), keys_1, keys_2, values, rings, terms, bars, key_bars,
+                lse_ptr, delta_ptr, start_k + tile * BLOCK_N, start_q, first_query, queries, blocks,
+                key_head, columns, tokens, GROUPS, D_1, D_2, BLOCK_M, STAGES,
+            )),
+        ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
+    elif tile * BLOCK_N < rows:
+        nothing(dk_ptr, start_k, rows, tile, key_head, KEY_HEADS, D_1 + D_2, BLOCK_N)
+        nothing(dv_ptr, start_k, rows, tile, key_head, KEY_HEADS, V, BLOCK_N)

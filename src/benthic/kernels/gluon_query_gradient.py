@@ -12,7 +12,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from benthic.kernels.gluon_tiles import LOG2E, clear_after, load, meet, new_bars, nothing, product, store
+from benthic.kernels.gluon_tiles import (
+    LOG2E,
+    clear_after,
+    load,
+    meet,
+    new_bars,
+    nothing,
+    place,
+    product,
+    store,
+)
 
 
 @gluon.jit
@@ -69,7 +79,8 @@ def _consume_keys(
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT_1, k_width=2)
     keys_1, keys_2, _values = rings
     key_full = bars[0]
-    row = tile * BLOCK_M + group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    first_row = tile * BLOCK_M + group * 64
+    row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     last_seen = gl.minimum(row + offset, keys - 1) if CAUSAL else row * 0 + (keys - 1)
     per_row = head.to(gl.int64) * tokens + start_q + row
     lse = gl.load(lse_ptr + per_row, mask=row < rows, other=float("inf")) * LOG2E
@@ -104,10 +115,10 @@ def _consume_keys(
     if D_2 > 0:
         dq_2 = warpgroup_mma(ds, keys_2.index(last), dq_2, is_async=True)
         dq_1, dq_2 = warpgroup_mma_wait(0, deps=[dq_1, dq_2])
-        store(dq_ptr, dq_2, start_q, row, rows, head, D_1, scale, HEADS, D_1 + D_2, D_2, OUT_2)
+        store(dq_ptr, dq_2, queries[1], start_q, first_row, rows, head, D_1, scale, HEADS, D_1 + D_2)
     else:
         dq_1 = warpgroup_mma_wait(0, deps=[dq_1])
-    store(dq_ptr, dq_1, start_q, row, rows, head, 0, scale, HEADS, D_1 + D_2, D_1, OUT_1)
+    store(dq_ptr, dq_1, queries[0], start_q, first_row, rows, head, 0, scale, HEADS, D_1 + D_2)
 
 
 @gluon.jit
@@ -148,52 +159,52 @@ def query_gradient(
     q_stride, dout_stride, k_stride, v_stride, tokens, scale,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries of one head and sequence."""
-    head, sequence = gl.program_id(1), gl.program_id(2)
+    head, tile, sequence = place(HEADS, TOGETHER)
     start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
-    rows = gl.load(starts_q_ptr + sequence + 1) - start_q
-    keys = gl.load(starts_k_ptr + sequence + 1) - start_k
+    end_q, end_k = gl.load(starts_q_ptr + sequence + 1), gl.load(starts_k_ptr + sequence + 1)
+    queries_1 = gl.allocate_shared_memory(q_1.dtype, [2, 64, D_1], q_1.layout)
+    douts = gl.allocate_shared_memory(dout.dtype, [2, 64, V], dout.layout)
+    keys_1 = gl.allocate_shared_memory(k_1.dtype, [STAGES, BLOCK_N, D_1], k_1.layout)
+    values = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V], v.layout)
+    queries_2, keys_2 = queries_1, keys_1
+    if D_2 > 0:
+        queries_2 = gl.allocate_shared_memory(q_2.dtype, [2, 64, D_2], q_2.layout)
+        keys_2 = gl.allocate_shared_memory(k_2.dtype, [STAGES, BLOCK_N, D_2], k_2.layout)
+    query_bars = new_bars(2, 1)
+    bars = (new_bars(STAGES, 1), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
+    fence_async_shared()
+    rings = (keys_1, keys_2, values)
+    rows, keys = end_q - start_q, end_k - start_k
     # Causal tiles at the end of a sequence meet the most keys: start them first.
-    tile = gl.num_programs(0) - 1 - gl.program_id(0) if CAUSAL else gl.program_id(0)
+    if CAUSAL:
+        tile = gl.num_programs(1) - 1 - tile
     offset, end, first_masked = keys - rows, keys, keys // BLOCK_N
     if CAUSAL:
         end = gl.minimum(keys, gl.maximum((tile + 1) * BLOCK_M + offset, 0))
         first_masked = gl.minimum(first_masked, gl.maximum(tile * BLOCK_M + offset + 1, 0) // BLOCK_N)
     blocks = (end + BLOCK_N - 1) // BLOCK_N
-    if tile * BLOCK_M < rows:
-        if blocks > 0:
-            queries_1 = gl.allocate_shared_memory(q_1.dtype, [2, 64, D_1], q_1.layout)
-            douts = gl.allocate_shared_memory(dout.dtype, [2, 64, V], dout.layout)
-            keys_1 = gl.allocate_shared_memory(k_1.dtype, [STAGES, BLOCK_N, D_1], k_1.layout)
-            values = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V], v.layout)
-            queries_2, keys_2 = queries_1, keys_1
-            if D_2 > 0:
-                queries_2 = gl.allocate_shared_memory(q_2.dtype, [2, 64, D_2], q_2.layout)
-                keys_2 = gl.allocate_shared_memory(k_2.dtype, [STAGES, BLOCK_N, D_2], k_2.layout)
-            query_bars = new_bars(2, 1)
-            bars = (new_bars(STAGES, 1), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
-            fence_async_shared()
-            rings = (keys_1, keys_2, values)
-            columns = (
-                head * q_stride, head * dout_stride, head // GROUPS * k_stride, head // GROUPS * v_stride
-            )  # fmt: skip
-            gl.warp_specialize([
-                (_consume_keys, (
-                    0, (queries_1.index(0), queries_2.index(0)), douts.index(0), rings, bars, query_bars,
-                    dq_ptr, lse_ptr, delta_ptr, start_q, rows, keys, tile, head, tokens, scale, offset,
-                    blocks, first_masked, HEADS, D_1, D_2, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
-                )),
-                (_consume_keys, (
-                    1, (queries_1.index(1), queries_2.index(1)), douts.index(1), rings, bars, query_bars,
-                    dq_ptr, lse_ptr, delta_ptr, start_q, rows, keys, tile, head, tokens, scale, offset,
-                    blocks, first_masked, HEADS, D_1, D_2, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
-                )),
-                (_produce_keys, (
-                    (q_1, q_2, dout, k_1, k_2, v), queries_1, queries_2, douts, rings, bars, query_bars,
-                    start_q + tile * BLOCK_M, start_k, columns, blocks, D_1, D_2, BLOCK_N, STAGES,
-                )),
-            ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
-        else:
-            nothing(dq_ptr, start_q, rows, tile, head, HEADS, D_1 + D_2, BLOCK_M)
+    if (tile * BLOCK_M < rows) & (blocks > 0):
+        columns = (
+            head * q_stride, head * dout_stride, head // GROUPS * k_stride, head // GROUPS * v_stride
+        )  # fmt: skip
+        gl.warp_specialize([
+            (_consume_keys, (
+                0, (queries_1.index(0), queries_2.index(0)), douts.index(0), rings, bars, query_bars,
+                dq_ptr, lse_ptr, delta_ptr, start_q, rows, keys, tile, head, tokens, scale, offset,
+                blocks, first_masked, HEADS, D_1, D_2, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
+            )),
+            (_consume_keys, (
+                1, (queries_1.index(1), queries_2.index(1)), douts.index(1), rings, bars, query_bars,
+                dq_ptr, lse_ptr, delta_ptr, start_q, rows, keys, tile, head, tokens, scale, offset,
+                blocks, first_masked, HEADS, D_1, D_2, BLOCK_M, BLOCK_N, STAGES, CAUSAL,
+            )),
+            (_produce_keys, (
+                (q_1, q_2, dout, k_1, k_2, v), queries_1, queries_2, douts, rings, bars, query_bars,
+                start_q + tile * BLOCK_M, start_k, columns, blocks, D_1, D_2, BLOCK_N, STAGES,
+            )),
+        ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
+    elif tile * BLOCK_M < rows:
+        nothing(dq_ptr, start_q, rows, tile, head, HEADS, D_1 + D_2, BLOCK_M)

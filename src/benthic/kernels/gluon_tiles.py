@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""What Gluon kernels for Hopper share: names of both Triton versions, barriers, descriptors of heads."""
+"""What Gluon kernels for Hopper share: names of both Triton versions, barriers, grids, descriptors."""
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -18,9 +19,20 @@ unload = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shar
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
+HEADS_TOGETHER = 16
+"""Of how many heads the longest tiles start first: a lone short sequence has few of them."""
+
 LOG2E = gl.constexpr(1.4426950408889634)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _thread = threading.local()
+
+
+@gluon.jit
+def place(HEADS: gl.constexpr, TOGETHER: gl.constexpr):
+    """Head, ordinal of the tile and sequence of a program: tiles in order, of `TOGETHER` heads each."""
+    PARTS: gl.constexpr = HEADS // TOGETHER
+    row = gl.program_id(2)
+    return row % PARTS * TOGETHER + gl.program_id(0), gl.program_id(1), row // PARTS
 
 
 @gluon.jit
@@ -61,13 +73,15 @@ def product(left, right, zero, D_2: gl.constexpr):
 
 
 @gluon.jit
-def store(ptr, acc, start, row, rows, head, first, scale, HEADS: gl.constexpr, D: gl.constexpr,
-           WIDTH: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """Write dims `first .. first + WIDTH` of a group's 64 rows."""
-    row = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))
+def store(ptr, acc, staged, start, first_row, rows, head, first, scale, HEADS: gl.constexpr, D: gl.constexpr):
+    """Write dims of a group's 64 rows from `first` on, through shared memory of operands it needs no more."""
+    WIDTH: gl.constexpr = staged.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    staged.store((acc * scale).to(ptr.dtype.element_ty))
+    row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     dim = first + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     at = ((start + row).to(gl.int64)[:, None] * HEADS + head) * D + dim[None, :]
-    gl.store(ptr + at, (acc * scale).to(ptr.dtype.element_ty), mask=(row < rows)[:, None])
+    gl.store(ptr + at, staged.load(LAYOUT), mask=(row < rows)[:, None])
 
 
 @gluon.jit
@@ -80,6 +94,12 @@ def nothing(ptr, start, rows, tile, head, HEADS: gl.constexpr, D: gl.constexpr, 
         at = ((start + row).to(gl.int64)[:, None] * HEADS + head) * D + first + dim[None, :]
         zero = gl.zeros([BLOCK_M, 32], ptr.dtype.element_ty, layout=layout)
         gl.store(ptr + at, zero, mask=(row < rows)[:, None])
+
+
+def grid_of(tiles, heads, sequences):
+    """The grid that `place` reads, and its `TOGETHER`."""
+    together = math.gcd(heads, HEADS_TOGETHER)
+    return (together, tiles, heads // together * sequences), together
 
 
 def loadable(x_THd):

@@ -74,6 +74,7 @@ from benthic.kernels.ops.fp8_linear import (
     retile_fp8,
     turn_fp8,
 )
+from benthic.kernels.ops.gate import GATE_GRADIENTS, GATE_LOGITS, gate_gradients, gate_logits
 from benthic.kernels.ops.gradient_sums import (
     ACCUMULATE,
     ADD_GROUPED_WEIGHT_GRADIENT,
@@ -103,14 +104,10 @@ from benthic.kernels.ops.loss import (
     linear_cross_entropy_sum,
 )
 from benthic.kernels.ops.moe import (
-    GATE_GRADIENTS,
-    GATE_LOGITS,
     GROUPED_LINEAR,
     PERMUTE,
     ROUTE,
     UNPERMUTE,
-    gate_gradients,
-    gate_logits,
     grouped_linear,
     permute,
     route,
