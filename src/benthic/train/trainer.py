@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from benthic.sched.pipeline.table import Table
     from benthic.train.checkpoint import Stored
     from benthic.train.config import LoopConfig, RunConfig
+    from benthic.train.data.microbatch import Microbatch
     from benthic.train.data.shards import TokenShards
     from benthic.train.losses import Weights
 
@@ -154,7 +155,7 @@ class Trainer:
             NumericsError: a loss or a gradient is not finite; nothing has been updated then.
         """
         self._resize()
-        step, batch = self.steps_done + 1, self._reader.take(self._starts(self.position))
+        step, batch = self.steps_done + 1, self._read()
         for bucket in self.buckets:
             bucket.zero()
         self._targets = total_of(targets_of(batch), self.mesh.data, self.device)
@@ -216,6 +217,9 @@ class Trainer:
         if rows != self.rows:
             self.rows, self.table = rows, table_of(self.config, rows)
             self.executor.follow(self.table)
+
+    def _read(self) -> list[Microbatch]:
+        return self._reader.take(self._starts(self.position))
 
     def _starts(self, position: int) -> range:
         """Where this rank's microbatches start: those of all data ranks alternate within a step."""
