@@ -119,7 +119,7 @@ def test_every_rank_has_pulled_most_of_a_long_prompt_before_its_end(ranks, optio
     asked = [replace_params(each, prompt=each.prompt * 6) for each in ASKED[:5]]
     engine = Engine.from_pretrained(folder, EngineOptions(**(ENGINE | {"num_blocks": 512})))
     answers = {name: answer.tokens for name, answer in serve(engine, asked).items()}
-    sizes = {"num_blocks": 512, "max_num_batched_tokens": 24}
+    sizes = {"num_blocks": 512, "max_num_batched_tokens": 16}
 
     async def scenario() -> None:
         async with fleet(folder, *ranks, **sizes, **options) as router:
