@@ -52,6 +52,7 @@ OURS: Final[dict[str, tuple[str, ...]]] = {
     "benthic fp8": ("precision.matmul=fp8",),
 }
 THEIRS: Final = ("eager", "grouped_mm")
+CONTESTANTS: Final = (*OURS, *(f"transformers, {experts} experts" for experts in THEIRS))
 ROWS: Final = 4
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     if words.one is not None:
         print(json.dumps(contestant(words.one, words)))
         return
-    names = [*OURS, *(f"transformers, {experts} experts" for experts in THEIRS)]
+    names = [name for name in CONTESTANTS if not words.only or name in words.only]
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, parts = (512, ("json", "email")) if words.small else (32768, (".",))
         data = make_data(Path(folder), vocabulary, parts=parts)
@@ -74,6 +75,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true", help="rehearse with a small model on the CPU")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="some of the contestants")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
