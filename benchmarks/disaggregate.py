@@ -70,7 +70,11 @@ SMALL = tuple(
 def main() -> None:
     """Each fleet is started once and meets every workload; side by side where there are two pairs of GPUs."""
     words = parse()
-    works = [work for work in (SMALL if words.small else WORKLOADS) if work.name in words.workloads]
+    works = [
+        replace(work, rates=tuple(words.rates or work.rates))
+        for work in (SMALL if words.small else WORKLOADS)
+        if work.name in words.workloads
+    ]
     pairs = torch.cuda.device_count() // 2
     free: queue.Queue[str] = queue.Queue()
     for pair in range(max(1, pairs)):
@@ -124,6 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fronts", type=int, default=4, help="processes that answer HTTP, of each fleet")
     parser.add_argument("--late-planning-ms", type=float, help="of every instance; at once without it")
     parser.add_argument("--workloads", nargs="+", choices=names, default=names)
+    parser.add_argument("--rates", type=float, nargs="+", help="to climb, instead of a workload's own")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
