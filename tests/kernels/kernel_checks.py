@@ -602,6 +602,11 @@ def test_narrow_gradients_accumulate_in_float32(dtype, count):
     for each, impl in zip(held, ("triton", "reference"), strict=True):
         ops.accumulate(each[100 : 100 + count], x, impl=impl)
     assert torch.equal(*held)
+    for each, impl in zip(held, ("triton", "reference"), strict=True):
+        each[100 : 100 + count] = torch.nan
+        ops.accumulate(each[100 : 100 + count], x, fresh=True, impl=impl)
+        assert torch.equal(each[100 : 100 + count], x.float())
+    assert torch.equal(*held)
 
 
 HEADS_OF_WORDS = [(300, 24), (1, 8)] + ([(163840, 512), (32777, 64)] if ON_GPU else [])

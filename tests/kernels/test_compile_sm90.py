@@ -516,7 +516,7 @@ MEMORY_BOUND = [
         ("triton_loss", "_turn", {"GRADIENT": gradient, "BLOCK": 16384}, 32, {"loss_ptr": "*fp32"})
         for gradient in (True, False)
     ),
-    ("triton_sums", "_accumulate", {"BLOCK": 4096}, 8, {"sum_ptr": "*fp32"}),
+    ("triton_sums", "_accumulate", {"FRESH": False, "BLOCK": 4096}, 8, {"sum_ptr": "*fp32"}),
     *(("triton_update", "_adamw", {"ROUND": each, "BLOCK": 2048}, 8, {}) for each in (True, False)),
     *(
         (

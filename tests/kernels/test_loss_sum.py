@@ -52,6 +52,24 @@ def test_two_heads_of_one_weight_add_up_in_its_sum() -> None:
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_the_first_gradient_is_written_over_what_was_there(impl: str) -> None:
+    hidden, weight, target = operands()
+    sums = [torch.zeros_like(weight), torch.full_like(weight, torch.nan)]
+    for into, fresh in zip(sums, (False, True), strict=True):
+        loss, _ = ops.linear_cross_entropy_sum(
+            hidden, weight, target, chunk=4, into_VD=into, fresh=fresh, impl=impl
+        )
+        loss.backward()
+    assert torch.equal(*sums)
+    assert sums[0].any()
+    with torch.no_grad():
+        ops.linear_cross_entropy_sum(hidden, weight, target, into_VD=sums[1], fresh=True, impl=impl)
+    assert sums[1].eq(0).all()
+    ops.linear_cross_entropy_sum(hidden[:0], weight, target[:0], into_VD=sums[0], fresh=True, impl=impl)
+    assert sums[0].eq(0).all()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_without_gradients_nothing_is_added_and_nothing_recorded(impl: str) -> None:
     hidden, weight, target = operands()
     into = torch.zeros_like(weight)

@@ -38,6 +38,7 @@ class Making(NamedTuple):
     chunk: int
     wanted: Wanted
     turn: Turn
+    fresh: bool
 
 
 class GradientsInForward(torch.autograd.Function):
@@ -61,6 +62,7 @@ class GradientsInForward(torch.autograd.Function):
             part = slice(start, start + making.chunk)
             to = None if dhidden_TD is None else dhidden_TD[part], into_VD if made_VD is None else made_VD
             loss_T[part] = _one_chunk(hidden_TD[part], weight_VD, target_T[part], making, to)
+            making = making._replace(fresh=False)
         ctx.save_for_backward(dhidden_TD, made_VD)
         ctx.factor, ctx.dtype = making.factor, weight_VD.dtype
         ctx.added = to_weight and into_VD is not None
@@ -99,7 +101,7 @@ def _one_chunk(
     if dlogits is not None and dhidden is not None:
         torch.mm(dlogits, weight_VD, out=dhidden)
     if dlogits is not None and dweight_VD is not None and making.wanted.weight:
-        add_product(dweight_VD, dlogits.t(), hidden, factor=making.factor)
+        add_product(dweight_VD, dlogits.t(), hidden, factor=making.factor, fresh=making.fresh)
     return loss_t
 
 

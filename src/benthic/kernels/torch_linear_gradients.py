@@ -27,6 +27,4 @@ def grouped_mm(dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor, *, dtype: torch.dtyp
 
 def add(into: Tensor, dy_RO: Tensor, x_RI: Tensor, *, fresh: bool) -> None:
     """See `benthic.kernels.ops.add_weight_gradient`."""
-    if fresh:
-        into.zero_()
-    add_product(into, dy_RO.t(), x_RI)
+    add_product(into, dy_RO.t(), x_RI, fresh=fresh)

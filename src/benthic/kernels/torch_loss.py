@@ -79,7 +79,7 @@ class _Chunked(torch.autograd.Function):
         return dhidden_TD, dweight_VD, None, None, None
 
 
-def linear_cross_entropy_sum(
+def linear_cross_entropy_sum(  # noqa: PLR0913 (the loss, and where its gradients go)
     hidden_TD: Tensor,
     weight_VD: Tensor,
     target_T: Tensor,
@@ -88,6 +88,7 @@ def linear_cross_entropy_sum(
     ignore_index: int,
     chunk: int | None,
     into_VD: Tensor | None,
+    fresh: bool,
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor]:
     """See `benthic.kernels.ops.linear_cross_entropy_sum`."""
@@ -96,7 +97,11 @@ def linear_cross_entropy_sum(
         room = _CHUNK_BYTES.get(hidden_TD.device.type, 512 << 20)
         chunk = chunk_of(tokens, vocabulary, wide(hidden_TD.dtype).itemsize, room)
     result: tuple[Tensor, Tensor] = GradientsInForward.apply(
-        hidden_TD, weight_VD, target_T.long(), into_VD, Making(factor, ignore_index, chunk, wanted, turn)
+        hidden_TD,
+        weight_VD,
+        target_T.long(),
+        into_VD,
+        Making(factor, ignore_index, chunk, wanted, turn, fresh),
     )
     return result
 

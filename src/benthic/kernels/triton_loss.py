@@ -60,11 +60,17 @@ def turn(logits, target_t, ignore_index, *, gradient):
     return loss_t, logits if gradient else None
 
 
-def linear_cross_entropy_sum(hidden_TD, weight_VD, target_T, *, factor, ignore_index, chunk, into_VD, wanted):
+def linear_cross_entropy_sum(
+    hidden_TD, weight_VD, target_T, *, factor, ignore_index, chunk, into_VD, fresh, wanted
+):
     """See `benthic.kernels.ops.linear_cross_entropy_sum`."""
     if chunk is None:
         tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
         chunk = chunk_of(tokens, vocabulary, hidden_TD.dtype.itemsize, _ROOM[hidden_TD.device.type])
     return GradientsInForward.apply(
-        hidden_TD, weight_VD, target_T.long(), into_VD, Making(factor, ignore_index, chunk, wanted, turn)
+        hidden_TD,
+        weight_VD,
+        target_T.long(),
+        into_VD,
+        Making(factor, ignore_index, chunk, wanted, turn, fresh),
     )

@@ -10,24 +10,24 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _accumulate(sum_ptr, x_ptr, count, BLOCK: tl.constexpr):
+def _accumulate(sum_ptr, x_ptr, count, FRESH: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(sum_ptr + at, tl.load(sum_ptr + at, mask=mask, other=0.0) + x, mask=mask)
+    if not FRESH:
+        x += tl.load(sum_ptr + at, mask=mask, other=0.0)
+    tl.store(sum_ptr + at, x, mask=mask)
 
 
-def accumulate(into, x):
+def accumulate(into, x, *, fresh=False):
     """See `benthic.kernels.ops.accumulate`; both are contiguous."""
     count = x.numel()
     if count:
-        _accumulate[(triton.cdiv(count, _BLOCK),)](into, x, count, BLOCK=_BLOCK, num_warps=8)
+        grid = (triton.cdiv(count, _BLOCK),)
+        _accumulate[grid](into, x, count, FRESH=fresh, BLOCK=_BLOCK, num_warps=8)
 
 
 def add_grouped_mm(into, dy_RO, x_RI, ends_E, *, fresh):
     """See `benthic.kernels.ops.add_weight_gradient`: rounded to the operands' dtype, then added."""
     gradient = F.grouped_mm(dy_RO.contiguous().t(), x_RI, offs=ends_E)
-    if fresh:
-        into.copy_(gradient)
-    else:
-        accumulate(into, gradient)
+    accumulate(into, gradient, fresh=fresh)

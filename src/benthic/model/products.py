@@ -199,16 +199,10 @@ class WeightGradients:
         """
         self._sums[param] = sum_of
 
-    def sum_of(self, weight: Tensor) -> Tensor | None:
-        """The part of the owner's float32 sum that `weight` is a view of, zeros at first; None: no sum.
-
-        Raises: as `room_for`.
-        """
-        sum_ = self.room_for(weight)
-        return None if sum_ is None else sum_.into.zero_() if sum_.fresh else sum_.into
-
     def room_for(self, weight: Tensor) -> Sum | None:
-        """As `sum_of`, but what the caller then writes all of may hold anything at first.
+        """The part of the owner's float32 sum that `weight` is a view of; None: no sum.
+
+        Whoever asks writes all of it.
 
         Raises:
             ShapeError: parameter and sum are laid out differently: a view of one is none of the other.

@@ -270,10 +270,7 @@ class _Adder:
         assert bucket is not None, f"the bucket of {self._name} is gone, but its gradient is not"  # noqa: S101
         if param.grad is not None:
             into, fresh = bucket.accumulator(self._name)
-            if fresh:
-                into.copy_(param.grad)
-            else:
-                ops.accumulate(into, param.grad)
+            ops.accumulate(into, param.grad, fresh=fresh)
             param.grad = None
 
 

@@ -99,9 +99,9 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """`weight` times the sum of `-log p(target)` over the targets, and that sum alone; float32."""
         head_VD = model.head_weight()
-        into_VD = self.sink.sum_of(head_VD)
+        into_VD, fresh = self.sink.room_for(head_VD) or (None, False)
         return ops.linear_cross_entropy_sum(
-            hidden.hidden_TD, head_VD, target_T, factor=weight, into_VD=into_VD
+            hidden.hidden_TD, head_VD, target_T, factor=weight, into_VD=into_VD, fresh=fresh
         )
 
 

@@ -98,18 +98,18 @@ ADD_GROUPED_WEIGHT_GRADIENT = Op(
 )
 
 
-def accumulate(into: Tensor, x: Tensor, *, impl: str | None = None) -> None:
-    """`into += x` in into's dtype.
+def accumulate(into: Tensor, x: Tensor, *, fresh: bool = False, impl: str | None = None) -> None:
+    """`into += x` in into's dtype; with `fresh`, `into = x`, whatever it held.
 
     Shapes: one shape; into float32, x of any width. Raises: ShapeError when shapes disagree.
-    Cost: 8 bytes of `into` and those of x are moved per element.
+    Cost: 8 bytes of `into` (fresh: 4) and those of x are moved per element.
     """
     if into.shape != x.shape:
         msg = f"accumulate: {tuple(x.shape)} cannot be added to a sum of {tuple(into.shape)}"
         raise ShapeError(msg)
     dense = into.is_contiguous() and x.is_contiguous()
     case = Case(device_type(x), x.dtype, layout="rows" if dense else "strided")
-    ACCUMULATE.choose(case, impl)(into, x)
+    ACCUMULATE.choose(case, impl)(into, x, fresh=fresh)
 
 
 def add_weight_gradient(

@@ -109,7 +109,7 @@ def linear_cross_entropy(
     return (loss_T, argmax_T) if return_argmax else loss_T
 
 
-def linear_cross_entropy_sum(
+def linear_cross_entropy_sum(  # noqa: PLR0913 (the loss, and where its gradients go)
     hidden_TD: Tensor,
     weight_VD: Tensor,
     target_T: Tensor,
@@ -118,6 +118,7 @@ def linear_cross_entropy_sum(
     ignore_index: int = -100,
     chunk: int | None = None,
     into_VD: Tensor | None = None,
+    fresh: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`factor * sum_t -log softmax(W h_t)[target_t]`, and the sum itself, which has no gradient.
@@ -126,8 +127,8 @@ def linear_cross_entropy_sum(
 
     Shapes: as `linear_cross_entropy`; `into` like the weight and at least as wide. With it, and where
     autograd records, the gradient of the weight is added to `into` by this call (the definition does so in
-    backward) and autograd gets none; backward must then start from the loss with 1, or the gradient of hidden
-    is NaN. `chunk`: 64 MiB of logits on a CPU, 1 GiB on a GPU.
+    backward), or with `fresh` written whatever it held, and autograd gets none; backward must then start from
+    the loss with 1, or the gradient of hidden is NaN. `chunk`: 64 MiB of logits on a CPU, 1 GiB on a GPU.
     Returns: two scalars, float32 (float64 operands: float64).
     Raises: ShapeError when operands disagree.
     Cost: 6 T V D FLOPs with gradients, 2 T V D without; memory `chunk * V`, and the weight's gradient in
@@ -143,6 +144,8 @@ def linear_cross_entropy_sum(
     grad = torch.is_grad_enabled()
     wanted = Wanted(grad and hidden_TD.requires_grad, grad and weight_VD.requires_grad)
     case = Case(device_type(hidden_TD), hidden_TD.dtype, grad=any(wanted))
+    if fresh and into_VD is not None and not (wanted.weight and hidden_TD.shape[0]):
+        into_VD.zero_()  # nothing will be written
     out: tuple[Tensor, Tensor] = LINEAR_CROSS_ENTROPY_SUM.choose(case, impl)(
         hidden_TD,
         weight_VD,
@@ -151,6 +154,7 @@ def linear_cross_entropy_sum(
         ignore_index=ignore_index,
         chunk=chunk,
         into_VD=into_VD,
+        fresh=fresh and into_VD is not None,
         wanted=wanted,
     )
     return out

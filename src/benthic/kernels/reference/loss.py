@@ -31,7 +31,7 @@ def linear_cross_entropy(
     return loss_T, torch.argmax(logits_TV, dim=-1)
 
 
-def linear_cross_entropy_sum(
+def linear_cross_entropy_sum(  # noqa: PLR0913 (the loss, and where its gradients go)
     hidden_TD: Tensor,
     weight_VD: Tensor,
     target_T: Tensor,
@@ -40,6 +40,7 @@ def linear_cross_entropy_sum(
     ignore_index: int,
     chunk: int | None,
     into_VD: Tensor | None,
+    fresh: bool,
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor]:
     """`factor` times the sum of all losses, and that sum without a gradient.
@@ -47,6 +48,8 @@ def linear_cross_entropy_sum(
     With `into`, the gradient of the weight is added there when the backward pass reaches it.
     """
     if into_VD is not None and wanted.weight:
+        if fresh:
+            into_VD.zero_()
         weight_VD = _AddedTo.apply(weight_VD, into_VD)
     loss_T, _ = linear_cross_entropy(hidden_TD, weight_VD, target_T, ignore_index=ignore_index, chunk=chunk)
     total = loss_T.sum()

@@ -93,6 +93,9 @@ def spread(x: Tensor, seed: int) -> Tensor:
     return ((magnitude / step + number).floor() * step).copysign(x).to(x.dtype)
 
 
-def accumulate(into: Tensor, x: Tensor) -> None:
-    """`into += x`, x widened first."""
-    into.add_(x.to(into.dtype))
+def accumulate(into: Tensor, x: Tensor, *, fresh: bool = False) -> None:
+    """`into += x`, x widened first; with `fresh`, `into = x`."""
+    if fresh:
+        into.copy_(x)
+    else:
+        into.add_(x.to(into.dtype))
