@@ -1,6 +1,6 @@
 """Check, then time, every op beside its peers, and write what was found with where it came from.
 
-    python benchmarks/kernels.py [--only attention] [--small] [--out FILE]
+    python benchmarks/kernels.py [--only attention decode] [--small] [--out FILE]
 
 `benthic bench kernels` prints the same as a table and draws it.
 """
@@ -21,11 +21,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=None, help="JSON (default: results/kernels.json)")
     parser.add_argument("--small", action="store_true", help="tiny sizes: a rehearsal, figures mean nothing")
-    parser.add_argument("--only", choices=SUITES)
+    parser.add_argument("--only", nargs="+", choices=SUITES)
     words = parser.parse_args()
-    bench = measure(words.only, small=words.small)
-    settings = {"small": bench.small, "dtype": str(bench.dtype)}
-    rows = [asdict(line) for line in bench.lines]
+    benches = [measure(only, small=words.small) for only in words.only or [None]]
+    settings = {"small": benches[0].small, "dtype": str(benches[0].dtype)}
+    rows = [asdict(line) for bench in benches for line in bench.lines]
     print(write_result("kernels", rows, out=words.out, **settings))
 
 
