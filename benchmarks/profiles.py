@@ -1,7 +1,7 @@
 """Writes the profiles that ship with the planner: `python benchmarks/profiles.py`.
 
-`h200.json` holds our own kernels, from `benchmarks/results/kernels_h200.json` and, for MLA decode in Gluon,
-`kernels_decode_h200.json`, with products and collectives
+`h200.json` holds our own kernels, from `benchmarks/results/kernels_h200_prices.json` (before Gluon) and, for
+MLA decode in Gluon, `kernels_decode_h200.json`, with products and collectives
 of the libraries that we call (cuBLAS, block-scaled FP8, NCCL; medians on two H200, torch 2.11, 2026-11-22).
 What `benthic calibrate` measured on an H200 (`benchmarks/results/calibrate_h200.json`) is added, but for
 attention below 0.5 ms, which it timed as the host launched it. What the host takes for an operator comes from
@@ -93,7 +93,7 @@ def main() -> None:
     measured = RESULTS / "calibrate_h200.json"
     more = [one for one in read(measured).points if not launched(one)]
     libraries = [*products(CUBLAS, "bf16", LIBRARIES), *links()]
-    source = "benchmarks/results/kernels_h200.json; " + LIBRARIES
+    source = "benchmarks/results/kernels_h200_prices.json; " + LIBRARIES
     write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {DEEPEP}; {FLASHMLA}", {})
     h100 = read(RESULTS / "calibrate_h100.json")
     write("h100", list(sound(h100.points)), h100.source, {})
@@ -182,7 +182,8 @@ def host_of_collectives() -> dict[str, float]:
 
 def kernels() -> Iterator[Measured]:
     """Our kernels, each as the fastest implementation that may be chosen."""
-    records = [json.loads((RESULTS / f"kernels{part}_h200.json").read_text()) for part in ("", "_decode")]
+    names = ("kernels_h200_prices.json", "kernels_decode_h200.json")
+    records = [json.loads((RESULTS / name).read_text()) for name in names]
     best: dict[Op, float] = {}
     for row in [*records[0]["rows"], *(row for row in records[1]["rows"] if row["op"] == "mla_decode")]:
         if row["implementation"] not in OURS:
@@ -195,7 +196,7 @@ def kernels() -> Iterator[Measured]:
             taken = row["microseconds"] / 1e6 * part
             best[op] = min(taken, best.get(op, taken))
     commits = (str(record["settings"].get("commit") or record["commit"]) for record in records)
-    source = f"kernels_h200.json and kernels_decode_h200.json, commits {' and '.join(commits)}"
+    source = f"kernels_h200_prices.json and kernels_decode_h200.json, commits {' and '.join(commits)}"
     for op, taken in best.items():
         yield Measured(op, taken, source)
 

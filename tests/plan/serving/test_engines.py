@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     [
         ({"stretch": 0}, "stretch is 0, but it must be a finite number of 0.1 or more"),
         ({"prompt_stretch": "1"}, "prompt_stretch is '1'"),
-        ({"graph_layer_s": -1e-6}, "graph_layer_s is -1e-06"),
+        ({"prompt_layer_s": -1e-6}, "prompt_layer_s is -1e-06"),
+        ({"graph_layer_s": -0.1}, "graph_layer_s is -0.1, but it must be a finite number of -0.001 or more"),
         ({"eager_layer_s": "1"}, "eager_layer_s is '1'"),
         ({"more": 1}, "10 of the 10 fields .* missing or unknown: more"),
         ({"front": {"write_s": 1e-4}}, "1 of the 4 fields of an engine's front; .*request_s"),
@@ -86,6 +88,15 @@ def test_kernels_for_few_rows_may_be_faster_than_prices_measured_with_many():
         fit_engine("x", PLAIN, [])
     with pytest.raises(DataError, match=r"takes 0\.0 s"):
         fit_engine("x", PLAIN, [MeasuredStep(decode(1), 0.0)])
+
+
+def test_kernels_that_overlap_take_less_together_but_never_less_than_half():
+    few = [MeasuredStep(decode(b), PLAIN([decode(b)]) - 2e-4) for b in (1, 16, 64, 128)]
+    found = fit_engine("x", PLAIN, few)
+    assert found.graph_layer_s == pytest.approx(-2e-4 / 27, rel=0.1)
+    assert fit_engine("x", PLAIN, few[:2]).graph_layer_s == 0.0, "as well prices that are too high"
+    short = replace_engine(PLAIN, replace(found, graph_layer_s=-1e-3))
+    assert short([decode(1)]) == pytest.approx(found.stretch * PLAIN([decode(1)]) / 2)
 
 
 def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_five_percent():

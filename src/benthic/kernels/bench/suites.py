@@ -33,26 +33,32 @@ def memory_bound(bench: Bench) -> None:
     rows, width = (64, 256) if bench.small else (32768, 7168)
     weight = bench.random(width, seed=5)
     angle = torch.rand(rows, 32, device=bench.device)
-    cases: list[tuple[str, Callable[..., Any], Make, float]] = [
-        ("rms_norm", lambda impl, x: ops.rms_norm(x, weight, 1e-6, impl=impl), _rows(bench, rows, width), 2),
+    one = _rows(bench, rows, width)
+    # what is read and written, forward and backward, in tensors of rows x width
+    cases: list[tuple[str, Callable[..., Any], Make, float, float]] = [
+        ("rms_norm", lambda impl, x: ops.rms_norm(x, weight, 1e-6, impl=impl), one, 2, 3),
         (
             "add_rms_norm",
             lambda impl, x, r: ops.add_rms_norm(x, r, weight, 1e-6, impl=impl)[0],
             _rows(bench, rows, width, count=2),
             4,
+            3,
         ),
-        ("swiglu", lambda impl, x: ops.swiglu(x, impl=impl), _rows(bench, rows, width), 1.5),
+        ("swiglu", lambda impl, x: ops.swiglu(x, impl=impl), one, 1.5, 2.5),
         (
             "rope",
             lambda impl, x: ops.rope(x, angle.cos(), angle.sin(), impl=impl),
             _rows(bench, rows, width // 64, 64),
             2,
+            2,
         ),
     ]
-    for name, run, make, passes in cases:
-        size = rows * width * bench.dtype.itemsize
+    for name, run, make, forth, back in cases:
+        size = rows * width * bench.dtype.itemsize * forth
         for impl in implementations(name, trying(run, *make(0))):
-            forward_backward(bench, name, f"{rows}x{width}", impl, run, make, size * passes, "TB/s")
+            forward_backward(
+                bench, name, f"{rows}x{width}", impl, run, make, size, "TB/s", backward=back / forth
+            )
     if bench.device == "cuda":
         norm = lambda _, x: F.rms_norm(x, (width,), weight, 1e-6)  # noqa: E731 (a peer in one line)
         forward_backward(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _PRICES: Final = 0.1
 _STEPS: Final = 0.05
 _PRIOR: Final = (_STEPS / _PRICES) ** 2
+_OVERLAP_STEPS: Final = 3  # fewer cannot tell overlap from prices that are too high
 
 
 class MeasuredStep(NamedTuple):
@@ -31,7 +32,8 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     """Gap a layer and stretch of the kernels that fit decode steps best; relative squares, prices given.
 
     Prices are taken to be within `_PRICES` of the kernels and steps to repeat within `_STEPS`, so that the
-    stretch leaves 1 only as far as the steps insist. A negative gap is 0 and the stretch alone is fitted.
+    stretch leaves 1 only as far as the steps insist. The gap of decode steps is negative where kernels
+    overlap; a negative one of steps with prompts is 0, and the stretch alone is fitted.
     Steps with prompts that are no graphs are the host's up to some size, and the device's from there on. If
     any are graphs, steps with up to the most rows of those are taken to be.
 
@@ -47,7 +49,8 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
         raise DataError(msg)
     plain = replace_engine(step, TUNED)
     layers = step.model.num_hidden_layers
-    gap, stretch = non_negative_line([(plain([each.load]), each.seconds) for each in decodes], prior=_PRIOR)
+    line = best_line if len(decodes) >= _OVERLAP_STEPS else non_negative_line
+    gap, stretch = line([(plain([each.load]), each.seconds) for each in decodes], prior=_PRIOR)
     prompts = [each for each in measured if each.load.prefill_tokens]
     launched = [(plain([each.load]), each.seconds) for each in prompts if not each.recorded]
     recorded = [(plain([each.load]), each.seconds) for each in prompts if each.recorded]
@@ -84,7 +87,7 @@ def replace_engine(step: PricedStep, engine: Engine) -> PricedStep:
     return PricedStep(step.model, step.layout, step.machine, engine)
 
 
-def non_negative_line(pairs: Sequence[tuple[float, float]], *, prior: float = 0.0) -> tuple[float, float]:
+def best_line(pairs: Sequence[tuple[float, float]], *, prior: float = 0.0) -> tuple[float, float]:
     """`a` and `b` >= 0 of `y = a + b x`: least squares of `(a + b x - y) / y`, and `prior` of `(b - 1)^2`."""
     w = [1.0 / (y * y) for _, y in pairs]
     s = sum(w)
@@ -93,10 +96,16 @@ def non_negative_line(pairs: Sequence[tuple[float, float]], *, prior: float = 0.
     sxx = sum([wi * x * x for wi, (x, _) in zip(w, pairs, strict=True)]) + prior
     sxy = sum([wi * x * y for wi, (x, y) in zip(w, pairs, strict=True)]) + prior
     b = (s * sxy - sx * sy) / (s * sxx - sx * sx)
-    a = (sy - b * sx) / s
-    if a < 0.0:
-        return 0.0, sxy / sxx
-    return (a, b) if b >= 0.0 else (sy / s, 0.0)
+    return ((sy - b * sx) / s, b) if b >= 0.0 else (sy / s, 0.0)
+
+
+def non_negative_line(pairs: Sequence[tuple[float, float]], *, prior: float = 0.0) -> tuple[float, float]:
+    """`best_line`, with `a` >= 0."""
+    a, b = best_line(pairs, prior=prior)
+    if a >= 0.0:
+        return a, b
+    shares = [x / y for x, y in pairs]
+    return 0.0, (sum(shares) + prior) / (sum([share * share for share in shares]) + prior)
 
 
 def _longer(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:

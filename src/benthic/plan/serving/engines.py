@@ -20,7 +20,8 @@ SHIPPED: Final = ("benthic",)
 NAMES: Final = (TUNED.name, *SHIPPED)
 FORMAT: Final = 4
 
-_SECONDS: Final = ("eager_layer_s", "graph_layer_s", "prompt_layer_s")
+_SECONDS: Final = {"eager_layer_s": 0.0, "graph_layer_s": -1e-3, "prompt_layer_s": 0.0}
+"""Seconds a layer and the least each may be: kernels of decode steps overlap."""
 _STRETCHES: Final = ("stretch", "prompt_stretch")
 _ROWS: Final = "graph_rows"
 _FRONT: Final = "front"
@@ -73,7 +74,7 @@ def parse(text: str, *, where: str) -> Engine:
         )
         raise ConfigError(message)
     _check(record[_FRONT], _FRONT_SECONDS, "an engine's front", where)
-    seconds = {name: _number(record, name, where, least=0.0) for name in _SECONDS}
+    seconds = {name: _number(record, name, where, least=least) for name, least in _SECONDS.items()}
     stretches = {name: _number(record, name, where, least=0.1) for name in _STRETCHES}
     rows = int(_number(record, _ROWS, where, least=0.0))
     front = {name: _number(record[_FRONT], name, where, least=0.0) for name in _FRONT_SECONDS}

@@ -77,7 +77,8 @@ class Engine:
             and more than `graph_rows` rows. The host launches ahead, so that such a step takes the longer of
             these and of the device's.
         graph_rows: most rows of a step with prompts that is a CUDA graph.
-        graph_layer_s: device seconds a layer between the kernels of a graph of a step that only decodes.
+        graph_layer_s: device seconds a layer between the kernels of a graph of a step that only decodes;
+            negative where kernels overlap, which at best halves a step.
         prompt_layer_s: the same in steps with prompts.
         stretch: seconds of its kernels over the prices of the operations, in steps that only decode.
         prompt_stretch: the same in steps with prompts, whose many rows take other kernels.
@@ -170,7 +171,8 @@ class PricedStep:
             return max(engine.prompt_stretch * device, engine.eager_layer_s * self._layers)
         if prompts:
             return engine.prompt_stretch * device + engine.prompt_layer_s * self._layers
-        return engine.stretch * device + engine.graph_layer_s * self._layers
+        kernels = engine.stretch * device
+        return max(kernels + engine.graph_layer_s * self._layers, kernels / 2.0)
 
     def _rank(self, load: StepLoad, parts: int) -> float:
         seconds = self._rows(load.decode_tokens + load.prefill_tokens, load.samples, parts)
