@@ -176,8 +176,7 @@ def test_gradients_of_attention_keep_their_products_in_flight_and_leave_in_whole
 
 @pytest.mark.parametrize("rows", gluon_mla.FORMS)
 def test_mla_decode_multiplies_pages_as_tall_operands_and_keeps_products_in_flight(rows, tmp_path):
-    ring, registers = gluon_mla.FORMS[rows]
-    constants = {"ROWS": rows, "RING": ring, "REGISTERS": registers, "LEAST": 2, "MANY": 256}
+    constants = {"ROWS": rows, **gluon_mla.FORMS[rows], "LEAST": 2, "MANY": 256}
     described = {"cache": descriptor(64, 64)}
     kernel = built(gluon_mla._decode, constants, described, gluon_mla.ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
@@ -189,10 +188,8 @@ def test_mla_decode_multiplies_pages_as_tall_operands_and_keeps_products_in_flig
 
 @pytest.mark.parametrize("rows", gluon_mla_fp8.FORMS)
 def test_mla_decode_widens_an_fp8_cache_two_numbers_at_a_time(rows, tmp_path):
-    slots, registers, widen_registers = gluon_mla_fp8.FORMS[rows]
-    constants = {"ROWS": rows, "SLOTS": slots, "REGISTERS": registers, "WIDEN_REGISTERS": widen_registers}
+    constants = {"ROWS": rows, **gluon_mla_fp8.FORMS[rows], "LEAST": 2, "MANY": 256}
     described = {"cache": descriptor(64, 64, "fp8e4nv")}
-    constants |= {"LEAST": 2, "MANY": 256}
     kernel = built(gluon_mla_fp8._decode, constants, described, gluon_mla_fp8.ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)

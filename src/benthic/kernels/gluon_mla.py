@@ -15,27 +15,24 @@ kernel weighs (`gluon_mla_shares`).
 
 from __future__ import annotations
 
-import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from benthic.kernels.gluon_mla_rows import AHEAD, PIECES, TURNS, score, slot_of, sum_values, wait_until_used
-from benthic.kernels.gluon_mla_shares import (
-    LEAST_PAGES,
-    PAGE,
-    add_up,
-    pages_of,
-    parts_of,
-    pieces_of,
-    rows_of,
-    share_of,
+from benthic.kernels.gluon_mla_rows import (
+    AHEAD,
+    PIECES,
+    TURNS,
+    launch,
+    score,
+    slot_of,
+    sum_values,
+    wait_until_used,
 )
+from benthic.kernels.gluon_mla_shares import PAGE, pages_of, share_of
 from benthic.kernels.gluon_tiles import LOG2E, load, new_bars
-from benthic.kernels.triton_tiles import multiprocessors
 
-FORMS = {16: (25, 168), 32: (22, 216)}
+FORMS = {16: {"RING": 25, "REGISTERS": 168}, 32: {"RING": 22, "REGISTERS": 216}}
 """For up to so many rows: pieces in the ring (227 KiB in all), registers of a thread that sums values."""
 ENTRY_REGISTERS = 168
 """Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
@@ -106,23 +103,5 @@ def _decode(
 
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale):
     """See `benthic.kernels.ops.mla_decode`; launches follow from shapes, so a CUDA graph can hold them."""
-    (q_latent_SQHC, by_latent), (q_rope_SQHr, by_rope) = rows_of(q_latent_SQHC), rows_of(q_rope_SQHr)
-    sequences, queries, heads, _latent = q_latent_SQHC.shape
-    device, rows = cache_PBW.device, queries * heads
-    out = torch.empty(q_latent_SQHC.shape, dtype=q_latent_SQHC.dtype, device=device)
-    pages = sequences * block_table_SP.shape[1]
-    if out.numel() == 0 or pages == 0:
-        return out.zero_()
-    padded = 16 if rows <= 16 else 32
-    ring, registers = FORMS[padded]
-    programs = min(multiprocessors(device), triton.cdiv(pages, LEAST_PAGES))
-    part, lse, ends, many = parts_of(sequences, programs, padded, device)
-    _decode[(programs,)](
-        pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, lse, ends, out,
-        *by_latent, *by_rope, block_table_SP.stride(0),
-        sequences, rows, heads, scale,
-        ROWS=padded, RING=ring, REGISTERS=registers, LEAST=LEAST_PAGES, MANY=many,
-        num_warps=4, maxnreg=ENTRY_REGISTERS,
-    )  # fmt: skip
-    add_up((part, lse, ends), context_S, out, programs)
-    return out
+    operands = q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S
+    return launch(_decode, FORMS, ENTRY_REGISTERS, *operands, scale)

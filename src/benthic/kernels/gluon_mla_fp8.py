@@ -7,22 +7,21 @@ them, which is exact, and fill the ring, two pages long; scores and sums of valu
 
 from __future__ import annotations
 
-import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benthic.kernels.gluon_mla_rows import AHEAD, PIECES, TURNS, score, sum_values, wait_until_used
-from benthic.kernels.gluon_mla_shares import LEAST_PAGES, PAGE, add_up, pages_of, parts_of, rows_of, share_of
+from benthic.kernels.gluon_mla_rows import AHEAD, PIECES, TURNS, launch, score, sum_values, wait_until_used
+from benthic.kernels.gluon_mla_shares import PAGE, pages_of, share_of
 from benthic.kernels.gluon_tiles import LOG2E, load, meet, new_bars
-from benthic.kernels.triton_tiles import multiprocessors
 
 THIRD = gl.constexpr(3)
 """Pieces of a page that are loaded, and widened, at once."""
 RING = gl.constexpr(18)
-FORMS = {16: (4, 144, 96), 32: (3, 200, 96)}
+FORMS = {
+    16: {"SLOTS": 4, "REGISTERS": 144, "WIDEN_REGISTERS": 96},
+    32: {"SLOTS": 3, "REGISTERS": 200, "WIDEN_REGISTERS": 96},
+}
 """For up to so many rows: thirds of pages as loaded; registers of a thread that sums values, that widens."""
 ENTRY_REGISTERS = 128
 """Of a thread before the groups divide them: 65,536 over four groups of 128 threads."""
@@ -135,32 +134,7 @@ def _decode(
     ], [4, 4, 1], [REGISTERS, WIDEN_REGISTERS, 24])  # fmt: skip
 
 
-def pieces_of(cache_PBW):
-    """A descriptor of blocks of a page's tokens by 64 dims."""
-    layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float8e4nv)
-    rows_TW = cache_PBW.flatten(0, 1)
-    return TensorDescriptor(rows_TW, list(rows_TW.shape), list(rows_TW.stride()), [64, 64], layout)
-
-
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale):
     """See `benthic.kernels.ops.mla_decode`; launches follow from shapes, so a CUDA graph can hold them."""
-    (q_latent_SQHC, by_latent), (q_rope_SQHr, by_rope) = rows_of(q_latent_SQHC), rows_of(q_rope_SQHr)
-    sequences, queries, heads, _latent = q_latent_SQHC.shape
-    device, rows = cache_PBW.device, queries * heads
-    out = torch.empty(q_latent_SQHC.shape, dtype=q_latent_SQHC.dtype, device=device)
-    pages = sequences * block_table_SP.shape[1]
-    if out.numel() == 0 or pages == 0:
-        return out.zero_()
-    padded = 16 if rows <= 16 else 32
-    slots, registers, widen_registers = FORMS[padded]
-    programs = min(multiprocessors(device), triton.cdiv(pages, LEAST_PAGES))
-    part, lse, ends, many = parts_of(sequences, programs, padded, device)
-    _decode[(programs,)](
-        pieces_of(cache_PBW), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, lse, ends, out,
-        *by_latent, *by_rope, block_table_SP.stride(0),
-        sequences, rows, heads, scale,
-        ROWS=padded, SLOTS=slots, REGISTERS=registers, WIDEN_REGISTERS=widen_registers,
-        LEAST=LEAST_PAGES, MANY=many, num_warps=4, maxnreg=ENTRY_REGISTERS,
-    )  # fmt: skip
-    add_up((part, lse, ends), context_S, out, programs)
-    return out
+    operands = q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S
+    return launch(_decode, FORMS, ENTRY_REGISTERS, *operands, scale)

@@ -7,6 +7,8 @@ and weights, four others outputs, at most two pages later.
 
 from __future__ import annotations
 
+import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,7 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from benthic.kernels.gluon_mla_shares import (
     LATENT,
+    LEAST_PAGES,
     PAGE,
+    add_up,
     begins_and_ends,
     conclude,
     copied,
@@ -26,8 +30,12 @@ from benthic.kernels.gluon_mla_shares import (
     factor_of,
     note,
     pages_of,
+    parts_of,
+    pieces_of,
+    rows_of,
 )
 from benthic.kernels.gluon_tiles import meet
+from benthic.kernels.triton_tiles import multiprocessors
 
 PIECES = gl.constexpr(9)
 """Of 64 dims in a page: eight of the latent, one of the rotary key."""
@@ -196,3 +204,28 @@ def sum_values(
                 for piece in gl.static_range(VALUES):
                     gl.store(own_ptr + piece * 64 + at, acc[piece])
         sequence, page, left = sequence + 1, 0, left - pages
+
+
+def launch(decode, forms, registers, q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, scale):
+    """Run `decode` over the shares of all pages, then add up what it leaves in parts.
+
+    `forms` has its own constants for up to so many rows; `registers` are a thread's before groups divide it.
+    """
+    (q_latent_SQHC, by_latent), (q_rope_SQHr, by_rope) = rows_of(q_latent_SQHC), rows_of(q_rope_SQHr)
+    sequences, queries, heads, _latent = q_latent_SQHC.shape
+    device, rows = cache_PBW.device, queries * heads
+    out = torch.empty(q_latent_SQHC.shape, dtype=q_latent_SQHC.dtype, device=device)
+    pages = sequences * block_table_SP.shape[1]
+    if out.numel() == 0 or pages == 0:
+        return out.zero_()
+    padded = 16 if rows <= 16 else 32
+    programs = min(multiprocessors(device), triton.cdiv(pages, LEAST_PAGES))
+    part, lse, ends, many = parts_of(sequences, programs, padded, device)
+    decode[(programs,)](
+        pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, lse, ends, out,
+        *by_latent, *by_rope, block_table_SP.stride(0),
+        sequences, rows, heads, scale,
+        ROWS=padded, **forms[padded], LEAST=LEAST_PAGES, MANY=many, num_warps=4, maxnreg=registers,
+    )  # fmt: skip
+    add_up((part, lse, ends), context_S, out, programs)
+    return out

@@ -23,7 +23,11 @@ HEADS_TOGETHER = 16
 """Of how many heads the longest tiles start first: a lone short sequence has few of them."""
 
 LOG2E = gl.constexpr(1.4426950408889634)
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
 _thread = threading.local()
 
 

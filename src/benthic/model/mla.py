@@ -89,7 +89,7 @@ class Attention(nn.Module, ABC):
         compressed_TX = self.compress_query(x_TD, linear)
         if torch.is_grad_enabled():
             out_THv = self.meet(compressed_TX, latent(), angles, sockets)
-        else:  # a query needs the latent only when it is whole
+        else:  # nothing is computed again, so the query's product does not wait for the latent
             out_THv = self._attend(self.query(compressed_TX, linear), latent(), angles, sockets)
         return self.o(out_THv.flatten(1), linear)
 

@@ -84,7 +84,7 @@ class Bucket:
         self.group, self.partners, self.zero_stage = group, partners, zero_stage
         self._copied = copied and group.size > 1
         self.gathered = (zero_stage == 3 and group.size > 1) or self._copied
-        self.params = dict(sorted(named.items(), key=lambda each: each[1].dim() < 2))  # decayed side by side
+        self.params = dict(named)
         first = next(iter(self.params.values()))
         count = sum(p.numel() for p in self.params.values())
         self.length = -(-count // group.size)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from benthic.parallel.activations import peak_bytes
-from benthic.parallel.parts import held_by, holders_of, kind_of, parts_of, stages_of, unit_of
+from benthic.parallel.parts import held_by, holders_of, kind_of, matrices_first, parts_of, stages_of, unit_of
 from benthic.parallel.setup import MUON_PARTS
 from benthic.sched.pipeline.simulate import peak_activations
 from benthic.spec.layout import box
@@ -100,8 +100,7 @@ def _buckets(config: Setup, held: list[Param], table: Table) -> Iterator[tuple[l
         key = unit_of(param.name), holders[param.name], kind_of(param), _narrow(config, param)
         found.setdefault(key, []).append(param)
     for (_, _, kind, narrow), params in found.items():
-        matrices_first = sorted(params, key=lambda param: len(param.shape) < 2)
-        yield matrices_first, replicas_of(config.layout, kind), narrow
+        yield matrices_first(params), replicas_of(config.layout, kind), narrow
 
 
 def _moments(config: Setup, params: list[Param], counts: list[int], shard: int) -> int:

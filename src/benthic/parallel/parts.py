@@ -10,6 +10,8 @@ from benthic.spec.parameters import parameters
 from benthic.spec.stages import layers_of_stages
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from benthic.sched.pipeline.table import Table
     from benthic.spec.layout import Layout
     from benthic.spec.model import ModelConfig
@@ -71,6 +73,11 @@ def unit_of(name: str) -> str:
     if top in {"layers", "mtp"}:
         return f"{top}.{rest.partition('.')[0]}"
     return "embed" if top == "embed" else "head"
+
+
+def matrices_first(params: Iterable[Param]) -> list[Param]:
+    """The order of a bucket: what weight decay touches lies side by side, so that one call updates it."""
+    return sorted(params, key=lambda param: len(param.shape) < 2)
 
 
 def kind_of(param: Param) -> str:

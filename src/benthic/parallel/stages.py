@@ -11,7 +11,7 @@ from torch import nn
 from benthic.model.initialise import initialise
 from benthic.model.network import DeepSeek
 from benthic.parallel.buckets import Bucket
-from benthic.parallel.parts import holders_of, kind_of, parts_of, stages_of, unit_of
+from benthic.parallel.parts import holders_of, kind_of, matrices_first, parts_of, stages_of, unit_of
 from benthic.spec.layout import box
 from benthic.spec.parameters import parameters
 
@@ -86,7 +86,7 @@ def build(
     groups = {pps: mesh.partners(pps) for pps in sorted(set(holders.values()))}
     buckets: dict[str, list[Bucket]] = {}
     for (unit, pps, _, _), members in _grouped(held, holders, named).items():
-        named_here = {param.name: named[param.name] for param in members}
+        named_here = {param.name: named[param.name] for param in matrices_first(members)}
         replicas, copied = _replicas(members[0], mesh), fp8 and members[0].fp8
         bucket = Bucket(named_here, replicas, groups[pps], zero_stage=layout.zero_stage, copied=copied)
         buckets.setdefault(unit, []).append(bucket)

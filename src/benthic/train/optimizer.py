@@ -83,13 +83,8 @@ class _Run(NamedTuple):
     def of(cls, pieces: list[Piece], size: int, dtype: torch.dtype) -> _Run:
         """Fresh moments in `dtype`."""
         start = pieces[0]
-        whole = [
-            None if x is None else x.as_strided((size,), (1,))
-            for x in (start.master, start.gradient, start.running)
-        ]
-        master, gradient, running = whole
-        assert master is not None  # noqa: S101
-        assert gradient is not None  # noqa: S101
+        master, gradient = (x.as_strided((size,), (1,)) for x in (start.master, start.gradient))
+        running = None if start.running is None else start.running.as_strided((size,), (1,))
         first, second = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
         return cls(master, gradient, running, first, second, _decays(start))
 
