@@ -98,13 +98,15 @@ class Told(LocalExchange):
         self.note("arrived")  # type: ignore[attr-defined]
         return super().finish_dispatch(flight)
 
-    def start_combine(self, rows_RD: torch.Tensor, arrived: Arrived) -> InFlight:
+    def start_combine(
+        self, rows_RD: torch.Tensor, arrived: Arrived, beside: tuple[torch.Tensor, ...] = ()
+    ) -> InFlight:
         self.note("combine")  # type: ignore[attr-defined]
-        return super().start_combine(rows_RD, arrived)
+        return super().start_combine(rows_RD, arrived, beside)
 
-    def finish_combine(self, flight: InFlight, beside: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+    def finish_combine(self, flight: InFlight) -> torch.Tensor:
         self.note("home")  # type: ignore[attr-defined]
-        return super().finish_combine(flight, beside)
+        return super().finish_combine(flight)
 
 
 def test_the_second_half_works_while_the_first_travels(model: DeepSeek) -> None:

@@ -56,9 +56,8 @@ class Expanded:
 
 @dataclass(frozen=True)
 class Computed:
-    """After experts: `beside` adds up to residual plus shared experts; rows are on their way home."""
+    """After experts: rows are on their way home, to residual plus shared experts."""
 
-    beside: tuple[Tensor, ...]
     flight: InFlight
 
 
@@ -149,11 +148,11 @@ class MoeBlock(Block[Sent, Computed]):
         beside = sockets.aside(lambda: self.moe.beside(own.residual_TD, own.normed_TD, linear))
         arrived = sockets.exchange.finish_dispatch(sent.flight)
         rows_RD = self.moe.experts(arrived.rows_RD, arrived.ends_E, linear)
-        return Computed(beside(), sockets.exchange.start_combine(rows_RD, arrived))
+        return Computed(sockets.exchange.start_combine(rows_RD, arrived, beside()))
 
     def combine(self, computed: Computed, sockets: Sockets) -> Tensor:
         """Sum the weighed rows that come home, eq. (12)."""
-        return sockets.exchange.finish_combine(computed.flight, computed.beside)
+        return sockets.exchange.finish_combine(computed.flight)
 
     def routing(self, sent: Sent) -> Routing:
         """The gate's choice."""

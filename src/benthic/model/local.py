@@ -138,18 +138,18 @@ class LocalExchange:
         rows_RD, ends_E, maps = ops.permute(x_TD, flight.handle, self.n_routed_experts)
         return Arrived(rows_RD, ends_E, weight_TK, maps)
 
-    def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
-        """Nothing has to travel. Where autograd records, rows are summed now: less is kept until combine."""
+    def start_combine(self, rows_RD: Tensor, arrived: Arrived, beside: tuple[Tensor, ...] = ()) -> InFlight:
+        """Nothing has to travel. Where autograd records, all is summed now: less is kept until combine."""
         if torch.is_grad_enabled():
-            return InFlight((ops.unpermute(rows_RD, arrived.handle, arrived.weight),), None)
-        return InFlight((rows_RD, arrived.weight), arrived.handle)
+            return InFlight((ops.unpermute(rows_RD, arrived.handle, arrived.weight, beside),), None)
+        return InFlight((rows_RD, arrived.weight, *beside), arrived.handle)
 
-    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
+    def finish_combine(self, flight: InFlight) -> Tensor:
         """Sum each token's rows with their weights, in a fixed order."""
         if flight.handle is None:
-            return ops.added(flight.tensors[0], beside)
-        rows_RD, weight_TK = flight.tensors
-        return ops.unpermute(rows_RD, flight.handle, weight_TK, beside)
+            return flight.tensors[0]
+        rows_RD, weight_TK, *beside = flight.tensors
+        return ops.unpermute(rows_RD, flight.handle, weight_TK, tuple(beside))
 
 
 def packed_sockets(

@@ -120,11 +120,7 @@ class Moe(nn.Module):
         self.shared = Mlp(config.hidden_size, shared * width) if shared else None
 
     def beside(self, residual_TD: Tensor, normed_TD: Tensor, linear: LinearSocket) -> tuple[Tensor, ...]:
-        """What never leaves the token's own rank, to be added up: the residual stream and the shared experts.
-
-        Where autograd records they are one already, so that no more is kept until combine.
-        """
+        """What never leaves the token's own rank, to be added up: residual stream and shared experts."""
         if self.shared is None:
             return (residual_TD,)
-        shared_TD = self.shared(normed_TD, linear)
-        return (residual_TD + shared_TD,) if torch.is_grad_enabled() else (residual_TD, shared_TD)
+        return residual_TD, self.shared(normed_TD, linear)

@@ -102,7 +102,7 @@ class Exchange(Protocol):
     """How tokens reach their experts and come back: a way starts in one phase and is finished in the next.
 
     Between start and finish something else may be computed. Every rank of an exchange makes the same calls
-    in the same order. Gradients flow to `x_TD`, `rows_RD` and `weight_TK`.
+    in the same order. Gradients flow to `x_TD`, `rows_RD`, `weight_TK` and `beside`.
     """
 
     def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
@@ -113,11 +113,14 @@ class Exchange(Protocol):
         """Wait for the tokens that come here and sort a copy of each to each of its experts here."""
         ...
 
-    def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
-        """Weigh the experts' rows and send them home."""
+    def start_combine(self, rows_RD: Tensor, arrived: Arrived, beside: tuple[Tensor, ...] = ()) -> InFlight:
+        """Weigh the experts' rows and send them home; `beside` is what they are added to there.
+
+        Where autograd records, no more than one tensor waits for them in the flight.
+        """
         ...
 
-    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
+    def finish_combine(self, flight: InFlight) -> Tensor:
         """Wait for what comes home and sum it in a fixed order: `out_t = sum_k weight_tk expert_k(x_t)`.
 
         Added to the sum of `beside`, see `benthic.kernels.ops.added`.

@@ -58,13 +58,13 @@ class AllToAllExchange:
         """Wait, and copy each token that arrived to each of its experts here."""
         return exchange_trip.finish_dispatch(flight)
 
-    def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
+    def start_combine(self, rows_RD: Tensor, arrived: Arrived, beside: tuple[Tensor, ...] = ()) -> InFlight:
         """Sum each token's copies here with their weights and start sending the sums home."""
-        return exchange_trip.start_combine(rows_RD, arrived)
+        return exchange_trip.start_combine(rows_RD, arrived, beside)
 
-    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
+    def finish_combine(self, flight: InFlight) -> Tensor:
         """Wait for the sums and add them up in the order of ranks."""
-        return exchange_trip.finish_combine(flight, beside)
+        return exchange_trip.finish_combine(flight)
 
     def _counts(self, chosen: Choice) -> list[list[list[int]]]:
         """Tokens and copies by rank, `[leaving, arriving]`: the one synchronisation of the host."""

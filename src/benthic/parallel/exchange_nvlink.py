@@ -120,13 +120,13 @@ class NvlinkExchange:
         """Wait on the device, and copy each token that arrived to each of its experts here."""
         return exchange_trip.finish_dispatch(flight)
 
-    def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
+    def start_combine(self, rows_RD: Tensor, arrived: Arrived, beside: tuple[Tensor, ...] = ()) -> InFlight:
         """Write the weighed sum of each token's copies here into the memory of its own rank."""
-        return exchange_trip.start_combine(rows_RD, arrived)
+        return exchange_trip.start_combine(rows_RD, arrived, beside)
 
-    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
+    def finish_combine(self, flight: InFlight) -> Tensor:
         """Wait on the device and add the sums up in the order of ranks."""
-        return exchange_trip.finish_combine(flight, beside)
+        return exchange_trip.finish_combine(flight)
 
     def _check(self, x_TD: Tensor, expert_TK: Tensor) -> None:
         size = self.size

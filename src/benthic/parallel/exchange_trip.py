@@ -16,6 +16,7 @@ Gradients likewise. Every exchange that keeps to this gives the same bits.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -104,21 +105,23 @@ def finish_dispatch(flight: InFlight) -> Arrived:
     return Arrived(rows_RD, here.arrivals.ends_E, weight_AK, (handle.trip, here.arrivals.row_AK))
 
 
-def start_combine(rows_RD: Tensor, arrived: Arrived) -> InFlight:
+def start_combine(rows_RD: Tensor, arrived: Arrived, beside: tuple[Tensor, ...] = ()) -> InFlight:
     """Sum each token's copies here with their weights and send the sums home."""
     trip, row_AK = arrived.handle
     # The link comes first and saves all that backward needs: recomputation stops there and sends nothing.
     link = _Weighed.apply(rows_RD, arrived.weight, row_AK, trip)
     with torch.no_grad():
         moving = trip.send_home(rows_RD, row_AK, arrived.weight, None)
-    return InFlight((link,), Flight(trip, moving))
+    if beside and torch.is_grad_enabled():  # one tensor waits, not two
+        beside = (functools.reduce(torch.add, beside),)
+    return InFlight((link, *beside), Flight(trip, moving))
 
 
-def finish_combine(flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
-    """Wait for the sums and add them up in the order of ranks, then to what is `beside`."""
-    (link,), handle = flight.tensors, flight.handle
+def finish_combine(flight: InFlight) -> Tensor:
+    """Wait for the sums and add them up in the order of ranks, then to what is beside."""
+    (link, *beside), handle = flight.tensors, flight.handle
     out_TD: Tensor = _Returned.apply(link, handle.trip, handle.moving)
-    return ops.added(out_TD, beside)
+    return ops.added(out_TD, tuple(beside))
 
 
 def check_choice(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> None:

@@ -83,7 +83,7 @@ class GatheredExperts(OwnExperts):
         expert_TK, weight_TK = unpack_choice(choice)
         return super().finish_dispatch(super().start_dispatch(x_TD, expert_TK, weight_TK))
 
-    def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
+    def start_combine(self, rows_RD: Tensor, arrived: Arrived, beside: tuple[Tensor, ...] = ()) -> InFlight:
         """Sum what this rank's experts add to each row, and start sending the sums home."""
         sent = ops.unpermute(rows_RD, arrived.handle, arrived.weight)
         if self.rows:
@@ -93,13 +93,14 @@ class GatheredExperts(OwnExperts):
         else:
             received = sent.new_empty((len(sent) // self.group.size, sent.shape[1]))
             work = start_reduce_scatter(received, sent, self.group)
-        return InFlight((received,), Moving(work, sent, sent.shape[1], sent.dtype))
+        return InFlight((received, *beside), Moving(work, sent, sent.shape[1], sent.dtype))
 
-    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
-        """Wait for the sums of this rank's rows and add them in the order of ranks, then to `beside`."""
+    def finish_combine(self, flight: InFlight) -> Tensor:
+        """Wait for the sums of this rank's rows and add them in the order of ranks, then to those beside."""
         moving: Moving = flight.handle
         moving.work.wait()
-        (received,) = flight.tensors
+        received, *others = flight.tensors
+        beside = tuple(others)
         if not self.rows:
             return ops.added(received, beside)
         parts_NTD = received.view(self.group.size, -1, moving.width)

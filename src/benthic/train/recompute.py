@@ -137,13 +137,13 @@ class _Exchange:
             )
         return arrived
 
-    def start_combine(self, rows_RD: Tensor, arrived: Arrived) -> InFlight:
+    def start_combine(self, rows_RD: Tensor, arrived: Arrived, beside: tuple[Tensor, ...] = ()) -> InFlight:
         """As the exchange does."""
-        return self.inner.start_combine(rows_RD, arrived)
+        return self.inner.start_combine(rows_RD, arrived, beside)
 
-    def finish_combine(self, flight: InFlight, beside: tuple[Tensor, ...] = ()) -> Tensor:
+    def finish_combine(self, flight: InFlight) -> Tensor:
         """As the exchange does."""
-        return self.inner.finish_combine(flight, beside)
+        return self.inner.finish_combine(flight)
 
 
 @dataclass
