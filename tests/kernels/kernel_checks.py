@@ -94,6 +94,11 @@ def test_rms_norm_of_a_residual_sum(dtype, width):
     compare(lambda x, r, w, impl: ops.add_rms_norm(x, r, w, 1e-6, impl=impl), inputs, dtype)
 
 
+def test_a_norm_that_hands_on_its_input_adds_the_gradients_of_both(dtype):
+    inputs = [made(TOKENS, 57, dtype=dtype), made(40, dtype=dtype, seed=1)]
+    compare(lambda x, w, impl: ops.add_rms_norm(x[:, :40], None, w, 1e-6, impl=impl), inputs, dtype)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_swiglu(dtype, width):
     compare(lambda x, impl: ops.swiglu(x, impl=impl), [made(TOKENS, 2 * width, dtype=dtype)], dtype)

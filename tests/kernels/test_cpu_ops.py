@@ -77,6 +77,11 @@ def test_rms_norm_of_a_residual_sum_returns_the_sum_too():
     compare(lambda x, r, w, impl: ops.add_rms_norm(x, r, w, 1e-6, impl=impl), inputs)
 
 
+def test_a_norm_that_hands_on_its_input_adds_the_gradients_of_both():
+    inputs = [made(TOKENS, DIM), made(DIM, seed=1)]
+    compare(lambda x, w, impl: ops.add_rms_norm(x, None, w, 1e-6, impl=impl), inputs)
+
+
 def test_swiglu_and_its_gradient_equal_the_definition():
     compare(lambda x, impl: ops.swiglu(x, impl=impl), [made(TOKENS, 2 * DIM)])
 

@@ -38,6 +38,9 @@ def test_row_ops_equal_their_definitions(rows: int, width: int) -> None:
     found, total = ops.add_rms_norm(x, other, weight, 1e-6, impl="native")
     close(total, x + other)
     close(found, ops.add_rms_norm(x, other, weight, 1e-6, impl="reference")[0])
+    found, total = ops.add_rms_norm(x, None, weight, 1e-6, impl="native")
+    assert total is x
+    close(found, ops.rms_norm(x, weight, 1e-6, impl="reference"))
     close(ops.swiglu(wide, impl="native"), ops.swiglu(wide, impl="reference"))
     part = wide[:, :width]  # rows that lie apart, as in a split projection
     close(ops.rms_norm(part, weight, 1e-6, impl="native"), ops.rms_norm(part, weight, 1e-6, impl="reference"))

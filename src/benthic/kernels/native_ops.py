@@ -42,8 +42,10 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `benthic.kernels.ops.add_rms_norm`."""
+    if residual is None:
+        return rms_norm(x, weight_D, eps), x
     x, residual, weight_D = x.contiguous(), residual.contiguous(), weight_D.contiguous()
     width = x.shape[-1]
     out, total = torch.empty(x.shape), torch.empty(x.shape)

@@ -29,17 +29,17 @@ def differentiable_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `benthic.kernels.ops.add_rms_norm`; float32 and float64."""
-    total = x + residual
+    total = x if residual is None else x + residual
     return F.rms_norm(total, weight_D.shape, weight_D, eps), total
 
 
 def differentiable_add_rms_norm(
-    x: Tensor, residual: Tensor, weight_D: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """See `benthic.kernels.ops.add_rms_norm`; float32, float64 and bfloat16."""
-    total = x + residual
+    total = x if residual is None else x + residual
     out: Tensor = _RmsNorm.apply(total, weight_D, eps)
     return out, total
 

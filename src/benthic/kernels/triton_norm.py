@@ -177,12 +177,12 @@ def _rotate_and_norm(
 
 def rms_norm(x, weight_D, eps):
     """See `benthic.kernels.ops.rms_norm`."""
-    return _Norm.apply(x, None, weight_D, eps)[0]
+    return _Norm.apply(x, None, weight_D, eps, False)[0]
 
 
 def add_rms_norm(x, residual, weight_D, eps):
     """See `benthic.kernels.ops.add_rms_norm`."""
-    return _Norm.apply(x, residual, weight_D, eps)
+    return _Norm.apply(x, residual, weight_D, eps, True)
 
 
 def swiglu(gate_up):
@@ -230,10 +230,10 @@ def tile(width, elements):
 
 
 class _Norm(torch.autograd.Function):
-    """RMSNorm of x, or of x + residual; the second output is what was normalised."""
+    """RMSNorm of x, or of x + residual; the second output, if asked for, is what was normalised."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight_D, eps):
+    def forward(ctx, x, residual, weight_D, eps, both):
         """Save the normalised rows' input and reciprocal root mean squares."""
         rows_RD, width = as_rows(x), x.shape[-1]
         rows = rows_RD.shape[0]
@@ -254,7 +254,7 @@ class _Norm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         shaped = out if x.dim() == 2 else out.view(x.shape)
         if residual is None:
-            return shaped, None
+            return shaped, x if both else None
         return shaped, total if x.dim() == 2 else total.view(x.shape)
 
     @staticmethod
@@ -262,10 +262,10 @@ class _Norm(torch.autograd.Function):
         """Gradients of x, of the residual (the same) and of the weight."""
         total, weight_D, rstd = ctx.saved_tensors
         if dy is None:
-            return dtotal, (dtotal if ctx.has_residual else None), None, None
+            return dtotal, (dtotal if ctx.has_residual else None), None, None, None
         rows, width = total.shape
         dy = dy.contiguous()
-        has_dtotal = ctx.has_residual and dtotal is not None
+        has_dtotal = dtotal is not None
         dtotal = dtotal.contiguous() if has_dtotal else dy
         dx = torch.empty_like(dy)
         block, padded, _ = tile(width, 4096)
@@ -279,7 +279,7 @@ class _Norm(torch.autograd.Function):
                 HAS_DTOTAL=has_dtotal, ROWS=block, WIDTH=padded, num_warps=min(16, max(4, padded // 512)),
             )  # fmt: skip
         dweight_D = partial.sum(dim=0).to(weight_D.dtype)
-        return dx, (dx if ctx.has_residual else None), dweight_D, None
+        return dx, (dx if ctx.has_residual else None), dweight_D, None, None
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -77,7 +77,8 @@ class Block(nn.Module, ABC, Generic[SentT, ComputedT]):
 
     def attention(self, x_TD: Tensor, angles: Angles, sockets: Sockets) -> Attended:
         """Attend, add to the residual stream, and norm for what follows."""
-        attended_TD = self.attn(self.attn_norm(x_TD), angles, sockets)
+        normed_TD, x_TD = self.attn_norm.with_input(x_TD)
+        attended_TD = self.attn(normed_TD, angles, sockets)
         normed_TD, residual_TD = self.ffn_norm.after_adding(attended_TD, x_TD)
         return Attended(residual_TD, normed_TD)
 

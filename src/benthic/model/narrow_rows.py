@@ -45,7 +45,7 @@ def _norms(block: Block, name: str, scales: Scales) -> None:
     attention = block.attn
     low_rank = isinstance(attention, LowRankAttention)
     if _narrow(scales, name, "attn.kv_a", "attn.q_a" if low_rank else "attn.q"):
-        _put(block.attn_norm, "forward", _normed(block.attn_norm))
+        _put(block.attn_norm, "with_input", _normed_with_input(block.attn_norm))
     if isinstance(attention, LowRankAttention) and _narrow(scales, name, "attn.q_b"):
         _put(attention.q_a_norm, "forward", _normed(attention.q_a_norm))
     if isinstance(block, DenseBlock) and _narrow(scales, name, "mlp.gate_up"):
@@ -67,6 +67,11 @@ def _swiglu(gate_up_RF2: Tensor) -> NarrowRows:
 
 def _normed(norm: Norm) -> Callable[[Tensor], NarrowRows]:
     return lambda x_TD: NarrowRows(ops.rms_norm_fp8(x_TD, norm.weight, norm.eps), x_TD.dtype)
+
+
+def _normed_with_input(norm: Norm) -> Callable[[Tensor], tuple[NarrowRows, Tensor]]:
+    normed = _normed(norm)
+    return lambda x_TD: (normed(x_TD), x_TD)
 
 
 def _normed_sum(norm: Norm) -> Callable[[Tensor, Tensor], tuple[NarrowRows, Tensor]]:

@@ -30,6 +30,10 @@ class Norm(nn.Module):
         """Normalise the last dim; the dtype of `x` is kept."""
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def with_input(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """`(norm(x), x)`, whose gradients are added in one pass over memory."""
+        return ops.add_rms_norm(x_TD, None, self.weight, self.eps)
+
     def after_adding(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
         """`(norm(x + residual), x + residual)` in one pass over memory."""
         return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)

@@ -159,7 +159,8 @@ class _Keeping:
         """Replace what notes; phases that are recomputed as a whole stay as they are."""
         self._attention(block.attn)
         if "norms" in self.pieces:
-            norms = [block.attn_norm, block.attn.kv_a_norm]
+            _replace(block.attn_norm, "with_input", self._norm_with_input(block.attn_norm))
+            norms = [block.attn.kv_a_norm]
             norms += [block.attn.q_a_norm] if isinstance(block.attn, LowRankAttention) else []
             for norm in norms:
                 _replace(norm, "forward", self._norm(norm))
@@ -214,6 +215,16 @@ class _Keeping:
             out = forward(x)
             self.keeper.note(out, self._normed(norm, x))
             return out
+
+        return noting
+
+    def _norm_with_input(self, norm: Norm) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        with_input = norm.with_input
+
+        def noting(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+            normed_TD, input_TD = with_input(x_TD)
+            self.keeper.note(normed_TD, self._normed(norm, x_TD))
+            return normed_TD, input_TD
 
         return noting
 

@@ -114,16 +114,18 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, impl: str | None = None
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight_D: Tensor, eps: float, *, impl: str | None = None
+    x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """`sum = x + residual`; returns `(rms_norm(sum), sum)`, both in x's dtype.
 
+    Without a residual the sum is x itself, whose two gradients are added in the norm's pass.
     Shapes: x and residual [..., D], one dtype; weight_D [D]. Differentiable in all three.
     Raises: ShapeError when shapes disagree; BackendError when `impl` cannot run.
     """
-    if x.shape != residual.shape or weight_D.shape != x.shape[-1:]:
+    other = x if residual is None else residual
+    if x.shape != other.shape or weight_D.shape != x.shape[-1:]:
         msg = (
-            f"add_rms_norm: x {tuple(x.shape)}, residual {tuple(residual.shape)} and weight "
+            f"add_rms_norm: x {tuple(x.shape)}, residual {tuple(other.shape)} and weight "
             f"{tuple(weight_D.shape)} disagree; x and residual must match and the weight must be [D]"
         )
         raise ShapeError(msg)
@@ -131,9 +133,8 @@ def add_rms_norm(
     case = Case(
         device_type(x),
         dtype,
-        grad=torch.is_grad_enabled()
-        and (x.requires_grad or residual.requires_grad or weight_D.requires_grad),
-        mixed=weight_D.dtype is not dtype or residual.dtype is not dtype,
+        grad=torch.is_grad_enabled() and (x.requires_grad or other.requires_grad or weight_D.requires_grad),
+        mixed=weight_D.dtype is not dtype or other.dtype is not dtype,
     )
     out: tuple[Tensor, Tensor] = ADD_RMS_NORM.choose(case, impl)(x, residual, weight_D, eps)
     return out

@@ -18,9 +18,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (x_wide * scale * weight_D).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`s = x + residual` in the inputs' dtype; returns `(rms_norm(s), s)`."""
-    total = x + residual
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`s = x + residual` in the inputs' dtype, or x itself; returns `(rms_norm(s), s)`."""
+    total = x if residual is None else x + residual
     return rms_norm(total, weight_D, eps), total
 
 
