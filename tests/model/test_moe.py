@@ -7,6 +7,7 @@ import torch
 from small_models import BASE, VARIANTS, packed, random_model
 from torch.nn import functional as F
 
+from benthic.kernels import ops
 from benthic.model.block import Attended
 from benthic.model.local import LocalExchange, PackedAttend, PlainLinear, plain_linear
 from benthic.model.moe import Gate
@@ -78,6 +79,23 @@ def test_mixture_layer_equals_a_loop_over_experts(name):
             gate, up = moe.shared.gate_up.weight
             expected_TD[t] += swiglu(u_TD[t], gate, up, moe.shared.down.weight)
     torch.testing.assert_close(actual_TD, expected_TD, atol=1e-9, rtol=1e-6)
+
+
+def test_rows_that_stay_here_are_summed_before_combine_when_gradients_are_recorded_and_to_the_same_bits():
+    exchange = LocalExchange(BASE.n_routed_experts)
+    generator = torch.Generator().manual_seed(8)
+    x_TD, *beside = (torch.randn(9, 16, generator=generator).bfloat16() for _ in range(3))
+    scores_TE = torch.rand(9, BASE.n_routed_experts, generator=generator)
+    weight_TK, expert_TK = scores_TE.topk(3)
+    arrived = exchange.finish_dispatch(exchange.start_dispatch(x_TD, expert_TK.int(), weight_TK))
+    recorded = exchange.start_combine(arrived.rows_RD, arrived, tuple(beside))
+    assert len(recorded.tensors) == 1, "one tensor waits for combine"
+    with torch.no_grad():
+        apart = exchange.start_combine(arrived.rows_RD, arrived)
+        expected_TD = ops.added(exchange.finish_combine(apart), tuple(beside))
+        flight = exchange.start_combine(arrived.rows_RD, arrived, tuple(beside))
+        assert torch.equal(exchange.finish_combine(flight), expected_TD)
+    assert torch.equal(exchange.finish_combine(recorded), expected_TD)
 
 
 def test_bias_steers_the_choice_and_not_the_weights():
