@@ -900,6 +900,25 @@ def test_a_row_of_few_gives_the_same_bits_whoever_is_beside_it(dtype):
         assert torch.equal(found[:5], torch.cat(alone))
 
 
+@pytest.mark.parametrize(("columns", "width"), [(40, 96), (9, 1500), (576, 1024), (2100, 16), (20, 4096)])
+def test_linear_of_few_rows(dtype, columns, width):
+    if ON_GPU and dtype == torch.float32:
+        pytest.skip("registers hold weights of 16 bits")
+    x, weight = made(8, width, dtype=dtype).detach(), made(columns, width, dtype=dtype, seed=1).detach()
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    for rows in (1, 3, 8):
+        close(ops.linear(x[:rows], weight, impl="few_rows"), exact[:rows], dtype)
+    beside_nan = torch.full((columns + 2, width + 8), torch.nan, dtype=dtype, device=DEVICE)
+    beside_nan[1:-1, :width] = weight
+    rows_beside_nan = torch.full((7, width + 8), torch.nan, dtype=dtype, device=DEVICE)
+    rows_beside_nan[:5, :width] = x[:5]
+    found = ops.linear(rows_beside_nan[:5, :width], beside_nan[1:-1, :width], impl="few_rows")
+    assert torch.equal(found, ops.linear(x, weight, impl="few_rows")[:5])
+    turned = ops.linear(x.t().contiguous().t(), weight.t().contiguous().t(), impl="few_rows")
+    assert torch.equal(turned[:5], found)
+    assert ops.linear(x[:0], weight, impl="few_rows").shape == (0, columns)
+
+
 def test_gate_logits(dtype):
     x, weight = made(35, 96, dtype=dtype).detach(), made(10, 96, dtype=dtype, seed=1).detach()
     exact = torch.nn.functional.linear(x.double(), weight.double())

@@ -552,6 +552,37 @@ EARLY = [
 ]
 
 
+def held(columns, width):
+    own, warps, part = importlib.import_module("benthic.kernels.triton_few_rows").held(columns)
+    chunks, rest = divmod(width, warps * part)
+    constants = {"OWN": own, "WARPS": warps, "WIDTH": part, "PRECISION": "tf32"}
+    return constants | {"CHUNKS": chunks + (rest > 0), "WHOLE": rest == 0}
+
+
+HELD = [(3072, 2048), (576, 2048), (2048, 2048), (5632, 2048), (2048, 2816), (576, 4096), (2048, 4096)]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("columns", "width"), HELD)
+def test_all_weights_of_a_product_are_on_their_way_before_it_waits_and_nothing_else_is(
+    columns, width, dtype, tmp_path
+):
+    constants = held(columns, width)
+    built = compiled(
+        "triton_few_rows", "_linear", constants | {"PDL": True}, dtype=dtype, warps=constants["WARPS"]
+    )
+    used = resources(built, tmp_path)
+    assert_fits(used)
+    assert used.registers <= (128 if width <= 2048 else 255)  # two programs run on a multiprocessor
+    before, after = re.split(r"griddepcontrol\.wait\s*;", built.asm["ptx"])
+    assert "griddepcontrol.launch_dependents" in before
+    # 16 columns of weights are twice as many bytes as 8 rows
+    assert before.count("ld.global.v4.b32") == before.count("ld.global") == 8 * constants["CHUNKS"]
+    assert after.count("ld.global.v4.b32") == after.count("ld.global") == 4 * constants["CHUNKS"]
+    assert not re.search(r"\b(st|red|atom)\.|cp\.async|ld\.shared|ldmatrix|bar\.sync", before)
+    assert "mma.sync" in after
+
+
 @pytest.mark.parametrize(("module", "kernel", "constants", "warps", "overrides"), EARLY)
 def test_a_kernel_launched_early_touches_no_memory_before_it_has_waited(
     module, kernel, constants, warps, overrides, tmp_path

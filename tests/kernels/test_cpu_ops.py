@@ -7,6 +7,8 @@ import torch
 
 from benthic.errors import BackendError, ConfigError, ShapeError
 from benthic.kernels import ops, torch_heads
+from benthic.kernels.ops import LINEAR
+from benthic.kernels.table import Case
 
 TOKENS, DIM = 63, 44
 
@@ -65,6 +67,25 @@ def test_parts_of_heads_that_do_not_fit_are_refused():
             ops.split_head_dims(x, first)
     with pytest.raises(ShapeError, match="heads_linear"):
         ops.heads_linear(x, made(2, 4, 8))
+
+
+def test_products_that_do_not_fit_or_are_not_of_few_rows_are_refused():
+    x, weight = made(9, 8), made(5, 8)
+    for rows, by in ((x, made(5, 7)), (x[None], weight), (x, weight[0])):
+        with pytest.raises(ShapeError, match="linear: rows"):
+            ops.linear(rows, by)
+    case = Case("cuda", torch.bfloat16, (2048, 2048), few=True)
+    assert LINEAR.select(case)[0].name == "torch"
+    refusals = (
+        (case._replace(few=False), "few rows"),
+        (case._replace(grad=True), "no gradients"),
+        (case._replace(mixed=True), "one dtype"),
+        (case._replace(dims=(2048, 4104)), "up to 4096 columns"),
+        (case._replace(dtype=torch.float32), "takes"),
+    )
+    for refused, why in refusals:
+        with pytest.raises(BackendError, match=why):
+            LINEAR.select(refused, "few_rows")
 
 
 @pytest.mark.parametrize("shape", [(TOKENS, DIM), (3, 7, DIM), (1, DIM)])

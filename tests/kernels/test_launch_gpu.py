@@ -36,6 +36,8 @@ class Layer:
         )
         self.cos, self.sin = random(rows, 32, dtype=torch.float32), random(rows, 32, dtype=torch.float32)
         self.cache = torch.zeros(8, 64, 128 + 64, device="cuda", dtype=dtype)
+        self.mix = random(WIDTH, WIDTH, dtype=dtype, scale=0.04)
+        self.product = "few_rows" if rows <= 8 else "torch"
         self.slot = torch.randperm(8 * 64, device="cuda")[:rows]
 
     def block(self, x):
@@ -50,7 +52,8 @@ class Layer:
         rows, ends, maps = ops.permute(normed, routing.expert_TK, EXPERTS)
         hidden = ops.swiglu(ops.grouped_linear(rows, self.up, ends, impl="few_rows"))
         rows = ops.grouped_linear(hidden, self.down, ends, impl="few_rows")
-        return ops.unpermute(rows, maps, routing.weight_TK, (total, normed))
+        summed = ops.unpermute(rows, maps, routing.weight_TK, (total, normed))
+        return ops.linear(summed, self.mix, impl=self.product)
 
     def run(self):
         return self.block(self.block(self.x))

@@ -132,6 +132,7 @@ CALLS = {
     "unpermute": unpermute,
     "grouped_linear": grouped_linear,
     "grouped_linear in columns": lambda made, impl: grouped_linear(made, impl, columns=True),
+    "linear": lambda made, impl: ops.linear(made(TOKENS, WIDTH), made(9, WIDTH), impl=impl),
     "linear_by_row": lambda made, impl: ops.linear_by_row(made(TOKENS, WIDTH), made(9, WIDTH), impl=impl),
     "heads_linear_by_row": lambda made, impl: ops.heads_linear_by_row(
         made(TOKENS, 3, WIDTH), made(3, 9, WIDTH), impl=impl

@@ -8,9 +8,10 @@ import pytest
 import torch
 from small_engine import NANO, prompts, random_model, request, serve, small_engine
 
-from benthic.kernels import native
+from benthic.kernels import native, ops
 from benthic.sched.plans import Prefill, StepPlan, TableWrite
 from benthic.serve.columns import ColumnLinear, fastest_linear
+from benthic.serve.few_rows import FewRowsLinear
 from benthic.serve.steps import StepBuilder
 from benthic.serve.tapes import SEEN_BEFORE, DecodeTapes
 
@@ -117,6 +118,18 @@ def test_the_column_socket_multiplies_as_the_plain_one(rows: int) -> None:
 
 def test_bfloat16_models_keep_the_plain_socket() -> None:
     assert not isinstance(fastest_linear(random_model().to(torch.bfloat16)), ColumnLinear)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_products_of_few_rows_ask_the_table_and_others_do_not(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, linear = [], ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, weight: (asked.append(len(x)), linear(x, weight))[1])
+    x, weight = torch.randn(rows, 24), torch.randn(40, 24)
+    torch.testing.assert_close(FewRowsLinear()(x, weight), x @ weight.t())
+    torch.testing.assert_close(FewRowsLinear()(x[None], weight), (x @ weight.t())[None])
+    assert asked == ([rows] if rows <= 8 else [])
 
 
 def tokens(*, enforce_eager: bool, **options: object) -> tuple[dict[str, list[int]], DecodeTapes | None]:

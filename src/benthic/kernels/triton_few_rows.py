@@ -137,8 +137,8 @@ def _gate(
 ):  # fmt: skip
     """out[r, e] = sum_k x[r, k] * weight[e, k] in float32; two warps hold all weights of EXPERTS experts.
 
-    These are loaded before anything is waited for: whatever wrote weights has ended, since products that no
-    kernel is launched early after stand between.
+    These are loaded before anything is waited for: kernels that write weights let none start before they have
+    ended.
     """
     expert, k = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS), tl.arange(0, WIDTH)
     kept = (expert < experts)[:, None] & (k < k_dim)[None, :]
@@ -151,6 +151,48 @@ def _gate(
         x = tl.load(x_ptr + row.to(tl.int64) * stride_x + k, mask=x_kept, other=0.0)
         out = tl.sum(weight * x.to(tl.float32)[None, :], axis=1)
         tl.store(out_ptr + row * experts + expert, out, mask=expert < tl.where(row < rows, experts, 0))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear(
+    x_ptr, weight_ptr, out_ptr, rows, n_dim, k_dim, stride_x, stride_n,
+    OWN: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[r, n] = sum_k x[r, k] * weight[n, k]; a program holds all weights of OWN columns in its registers.
+
+    Every warp owns WIDTH of K in each of CHUNKS, and sums of warps are added at the end, always in one order.
+    Weights are loaded before anything is waited for, as the gate's are. The instruction takes 16 columns by 8
+    rows: those past OWN and `rows` are zeros.
+    """
+    index, row = tl.arange(0, 16), tl.arange(0, 8)
+    column = tl.program_id(0) * OWN + index
+    column_kept, row_kept = (index < OWN) & (column < n_dim), row < rows
+    k = tl.arange(0, WARPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    weight_at, weights = weight_ptr + column.to(tl.int64)[None, :, None] * stride_n + k[:, None, :], ()
+    for chunk in tl.static_range(CHUNKS):
+        kept = column_kept[None, :, None]
+        if not WHOLE:
+            kept = kept & (k < k_dim - chunk * WARPS * WIDTH)[:, None, :]
+        weights += (tl.load(weight_at + chunk * WARPS * WIDTH, mask=kept, other=0.0),)
+    wait_for_inputs(PDL)
+    x_at, xs = x_ptr + row.to(tl.int64)[None, None, :] * stride_x + k[:, :, None], ()
+    for chunk in tl.static_range(CHUNKS):
+        kept = row_kept[None, None, :]
+        if not WHOLE:
+            kept = kept & (k < k_dim - chunk * WARPS * WIDTH)[:, :, None]
+        xs += (tl.load(x_at + chunk * WARPS * WIDTH, mask=kept, other=0.0),)
+    acc = tl.zeros([WARPS, 16, 8], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        weight = weights[chunk]
+        if PDL:  # or Triton 3.6 takes weights to shared memory, for which they must be there, before it waits
+            weight = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [weight], weight.dtype, is_pure=False, pack=2
+            )
+        acc = tl.dot(weight, xs[chunk], acc, input_precision=PRECISION)
+    out = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
+    out_at = out_ptr + row[None, :] * n_dim + column[:, None]
+    tl.store(out_at, out, mask=column_kept[:, None] & row_kept[None, :])
 
 
 def gate_logits(x_TD, weight_ED):
@@ -167,6 +209,32 @@ def gate_logits(x_TD, weight_ED):
             ROWS=block, EXPERTS=own, WIDTH=padded, num_warps=2, **early(x_TD.device, rows),
         )  # fmt: skip
     return out_TE
+
+
+def linear(x_TI, weight_OI):
+    """See `benthic.kernels.ops.linear`; computes no gradients."""
+    x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+    weight_OI = weight_OI if weight_OI.stride(1) == 1 else weight_OI.contiguous()
+    rows, (n_dim, k_dim) = x_TI.shape[0], weight_OI.shape
+    out_TO = torch.empty(rows, n_dim, dtype=x_TI.dtype, device=x_TI.device)
+    own, warps, width = held(n_dim)
+    if rows:
+        _linear[(triton.cdiv(n_dim, own),)](
+            x_TI, weight_OI, out_TO, rows, n_dim, k_dim, x_TI.stride(0), weight_OI.stride(0),
+            OWN=own, WARPS=warps, WIDTH=width, CHUNKS=triton.cdiv(k_dim, warps * width),
+            WHOLE=k_dim % (warps * width) == 0, PRECISION=precision(x_TI.dtype), num_warps=warps,
+            **early(x_TI.device, rows),
+        )  # fmt: skip
+    return out_TO
+
+
+def held(columns):
+    """`(own, warps, width)` of `_linear`: narrow weights are spread over 128 programs and more.
+
+    By arithmetic, not measured: a program has 64 KB of a weight 2048 wide, and two run on a multiprocessor.
+    """
+    own = next(own for own in (16, 8, 4) if own == 4 or columns >= 128 * own)
+    return own, 8, 128
 
 
 def grouped_linear(x_RI, weight_EOI, ends_E):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benthic.errors import UnknownFieldError
-from benthic.kernels.bench import attention, fp8, sampling, suites
+from benthic.kernels.bench import attention, few_rows, fp8, sampling, suites
 from benthic.kernels.bench.timing import Bench
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ SUITES: Final[dict[str, Callable[[Bench], None]]] = {
     "attention": attention.attention,
     "decode": attention.decode,
     "experts": suites.experts,
+    "few_rows": few_rows.products,
     "copies": suites.copies,
     "head": suites.head,
     "fp8": fp8.quantisers,

@@ -90,6 +90,7 @@ from benthic.kernels.ops.heads import (
     join_head_dims,
     split_head_dims,
 )
+from benthic.kernels.ops.linear import LINEAR, linear
 from benthic.kernels.ops.linear_gradients import (
     GROUPED_INPUT_GRADIENT,
     GROUPED_WEIGHT_GRADIENT,
@@ -186,6 +187,7 @@ __all__ = [
     "heads_linear_by_row",
     "home_slots",
     "join_head_dims",
+    "linear",
     "linear_by_row",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
@@ -226,6 +228,7 @@ OPS: tuple[Op, ...] = (
     JOIN_HEAD_DIMS,
     SPLIT_HEAD_DIMS,
     HEADS_LINEAR,
+    LINEAR,
     ROPE_AND_NORM,
     ATTENTION,
     MLA_DECODE,
@@ -315,7 +318,7 @@ def _variants(op: Op, plain: Case) -> list[tuple[str, Case]]:
         variants.append(("equal lengths", plain._replace(equal=True)))
     if op is GROUPED_LINEAR:
         variants.append(("weights in columns", plain._replace(layout="columns")))
-    if op in (MLA_DECODE, GROUPED_LINEAR, FP8_LINEAR, GROUPED_FP8_LINEAR):
+    if op in (MLA_DECODE, LINEAR, GROUPED_LINEAR, FP8_LINEAR, GROUPED_FP8_LINEAR):
         variants.append(("few rows", plain._replace(few=True)))
     if op in (GROUPED_LINEAR, GROUPED_INPUT_GRADIENT, GROUPED_FP8_LINEAR):
         variants.append(("many rows", plain._replace(many=True)))
