@@ -1,4 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment, var-annotated"
 """Products of few rows with a weight, or with one an expert, in bfloat16 or FP8: as fast as weights are read.
 
 Weights are the tall operand of the matrix instruction (64 of their rows at a time) and the few rows the
@@ -169,14 +170,16 @@ def _linear(
     column = tl.program_id(0) * OWN + index
     column_kept, row_kept = (index < OWN) & (column < n_dim), row < rows
     k = tl.arange(0, WARPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    weight_at, weights = weight_ptr + column.to(tl.int64)[None, :, None] * stride_n + k[:, None, :], ()
+    weight_at = weight_ptr + column.to(tl.int64)[None, :, None] * stride_n + k[:, None, :]
+    weights = ()
     for chunk in tl.static_range(CHUNKS):
         kept = column_kept[None, :, None]
         if not WHOLE:
             kept = kept & (k < k_dim - chunk * WARPS * WIDTH)[:, None, :]
         weights += (tl.load(weight_at + chunk * WARPS * WIDTH, mask=kept, other=0.0),)
     wait_for_inputs(PDL)
-    x_at, xs = x_ptr + row.to(tl.int64)[None, None, :] * stride_x + k[:, :, None], ()
+    x_at = x_ptr + row.to(tl.int64)[None, None, :] * stride_x + k[:, :, None]
+    xs = ()
     for chunk in tl.static_range(CHUNKS):
         kept = row_kept[None, None, :]
         if not WHOLE:
