@@ -8,6 +8,8 @@ a side wins where its worst seed is better than the other's best.
 
     python benchmarks/disaggregate.py            # pairs of GPUs: two, or more to measure side by side
     python benchmarks/disaggregate.py --small    # tiny, on a CPU: a rehearsal
+    python benchmarks/disaggregate.py --fleets 1P1D --out a.json            # where time comes in pieces: one
+    python benchmarks/disaggregate.py --fleets "2 colocated" --out a.json   # fleet, then the other beside it
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from provenance import write_result
+from provenance import provenance, write_result
 from random_checkpoint import DUMMY, QUIET, make_folder, shape
 
 from benthic.bench.served import serving
@@ -46,7 +48,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Workload:
-    """Lengths in tokens, targets in ms, rates in requests a second for the two GPUs."""
+    """Lengths in tokens, targets in ms, rates in requests a second for the two GPUs.
+
+    Arrivals last `spans` times as long as the command line says, for requests that live as long as a run.
+    """
 
     name: str
     prompt: int
@@ -54,15 +59,16 @@ class Workload:
     ttft: int
     tpot: int
     rates: tuple[float, ...]
+    spans: int = 1
 
 
 WORKLOADS = (
-    Workload("prefill-heavy", 4096, 64, 1000, 30, (8.0, 14.0, 20.0, 26.0)),
-    Workload("balanced", 2048, 256, 600, 30, (18.0, 26.0, 34.0, 42.0, 50.0)),
-    Workload("decode-heavy", 512, 512, 300, 30, (16.0, 28.0, 40.0, 50.0, 60.0, 75.0, 90.0, 110.0)),
+    Workload("prefill-heavy", 4096, 64, 1000, 30, (20.0, 30.0, 40.0)),
+    Workload("balanced", 2048, 256, 600, 30, (40.0, 60.0, 80.0)),
+    Workload("decode-heavy", 512, 512, 300, 30, (60.0, 100.0, 140.0), spans=2),
 )
 SMALL = tuple(
-    replace(work, prompt=work.prompt // 64, output=8, ttft=2000, tpot=500, rates=(2.0, 4.0))
+    replace(work, prompt=work.prompt // 64, output=8, ttft=2000, tpot=500, rates=(2.0, 4.0), spans=1)
     for work in WORKLOADS
 )
 
@@ -82,7 +88,7 @@ def main() -> None:
     settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
     settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False, "fronts": words.fronts}
     settings["late_planning_ms"] = words.late_planning_ms
-    found = Found(words.out, settings)
+    found = Found(words.out, settings, earlier(words.out, words.fleets))
     with tempfile.TemporaryDirectory() as temporary:
         model = make_folder(Path(temporary) / "model", shape(small=words.small))
 
@@ -94,7 +100,22 @@ def main() -> None:
                 free.put(gpus)
 
         with ThreadPoolExecutor(max(1, pairs)) as pool:
-            list(pool.map(job, FLEETS))
+            list(pool.map(job, words.fleets))
+
+
+def earlier(out: Path | None, fleets: Sequence[str]) -> list[Row]:
+    """Runs of the fleets that are not asked for now, which an earlier call left in `out`.
+
+    Raises: ValueError where they are of another commit.
+    """
+    if out is None or not out.exists():
+        return []
+    record = json.loads(out.read_text())
+    if record["commit"] != provenance()["commit"]:
+        commits = f"commit {record['commit']}, this tree of {provenance()['commit']}"
+        message = f"{out} is of {commits}: use another --out"
+        raise ValueError(message)
+    return [run for run in record["rows"]["runs"] if run["fleet"] not in fleets]
 
 
 @dataclass
@@ -127,6 +148,7 @@ def parse() -> argparse.Namespace:
     names = [work.name for work in WORKLOADS]
     parser.add_argument("--fronts", type=int, default=4, help="processes that answer HTTP, of each fleet")
     parser.add_argument("--late-planning-ms", type=float, help="of every instance; at once without it")
+    parser.add_argument("--fleets", nargs="+", choices=list(FLEETS), default=list(FLEETS))
     parser.add_argument("--workloads", nargs="+", choices=names, default=names)
     parser.add_argument("--rates", type=float, nargs="+", help="to climb, instead of a workload's own")
     parser.add_argument("--out", type=Path)
@@ -181,13 +203,14 @@ def attained(rows: Sequence[Row], rate: float) -> float:
 
 def loaded(fleet: str, port: int, work: Workload, rate: float, seed: int, words: argparse.Namespace) -> Row:
     """One run at a rate. Raises: RuntimeError in the client's words when it wrote nothing."""
+    requests = max(4, round(rate * words.seconds * work.spans))
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [
             *(sys.executable, "-m", "benthic", "bench", "serve", "--port", str(port), "--ignore-eos"),
             *("--random-input-len", str(work.prompt), "--random-output-len", str(work.output)),
             *("--vocab-size", str(shape(small=words.small).vocab_size), "--seed", str(seed)),
-            *("--num-prompts", str(max(4, round(rate * words.seconds))), "--request-rate", str(rate)),
+            *("--num-prompts", str(requests), "--request-rate", str(rate)),
             *("--num-warmups", "4", "--result", str(result), "--max-client-lag", "100"),
             *("--goodput", f"ttft:{work.ttft}", f"tpot:{work.tpot}"),
         ]

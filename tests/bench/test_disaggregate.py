@@ -56,6 +56,22 @@ def test_rates_climb_until_one_fails_and_the_gap_is_halved_twice(script: ModuleT
     assert [row["rate"] for row in found] == [4.0] * 2 + [8.0] * 2 + [12.0] * 2 + [14.0] * 2 + [16.0] * 2
 
 
+def test_a_second_call_adds_its_fleet_to_the_file_of_the_first(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "found.json"
+    monkeypatch.setenv("BENTHIC_COMMIT", "a" * 40)
+    script.Found(file, {}).add("w", rows(5.0, 4.0))
+    kept = script.earlier(file, ["2 colocated"])
+    assert kept == rows(5.0, 4.0)
+    assert script.earlier(file, ["1P1D"]) == []  # would be measured again
+    script.Found(file, {}, kept).add("w", rows(9.0, 4.0, "2 colocated") + rows(9.0, 16.0, "2 colocated"))
+    assert "requests/s per GPU" in file.read_text()
+    monkeypatch.setenv("BENTHIC_COMMIT", "b" * 40)
+    with pytest.raises(ValueError, match=r"aaaa.*bbbb.*--out"):
+        script.earlier(file, ["2 colocated"])
+
+
 def test_the_side_wins_whose_worst_seed_beats_the_best_of_the_other(script: ModuleType) -> None:
     def measured(fleet: str, capacity: float, spread: float) -> list[dict]:
         return script.climb((4.0, 8.0, 16.0, 32.0), lambda rate: rows(capacity, rate, fleet, spread))
