@@ -66,9 +66,11 @@ def main() -> None:
     words = parse(__doc__ or "")
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = "cpu" if words.small else "cuda"
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group("gloo" if words.small else "nccl")
+    here = None if words.small else torch.device("cuda", rank)
+    if here is not None:
+        torch.cuda.set_device(here)
+    # with a device groups connect when they are made, as in `benthic train`: after a step memory may be full
+    dist.init_process_group("gloo" if words.small else "nccl", device_id=here)
     with tempfile.TemporaryDirectory() as folder:
         data = shared_data(Path(folder), rank, small=words.small)
         config = configured(words, device)

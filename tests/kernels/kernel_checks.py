@@ -486,7 +486,8 @@ def test_products_of_few_rows_in_gluon_beside_nan(dtype, sizes, dims):
         x[rows:] = torch.nan  # they belong to nobody
         found = run(x, weight, ends, impl="gluon")
         assert not found[rows:].any()
-        close(found[:rows], run(x[:rows].double(), weight.double(), ends, impl="reference"), dtype)
+        if rows:
+            close(found[:rows], run(x[:rows].double(), weight.double(), ends, impl="reference"), dtype)
         last = ends.tolist()[-2]  # the last expert's rows and weights are its own
         spoilt = weight.clone()
         spoilt[-1] = torch.nan
