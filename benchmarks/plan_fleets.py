@@ -2,7 +2,7 @@
 
 `disaggregate.json` holds two GPUs with a prefill and a decode instance, and two that do both, under three
 workloads. Here the same fleets are simulated at the same rates, on GPUs of the kind that they ran on: every
-request drawn alike, the live scheduler's own decisions, the engine that ships (fitted to steps of one H100 in
+request drawn alike, the live scheduler's own decisions, the engine that ships (fitted to steps of one H200 in
 BF16 and to what one front took, so that nothing is fitted to these runs), blocks at the speed of
 `transfer.json`. The foretold goodput comes from a climb of its own, by the rules and seeds of
 `disaggregate.py`, and knows none of the runs.
@@ -52,7 +52,6 @@ FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decod
 RECORDS: Final = ("disaggregate.json", "disaggregate_decode.json")
 """What is in the second was offered more, on the same kind of machine with the same settings."""
 AHEAD: Final = 1.05
-SECONDS: Final = 20.0
 SEEDS: Final = 2
 BLOCK: Final = 64
 
@@ -83,9 +82,11 @@ def all_rows(engine: str, hardware: str | None = None) -> tuple[list[Row], Machi
     machine = machines.get(hardware or kind_of(found["hardware"]["gpus"][0]))
     sequences = int(found["settings"].get("max_num_seqs", 256))
     fronts = int(found["settings"].get("fronts", 1))
-    fleets = {fleet: Fleet(fleet, engines.get(engine), machine, sequences, fronts) for fleet in FLEETS}
-    seconds = float(found["settings"].get("seconds", SECONDS))
-    rows = [row for name in WORKLOADS for row in compared(name, runs[name], fleets, seconds)]
+    seconds = float(found["settings"]["seconds"])
+    fleets = {
+        fleet: Fleet(fleet, engines.get(engine), machine, seconds, sequences, fronts) for fleet in FLEETS
+    }
+    rows = [row for name in WORKLOADS for row in compared(name, runs[name], fleets)]
     return [*rows, *(row for fleet in FLEETS for row in errors(fleet, rows))], machine
 
 
@@ -95,8 +96,9 @@ def names_in(found: Row) -> set[str]:
 
 
 def errors(fleet: str, rows: list[Row]) -> Iterator[Row]:
-    """Median error of each latency over the rates that kept their targets when measured."""
-    kept = [row for row in rows if row.get("fleet") == fleet and row["attainment"][1] >= ATTAINMENT]
+    """Median error of each latency over the rates that kept their targets, where the client was in time."""
+    own = [row for row in rows if row.get("fleet") == fleet and not row["client_limited"]]
+    kept = [row for row in own if row["attainment"][1] >= ATTAINMENT]
     for name in ("ttft_p50_ms", "ttft_p90_ms", "tpot_p50_ms", "tpot_p90_ms"):
         off = [told / seen - 1 for told, seen in (row[name] for row in kept)]
         yield {
@@ -116,9 +118,10 @@ def kind_of(gpu: str) -> str:
 def sentence(row: Row) -> str:
     """Who wins a workload, and by what ratio of goodputs, foretold and measured."""
     told, seen = (ratio(row[side]) for side in ("foretold", "measured"))
+    late = ", by a client that was late" if row["client_limited"] else ""
     return (
         f"{row['workload']:<14} 1P1D over 2 colocated: foretold {told:5.2f} ({row['foretold_winner']}), "
-        f"measured {seen:5.2f} ({row['measured_winner']})"
+        f"measured {seen:5.2f} ({row['measured_winner']}){late}"
     )
 
 
@@ -127,16 +130,18 @@ def ratio(found: dict[str, float]) -> float:
     return found["1P1D"] / max(found["2 colocated"], 1e-9)
 
 
-def compared(name: str, record: list[Row], fleets: dict[str, Fleet], seconds: float) -> list[Row]:
+def compared(name: str, record: list[Row], fleets: dict[str, Fleet]) -> list[Row]:
     """Every measured rate of a workload, and then which fleet wins."""
     rows: list[Row] = []
     foretold, seen = {}, {}
     for fleet, one in fleets.items():
         runs = [r for r in record if (r["workload"], r["fleet"]) == (name, fleet)]
-        rows += [beside(name, fleet, run, one.trial(name, run["rate"], 0, seconds)) for run in runs]
+        rows += [beside(name, fleet, run, one.trial(name, run["rate"], 0)) for run in runs]
         foretold[fleet] = goodput(one.climb(name, max(run["rate"] for run in runs)))
         seen[fleet] = goodput(by_rate(runs))
-    return [*rows, {"workload": name, "foretold": foretold, "measured": seen, **verdict(foretold, seen)}]
+    late = any(row["client_limited"] for row in rows)
+    found = {"workload": name, "foretold": foretold, "measured": seen, "client_limited": late}
+    return [*rows, found | verdict(foretold, seen)]
 
 
 def by_rate(runs: list[Row]) -> list[tuple[float, float]]:
@@ -161,19 +166,22 @@ def winner(found: dict[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Instances of one engine, and what becomes of requests that come to them."""
+    """Instances of one engine, and what becomes of requests that come to them in some seconds."""
 
     name: str
     engine: Engine
     machine: Machine
+    seconds: float
     sequences: int = 256
     fronts: int = 1
 
     def climb(self, name: str, most: float) -> list[tuple[float, float]]:
-        """Attainment at rising rates up to the most that was offered, or one that fails; then halved gaps."""
+        """Attainment at rising rates past the most that was offered, or to a failure; then halved gaps."""
         found: list[tuple[float, float]] = []
         met, failed = 0.0, 0.0
-        for rate in (rate for rate in WORKLOADS[name].rates if rate <= most):
+        for rate in WORKLOADS[name].rates:
+            if met >= most:
+                break
             found.append((rate, self.attained(name, rate)))
             if found[-1][1] < ATTAINMENT:
                 failed = rate
@@ -187,11 +195,12 @@ class Fleet:
 
     def attained(self, name: str, rate: float) -> float:
         """Share of requests that meet both targets, over all seeds."""
-        return mean(self.trial(name, rate, seed, SECONDS).attainment for seed in range(SEEDS))
+        return mean(self.trial(name, rate, seed).attainment for seed in range(SEEDS))
 
-    def trial(self, name: str, rate: float, seed: int, seconds: float) -> Trial:
-        """One rate, as many requests as arrive in `seconds`."""
+    def trial(self, name: str, rate: float, seed: int) -> Trial:
+        """One rate, as many requests as were offered."""
         work = WORKLOADS[name]
+        seconds = self.seconds * work.spans
         objectives = Objectives(ttft_s=work.ttft / 1e3, tpot_s=work.tpot / 1e3)
         targets = Targets(objectives=objectives, attainment=ATTAINMENT)
         lengths = Fixed(prompt_tokens=work.prompt, output_tokens=work.output)
@@ -242,6 +251,7 @@ def beside(name: str, fleet: str, run: Row, trial: Trial) -> Row:
         "fleet": fleet,
         "rate": run["rate"],
         "seed": run.get("seed", 0),
+        "client_limited": bool(run.get("client_limited")),
         "attainment": [round(trial.attainment, 3), run["attainment"]],
         "ttft_p50_ms": [round(1e3 * trial.ttft_p50_s, 1), run["median_ttft_ms"]],
         "ttft_p90_ms": [round(1e3 * trial.ttft_p90_s, 1), run["p90_ttft_ms"]],

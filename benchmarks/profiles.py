@@ -1,11 +1,12 @@
 """Writes the profiles that ship with the planner: `python benchmarks/profiles.py`.
 
-`h200.json` holds our own kernels, from `benchmarks/results/kernels_h200_prices.json` (before Gluon) and, for
-MLA decode in Gluon, `kernels_decode_h200.json`, with products and collectives
+`h200.json` holds our own kernels, from `benchmarks/results/kernels_h200.json`, with products and collectives
 of the libraries that we call (cuBLAS, block-scaled FP8, NCCL; medians on two H200, torch 2.11, 2026-11-22).
 What `benthic calibrate` measured on an H200 (`benchmarks/results/calibrate_h200.json`) is added, but for
-attention below 0.5 ms, which it timed as the host launched it. What the host takes for an operator comes from
-the slots of one training run, zb-h1.
+attention below 0.5 ms, which it timed as the host launched it, and MLA decode, whose kernels are others now:
+of a second calibration (`calibrate_h200_new.json`), on a GPU that was held below its clocks, only that is
+taken, which waits for memory. What the host takes for an operator comes from the slots of one training run,
+zb-h1.
 `h100.json` holds what `benthic calibrate` measured on an H100 (`benchmarks/results/calibrate_h100.json`), but
 for calls that took longer there than others with more of the same work (three of 423).
 `h800.json` holds what DeepSeek published of its kernels on H800.
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
 
 RESULTS: Final = Path(__file__).parent / "results"
 PROFILES: Final = Path(cost.__file__).parent / "profiles"
-OURS: Final = {"cudnn", "triton", "gluon", "grouped_mm_cuda", "chunked", "torch"}
+OURS: Final = {"cudnn", "triton", "gluon", "gluon_wide", "grouped_mm_cuda", "chunked", "torch"}
 LAUNCHED: Final = 5e-4
 """Calls of attention that take less were bound by the host when `calibrate_h200.json` was measured."""
+FEW_ROWS: Final = 64
+"""Rows an expert below which `benthic calibrate` measured the kernels that decode, at more sizes."""
 AMOUNTS: Final = {
     Gemm: ("m",),
     GroupedGemm: ("rows",),
@@ -91,9 +94,10 @@ DEEPEP_NORMAL: Final = ((8, 153, 158), (16, 43, 43), (32, 58, 57), (64, 51, 50))
 def main() -> None:
     """Write all three."""
     measured = RESULTS / "calibrate_h200.json"
-    more = [one for one in read(measured).points if not launched(one)]
+    more = [one for one in read(measured).points if not launched(one) and not decoded(one)]
+    more += [one for one in read(RESULTS / "calibrate_h200_new.json").points if decoded(one)]
     libraries = [*products(CUBLAS, "bf16", LIBRARIES), *links()]
-    source = "benchmarks/results/kernels_h200_prices.json; " + LIBRARIES
+    source = "benchmarks/results/kernels_h200.json; " + LIBRARIES
     write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {DEEPEP}; {FLASHMLA}", {})
     h100 = read(RESULTS / "calibrate_h100.json")
     write("h100", list(sound(h100.points)), h100.source, {})
@@ -122,6 +126,11 @@ def covers(more: Op, less: Op) -> bool:
 def launched(one: Measured) -> bool:
     """Whether a call was bound by the host."""
     return isinstance(one.op, Attention) and one.seconds < LAUNCHED
+
+
+def decoded(one: Measured) -> bool:
+    """Whether a call was MLA decode."""
+    return isinstance(one.op, MlaDecode)
 
 
 def write(name: str, points: list[Measured], source: str, overheads: dict[str, float]) -> Profile:
@@ -182,10 +191,9 @@ def host_of_collectives() -> dict[str, float]:
 
 def kernels() -> Iterator[Measured]:
     """Our kernels, each as the fastest implementation that may be chosen."""
-    names = ("kernels_h200_prices.json", "kernels_decode_h200.json")
-    records = [json.loads((RESULTS / name).read_text()) for name in names]
+    record = json.loads((RESULTS / "kernels_h200.json").read_text())
     best: dict[Op, float] = {}
-    for row in [*records[0]["rows"], *(row for row in records[1]["rows"] if row["op"] == "mla_decode")]:
+    for row in record["rows"]:
         if row["implementation"] not in OURS:
             continue
         if (row["op"], row["implementation"]) == ("grouped_linear backward", "triton"):
@@ -195,8 +203,7 @@ def kernels() -> Iterator[Measured]:
         for op, part in operations(row):
             taken = row["microseconds"] / 1e6 * part
             best[op] = min(taken, best.get(op, taken))
-    commits = (str(record["settings"].get("commit") or record["commit"]) for record in records)
-    source = f"kernels_h200_prices.json and kernels_decode_h200.json, commits {' and '.join(commits)}"
+    source = f"kernels_h200.json, commit {record['commit']}"
     for op, taken in best.items():
         yield Measured(op, taken, source)
 
@@ -211,6 +218,8 @@ def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
         yield attention(row, numbers, backward=backward), 1.0
     elif name == "grouped_linear":
         experts, each, k, n = numbers
+        if each < FEW_ROWS:
+            return
         sides = (k, n) if backward else (n, k)  # backward: the input's and the weights' gradient, about equal
         yield (
             GroupedGemm(rows=experts * each, experts=experts, n=sides[0], k=sides[1]),

@@ -75,12 +75,14 @@ def test_products_that_do_not_fit_or_are_not_of_few_rows_are_refused():
         with pytest.raises(ShapeError, match="linear: rows"):
             ops.linear(rows, by)
     case = Case("cuda", torch.bfloat16, (2048, 2048), few=True)
-    assert LINEAR.select(case)[0].name == "torch"
+    assert LINEAR.select(case)[0].name == "few_rows"
+    assert LINEAR.select(case._replace(few=False))[0].name == "torch"
     refusals = (
         (case._replace(few=False), "few rows"),
         (case._replace(grad=True), "no gradients"),
         (case._replace(mixed=True), "one dtype"),
         (case._replace(dims=(2048, 4104)), "up to 4096 columns"),
+        (case._replace(dims=(5632, 2048)), "more than 4096 outputs faster, these have 5632"),
         (case._replace(dtype=torch.float32), "takes"),
     )
     for refused, why in refusals:

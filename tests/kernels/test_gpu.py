@@ -156,7 +156,8 @@ def test_the_table_chooses_the_documented_kernels():
     assert chosen["mla_decode (few rows)"] == "gluon"
     assert chosen["grouped_linear"] == chosen["grouped_input_gradient"] == "grouped_mm_cuda"
     assert chosen["grouped_linear (few rows)"] == "few_rows"
-    assert chosen["linear"] == "torch"  # `few_rows` by name until timed
+    assert chosen["linear"] == "torch"
+    assert chosen["linear (few rows)"] == "few_rows"
     assert chosen["grouped_linear (many rows)"] == chosen["grouped_input_gradient (many rows)"] == "gluon"
     of_fp8 = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.float8_e4m3fn)}
     assert of_fp8["mla_decode"] == "triton"

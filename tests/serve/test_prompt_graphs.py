@@ -14,9 +14,10 @@ from small_engine import NANO, is_empty, prompts, random_model, request, serve, 
 from test_overlap import mixed_requests
 from test_speculate import speculative
 
+from benthic.sched.graph_sizes import prompt_sizes
 from benthic.serve import build
 from benthic.serve.graphs import GraphSizes
-from benthic.serve.prompt_graphs import CHUNKS, CONTEXT_ROWS, bounds, prompt_sizes
+from benthic.serve.prompt_graphs import CHUNKS, CONTEXT_ROWS, bounds
 
 SIZES = (6, 16, 33, 64)
 

@@ -234,7 +234,8 @@ def linear(x_TI, weight_OI):
 def held(columns):
     """`(own, warps, width)` of `_linear`: narrow weights are spread over 128 programs and more.
 
-    By arithmetic, not measured: a program has 64 KB of a weight 2048 wide, and two run on a multiprocessor.
+    By arithmetic, other tilings were not timed: a program has 64 KB of a weight 2048 wide, and two run on a
+    multiprocessor.
     """
     own = next(own for own in (16, 8, 4) if own == 4 or columns >= 128 * own)
     return own, 8, 128

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import track
 
+from benthic.sched.graph_sizes import prompt_sizes
 from benthic.serve.graphs import NO_GRAPHS, GraphSizes, padded_sizes
-from benthic.serve.prompt_graphs import prompt_sizes
 from benthic.units import binary_bytes
 
 if TYPE_CHECKING:

@@ -48,12 +48,6 @@ FEW_DECODES: Final = 64
 """Sequences of the graphs for steps where few decode: where more may, contexts are cut into fewer parts."""
 
 
-def prompt_sizes(most: int) -> tuple[int, ...]:
-    """Row counts to record for steps of at most `most` rows: 64, 128, by 256 to 2,048, by 512 above."""
-    series = (64, 128, *range(256, 2049, 256), *range(2560, most + 1, 512))
-    return tuple(sorted({size for size in series if size < most} | {most})) if most else ()
-
-
 @dataclass(frozen=True)
 class PromptBuffers:
     """What recorded steps read and write; a graph uses the first rows. They share one instance.

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from benthic.cli import plan as command
 from benthic.errors import BenthicError, ConfigError, DataError, UnknownFieldError
 from benthic.plan.cost import machine as machines
+from benthic.plan.cost.ops import GroupedGemm
 from benthic.plan.serving import engines
 from benthic.plan.serving.engine_fit import MeasuredStep, fit_engine, left_out, replace_engine
 from benthic.plan.serving.fronts import FREE, FrontCost
@@ -42,7 +43,12 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     assert own.front.write_s > own.front.token_s > 0.0
     file = tmp_path / "own.json"
     engine = Engine(
-        name="own", eager_layer_s=1e-3, graph_layer_s=5e-5, stretch=1.25, front=FrontCost(write_s=1e-4)
+        name="own",
+        eager_layer_s=1e-3,
+        graph_layer_s=5e-5,
+        stretch=1.25,
+        curve=((1.0, 1.1), (8.0, 0.9)),
+        front=FrontCost(write_s=1e-4),
     )
     file.write_text(engines.as_json(engine, "a test"))
     assert engines.get(str(file)) == engine
@@ -60,10 +66,17 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         ({"prompt_layer_s": -1e-6}, "prompt_layer_s is -1e-06"),
         ({"graph_layer_s": -0.1}, "graph_layer_s is -0.1, but it must be a finite number of -0.001 or more"),
         ({"eager_layer_s": "1"}, "eager_layer_s is '1'"),
-        ({"more": 1}, "10 of the 10 fields .* missing or unknown: more"),
+        ({"more": 1}, "12 of the 12 fields .* missing or unknown: more"),
         ({"front": {"write_s": 1e-4}}, "1 of the 4 fields of an engine's front; .*request_s"),
         ({"front": dict(vars(FREE), token_s=-1)}, "token_s is -1"),
-        ({"format": 1}, "an engine of format 1, but 4 is read"),
+        ({"curve": [[1, 1.0], [2]]}, r"curve has \[2\], but it is a list of pairs"),
+        ({"curve": {}}, "curve has {}, but it is a list of pairs"),
+        ({"curve": [[0, 1.0]]}, "rows is 0, but it must be a finite number of 1 or more"),
+        (
+            {"prompt_curve": [[64, 1.0], [64, 1.1]]},
+            r"prompt_curve has rows \[64.0, 64.0\], but they must rise",
+        ),
+        ({"format": 1}, "an engine of format 1, but 5 is read"),
     ],
 )
 def test_a_file_that_is_no_engine_says_which_number_is_wrong(change, message):
@@ -99,6 +112,45 @@ def test_kernels_that_overlap_take_less_together_but_never_less_than_half():
     assert short([decode(1)]) == pytest.approx(found.stretch * PLAIN([decode(1)]) / 2)
 
 
+def test_most_of_what_lines_leave_is_a_curve_over_rows():
+    bent = [1.0, 1.0, 1.3, 1.0]
+    steps = [
+        MeasuredStep(decode(b), share * PLAIN([decode(b)]))
+        for b, share in zip((1, 16, 64, 256), bent, strict=True)
+    ]
+    found = fit_engine("x", PLAIN, steps)
+    fitted, lines = (replace_engine(PLAIN, each) for each in (found, replace(found, curve=())))
+    for each in steps:
+        took, foretold = fitted([each.load]), lines([each.load])
+        assert took / foretold == pytest.approx((each.seconds / foretold) ** 0.8), "most of the way"
+    assert [rows for rows, _ in found.curve] == [1.0, 16.0, 64.0, 256.0]
+    shares = dict(found.curve)
+    assert found.share(32.0, prompts=False) == pytest.approx((shares[16.0] + shares[64.0]) / 2)
+    assert found.share(1000.0, prompts=False) == shares[256.0]
+    assert found.share(32.0, prompts=True) == 1.0, "another curve, of which nothing was measured"
+
+
+def test_steps_with_prompts_are_padded_to_the_sizes_that_are_recorded():
+    engine = replace(TUNED, graph_rows=4096)
+    assert [engine.recorded_rows(rows) for rows in (1, 64, 65, 2048, 2112, 4096, 4097)] == [
+        *(64, 64, 128, 2048, 2560, 4096, 4097)
+    ]
+    step = replace_engine(PLAIN, engine)
+
+    def took(tokens: int) -> float:
+        return step([StepLoad(0, 0, 0, tokens, tokens * 100, 0, 1)])
+
+    assert took(2112) > 1.1 * took(2048)
+    assert took(2560) < 1.02 * took(2112)
+
+
+def test_experts_that_nobody_chose_are_not_read():
+    experts = [op for op in PLAIN.operations.experts(8.0) if isinstance(op, GroupedGemm)]
+    assert {op.rows for op in experts} == {48.0}
+    assert experts[0].experts == pytest.approx(64 * (1 - (58 / 64) ** 8))
+    assert PLAIN.operations.experts(1000.0)[0].experts == pytest.approx(64.0)
+
+
 def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_five_percent():
     steps = [each for each in read_measured(MEASURED, "bf16") if not each.load.prefill_tokens]
     assert [each.load.decodes for each in steps] == [1, 32, 64, 256]
@@ -108,16 +160,14 @@ def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_five_
 
 
 def test_recorded_steps_with_prompts_are_foretold_from_the_others_within_a_tenth():
-    plain = PricedStep(presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h100"))
-    steps = read_measured(MEASURED.with_name("serve_gpu_h100.json"), "bf16", graph_rows=4096)
+    steps = read_measured(MEASURED, "bf16", graph_rows=4096)
     recorded = [(each.load.prefill_tokens, each.load.decodes) for each in steps if each.recorded]
     assert recorded == [(128, 0), (512, 0), (2048, 0), (4096, 0), (512, 64), (2048, 64)]
-    errors = left_out("benthic", plain, steps)
+    errors = left_out("benthic", PLAIN, steps)
     off = [abs(error) for step, error in zip(steps, errors, strict=True) if step.recorded]
     assert statistics.median(off) < 0.05
     assert max(off) < 0.1
-    written = read_measured(MEASURED.with_name("serve_gpu_h100.json"), "bf16")
-    assert not any(each.recorded for each in written)
+    assert not any(each.recorded for each in read_measured(MEASURED, "bf16"))
 
 
 def test_files_without_measured_steps_are_refused(tmp_path):

@@ -16,13 +16,13 @@ from benthic.plan.cost import machine as machines
 from benthic.plan.serving import engines
 
 FLEETS = {
-    fleet: plan_fleets.Fleet(fleet, engines.get("benthic"), machines.get("h100"))
+    fleet: plan_fleets.Fleet(fleet, engines.get("benthic"), machines.get("h100"), seconds=8.0)
     for fleet in plan_fleets.FLEETS
 }
 
 
 def test_apart_prompts_break_their_target_and_together_decodes_break_theirs():
-    apart, together = (FLEETS[name].trial("prefill-heavy", 26.0, 0, 8.0) for name in plan_fleets.FLEETS)
+    apart, together = (FLEETS[name].trial("prefill-heavy", 26.0, 0) for name in plan_fleets.FLEETS)
     assert apart.tpot_p90_s < 0.03 < together.tpot_p90_s
     assert apart.ttft_p90_s > 1.0 > together.ttft_p90_s
 
@@ -31,18 +31,38 @@ def test_a_prompt_in_a_graph_does_not_wait_for_the_host_as_one_without_does():
     graphs = FLEETS["2 colocated"]
     written = replace(graphs, engine=replace(graphs.engine, graph_rows=0))
     names = ("decode-heavy", "balanced")
-    short, long = (graphs.trial(name, 2.0, 0, 8.0).ttft_p50_s for name in names)
+    short, long = (graphs.trial(name, 2.0, 0).ttft_p50_s for name in names)
     assert short < 0.85 * long
-    assert short < 0.5 * written.trial("decode-heavy", 2.0, 0, 8.0).ttft_p50_s
-    short, long = (written.trial(name, 2.0, 0, 8.0).ttft_p50_s for name in names)
+    assert short < 0.5 * written.trial("decode-heavy", 2.0, 0).ttft_p50_s
+    short, long = (written.trial(name, 2.0, 0).ttft_p50_s for name in names)
     assert short == pytest.approx(long, rel=0.15), "the host's time is the same for both"
 
 
 def test_a_climb_ends_where_targets_break_and_halves_the_gap(monkeypatch):
     monkeypatch.setattr(plan_fleets.Fleet, "attained", lambda _, __, rate: 1.0 if rate < 15.0 else 0.5)
     rates = FLEETS["1P1D"].climb("prefill-heavy", 100.0)
-    assert [rate for rate, _ in rates] == [8.0, 14.0, 20.0, 17.0, 15.5]
-    assert plan_fleets.goodput(rates) == pytest.approx((14.0 + 0.2 * 1.5) / 2)
+    assert [rate for rate, _ in rates] == [20.0, 10.0, 15.0]
+    assert plan_fleets.goodput(rates) == pytest.approx((10.0 + 0.2 * 5.0) / 2)
+
+
+def test_a_climb_goes_past_the_most_that_was_offered(monkeypatch):
+    monkeypatch.setattr(plan_fleets.Fleet, "attained", lambda _, __, rate: 1.0 if rate < 35.0 else 0.5)
+    assert [rate for rate, _ in FLEETS["1P1D"].climb("prefill-heavy", 25.0)] == [20.0, 30.0]
+    assert [rate for rate, _ in FLEETS["1P1D"].climb("prefill-heavy", 30.0)] == [20.0, 30.0]
+    assert [rate for rate, _ in FLEETS["1P1D"].climb("prefill-heavy", 31.0)] == [20.0, 30.0, 40.0, 35.0, 32.5]
+
+
+def test_a_late_client_says_nothing_of_latencies():
+    kept = {
+        "fleet": "1P1D",
+        "attainment": [1.0, 1.0],
+        "client_limited": False,
+        **{name: [2.0, 1.0] for name in ("ttft_p50_ms", "ttft_p90_ms", "tpot_p50_ms", "tpot_p90_ms")},
+    }
+    late = kept | {"client_limited": True, "ttft_p50_ms": [9.0, 1.0]}
+    assert [row["rates"] for row in plan_fleets.errors("1P1D", [kept, late])] == [1] * 4
+    assert {row["median_error"] for row in plan_fleets.errors("1P1D", [kept, late])} == {1.0}
+    assert [row["median_error"] for row in plan_fleets.errors("1P1D", [late])] == [None] * 4
 
 
 def test_goodput_is_read_where_the_share_crosses_its_bound():

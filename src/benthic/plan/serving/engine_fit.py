@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.errors import DataError
-from benthic.plan.serving.priced import TUNED, Engine, PricedStep
+from benthic.plan.serving.priced import TUNED, Curve, Engine, PricedStep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 _PRICES: Final = 0.1
 _STEPS: Final = 0.05
 _PRIOR: Final = (_STEPS / _PRICES) ** 2
+_KEPT: Final = 1.0 / (1.0 + _PRIOR)
 _OVERLAP_STEPS: Final = 3  # fewer cannot tell overlap from prices that are too high
 
 
@@ -35,7 +38,8 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     stretch leaves 1 only as far as the steps insist. The gap of decode steps is negative where kernels
     overlap; a negative one of steps with prompts is 0, and the stretch alone is fitted.
     Steps with prompts that are no graphs are the host's up to some size, and the device's from there on. If
-    any are graphs, steps with up to the most rows of those are taken to be.
+    any are graphs, steps with up to the most rows of those are taken to be, and what the lines leave
+    is kept as curves over rows.
 
     Raises:
         DataError: no decode step, or a time that is not above 0.
@@ -47,11 +51,12 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     if (shortest := min(each.seconds for each in measured)) <= 0.0:
         msg = f"a measured step takes {shortest} s, but times are above 0. Measure it again."
         raise DataError(msg)
-    plain = replace_engine(step, TUNED)
+    prompts = [each for each in measured if each.load.prefill_tokens]
+    rows = max((each.load.tokens for each in prompts if each.recorded), default=0)
+    plain = replace_engine(step, replace(TUNED, graph_rows=rows))
     layers = step.model.num_hidden_layers
     line = best_line if len(decodes) >= _OVERLAP_STEPS else non_negative_line
     gap, stretch = line([(plain([each.load]), each.seconds) for each in decodes], prior=_PRIOR)
-    prompts = [each for each in measured if each.load.prefill_tokens]
     launched = [(plain([each.load]), each.seconds) for each in prompts if not each.recorded]
     recorded = [(plain([each.load]), each.seconds) for each in prompts if each.recorded]
     host, prompt_stretch = _longer(launched)
@@ -59,15 +64,29 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     if recorded:
         long = [pair for pair in launched if pair[0] > host]
         prompt_gap, prompt_stretch = non_negative_line([*recorded, *long], prior=_PRIOR)
-    return Engine(
+    line_only = Engine(
         name=name,
         eager_layer_s=host / layers,
         graph_layer_s=gap / layers,
         stretch=stretch,
         prompt_stretch=prompt_stretch,
         prompt_layer_s=prompt_gap / layers,
-        graph_rows=max((each.load.tokens for each in prompts if each.recorded), default=0),
+        graph_rows=rows,
     )
+    fitted = replace_engine(step, line_only)
+    recorded_steps = [each for each in prompts if each.recorded]
+    return replace(line_only, curve=_curve(fitted, decodes), prompt_curve=_curve(fitted, recorded_steps))
+
+
+def _curve(fitted: PricedStep, steps: Sequence[MeasuredStep]) -> Curve:
+    """What steps took over what the lines foretell, by their rows with padding; the likely part of it.
+
+    Of a difference some is the measurement's: the less, the more prices may be off than steps repeat.
+    """
+    found: dict[int, list[float]] = defaultdict(list)
+    for each in steps:
+        found[fitted.rank(each.load).tokens].append(each.seconds / fitted([each.load]))
+    return tuple((float(rows), fmean(shares) ** _KEPT) for rows, shares in sorted(found.items()))
 
 
 def left_out(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) -> list[float]:

@@ -9,24 +9,26 @@ import json
 import math
 from dataclasses import asdict, fields
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.plan.serving.fronts import FrontCost
-from benthic.plan.serving.priced import TUNED, Engine
+from benthic.plan.serving.priced import TUNED, Curve, Engine
 
 SHIPPED: Final = ("benthic",)
 NAMES: Final = (TUNED.name, *SHIPPED)
-FORMAT: Final = 4
+FORMAT: Final = 5
 
 _SECONDS: Final = {"eager_layer_s": 0.0, "graph_layer_s": -1e-3, "prompt_layer_s": 0.0}
 """Seconds a layer and the least each may be: kernels of decode steps overlap."""
 _STRETCHES: Final = ("stretch", "prompt_stretch")
 _ROWS: Final = "graph_rows"
+_CURVES: Final = ("curve", "prompt_curve")
 _FRONT: Final = "front"
 _FRONT_SECONDS: Final = frozenset(field.name for field in fields(FrontCost))
-_KEYS: Final = frozenset({"format", "name", "source", *_STRETCHES, *_SECONDS, _ROWS, _FRONT})
+_KEYS: Final = frozenset({"format", "name", "source", *_STRETCHES, *_SECONDS, _ROWS, *_CURVES, _FRONT})
 
 
 def get(word: str) -> Engine:
@@ -66,19 +68,27 @@ def parse(text: str, *, where: str) -> Engine:
     except json.JSONDecodeError as error:
         message = f"{where} is no JSON: {error}. Write it with `benthic plan engine`."
         raise ConfigError(message) from error
-    _check(record, _KEYS, f"an engine of format {FORMAT}", where)
-    if record["format"] != FORMAT:
+    if isinstance(record, dict) and record.get("format", FORMAT) != FORMAT:
         message = (
             f"{where} is an engine of format {record['format']}, but {FORMAT} is read. Write it again with "
             "`benthic plan engine`."
         )
         raise ConfigError(message)
+    _check(record, _KEYS, f"an engine of format {FORMAT}", where)
     _check(record[_FRONT], _FRONT_SECONDS, "an engine's front", where)
     seconds = {name: _number(record, name, where, least=least) for name, least in _SECONDS.items()}
     stretches = {name: _number(record, name, where, least=0.1) for name in _STRETCHES}
     rows = int(_number(record, _ROWS, where, least=0.0))
     front = {name: _number(record[_FRONT], name, where, least=0.0) for name in _FRONT_SECONDS}
-    return Engine(name=str(record["name"]), graph_rows=rows, front=FrontCost(**front), **stretches, **seconds)
+    return Engine(
+        name=str(record["name"]),
+        graph_rows=rows,
+        curve=_points(record, "curve", where),
+        prompt_curve=_points(record, "prompt_curve", where),
+        front=FrontCost(**front),
+        **stretches,
+        **seconds,
+    )
 
 
 def _check(record: object, keys: frozenset[str], what: str, where: str) -> None:
@@ -89,6 +99,22 @@ def _check(record: object, keys: frozenset[str], what: str, where: str) -> None:
             f"{', '.join(sorted(found ^ keys))}. Write it again with `benthic plan engine`."
         )
         raise ConfigError(message)
+
+
+def _points(record: dict[str, Any], name: str, where: str) -> Curve:
+    """Pairs of rows, which rise, and a share."""
+    pairs = record[name] if isinstance(record[name], list) else [record[name]]
+    found: list[tuple[float, float]] = []
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            message = f"{where}: {name} has {pair!r}, but it is a list of pairs of rows and a share."
+            raise ConfigError(message)
+        named = dict(zip(("rows", "share"), pair, strict=True))
+        found.append((_number(named, "rows", where, least=1.0), _number(named, "share", where, least=0.1)))
+    if any(high[0] <= low[0] for low, high in pairwise(found)):
+        message = f"{where}: {name} has rows {[rows for rows, _ in found]}, but they must rise."
+        raise ConfigError(message)
+    return tuple(found)
 
 
 def _number(record: dict[str, Any], name: str, where: str, *, least: float) -> float:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.plan.cost import machine as machines
 from benthic.plan.example import Example
+from benthic.plan.serving import engines
 from benthic.plan.serving.acceptance import expected_tokens
 from benthic.plan.serving.layout import ServingLayout
-from benthic.plan.serving.priced import PricedStep
+from benthic.plan.serving.priced import Engine, PricedStep
 from benthic.plan.serving.queueing import Phases, mean_ttft, mean_ttft_inter, mean_ttft_intra
 from benthic.plan.serving.steps import StepLoad
 from benthic.spec import kv, presets
@@ -119,16 +120,21 @@ def _speculation() -> Iterator[Worked]:
 
 @cache
 def _deployed() -> tuple[float, float]:
-    """Output tokens of a decode GPU and computed prompt tokens of a prefill GPU a second, as deployed."""
+    """Output tokens of a decode GPU and computed prompt tokens of a prefill GPU a second, as deployed.
+
+    Steps take over the prices of their operations what those of our engine do; nobody published DeepSeek's.
+    """
     model, machine = presets.get("deepseek-v3"), machines.get("h800")
+    own = engines.get("benthic")
+    engine = Engine(name="DeepSeek's", stretch=own.stretch, prompt_stretch=own.prompt_stretch)
     wide = ServingLayout(dp_degree=144, weights="fp8", overlap=True, skew=1.1, redundant_experts=32)
     batch = 88
-    step = PricedStep(model, wide, machine)([StepLoad(batch, batch, batch * 4989, 0, 0, 0, batch)])
+    step = PricedStep(model, wide, machine, engine)([StepLoad(batch, batch, batch * 4989, 0, 0, 0, batch)])
     prompts = ServingLayout(dp_degree=32, weights="fp8", overlap=True, skew=1.1, redundant_experts=32)
     count, length = 4, 4096
     pairs, tokens = count * length * (length + 1) // 2, count * length
     load = StepLoad(0, 0, 0, tokens, pairs, tokens, count)
-    return batch / step, tokens / PricedStep(model, prompts, machine)([load])
+    return batch / step, tokens / PricedStep(model, prompts, machine, engine)([load])
 
 
 def _deployment() -> Iterator[Worked]:

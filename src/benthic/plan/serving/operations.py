@@ -107,10 +107,17 @@ class StepOperations:
         return [router, *(self._mlp(tokens, width) if width else ())]
 
     def experts(self, tokens: float) -> list[Op]:
-        """Routed experts of one MoE layer on one GPU, when every data-parallel rank has `tokens`."""
+        """Routed experts of one MoE layer on one GPU, when every data-parallel rank has `tokens`.
+
+        Only experts that somebody chose are read: all but `(1 - K / E) ^ tokens` of them, if tokens choose
+        alike and alone.
+        """
         model, layout = self.model, self.layout
-        rows = tokens * layout.dp_degree * model.num_experts_per_tok / layout.gpus
+        everywhere = tokens * layout.dp_degree
+        rows = everywhere * model.num_experts_per_tok / layout.gpus
         held = (model.n_routed_experts + layout.redundant_experts) / layout.gpus
+        passed_over = (1.0 - model.num_experts_per_tok / model.n_routed_experts) ** everywhere
+        held = max(min(1.0, held), held * (1.0 - passed_over))
         d, f, dtype = model.hidden_size, model.moe_intermediate_size, layout.weights
         skew = layout.skew if layout.gpus > 1 else 1.0
         return [

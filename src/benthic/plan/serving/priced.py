@@ -7,6 +7,7 @@ once. What a step costs is therefore piecewise linear in what it holds, and neve
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +17,7 @@ from benthic.plan.cost.price import price
 from benthic.plan.cost.priced import Total, total
 from benthic.plan.serving.fronts import FREE, FrontCost
 from benthic.plan.serving.operations import StepOperations
+from benthic.sched.graph_sizes import prompt_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from benthic.spec.model import ModelConfig
 
 _PER_DOUBLING = 4
+Curve = tuple[tuple[float, float], ...]
 
 
 class Grid:
@@ -76,12 +79,15 @@ class Engine:
         eager_layer_s: host seconds a layer of a step that is no CUDA graph: one with any piece of a prompt
             and more than `graph_rows` rows. The host launches ahead, so that such a step takes the longer of
             these and of the device's.
-        graph_rows: most rows of a step with prompts that is a CUDA graph.
+        graph_rows: most rows of a step with prompts that is a CUDA graph, padded to the next recorded size.
         graph_layer_s: device seconds a layer between the kernels of a graph of a step that only decodes;
             negative where kernels overlap, which at best halves a step.
         prompt_layer_s: the same in steps with prompts.
         stretch: seconds of its kernels over the prices of the operations, in steps that only decode.
         prompt_stretch: the same in steps with prompts, whose many rows take other kernels.
+        curve, prompt_curve: (rows, share) in rising order: how much longer than all this a step is that only
+            decodes so many rows, or one with prompts. Between two of them by the logarithm of rows; outside
+            as at the nearest.
         front: what its processes that answer HTTP take for requests and tokens.
     """
 
@@ -91,8 +97,26 @@ class Engine:
     stretch: float = 1.0
     prompt_stretch: float = 1.0
     prompt_layer_s: float = 0.0
+    curve: Curve = ()
+    prompt_curve: Curve = ()
     graph_rows: int = 0
     front: FrontCost = FREE
+
+    def recorded_rows(self, tokens: int) -> int:
+        """Rows of a step with prompts and so many tokens, padded where it is a graph."""
+        sizes = prompt_sizes(self.graph_rows) if tokens <= self.graph_rows else (tokens,)
+        return sizes[bisect_left(sizes, tokens)]
+
+    def share(self, rows: float, prompts: bool) -> float:  # noqa: FBT001 (which curve)
+        """What the curves say of a step with so many rows."""
+        curve = self.prompt_curve if prompts else self.curve
+        if not curve:
+            return 1.0
+        index = bisect_left(curve, (rows,))
+        if index in (0, len(curve)):
+            return curve[max(0, index - 1)][1]
+        (low, first), (high, last) = curve[index - 1 : index + 1]
+        return first + (last - first) * math.log(rows / low) / math.log(high / low)
 
 
 TUNED = Engine()
@@ -100,7 +124,7 @@ TUNED = Engine()
 
 
 class Rank(NamedTuple):
-    """One rank's part of a step: rows, whether with prompts, seconds of its own work, also in halves."""
+    """One rank's part of a step: rows with padding, whether with prompts, its own seconds, also in halves."""
 
     tokens: int
     prompts: bool
@@ -129,6 +153,8 @@ class PricedStep:
         dense = min(self.model.first_k_dense_replace, layers) if self.model.n_routed_experts else layers
         moe = layers - dense
         self._layers, self._moe = layers, moe
+        self._padded = lru_cache(1 << 16)(self.engine.recorded_rows)
+        self._share = lru_cache(1 << 16)(self.engine.share)
         self._blocks = Grid(
             lambda t: (
                 layers * self._seconds(ops.projections(t))
@@ -154,7 +180,9 @@ class PricedStep:
     def rank(self, load: StepLoad) -> Rank:
         """What one rank does before it meets the others."""
         halves = self._rank(load, 2) if self.layout.overlap else 0.0
-        return Rank(load.tokens, load.prefill_tokens > 0, self._rank(load, 1), halves)
+        rows = self._padded(load.tokens) if load.prefill_tokens else load.tokens
+        whole = self._rank(load, 1, rows - load.tokens)
+        return Rank(rows, load.prefill_tokens > 0, whole, halves)
 
     def together(self, ranks: Sequence[Rank]) -> float:
         """Seconds of a step of all ranks; their tokens spread over all experts."""
@@ -167,15 +195,18 @@ class PricedStep:
             products += max([rank.half_s for rank in ranks])
             device = min(device, 2.0 * max(products, exchanges))
         prompts = any(rank.prompts for rank in ranks)
-        if prompts and max([rank.tokens for rank in ranks]) > engine.graph_rows:
-            return max(engine.prompt_stretch * device, engine.eager_layer_s * self._layers)
-        if prompts:
-            return engine.prompt_stretch * device + engine.prompt_layer_s * self._layers
-        kernels = engine.stretch * device
-        return max(kernels + engine.graph_layer_s * self._layers, kernels / 2.0)
+        rows = max([rank.tokens for rank in ranks])
+        share = self._share(rows, prompts)
+        if not prompts:
+            kernels = engine.stretch * device
+            return share * max(kernels + engine.graph_layer_s * self._layers, kernels / 2.0)
+        device *= engine.prompt_stretch
+        if rows > engine.graph_rows:
+            return max(share * device, engine.eager_layer_s * self._layers)
+        return share * (device + engine.prompt_layer_s * self._layers)
 
-    def _rank(self, load: StepLoad, parts: int) -> float:
-        seconds = self._rows(load.decode_tokens + load.prefill_tokens, load.samples, parts)
+    def _rank(self, load: StepLoad, parts: int, padding: int = 0) -> float:
+        seconds = self._rows(load.decode_tokens + load.prefill_tokens + padding, load.samples, parts)
         if load.decodes:
             queries = round(load.decode_tokens / load.decodes)
             seconds += self._decode(load.decodes, queries, parts)(load.decode_context / parts)
