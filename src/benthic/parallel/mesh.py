@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
@@ -80,6 +81,17 @@ class Mesh:
             tokens=group(lambda p: (p.pp, p.dp)),
             data=group(lambda p: (p.pp, p.cp, p.tp)),
         )
+
+    def connect(self, device: torch.device) -> None:
+        """Add up one number in every group that collectives are of; every rank must call it.
+
+        A library takes memory for its connections when a group first communicates: now, before tensors have
+        filled a GPU. The pipeline's ranks send to each other and experts have an exchange of their own.
+        """
+        of_collectives = (self.dense, self.sharded, self.expert_dp, self.tensor, self.context)
+        for group in (self.world, *of_collectives, self.tokens, self.data):
+            if group.handle is not None:
+                dist.all_reduce(torch.ones(1, device=device), group=group.handle)
 
     def partners(self, holders: Sequence[int], *, timeout: timedelta | None = None) -> Group:
         """The ranks with this rank's place in the pipeline ranks `holders`; every rank must call it."""

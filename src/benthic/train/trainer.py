@@ -104,6 +104,7 @@ class Trainer:
         torch.manual_seed(loop.seed)
         self.config, self.device = config, torch.device(config.device)
         self.mesh = Mesh.of(config.layout, 0) if mesh is None else mesh
+        self.mesh.connect(self.device)
         self.rows, self.local_rows = rows_at(config, 0), number(loop.local_batch_size)
         self.table = table_of(config, self.rows)
         self.stages = build_stages(config, self.table, self.mesh)
