@@ -49,8 +49,6 @@ Row = dict[str, Any]
 
 WORKLOADS: Final = {work.name: work for work in disaggregate.WORKLOADS}
 FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decode")}
-RECORDS: Final = ("disaggregate.json", "disaggregate_decode.json")
-"""What is in the second was offered more, on the same kind of machine with the same settings."""
 AHEAD: Final = 1.05
 SEEDS: Final = 2
 BLOCK: Final = 64
@@ -74,11 +72,8 @@ def main() -> None:
 
 def all_rows(engine: str, hardware: str | None = None) -> tuple[list[Row], Machine]:
     """Every rate, every workload's verdict, how far off latencies are; and on what the fleets ran."""
-    files = [json.loads(path.read_text()) for path in (RESULTS / name for name in RECORDS) if path.exists()]
-    found = files[0]
-    runs: dict[str, list[Row]] = {}
-    for each in files:
-        runs |= {name: [r for r in each["rows"]["runs"] if r["workload"] == name] for name in names_in(each)}
+    found = json.loads((RESULTS / "disaggregate.json").read_text())
+    runs = found["rows"]["runs"]
     machine = machines.get(hardware or kind_of(found["hardware"]["gpus"][0]))
     sequences = int(found["settings"].get("max_num_seqs", 256))
     fronts = int(found["settings"].get("fronts", 1))
@@ -86,13 +81,8 @@ def all_rows(engine: str, hardware: str | None = None) -> tuple[list[Row], Machi
     fleets = {
         fleet: Fleet(fleet, engines.get(engine), machine, seconds, sequences, fronts) for fleet in FLEETS
     }
-    rows = [row for name in WORKLOADS for row in compared(name, runs[name], fleets)]
+    rows = [row for name in WORKLOADS for row in compared(name, runs, fleets)]
     return [*rows, *(row for fleet in FLEETS for row in errors(fleet, rows))], machine
-
-
-def names_in(found: Row) -> set[str]:
-    """The workloads of a result."""
-    return {row["workload"] for row in found["rows"]["runs"]}
 
 
 def errors(fleet: str, rows: list[Row]) -> Iterator[Row]:
