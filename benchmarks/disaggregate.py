@@ -4,7 +4,8 @@ Both fleets run `benthic serve` with random weights at the shape of Moonlight-16
 bench serve` with a prefill-heavy, a balanced and a decode-heavy workload. A request counts when it meets both
 targets; goodput is the highest offered rate (interpolated) that 90 % of requests meet. Rates climb until one
 fails, then the gap is halved twice; every rate is offered once with each seed (of prompts and arrivals), and
-a side wins where its worst seed is better than the other's best.
+a side wins where its worst seed is better than the other's best. `--clients` processes load
+a fleet: one is late at 40,000 tokens a second.
 
     python benchmarks/disaggregate.py            # pairs of GPUs: two, or more to measure side by side
     python benchmarks/disaggregate.py --small    # tiny, on a CPU: a rehearsal
@@ -87,7 +88,7 @@ def main() -> None:
         free.put(f"{2 * pair},{2 * pair + 1}")
     settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
     settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False, "fronts": words.fronts}
-    settings["late_planning_ms"] = words.late_planning_ms
+    settings |= {"late_planning_ms": words.late_planning_ms, "clients": words.clients}
     found = Found(words.out, settings, earlier(words.out, words.fleets))
     with tempfile.TemporaryDirectory() as temporary:
         model = make_folder(Path(temporary) / "model", shape(small=words.small))
@@ -147,12 +148,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="runs at every rate")
     names = [work.name for work in WORKLOADS]
     parser.add_argument("--fronts", type=int, default=4, help="processes that answer HTTP, of each fleet")
+    parser.add_argument("--clients", type=int, help="processes that load a fleet; 4, --small 1")
     parser.add_argument("--late-planning-ms", type=float, help="of every instance; at once without it")
     parser.add_argument("--fleets", nargs="+", choices=list(FLEETS), default=list(FLEETS))
     parser.add_argument("--workloads", nargs="+", choices=names, default=names)
     parser.add_argument("--rates", type=float, nargs="+", help="to climb, instead of a workload's own")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    words = parser.parse_args()
+    words.clients = words.clients or (1 if words.small else 4)
+    return words
 
 
 def serve_all(
@@ -211,6 +215,7 @@ def loaded(fleet: str, port: int, work: Workload, rate: float, seed: int, words:
             *("--random-input-len", str(work.prompt), "--random-output-len", str(work.output)),
             *("--vocab-size", str(shape(small=words.small).vocab_size), "--seed", str(seed)),
             *("--num-prompts", str(requests), "--request-rate", str(rate)),
+            *("--num-clients", str(words.clients)),
             *("--num-warmups", "4", "--result", str(result), "--max-client-lag", "100"),
             *("--goodput", f"ttft:{work.ttft}", f"tpot:{work.tpot}"),
         ]

@@ -1,6 +1,6 @@
-"""Python's garbage collector, kept out of steps: it walks every object of the process, for up to seconds.
+"""Python's garbage collector, kept out of steps and measured runs: it walks all objects, for up to seconds.
 
-What a step makes is freed by reference counts alone (a test watches that), so that nothing waits for it.
+What a step or a request makes is freed by reference counts alone (tests watch that): nothing waits for it.
 """
 
 from __future__ import annotations

@@ -22,12 +22,22 @@ class Canned:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.in_flight = 0
+        self.most_in_flight = 0
 
     async def models(self, _: web.Request) -> web.Response:
         card = {"id": "canned", "object": "model", "max_model_len": 100}
         return web.json_response({"object": "list", "data": [card]})
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            return await self._complete(request)
+        finally:
+            self.in_flight -= 1
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
         self.keys.append(request.headers.get("Authorization"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from canned_server import TPOT_S, TTFT_S, Canned, running
 
 from benthic.bench.client import Target, connect
 from benthic.bench.inputs import served_model
+from benthic.bench.load import Load
 from benthic.bench.workload import Work
 from benthic.errors import ConfigError, ServeError
 
@@ -91,3 +93,24 @@ def test_chat_refuses_token_ids() -> None:
     assert body["messages"] == [{"role": "user", "content": "hi"}]
     with pytest.raises(ConfigError, match="chat prompts are text"):
         target.body(Work(prompt=(1, 2), output_tokens=3))
+
+
+def test_what_a_request_makes_is_freed_by_reference_counts(server: tuple[str, Canned]) -> None:
+    """Else a run, which Python's garbage collector does not interrupt, would fill the memory."""
+
+    async def scenario() -> tuple[int, int]:
+        target = Target(base_url=server[0], api="openai", model="canned")
+        async with connect(target, time.perf_counter) as client:
+            load = Load(send=client.send, clock=time.perf_counter, max_concurrency=20)
+            await load.closed_loop([work] * 20)
+            gc.collect()
+            before = len(gc.get_objects())
+            run = await load.closed_loop([work] * 200)
+            kept = len(gc.get_objects()) - before
+            assert not any(sample.failed for sample in run.samples)
+            return kept, len(run.samples)
+
+    work = Work(prompt=(1, 2), output_tokens=3)
+    kept, requests = asyncio.run(scenario())
+    own = 1 + 1 + 1 + 3  # sample, answer, tuple, deliveries
+    assert kept < (own + 1) * requests

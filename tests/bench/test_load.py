@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 from made import FakeServer, jump
 
@@ -26,6 +28,33 @@ def test_open_loop_sends_on_schedule_whatever_the_server_does() -> None:
         assert each.latencies.tpot_s == pytest.approx(0.5)
         assert each.latencies.e2e_s == pytest.approx(11.0)
     assert run.lag.send_max == pytest.approx(0.0)
+
+
+def test_a_schedule_may_begin_at_a_moment_of_the_clock() -> None:
+    async def scenario(clock):
+        server = FakeServer(clock, ttft_s=1.0)
+        return await Load(send=server.send, clock=clock).open_loop(works(2), (0.0, 1.0), began=5.0)
+
+    samples = jump(scenario).samples
+    assert [each.origin_s for each in samples] == pytest.approx([5.0, 6.0])
+    assert [each.answer.sent_s for each in samples] == pytest.approx([5.0, 6.0])
+
+
+def test_garbage_is_not_collected_within_a_run() -> None:
+    collects = []
+
+    async def scenario(clock):
+        server = FakeServer(clock, ttft_s=1.0)
+
+        async def send(work: Work) -> Answer:
+            collects.append(gc.isenabled())
+            return await server.send(work)
+
+        return await Load(send=send, clock=clock).open_loop(works(2), (0.0, 1.0))
+
+    enabled = gc.isenabled()
+    jump(scenario)
+    assert (collects, gc.isenabled()) == ([False, False], enabled)
 
 
 def test_a_request_that_waits_for_its_slot_counts_from_the_moment_it_was_due() -> None:

@@ -26,7 +26,7 @@ LAG = Lag(send_p50=0.001, send_p99=0.002, send_max=0.003, loop_p99=0.002, loop_m
 
 def point(rate: float, samples: list[Sample], spoiled: str | None = None) -> Point:
     measures = measure(samples, TARGETS, percentiles=QS, lag=LAG)
-    run = Run(samples=tuple(samples), lag=LAG)
+    run = Run(samples=tuple(samples), late_s=(), busy=0.0)
     return Point(rate=rate, offered=rate, measures=measures, run=run, spoiled=spoiled)
 
 

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from benthic import collector
 from benthic.bench.samples import Answer, Lag, Sample
 from benthic.errors import ServeError
 
@@ -29,10 +30,22 @@ PROBE_S = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All requests of one run, in order of schedule, and the client's lateness."""
+    """All requests of one run, in order of schedule, and the client's lateness.
+
+    Attributes:
+        samples: one a request.
+        late_s: how late the event loop woke up, every `PROBE_S`.
+        busy: share of one core that the client used.
+    """
 
     samples: tuple[Sample, ...]
-    lag: Lag
+    late_s: Sequence[float]
+    busy: float
+
+    @property
+    def lag(self) -> Lag:
+        """The lateness, summarised."""
+        return Lag.of(self.samples, self.late_s, self.busy)
 
 
 @dataclass(kw_only=True)
@@ -43,23 +56,25 @@ class Load:
         send: puts one request on the wire and waits for its answer.
         clock: seconds; the one that `send` stamps with.
         max_concurrency: most requests in flight, or None.
-        on_done: called when a request ends.
+        on_done: called when requests end, with how many did.
     """
 
     send: Send
     clock: Clock
     max_concurrency: int | None = None
-    on_done: Callable[[Sample], None] = field(default=lambda _: None)
+    on_done: Callable[[int], None] = field(default=lambda _: None)
 
-    async def open_loop(self, works: Sequence[Work], at_s: Sequence[float]) -> Run:
-        """Send `works[i]` at `at_s[i]` seconds from now."""
+    async def open_loop(
+        self, works: Sequence[Work], at_s: Sequence[float], *, began: float | None = None
+    ) -> Run:
+        """Send `works[i]` at `at_s[i]` seconds from `began` on the clock (None: from now)."""
         slots = None if self.max_concurrency is None else asyncio.Semaphore(self.max_concurrency)
         async with _watched(self.clock) as probe:
-            began = self.clock()
+            start = self.clock() if began is None else began
             async with asyncio.TaskGroup() as group:
                 tasks = []
                 for work, offset in zip(works, at_s, strict=True):
-                    due = began + offset
+                    due = start + offset
                     wait = due - self.clock()
                     if wait > 0.0:
                         await asyncio.sleep(wait)
@@ -102,7 +117,7 @@ class Load:
     def _sample(self, work: Work, due: float, ready: float, answer: Answer) -> Sample:
         known = None if isinstance(work.prompt, str) else len(work.prompt)
         sample = Sample(origin_s=due, ready_s=ready, input_tokens=known, answer=answer)
-        self.on_done(sample)
+        self.on_done(1)
         return sample
 
 
@@ -121,16 +136,19 @@ class _Probe:
             self.late_s.append(max(0.0, self.clock() - before - PROBE_S))
 
     def run(self, samples: Sequence[Sample]) -> Run:
-        return Run(samples=tuple(samples), lag=Lag.of(samples, self.late_s, self.busy))
+        return Run(samples=tuple(samples), late_s=self.late_s, busy=self.busy)
 
 
 @asynccontextmanager
 async def _watched(clock: Clock) -> AsyncIterator[_Probe]:
+    """A probe for the length of a run, which Python's garbage collector does not interrupt."""
+    collector.settle()
     probe = _Probe(clock=clock)
     watcher = asyncio.create_task(probe.watch())
     began, began_cpu = clock(), time.process_time()
     try:
-        yield probe
+        with collector.paused():
+            yield probe
     finally:
         watcher.cancel()
         elapsed = clock() - began

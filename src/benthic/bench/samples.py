@@ -130,12 +130,12 @@ def percentile(ordered: Sequence[float], q: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lag:
-    """How far this client itself fell behind, in seconds.
+    """How far this client itself fell behind, in seconds; several processes' lags are put together.
 
     Attributes:
         send_p50, send_p99, send_max: request handed over - moment it was due (or its slot was free).
         loop_p99, loop_max: how late the client's event loop woke up; what it read was stamped as late.
-        cpu: share of one core that the client used.
+        cpu: share of one core that the client used; of several processes, the busiest one's.
     """
 
     send_p50: float
@@ -167,7 +167,7 @@ class Lag:
             return None
         return (
             f"the client was late: p99 {name} lag {worst[name] * 1e3:.1f} ms is above "
-            f"{bound_s * 1e3:g} ms (one core {self.cpu:.0%} busy)"
+            f"{bound_s * 1e3:g} ms (one core {self.cpu:.0%} busy): raise --num-clients"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from benthic.bench.samples import Measures, measure
 from benthic.bench.search import Trial
@@ -15,9 +15,23 @@ from benthic.spec.traces import Trace, at_rate
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from benthic.bench.load import Load, Run
+    from benthic.bench.load import Run
     from benthic.bench.workload import Source, Work
     from benthic.spec.objectives import Objectives
+
+
+class Loads(Protocol):
+    """What puts a run's requests on the wire: one process (`load.Load`) or several (`crew.Crew`)."""
+
+    async def open_loop(self, works: Sequence[Work], at_s: Sequence[float]) -> Run:
+        """Send `works[i]` at `at_s[i]` seconds from the start."""
+
+    async def closed_loop(self, works: Sequence[Work]) -> Run:
+        """Send the next one when one ends."""
+
+    async def warm_up(self, works: Sequence[Work]) -> None:
+        """Send requests whose times nobody wants."""
+
 
 RECORDED = None
 """The rate of a trace that is replayed as it was recorded."""
@@ -93,7 +107,7 @@ class Sweep:
     """Runs a scenario at one rate after another; every run has prompts of its own."""
 
     scenario: Scenario
-    load: Load
+    load: Loads
     objectives: Objectives | None
     percentiles: tuple[float, ...]
     max_lag_s: float

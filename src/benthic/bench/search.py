@@ -70,7 +70,7 @@ async def find_goodput(run: Callable[[float], Awaitable[Trial]], search: Search)
     async def passes(rate: float) -> bool:
         trial = trials[rate] = await run(rate)
         if trial.spoiled is not None:
-            msg = f"at {rate:g} requests/s {trial.spoiled}. The search cannot go on; use more clients."
+            msg = f"at {rate:g} requests/s {trial.spoiled}. The search cannot go on."
             raise ServeError(msg)
         return trial.attainment >= search.attainment
 

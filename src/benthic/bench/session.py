@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benthic.bench import inputs, pictures, report
 from benthic.bench.client import connect
+from benthic.bench.crew import shared
 from benthic.bench.load import Load
 from benthic.bench.provenance import provenance
 from benthic.bench.scenario import Point, Scenario, Sweep
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from benthic.bench.client import Client, Target
-    from benthic.bench.samples import Sample
     from benthic.spec.objectives import Objectives
 
 NOTHING_COMPLETED = 1
@@ -34,7 +35,7 @@ class Settings:
     """What to measure. `target.model` is empty until the server has named its models.
 
     `rates` are those of the runs (None: a trace as recorded, inf: closed loop); `search`, where given,
-    chooses the rates instead.
+    chooses the rates instead. `clients` processes share the requests of a run.
     """
 
     target: Target
@@ -42,6 +43,7 @@ class Settings:
     rates: tuple[float | None, ...]
     burstiness: float
     max_concurrency: int | None
+    clients: int
     min_duration_s: float
     warmups: int
     objectives: Objectives | None
@@ -112,7 +114,10 @@ async def _measure(
 ) -> Found | None:
     """Every rate, or a search; each point is printed and kept as it comes."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
+    with (
+        Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar,
+        ExitStack() as held,
+    ):
         task = bar.add_task("warming up", total=settings.warmups)
 
         def started(rate: float | None, count: int) -> None:
@@ -122,10 +127,13 @@ async def _measure(
             points.append(point)
             _print(point, settings, console)
 
-        def answered(_: Sample) -> None:
-            bar.advance(task)
+        def answered(count: int) -> None:
+            bar.advance(task, count)
 
-        load = Load(send=client.send, clock=clock, max_concurrency=settings.max_concurrency, on_done=answered)
+        alone = Load(
+            send=client.send, clock=clock, max_concurrency=settings.max_concurrency, on_done=answered
+        )
+        load = held.enter_context(shared(alone, settings.target, settings.clients))
         sweep = Sweep(
             scenario=Scenario(
                 source=workload.source,
@@ -232,6 +240,7 @@ def _settings(settings: Settings) -> dict[str, Any]:
         "seed": given.seed,
         "burstiness": settings.burstiness,
         "max_concurrency": settings.max_concurrency,
+        "num_clients": settings.clients,
         "min_duration": settings.min_duration_s,
         "num_warmups": settings.warmups,
         "goodput": None if settings.objectives is None else str(settings.objectives),

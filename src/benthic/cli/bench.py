@@ -140,6 +140,9 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     max_concurrency: Annotated[
         int | None, typer.Option(min=1, help="Most requests in flight.", rich_help_panel=SCHEDULE)
     ] = None,
+    num_clients: Annotated[
+        int, typer.Option(min=1, help="Processes that share the requests.", rich_help_panel=SCHEDULE)
+    ] = 1,
     trace_speed: Annotated[
         float, typer.Option(help="2 plays a trace twice as fast.", rich_help_panel=SCHEDULE)
     ] = 1.0,
@@ -224,6 +227,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
         rates=_rates(request_rate, dataset_name),
         burstiness=burstiness,
         max_concurrency=max_concurrency,
+        clients=num_clients,
         min_duration_s=min_duration,
         warmups=num_warmups,
         objectives=objectives,
