@@ -55,14 +55,14 @@ PARTS: Final = {"bf16": ("none", "auto"), "fp8-weights": ("fp8", "auto"), "fp8":
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: prompts (so many, so long), batches at one context, a prompt beside decodes."""
+    """What is measured: prompts (so many, so long), batches at one context, a prompt beside decodes or none."""
 
     config: ModelConfig
     device: str
     prompts: tuple[tuple[int, int], ...] = ((1, 128), (1, 512), (1, 2048), (1, 4096), (4, 4096), (16, 4096))
     context: int = 1024
-    batches: tuple[int, ...] = (1, 32, 64, 256)
-    beside: tuple[tuple[int, int], ...] = ((512, 64), (2048, 64))
+    batches: tuple[int, ...] = (1, 8, 32, 64, 256, 512)
+    beside: tuple[tuple[int, int], ...] = ((512, 64), (2048, 64), (128, 0), (512, 0), (2048, 0), (4096, 0))
     steps: int = 48
     budget: int = 16384
     repeats: int = 3
@@ -81,7 +81,7 @@ class Sizes:
             max_position_embeddings=512,
         )
         prompts = ((1, 32), (2, 96))
-        return cls(config, device, prompts, 32, (1, 4), ((16, 4),), steps=6, budget=128, repeats=1)
+        return cls(config, device, prompts, 32, (1, 4), ((16, 4), (16, 0)), steps=6, budget=128, repeats=1)
 
 
 def main() -> None:
@@ -238,7 +238,10 @@ def with_and_without_graphs(engine: Engine) -> Iterator[None]:
 
 
 def beside_row(engine: Engine, sizes: Sizes, length: int, batch: int) -> dict[str, Any]:
-    """A step in which a prompt is taken in while others decode, with graphs and as written."""
+    """A step in which a prompt is taken in while others decode, or none do, with graphs and as written.
+
+    Such steps follow each other, so that the host's part hides behind them, as it does under load.
+    """
     took, plain = (mixed_step(engine, sizes, length, batch) for _ in with_and_without_graphs(engine))
     return {
         "what": "a prompt beside decodes",

@@ -170,6 +170,27 @@ def test_recorded_steps_with_prompts_are_foretold_from_the_others_within_a_tenth
     assert not any(each.recorded for each in read_measured(MEASURED, "bf16"))
 
 
+def test_a_prompt_measured_step_after_step_stands_for_the_one_that_was_alone(tmp_path):
+    alone = {"what": "prefill", "weights": "bf16", "prompts": "1 x 512", "tokens_per_second": 512 / 0.016}
+    chained = {
+        "what": "a prompt beside decodes",
+        "weights": "bf16",
+        "prompt": 512,
+        "batch": 0,
+        "context": 1024,
+        "step_ms": 15.0,
+        "as_written_ms": 40.0,
+    }
+    other = alone | {"prompts": "1 x 128"}
+    file = tmp_path / "steps.json"
+    file.write_text(json.dumps({"rows": [alone, other, chained]}))
+    steps = read_measured(file, "bf16", graph_rows=4096)
+    assert [(each.load.tokens, each.load.samples, each.recorded) for each in steps] == [
+        *((128, 1, False), (512, 1, True), (512, 1, False))
+    ]
+    assert [each.seconds for each in steps] == [128 * 0.016 / 512, 0.015, 0.04]
+
+
 def test_files_without_measured_steps_are_refused(tmp_path):
     with pytest.raises(DataError, match="no file"):
         read_measured(tmp_path / "none.json", "bf16")

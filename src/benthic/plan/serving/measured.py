@@ -29,12 +29,17 @@ def read_measured(path: Path, weights: WeightDtype, *, graph_rows: int = 0) -> l
     `{"what": "prefill", "weights", "prompts": "4 x 4096", "tokens_per_second"}` and
     `{"what": "a prompt beside decodes", "weights", "prompt", "batch", "context", "step_ms"}`; others are
     passed over. Where one of the latter two has `as_written_ms`, it is two steps, the first of them a graph
-    if it has no more than `graph_rows` rows.
+    if it has no more than `graph_rows` rows. A prompt that was also measured step after step, "beside" 0
+    decodes, is taken from there: alone it waits for the host as well.
 
     Raises:
         DataError: no such file, no JSON with rows, or a row of these that lacks a number.
     """
-    return list(_steps(_rows(path, "measured steps", "serve_gpu.py"), weights, path, graph_rows))
+    numbered = enumerate(_rows(path, "measured steps", "serve_gpu.py"), 1)
+    rows = {number: row for number, row in numbered if row.get("weights") == weights}
+    chained = {f"1 x {row.get('prompt')}" for row in rows.values() if row.get("batch") == 0}
+    kept = {number: row for number, row in rows.items() if row.get("prompts") not in chained}
+    return list(_steps(kept, path, graph_rows))
 
 
 def read_front(paths: Sequence[Path]) -> FrontCost:
@@ -80,12 +85,11 @@ def _rows(path: Path, what: str, script: str) -> list[dict[str, Any]]:
         raise DataError(msg) from error
 
 
-def _steps(
-    rows: list[dict[str, Any]], weights: WeightDtype, path: Path, graph_rows: int
-) -> Iterator[MeasuredStep]:
-    for number, row in enumerate(rows, 1):
+def _steps(rows: dict[int, dict[str, Any]], path: Path, graph_rows: int) -> Iterator[MeasuredStep]:
+    """Steps of rows by their numbers in the file."""
+    for number, row in rows.items():
         read = _READERS.get(row.get("what", ""))
-        if row.get("weights") != weights or read is None:
+        if read is None:
             continue
         try:
             found, written = read(row), float(row.get("as_written_ms", 0.0)) / 1e3
