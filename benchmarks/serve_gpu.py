@@ -55,7 +55,7 @@ PARTS: Final = {"bf16": ("none", "auto"), "fp8-weights": ("fp8", "auto"), "fp8":
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: prompts (so many, so long), batches at one context, a prompt beside decodes or none."""
+    """What is measured: prompts (so many, so long), batches at one context, a prompt beside decodes."""
 
     config: ModelConfig
     device: str
