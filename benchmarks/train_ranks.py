@@ -184,6 +184,7 @@ def row(name: str, config: RunConfig, ranks: int, found: Found, alone: Found) ->
         "losses": found.losses,
         "largest_relative_difference": off,
         "step_seconds": step,
+        "seconds": found.seconds,
         "tokens_per_second": tokens / step,
         "flops_per_second_per_gpu": rate,
         "peak_bytes": found.peak_bytes,
