@@ -85,6 +85,35 @@ def test_the_side_wins_whose_worst_seed_beats_the_best_of_the_other(script: Modu
     assert "neither wins" in close["verdict"]
 
 
+def test_a_run_is_counted_under_other_targets_too(script: ModuleType) -> None:
+    run = {
+        "rate": 4.0,
+        "ttfts": [0.2, 0.2, 0.7, None],
+        "e2els": [0.2 + 0.011 * 10, 0.2 + 0.024 * 10, 0.8, None],
+        "output_lens": [11, 11, 11, 0],
+        "itls": [[0.1], [], [], []],
+    }
+    found = script.counted(run, 600.0)
+    assert found.keys() == {"rate", "attained_at"}, "times of requests are left out"
+    assert found["attained_at"] == {
+        "10.0": 0.0, "12.5": 0.25, "15.0": 0.25, "20.0": 0.25, "25.0": 0.5, "30.0": 0.5, "40.0": 0.5
+    }  # fmt: skip
+
+
+def test_goodput_is_summed_up_under_every_target(script: ModuleType) -> None:
+    def measured(fleet: str, tight: float, loose: float) -> list[dict]:
+        shares = {str(tpot): {10.0: tight, 30.0: loose}.get(tpot, loose) for tpot in script.TPOTS}
+        return [
+            each | {"attained_at": shares if each["rate"] > 4.0 else dict.fromkeys(shares, 1.0)}
+            for rate in (4.0, 8.0)
+            for each in rows(9.0, rate, fleet)
+        ]
+
+    found = script.summarised("w", measured("1P1D", 0.95, 0.95) + measured("2 colocated", 0.8, 1.0))
+    assert found["by_tpot_ms"]["10.0"] == {"1P1D": 4.0, "2 colocated": pytest.approx((4 + 0.5 * 4) / 2)}
+    assert found["by_tpot_ms"]["30.0"] == {"1P1D": 4.0, "2 colocated": 4.0}
+
+
 def test_a_side_that_met_its_targets_at_every_rate_has_a_lower_bound_and_no_ratio(script: ModuleType) -> None:
     def measured(fleet: str, capacity: float) -> list[dict]:
         return script.climb((4.0, 8.0), lambda rate: rows(capacity, rate, fleet))

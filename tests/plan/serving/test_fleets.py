@@ -41,15 +41,22 @@ def test_a_prompt_in_a_graph_does_not_wait_for_the_host_as_one_without_does():
 def test_a_climb_ends_where_targets_break_and_halves_the_gap(monkeypatch):
     monkeypatch.setattr(plan_fleets.Fleet, "attained", lambda _, __, rate: 1.0 if rate < 15.0 else 0.5)
     rates = FLEETS["1P1D"].climb("prefill-heavy", 100.0)
-    assert [rate for rate, _ in rates] == [20.0, 10.0, 15.0]
-    assert plan_fleets.goodput(rates) == pytest.approx((10.0 + 0.2 * 5.0) / 2)
+    assert [rate for rate, _ in rates] == [10.0, 20.0, 15.0, 12.5]
+    assert plan_fleets.goodput(rates) == pytest.approx((12.5 + 0.2 * 2.5) / 2)
 
 
 def test_a_climb_goes_past_the_most_that_was_offered(monkeypatch):
     monkeypatch.setattr(plan_fleets.Fleet, "attained", lambda _, __, rate: 1.0 if rate < 35.0 else 0.5)
-    assert [rate for rate, _ in FLEETS["1P1D"].climb("prefill-heavy", 25.0)] == [20.0, 30.0]
-    assert [rate for rate, _ in FLEETS["1P1D"].climb("prefill-heavy", 30.0)] == [20.0, 30.0]
-    assert [rate for rate, _ in FLEETS["1P1D"].climb("prefill-heavy", 31.0)] == [20.0, 30.0, 40.0, 35.0, 32.5]
+    assert [rate for rate, _ in FLEETS["1P1D"].climb("prefill-heavy", 25.0)] == [10.0, 20.0, 30.0]
+    assert [rate for rate, _ in FLEETS["1P1D"].climb("prefill-heavy", 30.0)] == [10.0, 20.0, 30.0]
+    assert [rate for rate, _ in FLEETS["1P1D"].climb("prefill-heavy", 31.0)] == [
+        10.0,
+        20.0,
+        30.0,
+        40.0,
+        35.0,
+        32.5,
+    ]
 
 
 def test_a_late_client_says_nothing_of_latencies():
