@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 sys.path.insert(0, str(Path(__file__).parent))
 
 import disaggregate
-from disaggregate import ATTAINMENT, HALVINGS
+from disaggregate import ATTAINMENT, HALVINGS, TPOTS
 from provenance import RESULTS, write_result
 
 from benthic.plan.cost import machine as machines
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benthic.plan.cost.machine import Machine
+    from benthic.plan.serving.outcome import Outcome
     from benthic.plan.serving.priced import Engine
 
 Row = dict[str, Any]
@@ -50,6 +51,8 @@ Row = dict[str, Any]
 WORKLOADS: Final = {work.name: work for work in disaggregate.WORKLOADS}
 FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decode")}
 AHEAD: Final = 1.05
+PARTS: Final = (0.5, 0.75, 1.0)
+"""Of a workload's rates, at which its goodput is foretold under other targets a token."""
 SEEDS: Final = 2
 BLOCK: Final = 64
 
@@ -67,6 +70,12 @@ def main() -> None:
     for row in rows:
         if "foretold" in row:
             print(sentence(row))
+        elif "foretold_by_tpot_ms" in row:
+            each = row["foretold_by_tpot_ms"].items()
+            print(
+                "  1P1D over 2 colocated by ms a token:",
+                {tpot: round(ratio(found), 2) for tpot, found in each},
+            )
     print(write_result("plan_fleets", rows, out=words.out, engine=words.engine, machine=machine.name))
 
 
@@ -131,7 +140,9 @@ def compared(name: str, record: list[Row], fleets: dict[str, Fleet]) -> list[Row
         seen[fleet] = goodput(by_rate(runs))
     late = any(row["client_limited"] for row in rows)
     found = {"workload": name, "foretold": foretold, "measured": seen, "client_limited": late}
-    return [*rows, found | verdict(foretold, seen)]
+    by_tpot = {fleet: one.by_tpot(name) for fleet, one in fleets.items()}
+    each = {str(tpot): {fleet: by_tpot[fleet][tpot] for fleet in fleets} for tpot in TPOTS}
+    return [*rows, found | verdict(foretold, seen), {"workload": name, "foretold_by_tpot_ms": each}]
 
 
 def by_rate(runs: list[Row]) -> list[tuple[float, float]]:
@@ -187,12 +198,27 @@ class Fleet:
         """Share of requests that meet both targets, over all seeds."""
         return mean(self.trial(name, rate, seed).attainment for seed in range(SEEDS))
 
+    def by_tpot(self, name: str) -> dict[float, float]:
+        """Goodput under each of `TPOTS` beside the workload's target of the first token."""
+        work, shares = WORKLOADS[name], {tpot: list[tuple[float, float]]() for tpot in TPOTS}
+        for rate in sorted({part * rate for rate in work.rates for part in PARTS}):
+            played = self.played(name, rate, 0)
+            for tpot, found in shares.items():
+                objectives = Objectives(ttft_s=work.ttft / 1e3, tpot_s=tpot / 1e3)
+                found.append((rate, played.attainment(objectives)))
+        return {tpot: round(goodput(found), 2) for tpot, found in shares.items()}
+
     def trial(self, name: str, rate: float, seed: int) -> Trial:
         """One rate, as many requests as were offered."""
         work = WORKLOADS[name]
-        seconds = self.seconds * work.spans
         objectives = Objectives(ttft_s=work.ttft / 1e3, tpot_s=work.tpot / 1e3)
         targets = Targets(objectives=objectives, attainment=ATTAINMENT)
+        return trial_of(rate, self.played(name, rate, seed), targets)
+
+    def played(self, name: str, rate: float, seed: int) -> Outcome:
+        """What becomes of these requests."""
+        work = WORKLOADS[name]
+        seconds = self.seconds * work.spans
         lengths = Fixed(prompt_tokens=work.prompt, output_tokens=work.output)
         demand = drawn(lengths, round(rate * seconds), rate=rate, seed=seed)
         cluster = Cluster(
@@ -201,7 +227,7 @@ class Fleet:
             front=self.engine.front,
             fronts=self.fronts,
         )
-        return trial_of(rate, cluster.play(demand), targets)
+        return cluster.play(demand)
 
 
 def specs(fleet: str, engine: Engine, machine: Machine, sequences: int) -> list[GroupSpec]:

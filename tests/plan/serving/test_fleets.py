@@ -59,6 +59,14 @@ def test_a_climb_goes_past_the_most_that_was_offered(monkeypatch):
     ]
 
 
+def test_apart_wins_where_tokens_must_be_quick_and_loses_where_they_need_not():
+    apart, together = (replace(fleet, seconds=4.0).by_tpot("prefill-heavy") for fleet in FLEETS.values())
+    for found in (apart, together):
+        assert list(found.values()) == sorted(found.values())
+    assert apart[10.0] > together[10.0]
+    assert apart[40.0] < together[40.0]
+
+
 def test_a_late_client_says_nothing_of_latencies():
     kept = {
         "fleet": "1P1D",
