@@ -57,7 +57,7 @@ def choose_exchange(facts: Facts, asked: str = "auto") -> tuple[Name, str]:
     if asked == "local" or (asked == "auto" and facts.ranks == 1):
         return "local", "one rank holds all experts: nothing travels"
     if asked == "nvlink" or (asked == "auto" and refusals["nvlink"] is None):
-        return "nvlink", f"{facts.ranks} GPUs of one host write each other's memory; the host never waits"
+        return "nvlink", f"{facts.ranks} GPUs of one host write each other's memory"
     reason = "asked for" if asked == "all_to_all" else str(refusals["nvlink"])
     return "all_to_all", f"{reason}: collectives of the process group, which run anywhere"
 

@@ -1,4 +1,7 @@
-"""The exchange between GPUs of one host: kernels write rows into peers' memory, and the host never waits."""
+"""The exchange between GPUs of one host: kernels write rows into peers' memory, and wait there for theirs.
+
+The host waits only where it asks how many rows came (`Size.exact_rows`), as a trainer does.
+"""
 
 from __future__ import annotations
 
