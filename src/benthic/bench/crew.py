@@ -12,6 +12,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from array import array
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -206,12 +207,26 @@ class Helper:
 
 
 @contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started inside never hear Ctrl-C: it is the main process's business, which ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _started(seat: Seat) -> Iterator[Helper]:
     """A helper for the length of the block; it holds nothing that would have to be saved."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_main, args=(seat, there), name=f"benthic-client-{seat.name}")
-    process.start()
+    with _deaf():
+        process.start()
     there.close()
     try:
         yield Helper(name=seat.name, process=process, pipe=here)
@@ -244,8 +259,8 @@ async def _received(pipe: Connection) -> Any:
 
 
 def _main(seat: Seat, pipe: Connection) -> None:
-    """Body of a helper's process. A terminal's Ctrl-C is the main process's business, which ends this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Body of a helper's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # also where a thread started this
     with contextlib.suppress(EOFError):  # the main process is gone
         uvloop.run(_help(seat, pipe))
 
