@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from benthic.bench.samples import Sample
 
 TARGET = "http://127.0.0.1"
+BENCH = (sys.executable, "-m", "benthic", "bench", "serve", "--num-clients")
 
 
 @pytest.fixture(scope="module")
@@ -175,17 +176,7 @@ def test_no_client_process_outlives_the_command(
     server: tuple[str, Canned], tmp_path: Path, ending: signal.Signals
 ) -> None:
     server[1].bodies.clear()
-    command = [
-        sys.executable,
-        "-m",
-        "benthic",
-        "bench",
-        "serve",
-        "--base-url",
-        server[0],
-        "--num-clients",
-        "2",
-    ]
+    command = [*BENCH, "2", "--base-url", server[0]]
     command += ["--vocab-size", "99", "--random-input-len", "4", "--random-output-len", "2000"]
     log = (tmp_path / "log").open("w")
     with subprocess.Popen(
@@ -210,17 +201,7 @@ def test_a_command_with_clients_measures_and_says_how_many(
     server: tuple[str, Canned], tmp_path: Path
 ) -> None:
     result = tmp_path / "r.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benthic",
-        "bench",
-        "serve",
-        "--base-url",
-        server[0],
-        "--num-clients",
-        "2",
-    ]
+    command = [*BENCH, "2", "--base-url", server[0]]
     command += ["--vocab-size", "99", "--random-input-len", "4", "--random-output-len", "3"]
     command += ["--num-prompts", "5", "--max-client-lag", "100000", "--result", str(result)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -231,7 +212,6 @@ def test_a_command_with_clients_measures_and_says_how_many(
 
 
 def test_no_clients_at_all_are_refused() -> None:
-    command = [sys.executable, "-m", "benthic", "bench", "serve", "--num-clients", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([*BENCH, "0"], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
     assert "--num-clients" in done.stderr

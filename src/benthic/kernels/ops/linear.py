@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 FEW_MULTIPLIED: Final = 8
 """Rows that the narrow side of one matrix instruction takes."""
-
-
 OUTPUTS: Final = 4096
 """On an H200 2,048 and 3,072 outputs take 4.3 and 5.5 us (library 6.1 and 6.2), 5,632 of them 10.7 (8.6)."""
 

@@ -1,7 +1,8 @@
 """Seconds of a step from prices of its operations, fast enough to be asked a hundred thousand times.
 
 Prices are made at sizes on a grid (four to a doubling) and interpolated between; each grid point is priced
-once. What a step costs is therefore piecewise linear in what it holds, and never falls when it holds more.
+once. What a step's kernels cost is therefore piecewise linear in what it holds, and never falls when it holds
+more; an engine's curves, where it has any, bend that to what was measured.
 """
 
 from __future__ import annotations
