@@ -17,6 +17,7 @@ import triton.language as tl
 from benthic.errors import BackendError
 from benthic.kernels import ops
 from benthic.kernels.triton_e4m3 import scaled
+from benthic.kernels.triton_pack_tiles import grid_of, listed
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -467,6 +468,44 @@ def test_grouped_linear_in_gluon(dtype, name, dims, spare):
         pytest.skip("the gradient of weights takes bfloat16")
     ends, inputs = grouped_inputs(name, spare, dims, dtype)
     compare(lambda x, w, impl: ops.grouped_linear(x, w, ends, impl=impl), inputs, dtype, impl="gluon")
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+@pytest.mark.parametrize(
+    "lengths",
+    [(1000, 3, 129, 0, 640, 128), (300, *[0] * 33), (0, 0, 5), (1,) * 200, (1 + 128 * 9,)],
+    ids=["packs", "one of many", "empty ones first", "many short ones", "one"],
+)
+def test_every_tile_of_a_pack_is_listed_once(dtype, lengths, last_first):
+    if dtype != DTYPES[0]:
+        pytest.skip("lists have no dtype of their own")
+    starts = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+    tiles = [
+        (sequence, tile)
+        for sequence, length in enumerate(lengths)
+        for tile in (range(math.ceil(length / 128))[:: -1 if last_first else 1])
+    ]
+    places = (sum(lengths) + 127 * len(lengths)) // 128
+    assert places >= len(tiles)
+    found = listed(starts, places, 128, last_first=last_first).tolist()
+    assert len(found) >= places
+    assert [tuple(each) for each in found[: len(tiles)]] == tiles
+    assert all(sequence == -1 for sequence, _ in found[len(tiles) :])
+
+
+def test_a_grid_is_listed_where_most_of_its_programs_had_no_tile(dtype):
+    def asked(lengths, heads=16):
+        starts = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+        grid, (_, together, is_list) = grid_of(
+            starts, sum(lengths), max(lengths), 128, heads, last_first=True
+        )
+        return grid, together, is_list
+
+    assert asked((4096,) * 4) == ((16, 32, 4), 16, False)
+    assert asked((4096,) * 4, heads=24) == ((8, 32, 12), 8, False)
+    assert asked((4096, *[0] * 33)) == ((16, 65, 1), 16, True)
+    assert asked((2048, 100, 64), heads=32) == ((16, 20, 2), 16, True)
+    assert asked((1,) * 5000)[2] is False, "the list would be longer than the grid"
 
 
 @pytest.mark.skipif(not ON_GPU, reason="Gluon needs a GPU")

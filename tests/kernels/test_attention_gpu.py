@@ -47,8 +47,10 @@ def assert_close(found, exact, dtype):
         ((1, 300, 64), (700, 301, 65), 2),  # chunks of prompts, with key heads shared
         ((256, 0, 5), (128, 40, 0), 1),  # queries that see no key, and none at all
         ((5,), (0,), 1),
+        ((0, 900, *[0] * 30, 70), None, 1),
+        ((256, 256), None, 1),
     ],
-    ids=["packs", "chunks", "blind", "no keys"],
+    ids=["packs", "chunks", "blind", "no keys", "few of many", "equal ones"],
 )
 def test_values_gradients_and_sums_are_those_of_the_definition(dims, causal, queries, keys, groups, dtype):
     width, value = dims

@@ -40,6 +40,7 @@ POINTERS = {
     "delta_ptr": "*fp32",
     "starts_q_ptr": "*i32",
     "starts_k_ptr": "*i32",
+    "tiles_ptr": "*i32",
     "latent_ptr": "*bf16",
     "rope_ptr": "*bf16",
     "table_ptr": "*i32",
@@ -78,8 +79,8 @@ def built(kernel, constants, types, registers):
 
 
 def attention(kernel, constants, types, module):
-    """A kernel of attention, causal unless its constants say otherwise."""
-    constants = {"CAUSAL": True} | constants
+    """A kernel of attention, causal unless its constants say otherwise, of listed tiles likewise."""
+    constants = {"CAUSAL": True, "LISTED": True} | constants
     constants |= {
         "GROUPS": 1,
         "TOGETHER": 16,

@@ -677,3 +677,11 @@ def test_flags_order_memory_between_gpus(kernel, order):
     types = {"flags_table": "*i64", "flags_ptr": "*i32"}
     built = compiled("triton_exchange", kernel, {"RANKS": 8}, warps=1, overrides=types)
     assert built.asm["ptx"].count(f"atom.global.{order}.sys.cas.b32") >= 8
+
+
+@pytest.mark.parametrize("sequences", [1, 64, 4096])
+def test_lists_of_tiles_spill_nothing(sequences, tmp_path):
+    constants = {"TILE": 128, "SEQUENCES": sequences, "PLACES": max(1, min(64, 8192 // sequences))}
+    of_packs = {"starts_ptr": "*i32", "list_ptr": "*i32"}
+    built = compiled("triton_pack_tiles", "_list_tiles", constants | {"LAST_FIRST": True}, overrides=of_packs)
+    assert_fits(resources(built, tmp_path))

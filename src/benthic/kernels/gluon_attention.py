@@ -15,7 +15,6 @@ Weights P stay in registers, as the left operand of the second product. A head o
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,8 +25,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from benthic.kernels.gluon_attention_backward import gradients
-from benthic.kernels.gluon_tiles import LOG2E, grid_of, load, loadable, meet, new_bars, place, rows_of, store
+from benthic.kernels.gluon_tiles import (
+    LOG2E,
+    bounds_of,
+    load,
+    loadable,
+    meet,
+    new_bars,
+    place,
+    rows_of,
+    store,
+)
 from benthic.kernels.triton_attention_backward import keep, split_width
+from benthic.kernels.triton_pack_tiles import grid_of
 
 QUERIES = 128
 KEYS = 128
@@ -208,16 +218,16 @@ def _nothing_seen(
 
 @gluon.jit(do_not_specialize=["tokens"])
 def _forward(
-    q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr,
+    q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, tiles_ptr,
     q_stride, k_stride, v_stride, tokens, scale,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    TOGETHER: gl.constexpr, LISTED: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head and sequence; the descriptors see heads side by side in a row."""
-    head, tile, sequence = place(HEADS, TOGETHER)
-    start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
-    end_q, end_k = gl.load(starts_q_ptr + sequence + 1), gl.load(starts_k_ptr + sequence + 1)
+    head, tile, sequence = place(tiles_ptr, HEADS, TOGETHER, LISTED)
+    start_q, end_q = bounds_of(starts_q_ptr, sequence, LISTED)
+    start_k, end_k = bounds_of(starts_k_ptr, sequence, LISTED)
     queries_1 = gl.allocate_shared_memory(q_1.dtype, [2, 64, D_1], q_1.layout)
     keys_1 = gl.allocate_shared_memory(k_1.dtype, [STAGES, BLOCK_N, D_1], k_1.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V], v.layout)
@@ -231,7 +241,7 @@ def _forward(
     rings = (keys_1, keys_2, values)
     rows, keys = end_q - start_q, end_k - start_k
     # Causal tiles at the end of a sequence meet the most keys: start them first.
-    if CAUSAL:
+    if CAUSAL and not LISTED:
         tile = gl.num_programs(1) - 1 - tile
     offset, end, first_masked = keys - rows, keys, keys // BLOCK_N
     if CAUSAL:
@@ -279,19 +289,22 @@ class _Attention(torch.autograd.Function):
         out_THv = torch.empty(tokens, heads, value, dtype=q_THd.dtype, device=q_THd.device)
         lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THd.device)
         d_1, d_2 = split_width(width)
-        grid, together = grid_of(triton.cdiv(max_q, QUERIES), heads, cu_seqlens_q.shape[0] - 1)
         if k_THd.shape[0] == 0:  # a descriptor wants something to describe
             out_THv.zero_()
             lse_HT.fill_(-torch.inf)
         elif tokens and max_q:
+            grid, (tiles, together, is_list) = grid_of(
+                cu_seqlens_q, tokens, max_q, QUERIES, heads, last_first=causal
+            )
             _forward[grid](
                 rows_of(q_THd, 64, d_1), rows_of(q_THd, 64, d_2 or d_1), rows_of(k_THd, KEYS, d_1),
                 rows_of(k_THd, KEYS, d_2 or d_1), rows_of(v_THv, KEYS, value),
-                out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k,
+                out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k, tiles,
                 q_THd.stride(1), k_THd.stride(1), v_THv.stride(1), tokens, scale,
                 HEADS=heads, GROUPS=heads // k_THd.shape[1], D_1=d_1, D_2=d_2, V=value, BLOCK_M=QUERIES,
-                BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, TOGETHER=together, REGISTERS=CONSUMER_REGISTERS,
-                FEW_REGISTERS=PRODUCER_REGISTERS, num_warps=4, maxnreg=ENTRY_REGISTERS,
+                BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, TOGETHER=together, LISTED=is_list,
+                REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+                num_warps=4, maxnreg=ENTRY_REGISTERS,
             )  # fmt: skip
         return keep(
             ctx,

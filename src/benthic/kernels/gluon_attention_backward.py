@@ -20,8 +20,9 @@ import triton
 
 from benthic.kernels.gluon_key_gradients import key_gradients
 from benthic.kernels.gluon_query_gradient import query_gradient
-from benthic.kernels.gluon_tiles import grid_of, loadable, rows_of
+from benthic.kernels.gluon_tiles import loadable, rows_of
 from benthic.kernels.triton_attention_backward import row_dots, split_width
+from benthic.kernels.triton_pack_tiles import grid_of
 
 TILE = 128
 """Queries, or keys, of a program: 64 in each group of warps."""
@@ -65,10 +66,12 @@ def write_query_gradient(dq_THd, operands, max_q, scale, *, causal):
     q_THd, k_THd, _v_THv, _dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
     described, strides, sizes = _described(operands, causal=causal)
     heads = q_THd.shape[1]
-    grid, together = grid_of(triton.cdiv(max_q, TILE), heads, starts_q.shape[0] - 1)
+    tokens = q_THd.shape[0]
+    grid, (tiles, together, is_list) = grid_of(starts_q, tokens, max_q, TILE, heads, last_first=causal)
     query_gradient[grid](
-        *described, dq_THd, lse_HT, delta_HT, starts_q, starts_k, *strides, q_THd.shape[0], scale,
-        HEADS=heads, GROUPS=heads // k_THd.shape[1], BLOCK_M=TILE, BLOCK_N=BLOCK, TOGETHER=together, **sizes,
+        *described, dq_THd, lse_HT, delta_HT, starts_q, starts_k, tiles, *strides, tokens, scale,
+        HEADS=heads, GROUPS=heads // k_THd.shape[1], BLOCK_M=TILE, BLOCK_N=BLOCK, TOGETHER=together,
+        LISTED=is_list, **sizes,
     )  # fmt: skip
 
 
@@ -77,11 +80,14 @@ def write_key_gradients(dk_THd, dv_THv, operands, max_k, scale, *, causal):
     q_THd, k_THd, _v_THv, _dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
     described, strides, sizes = _described(operands, causal=causal)
     key_heads = k_THd.shape[1]
-    grid, together = grid_of(triton.cdiv(max_k, TILE), key_heads, starts_k.shape[0] - 1)
+    grid, (tiles, together, is_list) = grid_of(
+        starts_k, k_THd.shape[0], max_k, TILE, key_heads, last_first=False
+    )
     key_gradients[grid](
-        *described, dk_THd, dv_THv, lse_HT, delta_HT, starts_q, starts_k, *strides, q_THd.shape[0], scale,
+        *described, dk_THd, dv_THv, lse_HT, delta_HT, starts_q, starts_k, tiles, *strides,
+        q_THd.shape[0], scale,
         KEY_HEADS=key_heads, GROUPS=q_THd.shape[1] // key_heads, BLOCK_M=BLOCK, BLOCK_N=TILE,
-        TOGETHER=together, **sizes,
+        TOGETHER=together, LISTED=is_list, **sizes,
     )  # fmt: skip
 
 

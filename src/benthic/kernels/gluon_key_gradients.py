@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from benthic.kernels.gluon_tiles import (
     LOG2E,
+    bounds_of,
     clear_after,
     load,
     meet,
@@ -61,11 +62,11 @@ def _clear_queries(rings, stage, kept, BLOCK_M: gl.constexpr, D_1: gl.constexpr,
 
 @gluon.jit
 def _consume_queries(
-    group, keys_1, keys_2, values, rings, terms, bars, key_bars, dk_ptr, dv_ptr, start_k, rows, scale,
-    visible, kept, blocks,
+    group, keys_1, keys_2, values, rings, terms, bars, key_bars, dk_ptr, dv_ptr, tiles_ptr,
+    start_k, rows, scale, visible, kept, blocks,
     KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    TOGETHER: gl.constexpr,
+    TOGETHER: gl.constexpr, LISTED: gl.constexpr,
 ):  # fmt: skip
     """The gradients of the 64 keys of a group and of their values, from `blocks` of queries a head.
 
@@ -132,7 +133,7 @@ def _consume_queries(
         dv, ds_32 = warpgroup_mma_wait(0, deps=[dv, ds_32])
         mbarrier.arrive(dout_empty.index(stage), count=1)
         ds = gl.convert_layout(ds_32.to(ds.dtype), LEFT)
-    key_head, tile, _sequence = place(KEY_HEADS, TOGETHER)
+    key_head, tile, _sequence = place(tiles_ptr, KEY_HEADS, TOGETHER, LISTED)
     last, scale = (total - 1) % STAGES, scale / LOG2E
     column = tile * BLOCK_N + group * 64
     dk_1 = warpgroup_mma(ds, queries_1.index(last), dk_1, is_async=True)
@@ -194,16 +195,16 @@ def _produce_queries(
 
 @gluon.jit(do_not_specialize=["tokens"])
 def key_gradients(
-    q_1, q_2, dout, k_1, k_2, v, dk_ptr, dv_ptr, lse_ptr, delta_ptr, starts_q_ptr, starts_k_ptr,
+    q_1, q_2, dout, k_1, k_2, v, dk_ptr, dv_ptr, lse_ptr, delta_ptr, starts_q_ptr, starts_k_ptr, tiles_ptr,
     q_stride, dout_stride, k_stride, v_stride, tokens, scale,
     KEY_HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    TOGETHER: gl.constexpr, LISTED: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values of one key head and sequence."""
-    key_head, tile, sequence = place(KEY_HEADS, TOGETHER)
-    start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
-    end_q, end_k = gl.load(starts_q_ptr + sequence + 1), gl.load(starts_k_ptr + sequence + 1)
+    key_head, tile, sequence = place(tiles_ptr, KEY_HEADS, TOGETHER, LISTED)
+    start_q, end_q = bounds_of(starts_q_ptr, sequence, LISTED)
+    start_k, end_k = bounds_of(starts_k_ptr, sequence, LISTED)
     keys_1 = gl.allocate_shared_memory(k_1.dtype, [2, 64, D_1], k_1.layout)
     values = gl.allocate_shared_memory(v.dtype, [2, 64, V], v.layout)
     queries_1 = gl.allocate_shared_memory(q_1.dtype, [STAGES, BLOCK_M, D_1], q_1.layout)
@@ -232,15 +233,15 @@ def key_gradients(
         gl.warp_specialize([
             (_consume_queries, (
                 0, keys_1, keys_2, values, rings, terms, bars, key_bars,
-                dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
-                queries - first_query - (blocks - 1) * BLOCK_M, blocks,
-                KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL, TOGETHER,
+                dk_ptr, dv_ptr, tiles_ptr if LISTED else 0, start_k, rows, scale * LOG2E,
+                visible - first_query, queries - first_query - (blocks - 1) * BLOCK_M, blocks,
+                KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL, TOGETHER, LISTED,
             )),
             (_consume_queries, (
                 1, keys_1, keys_2, values, rings, terms, bars, key_bars,
-                dk_ptr, dv_ptr, start_k, rows, scale * LOG2E, visible - first_query,
-                queries - first_query - (blocks - 1) * BLOCK_M, blocks,
-                KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL, TOGETHER,
+                dk_ptr, dv_ptr, tiles_ptr if LISTED else 0, start_k, rows, scale * LOG2E,
+                visible - first_query, queries - first_query - (blocks - 1) * BLOCK_M, blocks,
+                KEY_HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL, TOGETHER, LISTED,
             )),
             (_produce_queries, (
                 (q_1, q_2, dout, k_1, k_2, v), keys_1, keys_2, values, rings, terms, bars, key_bars,

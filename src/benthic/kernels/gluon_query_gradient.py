@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from benthic.kernels.gluon_tiles import (
     LOG2E,
+    bounds_of,
     clear_after,
     load,
     meet,
@@ -155,16 +156,16 @@ def _produce_keys(
 
 @gluon.jit(do_not_specialize=["tokens"])
 def query_gradient(
-    q_1, q_2, dout, k_1, k_2, v, dq_ptr, lse_ptr, delta_ptr, starts_q_ptr, starts_k_ptr,
+    q_1, q_2, dout, k_1, k_2, v, dq_ptr, lse_ptr, delta_ptr, starts_q_ptr, starts_k_ptr, tiles_ptr,
     q_stride, dout_stride, k_stride, v_stride, tokens, scale,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    TOGETHER: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    TOGETHER: gl.constexpr, LISTED: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries of one head and sequence."""
-    head, tile, sequence = place(HEADS, TOGETHER)
-    start_q, start_k = gl.load(starts_q_ptr + sequence), gl.load(starts_k_ptr + sequence)
-    end_q, end_k = gl.load(starts_q_ptr + sequence + 1), gl.load(starts_k_ptr + sequence + 1)
+    head, tile, sequence = place(tiles_ptr, HEADS, TOGETHER, LISTED)
+    start_q, end_q = bounds_of(starts_q_ptr, sequence, LISTED)
+    start_k, end_k = bounds_of(starts_k_ptr, sequence, LISTED)
     queries_1 = gl.allocate_shared_memory(q_1.dtype, [2, 64, D_1], q_1.layout)
     douts = gl.allocate_shared_memory(dout.dtype, [2, 64, V], dout.layout)
     keys_1 = gl.allocate_shared_memory(k_1.dtype, [STAGES, BLOCK_N, D_1], k_1.layout)
@@ -179,7 +180,7 @@ def query_gradient(
     rings = (keys_1, keys_2, values)
     rows, keys = end_q - start_q, end_k - start_k
     # Causal tiles at the end of a sequence meet the most keys: start them first.
-    if CAUSAL:
+    if CAUSAL and not LISTED:
         tile = gl.num_programs(1) - 1 - tile
     offset, end, first_masked = keys - rows, keys, keys // BLOCK_N
     if CAUSAL:

@@ -1,9 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""What Gluon kernels for Hopper share: names of both Triton versions, barriers, grids, descriptors."""
+"""What Gluon kernels for Hopper share: names of both Triton versions, barriers, places, descriptors."""
 
 from __future__ import annotations
 
-import math
 import threading
 
 import torch
@@ -19,9 +18,6 @@ unload = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shar
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-HEADS_TOGETHER = 16
-"""Of how many heads the longest tiles start first: a lone short sequence has few of them."""
-
 LOG2E = gl.constexpr(1.4426950408889634)
 DTYPES = {
     torch.bfloat16: gl.bfloat16,
@@ -32,11 +28,30 @@ _thread = threading.local()
 
 
 @gluon.jit
-def place(HEADS: gl.constexpr, TOGETHER: gl.constexpr):
-    """Head, ordinal of the tile and sequence of a program: tiles in order, of `TOGETHER` heads each."""
+def place(tiles_ptr, HEADS: gl.constexpr, TOGETHER: gl.constexpr, LISTED: gl.constexpr):
+    """Head, ordinal of the tile and sequence of a program: tiles in order, of `TOGETHER` heads each.
+
+    LISTED: in the order of a list (`triton_pack_tiles`), where sequence -1 has no tile.
+    """
     PARTS: gl.constexpr = HEADS // TOGETHER
-    row = gl.program_id(2)
-    return row % PARTS * TOGETHER + gl.program_id(0), gl.program_id(1), row // PARTS
+    if LISTED:
+        part, at = gl.program_id(2), tiles_ptr + 2 * gl.program_id(1)
+        sequence, tile = gl.load(at), gl.load(at + 1)
+    else:
+        part, tile, sequence = gl.program_id(2) % PARTS, gl.program_id(1), gl.program_id(2) // PARTS
+    return part * TOGETHER + gl.program_id(0), tile, sequence
+
+
+@gluon.jit
+def bounds_of(starts_ptr, sequence, LISTED: gl.constexpr):
+    """Where a sequence starts and ends; nothing lies between these for sequence -1 of a list."""
+    if LISTED:
+        own = gl.maximum(sequence, 0)
+        start = gl.load(starts_ptr + own)
+        end = gl.where(sequence < 0, start, gl.load(starts_ptr + own + 1))
+    else:
+        start, end = gl.load(starts_ptr + sequence), gl.load(starts_ptr + sequence + 1)
+    return start, end
 
 
 @gluon.jit
@@ -98,12 +113,6 @@ def nothing(ptr, start, rows, tile, head, HEADS: gl.constexpr, D: gl.constexpr, 
         at = ((start + row).to(gl.int64)[:, None] * HEADS + head) * D + first + dim[None, :]
         zero = gl.zeros([BLOCK_M, 32], ptr.dtype.element_ty, layout=layout)
         gl.store(ptr + at, zero, mask=(row < rows)[:, None])
-
-
-def grid_of(tiles, heads, sequences):
-    """The grid that `place` reads, and its `TOGETHER`."""
-    together = math.gcd(heads, HEADS_TOGETHER)
-    return (together, tiles, heads // together * sequences), together
 
 
 def loadable(x_THd):

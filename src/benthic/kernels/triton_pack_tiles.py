@@ -1,0 +1,81 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Which tile of which sequence each program of packed attention works on, where sequences are unlike.
+
+A grid of as many tiles for each sequence as the longest has is mostly programs without a tile when lengths
+differ; each takes a multiprocessor for itself, since its shared memory is that of a program with one. A list
+has a place for every tile and at most one more for each sequence.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+HEADS_TOGETHER = 16
+"""Of how many heads the longest tiles start first: a lone short sequence has few of them."""
+FULL = 0.75
+"""A grid is listed where its list is shorter than this part of it; the list costs a launch."""
+MOST_SEQUENCES = 4096
+"""Of a list, all of which each program that writes a part of it reads."""
+
+
+@triton.jit
+def _list_tiles(
+    starts_ptr, list_ptr, sequences,
+    TILE: tl.constexpr, SEQUENCES: tl.constexpr, PLACES: tl.constexpr, LAST_FIRST: tl.constexpr,
+):  # fmt: skip
+    """(sequence, tile) of PLACES places; sequence -1 behind the last tile."""
+    each = tl.arange(0, SEQUENCES)
+    inside = each < sequences
+    start = tl.load(starts_ptr + each, mask=inside, other=0)
+    tiles = (tl.load(starts_ptr + each + 1, mask=inside, other=0) - start + TILE - 1) // TILE
+    ends = tl.cumsum(tiles, axis=0)
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    before = (ends[None, :] <= place[:, None]) & inside[None, :]
+    sequence = tl.sum(before.to(tl.int32), axis=1)
+    tile = place - tl.max(tl.where(before, ends[None, :], 0), axis=1)
+    if LAST_FIRST:
+        own = tl.sum(tl.where(each[None, :] == sequence[:, None], tiles[None, :], 0), axis=1)
+        tile = own - 1 - tile
+    tl.store(list_ptr + 2 * place, tl.where(sequence < sequences, sequence, -1))
+    tl.store(list_ptr + 2 * place + 1, tile)
+
+
+def grid_of(starts_S1, rows, most, tile, heads, *, last_first):
+    """The grid that `gluon_tiles.place` reads, and `(tiles, TOGETHER, LISTED)` for it.
+
+    Args:
+        starts_S1: int32, where each sequence starts, and the end of the last.
+        rows: of all sequences, or more.
+        most: rows of the longest, or more.
+        tile: rows of a tile.
+        heads: each has all tiles.
+        last_first: a sequence's last tile comes first.
+    """
+    sequences, together = starts_S1.shape[0] - 1, math.gcd(heads, HEADS_TOGETHER)
+    whole = triton.cdiv(most, tile)
+    places = (rows + (tile - 1) * sequences) // tile  # as if all but one row of a tile were missing in each
+    if places > FULL * whole * sequences or sequences > MOST_SEQUENCES:
+        return (together, whole, heads // together * sequences), (starts_S1, together, False)
+    return (together, places, heads // together), (
+        listed(starts_S1, places, tile, last_first=last_first),
+        together,
+        True,
+    )
+
+
+def listed(starts_S1, places, tile, *, last_first):
+    """int32 [places or more, 2]: sequence and tile; sequence -1 where there are no more tiles."""
+    sequences = starts_S1.shape[0] - 1
+    padded = triton.next_power_of_2(sequences)
+    each = max(1, min(64, 8192 // padded))
+    parts = triton.cdiv(places, each)
+    list_N2 = torch.empty(parts * each, 2, dtype=torch.int32, device=starts_S1.device)
+    _list_tiles[(parts,)](
+        starts_S1, list_N2, sequences,
+        TILE=tile, SEQUENCES=padded, PLACES=each, LAST_FIRST=last_first, num_warps=4,
+    )  # fmt: skip
+    return list_N2
