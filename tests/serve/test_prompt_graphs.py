@@ -57,11 +57,30 @@ def test_every_kind_of_request_gets_the_tokens_of_plain_steps(overlapped, option
     engine = small_engine(**settings)
     seen = watched(engine)
     assert tokens(engine, mixed_requests()) == plain
-    whole, cached = seen.values()
-    assert whole, "some steps have whole prompts alone"
+    alone, cached_alone, whole, cached = seen.values()
+    assert whole, "some steps have whole prompts beside decodes"
     assert cached, "and in some, chunks continue"
-    assert all(rows <= size for rows, size in whole + cached)
-    assert any(rows < size for rows, size in whole + cached)
+    ran = alone + cached_alone + whole + cached
+    assert all(rows <= size for rows, size in ran)
+    assert any(rows < size for rows, size in ran)
+
+
+def test_prompts_alone_attend_to_nothing_in_the_latent_space(monkeypatch):
+    asked = [request(str(i), p, max_tokens=1) for i, p in enumerate(prompts(5, seed=4, longest=60))]
+    settings = {"max_num_batched_tokens": 48}
+    plain = tokens(small_engine(enforce_eager=True, **settings), asked)
+    engine = small_engine(**settings)
+    seen = watched(engine)
+
+    def refused(*_args, **_options):
+        raise AssertionError
+
+    monkeypatch.setattr("benthic.serve.attend.mla_decode", refused)
+    assert tokens(engine, asked) == plain
+    alone, cached_alone, *others = seen.values()
+    assert alone
+    assert cached_alone
+    assert not any(others)
 
 
 def test_states_of_a_step_are_those_of_the_step_as_written():
@@ -141,11 +160,8 @@ def test_few_decodes_take_graphs_of_their_own(monkeypatch):
     seen = watched(engine)
     plain = tokens(small_engine(enforce_eager=True), mixed_requests())
     assert tokens(engine, mixed_requests()) == plain
-    assert [what.split(" to ")[1].split(" of ")[0] for what in seen] == [
-        "2 decodes",
-        "2 decodes",
-        "8 decodes",
-        "8 decodes",
+    assert [what.split(" up to ")[-1].split(" of ")[0] for what in seen] == [
+        *("whole prompts alone", "chunks", "2 decodes", "2 decodes", "8 decodes", "8 decodes")
     ]
     assert sum(map(bool, seen.values())) > 2
 

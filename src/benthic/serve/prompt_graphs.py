@@ -143,7 +143,7 @@ class PromptGraphs(Graphs):
         served: as for `Graphs`.
         sizes: row counts, in rising order.
         queries: rows of each sequence that decodes.
-        sequences: most that may decode.
+        sequences: most that may decode; of 0 nothing is attended to in the latent space.
         reads_cache: chunks continue something that is cached.
         buffers: room for the largest size, so many sequences and the longest of them.
     """
@@ -167,7 +167,7 @@ class PromptGraphs(Graphs):
     def kinds(
         cls, served: Served, sizes: Sequence[int], *, max_num_seqs: int, columns: int, drafts: int = 0
     ) -> tuple[PromptGraphs, ...]:
-        """All that an engine may want, those for few decodes first; none without sizes.
+        """All that an engine may want, those for no and for few decodes first; none without sizes.
 
         Drafts are for few decodes, so that those with drafts are for no more.
         """
@@ -176,7 +176,7 @@ class PromptGraphs(Graphs):
         buffers = PromptBuffers.blank(served.model, sizes[-1], max_num_seqs, columns)
         few = min(FEW_DECODES, max_num_seqs)
         decodes = [
-            *((1, each) for each in sorted({few, max_num_seqs})),
+            *((1, each) for each in sorted({0, few, max_num_seqs})),
             *([(1 + drafts, few)] if drafts else []),
         ]
         return tuple(
@@ -189,6 +189,8 @@ class PromptGraphs(Graphs):
     def what(self) -> str:
         """Words for the log."""
         chunks = "chunks of cached prompts" if self._reads_cache else "whole prompts"
+        if not self._sequences:
+            return f"{chunks} alone"
         return f"{chunks} beside up to {self._sequences} decodes of {self._queries} rows"
 
     def size_of(self, rows: StepRows) -> int | None:
@@ -225,9 +227,10 @@ class PromptGraphs(Graphs):
         """The step of a graph as attention sees it."""
         buffers, most = self._buffers, min(self._sequences, size // self._queries)
         rows_B, context_B = buffers.bounds_2B
+        decode = DecodeRows(self._queries, buffers.block_table_SP[:most], buffers.context_S[:most])
         return StepLayout(
             buffers.slot_T[:size],
-            DecodeRows(self._queries, buffers.block_table_SP[:most], buffers.context_S[:most]),
+            decode if most else None,
             PrefillRows(
                 cu_seqlens_q=rows_B,
                 cu_seqlens_k=context_B,
