@@ -82,6 +82,15 @@ def test_rms_norm(dtype, width):
     compare(lambda x, w, impl: ops.rms_norm(x, w, 1e-6, impl=impl), inputs, dtype)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm_with_many_tiles_a_program(dtype, width, monkeypatch):
+    norm = importlib.import_module("benthic.kernels.triton_norm")
+    monkeypatch.setattr(norm, "_WARPS", 2 * norm.backward_tile(width, 4)[2])
+    tokens = TOKENS if ON_GPU else 7 * norm.backward_tile(width, 4)[0] - 1
+    inputs = [made(tokens, width, dtype=dtype), made(width, dtype=dtype, seed=1)]
+    compare(lambda x, w, impl: ops.add_rms_norm(x, None, w, 1e-6, impl=impl), inputs, dtype)
+
+
 def test_rms_norm_of_a_strided_slice(dtype):
     inputs = [made(TOKENS, 57, dtype=dtype), made(40, dtype=dtype, seed=1)]
     compare(lambda x, w, impl: ops.rms_norm(x[:, :40], w, 1e-6, impl=impl), inputs, dtype)

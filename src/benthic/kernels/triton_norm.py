@@ -12,10 +12,11 @@ import triton.language as tl
 
 from benthic.kernels.launch import early, wait_for_inputs
 
-# Programs of the norm's backward: eight a multiprocessor, so that enough loads are on their way. Each sums
-# its rows' weight gradients, so the count fixes the order of that sum: a constant keeps the result the same
-# on every device.
-_PARTIALS = 1056
+# The norm's backward fills a multiprocessor's registers with 16 warps, and one of Hopper's 132 has 86 KB of
+# rows of 7,168 on their way: bandwidth times latency is 40. Each program sums its rows' weight gradients, so
+# their count fixes the order of that sum: a constant keeps the result the same on every device.
+_WARPS = 16 * 132
+_STAGED_BYTES = 96 << 10
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -48,13 +49,14 @@ def _norm_forward(
 def _norm_backward(
     x_ptr, weight_ptr, rstd_ptr, dy_ptr, dtotal_ptr, dx_ptr, dweight_ptr,
     rows, width, x_stride,
-    HAS_DTOTAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_DTOTAL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """While a tile is summed, the `STAGES - 1` tiles after it are on their way to shared memory."""
     program = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-    dweight = tl.zeros([WIDTH], tl.float32)
-    for tile in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    dweight = tl.zeros([ROWS, WIDTH], tl.float32)
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & (column < width)[None, :]
         place = row[:, None] * width + column[None, :]
@@ -68,8 +70,8 @@ def _norm_backward(
         if HAS_DTOTAL:
             dx += tl.load(dtotal_ptr + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dweight += tl.sum(dy * x_hat, axis=0)
-    tl.store(dweight_ptr + program * width + column, dweight, mask=column < width)
+        dweight += dy * x_hat
+    tl.store(dweight_ptr + program * width + column, tl.sum(dweight, axis=0), mask=column < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -229,6 +231,13 @@ def tile(width, elements):
     return rows, padded, min(16, max(4, rows * padded // 1024))
 
 
+def backward_tile(width, itemsize):
+    """`(rows, padded width, warps, stages)` of the norm's backward; `itemsize` is of all that is loaded."""
+    rows, padded, _ = tile(width, 2048)
+    stages = 1 + _STAGED_BYTES // (rows * padded * itemsize)
+    return rows, padded, min(16, max(4, padded // 512)), min(4, stages)
+
+
 class _Norm(torch.autograd.Function):
     """RMSNorm of x, or of x + residual; the second output, if asked for, is what was normalised."""
 
@@ -268,15 +277,15 @@ class _Norm(torch.autograd.Function):
         has_dtotal = dtotal is not None
         dtotal = dtotal.contiguous() if has_dtotal else dy
         dx = torch.empty_like(dy)
-        block, padded, _ = tile(width, 4096)
-        programs = min(_PARTIALS, triton.cdiv(rows, block))
+        block, padded, warps, stages = backward_tile(width, dy.element_size() * (2 + has_dtotal))
+        programs = min(_WARPS // warps, triton.cdiv(rows, block))
         made = torch.empty if rows else torch.zeros
         partial = made(max(programs, 1), width, dtype=torch.float32, device=dy.device)
         if rows:
             _norm_backward[(programs,)](
                 total, weight_D, rstd, dy, dtotal, dx, partial,
                 rows, width, total.stride(0),
-                HAS_DTOTAL=has_dtotal, ROWS=block, WIDTH=padded, num_warps=min(16, max(4, padded // 512)),
+                HAS_DTOTAL=has_dtotal, ROWS=block, WIDTH=padded, STAGES=stages, num_warps=warps,
             )  # fmt: skip
         dweight_D = partial.sum(dim=0).to(weight_D.dtype)
         return dx, (dx if ctx.has_residual else None), dweight_D, None, None
