@@ -1044,7 +1044,10 @@ def test_gather_copies_leaves_rows_past_the_end_alone(dtype, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_sum_copies_skips_absent_ones(dtype, width):
+@pytest.mark.parametrize("few", [False, True])
+def test_sum_copies_skips_absent_ones(dtype, width, few, monkeypatch):
+    moves = importlib.import_module("benthic.kernels.triton_permute")
+    monkeypatch.setattr(moves, "FEW_ROWS", 0 if few else TOKENS)
     row, rows = absent(TOKENS, 3)
     x, weight = made(rows, width, dtype=dtype).detach(), made(TOKENS, 3, dtype=torch.float32, seed=1).detach()
     x[-3:] = torch.nan

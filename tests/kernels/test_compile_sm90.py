@@ -355,13 +355,13 @@ MEMORY_BOUND = [
         (
             "triton_permute",
             "_sum_rows",
-            {"WEIGHTED": True, "BESIDE": beside, "TOP_K": 8, "WIDTH": 8192},
-            16,
+            {"WEIGHTED": True, "BESIDE": beside, "TOP_K": 8, "FEW": few, "WIDTH": 1024},
+            2,
             {"row_ptr": "*i64"},
         )
         for beside in (0, 1, 2)
+        for few in (False, True)
     ),
-    ("triton_permute", "_sum_rows_backward", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     *(
         ("triton_route", "_route", {"SIGMOID": True, "BIASED": True, "NORMALISE": True} | gate, 4, GATE)
         for gate in (
@@ -552,6 +552,28 @@ def test_the_norms_backward_has_enough_bytes_under_way(width, dtotal, tmp_path):
     programs = min(65536 // (32 * warps * used.registers), 227 * 1024 // (used.shared + 1024))
     assert programs * warps >= 16
     assert programs * (stages - 1) * rows * width * 2 * tensors > 4.2e12 * 1.2e-6 / 132
+
+
+SUMS = [
+    ("_sum_rows", {"WEIGHTED": True, "BESIDE": 0, "TOP_K": 8, "FEW": few, "WIDTH": 1024}, 2, each)
+    for few, each in ((False, 9.0), (True, 2.5))
+]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants", "warps", "rows"),
+    [*SUMS, ("_sum_rows_backward", {"TOP_K": 8, "WIDTH": 8192}, 16, 4.0)],
+)
+def test_sums_of_copies_have_enough_programs_for_the_rows_of_a_rank(
+    kernel, constants, warps, rows, tmp_path
+):  # fmt: skip
+    """`rows` of a program's width, read and written, in the 2.7 us that one takes for its chain of loads."""
+    built = compiled("triton_permute", kernel, constants, warps=warps, overrides={"weight_ptr": "*fp32"})
+    used = resources(built, tmp_path)
+    assert_fits(used)
+    programs = min(65536 // (32 * warps * used.registers), 32, 64 // warps)
+    width = min(constants["WIDTH"], 7168)
+    assert programs * rows * width * 2 > 4.2e12 * 2.7e-6 / 132
 
 
 def few_rows(kernel, **more):

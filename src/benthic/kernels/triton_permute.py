@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benthic.kernels.launch import early, wait_for_inputs
+from benthic.kernels.launch import FEW_ROWS, early, wait_for_inputs
 from benthic.kernels.reference.moe import Permuted, RowMaps
 from benthic.kernels.triton_counting_sort import sort_copies
 
@@ -68,16 +68,25 @@ def _gather_copies(
 @triton.jit
 def _sum_rows(
     rows_ptr, weight_ptr, row_ptr, out_ptr, beside1_ptr, beside2_ptr, width, stride,
-    WEIGHTED: tl.constexpr, BESIDE: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
-    PDL: tl.constexpr,
+    WEIGHTED: tl.constexpr, BESIDE: tl.constexpr, TOP_K: tl.constexpr, FEW: tl.constexpr,
+    WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum over k, in order, of weight[t, k] * rows[row[t, k]], added to BESIDE tensors."""
+    """out[t] = sum over k, in order, of weight[t, k] * rows[row[t, k]], added to BESIDE tensors.
+
+    A program takes some columns of a token. With `FEW` it looks for the rows that are there; else it asks for
+    all at once.
+    """
     wait_for_inputs(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, WIDTH)
+    parts = tl.cdiv(width, WIDTH)
+    token = (tl.program_id(0) // parts).to(tl.int64)
+    column = tl.program_id(0) % parts * WIDTH + tl.arange(0, WIDTH)
     at, kept = token * width + column, column < width
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    acc = sum_of_rows(rows_ptr, weight_ptr, row_ptr, token, column, width, stride, WEIGHTED, TOP_K, WIDTH)
+    sources = rows_ptr, weight_ptr, row_ptr, token, column, width, stride
+    if FEW:
+        acc = _sum_of_few_rows(*sources, WEIGHTED, TOP_K, WIDTH)
+    else:
+        acc = sum_of_rows(*sources, WEIGHTED, TOP_K, WIDTH)
     if BESIDE > 0:  # every sum is rounded, as by kernels of their own
         beside = tl.load(beside1_ptr + at, mask=kept, other=0.0).to(tl.float32)
         if BESIDE > 1:
@@ -105,24 +114,69 @@ def sum_of_rows(
 
 
 @triton.jit
+def _sum_of_few_rows(
+    rows_ptr, weight_ptr, row_ptr, token, column, width, stride,
+    WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """As `sum_of_rows`, and the same bits: rows that are there are read in pairs, the others cost nothing."""
+    acc = tl.zeros([WIDTH], tl.float32)
+    row_ptr += token * TOP_K
+    weight_ptr += token * TOP_K
+    place, count = _places(row_ptr, TOP_K)
+    for j in range(0, count, 2):
+        k_0, k_1 = _copy_at(place, j), _copy_at(place, j + 1)
+        row_0, row_1 = tl.load(row_ptr + k_0), tl.load(row_ptr + k_1)
+        kept = column < tl.where(j + 1 < count, width, 0)
+        value_0 = tl.load(rows_ptr + row_0 * stride + column, mask=column < width, other=0.0).to(tl.float32)
+        value_1 = tl.load(rows_ptr + row_1 * stride + column, mask=kept, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value_0 *= tl.load(weight_ptr + k_0).to(tl.float32)
+            value_1 *= tl.load(weight_ptr + k_1).to(tl.float32)
+        acc += value_0
+        acc += value_1
+    return acc
+
+
+@triton.jit
+def _places(row_ptr, TOP_K: tl.constexpr):
+    """Where each copy of a token stands among those that have a row (-1: it has none), and how many have."""
+    k = tl.arange(0, triton.next_power_of_2(TOP_K))
+    here = tl.load(row_ptr + k, mask=k < TOP_K, other=-1) >= 0
+    before = tl.cumsum(here.to(tl.int32), axis=0)
+    return tl.where(here, before - 1, -1), tl.max(before, axis=0)
+
+
+@triton.jit
+def _copy_at(place, j):
+    """The copy that stands at place j; 0 if none does."""
+    return tl.sum(tl.where(place == j, tl.arange(0, place.shape[0]), 0), axis=0)
+
+
+@triton.jit
 def _sum_rows_backward(
     rows_ptr, weight_ptr, row_ptr, dout_ptr, drows_ptr, dweight_ptr, width, stride,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """drows[row[t, k]] = weight[t, k] * dout[t]; dweight[t, k] = dout[t] . rows[row[t, k]]. Each row once.
 
-    A negative row is skipped; its weight's gradient is 0.
+    Only rows that are there take a turn; the gradient of another's weight is 0.
     """
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
+    row_ptr += token * TOP_K
+    weight_ptr += token * TOP_K
+    dweight_ptr += token * TOP_K
     dout = tl.load(dout_ptr + token * width + column, mask=column < width, other=0.0).to(tl.float32)
-    for k in tl.static_range(TOP_K):
-        row = tl.load(row_ptr + token * TOP_K + k)
-        kept = column < tl.where(row >= 0, width, 0)
-        weight = tl.load(weight_ptr + token * TOP_K + k).to(tl.float32)
-        value = tl.load(rows_ptr + row * stride + column, mask=kept, other=0.0).to(tl.float32)
-        tl.store(drows_ptr + row * width + column, (weight * dout).to(drows_ptr.dtype.element_ty), mask=kept)
-        tl.store(dweight_ptr + token * TOP_K + k, tl.sum(dout * value, axis=0))
+    place, count = _places(row_ptr, TOP_K)
+    k = tl.arange(0, place.shape[0])
+    tl.store(dweight_ptr + k, tl.zeros_like(k).to(tl.float32), mask=(place < 0) & (k < TOP_K))
+    for j in range(count):
+        own = _copy_at(place, j)
+        row, weight = tl.load(row_ptr + own), tl.load(weight_ptr + own).to(tl.float32)
+        value = tl.load(rows_ptr + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
+        drow = (weight * dout).to(drows_ptr.dtype.element_ty)
+        tl.store(drows_ptr + row * width + column, drow, mask=column < width)
+        tl.store(dweight_ptr + own, tl.sum(dout * value, axis=0))
 
 
 def permute(x_TD, expert_TK, num_experts):
@@ -175,7 +229,7 @@ def gather_copies(x_AD, copy_R, ends_E, top_k):
 
 def sum_copies(rows_RD, row_AK, weight_AK):
     """See `benthic.kernels.ops.sum_copies`."""
-    return _summed(_unit_stride(rows_RD), weight_AK, row_AK)
+    return _summed(_unit_stride(rows_RD), weight_AK, row_AK, few=row_AK.shape[0] > FEW_ROWS)
 
 
 def sum_copies_backward(dout_AD, rows_RD, row_AK, weight_AK):
@@ -224,15 +278,16 @@ class _Gather(torch.autograd.Function):
         return _summed(_unit_stride(drows_RD), None, row_TK), None
 
 
-def _summed(rows_RD, weight_TK, row_TK, beside=()):
-    width, padded = rows_RD.shape[1], triton.next_power_of_2(rows_RD.shape[1])
-    out = torch.empty(row_TK.shape[0], width, dtype=rows_RD.dtype, device=rows_RD.device)
+def _summed(rows_RD, weight_TK, row_TK, beside=(), *, few=False):
+    (tokens, top_k), width = row_TK.shape, rows_RD.shape[1]
+    out = torch.empty(tokens, width, dtype=rows_RD.dtype, device=rows_RD.device)
+    part = min(1024, triton.next_power_of_2(width))
     if out.numel():
-        _sum_rows[(row_TK.shape[0],)](
+        _sum_rows[(tokens * triton.cdiv(width, part),)](
             rows_RD, row_TK if weight_TK is None else weight_TK, row_TK, out,
             *beside, *[out] * (2 - len(beside)), width, rows_RD.stride(0),
-            WEIGHTED=weight_TK is not None, BESIDE=len(beside),
-            TOP_K=row_TK.shape[1], WIDTH=padded, num_warps=_warps(padded), **early(out.device, len(out)),
+            WEIGHTED=weight_TK is not None, BESIDE=len(beside), TOP_K=top_k, FEW=few,
+            WIDTH=part, num_warps=_warps(part), **early(out.device, tokens),
         )  # fmt: skip
     return out
 
