@@ -46,6 +46,7 @@ POINTERS = {
     "table_ptr": "*i32",
     "context_ptr": "*i32",
     "part_ptr": "*fp32",
+    "squares_ptr": "*fp32",
     "ends_ptr": "*i32",
     "x_scale_ptr": "*fp32",
     "dy_scale_ptr": "*fp32",
@@ -275,12 +276,23 @@ def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma_or_are_added_in_
 
 @pytest.mark.parametrize("edges", [False, True], ids=["whole tiles", "edges"])
 @pytest.mark.parametrize("turned", [False, True], ids=["upright", "turned"])
-@pytest.mark.parametrize(("out", "dtype"), [("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16")], ids=str)
+@pytest.mark.parametrize(
+    ("out", "dtype", "add", "squares"),
+    [
+        ("fp32", "bf16", True, False),
+        ("fp32", "bf16", True, True),
+        ("fp32", "bf16", False, True),
+        ("fp32", "fp16", True, False),
+        ("bf16", "bf16", False, False),
+    ],
+    ids=str,
+)
 def test_weight_gradients_of_experts_have_a_product_in_flight_and_are_added_in_the_cache(
-    out, dtype, turned, edges, tmp_path
+    out, dtype, add, squares, turned, edges, tmp_path
 ):
     module = gluon_expert_gradient
-    constants = {"ADD": out == "fp32", "TURNED": turned, "EDGES": edges}
+    constants = {"ADD": add, "TURNED": turned, "EDGES": edges, "SQUARES": squares}
+    constants |= {} if squares else {"squares_ptr": None}
     constants |= {"REGISTERS": module.CONSUMER_REGISTERS, "FEW_REGISTERS": module.PRODUCER_REGISTERS}
     described = {"left": descriptor(64, 64, dtype), "right": descriptor(64, 256, dtype), "out_ptr": f"*{out}"}
     kernel = built(module._expert_gradient, constants, described, module.ENTRY_REGISTERS)
@@ -291,8 +303,8 @@ def test_weight_gradients_of_experts_have_a_product_in_flight_and_are_added_in_t
     assert all(".tnspA.tnspB" in product for product in products)
     assert sum("gsb0" in product for product in products) == 2
     assert re.findall(r"DEPBAR\.LE gsb0, 0x([01])", text) == ["1", "0"] * 2
-    added = re.findall(r"REDG\.E\.ADD\.F32", text)
-    assert len(added) == (0 if out != "fp32" else 2 * 128 if turned else 2 * 64)
+    added = re.findall(rf"{'ATOMG' if squares else 'REDG'}\.E\.ADD\.F32", text)
+    assert len(added) == (0 if not add else 2 * 128 if turned else 2 * 64)
 
 
 @pytest.mark.parametrize("turned", [True, False], ids=["output", "input gradient"])

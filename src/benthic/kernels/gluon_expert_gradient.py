@@ -9,7 +9,8 @@ Which of dy and x is the right operand is chosen so that fewer tiles stand over 
 
 There is one program a multiprocessor. All three parts walk over the tiles of all experts by themselves, so
 the next tile is loaded while the last one is written. Sums are added in the second-level cache, in float32
-and once each, so nothing is read and nobody waits: results are the same every time.
+and once each, so nothing is read and nobody waits: results are the same every time. Where the squares of the
+sums are asked for, a group writes those of its part of a tile; what was added to comes back from the cache.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benthic.kernels.gluon_tiles import DTYPES, load, meet, new_bars
+from benthic.kernels.reference.moe import squares_of
 from benthic.kernels.triton_tiles import multiprocessors
 
 LEFT = gl.constexpr(128)
@@ -106,9 +108,13 @@ def _halves(x):
 
 
 @gluon.jit
-def _give(part, out_ptr, left, first_right, left_dim, right_dim, ADD: gl.constexpr, TURNED: gl.constexpr,
-          EDGES: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """Add or write 64 x 64 sums. Without a mask the compiler makes no branch of each addition."""
+def _give(part, squares, out_ptr, left, first_right, left_dim, right_dim,
+          ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr, SQUARES: gl.constexpr,
+          LAYOUT: gl.constexpr):  # fmt: skip
+    """Add or write 64 x 64 sums. Without a mask the compiler makes no branch of each addition.
+
+    With SQUARES, those of each left column's sums, as they are now, are added to `squares`.
+    """
     part = gl.convert_layout(part, LAYOUT)
     right = first_right + gl.arange(0, PART, layout=gl.SliceLayout(0, LAYOUT))
     kept = (left < left_dim)[:, None] & (right < right_dim)[None, :] if EDGES else None
@@ -117,16 +123,22 @@ def _give(part, out_ptr, left, first_right, left_dim, right_dim, ADD: gl.constex
     else:
         at = out_ptr + (left * right_dim)[:, None] + right[None, :]
     if ADD:
-        gl.atomic_add(at, part, mask=kept, sem="relaxed")
+        before = gl.atomic_add(at, part, mask=kept, sem="relaxed")
+        if SQUARES:
+            part += before
     else:
         gl.store(at, part.to(out_ptr.dtype.element_ty), mask=kept)
+    if SQUARES:
+        part = gl.where(kept, part, 0.0) if EDGES else part
+        squares += gl.sum(part * part, axis=1)
+    return squares
 
 
 @gluon.jit
 def _multiply(
-    group, left_ring, right_ring, bars, out_ptr, ends_ptr,
+    group, left_ring, right_ring, bars, out_ptr, squares_ptr, ends_ptr,
     left_dim, right_dim, tiles, left_tiles, right_tiles,
-    ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr,
+    ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr, SQUARES: gl.constexpr,
 ):  # fmt: skip
     """The 64 x 256 sums of a group, tile after tile."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RIGHT, 16])
@@ -153,27 +165,33 @@ def _multiply(
             number += 1
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(empty.index((number + STAGES - 1) % STAGES), count=1, pred=end > start)
-        if (end > start) | (not ADD):
+        if (end > start) | (not ADD) | SQUARES:
             out = out_ptr + expert.to(gl.int64) * left_dim * right_dim
             at = first_left + group * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, PARTS))
+            squares = gl.zeros([HALF], gl.float32, layout=gl.SliceLayout(1, PARTS))
             halves = _halves(sums)
             for half in gl.static_range(2):
                 quarters = _halves(halves[half])
                 for quarter in gl.static_range(2):
                     column = first_right + (2 * half + quarter) * PART
-                    _give(quarters[quarter], out, at, column, left_dim, right_dim, ADD, TURNED, EDGES, PARTS)
+                    squares = _give(
+                        quarters[quarter], squares, out, at, column, left_dim, right_dim,
+                        ADD, TURNED, EDGES, SQUARES, PARTS,
+                    )  # fmt: skip
+            if SQUARES:
+                gl.store(squares_ptr + 2 * tile + group, gl.sum(squares, axis=0))
 
 
 @gluon.jit(do_not_specialize=["left_eights", "right_eights", "tiles", "left_tiles", "right_tiles"])
 def _expert_gradient(
-    left, right, out_ptr, ends_ptr, left_eights, right_eights, tiles, left_tiles, right_tiles,
-    ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr,
+    left, right, out_ptr, squares_ptr, ends_ptr, left_eights, right_eights, tiles, left_tiles, right_tiles,
+    ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr, SQUARES: gl.constexpr,
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: every so manieth tile of all experts.
 
-    TURNED: the left operand is x. EDGES: some tiles stand over the edge. Widths are known to be multiples of
-    eight, so that pairs of sums are added at once.
+    TURNED: the left operand is x. EDGES: some tiles stand over the edge. SQUARES: two numbers a tile. Widths
+    are known to be multiples of eight, so that pairs of sums are added at once.
     """
     left_dim, right_dim = left_eights * 8, right_eights * 8
     left_ring = gl.allocate_shared_memory(left.dtype, [2 * STAGES, BLOCK, HALF], left.layout)
@@ -182,12 +200,12 @@ def _expert_gradient(
     fence_async_shared()
     gl.warp_specialize([
         (_multiply, (
-            0, left_ring, right_ring, bars, out_ptr, ends_ptr,
-            left_dim, right_dim, tiles, left_tiles, right_tiles, ADD, TURNED, EDGES,
+            0, left_ring, right_ring, bars, out_ptr, squares_ptr, ends_ptr,
+            left_dim, right_dim, tiles, left_tiles, right_tiles, ADD, TURNED, EDGES, SQUARES,
         )),
         (_multiply, (
-            1, left_ring, right_ring, bars, out_ptr, ends_ptr,
-            left_dim, right_dim, tiles, left_tiles, right_tiles, ADD, TURNED, EDGES,
+            1, left_ring, right_ring, bars, out_ptr, squares_ptr, ends_ptr,
+            left_dim, right_dim, tiles, left_tiles, right_tiles, ADD, TURNED, EDGES, SQUARES,
         )),
         (_produce, (left, right, left_ring, right_ring, bars, ends_ptr, tiles, left_tiles, right_tiles)),
     ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
@@ -202,15 +220,17 @@ def grouped_weight_gradient(dy_RO, x_RI, ends_E, *, dtype):
     return out_EOI
 
 
-def add_grouped_weight_gradient(into_EOI, dy_RO, x_RI, ends_E, *, fresh):
+def add_grouped_weight_gradient(into_EOI, dy_RO, x_RI, ends_E, *, fresh, squares=False):
     """See `benthic.kernels.ops.add_weight_gradient`; the launch follows from shapes."""
     if len(x_RI):
-        _sum_rows(into_EOI, dy_RO, x_RI, ends_E, add=not fresh)
-    elif fresh:
+        return _sum_rows(into_EOI, dy_RO, x_RI, ends_E, add=not fresh, squares=squares)
+    if fresh:
         into_EOI.zero_()
+    return squares_of(into_EOI) if squares else None
 
 
-def _sum_rows(out_EOI, dy_RO, x_RI, ends_E, *, add):
+def _sum_rows(out_EOI, dy_RO, x_RI, ends_E, *, add, squares=False):
+    """Launch; the squares of the halves of every tile, if asked for."""
     experts, o_dim, i_dim = out_EOI.shape
     turned = _tiles(i_dim, o_dim) < _tiles(o_dim, i_dim)
     left, right = (x_RI, dy_RO) if turned else (dy_RO, x_RI)
@@ -218,13 +238,15 @@ def _sum_rows(out_EOI, dy_RO, x_RI, ends_E, *, add):
     left_tiles, right_tiles = triton.cdiv(left_dim, LEFT.value), triton.cdiv(right_dim, RIGHT.value)
     tiles = experts * left_tiles * right_tiles
     programs = min(multiprocessors(x_RI.device), tiles)
+    parts = torch.empty(2 * tiles, dtype=torch.float32, device=x_RI.device) if squares else None
     _expert_gradient[(programs,)](
-        _columns_of(left, HALF.value), _columns_of(right, RIGHT.value), out_EOI, ends_E,
+        _columns_of(left, HALF.value), _columns_of(right, RIGHT.value), out_EOI, parts, ends_E,
         left_dim // 8, right_dim // 8, tiles, left_tiles, right_tiles,
         ADD=add, TURNED=turned, EDGES=bool(left_dim % LEFT.value or right_dim % RIGHT.value),
-        REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+        SQUARES=squares, REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
+    return parts
 
 
 def _tiles(left_dim, right_dim):

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from benthic.kernels.grouped_mm import GroupedMm
+from benthic.kernels.reference.moe import squares_of
 from benthic.kernels.triton_tiles import find_tile, precision
 
 
@@ -182,9 +183,10 @@ def grouped_weight_gradient(dy_RO, x_RI, ends_E, *, dtype):
     return out
 
 
-def add_grouped_weight_gradient(into, dy_RO, x_RI, ends_E, *, fresh):
+def add_grouped_weight_gradient(into, dy_RO, x_RI, ends_E, *, fresh, squares=False):
     """See `benthic.kernels.ops.add_weight_gradient`."""
     _experts_gradients(into, dy_RO, x_RI, ends_E, add=not fresh)
+    return squares_of(into) if squares else None
 
 
 def _experts_gradients(out, dy_RO, x_RI, ends_E, *, add):

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+from benthic.kernels.reference.moe import squares_of
+
 _BLOCK = 4096
 
 
@@ -27,7 +29,8 @@ def accumulate(into, x, *, fresh=False):
         _accumulate[grid](into, x, count, FRESH=fresh, BLOCK=_BLOCK, num_warps=8)
 
 
-def add_grouped_mm(into, dy_RO, x_RI, ends_E, *, fresh):
+def add_grouped_mm(into, dy_RO, x_RI, ends_E, *, fresh, squares=False):
     """See `benthic.kernels.ops.add_weight_gradient`: rounded to the operands' dtype, then added."""
     gradient = F.grouped_mm(dy_RO.contiguous().t(), x_RI, offs=ends_E)
     accumulate(into, gradient, fresh=fresh)
+    return squares_of(into) if squares else None

@@ -35,10 +35,13 @@ class Sum(NamedTuple):
     """Where a weight gradient goes: float32, in the weight's shape.
 
     fresh: `into` holds nothing yet, whatever lies there: the gradient is written and not added.
+    squares: takes parts [P] of the sum of squares of all of `into` once the gradient is there, from a product
+        that has them without reading; None: nobody asks.
     """
 
     into: Tensor
     fresh: bool = False
+    squares: Callable[[Tensor], None] | None = None
 
 
 class Products(Protocol):
@@ -117,7 +120,10 @@ class PlainProducts:
         """`dy^T x`."""
         (dy_RO,), (x_RI,) = dy, rows
         if sum_ is not None:
-            ops.add_weight_gradient(sum_.into, dy_RO, x_RI, ends_E, fresh=sum_.fresh)
+            take, wanted = sum_.squares, sum_.squares is not None and ends_E is not None
+            parts = ops.add_weight_gradient(sum_.into, dy_RO, x_RI, ends_E, fresh=sum_.fresh, squares=wanted)
+            if take is not None and parts is not None:
+                take(parts)
             return sum_.into
         narrow = x_RI.dtype.itemsize < 4
         dtype = torch.float32 if self.wide_gradients and narrow else x_RI.dtype
@@ -140,8 +146,11 @@ class WeightGradients:
       the parameter's dtype first. `.grad` then stays empty and hooks of the parameter are not called.
 
     A deferred call holds the kept rows and the output's gradient, not the graph of the backward pass.
+
+    last: what runs now gives a stage its last gradients of a step, so that squares are worth asking for.
     """
 
+    last: bool = False
     _sums: dict[Tensor, Callable[[], Sum]] = field(default_factory=dict, repr=False)
     _chunks: dict[int, list[Callable[[], None]]] = field(default_factory=dict, repr=False)
     _filling: list[Callable[[], None]] = field(default_factory=list, repr=False)
@@ -210,7 +219,7 @@ class WeightGradients:
         owner = owner_of(weight)
         if owner not in self._sums:
             return None
-        into, fresh = self._sums[owner]()
+        into, fresh, squares = self._sums[owner]()
         if (owner.shape, owner.stride()) != (into.shape, into.stride()):
             message = (
                 f"a parameter of shape {tuple(owner.shape)} and strides {owner.stride()} cannot be summed "
@@ -218,12 +227,14 @@ class WeightGradients:
             )
             raise ShapeError(message)
         if weight is owner:
-            return Sum(into, fresh)
+            return Sum(into, fresh, squares if self.last else None)
         if fresh and weight.numel() < owner.numel():  # other parts of the owner may never be written
             into.zero_()
             fresh = False
         offset = into.storage_offset() + weight.storage_offset() - owner.storage_offset()
-        return Sum(into.as_strided(weight.shape, weight.stride(), offset), fresh)
+        asked = self.last and weight.numel() == owner.numel()
+        part = into.as_strided(weight.shape, weight.stride(), offset)
+        return Sum(part, fresh, squares if asked else None)
 
     def take(self, weight: Tensor, compute: Callable[[Sum | None], Tensor]) -> Tensor | None:
         """Decide about one gradient during a backward pass: what autograd shall add to `weight` now.

@@ -64,7 +64,9 @@ class Bucket:
         copied: products read copies of these weights, made when first used after an update.
 
     Gradients of weights that are narrower than float32 or copied come past autograd (`collect`): the first is
-    written over what the step before has left, so that nothing has to be cleared.
+    written over what the step before has left, so that nothing has to be cleared. Squares of a gradient that
+    the last product gives are kept for the norm where nothing is added to it afterwards: on one rank, under
+    ZeRO-1.
 
     Attributes:
         gathered: the weights are whole between `acquire` and `release` alone.
@@ -98,6 +100,8 @@ class Bucket:
         self._gradients: Tensor | None = None
         self._views: dict[str, Tensor] = {}
         self._unwritten: set[str] = set()
+        self._squares: dict[str, Tensor] = {}
+        self._final = self._written and zero_stage == 1 and group.size == partners.size == 1
         self._sum = self._room_for_sums()
         self._users, self._whole, self._current = 0, not self.gathered, False
         self._bytes = self._flat.untyped_storage().nbytes()
@@ -159,7 +163,9 @@ class Bucket:
         self.prepare()
         fresh = name in self._unwritten
         self._unwritten.discard(name)
-        return Sum(self._views[name], fresh)
+        self._squares.pop(name, None)  # of what is about to change
+        squares = functools.partial(self._squares.__setitem__, name) if self._final else None
+        return Sum(self._views[name], fresh, squares)
 
     def prepare(self) -> Tensor:
         """Have room for whole gradients, float32 and flat; what autograd has already left goes there."""
@@ -187,6 +193,7 @@ class Bucket:
 
     def zero(self) -> None:
         """Forget the gradients of the step before."""
+        self._squares.clear()
         if self.zero_stage != 1:  # else the sum is a part of the whole
             self._sum.zero_()
         if self._gradients is not None:
@@ -224,7 +231,11 @@ class Bucket:
 
     def square_sum(self) -> Tensor:
         """This rank's share of the squared gradient norm: copies of one shard share it."""
-        return torch.linalg.vector_norm(self._sum).square() / self.partners.size
+        if not self._squares:
+            return torch.linalg.vector_norm(self._sum).square() / self.partners.size
+        total = torch.cat(list(self._squares.values())).sum()
+        read = [view for name, view in self._views.items() if name not in self._squares]
+        return total + torch.stack(torch._foreach_norm(read)).square().sum() if read else total  # noqa: SLF001
 
     # --- the update
 
@@ -269,7 +280,7 @@ class _Adder:
         bucket = self._bucket()
         assert bucket is not None, f"the bucket of {self._name} is gone, but its gradient is not"  # noqa: S101
         if param.grad is not None:
-            into, fresh = bucket.accumulator(self._name)
+            into, fresh, _ = bucket.accumulator(self._name)
             ops.accumulate(into, param.grad, fresh=fresh)
             param.grad = None
 

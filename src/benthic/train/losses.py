@@ -99,7 +99,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """`weight` times the sum of `-log p(target)` over the targets, and that sum alone; float32."""
         head_VD = model.head_weight()
-        into_VD, fresh = self.sink.room_for(head_VD) or (None, False)
+        into_VD, fresh, _ = self.sink.room_for(head_VD) or (None, False, None)
         return ops.linear_cross_entropy_sum(
             hidden.hidden_TD, head_VD, target_T, factor=weight, into_VD=into_VD, fresh=fresh
         )

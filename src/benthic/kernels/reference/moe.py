@@ -195,8 +195,8 @@ def add_weight_gradient(into: Tensor, dy_RO: Tensor, x_RI: Tensor, *, fresh: boo
 
 
 def add_grouped_weight_gradient(
-    into_EOI: Tensor, dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor, *, fresh: bool
-) -> None:
+    into_EOI: Tensor, dy_RO: Tensor, x_RI: Tensor, ends_E: Tensor, *, fresh: bool, squares: bool = False
+) -> Tensor | None:
     """`into_e += dy_e^T x_e` over the rows of each expert."""
     if fresh:
         into_EOI.zero_()
@@ -205,3 +205,9 @@ def add_grouped_weight_gradient(
         if end > start:
             add_weight_gradient(into_EOI[expert], dy_RO[start:end], x_RI[start:end])
         start = end
+    return squares_of(into_EOI) if squares else None
+
+
+def squares_of(x: Tensor) -> Tensor:
+    """The sum of squares of all elements, read from memory: one element."""
+    return torch.linalg.vector_norm(x).square().view(1)
