@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benthic.kernels import ops
+from benthic.model.products import PlainProducts, SplitLinear, WeightGradients
 from benthic.parallel.buckets import Bucket, global_norm
 from benthic.parallel.mesh import Group
 from benthic.train.config import OptimizerConfig
@@ -135,3 +137,57 @@ def test_gradients_of_bfloat16_weights_add_up_in_float32() -> None:
     bucket.zero()
     bucket.settle()
     assert float(global_norm([bucket], ALONE)) == 0.0
+
+
+TWO = Group((0, 1), 0, None)
+
+
+def squares_after(bucket: Bucket, experts: nn.Parameter, *, last: bool) -> tuple[Tensor, Tensor]:
+    """The bucket's squares, and those that lie in memory, after two gradients of its experts."""
+    sink = WeightGradients()
+    socket = SplitLinear(PlainProducts(), sink)
+    bucket.collect(sink)
+    x = torch.randn(9, 5, dtype=experts.dtype)
+    ends = torch.tensor([4, 4, 8], dtype=torch.int32)  # the second has no rows
+    for sink.last in (False, last):
+        socket.grouped(x, experts.flatten(1, 2), ends).square().sum().backward()
+    return bucket.square_sum(), bucket.prepare().double().square().sum()
+
+
+def test_squares_of_a_gradient_are_kept_until_something_is_added_to_it() -> None:
+    torch.manual_seed(5)
+    experts, other = (nn.Parameter(torch.randn(3, *s, 5).bfloat16()) for s in ((2, 4), (6,)))
+    bucket = Bucket({"experts": experts, "other": other}, ALONE, ALONE, zero_stage=1)
+    for _ in range(2):
+        into, _, _ = bucket.accumulator("other")
+        into.normal_()
+        found, read = squares_after(bucket, experts, last=True)
+        torch.testing.assert_close(found.double(), read, rtol=1e-6, atol=0)
+        with torch.no_grad():
+            bucket.prepare()[: experts.numel()].zero_()  # past the bucket: it cannot know
+        assert torch.equal(bucket.square_sum(), found)
+        other.square().sum().backward()  # through autograd
+        assert bucket.square_sum() > found
+        bucket.accumulator("experts")
+        torch.testing.assert_close(bucket.square_sum().double(), bucket.prepare().double().square().sum())
+        bucket.zero()
+
+
+@pytest.mark.parametrize(
+    ("group", "partners", "zero_stage", "dtype", "last"),
+    [
+        (TWO, ALONE, 1, torch.bfloat16, True),
+        (ALONE, TWO, 1, torch.bfloat16, True),
+        (ALONE, ALONE, 2, torch.bfloat16, True),
+        (ALONE, ALONE, 1, torch.float32, True),
+        (ALONE, ALONE, 1, torch.bfloat16, False),
+    ],
+    ids=["reduced", "partners", "ZeRO-2", "autograd may add", "more to come"],
+)
+def test_squares_are_not_asked_for_where_a_gradient_is_not_final(
+    group: Group, partners: Group, zero_stage: int, dtype: torch.dtype, *, last: bool
+) -> None:
+    experts = nn.Parameter(torch.randn(3, 2, 4, 5).to(dtype))
+    bucket = Bucket({"experts": experts}, group, partners, zero_stage=zero_stage)
+    squares_after(bucket, experts, last=last)
+    assert not bucket._squares

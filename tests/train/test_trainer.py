@@ -200,6 +200,21 @@ def test_overflow_names_the_first_module_whose_output_is_not_finite(trainer: Mak
         run.step()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8"])
+def test_the_norm_is_that_of_the_gradients_in_memory(
+    trainer: Make, nano: RunConfig, weights: str, rows: int
+) -> None:
+    settings = ["train.local_batch_size=1", f"train.global_batch_size={rows}", f"precision.weights={weights}"]
+    run = trainer(apply(nano, settings))
+    for _ in range(2):
+        norm = run.step().grad_norm
+        read = torch.cat([gradient.flatten().double() for gradient in run.gradients().values()])
+        assert norm == pytest.approx(float(read.norm()), rel=1e-6)
+        given = {name.split(".moe.")[1] for bucket in run.buckets for name in bucket._squares}
+        assert given == ({"experts.gate_up", "experts.down"} if weights == "bfloat16" else set())
+
+
 def test_gradient_that_is_not_finite_stops_the_step_by_name(trainer: Make, nano: RunConfig) -> None:
     run = trainer(nano)
     param = dict(run.model.named_parameters())["layers.1.moe.gate.weight"]
