@@ -499,7 +499,7 @@ def test_every_tile_of_a_pack_is_listed_once(dtype, lengths, last_first):
     found = listed(starts, places, 128, last_first=last_first).tolist()
     assert len(found) >= places
     assert [tuple(each) for each in found[: len(tiles)]] == tiles
-    assert all(sequence == -1 for sequence, _ in found[len(tiles) :])
+    assert all(each == [-1, 0] for each in found[len(tiles) :])
 
 
 def test_a_grid_is_listed_where_most_of_its_programs_had_no_tile(dtype):

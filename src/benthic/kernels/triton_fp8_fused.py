@@ -21,36 +21,38 @@ def _quantise_both(
     x_ptr, row_values_ptr, row_scale_ptr, column_words_ptr, column_scale_ptr, ends_ptr,
     rows, experts, columns, word_dim, stride,
     row_scale_stride, row_tile_stride, column_scale_stride, column_tile_stride,
-    POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A square of one expert's rows: a scale for each of its rows and one for each of its columns.
+    """A square of one expert's rows, read once: a scale for each of its rows and one for each of its columns.
 
-    A quarter, every fourth row, is in registers at a time and `STAGES - 1` more are on their way; for columns
-    all are read again from the cache. Columns are turned round as words of the values of four rows.
+    A thread holds four rows of a column, so columns are turned round as words of four values.
     """
     tile, column_tile = tl.program_id(0), tl.program_id(1)
     expert, start, end = find_tile(ends_ptr, tile, rows, experts, TILE, EXPERTS)
-    first, within = start + 4 * tl.arange(0, TILE // 4), tl.arange(0, TILE)
+    row, within = start + 4 * tl.arange(0, TILE // 4), tl.arange(0, TILE)
     column = column_tile * TILE + within
     x_ptr += column_tile * TILE
     row_values_ptr += column_tile * TILE
-    row_scale_ptr += column_tile.to(tl.int64) * row_tile_stride
     left = columns - column_tile * TILE
-    amax = tl.zeros([TILE // 4, TILE], tl.float32)
-    for quarter in tl.range(4, num_stages=STAGES):
-        row = first + quarter
-        x = _rows_of(x_ptr, row, end, left, stride, TILE)
-        amax = tl.maximum(amax, tl.abs(x))
-        scale = _store_rows(x, row, row_values_ptr, columns, end, left, POWER_OF_TWO, TILE)
-        tl.store(row_scale_ptr + row.to(tl.int64) * row_scale_stride, scale, mask=row < end)
+    x_0 = _rows_of(x_ptr, row, end, left, stride, TILE)
+    x_1 = _rows_of(x_ptr, row + 1, end, left, stride, TILE)
+    x_2 = _rows_of(x_ptr, row + 2, end, left, stride, TILE)
+    x_3 = _rows_of(x_ptr, row + 3, end, left, stride, TILE)
+    where = row_values_ptr, columns, end, left
+    scale_0 = _store_rows(x_0, row, *where, POWER_OF_TWO, TILE)
+    scale_1 = _store_rows(x_1, row + 1, *where, POWER_OF_TWO, TILE)
+    scale_2 = _store_rows(x_2, row + 2, *where, POWER_OF_TWO, TILE)
+    scale_3 = _store_rows(x_3, row + 3, *where, POWER_OF_TWO, TILE)
+    scale = tl.reshape(tl.join(tl.join(scale_0, scale_2), tl.join(scale_1, scale_3)), (TILE,))
+    at = (start + within).to(tl.int64) * row_scale_stride + column_tile.to(tl.int64) * row_tile_stride
+    tl.store(row_scale_ptr + at, scale, mask=start + within < end)
     # the rows past the last expert belong to nobody: in columns they are zeros
     owned = expert < experts
+    amax = tl.maximum(tl.maximum(tl.abs(x_0), tl.abs(x_1)), tl.maximum(tl.abs(x_2), tl.abs(x_3)))
     scale = tile_scale(tl.where(owned, tl.max(amax, axis=0), 0.0), POWER_OF_TWO)
-    word = tl.zeros([TILE // 4, TILE], tl.int32)
-    for quarter in tl.range(4, num_stages=STAGES):
-        x = _rows_of(x_ptr, first + quarter, tl.where(owned, end, start), left, stride, TILE)
-        word |= _bytes(x, scale) << (8 * quarter)
-    words = tl.trans(word)
+    word = _bytes(x_0, scale) | (_bytes(x_1, scale) << 8)
+    word |= (_bytes(x_2, scale) << 16) | (_bytes(x_3, scale) << 24)
+    words = tl.trans(tl.where(owned, word, 0))
     kept, place = column < tl.where(tile < word_dim // (TILE // 4), columns, 0), column.to(tl.int64)
     at = place[:, None] * word_dim + tile * (TILE // 4) + tl.arange(0, TILE // 4)[None, :]
     tl.store(column_words_ptr + at, words, mask=kept[:, None])
@@ -162,7 +164,7 @@ def quantise_both(x_RI, ends_E, *, power_of_two):
             x_RI if ends_E is None else ends_E, rows, experts, columns, padded // 4, x_RI.stride(0),
             *by_row.scale.stride(), *by_column.scale.stride(),
             POWER_OF_TWO=power_of_two, EXPERTS=groups(ends_E),
-            TILE=TILE, STAGES=2, num_warps=4,
+            TILE=TILE, num_warps=4,
         )  # fmt: skip
     return by_row, by_column
 

@@ -27,7 +27,7 @@ def _list_tiles(
     starts_ptr, list_ptr, sequences,
     TILE: tl.constexpr, SEQUENCES: tl.constexpr, PLACES: tl.constexpr, LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """(sequence, tile) of PLACES places; sequence -1 behind the last tile."""
+    """(sequence, tile) of PLACES places; (-1, 0) behind the last tile."""
     each = tl.arange(0, SEQUENCES)
     inside = each < sequences
     start = tl.load(starts_ptr + each, mask=inside, other=0)
@@ -40,8 +40,9 @@ def _list_tiles(
     if LAST_FIRST:
         own = tl.sum(tl.where(each[None, :] == sequence[:, None], tiles[None, :], 0), axis=1)
         tile = own - 1 - tile
-    tl.store(list_ptr + 2 * place, tl.where(sequence < sequences, sequence, -1))
-    tl.store(list_ptr + 2 * place + 1, tile)
+    one = sequence < sequences
+    tl.store(list_ptr + 2 * place, tl.where(one, sequence, -1))
+    tl.store(list_ptr + 2 * place + 1, tl.where(one, tile, 0))  # below no sequence's rows, of which -1 has 0
 
 
 def grid_of(starts_S1, rows, most, tile, heads, *, last_first):
@@ -68,7 +69,7 @@ def grid_of(starts_S1, rows, most, tile, heads, *, last_first):
 
 
 def listed(starts_S1, places, tile, *, last_first):
-    """int32 [places or more, 2]: sequence and tile; sequence -1 where there are no more tiles."""
+    """int32 [places or more, 2]: sequence and tile; (-1, 0) where there are no more tiles."""
     sequences = starts_S1.shape[0] - 1
     padded = triton.next_power_of_2(sequences)
     each = max(1, min(64, 8192 // padded))
