@@ -142,14 +142,14 @@ def test_gradients_of_bfloat16_weights_add_up_in_float32() -> None:
 TWO = Group((0, 1), 0, None)
 
 
-def squares_after(bucket: Bucket, experts: nn.Parameter, *, last: bool) -> tuple[Tensor, Tensor]:
-    """The bucket's squares, and those that lie in memory, after two gradients of its experts."""
+def squares_after(bucket: Bucket, experts: nn.Parameter, *, gradients: int) -> tuple[Tensor, Tensor]:
+    """The bucket's squares, and those that lie in memory, after so many gradients of its experts."""
     sink = WeightGradients()
     socket = SplitLinear(PlainProducts(), sink)
     bucket.collect(sink)
     x = torch.randn(9, 5, dtype=experts.dtype)
     ends = torch.tensor([4, 4, 8], dtype=torch.int32)  # the second has no rows
-    for sink.last in (False, last):
+    for _ in range(gradients):
         socket.grouped(x, experts.flatten(1, 2), ends).square().sum().backward()
     return bucket.square_sum(), bucket.prepare().double().square().sum()
 
@@ -161,7 +161,7 @@ def test_squares_of_a_gradient_are_kept_until_something_is_added_to_it() -> None
     for _ in range(2):
         into, _, _ = bucket.accumulator("other")
         into.normal_()
-        found, read = squares_after(bucket, experts, last=True)
+        found, read = squares_after(bucket, experts, gradients=1)
         torch.testing.assert_close(found.double(), read, rtol=1e-6, atol=0)
         with torch.no_grad():
             bucket.prepare()[: experts.numel()].zero_()  # past the bucket: it cannot know
@@ -174,20 +174,20 @@ def test_squares_of_a_gradient_are_kept_until_something_is_added_to_it() -> None
 
 
 @pytest.mark.parametrize(
-    ("group", "partners", "zero_stage", "dtype", "last"),
+    ("group", "partners", "zero_stage", "dtype", "gradients"),
     [
-        (TWO, ALONE, 1, torch.bfloat16, True),
-        (ALONE, TWO, 1, torch.bfloat16, True),
-        (ALONE, ALONE, 2, torch.bfloat16, True),
-        (ALONE, ALONE, 1, torch.float32, True),
-        (ALONE, ALONE, 1, torch.bfloat16, False),
+        (TWO, ALONE, 1, torch.bfloat16, 1),
+        (ALONE, TWO, 1, torch.bfloat16, 1),
+        (ALONE, ALONE, 2, torch.bfloat16, 1),
+        (ALONE, ALONE, 1, torch.float32, 1),
+        (ALONE, ALONE, 1, torch.bfloat16, 2),
     ],
-    ids=["reduced", "partners", "ZeRO-2", "autograd may add", "more to come"],
+    ids=["reduced", "partners", "ZeRO-2", "autograd may add", "a second was added"],
 )
-def test_squares_are_not_asked_for_where_a_gradient_is_not_final(
-    group: Group, partners: Group, zero_stage: int, dtype: torch.dtype, *, last: bool
+def test_no_squares_are_kept_where_a_gradient_is_not_final(
+    group: Group, partners: Group, zero_stage: int, dtype: torch.dtype, gradients: int
 ) -> None:
     experts = nn.Parameter(torch.randn(3, 2, 4, 5).to(dtype))
     bucket = Bucket({"experts": experts}, group, partners, zero_stage=zero_stage)
-    squares_after(bucket, experts, last=last)
+    squares_after(bucket, experts, gradients=gradients)
     assert not bucket._squares

@@ -12,11 +12,12 @@ import triton.language as tl
 
 from benthic.kernels.launch import early, wait_for_inputs
 
-# The norm's backward fills a multiprocessor's registers with 16 warps, and one of Hopper's 132 has 86 KB of
-# rows of 7,168 on their way: bandwidth times latency is 40. Each program sums its rows' weight gradients, so
-# their count fixes the order of that sum: a constant keeps the result the same on every device.
+# The norm's backward fills a multiprocessor's registers with 16 warps, and one of Hopper's 132 has 57 to 86
+# KB of rows of 7,168 on their way: bandwidth times latency is 40. Each program sums its rows' weight
+# gradients, so their count fixes the order of that sum: a constant keeps it the same on every device.
 _WARPS = 16 * 132
 _STAGED_BYTES = 96 << 10
+_STAGES = 3
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -72,6 +73,17 @@ def _norm_backward(
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dweight += dy * x_hat
     tl.store(dweight_ptr + program * width + column, tl.sum(dweight, axis=0), mask=column < width)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _sum_columns(part_ptr, sum_ptr, parts, width, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([PARTS, WIDTH], tl.float32)
+    for first in tl.range(0, parts, PARTS, num_stages=3):
+        part = first + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & (column < width)[None, :]
+        total += tl.load(part_ptr + part[:, None] * width + column[None, :], mask=mask, other=0.0)
+    tl.store(sum_ptr + column, tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty), mask=column < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -235,7 +247,15 @@ def backward_tile(width, itemsize):
     """`(rows, padded width, warps, stages)` of the norm's backward; `itemsize` is of all that is loaded."""
     rows, padded, _ = tile(width, 2048)
     stages = 1 + _STAGED_BYTES // (rows * padded * itemsize)
-    return rows, padded, min(16, max(4, padded // 512)), min(4, stages)
+    return rows, padded, min(16, max(4, padded // 512)), min(_STAGES, stages)
+
+
+def _column_sums(parts_PD, like_D):
+    """Of float32 parts, in the dtype of `like_D`; always in one order."""
+    parts, width = parts_PD.shape
+    sums_D = torch.empty_like(like_D, memory_format=torch.contiguous_format)
+    _sum_columns[(triton.cdiv(width, 16),)](parts_PD, sums_D, parts, width, PARTS=128, WIDTH=16, num_warps=4)
+    return sums_D
 
 
 class _Norm(torch.autograd.Function):
@@ -279,15 +299,14 @@ class _Norm(torch.autograd.Function):
         dx = torch.empty_like(dy)
         block, padded, warps, stages = backward_tile(width, dy.element_size() * (2 + has_dtotal))
         programs = min(_WARPS // warps, triton.cdiv(rows, block))
-        made = torch.empty if rows else torch.zeros
-        partial = made(max(programs, 1), width, dtype=torch.float32, device=dy.device)
+        partial = torch.empty(programs, width, dtype=torch.float32, device=dy.device)
         if rows:
             _norm_backward[(programs,)](
                 total, weight_D, rstd, dy, dtotal, dx, partial,
                 rows, width, total.stride(0),
                 HAS_DTOTAL=has_dtotal, ROWS=block, WIDTH=padded, STAGES=stages, num_warps=warps,
             )  # fmt: skip
-        dweight_D = partial.sum(dim=0).to(weight_D.dtype)
+        dweight_D = _column_sums(partial, weight_D)
         return dx, (dx if ctx.has_residual else None), dweight_D, None, None
 
 

@@ -35,8 +35,8 @@ class Sum(NamedTuple):
     """Where a weight gradient goes: float32, in the weight's shape.
 
     fresh: `into` holds nothing yet, whatever lies there: the gradient is written and not added.
-    squares: takes parts [P] of the sum of squares of all of `into` once the gradient is there, from a product
-        that has them without reading; None: nobody asks.
+    squares: takes parts [P] of the sum of squares of all of `into` once the gradient is written, from a
+        product that has them without reading; None: nobody asks, as where a gradient is added.
     """
 
     into: Tensor
@@ -146,11 +146,8 @@ class WeightGradients:
       the parameter's dtype first. `.grad` then stays empty and hooks of the parameter are not called.
 
     A deferred call holds the kept rows and the output's gradient, not the graph of the backward pass.
-
-    last: what runs now gives a stage its last gradients of a step, so that squares are worth asking for.
     """
 
-    last: bool = False
     _sums: dict[Tensor, Callable[[], Sum]] = field(default_factory=dict, repr=False)
     _chunks: dict[int, list[Callable[[], None]]] = field(default_factory=dict, repr=False)
     _filling: list[Callable[[], None]] = field(default_factory=list, repr=False)
@@ -227,14 +224,12 @@ class WeightGradients:
             )
             raise ShapeError(message)
         if weight is owner:
-            return Sum(into, fresh, squares if self.last else None)
+            return Sum(into, fresh, squares)
         if fresh and weight.numel() < owner.numel():  # other parts of the owner may never be written
             into.zero_()
-            fresh = False
+            fresh, squares = False, None
         offset = into.storage_offset() + weight.storage_offset() - owner.storage_offset()
-        asked = self.last and weight.numel() == owner.numel()
-        part = into.as_strided(weight.shape, weight.stride(), offset)
-        return Sum(part, fresh, squares if asked else None)
+        return Sum(into.as_strided(weight.shape, weight.stride(), offset), fresh, squares)
 
     def take(self, weight: Tensor, compute: Callable[[Sum | None], Tensor]) -> Tensor | None:
         """Decide about one gradient during a backward pass: what autograd shall add to `weight` now.

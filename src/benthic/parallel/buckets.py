@@ -64,9 +64,9 @@ class Bucket:
         copied: products read copies of these weights, made when first used after an update.
 
     Gradients of weights that are narrower than float32 or copied come past autograd (`collect`): the first is
-    written over what the step before has left, so that nothing has to be cleared. Squares of a gradient that
-    the last product gives are kept for the norm where nothing is added to it afterwards: on one rank, under
-    ZeRO-1.
+    written over what the step before has left, so that nothing has to be cleared. Squares that its product
+    gives are kept for the norm until something is added: they serve where a step has one microbatch, on one
+    rank, under ZeRO-1.
 
     Attributes:
         gathered: the weights are whole between `acquire` and `release` alone.
@@ -164,7 +164,7 @@ class Bucket:
         fresh = name in self._unwritten
         self._unwritten.discard(name)
         self._squares.pop(name, None)  # of what is about to change
-        squares = functools.partial(self._squares.__setitem__, name) if self._final else None
+        squares = functools.partial(self._squares.__setitem__, name) if fresh and self._final else None
         return Sum(self._views[name], fresh, squares)
 
     def prepare(self) -> Tensor:

@@ -83,7 +83,6 @@ class TableExecutor:
     sink: WeightGradients = field(default_factory=WeightGradients)
     stopwatch: Stopwatch | None = None
     _program: Program = field(init=False)
-    _last: frozenset[Action] = field(init=False)
     _chunks: dict[tuple[int, int], Chunk] = field(default_factory=dict)
     _arrivals: dict[Action, tuple[Arrival, int]] = field(default_factory=dict)
     _results: dict[Action, Tensor] = field(default_factory=dict)
@@ -94,11 +93,8 @@ class TableExecutor:
     _awaited: tuple[Action, int] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        """Lower the table once; find the actions that end the weight gradients of a step, stage by stage."""
+        """Lower the table once."""
         self._program = lower(self.table)[self.rank]
-        slots = [op.slot for op in self._program if isinstance(op, Compute)]
-        actions = [action for slot in slots for action in (slot.first, slot.second) if action is not None]
-        self._last = frozenset({action.stage: action for action in actions if action.kind in "BW"}.values())
 
     def run(self, *, forward_only: bool = False) -> None:
         """Forward and backward of every microbatch of one step; gradients are then in the parameters.
@@ -176,7 +172,6 @@ class TableExecutor:
             if slot.first.kind != "F":
                 return
             slot = Slot(slot.first)
-        self.sink.last = slot.first in self._last or slot.second in self._last
         try:
             start = self._single(slot.first) if slot.second is None else self._pair(slot.first, slot.second)
         except Exception as error:

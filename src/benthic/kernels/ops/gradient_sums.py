@@ -125,11 +125,12 @@ def add_weight_gradient(
     """`into += dy^T x` over all rows, or over each expert's own rows; see `weight_gradient`.
 
     With `fresh`, `into = dy^T x`, whatever it held; an expert without rows gets zeros.
-    With `squares`, gives parts [P] of the sum of squares of all of `into` as it is then, which a norm adds
-    instead of reading `into`: only for experts, where products are ours. Without, None.
+    With `squares`, gives parts [P] of the sum of squares of all of `into`, which a norm adds instead of
+    reading `into`: only for experts, where products are ours, and only with `fresh`. Without, None.
 
     Shapes: dy [R, O] and x [R, I], one dtype; ends int32 [E] or None; into [O, I] or [E, O, I], float32.
-    Raises: ShapeError when operands disagree, or without ends for squares; BackendError when `impl` cannot
+    Raises: ShapeError when operands disagree, or for squares without `ends_E` or
+    `fresh`; BackendError when `impl` cannot
     run.
     Cost: 2 R I O FLOPs; `into` is read, unless fresh, and written once.
     """
@@ -144,12 +145,12 @@ def add_weight_gradient(
         raise ShapeError(msg)
     dims = (x_RI.shape[1], dy_RO.shape[1])
     case = Case(device_type(x_RI), x_RI.dtype, dims, layout="rows" if into.is_contiguous() else "strided")
+    if squares and (ends_E is None or not fresh):
+        msg = "add_weight_gradient: squares are of experts' gradients that are written; give ends_E and fresh"
+        raise ShapeError(msg)
     if ends_E is not None:
         add = ADD_GROUPED_WEIGHT_GRADIENT.choose(case, impl)
         parts: Tensor | None = add(into, dy_RO, x_RI, ends_E, fresh=fresh, squares=squares)
         return parts
-    if squares:
-        msg = "add_weight_gradient: squares come with experts' gradients; give ends_E, or read the sum"
-        raise ShapeError(msg)
     ADD_WEIGHT_GRADIENT.choose(case, impl)(into, dy_RO, x_RI, fresh=fresh)
     return None
