@@ -10,8 +10,8 @@ too. `--clients` processes load a fleet: one is late at 40,000 tokens a second.
 
     python benchmarks/disaggregate.py            # pairs of GPUs: two, or more to measure side by side
     python benchmarks/disaggregate.py --small    # tiny, on a CPU: a rehearsal
-    python benchmarks/disaggregate.py --fleets 1P1D --out a.json            # where time comes in pieces: one
-    python benchmarks/disaggregate.py --fleets "2 colocated" --out a.json   # fleet, then the other beside it
+    python benchmarks/disaggregate.py --fleets 1P1D --out a.json  # where time comes in pieces: every run is
+    python benchmarks/disaggregate.py --out a.json                # kept, and none repeated on the same commit
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main() -> None:
     settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
     settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False, "fronts": words.fronts}
     settings |= {"late_planning_ms": words.late_planning_ms, "clients": words.clients}
-    found = Found(words.out, settings, earlier(words.out, words.fleets))
+    found = Found(words.out, settings, earlier(words.out))
     with tempfile.TemporaryDirectory() as temporary:
         model = make_folder(Path(temporary) / "model", shape(small=words.small))
 
@@ -109,24 +109,22 @@ def main() -> None:
             list(pool.map(job, words.fleets))
 
 
-def earlier(out: Path | None, fleets: Sequence[str]) -> list[Row]:
-    """Runs of the fleets that are not asked for now, which an earlier call left in `out`.
-
-    Raises: ValueError where they are of another commit.
-    """
-    if out is None or not out.exists() or set(fleets) == set(FLEETS):
+def earlier(out: Path | None) -> list[Row]:
+    """Runs that an earlier call left in `out`. Raises: ValueError where they are of another commit."""
+    if out is None or not out.exists():
         return []
     record = json.loads(out.read_text())
     if record["commit"] != provenance()["commit"]:
         commits = f"commit {record['commit']}, this tree of {provenance()['commit']}"
         message = f"{out} is of {commits}: use another --out"
         raise ValueError(message)
-    return [run for run in record["rows"]["runs"] if run["fleet"] not in fleets]
+    runs: list[Row] = record["rows"]["runs"]
+    return runs
 
 
 @dataclass
 class Found:
-    """What all fleets showed so far; written after each workload, lest a run cut short shows nothing."""
+    """What all fleets showed so far; written after every run, lest a call cut short shows nothing."""
 
     out: Path | None
     settings: Row
@@ -134,15 +132,30 @@ class Found:
     summary: dict[str, Any] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, work: str, rows: list[Row]) -> None:
-        """One workload of one fleet; the second fleet's decides who wins."""
+    def run(self, fleet: str, work: str, rate: float, seed: int) -> Row | None:
+        """That run, if it is here."""
+        asked = fleet, work, rate, seed
+        named = ("fleet", "workload", "rate", "seed")
+        return next((run for run in self.runs if tuple(run[name] for name in named) == asked), None)
+
+    def add(self, run: Row) -> Row:
+        """One more run."""
         with self.lock:
-            self.runs += rows
+            self.runs.append(run)
+            self._write()
+        return run
+
+    def decide(self, work: str) -> None:
+        """All runs of a fleet under a workload are here; the second fleet's decide who wins."""
+        with self.lock:
             if {row["fleet"] for row in self.runs if row["workload"] == work} == set(FLEETS):
                 self.summary[work] = summarised(work, self.runs)
                 print(self.summary[work]["verdict"], flush=True)
-            shown = {"summary": self.summary, "runs": self.runs}
-            print(write_result("disaggregate", shown, out=self.out, **self.settings), flush=True)
+            print(self._write(), flush=True)
+
+    def _write(self) -> Path:
+        shown = {"summary": self.summary, "runs": self.runs}
+        return write_result("disaggregate", shown, out=self.out, **self.settings)
 
 
 def parse() -> argparse.Namespace:
@@ -181,9 +194,14 @@ def serve_all(
         for work in works:
 
             def offer(rate: float, work: Workload = work) -> list[Row]:
-                return [loaded(fleet, server.port, work, rate, seed, words) for seed in range(words.seeds)]
+                return [
+                    found.run(fleet, work.name, rate, seed)
+                    or found.add(loaded(fleet, server.port, work, rate, seed, words))
+                    for seed in range(words.seeds)
+                ]
 
-            found.add(work.name, climb(work.rates, offer))
+            climb(work.rates, offer)
+            found.decide(work.name)
     warnings = [line for line in log.read_text().splitlines() if "WARNING" in line or "ERROR" in line]
     print(f"{fleet}: {len(warnings)} warnings", *warnings[:5], sep="\n  ", flush=True)
 

@@ -56,20 +56,27 @@ def test_rates_climb_until_one_fails_and_the_gap_is_halved_twice(script: ModuleT
     assert [row["rate"] for row in found] == [4.0] * 2 + [8.0] * 2 + [12.0] * 2 + [14.0] * 2 + [16.0] * 2
 
 
-def test_a_second_call_adds_its_fleet_to_the_file_of_the_first(
+def test_a_call_that_was_cut_short_goes_on_from_its_file(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "found.json"
     monkeypatch.setenv("BENTHIC_COMMIT", "a" * 40)
-    script.Found(file, {}).add("w", rows(5.0, 4.0))
-    kept = script.earlier(file, ["2 colocated"])
-    assert kept == rows(5.0, 4.0)
-    assert script.earlier(file, ["1P1D"]) == []  # would be measured again
-    script.Found(file, {}, kept).add("w", rows(9.0, 4.0, "2 colocated") + rows(9.0, 16.0, "2 colocated"))
+    cut = script.Found(file, {}, script.earlier(file))
+    for run in rows(5.0, 4.0):
+        cut.add(run)
+    kept = script.Found(file, {}, script.earlier(file))
+    assert kept.runs == rows(5.0, 4.0)
+    assert kept.run("1P1D", "w", 4.0, 1) == rows(5.0, 4.0)[1]
+    assert kept.run("1P1D", "w", 8.0, 1) is kept.run("2 colocated", "w", 4.0, 1) is None
+    kept.decide("w")
+    assert "requests/s per GPU" not in file.read_text()  # one fleet decides nothing
+    for run in rows(9.0, 4.0, "2 colocated") + rows(9.0, 16.0, "2 colocated"):
+        kept.add(run)
+    kept.decide("w")
     assert "requests/s per GPU" in file.read_text()
     monkeypatch.setenv("BENTHIC_COMMIT", "b" * 40)
     with pytest.raises(ValueError, match=r"aaaa.*bbbb.*--out"):
-        script.earlier(file, ["2 colocated"])
+        script.earlier(file)
 
 
 def test_the_side_wins_whose_worst_seed_beats_the_best_of_the_other(script: ModuleType) -> None:
