@@ -75,7 +75,8 @@ def _adamw_split(
         fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
     )  # fmt: skip
     bits = master.to(tl.int32, bitcast=True)
-    high = tl.where(master == master, (bits + 0x8000) >> 16, 0x7FC0)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    high = tl.where(nan, 0x7FC0, (bits + 0x8000) >> 16)
     tl.store(weight_ptr + at, high.to(tl.int16), mask=mask)
     tl.store(remainder_ptr + at, (bits - (high << 16)).to(tl.int16), mask=mask)
 

@@ -73,8 +73,8 @@ class Piece:
 
     def part(self, first: int, count: int) -> Piece:
         """`count` elements of this piece from its `first` on."""
-        own = (None if x is None else x[first : first + count] for x in (self.kept, self.gradient, self.running))
-        start = self.start + first
+        within, start = slice(first, first + count), self.start + first
+        own = self.kept[within], self.gradient[within], None if self.running is None else self.running[within]
         return Piece(self.name, self.shape, start, start + count, *own)
 
 

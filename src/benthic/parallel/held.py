@@ -80,11 +80,8 @@ class Held:
 
     def _box(self, offsets: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
         """What `flat` and `weight` have of one box, in its shape."""
-        at = 0
-        for box in self.boxes:
-            if box.offsets == tuple(offsets or ()):
-                break
-            at += box.numel
+        number = [box.offsets for box in self.boxes].index(tuple(offsets or ()))
+        box, at = self.boxes[number], sum(box.numel for box in self.boxes[:number])
         flat = self.flat[at : at + box.numel].view(box.sizes)
         return flat, None if self.weight is None else self.weight[at : at + box.numel].view(box.sizes)
 
