@@ -64,7 +64,16 @@ def test_a_step_neither_runs_the_garbage_collector_nor_leaves_it_anything(
 
 
 @pytest.mark.parametrize("wait", [True, False])
-@pytest.mark.parametrize("extra", [[], ["optimizer.moment_dtype=bfloat16"], ["precision.weights=bfloat16"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["optimizer.moment_dtype=bfloat16"],
+        ["precision.weights=bfloat16"],
+        ["precision.weights=bfloat16", "precision.matmul=bfloat16", "optimizer.store_param_remainders=true"],
+    ],
+    ids=["float32", "moments", "weights", "remainders"],
+)
 def test_resumed_run_is_the_undisturbed_run_bit_for_bit(
     trainer: Make, nano: RunConfig, tmp_path: Path, extra: list[str], *, wait: bool
 ) -> None:
