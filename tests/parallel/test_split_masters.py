@@ -43,7 +43,7 @@ def config(layout: Layout, *, split: bool, name: str = "adamw", weights: str = "
 
 
 def away_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Round whole masters as split ones are: else the first that lies between two weights changes gradients."""
+    """Round whole masters as split ones are: else one that lies between two weights changes gradients."""
     adamw, write = ops.adamw, Piece.write
 
     def rounded(master: Tensor, running: Tensor | None) -> None:
