@@ -1425,6 +1425,46 @@ def test_adamw_leaves_what_lies_behind_its_operands(dtype):
     assert (held[0][1:257] != 3.0).all()
 
 
+def halves(master):
+    """A bfloat16 weight and an int16 remainder."""
+    found = tuple(torch.empty_like(master, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))
+    ops.split_master(master, *found)
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2049, 70_001])
+def test_adamw_of_split_masters_is_adamw_of_whole_ones_bit_for_bit(dtype, count):
+    """`dtype` is that of moments. A weight is infinite where its master is above the greatest bfloat16."""
+    master = made(count, dtype=torch.float32, seed=1).detach()
+    master[7::11], master[8::11] = 3.4e38, 0.0
+    weight, remainder = halves(master)
+    whole, split = ([torch.zeros(count, device=DEVICE, dtype=dtype) for _ in range(2)] for _ in range(2))
+    for step in (1, 2, 3):
+        gradient = 0.1 * made(count, dtype=torch.float32, seed=step).detach()
+        by = ops.AdamWStep(0.9, 0.999, 1e-8, 1e-3 / (1 - 0.9**step), 1e-8, 1 - 0.999**step, scale=0.7)
+        ops.adamw(master, gradient, *whole, by, impl="triton")
+        ops.adamw_split(weight, remainder, gradient, *split, by, impl="triton")
+        assert torch.equal(ops.join_master(weight, remainder).view(torch.int32), master.view(torch.int32))
+        assert all(torch.equal(*pair) for pair in zip((weight, remainder), halves(master), strict=True))
+        assert all(torch.equal(*pair) for pair in zip(split, whole, strict=True))
+    assert weight[7::11].isinf().all()
+
+
+def test_adamw_of_split_masters_keeps_nan_and_what_lies_behind_its_operands(dtype):
+    held = [*halves(torch.full((300,), 3.001, device=DEVICE)), torch.full((300,), 3.0, device=DEVICE)]
+    held += [torch.full((300,), 3.0, device=DEVICE, dtype=dtype) for _ in range(2)]
+    before = [t.clone() for t in held]
+    held[2][5] = torch.nan
+    by = ops.AdamWStep(0.9, 0.95, 1e-8, step_size=0.1, decay=0.0, correction=0.05)
+    ops.adamw_split(*(t[1:257] for t in held), by, impl="triton")
+    for now, then in zip(held, before, strict=True):
+        assert torch.equal(now[:1], then[:1])
+        assert torch.equal(now[257:], then[257:])
+    for master in (held[0], ops.join_master(*held[:2])):
+        assert master.isnan().nonzero().tolist() == [[5]]
+        assert (master[1:257] != master[0]).all()
+
+
 def updated(shape, dtype, *, impl, **options):
     """Masters, moments and copy after two updates."""
     master = made(*shape, dtype=torch.float32, seed=1).detach()

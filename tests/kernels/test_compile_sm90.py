@@ -517,6 +517,13 @@ MEMORY_BOUND = [
     ),
     ("triton_sums", "_accumulate", {"FRESH": False, "BLOCK": 4096}, 8, {"sum_ptr": "*fp32"}),
     *(("triton_update", "_adamw", {"ROUND": each, "BLOCK": 2048}, 8, {}) for each in (True, False)),
+    (
+        "triton_update",
+        "_adamw_split",
+        {"BLOCK": 2048},
+        8,
+        {"weight_ptr": "*i16", "remainder_ptr": "*i16", "gradient_ptr": "*fp32"},
+    ),
     *(
         (
             "triton_update",

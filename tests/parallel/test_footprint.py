@@ -27,11 +27,13 @@ LAYOUTS = (
 )
 
 
-def config(layout: Layout, *, narrow: bool, muon: bool) -> RunConfig:
+def config(layout: Layout, *, narrow: bool, muon: bool, split: bool) -> RunConfig:
     small = small_run(layers=3, rows=1, microbatches=8)
     precision = dataclasses.replace(small.precision, weights="bfloat16", matmul="bfloat16")
     name = "muon" if muon and layout.tp_degree == 1 else "adamw"
-    optimizer = dataclasses.replace(small.optimizer, name=name, moment_dtype="bfloat16")
+    optimizer = dataclasses.replace(
+        small.optimizer, name=name, moment_dtype="bfloat16", store_param_remainders=split
+    )
     return with_layout(
         dataclasses.replace(small, precision=precision if narrow else small.precision, optimizer=optimizer),
         layout,
@@ -44,7 +46,7 @@ def kept(trainer: Trainer) -> dict[str, int]:
     for bucket in trainer.buckets:
         weights = bucket._shard if bucket.zero_stage == 3 else bucket._flat
         found["weights"] += weights.nbytes
-        found["masters"] += bucket.master.nbytes if bucket.master is not bucket._shard else 0
+        found["masters"] += bucket.kept.nbytes if bucket.kept is not bucket._shard else 0
         found["gradients"] += bucket.prepare().nbytes if bucket.zero_stage == 1 else bucket._sum.nbytes
         for piece in bucket.pieces():
             found["moments"] += sum(m.nbytes for m in trainer.optimizer.moments(piece.name).values())
@@ -53,8 +55,8 @@ def kept(trainer: Trainer) -> dict[str, int]:
 
 def compare(rank: int, data: str, layouts: tuple[Layout, ...]) -> None:
     for layout in layouts:
-        for narrow, muon in ((True, False), (False, True)):
-            own = config(layout, narrow=narrow, muon=muon)
+        for narrow, muon, split in ((True, False, False), (False, True, False), (True, True, True)):
+            own = config(layout, narrow=narrow, muon=muon, split=split)
             trainer = trainer_of(own, Path(data), Mesh.of(layout, rank))
             said = footprints(own, table_of(own, rows_at(own, 0)))[trainer.mesh.place.pp]
             if said.rank != rank:

@@ -62,7 +62,7 @@ def check_what_is_kept(trainer: Trainer, own: RunConfig) -> None:
     weights = masters_ = 0
     for bucket in trainer.buckets:
         weights += bucket._flat.untyped_storage().nbytes()
-        masters_ += bucket.master.nbytes if bucket.gathered or bucket.master is not bucket._shard else 0
+        masters_ += bucket.kept.nbytes if bucket.gathered or bucket.kept is not bucket._shard else 0
         if bucket.zero_stage == 3 and not bucket._copied:
             weights += bucket._shard.nbytes
     said = footprints(own, table_of(own, rows_at(own, 0)))[trainer.mesh.place.pp]

@@ -81,11 +81,12 @@ def test_all_ranks_of_a_stage_hold_every_element_once(layout: Layout) -> None:
         for ranks in alike.values():
             for rank in ranks:
                 held = held_by(param, layout, rank, ranks)
-                for one, values in held.chunks():
+                for one in held.boxes:
+                    values = held.chunk(one.offsets)
                     inside = tuple(slice(o, o + s) for o, s in zip(one.offsets, one.sizes, strict=True))
                     assert (found[inside] == -1).all(), (param.name, one)
                     found[inside] = values
-                    assert held.chunk(one.offsets).data_ptr() == values.data_ptr()
+                    assert values.untyped_storage().data_ptr() == held.flat.untyped_storage().data_ptr()
         assert torch.equal(found.flatten(), torch.arange(param.numel)), param.name
 
 
@@ -100,3 +101,25 @@ def test_copies_on_the_host_keep_their_values_and_their_memory() -> None:
     assert torch.equal(first["w"].flat, torch.ones(6))
     assert copy_to_host(held, buffers)["w"].flat.data_ptr() == place
     assert torch.equal(buffers["w"], torch.full((6,), 2.0))
+
+
+def test_masters_in_halves_are_read_and_written_box_by_box_as_float32() -> None:
+    torch.manual_seed(0)
+    masters = torch.randn(4 * 3 * 5)
+    halves = (torch.empty_like(masters, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))
+    weight, remainder = (half[7:53] for half in halves)
+    piece = Piece("w", (4, 3, 5), 7, 53, remainder, masters[7:53].clone(), running=weight)
+    held = Held.piece((4, 3, 5), [slice(0, 4), slice(0, 3), slice(0, 5)], piece, piece.kept, owned=True)
+    assert (held.dtype, held.nbytes) == (torch.float32, 46 * 4)
+    assert Held.piece((4, 3, 5), [slice(0, 4)] * 3, piece, piece.gradient, owned=True).weight is None
+    whole = masters.view(4, 3, 5)
+    for one in held.boxes:
+        sides = tuple(slice(o, o + s) for o, s in zip(one.offsets, one.sizes, strict=True))
+        for half in (slice(None, 2), slice(2, None)):
+            held.write(one.offsets, (..., half), whole[sides][..., half])
+        assert torch.equal(held.chunk(one.offsets), whole[sides])
+    assert torch.equal(piece.master, masters[7:53])
+    assert torch.equal(piece.part(3, 9).master, masters[10:19])
+    copy = copy_to_host({"w": held}, {})["w"]
+    assert torch.equal(copy.flat, masters[7:53])
+    assert copy.weight is None

@@ -62,15 +62,16 @@ def test_bfloat16_weights_follow_float32_with_float32_masters_and_gradients(
 
 
 @pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("extra", [(), ("optimizer.store_param_remainders=true",)], ids=["whole", "split"])
 def test_resumed_run_on_a_gpu_has_the_same_losses(
-    on_gpu: Callable[..., Trainer], tmp_path: Path, *, wait: bool
+    on_gpu: Callable[..., Trainer], tmp_path: Path, extra: tuple[str, ...], *, wait: bool
 ) -> None:
-    straight, broken, store = on_gpu(), on_gpu(), FolderStore(tmp_path)
+    straight, broken, store = on_gpu(*extra), on_gpu(*extra), FolderStore(tmp_path)
     expected = losses(straight, 8)
     losses(broken, 4)
     store.save(broken.saved(), wait=wait)
     assert losses(broken, 4) == expected[4:]
-    again = on_gpu()
+    again = on_gpu(*extra)
     again.restore(store.open(4))
     assert losses(again, 4) == expected[4:]
 

@@ -92,6 +92,61 @@ def test_bfloat16_weights_follow_float32_masters() -> None:
     assert {piece.name for piece in bucket.pieces()} == {"matrix", "norm"}
 
 
+def bits(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+def halves(master: Tensor) -> tuple[Tensor, Tensor]:
+    weight, remainder = (torch.empty_like(master, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))
+    ops.split_master(master, weight, remainder)
+    return weight, remainder
+
+
+def test_halves_of_a_master_are_all_of_it_and_its_weight_is_rounded_to_nearest() -> None:
+    generator = torch.Generator().manual_seed(3)
+    every = torch.randint(-(2**31), 2**31, (2**20,), generator=generator).to(torch.int32).view(torch.float32)
+    master = torch.cat(
+        [every[~every.isnan()], bits(0, 1 << 31, 1, 0x7FFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000)]
+    )
+    weight, remainder = halves(master)
+    assert torch.equal(ops.join_master(weight, remainder).view(torch.int32), master.view(torch.int32))
+    between = (master.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(weight[~between], master[~between].bfloat16())
+    assert not torch.equal(weight[between], master[between].bfloat16())
+    assert (weight[between].abs() > master[between].abs()).all()
+
+
+def test_a_master_beyond_bfloat16_comes_back_finite_and_nan_as_nan() -> None:
+    weight, remainder = halves(bits(0x7F7F8000, 0xFF7F8000, 0x7F7F7FFF))
+    assert weight.tolist() == [torch.inf, -torch.inf, torch.finfo(torch.bfloat16).max]
+    assert ops.join_master(weight, remainder).isfinite().all()
+    nans = bits(0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF, 0x7F808000, 0x7FFF8000)
+    weight, remainder = halves(nans)
+    assert nans.isnan().all()
+    assert weight.isnan().all()
+    assert ops.join_master(weight, remainder).isnan().all()
+
+
+def test_updates_of_split_masters_are_those_of_whole_ones() -> None:
+    torch.manual_seed(2)
+    first = {"matrix": torch.randn(40, 50).bfloat16(), "norm": torch.ones(50).bfloat16()}
+    found = []
+    for split in (False, True):
+        named = {name: nn.Parameter(value.clone()) for name, value in first.items()}
+        bucket = Bucket(named, ALONE, ALONE, zero_stage=1, split=split)
+        optimizer = AdamW([bucket.pieces()], OptimizerConfig(moment_dtype="bfloat16"))
+        for step in range(5):
+            for piece in bucket.pieces():
+                piece.gradient.normal_(generator=torch.Generator().manual_seed(step))
+            optimizer.step(lr=1e-3)
+            bucket.publish(rounded=True)
+        found.append({piece.name: piece for piece in bucket.pieces()})
+    for whole, split in zip(*(each.values() for each in found), strict=True):
+        assert split.kept.dtype == torch.int16
+        assert torch.equal(split.master, whole.master)
+        assert torch.equal(split.running, halves(whole.master)[0])
+
+
 def test_neighbours_that_decay_alike_are_updated_together(monkeypatch) -> None:
     torch.manual_seed(0)
     shapes = {"a": (3, 4), "b": (2, 7), "c": (6, 2), "norm": (5,), "bias": (4,)}
@@ -112,7 +167,7 @@ def test_neighbours_that_decay_alike_are_updated_together(monkeypatch) -> None:
         if piece is pieces[1]:
             assert torch.equal(piece.master, before)
             continue
-        one = AdamW([[replace(piece, master=before)]], OptimizerConfig())
+        one = AdamW([[replace(piece, kept=before)]], OptimizerConfig())
         one.step(lr=0.1)
         assert torch.equal(piece.master, before)
         assert torch.equal(together.moments(piece.name)["first"], one.moments(piece.name)["first"])

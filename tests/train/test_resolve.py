@@ -148,6 +148,14 @@ def test_every_contradiction_is_reported_at_once_with_its_numbers(
         assert words in message
 
 
+def test_remainders_are_refused_where_weights_are_masters(dataset: Path, facts: HardwareFacts) -> None:
+    wide = ["precision.weights=float32", "precision.matmul=float32", "optimizer.store_param_remainders=true"]
+    with pytest.raises(ConfigError) as caught:
+        resolve(apply(recipes.nano_test(), wide), facts, read_meta(dataset))
+    for words in ("optimizer.store_param_remainders=true", "precision.weights=float32"):
+        assert words in str(caught.value)
+
+
 def test_token_ids_of_the_tokenizer_replace_those_of_the_preset(dataset: Path, facts: HardwareFacts) -> None:
     config = apply(recipes.nano_test(), ["model.bos_token_id=7", "model.eos_token_id=9"])
     resolved = resolve(config, facts, read_meta(dataset))

@@ -19,6 +19,7 @@ from benthic.train.balance import update_bias
 from benthic.train.checkpoint import FolderStore
 from benthic.train.config import LoopConfig, PrecisionConfig, RunConfig
 from benthic.train.curve import Curve
+from benthic.train.memory import measure
 from benthic.train.precision import linear_socket
 from benthic.train.trainer import Trainer, clip_factor, learning_rate
 
@@ -64,7 +65,16 @@ def test_a_step_neither_runs_the_garbage_collector_nor_leaves_it_anything(
 
 
 @pytest.mark.parametrize("wait", [True, False])
-@pytest.mark.parametrize("extra", [[], ["optimizer.moment_dtype=bfloat16"], ["precision.weights=bfloat16"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["optimizer.moment_dtype=bfloat16"],
+        ["precision.weights=bfloat16"],
+        ["precision.weights=bfloat16", "precision.matmul=bfloat16", "optimizer.store_param_remainders=true"],
+    ],
+    ids=["float32", "moments", "weights", "remainders"],
+)
 def test_resumed_run_is_the_undisturbed_run_bit_for_bit(
     trainer: Make, nano: RunConfig, tmp_path: Path, extra: list[str], *, wait: bool
 ) -> None:
@@ -80,6 +90,17 @@ def test_resumed_run_is_the_undisturbed_run_bit_for_bit(
     assert losses(again, 3) == expected[3:]
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_remainders_leave_twelve_bytes_of_fourteen_a_parameter(trainer: Make, nano: RunConfig) -> None:
+    narrow = ["precision.weights=bfloat16", "precision.matmul=bfloat16", "optimizer.moment_dtype=bfloat16"]
+    kept = []
+    for split in ("false", "true"):
+        made = trainer(apply(nano, [*narrow, f"optimizer.store_param_remainders={split}"]))
+        made.step()
+        kept.append(measure(made))
+    assert [one.per_parameter for one in kept] == [14.0, 12.0]
+    assert kept[1].terms["master weight"] == 2 * kept[1].parameters
 
 
 def test_microbatches_add_up_to_the_whole_batch(trainer: Make, nano: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -13,21 +14,33 @@ _BLOCK = 2048
 
 
 @triton.jit
+def _moved(
+    master, gradient_ptr, first_ptr, second_ptr, at, mask,
+    fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
+):  # fmt: skip
+    """Update the moments `at` and return the new masters."""
+    gradient = tl.load(gradient_ptr + at, mask=mask, other=0.0) * scale
+    first = tl.load(first_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(second_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    first += (gradient - first) * fresh1
+    second = second * beta2 + gradient * gradient * fresh2
+    master = master * (1.0 - decay) - step_size * first / (tl.sqrt(second / correction) + eps)
+    tl.store(first_ptr + at, first.to(first_ptr.dtype.element_ty), mask=mask)
+    tl.store(second_ptr + at, second.to(second_ptr.dtype.element_ty), mask=mask)
+    return master
+
+
+@triton.jit
 def _update(
     master_ptr, gradient_ptr, first_ptr, second_ptr, at, mask,
     fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
 ):  # fmt: skip
     """Update the elements `at` and return their masters."""
-    gradient = tl.load(gradient_ptr + at, mask=mask, other=0.0) * scale
-    first = tl.load(first_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(second_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    master = tl.load(master_ptr + at, mask=mask, other=0.0)
-    first += (gradient - first) * fresh1
-    second = second * beta2 + gradient * gradient * fresh2
-    master = master * (1.0 - decay) - step_size * first / (tl.sqrt(second / correction) + eps)
+    master = _moved(
+        tl.load(master_ptr + at, mask=mask, other=0.0), gradient_ptr, first_ptr, second_ptr, at, mask,
+        fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
+    )  # fmt: skip
     tl.store(master_ptr + at, master, mask=mask)
-    tl.store(first_ptr + at, first.to(first_ptr.dtype.element_ty), mask=mask)
-    tl.store(second_ptr + at, second.to(second_ptr.dtype.element_ty), mask=mask)
     return master
 
 
@@ -44,6 +57,28 @@ def _adamw(
     )  # fmt: skip
     if ROUND:
         tl.store(running_ptr + at, master.to(running_ptr.dtype.element_ty), mask=at < count)
+
+
+@triton.jit
+def _adamw_split(
+    weight_ptr, remainder_ptr, gradient_ptr, first_ptr, second_ptr, count,
+    fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Weights are bits in int16; `reference.update.split_master` has the rule."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    high = tl.load(weight_ptr + at, mask=mask, other=0).to(tl.int32)
+    bits = (high << 16) + tl.load(remainder_ptr + at, mask=mask, other=0).to(tl.int32)
+    master = _moved(
+        bits.to(tl.float32, bitcast=True), gradient_ptr, first_ptr, second_ptr, at, mask,
+        fresh1, beta2, fresh2, eps, step_size, decay, correction, scale,
+    )  # fmt: skip
+    bits = master.to(tl.int32, bitcast=True)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    high = tl.where(nan, 0x7FC0, (bits + 0x8000) >> 16)
+    tl.store(weight_ptr + at, high.to(tl.int16), mask=mask)
+    tl.store(remainder_ptr + at, (bits - (high << 16)).to(tl.int16), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -87,6 +122,15 @@ def adamw(master, gradient, first, second, by, running):
     _adamw[(triton.cdiv(count, _BLOCK),)](
         master, gradient, first, second, master if running is None else running, count, *_numbers(by),
         ROUND=running is not None, BLOCK=_BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+def adamw_split(weight, remainder, gradient, first, second, by):
+    """See `benthic.kernels.ops.adamw_split`."""
+    count = weight.numel()
+    _adamw_split[(triton.cdiv(count, _BLOCK),)](
+        weight.view(torch.int16), remainder, gradient, first, second, count, *_numbers(by),
+        BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
 
 

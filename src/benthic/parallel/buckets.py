@@ -38,18 +38,44 @@ if TYPE_CHECKING:
 class Piece:
     """What this rank updates of one parameter: `[start, stop)` of its flattened local part.
 
-    Views into the shard: `master` is the weight and `gradient` the sum over all ranks and microbatches, both
-    float32; `running` is the parameter itself where it is narrower than its master, which an update rounds
-    into it.
+    Views into the shard: `gradient` is the sum over all ranks and microbatches, float32; `running` the
+    parameter itself where it is narrower than its master; `kept` what is kept of the master beside it: all of
+    it, float32, or the int16 remainder that bfloat16 `running` lacks (`ops.split_master`).
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
-    master: Tensor
+    kept: Tensor
     gradient: Tensor
     running: Tensor | None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The weight whose remainder is kept, if that is all that is."""
+        return self.running if self.kept.dtype == torch.int16 else None
+
+    @property
+    def master(self) -> Tensor:
+        """The weight in float32: what is kept, or a copy where that is a remainder."""
+        return self.kept if self.weight is None else ops.join_master(self.weight, self.kept)
+
+    def write(self, master: Tensor) -> None:
+        """Set the master, float32, which may be what `master` gave, and round it into `running`."""
+        if self.weight is not None:
+            ops.split_master(master, self.weight, self.kept)
+            return
+        if master is not self.kept:
+            self.kept.copy_(master)
+        if self.running is not None:
+            self.running.copy_(master)
+
+    def part(self, first: int, count: int) -> Piece:
+        """`count` elements of this piece from its `first` on."""
+        within, start = slice(first, first + count), self.start + first
+        own = self.kept[within], self.gradient[within], None if self.running is None else self.running[within]
+        return Piece(self.name, self.shape, start, start + count, *own)
 
 
 class Bucket:
@@ -62,6 +88,7 @@ class Bucket:
             shared embedding); their shards' gradients are summed at the end of a step.
         zero_stage: 1, 2 or 3.
         copied: products read copies of these weights, made when first used after an update.
+        split: of masters of bfloat16 weights only remainders are kept (`ops.split_master`).
 
     Gradients of weights that are narrower than float32 or copied come past autograd (`collect`): the first is
     written over what the step before has left, so that nothing has to be cleared. Squares that its product
@@ -71,6 +98,7 @@ class Bucket:
     Attributes:
         gathered: the weights are whole between `acquire` and `release` alone.
         length: elements of one rank's shard of the flat array.
+        kept: what is kept of the shard's masters, as in `Piece`; float32 weights are their own.
         starts: where each parameter starts in the flat array.
     """
 
@@ -82,6 +110,7 @@ class Bucket:
         *,
         zero_stage: int,
         copied: bool = False,
+        split: bool = False,
     ) -> None:
         self.group, self.partners, self.zero_stage = group, partners, zero_stage
         self._copied = copied and group.size > 1
@@ -95,7 +124,8 @@ class Bucket:
         self._flat = torch.zeros(self.length * group.size, dtype=first.dtype, device=first.device)
         self.starts = self._adopt()
         self._shard = self._flat[here].clone() if self.gathered else self._flat[here]
-        self.master = self._shard if first.dtype == torch.float32 else self._shard.float()
+        split = split and first.dtype == torch.bfloat16
+        self.kept = torch.zeros_like(self._shard, dtype=torch.int16) if split else self._shard.float()
         self._written = copied or first.dtype != torch.float32
         self._gradients: Tensor | None = None
         self._views: dict[str, Tensor] = {}
@@ -248,7 +278,7 @@ class Bucket:
                 inside = slice(a - self._here.start, b - self._here.start)
                 shape = tuple(param.shape)
                 running = None if param.dtype == torch.float32 else self._shard[inside]
-                own = self.master[inside], self._sum[inside], running
+                own = self.kept[inside], self._sum[inside], running
                 yield Piece(name, shape, a - begin, b - begin, *own)
 
     def place_of(self, piece: Piece) -> int:
@@ -257,8 +287,8 @@ class Bucket:
 
     def publish(self, *, rounded: bool = False) -> None:
         """Round the masters into the weights, unless the update has, and give every rank all of them."""
-        if self.master is not self._shard and not rounded:
-            self._shard.copy_(self.master)
+        if not rounded and self.kept.dtype == torch.float32 and self.kept is not self._shard:
+            self._shard.copy_(self.kept)
         if not self.gathered and self.group.size > 1:
             gather(self._flat, self._shard.clone(), self.group)
         self._current = False

@@ -75,7 +75,9 @@ def kept_bytes(config: Setup, table: Table, pp: int) -> dict[str, int]:
         shard = -(-sum(counts) // replicas)
         flat = shard * replicas
         copied = config.precision.weights == "fp8" and not narrow
-        found["masters"] += 4 * shard if narrow or (copied and replicas > 1) else 0
+        if narrow:
+            found["masters"] += (2 if config.optimizer.store_param_remainders else 4) * shard
+        found["masters"] += 4 * shard if copied and replicas > 1 else 0
         if copied:
             found["weights"] += 2 * sum(counts) + (4 * flat if replicas == 1 else 0)
         else:

@@ -62,17 +62,17 @@ class _Reader:
 
     def fill(self, piece: Piece, param: Param, box: tuple[slice, ...]) -> set[str]:
         """Set a piece's master; return the copies that differ from it."""
-        differing, device = set(), piece.master.device
+        differing, device = set(), piece.kept.device
         for found in stretches(param, box, piece.start, piece.stop):
             own = found.tensor.name
             for name in (own, *self.copies.get(own, ())):
                 values = read_stretch(
                     self.source, name, param, found, interleaved=self.interleaved, device=device
                 )
-                target = piece.master[found.at : found.at + values.numel()]
+                target = piece.part(found.at, values.numel())
                 if name == own:
-                    target.copy_(values)
-                elif not torch.equal(target, values):
+                    target.write(values)
+                elif not torch.equal(target.master, values):
                     differing.add(name)
         return differing
 

@@ -72,6 +72,11 @@ class Updates(Protocol):
         """float32 or bfloat16."""
         ...
 
+    @property
+    def store_param_remainders(self) -> bool:
+        """Whether 16 bits beside a bfloat16 weight are kept instead of its master."""
+        ...
+
 
 class Setup(Protocol):
     """A resolved run. `train.config.RunConfig` is one."""

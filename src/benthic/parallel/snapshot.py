@@ -110,8 +110,8 @@ class Reader:
             return f"{name} is missing"
         if tuple(found.size) != one.shape:
             return f"{name} is {list(found.size)} there, {list(one.shape)} here"
-        if found.properties.dtype != one.flat.dtype:
-            return f"{name} is {found.properties.dtype} there, {one.flat.dtype} here"
+        if found.properties.dtype != one.dtype:
+            return f"{name} is {found.properties.dtype} there, {one.dtype} here"
         return ""
 
 
@@ -144,6 +144,18 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
         held: Held = self.state_dict[index.fqn]
         return held.chunk(index.offset)
 
+    def resolve_tensor(self, read_item: plans.ReadItem) -> Tensor:
+        held: Held = self.state_dict[read_item.dest_index.fqn]
+        if held.weight is None:
+            return super().resolve_tensor(read_item)
+        return torch.empty(read_item.lengths, dtype=held.dtype, device=held.flat.device)
+
+    def commit_tensor(self, read_item: plans.ReadItem, tensor: Tensor) -> None:
+        held: Held = self.state_dict[read_item.dest_index.fqn]
+        if held.weight is not None:
+            ends = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+            held.write(read_item.dest_index.offset, tuple(slice(o, o + n) for o, n in ends), tensor)
+
     def _read_items(self, name: str, one: Held) -> list[plans.ReadItem]:
         assert self.metadata is not None  # noqa: S101 (set_up_planner was called)
         saved = self.metadata.state_dict_metadata[name]
@@ -173,7 +185,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _write_items(name: str, one: Held) -> Iterator[plans.WriteItem]:
-    properties = TensorProperties(dtype=one.flat.dtype)
+    properties = TensorProperties(dtype=one.dtype)
     for box in one.boxes:
         yield plans.WriteItem(
             index=MetadataIndex(name, torch.Size(box.offsets)),

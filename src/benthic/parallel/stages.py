@@ -66,11 +66,12 @@ def build(
     keep: Callable[[DeepSeek], None],
     seed: int | None,
     fp8: bool = False,
+    split: bool = False,
 ) -> Stages:
     """Allocate and initialise what this rank holds; the weights do not depend on the layout.
 
     `keep` brings the parameters of a model to the dtypes that they are kept in; with `fp8`, products read
-    FP8 copies of the float32 ones.
+    FP8 copies of the float32 ones; with `split`, masters of the bfloat16 ones are kept as remainders.
     `seed=None` leaves zeros, for weights that are about to be loaded.
     """
     layout, place = mesh.layout, mesh.place
@@ -88,7 +89,9 @@ def build(
     for (unit, pps, _, _), members in _grouped(held, holders, named).items():
         named_here = {param.name: named[param.name] for param in matrices_first(members)}
         replicas, copied = _replicas(members[0], mesh), fp8 and members[0].fp8
-        bucket = Bucket(named_here, replicas, groups[pps], zero_stage=layout.zero_stage, copied=copied)
+        bucket = Bucket(
+            named_here, replicas, groups[pps], zero_stage=layout.zero_stage, copied=copied, split=split
+        )
         buckets.setdefault(unit, []).append(bucket)
     return Stages(models, boxes, {unit: tuple(found) for unit, found in buckets.items()}, holders)
 

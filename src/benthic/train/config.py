@@ -96,6 +96,9 @@ class OptimizerConfig:
     name: "muon" takes Muon for the network's matrices and AdamW for embedding, head, norms and routers
         (`train.muon`); one learning rate serves both.
     moment_dtype: bfloat16 halves the optimizer's memory, as the report does (section 3.3.3).
+    store_param_remainders: keep the float32 master of a bfloat16 weight as the weight and 16 more bits, which
+        saves 2 bytes a parameter. No bit of a master is lost; a weight whose master lies exactly between two,
+        one in 2^16, is rounded away from zero instead of to the even one.
     momentum: of Muon.
     newton_schulz_dtype: precision of Muon's orthogonalisation; bfloat16 as in the Moonlight report.
     """
@@ -106,6 +109,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     moment_dtype: FloatType = "float32"
+    store_param_remainders: bool = False
     momentum: float = 0.95
     newton_schulz_dtype: FloatType = "bfloat16"
 

@@ -32,7 +32,7 @@ def tensors_of(config: ModelConfig, stages: Stages, optimizer: AdamW | Muon) -> 
     for bucket in stages.all_buckets:
         owned = bucket.partners.index == 0
         for piece in bucket.pieces():
-            flats = {"model": piece.master, **optimizer.moments(piece.name)}
+            flats = {"model": piece.kept, **optimizer.moments(piece.name)}
             local = stages.boxes[piece.name]
             for group, flat in flats.items():
                 one = Held.piece(shapes[piece.name], local, piece, flat, owned=owned)

@@ -43,7 +43,7 @@ def measure(trainer: Trainer, names: Collection[str] | None = None) -> KeptBytes
     names = params if names is None else names
     for name in names:
         piece, moments = pieces[name], trainer.optimizer.moments(name)
-        running, master = _weights(trainer, params[name], None if piece.running is None else piece.master)
+        running, master = _weights(trainer, params[name], None if piece.running is None else piece.kept)
         terms["running weight"] += running
         terms["master weight"] += master
         terms["gradient"] += _bytes(piece.gradient)
@@ -53,7 +53,7 @@ def measure(trainer: Trainer, names: Collection[str] | None = None) -> KeptBytes
 
 
 def _weights(trainer: Trainer, param: Tensor, master: Tensor | None) -> tuple[int, int]:
-    """Bytes of what products read and of the float32 master, of one parameter."""
+    """Bytes of what products read and of what is kept of the float32 master, of one parameter."""
     if master is not None or param.dtype != torch.float32:
         return _bytes(param), _bytes(master)
     linear = trainer.executor.linear

@@ -89,7 +89,7 @@ class Muon:
         self._rest = AdamW(rest, config)
         self._pieces = {p.name: p for each in pieces for p in each if params[p.name].part in MUON_PARTS}
         dtype = DTYPES[config.moment_dtype]
-        self._momentum = {n: torch.zeros_like(p.master, dtype=dtype) for n, p in self._pieces.items()}
+        self._momentum = {n: torch.zeros_like(p.kept, dtype=dtype) for n, p in self._pieces.items()}
 
     @property
     def steps(self) -> int:
@@ -112,15 +112,15 @@ class Muon:
         return {"momentum": self._momentum[name]} if name in self._momentum else self._rest.moments(name)
 
     def _update(self, part: _Part, lr: float, scale: float) -> None:
-        moves = torch.zeros_like(part.bucket.master)
+        moves = torch.zeros_like(part.bucket.kept, dtype=torch.float32)
         for piece in part.pieces:
             self._at(moves, part.bucket, piece).copy_(self._nesterov(piece, scale))
         part.whole.apply(self._orthogonalise, moves)
         for piece in part.pieces:
-            piece.master.mul_(1.0 - lr * self.config.weight_decay)
-            piece.master.sub_(self._at(moves, part.bucket, piece), alpha=lr)
-            if piece.running is not None:
-                piece.running.copy_(piece.master)
+            master = piece.master
+            master.mul_(1.0 - lr * self.config.weight_decay)
+            master.sub_(self._at(moves, part.bucket, piece), alpha=lr)
+            piece.write(master)
 
     def _nesterov(self, piece: Piece, scale: float) -> Tensor:
         """G + mu M, after M <- mu M + G."""

@@ -37,7 +37,7 @@ class AdamW:
         self._runs: list[_Run] = []
         self._moments: dict[str, dict[str, Tensor]] = {}
         for run in itertools.chain.from_iterable(map(_runs, pieces)):
-            sizes = [piece.master.numel() for piece in run]
+            sizes = [piece.kept.numel() for piece in run]
             flat = _Run.of(run, sum(sizes), DTYPES[config.moment_dtype])
             self._runs.append(flat)
             parts = zip(run, flat.first.split(sizes), flat.second.split(sizes), strict=True)
@@ -49,8 +49,12 @@ class AdamW:
         self.steps += 1
         numbers = [self._numbers(lr, scale, decays=decays) for decays in (False, True)]
         for run in self._runs:
-            by = numbers[run.decays]
-            ops.adamw(run.master, run.gradient, run.first, run.second, by, running=run.running)
+            by, changed = numbers[run.decays], (run.gradient, run.first, run.second)
+            if run.kept.dtype == torch.float32:
+                ops.adamw(run.kept, *changed, by, running=run.running)
+            else:
+                assert run.running is not None  # noqa: S101 (remainders are of weights)
+                ops.adamw_split(run.running, run.kept, *changed, by)
 
     def _numbers(self, lr: float, scale: float, *, decays: bool) -> ops.AdamWStep:
         c = self.config
@@ -72,7 +76,7 @@ class AdamW:
 class _Run(NamedTuple):
     """Pieces one behind the other, as one: flat."""
 
-    master: Tensor
+    kept: Tensor
     gradient: Tensor
     running: Tensor | None
     first: Tensor
@@ -83,10 +87,10 @@ class _Run(NamedTuple):
     def of(cls, pieces: list[Piece], size: int, dtype: torch.dtype) -> _Run:
         """Fresh moments in `dtype`."""
         start = pieces[0]
-        master, gradient = (x.as_strided((size,), (1,)) for x in (start.master, start.gradient))
+        kept, gradient = (x.as_strided((size,), (1,)) for x in (start.kept, start.gradient))
         running = None if start.running is None else start.running.as_strided((size,), (1,))
-        first, second = (torch.zeros_like(master, dtype=dtype) for _ in range(2))
-        return cls(master, gradient, running, first, second, _decays(start))
+        first, second = (torch.zeros_like(kept, dtype=dtype) for _ in range(2))
+        return cls(kept, gradient, running, first, second, _decays(start))
 
 
 def _runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -102,8 +106,8 @@ def _runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _follows(before: Piece, piece: Piece) -> bool:
-    end = before.master.storage_offset() + before.master.numel()
-    return end == piece.master.storage_offset() and _decays(before) == _decays(piece)
+    end = before.kept.storage_offset() + before.kept.numel()
+    return end == piece.kept.storage_offset() and _decays(before) == _decays(piece)
 
 
 def _decays(piece: Piece) -> bool:

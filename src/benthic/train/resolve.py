@@ -327,6 +327,11 @@ def _optimizer_problems(config: RunConfig) -> Iterator[str]:
             f"optimizer.eps={optimizer.eps} must be above 0 and "
             f"optimizer.weight_decay={optimizer.weight_decay} at least 0."
         )
+    if optimizer.store_param_remainders and config.precision.weights == "float32":
+        yield (
+            "optimizer.store_param_remainders=true keeps what bfloat16 weights lack of their masters, but "
+            "precision.weights=float32 are masters themselves. Set it to false or precision.weights=bfloat16."
+        )
     if optimizer.name == "muon" and config.layout.tp_degree > 1:
         yield (
             f"optimizer.name=muon needs whole matrices, but layout.tp_degree={config.layout.tp_degree} cuts "

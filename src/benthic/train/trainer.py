@@ -337,8 +337,9 @@ def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:
     loaded = config.init_from and config.init_mtp == "checkpoint"
     keep = functools.partial(keep_weights, weights=config.precision.weights)
     seed = None if loaded else config.train.seed
-    device, fp8 = torch.device(config.device), config.precision.weights == "fp8"
-    stages = build(config.model, table, mesh, device=device, keep=keep, seed=seed, fp8=fp8)
+    numbers = {"fp8": config.precision.weights == "fp8", "split": config.optimizer.store_param_remainders}
+    device = torch.device(config.device)
+    stages = build(config.model, table, mesh, device=device, keep=keep, seed=seed, **numbers)
     for model in stages.models.values():
         row_part = number(config.train.seq_len) // config.layout.token_shards
         divide_products(model, mesh.tensor, row_part=row_part)

@@ -228,6 +228,24 @@ def test_what_a_plan_says_to_set_makes_the_trainer_run_the_plan(precision):
     assert footprints(ready, best.table()) == footprints(best, best.table())
 
 
+@pytest.mark.parametrize(("precision", "zero_stage"), [("bf16", 1), ("bf16", 3), ("fp8", 1)])
+def test_remainders_save_two_bytes_of_a_bfloat16_weights_master(precision, zero_stage):
+    ours = machines.get("h200")
+    layout = Layout(dp_degree=8, ep_degree=8, zero_stage=zero_stage)
+    numbers = PRECISIONS[precision]
+    plain = Candidate(model=MOONLIGHT, layout=layout, train=Rows(), rows=64, precision=numbers)
+    split = dataclasses.replace(
+        plain, optimizer=dataclasses.replace(plain.optimizer, store_param_remainders=True)
+    )
+    assert Candidate.of(split, split.rows) == split
+    whole, less = (memory(one, one.table())[0].terms for one in (plain, split))
+    changed = {name: (whole[name], less[name]) for name in whole if whole[name] != less[name]}
+    assert list(changed) == ["masters"]
+    before, after = changed["masters"]
+    assert after == before / 2 if precision == "bf16" else before / 2 < after < before
+    assert step(split, ours).seconds < step(plain, ours).seconds
+
+
 def test_rows_longer_than_the_model_has_positions_are_refused_as_by_the_trainer():
     words = "train moonlight-16b-a3b --gpus 8 --hardware h100 --seq-len 9000"
     with pytest.raises(ConfigError, match="but moonlight-16b-a3b has 8192 positions"):

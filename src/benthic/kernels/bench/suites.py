@@ -143,7 +143,7 @@ def experts(bench: Bench) -> None:
 
 
 def update(bench: Bench) -> None:
-    """AdamW of a float32 master with bfloat16 moments, alone and with the FP8 copy of the new master."""
+    """AdamW of a float32 master with bfloat16 moments, alone, split and with the new master's FP8 copy."""
     rows, width = (256, 256) if bench.small else (16384, 7168)
     master, gradient = (bench.random(rows, width, seed=seed).float() for seed in (0, 1))
     first, second = (torch.zeros_like(master, dtype=torch.bfloat16) for _ in range(2))
@@ -151,8 +151,11 @@ def update(bench: Bench) -> None:
     by = ops.AdamWStep(0.9, 0.95, 1e-8, step_size=1e-4, decay=1e-5, correction=1.0)
     plain = partial(ops.adamw, master, gradient, first, second, by)
     narrow = partial(ops.adamw_fp8, master, gradient, first, second, by, copy)
+    weight, remainder = master.bfloat16(), torch.zeros_like(master, dtype=torch.int16)
+    split = partial(ops.adamw_split, weight, remainder, gradient, first, second, by)
     cases: list[tuple[str, str, Callable[..., Any], int]] = [
         ("adamw", "", plain, 20),
+        ("adamw_split", "", split, 20),
         ("adamw_fp8", "", narrow, 21),
         ("adamw_fp8", ", at random", partial(narrow, seed=0), 21),
     ]

@@ -137,11 +137,11 @@ from benthic.kernels.ops.routes import (
     place_departures,
 )
 from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
-from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, adamw, adamw_fp8
+from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, ADAMW_SPLIT, adamw, adamw_fp8, adamw_split
 from benthic.kernels.reference.fp8_linear import Fp8, spaced
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps, added
 from benthic.kernels.reference.sampling import Filters
-from benthic.kernels.reference.update import AdamWStep
+from benthic.kernels.reference.update import AdamWStep, join_master, split_master
 from benthic.kernels.table import Case, Implementation, Op
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ __all__ = [
     "accumulate",
     "adamw",
     "adamw_fp8",
+    "adamw_split",
     "add_fp8_weight_gradient",
     "add_rms_norm",
     "add_rms_norm_fp8",
@@ -187,6 +188,7 @@ __all__ = [
     "heads_linear_by_row",
     "home_slots",
     "join_head_dims",
+    "join_master",
     "linear",
     "linear_by_row",
     "linear_cross_entropy",
@@ -210,6 +212,7 @@ __all__ = [
     "route",
     "spaced",
     "split_head_dims",
+    "split_master",
     "store_latent",
     "sum_copies",
     "sum_copies_backward",
@@ -276,6 +279,7 @@ OPS: tuple[Op, ...] = (
     ADD_FP8_WEIGHT_GRADIENT,
     ADD_GROUPED_FP8_WEIGHT_GRADIENT,
     ADAMW,
+    ADAMW_SPLIT,
     ADAMW_FP8,
     LINEAR_BY_ROW,
     HEADS_LINEAR_BY_ROW,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.kernels.reference.fp8_linear import Fp8
+
+_NAN: Final = 0x7FC0
 
 
 class AdamWStep(NamedTuple):
@@ -56,6 +58,34 @@ def adamw(
     master.addcdiv_(new_first, root, value=-by.step_size)
     if running is not None:
         running.copy_(master)
+
+
+def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
+    """Float32 masters from their bfloat16 weights and int16 remainders, which `split_master` made of them."""
+    bits = weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    return bits.add_(remainder).view(torch.float32)
+
+
+def split_master(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
+    """Write float32 masters as bfloat16 weights, rounded to the nearest, and int16 remainders of their bits.
+
+    `bits(master) = 2^16 bits(weight) + remainder`. A master between two weights, one in 2^16, is rounded away
+    from zero, where `.bfloat16()` takes the even one: the other remainder, 2^15, is no int16. So every master
+    but NaN comes back bit for bit, those whose weight is infinite too; NaN gives NaNs.
+    """
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000).bitwise_right_shift_(16).masked_fill_(master.isnan(), _NAN)
+    weight.view(torch.int16).copy_(high)
+    remainder.copy_(torch.sub(bits, high.bitwise_left_shift_(16), out=high))
+
+
+def adamw_split(
+    weight: Tensor, remainder: Tensor, gradient: Tensor, first: Tensor, second: Tensor, by: AdamWStep
+) -> None:
+    """`adamw` of the master that weight and remainder make."""
+    master = join_master(weight, remainder)
+    adamw(master, gradient, first, second, by)
+    split_master(master, weight, remainder)
 
 
 def adamw_fp8(

@@ -58,10 +58,11 @@ class Numbers:
 
 @dataclass(frozen=True, kw_only=True)
 class Updates:
-    """The optimizer's state. `fused`: whether an update is one kernel, as on GPUs."""
+    """The optimizer's state, as in `train.config`. `fused`: whether an update is one kernel, as on GPUs."""
 
     name: str = "adamw"
     moment_dtype: str = "bfloat16"
+    store_param_remainders: bool = False
     fused: bool = True
 
 
@@ -111,7 +112,11 @@ class Candidate:
                 fp8_swiglu=numbers.fp8_swiglu,
                 e5m6_attention=numbers.e5m6_attention,
             ),
-            optimizer=Updates(name=updates.name, moment_dtype=updates.moment_dtype),
+            optimizer=Updates(
+                name=updates.name,
+                moment_dtype=updates.moment_dtype,
+                store_param_remainders=updates.store_param_remainders,
+            ),
             recompute=tuple(setup.recompute),
             offload=tuple(setup.offload),
         )
@@ -164,6 +169,7 @@ class Candidate:
             "train.batch_curve": None,
             "optimizer.name": self.optimizer.name,
             "optimizer.moment_dtype": self.optimizer.moment_dtype,
+            "optimizer.store_param_remainders": self.optimizer.store_param_remainders,
             "recompute": self.recompute,
             "offload": self.offload,
         }

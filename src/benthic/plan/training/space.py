@@ -238,19 +238,20 @@ class _Part:
         total = 0.0
         for kind, fp8, count in self.counts:
             cut = {"expert": choice.ep, "sharded": choice.tp}.get(kind, 1)
-            total += count / cut * _bytes(choice, ranks // cut, fp8=fp8, moments=self.question.optimizer)
+            total += count / cut * _bytes(choice, ranks // cut, fp8=fp8, updates=self.question.optimizer)
         return total / choice.pp * (2 if choice.schedule in TWO_WAY else 1)
 
 
-def _bytes(choice: Choice, replicas: int, *, fp8: bool, moments: Updates) -> float:
+def _bytes(choice: Choice, replicas: int, *, fp8: bool, updates: Updates) -> float:
     """Of one element on one of `replicas` ranks that hold it."""
     narrow = not (choice.precision == "fp8" and fp8)
     weight = 2.0 if narrow else 1.0
-    each_moment = 2.0 if moments.moment_dtype == "bfloat16" else 4.0
+    master = 2.0 if updates.store_param_remainders and narrow else 4.0
+    each_moment = 2.0 if updates.moment_dtype == "bfloat16" else 4.0
     kept = weight / replicas if choice.zero == 3 and narrow else weight
     gradients = 4.0 if choice.zero == 1 else 4.0 / replicas
-    number = 1 if moments.name == "muon" else 2
-    return kept + gradients + (4.0 + number * each_moment) / replicas
+    number = 1 if updates.name == "muon" else 2
+    return kept + gradients + (master + number * each_moment) / replicas
 
 
 @functools.lru_cache(maxsize=64)

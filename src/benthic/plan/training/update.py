@@ -152,13 +152,14 @@ def _arithmetic(candidate: Candidate, held: dict[str, Held]) -> Iterator[Op]:
     Only gradients of FP32 weights are cleared: the first of others is written over those of the step before.
     """
     wide = candidate.precision.weights == "float32"
+    rounded = 0.0 if wide or candidate.optimizer.store_param_remainders else 2.0
     moments = 2 * _MOMENT[candidate.optimizer.moment_dtype]
     for kind, one in held.items():
         shard = one.elements / replicas_of(candidate.layout, kind)
         cleared = (one.elements if wide else 0.0) if candidate.layout.zero_stage == 1 else shard
         yield MemoryBound(bytes=_GRADIENT * (cleared + shard), name="clear and norm")
         passes = 8.0 + _GRADIENT + 2 * moments if candidate.optimizer.fused else _PASSES
-        yield MemoryBound(bytes=shard * (passes + (0.0 if wide else 2.0)), name="adamw")
+        yield MemoryBound(bytes=shard * (passes + rounded), name="adamw")
         if candidate.precision.weights == "fp8":
             yield MemoryBound(bytes=5.0 * one.narrow, name="quantise 128x128")
             yield MemoryBound(bytes=2.0 * one.narrow, name="transpose fp8")
