@@ -61,7 +61,8 @@ class LoopConfig:
     warmup_steps: the learning rate climbs linearly from 0 over so many steps, whatever the schedule.
     max_norm: gradients are scaled down to this global norm; 0 leaves them alone.
     seed: of the initial weights.
-    threads: CPU threads of one process ("auto": torch's choice); part of what makes a run repeatable.
+    threads: CPU threads of one process ("auto": torch's choice, and one beside a GPU); part of what makes a
+        run repeatable.
     timeout_s: a collective that takes longer ends the run.
     stuck_s: a step (evaluation, save) that takes longer ends the run, after every rank has written what it
         is in the middle of to `RUN/logs/stuck-rank-N.txt`; must be below `timeout_s` to come first. 0: never.

@@ -168,16 +168,13 @@ class Executor:
         """This rank's part of a microbatch, whose tokens are on the host still."""
         mesh = self.mesh
         share = TokenShare.of(mesh.layout, mesh.place, rows=batch.rows, seq_len=batch.seq_len)
-        attend = self._attend(share, batch)
-        own = batch.take(share.stream()) if mesh.tokens.size > 1 else batch
-        positions_T = sent(batch.positions_T[share.attention()], self.device)
-        return Task(own.to(self.device), positions_T, Sockets(attend, self._exchange, self.linear), objective)
-
-    def _attend(self, share: TokenShare, batch: Microbatch) -> Attend:
-        """Packed attention, of all tokens or from this rank's share."""
-        if self.mesh.context.size > 1:
-            return ContextAttend.of(share, batch.cu_seqlens.tolist(), self.mesh.context, self.device)
-        return PackedAttend(sent(batch.cu_seqlens, self.device), batch.max_seqlen)
+        shared = mesh.tokens.size > 1
+        own = (batch.take(share.stream()) if shared else batch).to(self.device)
+        positions_T = sent(batch.positions_T[share.attention()], self.device) if shared else own.positions_T
+        attend: Attend = PackedAttend(own.cu_seqlens, own.max_seqlen)
+        if mesh.context.size > 1:
+            attend = ContextAttend.of(share, batch.cu_seqlens.tolist(), mesh.context, self.device)
+        return Task(own, positions_T, Sockets(attend, self._exchange, self.linear), objective)
 
     def _mean(self, f_SE: Tensor) -> Tensor:
         """Over the ranks that share the tokens of a row, each with equally many."""

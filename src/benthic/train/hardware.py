@@ -27,7 +27,8 @@ class HardwareFacts:
     """One device.
 
     `peak_flops` is per dtype name, in FLOP/s without sparsity, and lacks a dtype whose peak is not known;
-    `peak_source` says where it is from. `total_memory` is in bytes: of the GPU, or of a CPU's host.
+    `peak_source` says where it is from. `total_memory` is in bytes: of the GPU, or of a CPU's host. `threads`
+    are those of operators on the host: beside a GPU one, since such operators are small.
     """
 
     device: Literal["cpu", "cuda"]
@@ -79,7 +80,7 @@ def _gpu() -> HardwareFacts:
         device="cuda",
         name=found.name,
         total_memory=found.total_memory,
-        threads=torch.get_num_threads(),
+        threads=1,
         peak_flops=peaks,
         peak_source=source,
     )

@@ -30,6 +30,10 @@ _WHY_ASYNC: Final = {
     True: "the GPU trains on while a thread writes a copy",
     False: "a thread would take the cores that train",
 }
+_WHY_THREADS: Final = {
+    "cpu": "torch's choice on this machine",
+    "cuda": "the GPU computes; threads would only wait for each other",
+}
 _WHY_FP8_EXCHANGE: Final = {
     True: "the experts' products round their input to FP8 anyway; half the bytes travel",
     False: "only experts elsewhere that multiply in FP8 want tokens in FP8",
@@ -216,7 +220,7 @@ def _loop(config: RunConfig, facts: HardwareFacts, _: Meta, note: Callable[[Choi
         note(Choice("train.global_batch_size", loop.local_batch_size, "one microbatch a step"))
         loop = replace(loop, global_batch_size=loop.local_batch_size)
     if loop.threads == "auto":
-        note(Choice("train.threads", facts.threads, "torch's choice on this machine"))
+        note(Choice("train.threads", facts.threads, _WHY_THREADS[facts.device]))
         loop = replace(loop, threads=facts.threads)
     return replace(config, train=loop)
 

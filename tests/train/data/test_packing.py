@@ -5,11 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benthic.errors import ConfigError, DataError
-from benthic.train.data.microbatch import IGNORE, assemble
+from benthic.train.data.microbatch import IGNORE, assemble, sent_together
 from benthic.train.data.packing import Packing, Span, shuffled
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(np.array)
@@ -114,3 +115,16 @@ def test_targets_never_cross_documents(depth: int, rows: int, seq_len: int, rng:
         for token, target in zip(batch.tokens_T.tolist(), batch.target_KT[k].tolist(), strict=True):
             inside = owner_of[token] == owner_of[token + k + 1]
             assert target == (token + k + 1 if inside else IGNORE)
+
+
+def test_parts_of_one_copy_to_a_device_are_the_tensors_and_begin_at_aligned_bytes() -> None:
+    owner = np.repeat([0, 1, 2], [3, 5, 1])[None]
+    batch = assemble(np.arange(9)[None], owner, mtp_depth=0)
+    fields = (batch.tokens_T, batch.cu_seqlens, batch.ahead_KT, batch.positions_T)
+    for part, field in zip(sent_together(fields, torch.device("cpu")), fields, strict=True):
+        assert part.dtype == field.dtype
+        assert part.equal(field)
+        assert part.storage_offset() * part.itemsize % 16 == 0
+    there = batch.to(torch.device("meta"))
+    assert (there.target_KT.shape, there.ahead_KT.shape) == (batch.target_KT.shape, (0, 8))
+    assert (there.num_targets, there.rows) == (batch.num_targets, 1)

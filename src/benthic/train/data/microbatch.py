@@ -10,12 +10,16 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from benthic.train.data.packing import Rows, Span
     from benthic.train.data.shards import TokenShards
 
 IGNORE: Final = -100
+_ALIGNED: Final = 16
+"""Bytes: kernels read vectors of so many, and are compiled anew for tensors that begin in between."""
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -23,6 +27,21 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def sent_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of the host on `device`, as `sent`, in one copy of which they are parts (16 bytes aligned)."""
+    sizes = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors]
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for part, tensor in zip(packed.split(sizes), tensors, strict=True):
+        _like(part, tensor).copy_(tensor)
+    parts = packed.to(device, non_blocking=True).split(sizes)
+    return [_like(part, tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _like(bytes_: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The first of some bytes in the dtype and shape of a tensor."""
+    return bytes_[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +85,15 @@ class Microbatch:
         """The same on `device`."""
         if self.tokens_T.device == device:
             return self
-        return Microbatch(
-            tokens_T=sent(self.tokens_T, device),
-            positions_T=sent(self.positions_T, device),
-            cu_seqlens=sent(self.cu_seqlens, device),
-            max_seqlen=self.max_seqlen,
-            ahead_KT=sent(self.ahead_KT, device),
-            target_KT=sent(self.target_KT, device),
-            num_targets=self.num_targets,
-            rows=self.rows,
+        here = (self.tokens_T, self.positions_T, self.cu_seqlens, self.ahead_KT, self.target_KT)
+        tokens_T, positions_T, cu_seqlens, ahead_KT, target_KT = sent_together(here, device)
+        return dataclasses.replace(
+            self,
+            tokens_T=tokens_T,
+            positions_T=positions_T,
+            cu_seqlens=cu_seqlens,
+            ahead_KT=ahead_KT,
+            target_KT=target_KT,
         )
 
 
