@@ -16,11 +16,11 @@ The first block has no weights before it: it multiplies zeros.
 from __future__ import annotations
 
 import torch
-import triton
 
 from benthic.kernels.gluon_key_gradients import key_gradients
 from benthic.kernels.gluon_query_gradient import query_gradient
 from benthic.kernels.gluon_tiles import loadable, rows_of
+from benthic.kernels.host import cdiv
 from benthic.kernels.triton_attention_backward import row_dots, split_width
 from benthic.kernels.triton_pack_tiles import grid_of
 
@@ -54,7 +54,7 @@ def deltas(out_THv, dout_THv):
     """`out . dout` of each row, float32 [H, T]."""
     tokens, heads, value = out_THv.shape
     delta_HT = torch.empty(heads, tokens, dtype=torch.float32, device=out_THv.device)
-    row_dots[(triton.cdiv(tokens, 64), heads)](
+    row_dots[(cdiv(tokens, 64), heads)](
         out_THv, dout_THv, delta_HT, tokens, dout_THv.stride(0), dout_THv.stride(1),
         HEADS=heads, V=value, V_PAD=value, BLOCK_M=64,
     )  # fmt: skip

@@ -17,7 +17,6 @@ addition that brings back what was there takes 1.4 times as long, more than read
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benthic.kernels.gluon_tiles import DTYPES, load, meet, new_bars
+from benthic.kernels.host import cdiv
 from benthic.kernels.reference.moe import squares_of
 from benthic.kernels.triton_tiles import multiprocessors
 
@@ -235,7 +235,7 @@ def _sum_rows(out_EOI, dy_RO, x_RI, ends_E, *, add, squares=False):
     turned = _tiles(i_dim, o_dim) < _tiles(o_dim, i_dim)
     left, right = (x_RI, dy_RO) if turned else (dy_RO, x_RI)
     left_dim, right_dim = left.shape[1], right.shape[1]
-    left_tiles, right_tiles = triton.cdiv(left_dim, LEFT.value), triton.cdiv(right_dim, RIGHT.value)
+    left_tiles, right_tiles = cdiv(left_dim, LEFT.value), cdiv(right_dim, RIGHT.value)
     tiles = experts * left_tiles * right_tiles
     programs = min(multiprocessors(x_RI.device), tiles)
     parts = torch.empty(2 * tiles, dtype=torch.float32, device=x_RI.device) if squares else None
@@ -250,7 +250,7 @@ def _sum_rows(out_EOI, dy_RO, x_RI, ends_E, *, add, squares=False):
 
 
 def _tiles(left_dim, right_dim):
-    return triton.cdiv(left_dim, LEFT.value) * triton.cdiv(right_dim, RIGHT.value)
+    return cdiv(left_dim, LEFT.value) * cdiv(right_dim, RIGHT.value)
 
 
 def _columns_of(x_RD, width):

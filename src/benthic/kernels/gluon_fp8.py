@@ -16,7 +16,6 @@ the next tile is loaded while the last one is written. Rows of an expert are cou
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -39,6 +38,7 @@ from benthic.kernels.gluon_fp8_tiles import (
     tiles_of,
 )
 from benthic.kernels.gluon_tiles import load, new_bars
+from benthic.kernels.host import cdiv
 from benthic.kernels.triton_tiles import multiprocessors
 
 COLUMNS = gl.constexpr(192)
@@ -164,14 +164,14 @@ def linear(x, weight, ends_E, *, dtype):
     rows, k_dim = x.values.shape
     n_dim = values.shape[-2]
     ends = one_end(rows, values.device) if ends_E is None else ends_E
-    experts, n_tiles = ends.shape[0], triton.cdiv(n_dim, COLUMNS.value)
+    experts, n_tiles = ends.shape[0], cdiv(n_dim, COLUMNS.value)
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
     most_tiles = (rows // ROWS.value + experts + 1) * n_tiles
     programs = min(multiprocessors(values.device), most_tiles)
     if rows:
         _rows_times_blocks[(programs,)](
             tiles_of(x.values), tiles_of(values.flatten(0, -2)), x.scale, scale, out_RN, ends,
-            rows, experts, n_dim, triton.cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2],
+            rows, experts, n_dim, cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2],
             *x.scale.stride(),
             REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, maxnreg=ENTRY_REGISTERS,

@@ -12,7 +12,6 @@ nobody's lie in it: then its threads write what is theirs.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -40,6 +39,7 @@ from benthic.kernels.gluon_fp8_tiles import (
     tiles_of,
 )
 from benthic.kernels.gluon_tiles import DTYPES, load, meet, new_bars, unload
+from benthic.kernels.host import cdiv
 from benthic.kernels.triton_tiles import multiprocessors
 
 STAGES = gl.constexpr(4)
@@ -186,7 +186,7 @@ def linear(x, weight, ends_E, *, dtype):
     rows, k_dim = x.values.shape
     n_dim = values.shape[-2]
     ends = one_end(rows, values.device) if ends_E is None else ends_E
-    experts, n_tiles = ends.shape[0], triton.cdiv(n_dim, TALL_COLUMNS.value)
+    experts, n_tiles = ends.shape[0], cdiv(n_dim, TALL_COLUMNS.value)
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
     most_tiles = (rows // TALL_ROWS.value + experts + 1) * n_tiles
     programs = min(multiprocessors(values.device), most_tiles)
@@ -194,7 +194,7 @@ def linear(x, weight, ends_E, *, dtype):
         _rows_times_blocks[(programs,)](
             tiles_of(x.values), tiles_of(values.flatten(0, -2), TALL_COLUMNS.value), _rows_of(out_RN),
             x.scale, scale, out_RN, ends,
-            rows, experts, n_dim, triton.cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2],
+            rows, experts, n_dim, cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2],
             *x.scale.stride(),
             REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, maxnreg=TALL_ENTRY_REGISTERS,

@@ -12,7 +12,6 @@ second-level cache, so that no group waits for what the gradient held.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -39,6 +38,7 @@ from benthic.kernels.gluon_fp8_tiles import (
     tiles_of,
 )
 from benthic.kernels.gluon_tiles import load, new_bars
+from benthic.kernels.host import cdiv
 from benthic.kernels.triton_tiles import multiprocessors
 
 STAGES = gl.constexpr(5)
@@ -174,7 +174,7 @@ def _launch(out, dy, x, ends_E, *, add):
             out.zero_()
         return
     ends = one_end(padded, out.device) if ends_E is None else ends_E
-    o_tiles, i_tiles = triton.cdiv(o_dim, TALL_ROWS.value), triton.cdiv(i_dim, TALL_COLUMNS.value)
+    o_tiles, i_tiles = cdiv(o_dim, TALL_ROWS.value), cdiv(i_dim, TALL_COLUMNS.value)
     tiles = ends.shape[0] * o_tiles * i_tiles
     programs = min(multiprocessors(out.device), tiles)
     _column_tiles[(programs,)](

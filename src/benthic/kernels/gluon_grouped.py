@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -33,6 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from benthic.kernels.gluon_fp8_tiles import corner, expert_of
 from benthic.kernels.gluon_tiles import load, meet, new_bars, take_context, unload
 from benthic.kernels.grouped_mm import GroupedMm
+from benthic.kernels.host import cdiv
 from benthic.kernels.triton_tiles import multiprocessors
 
 ROWS = gl.constexpr(256)
@@ -193,7 +193,7 @@ def multiply(x_RK, weight_EKN, ends_E):
     out_RN = torch.empty(rows, n_dim, dtype=x_RK.dtype, device=x_RK.device)
     turned = weight_EKN.stride(2) != 1
     weight = (weight_EKN.transpose(1, 2) if turned else weight_EKN).contiguous()
-    n_tiles = triton.cdiv(n_dim, COLUMNS.value)
+    n_tiles = cdiv(n_dim, COLUMNS.value)
     programs = min(multiprocessors(x_RK.device), (rows // ROWS.value + experts + 1) * n_tiles)
     if rows:
         take_context(x_RK.device)

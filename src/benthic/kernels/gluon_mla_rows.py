@@ -8,7 +8,6 @@ and weights, four others outputs, at most two pages later.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -35,6 +34,7 @@ from benthic.kernels.gluon_mla_shares import (
     rows_of,
 )
 from benthic.kernels.gluon_tiles import meet
+from benthic.kernels.host import cdiv
 from benthic.kernels.triton_tiles import multiprocessors
 
 PIECES = gl.constexpr(9)
@@ -219,7 +219,7 @@ def launch(decode, forms, registers, q_latent_SQHC, q_rope_SQHr, cache_PBW, bloc
     if out.numel() == 0 or pages == 0:
         return out.zero_()
     padded = 16 if rows <= 16 else 32
-    programs = min(multiprocessors(device), triton.cdiv(pages, LEAST_PAGES))
+    programs = min(multiprocessors(device), cdiv(pages, LEAST_PAGES))
     part, lse, ends, many = parts_of(sequences, programs, padded, device)
     decode[(programs,)](
         pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, lse, ends, out,

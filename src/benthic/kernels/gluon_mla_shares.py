@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benthic.kernels.gluon_tiles import DTYPES, copy, meet
+from benthic.kernels.host import cdiv, next_power_of_2
 
 PAGE = gl.constexpr(64)
 LATENT = gl.constexpr(512)
@@ -182,7 +183,7 @@ def parts_of(sequences, shares, padded, device):
     part = torch.empty(rows, LATENT.value, dtype=torch.float32, device=device)
     lse = torch.empty(rows, dtype=torch.float32, device=device)
     ends = torch.empty(2, sequences, dtype=torch.int32, device=device)
-    return part, lse, ends, max(128, triton.next_power_of_2(sequences))
+    return part, lse, ends, max(128, next_power_of_2(sequences))
 
 
 def tiles(shares, sequences):
@@ -198,7 +199,7 @@ def add_up(parts, context_S, out_SQHC, shares):
     sequences, queries, heads, latent = out_SQHC.shape
     rows = queries * heads
     few, height, columns = tiles(shares, sequences)
-    combine[(sequences * triton.cdiv(rows, height), latent // columns)](
+    combine[(sequences * cdiv(rows, height), latent // columns)](
         part, lse, out_SQHC, context_S, ends, sequences, rows,
         PADDED=part.shape[0] // (2 * shares), PARTS=few, ROWS=height, COLUMNS=columns,
     )  # fmt: skip

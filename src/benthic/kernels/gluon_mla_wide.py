@@ -17,7 +17,6 @@ find in the L2 cache. Shares and their parts are those of `gluon_mla_shares`.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -45,6 +44,7 @@ from benthic.kernels.gluon_mla_shares import (
     share_of,
 )
 from benthic.kernels.gluon_tiles import LOG2E, clear_after, load, meet, new_bars
+from benthic.kernels.host import cdiv
 from benthic.kernels.triton_tiles import multiprocessors
 
 ROWS = gl.constexpr(64)
@@ -315,8 +315,8 @@ def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S,
     pages = sequences * block_table_SP.shape[1]
     if out.numel() == 0 or pages == 0:
         return out.zero_()
-    tiles = triton.cdiv(rows, ROWS.value)
-    shares = min(max(multiprocessors(device) // tiles, 1), triton.cdiv(pages, LEAST_PAGES))
+    tiles = cdiv(rows, ROWS.value)
+    shares = min(max(multiprocessors(device) // tiles, 1), cdiv(pages, LEAST_PAGES))
     part, lse, ends, many = parts_of(sequences, shares, tiles * ROWS.value, device)
     _decode[(shares * tiles,)](
         pieces_of(cache_PBW, WIDTH.value), pieces_of(cache_PBW, ROPE.value),

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv
 from benthic.kernels.triton_attention_backward import gradients, keep, pad_value, split_width
 from benthic.kernels.triton_tiles import advance, load_rows
 
@@ -130,7 +131,7 @@ class _Attention(torch.autograd.Function):
         lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THd.device)
         d_1, d_2 = split_width(width)
         block_m, block_n, warps, stages = forward_tiles(q_THd.dtype, d_1 + d_2)
-        grid = (triton.cdiv(max_q, block_m), heads, cu_seqlens_q.shape[0] - 1)
+        grid = (cdiv(max_q, block_m), heads, cu_seqlens_q.shape[0] - 1)
         if tokens and max_q:
             _forward[grid](
                 q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k,

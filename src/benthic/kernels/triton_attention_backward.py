@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.triton_tiles import advance, load_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -241,17 +242,17 @@ def gradients(ctx, dout_THv):
 
 def split_width(width):
     """One or two powers of two that cover a head: 192 -> (128, 64), 44 -> (32, 16), 64 -> (64, 0)."""
-    padded = triton.next_power_of_2(max(width, 16))
+    padded = next_power_of_2(max(width, 16))
     if width in (padded, *range(1, 17)):
         return padded, 0
     half = padded // 2
-    rest = triton.next_power_of_2(max(width - half, 16))
+    rest = next_power_of_2(max(width - half, 16))
     return (half, rest) if rest < half else (padded, 0)
 
 
 def pad_value(width):
     """The power of two, at least 16, that covers a value head."""
-    return triton.next_power_of_2(max(width, 16))
+    return next_power_of_2(max(width, 16))
 
 
 def backward(
@@ -269,7 +270,7 @@ def backward(
     delta_HT = torch.empty_like(lse_HT)
     if tokens == 0 or k_THd.shape[0] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    row_dots[(triton.cdiv(tokens, 64), heads)](
+    row_dots[(cdiv(tokens, 64), heads)](
         out_THv, dout_THv, delta_HT, tokens, dout_THv.stride(0), dout_THv.stride(1),
         HEADS=heads, V=value, V_PAD=v_pad, BLOCK_M=64,
     )  # fmt: skip
@@ -277,13 +278,13 @@ def backward(
     shape = {"GROUPS": heads // key_heads, "D": width, "D_1": d_1, "D_2": d_2, "V": value, "V_PAD": v_pad}
     operands = (q_THd, k_THd, v_THv, dout_THv, lse_HT, delta_HT)
     block_m, block_n, warps, stages = key_tiles(q_THd.dtype, d_1 + d_2)
-    _keys_and_values[(triton.cdiv(max_k, block_n), key_heads, sequences)](
+    _keys_and_values[(cdiv(max_k, block_n), key_heads, sequences)](
         *operands, dk, dv, cu_seqlens_q, cu_seqlens_k, *strides, tokens, scale,
         KEY_HEADS=key_heads, **shape, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal, PRECISION="ieee",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     block_m, block_n, warps, stages = query_tiles(q_THd.dtype, d_1 + d_2)
-    _query_gradient[(triton.cdiv(max_q, block_m), heads, sequences)](
+    _query_gradient[(cdiv(max_q, block_m), heads, sequences)](
         *operands, dq, cu_seqlens_q, cu_seqlens_k, *strides, tokens, scale,
         HEADS=heads, **shape, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal, PRECISION="ieee",
         num_warps=warps, num_stages=stages,

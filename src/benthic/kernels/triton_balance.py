@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
+
 _ELEMENTS = 2048
 
 
@@ -103,7 +105,7 @@ def balance_loss(scores_TE, *, top_k, rows, factor, mean):
 def count_experts(count_E, expert_TK):
     """See `benthic.kernels.ops.count_experts`."""
     copies = expert_TK.numel()
-    block = min(max(triton.next_power_of_2(copies), 16), 4096)
+    block = min(max(next_power_of_2(copies), 16), 4096)
     _count[(count_E.numel(),)](
         expert_TK.contiguous(), count_E, copies, BLOCK=block, num_warps=min(8, max(1, block // 256))
     )
@@ -117,7 +119,7 @@ class _Balance(torch.autograd.Function):
         """Save the scores and how often each expert was among the highest."""
         device, (total, experts) = scores_TE.device, scores_TE.shape
         tokens, (height, width) = total // rows, _tile(experts)
-        tiles = triton.cdiv(tokens, height)
+        tiles = cdiv(tokens, height)
         part = torch.empty(rows, tiles, 2, experts, dtype=torch.float32, device=device)
         loads = torch.empty(2, rows, experts, dtype=torch.float32, device=device)
         weighted = torch.empty((), dtype=torch.float32, device=device)
@@ -147,7 +149,7 @@ class _Balance(torch.autograd.Function):
         rows, experts = scores_TE.shape
         height, width = _tile(experts)
         dscores_TE = torch.empty(rows, experts, dtype=torch.float32, device=scores_TE.device)
-        _balance_backward[(triton.cdiv(rows, height),)](
+        _balance_backward[(cdiv(rows, height),)](
             scores_TE, loads, dweighted, dscores_TE, rows, ctx.tokens, experts, ctx.factor,
             float(ctx.tokens), TOKENS=height, WIDTH=width, num_warps=4,
         )  # fmt: skip
@@ -156,5 +158,5 @@ class _Balance(torch.autograd.Function):
 
 def _tile(experts):
     """Tokens and padded experts of a program."""
-    width = triton.next_power_of_2(experts)
+    width = next_power_of_2(experts)
     return max(1, _ELEMENTS // width), width

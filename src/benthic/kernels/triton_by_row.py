@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.triton_tiles import find_tile, precision
 
 FEW_ROWS = 32
@@ -124,16 +125,16 @@ def _multiply(x_TGI, weight_GOI, out_TGO, ends_G=None):
     each = rows // groups if sorted_rows else rows
     block_r, block_n, block_k, warps, stages = tiles(x_TGI.dtype, each, n_dim, groups)
     search = sorted_rows and rows > FEW_ROWS * groups
-    row_tiles = triton.cdiv(rows, block_r)
+    row_tiles = cdiv(rows, block_r)
     if sorted_rows:
         row_tiles = (rows // block_r if search else 0) + groups + 1
     if rows:
-        _product[(triton.cdiv(n_dim, block_n), row_tiles, 1 if sorted_rows else groups)](
+        _product[(cdiv(n_dim, block_n), row_tiles, 1 if sorted_rows else groups)](
             x_TGI, weight_GOI, out_TGO, ends_G if sorted_rows else x_TGI,
             rows, groups, n_dim, k_dim, x_TGI.stride(0), 0 if sorted_rows else x_TGI.stride(1),
             *weight_GOI.stride(), out_TGO.stride(0), 0 if sorted_rows else out_TGO.stride(1),
             BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_K=block_k,
-            SORTED=sorted_rows, SEARCH=search, GROUPS=triton.next_power_of_2(groups + 2) if search else 1,
+            SORTED=sorted_rows, SEARCH=search, GROUPS=next_power_of_2(groups + 2) if search else 1,
             WHOLE=k_dim % block_k == 0, PRECISION=precision(x_TGI.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out_TGO
@@ -150,7 +151,6 @@ def tiles(dtype, rows, columns, groups):
     busy = [
         tiling
         for tiling in tall
-        if 2 * rows > tiling[0]
-        and triton.cdiv(rows, tiling[0]) * triton.cdiv(columns, tiling[1]) * groups >= _ENOUGH
+        if 2 * rows > tiling[0] and cdiv(rows, tiling[0]) * cdiv(columns, tiling[1]) * groups >= _ENOUGH
     ]
     return busy[-1] if busy else tall[0] if tall else TILINGS[-1]

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
+
 # Programs that share the copies of a counting sort, and (expert, copy) pairs that one looks at in a step.
 _PROGRAMS = 256
 _PAIRS = 8192
@@ -80,11 +82,11 @@ def sort_copies(expert_AK, *, first, experts):
     ends_E = torch.empty(experts, dtype=torch.int32, device=device)
     row_AK = torch.empty(expert_AK.shape, dtype=torch.int64, device=device)
     copy_R = torch.empty(copies, dtype=torch.int64, device=device)
-    padded = triton.next_power_of_2(experts)
+    padded = next_power_of_2(experts)
     block = max(16, min(1024, _PAIRS // padded))
     found = torch.empty(padded, _PROGRAMS, dtype=torch.int32, device=device)
-    chunk = block * triton.cdiv(copies, block * _PROGRAMS)
-    grid = (max(1, triton.cdiv(copies, max(chunk, 1))),)
+    chunk = block * cdiv(copies, block * _PROGRAMS)
+    grid = (max(1, cdiv(copies, max(chunk, 1))),)
     sizes = copies, chunk, expert_AK.stride(0), first, experts
     shape = {"TOP_K": top_k, "EXPERTS": padded, "PROGRAMS": _PROGRAMS, "BLOCK": block}
     _count_copies[grid](expert_AK, row_AK, copy_R, found, *sizes, **shape, num_warps=8)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv
 from benthic.kernels.reference.e5m6 import E5M6_MAX, MIN_AMAX, TILE
 
 _ROWS = 16
@@ -135,12 +136,12 @@ def quantise(x_TD):
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()
     rows, width = x_TD.shape
-    tiles = triton.cdiv(width, TILE)
-    packed = torch.empty(rows, 3 * triton.cdiv(width, 2), dtype=torch.uint8, device=x_TD.device)
+    tiles = cdiv(width, TILE)
+    packed = torch.empty(rows, 3 * cdiv(width, 2), dtype=torch.uint8, device=x_TD.device)
     scale = torch.empty(rows, tiles, dtype=torch.float32, device=x_TD.device)
     units = _units(packed, width)
     if packed.numel():
-        _quantise[(triton.cdiv(rows, _ROWS), tiles)](
+        _quantise[(cdiv(rows, _ROWS), tiles)](
             x_TD, units, scale, rows, width, tiles, units.shape[1], x_TD.stride(0),
             MAX=E5M6_MAX, FLOOR=MIN_AMAX, WORDS=units.dtype == torch.int32, ROWS=_ROWS, TILE=TILE,
         )  # fmt: skip
@@ -154,7 +155,7 @@ def dequantise(packed, scale_Ta, width, *, dtype):
     out = torch.empty(rows, width, dtype=dtype, device=packed.device)
     units = _units(packed, width)
     if out.numel():
-        _dequantise[(triton.cdiv(rows, _ROWS), tiles)](
+        _dequantise[(cdiv(rows, _ROWS), tiles)](
             units, scale_Ta, out, rows, width, tiles, units.shape[1],
             WORDS=units.dtype == torch.int32, ROWS=_ROWS, TILE=TILE,
         )  # fmt: skip

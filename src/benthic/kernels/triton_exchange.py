@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.triton_permute import sum_of_rows
 
 FEW_TOKENS = 256
@@ -111,7 +112,7 @@ def push_tokens(x_TW, expert_TK, weight_TK, tables, *, rank, max_tokens, per_ran
         x_TW, expert_TK, x_TW if weight_TK is None else weight_TK.view(torch.int32), rows_table, choice_table,
         tokens, rank, max_tokens, words, per_rank,
         CHOICE=weight_TK is not None, RANKS=rows_table.shape[0], TOP_K=top_k,
-        TOP_K_PAD=triton.next_power_of_2(top_k), WORDS=size, num_warps=_warps(size),
+        TOP_K_PAD=next_power_of_2(top_k), WORDS=size, num_warps=_warps(size),
     )  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def push_sums(rows_RD, row_AK, weight_AK, dweight_AK, tables, *, rank, max_token
         row_AK if dweight_AK is None else dweight_AK, rows_table, dweight_table,
         rank, slots, max_tokens, width, rows_RD.stride(0),
         WEIGHTED=weight_AK is not None, DWEIGHT=dweight_AK is not None, TOP_K=top_k,
-        TOP_K_PAD=triton.next_power_of_2(top_k), WIDTH=size, num_warps=_warps(size),
+        TOP_K_PAD=next_power_of_2(top_k), WIDTH=size, num_warps=_warps(size),
     )  # fmt: skip
 
 
@@ -147,12 +148,8 @@ def await_flags(flags, offset, ranks):
 
 def _chunks(width, max_tokens):
     """Elements that a program moves of a row, and how many programs a row needs."""
-    size = (
-        min(1024, triton.next_power_of_2(width))
-        if max_tokens <= FEW_TOKENS
-        else triton.next_power_of_2(width)
-    )
-    return size, triton.cdiv(width, size)
+    size = min(1024, next_power_of_2(width)) if max_tokens <= FEW_TOKENS else next_power_of_2(width)
+    return size, cdiv(width, size)
 
 
 def _warps(size):

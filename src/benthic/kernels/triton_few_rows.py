@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.table import triton_interprets
 from benthic.kernels.triton_tiles import precision, product_of_chunk
@@ -204,10 +205,10 @@ def gate_logits(x_TD, weight_ED):
     weight_ED = weight_ED if weight_ED.stride(1) == 1 else weight_ED.contiguous()
     (rows, width), experts = x_TD.shape, weight_ED.shape[0]
     out_TE = torch.empty(rows, experts, dtype=torch.float32, device=x_TD.device)
-    block, padded = 1 if rows <= 8 else 4, triton.next_power_of_2(width)
+    block, padded = 1 if rows <= 8 else 4, next_power_of_2(width)
     own = max(1, 4096 // padded)
     if rows:
-        _gate[(triton.cdiv(rows, block), triton.cdiv(experts, own))](
+        _gate[(cdiv(rows, block), cdiv(experts, own))](
             x_TD, weight_ED, out_TE, rows, experts, width, x_TD.stride(0), weight_ED.stride(0),
             ROWS=block, EXPERTS=own, WIDTH=padded, num_warps=2, **early(x_TD.device, rows),
         )  # fmt: skip
@@ -222,9 +223,9 @@ def linear(x_TI, weight_OI):
     out_TO = torch.empty(rows, n_dim, dtype=x_TI.dtype, device=x_TI.device)
     own, warps, width = held(n_dim)
     if rows:
-        _linear[(triton.cdiv(n_dim, own),)](
+        _linear[(cdiv(n_dim, own),)](
             x_TI, weight_OI, out_TO, rows, n_dim, k_dim, x_TI.stride(0), weight_OI.stride(0),
-            OWN=own, WARPS=warps, WIDTH=width, CHUNKS=triton.cdiv(k_dim, warps * width),
+            OWN=own, WARPS=warps, WIDTH=width, CHUNKS=cdiv(k_dim, warps * width),
             WHOLE=k_dim % (warps * width) == 0, PRECISION=precision(x_TI.dtype), num_warps=warps,
             **early(x_TI.device, rows),
         )  # fmt: skip
@@ -250,7 +251,7 @@ def grouped_linear(x_RI, weight_EOI, ends_E):
     out_RO = torch.empty(rows, n_dim, dtype=x_RI.dtype, device=x_RI.device)
     block_r, block_k, stages = tiles(x_RI.dtype, rows // experts)
     if rows:
-        _few_rows[(triton.cdiv(n_dim, COLUMNS), min(rows, experts) + 1)](
+        _few_rows[(cdiv(n_dim, COLUMNS), min(rows, experts) + 1)](
             x_RI, weight_EOI, out_RO, ends_E,
             rows, experts, n_dim, k_dim, x_RI.stride(0), weight_EOI.stride(0), weight_EOI.stride(1),
             BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k,
@@ -272,7 +273,7 @@ def fp8_linear(x, weight, ends_E, *, dtype):
     # one weight gives few programs, which have to load far ahead
     block_r, block_k, stages = tiles(x.values.dtype, rows // experts) if grouped else (16, 128, 8)
     if rows:
-        _few_rows_of_blocks[(triton.cdiv(n_dim, COLUMNS), min(rows, experts) + 1 if grouped else 1)](
+        _few_rows_of_blocks[(cdiv(n_dim, COLUMNS), min(rows, experts) + 1 if grouped else 1)](
             x.values, x.scale, values, scale, out_RN, ends_E if grouped else values,
             rows, experts, n_dim, k_dim,
             scale.shape[-1], scale.shape[-2], *x.scale.stride(), scale.stride(-2),
@@ -286,7 +287,7 @@ def fp8_linear(x, weight, ends_E, *, dtype):
 
 def _searched(rows, experts):
     """`EXPERTS` of `_owner`: experts are searched for those that have rows where some cannot have any."""
-    return triton.next_power_of_2(experts) if rows < experts else 0
+    return next_power_of_2(experts) if rows < experts else 0
 
 
 def tiles(dtype, rows):

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
 from benthic.kernels.triton_e4m3 import row_block, scaled, tile_scale
@@ -102,14 +103,14 @@ def quantise(x_MN, tile_m, tile_n, *, power_of_two, by_column=False):
     if x_MN.stride(1) != 1:
         x_MN = x_MN.contiguous()
     rows, columns = x_MN.shape
-    tiles_m, tiles_n = triton.cdiv(rows, tile_m), triton.cdiv(columns, tile_n)
+    tiles_m, tiles_n = cdiv(rows, tile_m), cdiv(columns, tile_n)
     values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x_MN.device)
     strides = (1, tiles_m) if by_column else (tiles_n, 1)
     scale = torch.empty_strided((tiles_m, tiles_n), strides, dtype=torch.float32, device=x_MN.device)
-    tile = triton.next_power_of_2(tile_n)
+    tile = next_power_of_2(tile_n)
     if rows and tile_m == 1:
         block, warps = row_block(rows)
-        _quantise_rows[(tiles_n * triton.cdiv(rows, block),)](
+        _quantise_rows[(tiles_n * cdiv(rows, block),)](
             x_MN, values, scale, rows, columns, x_MN.stride(0), *strides,
             POWER_OF_TWO=power_of_two, ROWS=block, TILE=tile, TILE_N=tile_n, num_warps=warps,
             **early(x_MN.device, rows),
@@ -128,7 +129,7 @@ def dequantise(values_MN, scale, tile_m, tile_n, *, dtype):
     rows, columns = values_MN.shape
     out = torch.empty(rows, columns, dtype=dtype, device=values_MN.device)
     if out.numel():
-        _dequantise[(triton.cdiv(rows, 16), triton.cdiv(columns, 256))](
+        _dequantise[(cdiv(rows, 16), cdiv(columns, 256))](
             values_MN, scale, out, rows, columns, scale.shape[1], tile_m, tile_n, ROWS=16, COLUMNS=256
         )
     return out
@@ -164,7 +165,7 @@ def _cut(x_RI, scale, ends_E, *, power_of_two):
     out_scale = torch.empty_strided(size, (1, columns), dtype=torch.float32, device=x_RI.device)
     if padded:
         width = 64  # divides 128, so that a program reads one column of scales
-        _quantise_columns[(padded // TILE, triton.cdiv(columns, width))](
+        _quantise_columns[(padded // TILE, cdiv(columns, width))](
             x_RI, out_scale if scale is None else scale, values, out_scale,
             values if ends_E is None else ends_E,
             rows, experts, columns, *((0, 0) if scale is None else scale.stride()), padded, x_RI.stride(0),

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
 from benthic.kernels.triton_e4m3 import row_block, scaled, tile_scale
@@ -176,7 +177,7 @@ def swiglu(gate_up_RF2, *, power_of_two):
     out = _empty_tiles(rows, width, gate_up_RF2.device)
     if rows:
         block, warps = row_block(rows)
-        _swiglu_rows[(out.scale.shape[1] * triton.cdiv(rows, block),)](
+        _swiglu_rows[(out.scale.shape[1] * cdiv(rows, block),)](
             gate_up_RF2, *out, rows, width, gate_up_RF2.stride(0), *out.scale.stride(),
             POWER_OF_TWO=power_of_two, ROWS=block, TILE=TILE, num_warps=warps,
             **early(gate_up_RF2.device, rows),
@@ -203,7 +204,7 @@ def _norm(x_RD, residual_RD, weight_D, eps, *, power_of_two):
     total = x_RD if residual_RD is None else torch.empty_like(out.values, dtype=x_RD.dtype)
     block, padded, warps = norm_tile(width)
     if rows:
-        _norm_rows[(triton.cdiv(rows, block),)](
+        _norm_rows[(cdiv(rows, block),)](
             x_RD, other, weight_D, total, *out,
             rows, width, out.scale.shape[1], x_RD.stride(0), other.stride(0), *out.scale.stride(), eps,
             HAS_RESIDUAL=residual_RD is not None, POWER_OF_TWO=power_of_two,
@@ -214,14 +215,12 @@ def _norm(x_RD, residual_RD, weight_D, eps, *, power_of_two):
 
 def norm_tile(width):
     """`(rows, padded width, warps)`: those of the plain norm, whose sums then have the same order."""
-    padded = max(TILE, triton.next_power_of_2(width))
+    padded = max(TILE, next_power_of_2(width))
     rows = max(1, 4096 // padded)
     return rows, padded, min(16, max(4, rows * padded // 1024))
 
 
 def _empty_tiles(outer, inner, device):
     """Values and scales to be written; scales column by column, as cuBLAS reads them."""
-    scale = torch.empty_strided(
-        (outer, triton.cdiv(inner, TILE)), (1, outer), dtype=torch.float32, device=device
-    )
+    scale = torch.empty_strided((outer, cdiv(inner, TILE)), (1, outer), dtype=torch.float32, device=device)
     return Fp8(torch.empty(outer, inner, dtype=torch.float8_e4m3fn, device=device), scale)

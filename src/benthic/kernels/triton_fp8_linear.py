@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.reference.fp8_linear import TILE, by_column
 from benthic.kernels.table import triton_interprets
 from benthic.kernels.triton_tiles import find_tile, groups, product_of_chunk
@@ -114,7 +115,7 @@ def linear(x, weight, ends_E, *, dtype):
     experts = 1 if ends_E is None else ends_E.shape[0]
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
     block_m, block_n, warps, stages = tiles(rows // experts)
-    grid = (triton.cdiv(n_dim, block_n), rows // block_m + experts + 1)
+    grid = (cdiv(n_dim, block_n), rows // block_m + experts + 1)
     if rows:
         _rows_times_blocks[grid](
             x.values, x.scale, values, scale, out_RN, values if ends_E is None else ends_E,
@@ -143,11 +144,11 @@ def _write_gradient(out, dy, x, ends_E, *, add):
     (o_dim, padded), i_dim = dy.values.shape, x.values.shape[0]
     experts = 1 if ends_E is None else ends_E.shape[0]
     block_o, block_i, warps, stages = tiles(64)  # 128 x 128 spills: both operands bring a vector of scales
-    _column_tiles[(triton.cdiv(i_dim, block_i), triton.cdiv(o_dim, block_o), experts)](
+    _column_tiles[(cdiv(i_dim, block_i), cdiv(o_dim, block_o), experts)](
         dy.values, by_column(dy.scale), x.values, by_column(x.scale), out, out if ends_E is None else ends_E,
         experts, o_dim, i_dim, padded, padded // TILE,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_P=TILE,
-        EXPERTS=0 if ends_E is None else triton.next_power_of_2(experts),
+        EXPERTS=0 if ends_E is None else next_power_of_2(experts),
         ADD=add, EMULATE=triton_interprets(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 

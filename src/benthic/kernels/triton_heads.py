@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
+
 _TILE = 8192  # elements of a program
 
 
@@ -75,7 +77,7 @@ class _Split(torch.autograd.Function):
 
 def tiles(first, second):
     """`(rows, padded first, padded second)` of a program, about 8,192 elements."""
-    padded = triton.next_power_of_2(first), triton.next_power_of_2(second)
+    padded = next_power_of_2(first), next_power_of_2(second)
     fit = max(1, _TILE // sum(padded))
     return 1 << (fit.bit_length() - 1), *padded
 
@@ -89,7 +91,7 @@ def _joined(first_THa, second):
     out = torch.empty(tokens, heads, a + b, dtype=first_THa.dtype, device=first_THa.device)
     block, a_pad, b_pad = tiles(a, b)
     if out.numel():
-        _join[(triton.cdiv(tokens * heads, block),)](
+        _join[(cdiv(tokens * heads, block),)](
             first_THa, second, out, tokens * heads, *first_THa.stride()[:2],
             second.stride(0), second.stride(1) if second.dim() == 3 else 0,
             HEADS=heads, FIRST=a, SECOND=b, ROWS=block, FIRST_PAD=a_pad, SECOND_PAD=b_pad, num_warps=4,

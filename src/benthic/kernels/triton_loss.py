@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.chunked_loss import GradientsInForward, Making, chunk_of
+from benthic.kernels.host import next_power_of_2
 
 _ROOM = {"cpu": 64 << 20, "cuda": 1 << 30}
 
@@ -49,7 +50,7 @@ def turn(logits, target_t, ignore_index, *, gradient):
     """See `benthic.kernels.chunked_loss.Turn`; gradients take the place of the logits."""
     rows, columns = logits.shape
     loss_t = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(16384, triton.next_power_of_2(columns))
+    block = min(16384, next_power_of_2(columns))
     # a whole SM for a row: 132 rows of 163,840 words in bfloat16 stay in 50 MB of L2 until they are written
     warps = max(1, min(32, block // 512))
     if rows:

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.triton_tiles import multiprocessors
 
@@ -164,22 +165,22 @@ def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S,
         return out
     fp8_cache = cache_PBW.dtype == torch.float8_e4m3fn
     block_h, block_n, warps, stages = tiles(q_latent_SQHC.dtype, rows, fp8_cache=fp8_cache)
-    row_blocks = triton.cdiv(rows, block_h)
+    row_blocks = cdiv(rows, block_h)
     if splits is None:
         splits = split_count(cache_PBW.device, sequences * row_blocks, block_table_SP.shape[1] * page)
     lse = torch.empty(sequences * rows * splits, dtype=torch.float32, device=out.device)
     part = out if splits == 1 else torch.empty(lse.shape[0], latent, dtype=torch.float32, device=out.device)
-    latent_pad = triton.next_power_of_2(max(latent, 16))
+    latent_pad = next_power_of_2(max(latent, 16))
     _decode[(row_blocks, sequences, splits)](
         q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, part, lse,
         *q_latent_SQHC.stride()[:3], *q_rope_SQHr.stride()[:3], *cache_PBW.stride()[:2],
         block_table_SP.stride(0), queries, heads, splits, scale,
-        C=latent, C_PAD=latent_pad, R=rope, R_PAD=triton.next_power_of_2(max(rope, 16)), PAGE=page,
+        C=latent, C_PAD=latent_pad, R=rope, R_PAD=next_power_of_2(max(rope, 16)), PAGE=page,
         BLOCK_H=block_h, BLOCK_N=block_n, PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _combine[(sequences * rows,)](
-            part, lse, out, splits, C=latent, C_PAD=latent_pad, SPLITS=triton.next_power_of_2(splits)
+            part, lse, out, splits, C=latent, C_PAD=latent_pad, SPLITS=next_power_of_2(splits)
         )
     return out
 
@@ -200,8 +201,8 @@ def tiles(dtype, rows, *, fp8_cache=False):
 
 def split_count(device, programs, longest):
     """Parts to cut contexts into: about two programs a multiprocessor, at least 256 tokens each."""
-    wanted = triton.cdiv(_SPLIT_TARGET * multiprocessors(device), programs)
-    return max(1, min(wanted, triton.cdiv(longest, 256), 64))
+    wanted = cdiv(_SPLIT_TARGET * multiprocessors(device), programs)
+    return max(1, min(wanted, cdiv(longest, 256), 64))
 
 
 def store_latent(cache_PBW, latent_TC, rope_Tr, slot_T):
@@ -210,11 +211,11 @@ def store_latent(cache_PBW, latent_TC, rope_Tr, slot_T):
     tokens, latent = latent_TC.shape
     rope = rope_Tr.shape[1]
     if tokens:
-        _store[(triton.cdiv(tokens, 4),)](
+        _store[(cdiv(tokens, 4),)](
             cache_PBW, latent_TC, rope_Tr, slot_T, tokens, cache_PBW.stride(1),
             latent_TC.stride(0), rope_Tr.stride(0),
-            C=latent, C_PAD=triton.next_power_of_2(latent),
-            R=rope, R_PAD=triton.next_power_of_2(rope), ROWS=4, FP8=cache_PBW.dtype == torch.float8_e4m3fn,
+            C=latent, C_PAD=next_power_of_2(latent),
+            R=rope, R_PAD=next_power_of_2(rope), ROWS=4, FP8=cache_PBW.dtype == torch.float8_e4m3fn,
             **early(latent_TC.device, tokens),
         )  # fmt: skip
 
@@ -226,7 +227,7 @@ def copy_blocks(source_LPBW, from_R, target_LPBW, to_R):
     layers, pages, block, width = target_LPBW.shape
     size, count = block * width, to_R.shape[0]
     if size and count and layers:
-        _copy[(count, layers, triton.cdiv(size, _COPY_CHUNK))](
+        _copy[(count, layers, cdiv(size, _COPY_CHUNK))](
             source_LPBW, target_LPBW, from_R, to_R, source_LPBW.shape[1], pages, size,
             CHUNK=_COPY_CHUNK, num_warps=8,
         )  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.triton_tiles import multiprocessors
 
 CUT = 512
@@ -111,7 +112,7 @@ def mla_by_row(q_latent_THC, q_rope_THr, cache_PBW, block_table_SP, sequence_T, 
     )
     tokens, heads, latent = q_latent_THC.shape
     out_THC = torch.empty(q_latent_THC.shape, dtype=q_latent_THC.dtype, device=cache_PBW.device)
-    cuts = triton.cdiv(block_table_SP.shape[1] * cache_PBW.shape[1], CUT)
+    cuts = cdiv(block_table_SP.shape[1] * cache_PBW.shape[1], CUT)
     if out_THC.numel() == 0:
         return out_THC
     rows = min(tokens, max(1, PART_BYTES // (4 * heads * cuts * latent)))
@@ -127,15 +128,15 @@ def mla_by_row(q_latent_THC, q_rope_THr, cache_PBW, block_table_SP, sequence_T, 
 
 def _some_rows(out, q_latent, q_rope, cache, table, sequence_T, context_T, part, lse, cuts, scale):
     rows, heads, latent = q_latent.shape
-    rope, latent_pad = q_rope.shape[2], triton.next_power_of_2(max(latent, 16))
+    rope, latent_pad = q_rope.shape[2], next_power_of_2(max(latent, 16))
     block_h, block_n, warps, stages = tiles(q_latent.dtype, fp8_cache=cache.dtype == torch.float8_e4m3fn)
-    programs = rows * triton.cdiv(heads, block_h)
-    shares = max(1, min(cuts, triton.cdiv(_PROGRAMS * multiprocessors(out.device), programs)))
+    programs = rows * cdiv(heads, block_h)
+    shares = max(1, min(cuts, cdiv(_PROGRAMS * multiprocessors(out.device), programs)))
     _attend[(programs, shares)](
         q_latent, q_rope, cache, table, sequence_T, context_T, part, lse,
         *q_latent.stride()[:2], *q_rope.stride()[:2], *cache.stride()[:2], table.stride(0),
         heads, cuts, CUT, scale,
-        C=latent, C_PAD=latent_pad, R=rope, R_PAD=triton.next_power_of_2(max(rope, 16)), PAGE=cache.shape[1],
+        C=latent, C_PAD=latent_pad, R=rope, R_PAD=next_power_of_2(max(rope, 16)), PAGE=cache.shape[1],
         BLOCK_H=block_h, BLOCK_N=block_n, PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _add_up[(rows * heads,)](

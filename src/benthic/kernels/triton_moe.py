@@ -13,6 +13,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from benthic.kernels.grouped_mm import GroupedMm
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.reference.moe import squares_of
 from benthic.kernels.triton_tiles import find_tile, precision
 
@@ -129,9 +130,7 @@ def zero_tail(rows_RD, ends_E):
     """Zero the rows past `ends[-1]` in place, without reading the others or waiting for the host."""
     rows, width = rows_RD.shape
     if rows:
-        _zero_rows[(triton.cdiv(rows, 32),)](
-            rows_RD, ends_E, rows, width, ends_E.shape[0], ROWS=32, WIDTH=128
-        )
+        _zero_rows[(cdiv(rows, 32),)](rows_RD, ends_E, rows, width, ends_E.shape[0], ROWS=32, WIDTH=128)
     return rows_RD
 
 
@@ -163,14 +162,14 @@ def _multiply(x_RK, weight_EKN, ends_E):
     experts, _, n_dim = weight_EKN.shape
     out_RN = torch.empty(rows, n_dim, dtype=x_RK.dtype, device=x_RK.device)
     block_m, block_n, block_k, warps, stages = tiles(x_RK.dtype, rows // max(experts, 1))
-    grid = (triton.cdiv(n_dim, block_n), rows // block_m + experts + 1)
+    grid = (cdiv(n_dim, block_n), rows // block_m + experts + 1)
     if rows:
         _rows_times_experts[grid](
             x_RK, weight_EKN, out_RN, ends_E,
             rows, experts, n_dim, k_dim, x_RK.stride(0),
             weight_EKN.stride(0), weight_EKN.stride(2), weight_EKN.stride(1),
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            EXPERTS=triton.next_power_of_2(experts + 2), PRECISION=precision(x_RK.dtype),
+            EXPERTS=next_power_of_2(experts + 2), PRECISION=precision(x_RK.dtype),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out_RN
@@ -193,7 +192,7 @@ def _experts_gradients(out, dy_RO, x_RI, ends_E, *, add):
     dy_RO, x_RI = (x if x.stride(1) == 1 else x.contiguous() for x in (dy_RO, x_RI))
     experts, o_dim, i_dim = out.shape
     block_o, block_i, block_r, warps, stages = tiles(x_RI.dtype, o_dim)
-    _expert_gradient[(triton.cdiv(i_dim, block_i), triton.cdiv(o_dim, block_o), experts)](
+    _expert_gradient[(cdiv(i_dim, block_i), cdiv(o_dim, block_o), experts)](
         dy_RO, x_RI, out, ends_E, o_dim, i_dim, dy_RO.stride(0), x_RI.stride(0), ADD=add,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_R=block_r, PRECISION=precision(x_RI.dtype),
         num_warps=warps, num_stages=stages,

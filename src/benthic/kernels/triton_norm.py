@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
 
 # The norm's backward fills a multiprocessor's registers with 16 warps, and one of Hopper's 132 has 57 to 86
@@ -218,7 +219,7 @@ def rope_and_norm(q_rope_THr, k_rope_Tr, latent_TC, weight_C, eps, cos_Tr2, sin_
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, latent)]
     rows, half_padded, _ = tile(rope_dim // 2, 2048)
     norm_rows, padded, warps = tile(latent.shape[1], 4096)
-    programs = [triton.cdiv(*each) for each in ((tokens, norm_rows), (tokens * heads, rows), (tokens, rows))]
+    programs = [cdiv(*each) for each in ((tokens, norm_rows), (tokens * heads, rows), (tokens, rows))]
     if tokens:
         _rotate_and_norm[(sum(programs),)](
             query, key, latent, weight_C, cos_Tr2.contiguous(), sin_Tr2.contiguous(), *outs,
@@ -238,7 +239,7 @@ def as_rows(x):
 
 def tile(width, elements):
     """`(rows, padded width, warps)` of a tile of about `elements` elements that holds whole rows."""
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     rows = max(1, elements // padded)
     return rows, padded, min(16, max(4, rows * padded // 1024))
 
@@ -254,7 +255,7 @@ def _column_sums(parts_PD, like_D):
     """Of float32 parts, in the dtype of `like_D`; always in one order."""
     parts, width = parts_PD.shape
     sums_D = torch.empty_like(like_D, memory_format=torch.contiguous_format)
-    _sum_columns[(triton.cdiv(width, 16),)](parts_PD, sums_D, parts, width, PARTS=128, WIDTH=16, num_warps=4)
+    _sum_columns[(cdiv(width, 16),)](parts_PD, sums_D, parts, width, PARTS=128, WIDTH=16, num_warps=4)
     return sums_D
 
 
@@ -272,7 +273,7 @@ class _Norm(torch.autograd.Function):
         rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
         block, padded, warps = tile(width, 4096)
         if rows:
-            _norm_forward[(triton.cdiv(rows, block),)](
+            _norm_forward[(cdiv(rows, block),)](
                 rows_RD, other, weight_D, out, total, rstd,
                 rows, width, rows_RD.stride(0), other.stride(0), eps,
                 HAS_RESIDUAL=residual is not None, ROWS=block, WIDTH=padded, num_warps=warps,
@@ -298,7 +299,7 @@ class _Norm(torch.autograd.Function):
         dtotal = dtotal.contiguous() if has_dtotal else dy
         dx = torch.empty_like(dy)
         block, padded, warps, stages = backward_tile(width, dy.element_size() * (2 + has_dtotal))
-        programs = min(_WARPS // warps, triton.cdiv(rows, block))
+        programs = min(_WARPS // warps, cdiv(rows, block))
         partial = torch.empty(programs, width, dtype=torch.float32, device=dy.device)
         if rows:
             _norm_backward[(programs,)](
@@ -344,9 +345,9 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def _swiglu_tiles(rows, width):
-    padded = min(1024, triton.next_power_of_2(width))
+    padded = min(1024, next_power_of_2(width))
     block = max(1, 2048 // padded)
-    return (triton.cdiv(rows, block), triton.cdiv(width, padded)), block, padded
+    return (cdiv(rows, block), cdiv(width, padded)), block, padded
 
 
 class _Rope(torch.autograd.Function):
@@ -372,7 +373,7 @@ def _rotated(x, cos_Tr2, sin_Tr2, *, sign):
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block, padded, warps = tile(half, 2048)
     if rows:
-        _rotate[(triton.cdiv(rows, block),)](
+        _rotate[(cdiv(rows, block),)](
             x, cos_Tr2, sin_Tr2, out,
             rows, heads, half, x.stride(0), x.stride(1) if x.dim() == 3 else 0, sign,
             ROWS=block, HALF=padded, num_warps=warps,

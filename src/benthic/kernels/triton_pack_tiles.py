@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
+
 HEADS_TOGETHER = 16
 """Of how many heads the longest tiles start first: a lone short sequence has few of them."""
 FULL = 0.75
@@ -57,7 +59,7 @@ def grid_of(starts_S1, rows, most, tile, heads, *, last_first):
         last_first: a sequence's last tile comes first.
     """
     sequences, together = starts_S1.shape[0] - 1, math.gcd(heads, HEADS_TOGETHER)
-    whole = triton.cdiv(most, tile)
+    whole = cdiv(most, tile)
     places = (rows + (tile - 1) * sequences) // tile  # as if all but one row of a tile were missing in each
     if places > FULL * whole * sequences or sequences > MOST_SEQUENCES:
         return (together, whole, heads // together * sequences), (starts_S1, together, False)
@@ -71,9 +73,9 @@ def grid_of(starts_S1, rows, most, tile, heads, *, last_first):
 def listed(starts_S1, places, tile, *, last_first):
     """int32 [places or more, 2]: sequence and tile; (-1, 0) where there are no more tiles."""
     sequences = starts_S1.shape[0] - 1
-    padded = triton.next_power_of_2(sequences)
+    padded = next_power_of_2(sequences)
     each = max(1, min(64, 8192 // padded))
-    parts = triton.cdiv(places, each)
+    parts = cdiv(places, each)
     list_N2 = torch.empty(parts * each, 2, dtype=torch.int32, device=starts_S1.device)
     _list_tiles[(parts,)](
         starts_S1, list_N2, sequences,

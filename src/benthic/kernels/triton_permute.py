@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import FEW_ROWS, early, wait_for_inputs
 from benthic.kernels.reference.moe import Permuted, RowMaps
 from benthic.kernels.triton_counting_sort import sort_copies
@@ -193,10 +194,10 @@ def permute_few(x_TD, expert_TK, num_experts):
     row_TK = torch.empty(expert_TK.shape, dtype=torch.int64, device=device)
     copy_R = torch.empty(copies, dtype=torch.int64, device=device)
     ends_E = torch.empty(num_experts, dtype=torch.int32, device=device)
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     _permute_few[(copies + num_experts,)](
         x_TD, expert_TK, rows_RD, row_TK, copy_R, ends_E, copies, width, x_TD.stride(0),
-        TOP_K=top_k, COPIES=max(128, triton.next_power_of_2(copies)), WIDTH=padded, num_warps=_warps(padded),
+        TOP_K=top_k, COPIES=max(128, next_power_of_2(copies)), WIDTH=padded, num_warps=_warps(padded),
         **early(device, copies),
     )  # fmt: skip
     return Permuted(rows_RD, ends_E, RowMaps(row_TK, copy_R))
@@ -219,7 +220,7 @@ def gather_copies(x_AD, copy_R, ends_E, top_k):
     rows, width = copy_R.shape[0], x_AD.shape[1]
     out = torch.empty(rows, width, dtype=x_AD.dtype, device=x_AD.device)
     if out.numel():
-        padded = triton.next_power_of_2(width)
+        padded = next_power_of_2(width)
         _gather_copies[(rows,)](
             x_AD, copy_R, ends_E, out, width, x_AD.stride(0), ends_E.shape[0] - 1,
             TOP_K=top_k, WIDTH=padded, num_warps=_warps(padded), **early(out.device, rows),
@@ -235,7 +236,7 @@ def sum_copies(rows_RD, row_AK, weight_AK):
 def sum_copies_backward(dout_AD, rows_RD, row_AK, weight_AK):
     """See `benthic.kernels.ops.sum_copies_backward`."""
     rows_RD = _unit_stride(rows_RD)
-    width, padded = rows_RD.shape[1], triton.next_power_of_2(rows_RD.shape[1])
+    width, padded = rows_RD.shape[1], next_power_of_2(rows_RD.shape[1])
     drows = torch.empty(rows_RD.shape, dtype=rows_RD.dtype, device=rows_RD.device)
     dweight = torch.empty(weight_AK.shape, dtype=weight_AK.dtype, device=rows_RD.device)
     if dweight.numel():
@@ -262,7 +263,7 @@ class _Gather(torch.autograd.Function):
         """Save where the copies went."""
         ctx.save_for_backward(row_TK)
         x_TD = _unit_stride(x_TD)
-        width, padded = x_TD.shape[1], triton.next_power_of_2(x_TD.shape[1])
+        width, padded = x_TD.shape[1], next_power_of_2(x_TD.shape[1])
         out = torch.empty(row_TK.numel(), width, dtype=x_TD.dtype, device=x_TD.device)
         if out.numel():
             _spread_rows[(row_TK.shape[0],)](
@@ -281,9 +282,9 @@ class _Gather(torch.autograd.Function):
 def _summed(rows_RD, weight_TK, row_TK, beside=(), *, few=False):
     (tokens, top_k), width = row_TK.shape, rows_RD.shape[1]
     out = torch.empty(tokens, width, dtype=rows_RD.dtype, device=rows_RD.device)
-    part = min(1024, triton.next_power_of_2(width))
+    part = min(1024, next_power_of_2(width))
     if out.numel():
-        _sum_rows[(tokens * triton.cdiv(width, part),)](
+        _sum_rows[(tokens * cdiv(width, part),)](
             rows_RD, row_TK if weight_TK is None else weight_TK, row_TK, out,
             *beside, *[out] * (2 - len(beside)), width, rows_RD.stride(0),
             WEIGHTED=weight_TK is not None, BESIDE=len(beside), TOP_K=top_k, FEW=few,

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.moe import Routing
 
@@ -152,7 +153,7 @@ def _routed(
             experts, logits_TE.stride(0), routed_scaling_factor,
             SIGMOID=scoring_func == "sigmoid", BIASED=bias_E is not None, NORMALISE=norm_topk_prob,
             GROUPS=n_group if grouped else 1, KEPT=topk_group, BEST=2 if topk_method == "noaux_tc" else 1,
-            TOP_K=top_k, CHOSEN=triton.next_power_of_2(top_k), WIDTH=triton.next_power_of_2(experts),
+            TOP_K=top_k, CHOSEN=next_power_of_2(top_k), WIDTH=next_power_of_2(experts),
             num_warps=1 if experts <= 64 else 4, **early(logits_TE.device, tokens),
         )  # fmt: skip
     return Routing(scores_TE, expert_TK, weight_TK)
@@ -184,7 +185,7 @@ class _Route(torch.autograd.Function):
                 experts, gate["routed_scaling_factor"],
                 SIGMOID=gate["scoring_func"] == "sigmoid", NORMALISE=gate["norm_topk_prob"],
                 SCORES=given[0] is not None, WEIGHTS=given[1] is not None,
-                TOP_K=top_k, CHOSEN=triton.next_power_of_2(top_k), WIDTH=triton.next_power_of_2(experts),
+                TOP_K=top_k, CHOSEN=next_power_of_2(top_k), WIDTH=next_power_of_2(experts),
                 num_warps=1 if experts <= 64 else 4,
             )  # fmt: skip
         return dlogits_TE, None, None

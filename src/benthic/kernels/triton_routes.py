@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.triton_counting_sort import sort_copies
 
 
@@ -94,7 +95,7 @@ def choose_ranks(expert_TK, *, per_rank, ranks):
 def place_departures(goes_Tn, *, rows):
     """See `benthic.kernels.ops.place_departures`."""
     goes_Tn, (tokens, ranks) = goes_Tn.contiguous(), goes_Tn.shape
-    padded = triton.next_power_of_2(ranks)
+    padded = next_power_of_2(ranks)
     token_S = torch.empty(rows, dtype=torch.int64, device=goes_Tn.device)
     slot_Tn = torch.empty(tokens, ranks, dtype=torch.int64, device=goes_Tn.device)
     _place_departures[(ranks,)](
@@ -111,9 +112,9 @@ def home_slots(expert_TK, dweight_SK, *, per_rank, ranks, max_tokens):
     slot_Tn = torch.empty(tokens, ranks, dtype=torch.int64, device=device)
     dweight_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=device) if given else None
     if tokens:
-        _home_slots[(triton.cdiv(tokens, 32),)](
+        _home_slots[(cdiv(tokens, 32),)](
             expert_TK, dweight_SK if given else slot_Tn, slot_Tn, dweight_TK if given else slot_Tn,
             tokens, per_rank, ranks, max_tokens, dweight_SK.stride(0) if given else 0,
-            DWEIGHT=given, TOP_K=top_k, TOKENS=32, RANKS=triton.next_power_of_2(ranks), num_warps=4,
+            DWEIGHT=given, TOP_K=top_k, TOKENS=32, RANKS=next_power_of_2(ranks), num_warps=4,
         )  # fmt: skip
     return slot_Tn, dweight_TK

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.triton_hash import drawn
 
 PIECE = 4096
@@ -269,16 +270,16 @@ class _Pieces:
 
     def __init__(self, logits_SV, temperature_S):
         self.rows, vocab = logits_SV.shape
-        self.pieces = triton.cdiv(vocab, PIECE)
+        self.pieces = cdiv(vocab, PIECE)
         self.logits_SV, self.temperature_S = logits_SV, temperature_S
         self.sizes = vocab, logits_SV.stride(0), self.pieces
         self.spare = SPARE_BITS.get(logits_SV.dtype, 0)
-        self.padded = triton.cdiv(self.rows, 4) * 4  # all parts begin where the kernels were compiled for
+        self.padded = cdiv(self.rows, 4) * 4  # all parts begin where the kernels were compiled for
         self.best_SP, self.mass_SP = self.empty(2, self.padded, self.pieces)
         self.first_SP, self.tied_SP = self.empty(2, self.padded, self.pieces, dtype=torch.int32)
         self.floor_S, self.ties_S = self.empty(2, self.padded, dtype=torch.int32)
         self.piecewise = {"PIECE": PIECE, "num_warps": 8}
-        self.whole = {"PIECES": triton.next_power_of_2(self.pieces)}
+        self.whole = {"PIECES": next_power_of_2(self.pieces)}
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.logits_SV.device)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+from benthic.kernels.host import cdiv
 from benthic.kernels.reference.moe import squares_of
 
 _BLOCK = 4096
@@ -25,7 +26,7 @@ def accumulate(into, x, *, fresh=False):
     """See `benthic.kernels.ops.accumulate`; both are contiguous."""
     count = x.numel()
     if count:
-        grid = (triton.cdiv(count, _BLOCK),)
+        grid = (cdiv(count, _BLOCK),)
         _accumulate[grid](into, x, count, FRESH=fresh, BLOCK=_BLOCK, num_warps=8)
 
 

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import next_power_of_2
+
 
 @triton.jit
 def load_rows(base, stride, dim, kept, WIDTH: tl.constexpr, END: tl.constexpr, ROWS: tl.constexpr):
@@ -52,7 +54,7 @@ def find_tile(ends_ptr, tile, rows, experts, BLOCK_M: tl.constexpr, EXPERTS: tl.
 
 def groups(ends_E):
     """`EXPERTS` of `find_tile`: groups that ends make, padded; 0 without ends, for one that owns all rows."""
-    return 0 if ends_E is None else triton.next_power_of_2(ends_E.shape[0] + 2)
+    return 0 if ends_E is None else next_power_of_2(ends_E.shape[0] + 2)
 
 
 def precision(dtype):

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv
 from benthic.kernels.reference.fp8_linear import Fp8
 
 _SIDE = 32
@@ -40,7 +41,7 @@ def turn_fp8(tiles):
     turned = torch.empty(*matrices, inner, outer, dtype=tiles.values.dtype, device=tiles.values.device)
     if turned.numel():
         count, rows, columns = turned.numel() // (outer * inner), inner // 4, outer // 4
-        _turn_bytes[(triton.cdiv(rows, _SIDE), triton.cdiv(columns, _SIDE), count)](
+        _turn_bytes[(cdiv(rows, _SIDE), cdiv(columns, _SIDE), count)](
             tiles.values.contiguous().view(torch.int32), turned.view(torch.int32), rows, columns,
             SIDE=_SIDE, num_warps=4,
         )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from benthic.kernels.host import cdiv
 from benthic.kernels.reference.fp8_linear import TILE
 from benthic.kernels.triton_e4m3 import scaled, spread, tile_scale
 from benthic.kernels.triton_hash import drawn
@@ -119,7 +120,7 @@ def _adamw_of_blocks(
 def adamw(master, gradient, first, second, by, running):
     """See `benthic.kernels.ops.adamw`."""
     count = master.numel()
-    _adamw[(triton.cdiv(count, _BLOCK),)](
+    _adamw[(cdiv(count, _BLOCK),)](
         master, gradient, first, second, master if running is None else running, count, *_numbers(by),
         ROUND=running is not None, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
@@ -137,7 +138,7 @@ def adamw_split(weight, remainder, gradient, first, second, by):
 def adamw_fp8(master, gradient, first, second, by, copy, *, power_of_two, seed):
     """See `benthic.kernels.ops.adamw_fp8`."""
     *matrices, outer, inner = master.shape
-    grid = (triton.cdiv(inner, TILE), triton.cdiv(outer, TILE), *(matrices or (1,)))
+    grid = (cdiv(inner, TILE), cdiv(outer, TILE), *(matrices or (1,)))
     if master.numel():
         _adamw_of_blocks[grid](
             master, gradient, first, second, *copy, outer, inner, 0 if seed is None else seed, *_numbers(by),

@@ -1,0 +1,16 @@
+"""Arithmetic of launches on the host.
+
+Triton's functions of these names are made for kernels, and take some microseconds outside of one.
+"""
+
+from __future__ import annotations
+
+
+def cdiv(x: int, y: int) -> int:
+    """`x / y`, rounded up."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The smallest power of 2 that is at least x; 1 for 1 and below."""
+    return 1 << max(x - 1, 0).bit_length()
