@@ -129,7 +129,7 @@ def adamw(master, gradient, first, second, by, running):
 def adamw_split(weight, remainder, gradient, first, second, by):
     """See `benthic.kernels.ops.adamw_split`."""
     count = weight.numel()
-    _adamw_split[(triton.cdiv(count, _BLOCK),)](
+    _adamw_split[(cdiv(count, _BLOCK),)](
         weight.view(torch.int16), remainder, gradient, first, second, count, *_numbers(by),
         BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
