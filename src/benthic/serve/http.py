@@ -160,8 +160,15 @@ def listen(bound: socket.socket) -> None:
 
 
 def say_where(bound: socket.socket, settings: ServiceSettings, ready: Ready) -> None:
-    """One line for the log: what is served at which address."""
+    """One line for the log: what is served at which address; another where the context is out of reach."""
     host, port = bound.getsockname()[:2]
+    held = ready.num_blocks * ready.block_size
+    if held < ready.max_model_len:
+        logger.warning(
+            "the cache holds %d tokens, but the context is %d: requests that may need more are refused, chat "
+            "without max_tokens among them. Set --max-model-len %d or give the cache more memory.",
+            held, ready.max_model_len, held,
+        )  # fmt: skip
     logger.info(
         "serving %s on http://%s:%d (context %d tokens, %d blocks of %d)",
         ", ".join(settings.served_names), host, port, ready.max_model_len, ready.num_blocks, ready.block_size,
