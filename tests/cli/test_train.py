@@ -233,6 +233,13 @@ def test_dry_run_of_the_largest_recipe_needs_neither_data_nor_a_folder() -> None
     assert "bubble 12.7% of the time" in output
 
 
+def test_dry_run_cuts_nothing_at_80_columns() -> None:
+    words = ["train", "deepseek_v3_2048_h800", "--dry-run"]
+    output = CliRunner(env={"COLUMNS": "80"}).invoke(app, words).output
+    assert "1920-2047 4.934 B    9.19 GiB 1.11 GiB 18.4 GiB  1.11 GiB 30.9 GiB    60.7 GiB" in output
+    assert "1920-2047 0: 0-3, embed; 15: 60, embed, head, mtp" in output
+
+
 def test_dry_run_says_how_fast_as_the_planner_does() -> None:
     output = succeed("train", "v2_lite_8xh100", "--dry-run", "--hardware", "h100")
     outlook = Outlook.of(recipes.get("v2_lite_8xh100"), None)
