@@ -114,8 +114,8 @@ def plan_tools(
     """How to bind and read the answers.
 
     Raises:
-        ApiError: 400 when a forced call meets structured output, `ignore_eos` or `min_tokens`, names no tool, or has
-            a schema that is none.
+        ApiError: 400 when a forced call meets structured output, `ignore_eos` or `min_tokens`, names no tool,
+            or has a schema that is none.
     """
     thinking = formats.reasoning and _is_open(body, prompt_text or "")
     calls = formats.tools if body.tools and body.tool_choice != "none" else None
