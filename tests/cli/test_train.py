@@ -153,12 +153,14 @@ def test_finished_run_goes_on_with_more_steps_and_without_naming_a_recipe(run: P
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     before = (copy / "hf" / "model.safetensors").read_bytes()
+    again = succeed("train", "--run", copy, "--resume", "--set", "log.tensorboard=false")
+    assert "train.steps = 4 are done: set more to train on" in again
     more = ("--set", "train.steps=6", "--set", "log.tensorboard=false")
     output = succeed("train", "--run", copy, "--resume", *more)
     assert (copy / "hf" / "model.safetensors").read_bytes() != before
     assert "tokenizer.json" in {path.name for path in (copy / "hf").iterdir()}
     assert not list(copy.glob("hf.*"))
-    assert "resumed from step 4 (512 tokens)" in output
+    assert "resumed from step 4 (512 tokens)\n" in output
     steps = [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
     back = succeed("train", "--run", copy, "--resume-step", "4", *more)
