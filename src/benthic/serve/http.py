@@ -160,8 +160,11 @@ def listen(bound: socket.socket) -> None:
 
 
 def say_where(bound: socket.socket, settings: ServiceSettings, ready: Ready) -> None:
-    """One line for the log: what is served at which address; another where the context is out of reach."""
+    """For the log: what is served at which address, defaults of the checkpoint, a context out of reach."""
     host, port = bound.getsockname()[:2]
+    defaults = settings.defaults.changed()
+    if defaults:
+        logger.info("requests that leave them out get %s (see --generation-config)", defaults)
     held = ready.num_blocks * ready.block_size
     if held < ready.max_model_len:
         logger.warning(
