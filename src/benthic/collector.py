@@ -5,6 +5,7 @@ What a step or a request makes is freed by reference counts alone (tests watch t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 from typing import TYPE_CHECKING
@@ -26,6 +27,10 @@ def paused() -> Iterator[None]:
 
 
 def settle() -> None:
-    """Collect once, and never look again at what is there now: modules, weights, a server that runs."""
+    """Collect once, and never look again at what is there now: modules, weights, a server that runs.
+
+    The end of the process gets it back: libraries print what the last collection does not free as leaks.
+    """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from benthic.cli import calibration_kernels
+from benthic.cli import calibration_kernels, plan_words
 from benthic.cli.calibration import ON_CPU, Sizes, _fp8_products, calibrate, errors, machine_of
-from benthic.errors import BackendError
+from benthic.errors import BackendError, ConfigError
 from benthic.plan.cost import machine as machines
 from benthic.plan.cost.machine import Machine, Measured, Profile
 from benthic.plan.cost.ops import Gemm, GroupedGemm, MemoryBound
@@ -112,3 +112,14 @@ def test_sizes_of_a_cpu_are_measured_in_reasonable_memory():
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(BackendError, match="0 CUDA GPUs"):
         calibrate("cuda")
+
+
+def test_a_profile_of_a_machine_without_known_peaks_plans_no_gpu(tmp_path):
+    path = tmp_path / "profile.json"
+    for name, refused in (("a host", True), ("nvidia l40s", True), ("h200", False)):
+        path.write_text(Profile(hardware=name, source="a test").as_json())
+        if refused:
+            with pytest.raises(ConfigError, match=f"measured on {name}.* say nothing about h100"):
+                plan_words.machine_of("h100", 8, path)
+        else:
+            assert plan_words.machine_of("h100", 8, path).profiles[0].hardware == name

@@ -65,6 +65,20 @@ def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_starts(
     assert "has no tokenizer.json" in fails("serve", str(folder), "--port", "0")
 
 
+def test_a_folder_of_a_training_run_is_answered_with_what_can_be_served(
+    folder: Path, tmp_path: Path, fails: Fails
+) -> None:
+    run = tmp_path / "run"
+    step = run / "checkpoint" / "step-5"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("{}")
+    assert "Point to a folder in the Hugging Face format" in fails("serve", str(run), "--port", "0")
+    assert f"`benthic convert {step} FOLDER`" in fails("serve", str(step), "--port", "0")
+    (run / "hf").mkdir()
+    (run / "hf" / "config.json").write_text("{}")
+    assert f"The run's model is in {run / 'hf'}." in fails("serve", str(run), "--port", "0")
+
+
 def test_a_config_that_contradicts_itself_or_a_broken_tokenizer_names_the_fault(
     folder: Path, fails: Fails
 ) -> None:
@@ -195,6 +209,15 @@ def test_the_exit_status_and_the_message_reach_the_shell() -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "/no/such/model is not a folder" in done.stderr
+
+
+def test_help_names_every_flag_of_serve_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        app(["serve", "--help"])
+    words = set(capsys.readouterr().out.replace(",", " ").replace("/", " ").split())
+    command = typer.main.get_command(app).commands["serve"]
+    flags = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    assert flags <= words
 
 
 def test_help_needs_no_server_libraries() -> None:

@@ -153,12 +153,14 @@ def test_finished_run_goes_on_with_more_steps_and_without_naming_a_recipe(run: P
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     before = (copy / "hf" / "model.safetensors").read_bytes()
+    again = succeed("train", "--run", copy, "--resume", "--set", "log.tensorboard=false")
+    assert "train.steps = 4 are done: set more to train on" in again
     more = ("--set", "train.steps=6", "--set", "log.tensorboard=false")
     output = succeed("train", "--run", copy, "--resume", *more)
     assert (copy / "hf" / "model.safetensors").read_bytes() != before
     assert "tokenizer.json" in {path.name for path in (copy / "hf").iterdir()}
     assert not list(copy.glob("hf.*"))
-    assert "resumed from step 4 (512 tokens)" in output
+    assert "resumed from step 4 (512 tokens)\n" in output
     steps = [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
     back = succeed("train", "--run", copy, "--resume-step", "4", *more)
@@ -231,6 +233,13 @@ def test_dry_run_of_the_largest_recipe_needs_neither_data_nor_a_folder() -> None
     assert "0: 0-3, embed; 15: 60, embed, head, mtp" in output
     assert "dualpipe, 16 ranks, 32 microbatches" in output
     assert "bubble 12.7% of the time" in output
+
+
+def test_dry_run_cuts_nothing_at_80_columns() -> None:
+    words = ["train", "deepseek_v3_2048_h800", "--dry-run"]
+    output = CliRunner(env={"COLUMNS": "80"}).invoke(app, words).output
+    assert "1920-2047 4.934 B    9.19 GiB 1.11 GiB 18.4 GiB  1.11 GiB 30.9 GiB    60.7 GiB" in output
+    assert "1920-2047 0: 0-3, embed; 15: 60, embed, head, mtp" in output
 
 
 def test_dry_run_says_how_fast_as_the_planner_does() -> None:

@@ -198,6 +198,26 @@ def test_what_is_not_offered_is_refused_by_name(client: openai.OpenAI, options: 
     assert INSTEAD.keys() <= UNSUPPORTED.keys()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"messages": [*USER, {"role": "x", "content": "x"}]}, "messages.1.role: Input should be 'system'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content: must be text, or a list of text parts: this server reads text alone",
+        ),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0.type: Input should be 'function'"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5: Input should be less than or equal to 100 (got 101)"),
+    ],
+)
+def test_a_wrong_value_inside_a_field_is_named_with_its_place(
+    client: openai.OpenAI, options: dict, words: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, **({"messages": USER} | options))
+    assert words in caught.value.message
+
+
 def test_values_of_unsupported_fields_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:
     harmless = {"response_format": {"type": "text"}, "tool_choice": "none", "parallel_tool_calls": True}
     assert chat(client, max_tokens=1, **harmless).choices

@@ -202,6 +202,11 @@ def test_a_message_that_goes_on_in_the_middle_of_a_thought_goes_on_thinking(clie
             "names h, but the tools are: f, g",
         ),
         ({"tool_choice": "required", "extra_body": {"guided_regex": "a"}}, "forces a call"),
+        (
+            {"tool_choice": "required", "extra_body": {"ignore_eos": True}},
+            "tool_choice says where the answer",
+        ),
+        ({"tool_choice": "required", "extra_body": {"min_tokens": 3}}, "tool_choice says where the answer"),
         ({"tools": [tool("f", x={"type": "wrong"})], "tool_choice": "required"}, "Invalid type: wrong"),
     ],
 )

@@ -98,7 +98,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     num_prompts: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Requests of a run [default: 200; a trace's all].", rich_help_panel=WORKLOAD
+            min=1, help="Requests of a run (default: 200; a trace's all).", rich_help_panel=WORKLOAD
         ),
     ] = None,
     random_input_len: Annotated[
@@ -130,7 +130,7 @@ def serve(  # noqa: PLR0913 (one parameter a flag)
     request_rate: Annotated[
         list[float] | None,
         typer.Option(
-            help="Requests a second; repeat for a sweep [default: inf, a trace's own].",
+            help="Requests a second; repeat for a sweep (default: inf, a trace's own).",
             rich_help_panel=SCHEDULE,
         ),
     ] = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path  # noqa: TC003 (typer reads the annotations)
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +39,8 @@ def kernels(
     from benthic.kernels.bench import run, table  # noqa: PLC0415
 
     console = Console()
-    bench = run.measure(only, small=small, say=Console(stderr=True, highlight=False, markup=False).print)
+    say = partial(Console(stderr=True, highlight=False, markup=False).print, soft_wrap=True)
+    bench = run.measure(only, small=small, say=say)
     rows = table.compared(bench.lines)
     console.print(drawn(rows))
     console.print(roofs_of(bench.lines), highlight=False)
@@ -56,7 +58,7 @@ def drawn(rows: Sequence[Row]) -> Table:
     """The table: our best and the best other implementation of every op and shape."""
     shown = Table("op", "shape", "unit", box=None, pad_edge=False)
     for name in ("ours", "other", "ratio", "of the roof"):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", overflow="fold")
     for row in rows:
         shown.add_row(
             row.op, row.shape, row.unit, _rate(row.ours), _rate(row.peer),

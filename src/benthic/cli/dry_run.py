@@ -91,6 +91,7 @@ def show(config: RunConfig, ranks: int | None, machine: Machine | None, console:
         say(console, f"{choice.field} = {choice.value}: {choice.reason}")
     found = footprints(outlook.config, outlook.table)
     say(console, _batch(outlook))
+    console.print(_layers(outlook, found))
     console.print(_memory(outlook, found))
     worst = max(found, key=lambda one: one.total)
     say(console, f"most memory: rank {worst.rank} and its neighbours, {units.binary_bytes(worst.total)}")
@@ -141,14 +142,29 @@ def _speed(outlook: Outlook, machine: Machine) -> str:
 
 
 def _memory(outlook: Outlook, found: tuple[Footprint, ...]) -> Grid:
-    grid = Grid("ranks", "stages: layers", "parameters", *TERMS, "total", title="kept by each rank")
-    for pp, one in enumerate(found):
-        last = one.rank + outlook.config.layout.ranks_per_stage - 1
-        ranks = str(one.rank) if last == one.rank else f"{one.rank}-{last}"
-        sizes = [units.binary_bytes(one.bytes[term], 3) for term in TERMS]
-        whole = units.binary_bytes(one.total, 3)
-        grid.add_row(ranks, _holds(outlook, pp), units.count(one.parameters), *sizes, whole)
+    """What the ranks of each pipeline rank keep, in 80 columns."""
+    grid = _columns("ranks", "parameters", *TERMS, "total", title="kept by each rank")
+    for one in found:
+        sizes = [units.binary_bytes(size, 3) for size in (*(one.bytes[term] for term in TERMS), one.total)]
+        grid.add_row(_ranks(outlook, one), units.count(one.parameters), *sizes)
     return grid
+
+
+def _layers(outlook: Outlook, found: tuple[Footprint, ...]) -> Grid:
+    grid = _columns("ranks", "stages: layers")
+    for pp, one in enumerate(found):
+        grid.add_row(_ranks(outlook, one), _holds(outlook, pp))
+    return grid
+
+
+def _columns(*names: str, title: str | None = None) -> Grid:
+    return Grid(*names, title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _ranks(outlook: Outlook, one: Footprint) -> str:
+    """The ranks that keep as much as the first of them."""
+    last = one.rank + outlook.config.layout.ranks_per_stage - 1
+    return str(one.rank) if last == one.rank else f"{one.rank}-{last}"
 
 
 def _holds(outlook: Outlook, pp: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import NoReturn
 
@@ -42,7 +43,8 @@ app.command("chat")(chat.chat)
 def main() -> None:
     """Run the command line.
 
-    Errors that benthic raises on purpose, and files that cannot be read or written, are printed, not traced.
+    Errors that benthic raises on purpose, files that cannot be read or written and full disks are printed,
+    not traced; Ctrl-C ends with status 130, as shells have it.
     """
     native_build.configure(user_cache())
     try:
@@ -50,9 +52,13 @@ def main() -> None:
     except BenthicError as error:
         _end(str(error))
     except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            _end(f"{error.filename or 'writing'}: {error.strerror}. Free some space or name another folder.")
         if error.filename is None:
             raise
         _end(f"{error.filename}: {error.strerror}. Name another file or folder.")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _end(message: str) -> NoReturn:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as Grid
+from rich.padding import Padding
 
 
 def examples() -> None:
@@ -12,9 +11,9 @@ def examples() -> None:
     from benthic.plan.serving.examples import examples as serving_examples  # noqa: PLC0415 (see cli.plan)
     from benthic.plan.training import examples as training  # noqa: PLC0415
 
-    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
-    for name in ("what", "formula", "value", "printed", "source", "note"):
-        grid.add_column(name, overflow="fold")
+    console = Console(highlight=False, markup=False)
     for one in (*training.examples(), *serving_examples()):
-        grid.add_row(one.topic, one.formula, one.value, one.printed, one.source, one.note)
-    Console(highlight=False).print(grid)
+        console.print(one.topic, style="bold")
+        for line in (one.formula, one.value, f"printed: {one.printed} ({one.source})", one.note):
+            if line:
+                console.print(Padding(line, (0, 0, 0, 2)))

@@ -37,11 +37,23 @@ def config_of(name: str) -> ModelConfig:
 
 
 def machine_of(name: str, gpus_per_node: int, profile: Path | None) -> Machine:
-    """GPUs by name, priced by a profile of one's own where there is one."""
+    """GPUs by name, priced by a profile of one's own where there is one.
+
+    Raises:
+        ConfigError: there is no such profile, or it is of a machine without known peaks, such as a CPU.
+    """
     from benthic.plan.cost import machine as machines  # noqa: PLC0415 (see cli.plan)
 
     own = None if profile is None else machines.read(profile)
-    return machines.get(name, gpus_per_node=gpus_per_node, profile=own)
+    machine = machines.get(name, gpus_per_node=gpus_per_node, profile=own)
+    if own is not None and own.hardware not in gpus.names():
+        msg = (
+            f"{profile} was measured on {own.hardware}, which is none of {', '.join(gpus.names())}: "
+            f"its times say nothing about {name}. Run `benthic calibrate` on one of these, or leave "
+            "--profile out."
+        )
+        raise ConfigError(msg)
+    return machine
 
 
 def bound_of(name: str, value: float | None) -> float | None:

@@ -162,7 +162,7 @@ LatePlanningMs = Annotated[
 SpeculativeConfig = Annotated[
     str | None,
     typer.Option(
-        help='JSON, as {"method": "mtp", "num_speculative_tokens": 2}; or "ngram".',
+        help='JSON, as {"method": "mtp", "num_speculative_tokens": 2}; the method may be "ngram", too.',
         rich_help_panel=ENGINE,
     ),
 ]

@@ -134,6 +134,23 @@ class ServeCommand(TyperCommand):
         """As any command, in our own words."""
         return super().parse_args(ctx, translate(args, self.params))
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """In plain lines: the usual table cuts the names of a third of these flags at 80 columns."""
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Under the names of their panels."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for each in self.get_params(ctx):
+            plain = "Arguments" if each.param_type_name == "argument" else "Options"
+            record = each.get_help_record(ctx)
+            if record is not None:
+                panels.setdefault(getattr(each, "rich_help_panel", None) or plain, []).append(record)
+        for title, records in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
 
 def translate(words: Sequence[str], parameters: Iterable[Any]) -> list[str]:
     """A command line in our own words.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -20,6 +22,7 @@ SHOWN_CHARS = 80
 SHAPES = {
     "prompt": "must be text, a non-empty list of token ids, or a non-empty list of either",
     "input": "must be text, or a non-empty list of messages, function calls and their outputs",
+    "content": "must be text, or a list of text parts: this server reads text alone",
     "stop": "must be a text of 1 to 1024 characters, or at most 64 of them",
 }
 KINDS = {
@@ -132,17 +135,24 @@ def of_validation(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "missing":
         name = ".".join(path)
         return invalid(f"{name} is missing", param=field)
-    reason = _reason(field, errors)
-    return invalid(f"{field}: {reason} (got {_shown(first.get('input'))})", param=field)
+    place = list(takewhile(re.compile(r"\w+").fullmatch, path))  # behind it pydantic names shapes
+    reason = _reason(field, place[-1], errors)
+    return invalid(f"{'.'.join(place)}: {reason} (got {_shown(first.get('input'))})", param=field)
 
 
-def _reason(field: str, errors: Sequence[Any]) -> str:
-    """What a field should be; one of several shapes fails once for each, so the shapes are named instead."""
+def _reason(field: str, name: str, errors: Sequence[Any]) -> str:
+    """What a field should be; one of several shapes fails once for each, so the shapes are named instead.
+
+    Args:
+        field: of the request's body.
+        name: of the field in it that is at fault.
+        errors: all of pydantic's.
+    """
     own = [error for error in errors if field in error["loc"][:2]]
     own_words = [error["msg"] for error in own if error["type"] == "value_error"]
     if own_words:
         return own_words[0].removeprefix("Value error, ")
-    return own[0]["msg"] if len(own) == 1 else SHAPES.get(field, own[0]["msg"])
+    return own[0]["msg"] if len(own) == 1 else SHAPES.get(name, own[0]["msg"])
 
 
 def of_http(error: HTTPException) -> ApiError:

@@ -160,8 +160,18 @@ def listen(bound: socket.socket) -> None:
 
 
 def say_where(bound: socket.socket, settings: ServiceSettings, ready: Ready) -> None:
-    """One line for the log: what is served at which address."""
+    """For the log: what is served at which address, defaults of the checkpoint, a context out of reach."""
     host, port = bound.getsockname()[:2]
+    defaults = settings.defaults.changed()
+    if defaults:
+        logger.info("requests that leave them out get %s (see --generation-config)", defaults)
+    held = ready.num_blocks * ready.block_size
+    if held < ready.max_model_len:
+        logger.warning(
+            "the cache holds %d tokens, but the context is %d: requests that may need more are refused, chat "
+            "without max_tokens among them. Set --max-model-len %d or give the cache more memory.",
+            held, ready.max_model_len, held,
+        )  # fmt: skip
     logger.info(
         "serving %s on http://%s:%d (context %d tokens, %d blocks of %d)",
         ", ".join(settings.served_names), host, port, ready.max_model_len, ready.num_blocks, ready.block_size,

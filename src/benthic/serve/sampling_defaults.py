@@ -48,6 +48,14 @@ class SamplingDefaults:
             raise ConfigError(msg)
         return cls(**chosen)
 
+    def changed(self) -> str:
+        """The values that are not the API's own, in words; empty without any."""
+        plain = SamplingDefaults()
+        values = {name: getattr(self, name) for name in NUMBERS}
+        return ", ".join(
+            f"{name} = {value}" for name, value in values.items() if value != getattr(plain, name)
+        )
+
 
 def sampling_params(
     body: SamplingBody,

@@ -49,7 +49,7 @@ def grammar_of(body: SamplingBody) -> str | None:
         names = ", ".join(form.field for form in forms)
         msg = f"{names} each fix the form of the answer, but there is one answer. Give one of them."
         raise api_errors.invalid(msg, param=forms[1].field)
-    _check_endings(body, forms[0].field)
+    check_endings(body, forms[0].field)
     return compile_form(forms[0])
 
 
@@ -119,8 +119,12 @@ def _plain(field: str, regex: str | None, choice: list[str] | None, grammar: str
         yield Form(field=field, kind="grammar", text=grammar)
 
 
-def _check_endings(body: SamplingBody, field: str) -> None:
-    """A grammar says where the answer ends; fields that say otherwise cannot be obeyed as well."""
+def check_endings(body: SamplingBody, field: str) -> None:
+    """A grammar says where the answer ends; fields that say otherwise cannot be obeyed as well.
+
+    Raises:
+        ApiError: 400 when `ignore_eos` or `min_tokens` is set.
+    """
     for name, value in (("ignore_eos", body.ignore_eos), ("min_tokens", body.min_tokens)):
         if value:
             msg = f"{name} = {value}, but {field} says where the answer ends. Leave one of them out."

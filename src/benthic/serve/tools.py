@@ -18,7 +18,7 @@ from benthic.serve.chat_parts import (
     joined,
 )
 from benthic.serve.protocol_tools import NamedTool
-from benthic.serve.structured import Form, after_thought, compile_form
+from benthic.serve.structured import Form, after_thought, check_endings, compile_form
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,7 +114,8 @@ def plan_tools(
     """How to bind and read the answers.
 
     Raises:
-        ApiError: 400 when a forced call meets structured output, names no tool, or has a schema that is none.
+        ApiError: 400 when a forced call meets structured output, `ignore_eos` or `min_tokens`, names no tool,
+            or has a schema that is none.
     """
     thinking = formats.reasoning and _is_open(body, prompt_text or "")
     calls = formats.tools if body.tools and body.tool_choice != "none" else None
@@ -131,6 +132,7 @@ def plan_tools(
     if grammar is not None:
         msg = "tool_choice forces a call, but the answer's form is given too. Leave one of them out."
         raise api_errors.invalid(msg, param="tool_choice")
+    check_endings(body, "tool_choice")
     tools = list(body.tools or ())
     if isinstance(choice, NamedTool):
         named = _named(tools, choice.function.name)

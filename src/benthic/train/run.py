@@ -345,7 +345,9 @@ def _restore(trainer: Trainer, store: FolderStore, step: int | None, watcher: Wa
         return 0
     trainer.restore(store.open(step))
     store.forget_after(step)
-    watcher.note(f"resumed from step {step} ({trainer.tokens:,} tokens)")
+    last = trainer.config.train.steps
+    done = "" if step < last else f"; train.steps = {last} are done: set more to train on"
+    watcher.note(f"resumed from step {step} ({trainer.tokens:,} tokens){done}")
     return step
 
 

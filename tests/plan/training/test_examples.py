@@ -33,5 +33,7 @@ def test_every_example_that_differs_from_its_source_says_why():
 
 
 def test_the_command_prints_them_all():
-    output = CliRunner().invoke(plan.app, ["examples"]).output
+    output = CliRunner().invoke(plan.app, ["examples"], env={"COLUMNS": "80"}).output
+    for one in examples():
+        assert one.value.split()[0] in output.split(), one.topic
     assert "2,664" in output.replace("\n", "")

@@ -40,6 +40,16 @@ def test_jsonl_parquet_and_saved_datasets_give_one_document_a_row(tmp_path: Path
         assert texts(corpus) == ["first", "second\nline", "fourth é"], source
 
 
+def test_the_datasets_of_a_dict_are_named_for_a_choice(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["x"]})
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(DataError, match=r"Name those to read of .*both/test, .*both/train\."):
+        texts(Corpus(sources=(tmp_path / "both",)))
+    assert texts(Corpus(sources=(tmp_path / "both" / "train",))) == ["x"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from benthic.plan.training.search import Evaluated
     from benthic.plan.training.space import Choice
 
-_BAR = 32
+_BAR = 28
 
 
 def lines(plan: Plan) -> Iterator[str | Grid]:

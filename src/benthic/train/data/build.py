@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +15,7 @@ from benthic.train.data.shards import Meta, ShardWriter, Split, vocabulary_dtype
 from benthic.train.data.tokenizer import Tokenizer, copy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _DOCUMENTS_AT_ONCE: Final = 64
@@ -46,14 +47,15 @@ def build(
     Raises:
         DataError: the folder exists, the corpus is empty, or no document fell on one of the two sides.
     """
-    unfinished = begin(folder, options)
-    meta = _write(corpus, tokenizer, unfinished, options, progress)
-    finish(unfinished, folder, tokenizer, meta)
+    with begun(folder, options) as unfinished:
+        meta = _write(corpus, tokenizer, unfinished, options, progress)
+        seal(unfinished, tokenizer, meta)
     return meta
 
 
-def begin(folder: Path, options: BuildOptions) -> Path:
-    """Make the folder that `finish` will rename to `folder`.
+@contextmanager
+def begun(folder: Path, options: BuildOptions) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` at the end, or nothing if that is not reached.
 
     Raises:
         DataError: `folder` exists, or an option makes no sense.
@@ -67,14 +69,18 @@ def begin(folder: Path, options: BuildOptions) -> Path:
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    return unfinished
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    unfinished.rename(folder)
 
 
-def finish(unfinished: Path, folder: Path, tokenizer: Tokenizer, meta: Meta) -> None:
-    """Add what belongs to a dataset beside its shards, and let it appear under its name."""
+def seal(unfinished: Path, tokenizer: Tokenizer, meta: Meta) -> None:
+    """Add what belongs to a dataset beside its shards."""
     copy(tokenizer.path, unfinished / "tokenizer")
     write_meta(unfinished, meta)
-    unfinished.rename(folder)
 
 
 def is_held_out(text: str, fraction: float) -> bool:

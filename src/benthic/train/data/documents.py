@@ -56,13 +56,14 @@ def files(corpus: Corpus) -> tuple[Path, ...]:
     """Every file of the corpus, in the order it is read.
 
     Raises:
-        DataError: a source does not exist, or no file matches.
+        DataError: a source does not exist or is a saved `DatasetDict`, or no file matches.
     """
     found: list[Path] = []
     for source in corpus.sources:
         if not source.exists():
             msg = f"{source} does not exist. Give a file or a folder of text, JSONL or Parquet."
             raise DataError(msg)
+        _refuse_splits(source)
         found += _walk(source, corpus) if source.is_dir() and not _is_saved_dataset(source) else [source]
     if not found:
         where = ", ".join(map(str, corpus.sources))
@@ -109,6 +110,14 @@ def _matches(relative: Path, patterns: tuple[str, ...]) -> bool:
 
 def _is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
+
+
+def _refuse_splits(path: Path) -> None:
+    """A `DatasetDict` as `save_to_disk` writes it: which of its datasets is meant, only people know."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(str(one) for one in path.iterdir() if _is_saved_dataset(one))
+        msg = f"{path} is several datasets, a DatasetDict. Name those to read of {', '.join(splits)}."
+        raise DataError(msg)
 
 
 def _reader(path: Path) -> Callable[[Path, Corpus, Reading], Iterator[Document]]:
