@@ -5,11 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 
-def test_what_was_settled_is_collected_at_the_end_of_the_process() -> None:
-    code = """
-import os
+
+@pytest.mark.parametrize(("loaded", "said"), [("sys.modules['triton'] = None", "freed"), ("", "")])
+def test_what_was_settled_is_collected_at_the_end_where_triton_is_loaded(loaded: str, said: str) -> None:
+    code = f"""
+import os, sys
 from benthic import collector
+{loaded}
 
 class Ring:
     def __init__(self, write):
@@ -23,4 +27,4 @@ collector.settle()
 del ring
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "freed"
+    assert done.stdout == said

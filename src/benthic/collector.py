@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ def paused() -> Iterator[None]:
 def settle() -> None:
     """Collect once, and never look again at what is there now: modules, weights, a server that runs.
 
-    The end of the process gets it back: libraries print what the last collection does not free as leaks.
+    The end of the process gets it back where Triton is loaded, whose bindings print what the last collection
+    does not free as leaks.
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)
+    if "triton" in sys.modules:
+        atexit.register(gc.unfreeze)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -122,3 +125,16 @@ def test_rows_are_many_from_256_an_expert(rows, many, monkeypatch):
     ops.grouped_linear(x, weight, ends)
     ops.grouped_input_gradient(x, weight, ends)
     assert [case.many for case in cases] == [many, many]
+
+
+def test_ops_of_a_cpu_never_import_triton(monkeypatch):
+    code = """
+import sys, torch
+from benthic.kernels import ops
+x, ends = torch.randn(4, 64), torch.tensor([4], dtype=torch.int32)
+ops.rms_norm(x, torch.ones(64), 1e-6)
+ops.grouped_linear(x, torch.randn(1, 8, 64), ends)
+sys.exit("triton" in sys.modules)
+"""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -183,9 +185,14 @@ def hopper_refusal() -> str | None:
 
 @functools.cache
 def triton_interprets() -> bool:
-    """Whether Triton runs its kernels in the CPU interpreter in this process."""
-    knobs = importlib.import_module("triton.knobs")
-    return bool(knobs.runtime.interpret)
+    """Whether Triton runs its kernels in the CPU interpreter in this process.
+
+    Its own switch is read where it has not been imported: a server on a CPU never needs it.
+    """
+    knobs = sys.modules.get("triton.knobs")
+    if knobs is not None:
+        return bool(knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes", "y"}  # noqa: TID251
 
 
 def triton_runs(*dtypes: torch.dtype, reason: str, dot: bool = False) -> Callable[[Case], Verdict]:
