@@ -93,7 +93,7 @@ def test_an_absurd_value_is_a_400_that_names_the_field_and_the_bound(
         (b"null", "JSON object"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"model": "fake", "prompt": "a", "temperature": NaN}', "finite"),
-        (b'{"prompt": "a"}', "model is missing"),
+        (b'{"model": "fake"}', "prompt is missing"),
     ],
 )
 def test_a_body_that_is_no_request_is_a_400_with_the_reason(
@@ -103,6 +103,24 @@ def test_a_body_that_is_no_request_is_a_400_with_the_reason(
         error = error_of(http.post(path, content=content, headers=JSON), 400)
         if path == "/v1/completions":
             assert words in error["message"]
+
+
+@pytest.mark.parametrize("named", [{}, {"model": None}])
+def test_a_request_without_a_model_is_for_the_first_that_is_served(
+    http: httpx.Client, named: dict[str, None]
+) -> None:
+    messages = {"messages": [{"role": "user", "content": "a"}]}
+    bodies = {
+        "/v1/completions": {"prompt": "a", "max_tokens": 1},
+        "/v1/chat/completions": messages | {"max_tokens": 1},
+        "/v1/responses": {"input": "a", "max_output_tokens": 1},
+        "/tokenize": {"prompt": "a"},
+        "/detokenize": {"tokens": [40]},
+    }
+    for path, body in bodies.items():
+        answer = http.post(path, json=body | named)
+        assert answer.status_code == 200, answer.text
+        assert path in {"/tokenize", "/detokenize"} or answer.json()["model"] == "fake"
 
 
 def test_unknown_models_paths_and_methods_have_openai_shaped_errors(
