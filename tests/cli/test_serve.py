@@ -194,8 +194,11 @@ def test_templates_and_generation_configs_that_do_not_exist_are_refused(
     assert "no such file" in fails(*serve, "--chat-template", "missing.jinja")
     assert "not valid Jinja (line 1)" in fails(*serve, "--chat-template", "{% if %}")
     assert "does not exist" in fails(*serve, "--generation-config", str(tmp_path / "other"))
-    (folder / "generation_config.json").write_text('{"temperature": "hot"}')
-    assert "must be numbers" in fails(*serve)
+    for value, bound in (("9", "less than or equal to 2 (got 9)"), ("true", "number"), ('"hot"', "number")):
+        (folder / "generation_config.json").write_text(f'{{"temperature": {value}}}')
+        error = fails(*serve)
+        assert f"{folder / 'generation_config.json'}: temperature: " in error
+        assert bound in error
 
 
 def test_chat_without_a_server_says_how_to_start_one(fails: Fails) -> None:
