@@ -11,6 +11,9 @@ import pytest
 from fake_engine import POISON_CRASH, POISON_ERROR, POISON_KILL, POISON_REJECT
 from running import fake_server
 
+from benthic.errors import AdmissionError, OverloadedError
+from benthic.serve import api_errors
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -167,13 +170,29 @@ def test_a_megabyte_prompt_is_refused_without_stalling_others(server: Running) -
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ("logprobs = 6, but max_logprobs = 5.", "logprobs"),
+        ("logit_bias of token 5 = nan.", "logit_bias"),
+        ("output holds token 999.", None),
+        ("a prompt of 9 tokens needs 3.", None),
+    ],
+)
+def test_a_refusal_of_the_engine_names_the_field_and_not_the_sequence(said: str, param: str | None) -> None:
+    error = api_errors.of(AdmissionError(f"request 'cmpl-5d-0/1': {said}"))
+    assert (error.status, str(error), error.param) == (400, said, param)
+    full = api_errors.of(OverloadedError("request 'cmpl-5d-0' needs 5 blocks to be held."))
+    assert (full.status, str(full)) == (503, "the request needs 5 blocks to be held.")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_of_the_engine_before_the_first_token_keep_their_status(
     http: httpx.Client, *, stream: bool
 ) -> None:
     body = {"model": "fake", "stream": stream}
     refused = http.post("/v1/completions", json=body | {"prompt": [POISON_REJECT]})
-    assert "needs 9 blocks, but the cache has 4" in error_of(refused, 400)["message"]
+    assert error_of(refused, 400)["message"] == "prompt needs 9 blocks, but the cache has 4"
     failed = http.post("/v1/completions", json=body | {"prompt": [POISON_ERROR]})
     assert "NaN" in error_of(failed, 500)["message"]
 
