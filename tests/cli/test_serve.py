@@ -72,7 +72,8 @@ def test_a_folder_of_a_training_run_is_answered_with_what_can_be_served(
     step = run / "checkpoint" / "step-5"
     step.mkdir(parents=True)
     (step / "manifest.json").write_text("{}")
-    assert "Point to a folder in the Hugging Face format" in fails("serve", str(run), "--port", "0")
+    assert "Point to a folder in the Hugging Face format" in fails("serve", str(run / "checkpoint"))
+    assert f"`benthic convert {step} FOLDER`" in fails("serve", str(run), "--port", "0")
     assert f"`benthic convert {step} FOLDER`" in fails("serve", str(step), "--port", "0")
     (run / "hf").mkdir()
     (run / "hf" / "config.json").write_text("{}")

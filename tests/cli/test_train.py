@@ -437,3 +437,7 @@ def test_only_the_first_rank_of_a_host_says_at_once_what_is_wrong(
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert "no folder was named" in refusal("train", "nano_test")
     assert waited == waits
+
+
+def test_evaluate_of_a_run_names_its_model(run: Path, data: Path) -> None:
+    assert f"The run's model is in {run / 'hf'}." in refusal("evaluate", run, "--data", data)
