@@ -13,6 +13,7 @@ import typer
 
 from benthic.cli import serve_vllm
 from benthic.cli.main import app, main
+from benthic.cli.serve_words import traces_endpoint
 from benthic.serve.protocol_requests import UNSUPPORTED, ChatBody, CompletionBody
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guide" / "serving.md").read_text()
@@ -200,6 +201,14 @@ def test_templates_and_generation_configs_that_do_not_exist_are_refused(
         error = fails(*serve)
         assert f"{folder / 'generation_config.json'}: temperature: " in error
         assert bound in error
+
+
+@pytest.mark.parametrize("endpoint", ["foo", "localhost:4318", "grpc://localhost:4317", "http://"])
+def test_a_collector_that_is_no_url_of_http_is_refused_at_the_start(fails: Fails, endpoint: str) -> None:
+    error = fails("serve", "model", "--otlp-traces-endpoint", endpoint)
+    assert f"--otlp-traces-endpoint {endpoint} is no URL" in error
+    assert "http://localhost:4318/v1/traces" in error
+    assert traces_endpoint("https://collector/v1/traces") == "https://collector/v1/traces"
 
 
 def test_chat_without_a_server_says_how_to_start_one(fails: Fails) -> None:
