@@ -26,6 +26,10 @@ from benthic import units
         (units.seconds(0), "0 s"),
         (units.percent(0.3894), "38.9%"),
         (units.size(-2048), "-2.048 kB"),
+        (units.plural(1, "rank"), "1 rank"),
+        (units.plural(2048, "rank"), "2048 ranks"),
+        (units.plural(0, "microbatch"), "0 microbatches"),
+        (units.plural(2, "copy"), "2 copies"),
     ],
 )
 def test_numbers_read_well(got, text):

@@ -48,6 +48,14 @@ def percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}%"
 
 
+def plural(number: int, noun: str) -> str:
+    """A number of things: `1 rank`, `2 ranks`, `2 microbatches`, `2 copies`."""
+    if number == 1:
+        return f"1 {noun}"
+    ending = {"ch": "ches", "py": "pies"}.get(noun[-2:], f"{noun[-2:]}s")
+    return f"{number} {noun[:-2]}{ending}"
+
+
 def _scaled(value: float, prefixes: tuple[tuple[float, str], ...], unit: str, digits: int) -> str:
     for scale, prefix in prefixes:
         if abs(value) >= scale:

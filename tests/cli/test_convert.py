@@ -149,6 +149,18 @@ def test_absurd_sizes_are_refused(text):
         parse_size(text)
 
 
+def test_a_folder_of_a_training_run_is_answered_with_what_can_be_converted(tmp_path):
+    run = tmp_path / "run"
+    for name in ("step-5", "step-10", "step-20.tmp"):
+        (run / "checkpoint" / name).mkdir(parents=True)
+        (run / "checkpoint" / name / "manifest.json").write_text("{}")
+    said = f"`benthic convert {run / 'checkpoint' / 'step-10'} FOLDER` makes one of the run's newest step."
+    assert said in str(convert(run, tmp_path / "out").exception)
+    (run / "hf").mkdir()
+    (run / "hf" / "config.json").write_text("{}")
+    assert f"The run's model is in {run / 'hf'}." in str(convert(run, tmp_path / "out").exception)
+
+
 def test_memory_stays_far_below_the_size_of_the_checkpoint(tmp_path):
     """A 200 MB float32 checkpoint of many small tensors, converted in a process of its own."""
     config = replace(

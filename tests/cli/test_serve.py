@@ -13,6 +13,7 @@ import typer
 
 from benthic.cli import serve_vllm
 from benthic.cli.main import app, main
+from benthic.cli.serve_words import traces_endpoint
 from benthic.serve.protocol_requests import UNSUPPORTED, ChatBody, CompletionBody
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guide" / "serving.md").read_text()
@@ -72,7 +73,8 @@ def test_a_folder_of_a_training_run_is_answered_with_what_can_be_served(
     step = run / "checkpoint" / "step-5"
     step.mkdir(parents=True)
     (step / "manifest.json").write_text("{}")
-    assert "Point to a folder in the Hugging Face format" in fails("serve", str(run), "--port", "0")
+    assert "Point to a folder in the Hugging Face format" in fails("serve", str(run / "checkpoint"))
+    assert f"`benthic convert {step} FOLDER`" in fails("serve", str(run), "--port", "0")
     assert f"`benthic convert {step} FOLDER`" in fails("serve", str(step), "--port", "0")
     (run / "hf").mkdir()
     (run / "hf" / "config.json").write_text("{}")
@@ -194,8 +196,19 @@ def test_templates_and_generation_configs_that_do_not_exist_are_refused(
     assert "no such file" in fails(*serve, "--chat-template", "missing.jinja")
     assert "not valid Jinja (line 1)" in fails(*serve, "--chat-template", "{% if %}")
     assert "does not exist" in fails(*serve, "--generation-config", str(tmp_path / "other"))
-    (folder / "generation_config.json").write_text('{"temperature": "hot"}')
-    assert "must be numbers" in fails(*serve)
+    for value, bound in (("9", "less than or equal to 2 (got 9)"), ("true", "number"), ('"hot"', "number")):
+        (folder / "generation_config.json").write_text(f'{{"temperature": {value}}}')
+        error = fails(*serve)
+        assert f"{folder / 'generation_config.json'}: temperature: " in error
+        assert bound in error
+
+
+@pytest.mark.parametrize("endpoint", ["foo", "localhost:4318", "grpc://localhost:4317", "http://"])
+def test_a_collector_that_is_no_url_of_http_is_refused_at_the_start(fails: Fails, endpoint: str) -> None:
+    error = fails("serve", "model", "--otlp-traces-endpoint", endpoint)
+    assert f"--otlp-traces-endpoint {endpoint} is no URL" in error
+    assert "http://localhost:4318/v1/traces" in error
+    assert traces_endpoint("https://collector/v1/traces") == "https://collector/v1/traces"
 
 
 def test_chat_without_a_server_says_how_to_start_one(fails: Fails) -> None:

@@ -424,3 +424,20 @@ def test_exported_model_is_fine_tuned_on_conversations(run: Path, tmp_path: Path
     assert resolved["model"]["hidden_size"] == 32
     chats.write_text('{"messages": []}\n', encoding="utf-8")
     assert f"{chats}:1 holds" in refusal("data", "chat", chats, *options, "--out", tmp_path / "none")
+
+
+@pytest.mark.parametrize(("local_rank", "waits"), [("0", []), ("1", [10.0]), (None, [])])
+def test_only_the_first_rank_of_a_host_says_at_once_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str | None, waits: list[float]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("benthic.cli.train.time.sleep", waited.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert "no folder was named" in refusal("train", "nano_test")
+    assert waited == waits
+
+
+def test_evaluate_of_a_run_names_its_model(run: Path, data: Path) -> None:
+    assert f"The run's model is in {run / 'hf'}." in refusal("evaluate", run, "--data", data)

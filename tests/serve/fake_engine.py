@@ -56,7 +56,7 @@ class FakeEngine:
 
     def add(self, request: Generate) -> None:
         if request.prompt[0] == POISON_REJECT:
-            msg = "prompt needs 9 blocks, but the cache has 4"
+            msg = f"request {request.request_id!r}: prompt needs 9 blocks, but the cache has 4"
             raise AdmissionError(msg)
         self.queue[request.request_id] = Running(request)
 

@@ -11,6 +11,9 @@ import pytest
 from fake_engine import POISON_CRASH, POISON_ERROR, POISON_KILL, POISON_REJECT
 from running import fake_server
 
+from benthic.errors import AdmissionError, OverloadedError
+from benthic.serve import api_errors
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -93,7 +96,7 @@ def test_an_absurd_value_is_a_400_that_names_the_field_and_the_bound(
         (b"null", "JSON object"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"model": "fake", "prompt": "a", "temperature": NaN}', "finite"),
-        (b'{"prompt": "a"}', "model is missing"),
+        (b'{"model": "fake"}', "prompt is missing"),
     ],
 )
 def test_a_body_that_is_no_request_is_a_400_with_the_reason(
@@ -103,6 +106,24 @@ def test_a_body_that_is_no_request_is_a_400_with_the_reason(
         error = error_of(http.post(path, content=content, headers=JSON), 400)
         if path == "/v1/completions":
             assert words in error["message"]
+
+
+@pytest.mark.parametrize("named", [{}, {"model": None}])
+def test_a_request_without_a_model_is_for_the_first_that_is_served(
+    http: httpx.Client, named: dict[str, None]
+) -> None:
+    messages = {"messages": [{"role": "user", "content": "a"}]}
+    bodies = {
+        "/v1/completions": {"prompt": "a", "max_tokens": 1},
+        "/v1/chat/completions": messages | {"max_tokens": 1},
+        "/v1/responses": {"input": "a", "max_output_tokens": 1},
+        "/tokenize": {"prompt": "a"},
+        "/detokenize": {"tokens": [40]},
+    }
+    for path, body in bodies.items():
+        answer = http.post(path, json=body | named)
+        assert answer.status_code == 200, answer.text
+        assert path in {"/tokenize", "/detokenize"} or answer.json()["model"] == "fake"
 
 
 def test_unknown_models_paths_and_methods_have_openai_shaped_errors(
@@ -149,13 +170,29 @@ def test_a_megabyte_prompt_is_refused_without_stalling_others(server: Running) -
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ("logprobs = 6, but max_logprobs = 5.", "logprobs"),
+        ("logit_bias of token 5 = nan.", "logit_bias"),
+        ("output holds token 999.", None),
+        ("a prompt of 9 tokens needs 3.", None),
+    ],
+)
+def test_a_refusal_of_the_engine_names_the_field_and_not_the_sequence(said: str, param: str | None) -> None:
+    error = api_errors.of(AdmissionError(f"request 'cmpl-5d-0/1': {said}"))
+    assert (error.status, str(error), error.param) == (400, said, param)
+    full = api_errors.of(OverloadedError("request 'cmpl-5d-0' needs 5 blocks to be held."))
+    assert (full.status, str(full)) == (503, "the request needs 5 blocks to be held.")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_of_the_engine_before_the_first_token_keep_their_status(
     http: httpx.Client, *, stream: bool
 ) -> None:
     body = {"model": "fake", "stream": stream}
     refused = http.post("/v1/completions", json=body | {"prompt": [POISON_REJECT]})
-    assert "needs 9 blocks, but the cache has 4" in error_of(refused, 400)["message"]
+    assert error_of(refused, 400)["message"] == "prompt needs 9 blocks, but the cache has 4"
     failed = http.post("/v1/completions", json=body | {"prompt": [POISON_ERROR]})
     assert "NaN" in error_of(failed, 500)["message"]
 

@@ -47,7 +47,8 @@ def test_bounds_and_served_names_are_part_of_the_schema(document: dict) -> None:
     fields = document["components"]["schemas"]["CompletionBody"]["properties"]
     number = next(option for option in fields["temperature"]["anyOf"] if option["type"] == "number")
     assert (number["minimum"], number["maximum"]) == (0, 2)
-    assert fields["model"]["enum"] == ["fake", "other/name"]
+    assert fields["model"]["anyOf"] == [{"type": "string", "enum": ["fake", "other/name"]}, {"type": "null"}]
+    assert "model" not in document["components"]["schemas"]["CompletionBody"]["required"]
 
 
 def test_nothing_refers_to_a_schema_that_is_missing(document: dict) -> None:

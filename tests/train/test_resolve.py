@@ -167,4 +167,4 @@ def test_detected_cpu_says_how_its_peak_was_found() -> None:
     found = detect("cpu", threads=1)
     assert found.device == "cpu"
     assert found.peak_flops["float32"] > 1e8
-    assert "measured here on 1 threads" in found.peak_source
+    assert "measured here on 1 thread" in found.peak_source

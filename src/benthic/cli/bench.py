@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from benthic.cli import bench_kernels
+from benthic.cli.bench_vllm import BenchServeCommand
 from benthic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def bench() -> None:
     """Measure a running server, or the kernels of this machine."""
 
 
-@app.command()
+@app.command(cls=BenchServeCommand)
 def serve(  # noqa: PLR0913 (one parameter a flag)
     more_goodput: Annotated[
         list[str] | None, typer.Argument(hidden=True, help="Further words of --goodput.")

@@ -73,7 +73,7 @@ def convert(
     weights = list(target.glob("*.safetensors"))
     size = units.size(sum(path.stat().st_size for path in weights))
     took = units.seconds(time.monotonic() - started)
-    files = "1 file" if len(weights) == 1 else f"{len(weights)} files"
+    files = units.plural(len(weights), "file")
     console.print(f"{target}: {size} in {files}, {dtype.value}, {took}", highlight=False, soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benthic import __version__
 from benthic.errors import ConfigError, UnknownFieldError
-from benthic.units import binary_bytes
+from benthic.units import binary_bytes, plural
 
 if TYPE_CHECKING:
     from benthic.kernels.ops import Choice
@@ -60,7 +60,8 @@ def _devices() -> Table:
     import torch  # noqa: PLC0415 (this command also runs where torch is not installed)
 
     table = Table("device", "what", "memory", title="Devices")
-    table.add_row("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", "")
+    threads = plural(torch.get_num_threads(), "thread")
+    table.add_row("cpu", f"{threads}, {torch.backends.cpu.get_cpu_capability()}", "")
     for index in range(torch.cuda.device_count()):
         found: Any = torch.cuda.get_device_properties(index)
         what = f"{found.name}, sm_{found.major}{found.minor}, {found.multi_processor_count} multiprocessors"

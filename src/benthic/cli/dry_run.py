@@ -117,11 +117,14 @@ def _batch(outlook: Outlook) -> str:
     seq_len, total = number(config.train.seq_len), sum(p.numel for p in parameters(config.model))
     degrees = f"pp {layout.pp_degree} x dp {layout.dp_degree} x cp {layout.cp_degree} x tp {layout.tp_degree}"
     later = "" if config.train.batch_curve is None else f" at first, by {config.train.batch_curve}"
+    ranks, copies = units.plural(layout.ranks, "rank"), units.plural(layout.expert_dp_degree, "copy")
+    rows, each = units.plural(outlook.rows, "row"), units.plural(number(config.train.local_batch_size), "row")
+    microbatches = units.plural(outlook.table.microbatches, "microbatch")
     return (
-        f"{config.model.name}: {total:,} parameters on {layout.ranks} ranks = {degrees}; experts over "
-        f"{layout.ep_degree}, {layout.expert_dp_degree} copies a pipeline rank; ZeRO-{layout.zero_stage}\n"
-        f"a step: {outlook.rows} rows of {seq_len:,} = {outlook.rows * seq_len:,} tokens{later}; "
-        f"{outlook.table.microbatches} microbatches of {config.train.local_batch_size} rows a data rank\n"
+        f"{config.model.name}: {total:,} parameters on {ranks} = {degrees}; experts over "
+        f"{layout.ep_degree}, {copies} a pipeline rank; ZeRO-{layout.zero_stage}\n"
+        f"a step: {rows} of {seq_len:,} = {outlook.rows * seq_len:,} tokens{later}; "
+        f"{microbatches} of {each} a data rank\n"
         f"{config.train.steps:,} steps = {planned_tokens(config):,} tokens"
     )
 

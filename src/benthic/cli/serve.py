@@ -137,7 +137,7 @@ def serve(  # noqa: PLR0913 (one flag each)
         stall_s=engine_stall_timeout,
         log_level=uvicorn_log_level.value,
         access_log=not disable_uvicorn_access_log,
-        otlp_traces_endpoint=otlp_traces_endpoint,
+        otlp_traces_endpoint=words.traces_endpoint(otlp_traces_endpoint),
         fronts=api_server_count,
     )
     launch.check_instances(

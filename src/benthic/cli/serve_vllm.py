@@ -167,7 +167,7 @@ def translate(words: Sequence[str], parameters: Iterable[Any]) -> list[str]:
     left, ours = deque(words), list[str]()
     model, spare = False, None
     while left:
-        flag, equals, value = _spelled(left.popleft())
+        flag, equals, value = spelled(left.popleft())
         if not flag.startswith("-"):
             model = True
             ours.append(flag)
@@ -191,7 +191,7 @@ def translate(words: Sequence[str], parameters: Iterable[Any]) -> list[str]:
     return ours
 
 
-def _spelled(word: str) -> tuple[str, str, str]:
+def spelled(word: str) -> tuple[str, str, str]:
     """A flag with hyphens, "=" and value where they are one word; any other word as it is."""
     if not word.startswith("-"):
         return word, "", ""

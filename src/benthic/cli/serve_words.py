@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -92,3 +93,14 @@ def api_keys(given: list[str] | None) -> tuple[str, ...]:
         msg = "--api-key is empty. Leave it out to serve without keys."
         raise ConfigError(msg)
     return keys
+
+
+def traces_endpoint(given: str | None) -> str | None:
+    """The collector that traces go to. Raises: ConfigError for what is no URL of HTTP."""
+    if given is not None and not re.match(r"https?://[^/]", given):
+        msg = (
+            f"--otlp-traces-endpoint {given} is no URL of a collector that takes OTLP over HTTP. "
+            "Write it as http://localhost:4318/v1/traces."
+        )
+        raise ConfigError(msg)
+    return given

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from benthic.cli.draw import predicted_and_measured
 from benthic.cli.plan_words import config_of, machine_of
 from benthic.cli.settings import apply, typed
-from benthic.errors import CheckpointError, ConfigError
+from benthic.errors import CheckpointError, ConfigError, DataError
 from benthic.plan.draw_svg import draw_svg
 from benthic.sched.pipeline.spans import read_spans
 from benthic.spec import hardware as gpus
@@ -43,6 +44,8 @@ _WANTS_DRY_RUN: Final = (
     "torchrun --nproc-per-node N."
 )
 _GPUS_OF_A_HOST: Final = 8
+_FIRST_S: Final = 10.0
+"""Longer than the ranks of a host differ in coming to the same error."""
 
 
 class Screen:
@@ -73,6 +76,22 @@ class Screen:
         self.progress.update(self._task, completed=result.step, line=line)
 
 
+@contextmanager
+def _one_a_host() -> Iterator[None]:
+    """Let one rank a host say what is wrong with settings or data: the others would say the same.
+
+    The end of a rank makes its launcher end the others, who wait for that. One that is still there afterwards
+    says it too: its error is its own.
+    """
+    try:
+        yield
+    except (ConfigError, DataError):
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_FIRST_S)
+        raise
+
+
+@_one_a_host()
 def train(  # noqa: PLR0913 (one argument per option)
     recipe: Annotated[
         str | None,

@@ -119,9 +119,9 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.folder)
             self._refuse_lack_of_room()
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._partial.mkdir()
             self._lock = (self._partial / _LOCK_FILE).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -176,7 +176,8 @@ class ShardWriter:
         return f"{self.folder}: writing the checkpoint failed: {error}. No part of it was left behind."
 
     def _refuse_lack_of_room(self) -> None:
-        room = shutil.disk_usage(self.folder).free
+        there = next(each for each in (self.folder, *self.folder.absolute().parents) if each.exists())
+        room = shutil.disk_usage(there).free
         if room < self.total_bytes:
             message = (
                 f"{self.folder}: the checkpoint needs {self.total_bytes} bytes, the disk has {room} free. "

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from benthic.errors import CheckpointError, NotACheckpointError
+from benthic.spec import hf
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -184,4 +185,4 @@ def _not_a_checkpoint(folder: Path, wanted: str) -> str:
         held = ", ".join(pickled[:3])
         return f"{folder} holds {held} but no {wanted}; only safetensors are read. Convert them first."
     seen = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
-    return f"{folder} is not a checkpoint: looked for {wanted}, found {seen}."
+    return f"{folder} is not a checkpoint: looked for {wanted}, found {seen}. {hf.nearest_checkpoint(folder)}"

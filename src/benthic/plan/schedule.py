@@ -65,8 +65,9 @@ class Summary:
 def summarise(timeline: Timeline) -> Summary:
     """The figures of `timeline`."""
     table = timeline.table
+    ranks, microbatches = units.plural(table.ranks, "rank"), units.plural(table.microbatches, "microbatch")
     return Summary(
-        title=f"{table.name}, {_of(table.ranks, 'rank')}, {_of(table.microbatches, 'microbatch')}",
+        title=f"{table.name}, {ranks}, {microbatches}",
         makespan=timeline.makespan,
         bubble=timeline.bubble_fraction,
         idle=max(timeline.bubble(rank) for rank in range(table.ranks)),
@@ -79,8 +80,3 @@ def summarise(timeline: Timeline) -> Summary:
 def number(value: float) -> str:
     """A time without trailing zeros: 33, 1.5, 0.3333, and small ones more exactly: 0.000125."""
     return f"{value:.{4 if abs(value) >= 0.1 else 6}f}".rstrip("0").rstrip(".")
-
-
-def _of(count: int, noun: str) -> str:
-    plural = "es" if noun.endswith("ch") else "s"
-    return f"{count} {noun}{'' if count == 1 else plural}"

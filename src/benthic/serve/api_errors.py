@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from benthic.errors import AdmissionError, BenthicError, EngineDeadError, OverloadedError, ServeError
 from benthic.serve.chat_template import TemplateRenderError
+from benthic.serve.protocol_requests import CompletionBody
 from benthic.serve.protocol_responses import ErrorBody, ErrorDetail
 
 if TYPE_CHECKING:
@@ -108,13 +109,24 @@ def of(error: BenthicError) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AdmissionError):
-        return invalid(str(error))
+        return _refused(_without_name(str(error)))
     if isinstance(error, OverloadedError):
-        return overloaded(str(error))
+        return overloaded(_without_name(str(error)))
     if isinstance(error, TemplateRenderError):
         return invalid(str(error), param="messages")
     code = "engine_dead" if isinstance(error, EngineDeadError) else None
     return ApiError(500, str(error), code=code)
+
+
+def _without_name(words: str) -> str:
+    """What the engine says, without its own name of the sequence."""
+    return re.sub(r"^request '[^']*'", "the request", re.sub(r"^request '[^']*': ", "", words))
+
+
+def _refused(words: str) -> ApiError:
+    """400; the field at fault is known where the engine's words begin with it."""
+    field = re.split(r" (?:= |holds token |of token )", words, maxsplit=1)[0]
+    return invalid(words, param=field if field in CompletionBody.model_fields else None)
 
 
 def of_validation(errors: Sequence[Any]) -> ApiError:

@@ -276,10 +276,8 @@ def _add_openapi(app: FastAPI, served_names: Sequence[str]) -> None:
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         served = {"type": "string", "enum": list(served_names)}
-        for needed in (CompletionBody, ChatBody, ResponsesBody):
-            schemas[needed.__name__]["properties"]["model"] = served
-        for optional in (TokenizeBody, DetokenizeBody):
-            schemas[optional.__name__]["properties"]["model"] = {"anyOf": [served, {"type": "null"}]}
+        for body in (CompletionBody, ChatBody, ResponsesBody, TokenizeBody, DetokenizeBody):
+            schemas[body.__name__]["properties"]["model"]["anyOf"] = [served, {"type": "null"}]
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

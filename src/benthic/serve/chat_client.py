@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from rich.markup import escape
 
+from benthic import units
 from benthic.errors import ServeError
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class ChatSession:
 
     def _report(self, tokens: int, ttft_s: float, rest_s: float) -> None:
         speed = f", {(tokens - 1) / rest_s:.1f} tokens/s" if tokens > 1 and rest_s > 0 else ""
-        self._console.print(f"[dim]{tokens} tokens, first after {ttft_s:.2f} s{speed}[/]")
+        self._console.print(f"[dim]{units.plural(tokens, 'token')}, first after {ttft_s:.2f} s{speed}[/]")
 
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Chunks of a streamed answer. Raises: RefusedError for an error before or in the stream."""

@@ -69,19 +69,10 @@ def check_checkpoint(path: Path, *, weights: bool = True) -> ModelConfig:
         there = sorted(entry.name for entry in path.iterdir())[:8]
         msg = (
             f"{path} is not a checkpoint: it has no {' and no '.join(missing)} (there: "
-            f"{', '.join(there) or 'nothing'}). {_nearest_checkpoint(path)}"
+            f"{', '.join(there) or 'nothing'}). {hf.nearest_checkpoint(path)}"
         )
         raise NotACheckpointError(msg)
     return hf.read(path / "config.json").config
-
-
-def _nearest_checkpoint(path: Path) -> str:
-    """Where the folder in Hugging Face format is, of what `benthic train` writes."""
-    if (path / "hf" / "config.json").is_file():
-        return f"The run's model is in {path / 'hf'}."
-    if (path / "manifest.json").is_file():
-        return f"`benthic convert {path} FOLDER` makes one of this step of a run."
-    return "Point to a folder in the Hugging Face format."
 
 
 def check_instances(  # noqa: PLR0913 (one flag each)

@@ -39,7 +39,6 @@ def refuse(param: str, message: str) -> NoReturn:
 
 
 Text = Annotated[str, AfterValidator(_utf8)]
-ModelName = Annotated[Text, Field(description="One of the names that /v1/models lists.")]
 StopString = Annotated[Text, StringConstraints(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -107,7 +106,7 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    model: ModelName
+    model: Text | None = Field(None, description="A name that /v1/models lists. Default: the first.")
 
 
 class SamplingBody(Body):
@@ -341,7 +340,6 @@ class ChatBody(SamplingBody, TemplateBody):
 class TokenizeBody(Body, TemplateBody):
     """POST /tokenize: `prompt`, or `messages` to go through the chat template."""
 
-    model: ModelName | None = None  # type: ignore[assignment]
     prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(None, description="Default true for prompt, false for messages.")
@@ -357,5 +355,4 @@ class TokenizeBody(Body, TemplateBody):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    model: ModelName | None = None  # type: ignore[assignment]
     tokens: list[TokenId]

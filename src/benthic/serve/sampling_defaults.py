@@ -6,15 +6,17 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from benthic.errors import ConfigError
 from benthic.serve import api_errors
 from benthic.serve.messages import SamplingParams
+from benthic.serve.protocol_requests import SamplingBody
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from benthic.serve.messages import Ready
-    from benthic.serve.protocol_requests import SamplingBody
 
 NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -33,8 +35,11 @@ class SamplingDefaults:
     def from_file(cls, path: Path) -> SamplingDefaults:
         """Read a `generation_config.json`; fields it leaves out keep the API's defaults.
 
+        A value that no request may carry is refused, not dropped: the server would answer otherwise than the
+        file says.
+
         Raises:
-            ConfigError: the file is not a JSON object, or a value is not a number.
+            ConfigError: the file is not a JSON object, or a value is not a number within a request's bounds.
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -42,10 +47,12 @@ class SamplingDefaults:
         except (ValueError, AttributeError) as error:
             msg = f"{path} is not a JSON object: {error}. Repair it, or pass --generation-config none."
             raise ConfigError(msg) from error
-        wrong = {name: value for name, value in chosen.items() if not isinstance(value, int | float)}
-        if wrong:
-            msg = f"{path} has {wrong}, but these must be numbers."
-            raise ConfigError(msg)
+        try:
+            SamplingBody.model_validate(chosen)
+        except ValidationError as error:
+            reason = api_errors.of_validation(error.errors())
+            msg = f"{path}: {reason}. Repair it, or pass --generation-config none."
+            raise ConfigError(msg) from error
         return cls(**chosen)
 
     def changed(self) -> str:

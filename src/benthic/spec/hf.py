@@ -177,6 +177,20 @@ def read(path: Path) -> HFConfig:
     return from_hf(contents, name=file.resolve().parent.name or "custom")
 
 
+def nearest_checkpoint(folder: Path) -> str:
+    """Where the folder in Hugging Face format is, of what `benthic train` writes."""
+    if (folder / "hf" / "config.json").is_file():
+        return f"The run's model is in {folder / 'hf'}."
+    if (folder / "manifest.json").is_file():
+        return f"`benthic convert {folder} FOLDER` makes one of this step of a run."
+    names = [found.parent.name for found in folder.glob("checkpoint/step-*/manifest.json")]
+    steps = [int(number) for name in names if (number := name.removeprefix("step-")).isdigit()]
+    if steps:
+        newest = folder / "checkpoint" / f"step-{max(steps)}"
+        return f"`benthic convert {newest} FOLDER` makes one of the run's newest step."
+    return "Point to a folder in the Hugging Face format."
+
+
 def dumps(hf: HFConfig | ModelConfig, *, dtype: str = "bfloat16", fp8: bool = False) -> str:
     """The text of a `config.json`, indented as transformers does it."""
     return json.dumps(to_hf(hf, dtype=dtype, fp8=fp8), indent=2) + "\n"

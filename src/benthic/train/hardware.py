@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
+from benthic import units
 from benthic.errors import BackendError, ConfigError
 from benthic.spec import hardware
 
@@ -67,7 +68,7 @@ def detect(
         total_memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         threads=threads,
         peak_flops={"float32": peak},
-        peak_source=f"{_SIZE}^3 float32 matmul measured here on {threads} threads",
+        peak_source=f"{_SIZE}^3 float32 matmul measured here on {units.plural(threads, 'thread')}",
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
+from benthic import units
 from benthic.errors import CheckpointError, ConfigError
 from benthic.parallel.exchange_choice import spots_of
 from benthic.parallel.export import save_stages
@@ -320,7 +321,7 @@ def evaluation_line(step: int, found: Evaluation) -> str:
     accepted = "" if found.mtp_acceptance is None else f"  mtp_acceptance: {found.mtp_acceptance:.3f}"
     return (
         f"held out: {step:>3}  loss: {found.loss:8.5f}  bits_per_byte: {found.bits_per_byte:.4f}{accepted}  "
-        f"({found.documents} documents, {found.tokens:,} tokens)"
+        f"({units.plural(found.documents, 'document')}, {found.tokens:,} tokens)"
     )
 
 
