@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path  # noqa: TC003 (typer reads the annotations)
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -60,6 +61,14 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
     tp: Degree = None,
     cp: Degree = None,
     zero: Degree = None,
+    local_rows: Annotated[
+        list[int] | None,
+        typer.Option("--local-batch-size", min=1, help="Rows a microbatch, only these; may be repeated."),
+    ] = None,
+    remainders: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option("--store-param-remainders", help="Keep 16 bits of a bf16 weight's master beside it."),
+    ] = False,
     skew: Annotated[float, typer.Option(min=1.0, help="Busiest expert rank's rows over the mean.")] = 1.0,
     kept_pairs: Annotated[
         float | None,
@@ -84,7 +93,8 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
 
     Example: benthic plan train deepseek-v3 --gpus 2048 --hardware h800
     """
-    from benthic.plan.training.plan import plan  # noqa: PLC0415 (see cli.plan)
+    from benthic.plan.training.candidate import Updates  # noqa: PLC0415 (see cli.plan)
+    from benthic.plan.training.plan import plan  # noqa: PLC0415
     from benthic.plan.training.run import Failures  # noqa: PLC0415
     from benthic.plan.training.space import Question, refuse_degrees  # noqa: PLC0415
 
@@ -97,10 +107,12 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
         rows=rows or usual(config)[1],
         seq_len=seq_len,
         tokens=usual(config)[0] if tokens is None else count(tokens),
+        optimizer=Updates(store_param_remainders=remainders),
         skew=skew,
         kept_pairs=kept_pairs,
     )
     space = space_of(machine, pp, ep, tp, cp, zero, schedules, precisions)
+    space = replace(space, local_batch_sizes=tuple(local_rows)) if local_rows else space
     refuse_degrees(question, space)
     failures = Failures(gpu_mtbf_hours=mtbf, checkpoint_seconds=checkpoint, restart_seconds=restart)
     with Console(stderr=True).status(f"looking at layouts of {config.name} on {gpus} {gpu}"):

@@ -174,6 +174,18 @@ def test_a_plan_prints_as_text_as_json_and_as_a_page_without_network(tmp_path):
     assert found["run"]["gpu_hours"] == pytest.approx(found["run"]["seconds"] * 8 / 3600)
 
 
+def test_rows_a_microbatch_and_remainders_may_be_asked_for():
+    words = ["train", "moonlight-16b-a3b", "--gpus", "2", "--hardware", "h200", "--global-batch-size", "64"]
+    words += ["--zero", "1", "--precision", "bf16", "--tp", "1", "--cp", "1", "--local-batch-size", "4"]
+    whole, split = (
+        json.loads(RUN.invoke(command.app, [*words, *more, "--json"]).output)["best"][0]
+        for more in ([], ["--store-param-remainders"])
+    )
+    assert whole["settings"]["train.local_batch_size"] == split["settings"]["train.local_batch_size"] == 4
+    assert split["settings"]["optimizer.store_param_remainders"]
+    assert split["step_seconds"] < whole["step_seconds"]  # less is computed again
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

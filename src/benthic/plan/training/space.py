@@ -65,7 +65,7 @@ class Space:
         "dualpipev",
     )
     virtual_stages: tuple[int, ...] = (2,)
-    local_batch_sizes: tuple[int, ...] = (1, 2)
+    local_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     recomputes: tuple[str, ...] = tuple(RECOMPUTES)
     precisions: tuple[str, ...] = tuple(PRECISIONS)
 
