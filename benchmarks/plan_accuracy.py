@@ -26,7 +26,7 @@ from moonlight_slices import KEPT_PAIRS, LAYOUTS, moonlight, moonlight_slice
 from provenance import RESULTS, write_result
 
 from benthic.plan.cost import machine as machines
-from benthic.plan.training.candidate import PRECISIONS, Candidate, Numbers, Rows
+from benthic.plan.training.candidate import PRECISIONS, Candidate, Numbers, Rows, Updates
 from benthic.plan.training.memory import memory
 from benthic.plan.training.step import Step, step
 from benthic.spec import presets
@@ -115,7 +115,10 @@ def whole() -> list[Line]:
         layout=LAYOUTS["ep2"],
         train=Rows(local_batch_size=int(settings["train.local_batch_size"]), kept_pairs=KEPT_PAIRS),
         rows=int(settings["train.global_batch_size"]),
-        recompute=("attention", "experts"),
+        recompute=tuple(settings.get("recompute", "attention,experts").split(",")),
+        optimizer=Updates(
+            store_param_remainders=settings.get("optimizer.store_param_remainders") == "true",
+        ),
     )
     rows = both("Moonlight, ep2", one, row["step_seconds"], row["peak_bytes"])
     if record("train_full")["commit"] != record("train_ranks")["commit"]:  # steps of an older program
