@@ -94,7 +94,7 @@ def main() -> None:
     settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "pairs": pairs}
     settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False, "fronts": words.fronts}
     settings |= {"late_planning_ms": words.late_planning_ms, "clients": words.clients}
-    found = Found(words.out, settings, earlier(words.out))
+    found = Found.at(words.out, settings)
     with tempfile.TemporaryDirectory() as temporary:
         model = make_folder(Path(temporary) / "model", shape(small=words.small))
 
@@ -109,28 +109,39 @@ def main() -> None:
             list(pool.map(job, words.fleets))
 
 
-def earlier(out: Path | None) -> list[Row]:
-    """Runs that an earlier call left in `out`. Raises: ValueError where they are of another commit."""
-    if out is None or not out.exists():
-        return []
-    record = json.loads(out.read_text())
-    if record["commit"] != provenance()["commit"]:
-        commits = f"commit {record['commit']}, this tree of {provenance()['commit']}"
-        message = f"{out} is of {commits}: use another --out"
-        raise ValueError(message)
-    runs: list[Row] = record["rows"]["runs"]
-    return runs
-
-
 @dataclass
 class Found:
-    """What all fleets showed so far; written after every run, lest a call cut short shows nothing."""
+    """What all fleets showed so far; written after every run, lest a call cut short shows nothing.
+
+    `finished` holds which fleet has been offered all that it should be of which workload.
+    """
 
     out: Path | None
     settings: Row
     runs: list[Row] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
+    finished: list[list[str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def at(cls, out: Path | None, settings: Row) -> Found:
+        """With what an earlier call left in `out`.
+
+        Raises: ValueError where that is of another commit or of other settings.
+        """
+        if out is None or not out.exists():
+            return cls(out, settings)
+        record = json.loads(out.read_text())
+        before = {"commit": record["commit"], **record["settings"]}
+        now = {"commit": provenance()["commit"], **settings}
+        differing = [
+            f"{name} {before.get(name)}, now {value}"
+            for name, value in now.items()
+            if before.get(name) != value
+        ]
+        if differing:
+            message = f"{out} is of {'; '.join(differing)}: use another --out"
+            raise ValueError(message)
+        return cls(out, settings, record["rows"]["runs"], record["rows"]["finished"])
 
     def run(self, fleet: str, work: str, rate: float, seed: int) -> Row | None:
         """That run, if it is here."""
@@ -145,16 +156,22 @@ class Found:
             self._write()
         return run
 
-    def decide(self, work: str) -> None:
+    def finish(self, fleet: str, work: str) -> None:
         """All runs of a fleet under a workload are here; the second fleet's decide who wins."""
         with self.lock:
-            if {row["fleet"] for row in self.runs if row["workload"] == work} == set(FLEETS):
-                self.summary[work] = summarised(work, self.runs)
-                print(self.summary[work]["verdict"], flush=True)
+            self.finished += [] if [fleet, work] in self.finished else [[fleet, work]]
+            if work in self.summary():
+                print(self.summary()[work]["verdict"], flush=True)
             print(self._write(), flush=True)
 
+    def summary(self) -> dict[str, Any]:
+        """Who wins each workload that both fleets have finished."""
+        works = dict.fromkeys(work for _, work in self.finished)
+        both = [work for work in works if all([fleet, work] in self.finished for fleet in FLEETS)]
+        return {work: summarised(work, self.runs) for work in both}
+
     def _write(self) -> Path:
-        shown = {"summary": self.summary, "runs": self.runs}
+        shown = {"summary": self.summary(), "finished": self.finished, "runs": self.runs}
         return write_result("disaggregate", shown, out=self.out, **self.settings)
 
 
@@ -180,7 +197,10 @@ def parse() -> argparse.Namespace:
 def serve_all(
     fleet: str, works: list[Workload], model: Path, gpus: str, words: argparse.Namespace, found: Found
 ) -> None:
-    """Start a fleet on these GPUs and offer it each workload at the rates that matter."""
+    """Start a fleet on these GPUs and offer it each workload that it has not finished."""
+    works = [work for work in works if [fleet, work.name] not in found.finished]
+    if not works:
+        return
     prefill, decode = FLEETS[fleet]
     serve = [str(model), *DUMMY, *QUIET, "--prefill", prefill, "--decode", decode]
     serve += ["--max-num-seqs", "8" if words.small else str(SEQUENCES), "--gpu-memory-utilization", "0.85"]
@@ -201,7 +221,7 @@ def serve_all(
                 ]
 
             climb(work.rates, offer)
-            found.decide(work.name)
+            found.finish(fleet, work.name)
     warnings = [line for line in log.read_text().splitlines() if "WARNING" in line or "ERROR" in line]
     print(f"{fleet}: {len(warnings)} warnings", *warnings[:5], sep="\n  ", flush=True)
 

@@ -61,22 +61,26 @@ def test_a_call_that_was_cut_short_goes_on_from_its_file(
 ) -> None:
     file = tmp_path / "found.json"
     monkeypatch.setenv("BENTHIC_COMMIT", "a" * 40)
-    cut = script.Found(file, {}, script.earlier(file))
+    cut = script.Found.at(file, {"seconds": 12.0})
     for run in rows(5.0, 4.0):
         cut.add(run)
-    kept = script.Found(file, {}, script.earlier(file))
+    kept = script.Found.at(file, {"seconds": 12.0})
     assert kept.runs == rows(5.0, 4.0)
     assert kept.run("1P1D", "w", 4.0, 1) == rows(5.0, 4.0)[1]
     assert kept.run("1P1D", "w", 8.0, 1) is kept.run("2 colocated", "w", 4.0, 1) is None
-    kept.decide("w")
+    kept.finish("1P1D", "w")
     assert "requests/s per GPU" not in file.read_text()  # one fleet decides nothing
+    kept = script.Found.at(file, {"seconds": 12.0})
     for run in rows(9.0, 4.0, "2 colocated") + rows(9.0, 16.0, "2 colocated"):
         kept.add(run)
-    kept.decide("w")
+    assert "requests/s per GPU" not in file.read_text()  # nor does a part of the other
+    kept.finish("2 colocated", "w")
     assert "requests/s per GPU" in file.read_text()
+    with pytest.raises(ValueError, match=r"seconds 12.0, now 20.0: use another --out"):
+        script.Found.at(file, {"seconds": 20.0})
     monkeypatch.setenv("BENTHIC_COMMIT", "b" * 40)
     with pytest.raises(ValueError, match=r"aaaa.*bbbb.*--out"):
-        script.earlier(file)
+        script.Found.at(file, {"seconds": 12.0})
 
 
 def test_the_side_wins_whose_worst_seed_beats_the_best_of_the_other(script: ModuleType) -> None:

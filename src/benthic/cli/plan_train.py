@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import replace
 from pathlib import Path  # noqa: TC003 (typer reads the annotations)
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -111,8 +110,9 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
         skew=skew,
         kept_pairs=kept_pairs,
     )
-    space = space_of(machine, pp, ep, tp, cp, zero, schedules, precisions)
-    space = replace(space, local_batch_sizes=tuple(local_rows)) if local_rows else space
+    space = space_of(
+        machine, schedules, precisions, pp=pp, ep=ep, tp=tp, cp=cp, zero=zero, local_batch_sizes=local_rows
+    )
     refuse_degrees(question, space)
     failures = Failures(gpu_mtbf_hours=mtbf, checkpoint_seconds=checkpoint, restart_seconds=restart)
     with Console(stderr=True).status(f"looking at layouts of {config.name} on {gpus} {gpu}"):
@@ -130,15 +130,11 @@ def usual(config: ModelConfig) -> tuple[float, int]:
 
 def space_of(
     machine: Machine,
-    pp: list[int] | None,
-    ep: list[int] | None,
-    tp: list[int] | None,
-    cp: list[int] | None,
-    zero: list[int] | None,
     schedules: list[str] | None,
     precisions: list[str] | None,
+    **numbers: list[int] | None,
 ) -> Space:
-    """What may be chosen: what was named, else everything that the GPU can do.
+    """What may be chosen: what was named, else everything that the GPU can do. `numbers`: fields of `Space`.
 
     Raises:
         UnknownFieldError: a schedule or a precision that does not exist.
@@ -153,18 +149,14 @@ def space_of(
             raise UnknownFieldError(kind="schedule", name=name, known=BUILDERS)
     for name in precisions or ():
         precision(name)
-    if zero and max(zero) > 3:
-        message = f"--zero {max(zero)}, but ZeRO has stages 1 to 3. Leave it out to try all three."
+    named: dict[str, Any] = {field: tuple(values) for field, values in numbers.items() if values}
+    zero = max(named.get("zero", (1,)))
+    if zero > 3:
+        message = f"--zero {zero}, but ZeRO has stages 1 to 3. Leave it out to try all three."
         raise ConfigError(message)
     native = PRECISIONS if machine.hardware.fp8_flops is not None else ("bf16",)
     return Space(
-        pp=tuple(pp or ()),
-        ep=tuple(ep or ()),
-        tp=tuple(tp or ()),
-        cp=tuple(cp or ()),
-        zero=tuple(zero or (1, 2, 3)),
-        schedules=tuple(schedules or Space().schedules),
-        precisions=tuple(precisions or native),
+        schedules=tuple(schedules or Space().schedules), precisions=tuple(precisions or native), **named
     )
 
 

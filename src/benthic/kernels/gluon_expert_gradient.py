@@ -189,9 +189,8 @@ def _expert_gradient(
 ):  # fmt: skip
     """One program a multiprocessor: every so manieth tile of all experts.
 
-    TURNED: the left operand is x. EDGES: some tiles stand over the edge. SQUARES, where
-    nothing is added: two numbers a tile. Widths are known to be multiples of eight, so that pairs of sums are
-    added at once.
+    TURNED: the left operand is x. EDGES: some tiles stand over the edge. SQUARES, where nothing is added: two
+    numbers a tile. Widths are known to be multiples of eight, so that pairs of sums are added at once.
     """
     left_dim, right_dim = left_eights * 8, right_eights * 8
     left_ring = gl.allocate_shared_memory(left.dtype, [2 * STAGES, BLOCK, HALF], left.layout)

@@ -129,9 +129,8 @@ def add_weight_gradient(
     reading `into`: only for experts, where products are ours, and only with `fresh`. Without, None.
 
     Shapes: dy [R, O] and x [R, I], one dtype; ends int32 [E] or None; into [O, I] or [E, O, I], float32.
-    Raises: ShapeError when operands disagree, or for squares without `ends_E` or
-    `fresh`; BackendError when `impl` cannot
-    run.
+    Raises: ShapeError when operands disagree, or for squares without `ends_E` or `fresh`; BackendError when
+    `impl` cannot run.
     Cost: 2 R I O FLOPs; `into` is read, unless fresh, and written once.
     """
     experts = () if ends_E is None else (ends_E.shape[0],)
