@@ -479,6 +479,29 @@ def test_grouped_linear_in_gluon(dtype, name, dims, spare):
     compare(lambda x, w, impl: ops.grouped_linear(x, w, ends, impl=impl), inputs, dtype, impl="gluon")
 
 
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_swiglu(dtype, name, spare):
+    ends, inputs = grouped_inputs(name, spare, (36, 40), dtype)
+    compare(lambda x, w, impl: ops.grouped_swiglu(x, w, ends, impl=impl), inputs, dtype, impl="two_ops")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="Gluon needs a GPU")
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("dims", [(64, 128), (192, 384), (1408, 640), (2048, 2816)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 0, 64, 63, 65, 127), (700, 1, 0, 2, 129, 193), (0, 0, 0)], ids=str)
+def test_grouped_swiglu_in_gluon_has_the_bits_of_both_ops(dtype, sizes, dims, spare):
+    if dtype != torch.bfloat16:
+        pytest.skip("bfloat16 alone")
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+    x = made(sum(sizes) + spare, dims[0], dtype=dtype, seed=2).detach()
+    x[sum(sizes) :] = torch.nan  # they belong to nobody
+    weight = made(len(sizes), dims[1], dims[0], dtype=dtype, seed=1).detach()
+    for operand in (x, torch.cat([x, x], dim=1)[:, dims[0] :]):  # rows side by side with others too
+        found = ops.grouped_swiglu(operand, weight, ends, impl="gluon")
+        assert torch.equal(found, ops.swiglu(ops.grouped_linear(x, weight, ends, impl="gluon")))
+
+
 @pytest.mark.parametrize("last_first", [False, True])
 @pytest.mark.parametrize(
     "lengths",
@@ -518,7 +541,11 @@ def test_a_grid_is_listed_where_most_of_its_programs_had_no_tile(dtype):
 
 
 @pytest.mark.skipif(not ON_GPU, reason="Gluon needs a GPU")
-@pytest.mark.parametrize("sizes", [(1, 0, 64, 63, 65, 127), (0, 0, 0), (700, 1, 0, 2, 129, 193)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 0, 64, 63, 65, 127), (0, 0, 0), (700, 1, 0, 2, 129, 193), (128, 191, 192, 255, 256, 257, 320, 449)],
+    ids=str,
+)
 @pytest.mark.parametrize("dims", [(128, 512), (192, 1408)], ids=str)
 def test_products_of_few_rows_in_gluon_beside_nan(dtype, sizes, dims):
     if dtype != torch.bfloat16:

@@ -306,19 +306,25 @@ def test_weight_gradients_of_experts_have_a_product_in_flight_and_are_added_in_t
     assert len(added) == (0 if not add else 2 * 128 if turned else 2 * 64)
 
 
-@pytest.mark.parametrize("turned", [True, False], ids=["output", "input gradient"])
-def test_products_of_experts_have_one_in_flight_and_leave_by_tma(turned, tmp_path):
-    described = {"x": descriptor(128, 64), "weight": descriptor(*((128, 64) if turned else (64, 128)))}
-    described["out"] = descriptor(128, 64)
-    constants = {"TURNED": turned, "REGISTERS": gluon_grouped.CONSUMER_REGISTERS}
+@pytest.mark.parametrize(
+    ("turned", "gated"),
+    [(True, False), (False, False), (True, True)],
+    ids=["output", "input gradient", "output with SwiGLU"],
+)
+def test_products_of_experts_have_one_in_flight_and_leave_by_tma(turned, gated, tmp_path):
+    described = {"x": descriptor(64, 64), "weight": descriptor(64, 64)}
+    described["out"] = descriptor(64, 64 if gated else 128)
+    constants = {"TURNED": turned, "GATED": gated, "REGISTERS": gluon_grouped.CONSUMER_REGISTERS}
     constants["FEW_REGISTERS"] = gluon_grouped.PRODUCER_REGISTERS
     kernel = gluon_grouped._rows_times_experts
     kernel = built(kernel, constants, described, gluon_grouped.ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
     products = re.findall(r"HGMMA\.64x128x16.*", text)
-    assert len(products) == 2 * 2 * 4  # groups, 64 rows of theirs, 16 dims of a chunk
+    assert len(products) == 2 * (2 + 1) * 4  # groups; both halves of their rows, or one; 16 dims of a chunk
     assert all((".tnspB" in product) != turned for product in products)
-    assert sum("gsb0" in product for product in products) == 2
-    assert re.findall(r"DEPBAR\.LE gsb0, 0x(\d)", text) == ["1", "0"] * 2
-    assert text.count("UTMASTG") == 2 * 2
+    assert sum("gsb0" in product for product in products) == 2 * 2
+    assert re.findall(r"DEPBAR\.LE gsb0, 0x(\d)", text) == ["1", "0"] * 2 * 2
+    assert text.count("UTMALDG") == 4 + 2  # halves of rows and of columns
+    assert "UTMASTG" in text
+    assert text.count("MUFU.EX2") == (2 * (2 + 1) * 32 if gated else 0)  # 64 x 64 over 128 threads

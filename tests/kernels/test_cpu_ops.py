@@ -316,6 +316,29 @@ def test_grouped_linear_takes_widths_that_the_library_refuses_through_the_loop()
         ops.grouped_linear(made(11, 7), made(3, 5, 7), ends, impl="grouped_mm")
 
 
+@pytest.mark.parametrize("impl", ["two_ops", None])
+@pytest.mark.parametrize("spare", [0, 6])
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_swiglu_and_its_gradients_equal_the_definition(name, spare, impl):
+    ends = torch.tensor(GROUPS[name]).cumsum(0).to(torch.int32)
+    inputs = [made(45 + spare, 12), made(5, 8, 12, seed=1)]
+    compare(lambda x, w, impl: ops.grouped_swiglu(x, w, ends, impl=impl), inputs, impls=(impl, "reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_grouped_swiglu_has_the_bits_of_both_ops(columns, dtype):
+    ends = torch.tensor(GROUPS["empty experts"]).cumsum(0).to(torch.int32)
+    x, weight = made(50, 16, grad=False).to(dtype), made(5, 24, 16, seed=1, grad=False).to(dtype)
+    if columns:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    found = ops.grouped_swiglu(x, weight, ends)
+    assert found.shape == (50, 12)
+    assert found.dtype == dtype
+    assert torch.equal(found, ops.swiglu(ops.grouped_linear(x, weight, ends)))
+    assert not found[45:].any()
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 10, 100])
 def test_linear_cross_entropy_and_its_gradients_equal_the_definition(chunk):
     target = torch.randint(0, 50, (TOKENS,), generator=torch.Generator().manual_seed(0))
@@ -355,6 +378,12 @@ def test_wrong_operands_are_refused_with_the_two_numbers():
         ops.mla_decode(made(1, 1, 2, 8), made(1, 1, 2, 4), cache, table, torch.tensor([1]), scale=1)
     with pytest.raises(ShapeError, match=r"12 wide .* expect 11"):
         ops.grouped_linear(made(9, 12), made(2, 3, 11), torch.tensor([1, 9], dtype=torch.int32))
+    with pytest.raises(ShapeError, match=r"grouped_swiglu: rows are 12 wide .* expect 11"):
+        ops.grouped_swiglu(made(9, 12), made(2, 4, 11), torch.tensor([1, 9], dtype=torch.int32))
+    with pytest.raises(ShapeError, match=r"grouped_swiglu: 2 experts but ends has shape \(3,\)"):
+        ops.grouped_swiglu(made(9, 12), made(2, 4, 12), torch.tensor([1, 9, 9], dtype=torch.int32))
+    with pytest.raises(ShapeError, match="must be even, not 3"):
+        ops.grouped_swiglu(made(9, 12), made(2, 3, 12), torch.tensor([1, 9], dtype=torch.int32))
     with pytest.raises(ConfigError, match="noaux_tc"):
         ops.route(
             made(3, 8, grad=False),

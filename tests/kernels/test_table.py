@@ -11,7 +11,7 @@ import torch
 from benthic.errors import BackendError
 from benthic.kernels import ops
 from benthic.kernels.ops.linear_gradients import GROUPED_INPUT_GRADIENT
-from benthic.kernels.ops.moe import GROUPED_LINEAR
+from benthic.kernels.ops.moe import GROUPED_LINEAR, GROUPED_SWIGLU
 from benthic.kernels.table import (
     Case,
     Implementation,
@@ -114,6 +114,21 @@ def test_tiles_of_256_rows_come_first_for_many_rows_an_expert_alone():
             assert op.select(case._replace(many=True))[0].name == "gluon"
             assert op.select(case._replace(many=True, dims=(2048, 1416)))[0].name == "grouped_mm_cuda"
     assert GROUPED_LINEAR.select(plain._replace(few=True))[0].name == "few_rows"
+
+
+@pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")
+def test_swiglu_goes_with_the_product_of_many_rows_where_nothing_is_kept_for_gradients():
+    many = Case("cuda", torch.bfloat16, (2048, 1408), many=True)
+    assert GROUPED_SWIGLU.select(many)[0].name == "gluon"
+    for other in (
+        many._replace(many=False),
+        many._replace(grad=True),
+        many._replace(dims=(2048, 1376)),  # 32 gates more than a multiple of 64: a tile's ups would differ
+        many._replace(layout="columns"),
+        many._replace(dtype=torch.float16),
+        many._replace(device="cpu", dtype=torch.float32),
+    ):
+        assert GROUPED_SWIGLU.select(other)[0].name == "two_ops"
 
 
 @pytest.mark.parametrize(("rows", "many"), [(511, False), (512, True)])

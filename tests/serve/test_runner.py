@@ -9,6 +9,7 @@ import torch
 from small_engine import NANO, prompts, random_model, request, serve, small_engine
 
 from benthic.kernels import native, ops
+from benthic.model.local import plain_linear
 from benthic.sched.plans import Prefill, StepPlan, TableWrite
 from benthic.serve.columns import ColumnLinear, fastest_linear
 from benthic.serve.few_rows import FewRowsLinear
@@ -130,6 +131,35 @@ def test_products_of_few_rows_ask_the_table_and_others_do_not(
     torch.testing.assert_close(FewRowsLinear()(x, weight), x @ weight.t())
     torch.testing.assert_close(FewRowsLinear()(x[None], weight), (x @ weight.t())[None])
     assert asked == ([rows] if rows <= 8 else [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_swiglu_goes_with_their_product_where_the_socket_has_both_and_to_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model().to(dtype)
+    experts = model.blocks[-1].get_submodule("moe").get_submodule("experts")
+    rows_RD = torch.randn(30, NANO.hidden_size, dtype=dtype)
+    counts = torch.full((NANO.n_routed_experts,), 30 // NANO.n_routed_experts)
+    ends_E = counts.cumsum(0).to(torch.int32)
+    asked, grouped_swiglu = [], ops.grouped_swiglu
+
+    def noting(*operands: torch.Tensor) -> torch.Tensor:
+        asked.append(operands[1].shape)
+        return grouped_swiglu(*operands)
+
+    monkeypatch.setattr(ops, "grouped_swiglu", noting)
+    with torch.inference_mode():
+        expected = experts(rows_RD, ends_E, plain_linear)
+        assert not asked
+        assert torch.equal(experts(rows_RD, ends_E, FewRowsLinear()), expected)
+        width = NANO.moe_intermediate_size
+        assert asked == [(NANO.n_routed_experts, 2 * width, NANO.hidden_size)]
+        monkeypatch.setattr(experts, "activate", lambda gate_up: ops.swiglu(gate_up) * 2)
+        twice = experts(rows_RD, ends_E, FewRowsLinear())
+        assert torch.equal(twice, experts(rows_RD, ends_E, plain_linear))
+        assert not torch.equal(twice, expected)
+        assert len(asked) == 1, "another activation than SwiGLU is asked for by itself"
 
 
 def tokens(*, enforce_eager: bool, **options: object) -> tuple[dict[str, list[int]], DecodeTapes | None]:

@@ -16,6 +16,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 unload = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+_memory = gl.shared_memory_descriptor
+view = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret  # noqa: SLF001
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)

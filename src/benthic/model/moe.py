@@ -100,7 +100,12 @@ class Experts(nn.Module):
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor, linear: LinearSocket) -> Tensor:
         """Each expert's SwiGLU network on its own rows, as two grouped products."""
-        hidden_RF = self.activate(linear.grouped(rows_RD, self.gate_up.flatten(1, 2), ends_E))
+        weight_EGD = self.gate_up.flatten(1, 2)
+        fused = getattr(linear, "grouped_swiglu", None)
+        if fused is None or self.activate is not ops.swiglu:
+            hidden_RF = self.activate(linear.grouped(rows_RD, weight_EGD, ends_E))
+        else:
+            hidden_RF = fused(rows_RD, weight_EGD, ends_E)
         return self.project_down(hidden_RF, ends_E, linear)
 
     def project_down(self, hidden_RF: Tensor, ends_E: Tensor, linear: LinearSocket) -> Tensor:

@@ -57,7 +57,10 @@ class Attend(Protocol):
 
 
 class Linear(Protocol):
-    """What precision a matrix product has: called for one weight, `grouped` for one weight per expert."""
+    """What precision a matrix product has: called for one weight, `grouped` for one weight per expert.
+
+    A socket may also have `grouped_swiglu`, called as `grouped`, which gives `ops.swiglu` of what that gives.
+    """
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x_..I @ weight_OI.T` in the precision this socket stands for."""

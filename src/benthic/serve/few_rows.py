@@ -1,4 +1,4 @@
-"""Products of a decode step of few rows on a GPU: as the table of kernels says."""
+"""Products on a GPU as the table of kernels says: those of few rows, and experts' with SwiGLU."""
 
 from __future__ import annotations
 
@@ -20,3 +20,7 @@ class FewRowsLinear(PlainLinear):
         if x.dim() == 2 and x.shape[0] <= FEW_MULTIPLIED:
             return ops.linear(x, weight)
         return super().__call__(x, weight)
+
+    def grouped_swiglu(self, rows_RI: Tensor, weight_EGI: Tensor, ends_E: Tensor) -> Tensor:
+        """SwiGLU of each expert's rows times its own `weight_GI.T`, whose gates come first."""
+        return ops.grouped_swiglu(rows_RI, weight_EGI, ends_E)

@@ -113,6 +113,24 @@ def _grouped_lines(bench: Bench, count: int, rows: int, width: int, out: int) ->
         forward_backward(bench, "grouped_linear", shape, impl, run, make, work, "TFLOP/s", backward=2)
 
 
+def _grouped_swiglu_lines(bench: Bench, count: int, rows: int, width: int, out: int) -> None:
+    """The first product of experts with SwiGLU, in one kernel and in two."""
+    ends = (torch.arange(1, count + 1, device=bench.device) * rows).to(torch.int32)
+
+    def make(seed: int) -> tuple[torch.Tensor, ...]:
+        return bench.random(count * rows, width, seed=seed), bench.random(count, out, width, seed=seed + 1)
+
+    def run(impl: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return ops.grouped_swiglu(x, weight, ends, impl=impl)
+
+    operands = bench.sets(make, (rows + out) * count * width * bench.dtype.itemsize)
+    for impl in implementations("grouped_swiglu", trying(run, *operands[0])):
+        error = relative(run(impl, *operands[0]), run("reference", *operands[0]))
+        seconds = bench.time(partial(run, impl), operands)
+        shape, work = f"{count}x{rows} ({width}->{out})", 2 * count * rows * width * out
+        bench.add("grouped_swiglu", shape, impl, seconds, work, "TFLOP/s", error)
+
+
 def experts(bench: Bench) -> None:
     """Grouped products at the shapes of V3 and Moonlight, with permute and unpermute."""
     shapes = [(4, 32, 64, 32)] if bench.small else [
@@ -121,6 +139,8 @@ def experts(bench: Bench) -> None:
     ]  # fmt: skip
     for shape in shapes:
         _grouped_lines(bench, *shape)
+    for shape in shapes[:1] if bench.small else ((8, 4096, 7168, 4096), (64, 384, 2048, 2816)):
+        _grouped_swiglu_lines(bench, *shape)
     tokens, width, top_k = (64, 64, 2) if bench.small else (16384, 7168, 8)
     expert = torch.rand(tokens, 64, device=bench.device).topk(top_k).indices.to(torch.int32)
     weight = torch.rand(tokens, top_k, device=bench.device)

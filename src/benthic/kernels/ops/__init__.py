@@ -106,10 +106,12 @@ from benthic.kernels.ops.loss import (
 )
 from benthic.kernels.ops.moe import (
     GROUPED_LINEAR,
+    GROUPED_SWIGLU,
     PERMUTE,
     ROUTE,
     UNPERMUTE,
     grouped_linear,
+    grouped_swiglu,
     permute,
     route,
     unpermute,
@@ -184,6 +186,7 @@ __all__ = [
     "grouped_input_gradient",
     "grouped_linear",
     "grouped_linear_by_row",
+    "grouped_swiglu",
     "heads_linear",
     "heads_linear_by_row",
     "home_slots",
@@ -252,6 +255,7 @@ OPS: tuple[Op, ...] = (
     SUM_COPIES,
     SUM_COPIES_BACKWARD,
     GROUPED_LINEAR,
+    GROUPED_SWIGLU,
     GROUPED_INPUT_GRADIENT,
     WEIGHT_GRADIENT,
     GROUPED_WEIGHT_GRADIENT,
@@ -324,7 +328,7 @@ def _variants(op: Op, plain: Case) -> list[tuple[str, Case]]:
         variants.append(("weights in columns", plain._replace(layout="columns")))
     if op in (MLA_DECODE, LINEAR, GROUPED_LINEAR, FP8_LINEAR, GROUPED_FP8_LINEAR):
         variants.append(("few rows", plain._replace(few=True)))
-    if op in (GROUPED_LINEAR, GROUPED_INPUT_GRADIENT, GROUPED_FP8_LINEAR):
+    if op in (GROUPED_LINEAR, GROUPED_SWIGLU, GROUPED_INPUT_GRADIENT, GROUPED_FP8_LINEAR):
         variants.append(("many rows", plain._replace(many=True)))
     if op.trains:
         variants.append(("training", plain._replace(grad=True)))

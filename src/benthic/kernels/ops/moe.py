@@ -9,11 +9,13 @@ from torch import Tensor
 
 from benthic.errors import ConfigError, ShapeError
 from benthic.kernels.native import native_runs
+from benthic.kernels.ops.norm import swiglu
 from benthic.kernels.table import (
     Case,
     Implementation,
     Op,
     Verdict,
+    anywhere,
     device_type,
     gluon_refusal,
     inference_only,
@@ -97,6 +99,13 @@ def _gluon_first(case: Case) -> Verdict:
     return no("is made for many rows an expert") if verdict.runs and not case.many else verdict
 
 
+def _gluon_swiglu(case: Case) -> Verdict:
+    """`_gluon_first`, for weights in rows; nothing is kept for gradients."""
+    verdict = inference_only(laid_out("rows", _gluon_first))(case)
+    reason = "our grouped product for Hopper: gates meet ups before half as much is written"
+    return yes(reason) if verdict.runs else verdict
+
+
 def _aligned(case: Case, reason: str) -> Verdict:
     if any(width * case.dtype.itemsize % 16 for width in case.dims):
         return no(f"needs rows of a multiple of 16 bytes, not {case.dims} elements of {case.dtype.itemsize}")
@@ -164,6 +173,20 @@ GROUPED_LINEAR = Op(
         reference("benthic.kernels.reference.moe:grouped_linear"),
     ),
     typical_dims=(2048, 1408),
+)
+GROUPED_SWIGLU = Op(
+    "grouped_swiglu",
+    (
+        Implementation("gluon", _gluon_swiglu, "benthic.kernels.gluon_grouped:grouped_swiglu"),
+        Implementation(
+            "two_ops",
+            anywhere("grouped_linear, then swiglu: see the lines of these"),
+            "benthic.kernels.ops.moe:two_ops",
+        ),
+        reference("benthic.kernels.reference.moe:grouped_swiglu"),
+    ),
+    typical_dims=(2048, 1408),
+    trains=False,
 )
 FEW_ROWS = 32
 """Rows an expert, on average, up to which `grouped_linear` is bound by reading weights."""
@@ -286,20 +309,50 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, *, impl: st
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
     Cost: 2 R I O FLOPs forward, twice that backward.
     """
+    case = _grouped_case("grouped_linear", x_RI, weight_EOI, ends_E, impl)
+    out: Tensor = GROUPED_LINEAR.choose(case, impl)(x_RI, weight_EOI, ends_E)
+    return out
+
+
+def grouped_swiglu(x_RI: Tensor, weight_EGI: Tensor, ends_E: Tensor, *, impl: str | None = None) -> Tensor:
+    """`silu(gate) * up`, where gate and up are the halves of what `grouped_linear` gives; to the bit.
+
+    Shapes: x [R, I], weight [E, 2F, I] with all gates first -> [R, F]; the rest as `grouped_linear`. Sums are
+    rounded to the operands' dtype before SwiGLU, also where they are not written.
+    Raises: ShapeError when operands disagree or 2F is odd; BackendError when `impl` cannot run.
+    """
+    case = _grouped_case("grouped_swiglu", x_RI, weight_EGI, ends_E, impl)
+    inner, both = case.dims
+    if both % 2:
+        msg = f"grouped_swiglu: outputs are gates and ups, so they must be even, not {both}"
+        raise ShapeError(msg)
+    out: Tensor = GROUPED_SWIGLU.choose(case._replace(dims=(inner, both // 2)), impl)(
+        x_RI, weight_EGI, ends_E
+    )
+    return out
+
+
+def two_ops(x_RI: Tensor, weight_EGI: Tensor, ends_E: Tensor) -> Tensor:
+    """See `grouped_swiglu`; the table is asked for each of the two."""
+    return swiglu(grouped_linear(x_RI, weight_EGI, ends_E))
+
+
+def _grouped_case(name: str, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, impl: str | None) -> Case:
+    """The case of a product of experts whose operands fit."""
     if x_RI.shape[1] != weight_EOI.shape[2] or x_RI.dtype != weight_EOI.dtype:
         msg = (
-            f"grouped_linear: rows are {x_RI.shape[1]} wide in {x_RI.dtype} but weights expect "
+            f"{name}: rows are {x_RI.shape[1]} wide in {x_RI.dtype} but weights expect "
             f"{weight_EOI.shape[2]} in {weight_EOI.dtype}"
         )
         raise ShapeError(msg)
     if ends_E.shape != weight_EOI.shape[:1] or ends_E.dtype != torch.int32:
         msg = (
-            f"grouped_linear: {weight_EOI.shape[0]} experts but ends has shape {tuple(ends_E.shape)} in "
+            f"{name}: {weight_EOI.shape[0]} experts but ends has shape {tuple(ends_E.shape)} in "
             f"{ends_E.dtype}; expected int32, one end per expert"
         )
         raise ShapeError(msg)
     rows, experts = x_RI.shape[0], weight_EOI.shape[0]
-    case = Case(
+    return Case(
         device_type(x_RI),
         x_RI.dtype,
         (weight_EOI.shape[2], weight_EOI.shape[1]),
@@ -308,8 +361,6 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, *, impl: st
         many=impl is not None or rows >= MANY_ROWS * experts,
         layout="columns" if weight_EOI.stride(1) == 1 else "rows",
     )
-    out: Tensor = GROUPED_LINEAR.choose(case, impl)(x_RI, weight_EOI, ends_E)
-    return out
 
 
 def _check_route(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benthic.kernels.reference.norm import wide
+from benthic.kernels.reference.norm import swiglu, wide
 
 
 class Routing(NamedTuple):
@@ -168,6 +168,11 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         start = end
     outs.append(x_RI.new_zeros(x_RI.shape[0] - start, weight_EOI.shape[1]))
     return torch.cat(outs)
+
+
+def grouped_swiglu(x_RI: Tensor, weight_EGI: Tensor, ends_E: Tensor) -> Tensor:
+    """`silu(gate) * up` of the halves of `grouped_linear`."""
+    return swiglu(grouped_linear(x_RI, weight_EGI, ends_E))
 
 
 def weight_gradient(dy_RO: Tensor, x_RI: Tensor, *, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,239 @@
+"""The product of experts' rows in Gluon, run by Python: its own functions, on memory and barriers as threads.
+
+Layouts are left out; loads, barriers, which rows are multiplied and where sums are written are not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from benthic.kernels import gluon_fp8_tiles, gluon_grouped, gluon_tiles
+from benthic.kernels.reference import moe
+
+turn = threading.Condition()
+
+
+class Barrier:
+    """Phases that end when all have arrived and all bytes have come."""
+
+    def __init__(self):
+        self.count = self.missing = self.bytes = self.phase = 0
+
+    def came(self, arrivals=0, size=0):
+        with turn:
+            self.missing -= arrivals
+            self.bytes += size
+            assert self.missing >= 0
+            if not self.missing and not self.bytes:
+                self.phase, self.missing = self.phase + 1, self.count
+            turn.notify_all()
+
+
+class Memory:
+    """Shared memory: tiles one after another."""
+
+    def __init__(self, data):
+        self.data, self.layout, self.dtype = data, None, data.dtype
+
+    @property
+    def shape(self):
+        return self.data.shape
+
+    def index(self, at):
+        return Memory(self.data[at])
+
+    def permute(self, order):
+        return Memory(self.data.permute(order))
+
+    def store(self, values):
+        self.data.copy_(values)
+
+    def load(self, _layout):
+        return self.data.clone()
+
+
+class Pointer:
+    """A tensor and places in it."""
+
+    def __init__(self, data, at=0, written=None):
+        self.data, self.at, self.written = data.view(-1), at, written
+
+    def __add__(self, more):
+        return Pointer(self.data, self.at + more, self.written)
+
+
+class Described:
+    """A matrix whose blocks are loaded and stored, and how often each element was."""
+
+    def __init__(self, data, columns, written=None):
+        self.data, self.dtype, self.layout, self.written = (
+            data.view(-1, data.shape[-1]),
+            data.dtype,
+            None,
+            written,
+        )
+        self.block_type = SimpleNamespace(shape=[64, columns], nbytes=64 * columns * data.itemsize)
+
+
+def load(described, corner, bar, tile, *, pred=True):
+    if pred:
+        row, column = corner
+        part = described.data[row : row + 64, column : column + 64]
+        block = torch.zeros(64, 64)
+        block[: part.shape[0], : part.shape[1]] = part
+        tile.store(block)
+        bar.came(size=-described.block_type.nbytes)
+
+
+def unload(described, corner, tile):
+    row, column = corner
+    part = described.data[row : row + 64, column : column + tile.shape[1]]
+    assert len(part) == 64, "whole halves alone leave by TMA"
+    part.copy_(tile.data[:, : part.shape[1]])
+    described.written[row : row + 64, column : column + tile.shape[1]] += 1
+
+
+def view(ring, _dtype, shape, _layout):
+    """Tiles of a ring of 64 x 64: as many below one another, or 64 columns beside 64 columns."""
+    if shape[2] == 64:
+        return Memory(ring.data.view(shape))
+    return SimpleNamespace(index=lambda at: Memory(torch.cat(tuple(ring.data[2 * at : 2 * at + 2]), dim=1)))
+
+
+def wait(bar, parity):
+    with turn:
+        assert turn.wait_for(lambda: bar.phase & 1 != parity, timeout=10), "nobody comes"
+
+
+def expect(bar, size, *, pred=True):
+    if pred:
+        bar.came(arrivals=1, size=size)
+
+
+def arrive(bar, count, *, pred=True):
+    if pred:
+        bar.came(arrivals=count)
+
+
+def new_bars(count, arrivals):
+    bars = [Barrier() for _ in range(count)]
+    for bar in bars:
+        bar.count = bar.missing = arrivals
+    return SimpleNamespace(index=lambda at: bars[at])
+
+
+def take(pointer, *, mask=True, other=None):
+    return int(pointer.data[pointer.at]) if mask else other
+
+
+def put(pointer, values, mask):
+    at = pointer.at[mask]
+    pointer.data[at] = values[mask]
+    pointer.written.view(-1).index_add_(0, at, torch.ones_like(at))
+
+
+def specialize(parts, *_settings):
+    failed = []
+
+    def run(part, operands):
+        try:
+            getattr(part, "fn", part)(*operands)
+        except BaseException as error:  # noqa: BLE001 (told to the test below)
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=part) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+@pytest.fixture
+def language(monkeypatch):
+    found = SimpleNamespace(
+        load=take, store=put, exp=torch.exp, float32=torch.float32, int64=torch.int64, static_range=range,
+        minimum=min, maximum=max, where=lambda condition, left, right: left if condition else right,
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        arange=lambda start, end, layout: torch.arange(start, end),
+        reshape=torch.reshape, permute=torch.permute, split=lambda x: x.unbind(-1),
+        convert_layout=lambda x, _layout: x, warp_specialize=specialize,
+        allocate_shared_memory=lambda dtype, shape, _: Memory(torch.full(shape, torch.nan, dtype=dtype)),
+        NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
+    )  # fmt: skip
+    own = {
+        "gl": found, "load": load, "unload": unload, "view": view, "new_bars": new_bars, "meet": lambda: None,
+        "fence_async_shared": lambda: None, "tma": SimpleNamespace(store_wait=lambda _: None),
+        "mbarrier": SimpleNamespace(wait=wait, expect=expect, arrive=arrive),
+        "warpgroup_mma": lambda x, weight, sums, is_async: sums + x.data @ weight.data,
+        "warpgroup_mma_wait": lambda _, deps: deps[0],
+    }  # fmt: skip
+    for module in (gluon_grouped, gluon_fp8_tiles, gluon_tiles):
+        for name, value in vars(module).copy().items():
+            if name in own:
+                monkeypatch.setattr(module, name, own[name])
+            elif name.isupper() and hasattr(value, "value"):
+                monkeypatch.setattr(module, name, value.value)
+            elif hasattr(value, "fn"):
+                monkeypatch.setattr(module, name, value.fn)
+    return found
+
+
+SIZES = [
+    (1, 0, 64, 63, 65, 127, 128, 129),
+    (191, 192, 193, 0, 255, 256, 257),
+    (320, 700),
+    (0, 0),
+    (3,),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("spare", [0, 70])
+@pytest.mark.parametrize("turned", [True, False], ids=["turned", "upright"])
+@pytest.mark.parametrize("columns", [64, 320])
+def test_rows_are_multiplied_by_their_own_expert_and_written_once(language, sizes, spare, turned, columns):
+    run(language, sizes, spare, (192, columns), turned=turned, gated=False)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("spare", [0, 70])
+@pytest.mark.parametrize("width", [64, 192])
+def test_gates_meet_their_own_ups(language, sizes, spare, width):
+    run(language, sizes, spare, (320, 2 * width), turned=True, gated=True)
+
+
+def run(language, sizes, spare, dims, *, turned, gated):
+    k_dim, n_dim = dims
+    generator = torch.Generator().manual_seed(0)
+    ends, rows = torch.tensor(sizes).cumsum(0), sum(sizes) + spare
+    x = torch.randn(rows, k_dim, generator=generator)
+    x[rows - spare :] = torch.nan  # they belong to nobody
+    weight = torch.randn(len(sizes), n_dim, k_dim, generator=generator) / k_dim**0.5
+    exact = (moe.grouped_swiglu if gated else moe.grouped_linear)(x, weight, ends)
+    out, written = torch.full_like(exact, torch.nan), torch.zeros(exact.shape, dtype=torch.int64)
+    laid = weight if turned else weight.transpose(1, 2).contiguous()
+    n_tiles = math.ceil(n_dim / 128)
+    for programs in (1, 3):
+        language.num_programs = lambda _axis, programs=programs: programs
+        for program in range(programs if rows else 0):
+            language.program_id = lambda _axis, program=program: program
+            gluon_grouped._rows_times_experts(
+                Described(x, 64), Described(laid, 64), Described(out, 64 if gated else 128, written),
+                Pointer(out, written=written), Pointer(ends), rows, len(sizes), n_dim, k_dim, n_tiles,
+                TURNED=turned, GATED=gated, REGISTERS=0, FEW_REGISTERS=0,
+            )  # fmt: skip
+        torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
+        assert (written == 1).all()
+        written.zero_()
+        out.fill_(torch.nan)
