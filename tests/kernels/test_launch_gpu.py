@@ -105,3 +105,24 @@ def test_early_kernels_on_two_streams_give_the_same_bits():
                 found.append(layer.run())
         torch.cuda.synchronize()
         assert all(torch.equal(mine, own) for mine, own in zip(found, exact, strict=True))
+
+
+def apart(x):
+    """A copy that does not begin at a multiple of 16 bytes."""
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("first", ["aligned", "apart"])
+def test_remembered_launches_tell_addresses_and_sizes_apart(first):
+    """Once each kind of tensor has been launched, the other still gets a kernel of its own."""
+    for rows, width in ((64, 2048), (1, 2048), (64, 1), (65, 2048), (64, 2040)):
+        x, weight = random(rows, width, scale=1.0), random(width, scale=1.0)
+        operands = [(x, weight), (apart(x), apart(weight))]
+        for mine, own in (operands if first == "aligned" else operands[::-1]) * 2:
+            wanted = ops.rms_norm(x, weight, 1e-6, impl="reference")
+            torch.testing.assert_close(ops.rms_norm(mine, own, 1e-6, impl="triton"), wanted)
+    heads, second = random(64, 4, 128), random(64, 4, 64)
+    for _ in range(2):
+        for mine, own in ((heads, second), (heads[:1], second[:1]), (heads, second[:, 0])):
+            wanted = ops.join_head_dims(mine, own, impl="reference")
+            assert ops.join_head_dims(mine, own, impl="triton").equal(wanted)

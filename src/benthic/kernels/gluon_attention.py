@@ -36,6 +36,7 @@ from benthic.kernels.gluon_tiles import (
     rows_of,
     store,
 )
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_attention_backward import keep, split_width
 from benthic.kernels.triton_pack_tiles import grid_of
 
@@ -216,6 +217,7 @@ def _nothing_seen(
     gl.store(lse_ptr + head.to(gl.int64) * tokens + start_q + row, blind, mask=row < rows)
 
 
+@remembered
 @gluon.jit(do_not_specialize=["tokens"])
 def _forward(
     q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, tiles_ptr,

@@ -37,6 +37,8 @@ ENTRY_REGISTERS = 168
 
 def gradients(ctx, dout_THv):
     """Those of queries, keys and values, and None for the six others that a forward pass takes."""
+    if dout_THv is None:
+        return (None,) * 9
     q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     max_q, max_k, scale, causal = ctx.settings
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THd, k_THd, v_THv))
@@ -45,8 +47,9 @@ def gradients(ctx, dout_THv):
     dout_THv = loadable(dout_THv)
     delta_HT = deltas(out_THv, dout_THv)
     operands = (q_THd, k_THd, v_THv, dout_THv, lse_HT, delta_HT, cu_seqlens_q, cu_seqlens_k)
-    write_query_gradient(grads[0], operands, max_q, scale, causal=causal)
-    write_key_gradients(grads[1], grads[2], operands, max_k, scale, causal=causal)
+    described = _described(operands, causal=causal)
+    write_query_gradient(grads[0], operands, described, max_q, scale)
+    write_key_gradients(grads[1], grads[2], operands, described, max_k, scale)
     return *grads, None, None, None, None, None, None
 
 
@@ -61,30 +64,31 @@ def deltas(out_THv, dout_THv):
     return delta_HT
 
 
-def write_query_gradient(dq_THd, operands, max_q, scale, *, causal):
+def write_query_gradient(dq_THd, operands, described, max_q, scale):
     """`operands`: queries, keys, values, gradients of the output, log-sum-exp and deltas [H, T], starts."""
     q_THd, k_THd, _v_THv, _dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
-    described, strides, sizes = _described(operands, causal=causal)
-    heads = q_THd.shape[1]
-    tokens = q_THd.shape[0]
-    grid, (tiles, together, is_list) = grid_of(starts_q, tokens, max_q, TILE, heads, last_first=causal)
+    blocks, strides, sizes = described
+    tokens, heads, _ = q_THd.shape
+    grid, (tiles, together, is_list) = grid_of(
+        starts_q, tokens, max_q, TILE, heads, last_first=sizes["CAUSAL"]
+    )
     query_gradient[grid](
-        *described, dq_THd, lse_HT, delta_HT, starts_q, starts_k, tiles, *strides, tokens, scale,
+        *blocks, dq_THd, lse_HT, delta_HT, starts_q, starts_k, tiles, *strides, tokens, scale,
         HEADS=heads, GROUPS=heads // k_THd.shape[1], BLOCK_M=TILE, BLOCK_N=BLOCK, TOGETHER=together,
         LISTED=is_list, **sizes,
     )  # fmt: skip
 
 
-def write_key_gradients(dk_THd, dv_THv, operands, max_k, scale, *, causal):
+def write_key_gradients(dk_THd, dv_THv, operands, described, max_k, scale):
     """See `write_query_gradient`."""
     q_THd, k_THd, _v_THv, _dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
-    described, strides, sizes = _described(operands, causal=causal)
+    blocks, strides, sizes = described
     key_heads = k_THd.shape[1]
     grid, (tiles, together, is_list) = grid_of(
         starts_k, k_THd.shape[0], max_k, TILE, key_heads, last_first=False
     )
     key_gradients[grid](
-        *described, dk_THd, dv_THv, lse_HT, delta_HT, starts_q, starts_k, tiles, *strides,
+        *blocks, dk_THd, dv_THv, lse_HT, delta_HT, starts_q, starts_k, tiles, *strides,
         q_THd.shape[0], scale,
         KEY_HEADS=key_heads, GROUPS=q_THd.shape[1] // key_heads, BLOCK_M=BLOCK, BLOCK_N=TILE,
         TOGETHER=together, LISTED=is_list, **sizes,

@@ -25,11 +25,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benthic.kernels.gluon_tiles import DTYPES, load, meet, new_bars
+from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars
 from benthic.kernels.host import cdiv
 from benthic.kernels.reference.moe import squares_of
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
 LEFT = gl.constexpr(128)
@@ -181,6 +181,7 @@ def _multiply(
                 gl.store(squares_ptr + 2 * tile + group, gl.sum(squares, axis=0))
 
 
+@remembered
 @gluon.jit(do_not_specialize=["left_eights", "right_eights", "tiles", "left_tiles", "right_tiles"])
 def _expert_gradient(
     left, right, out_ptr, squares_ptr, ends_ptr, left_eights, right_eights, tiles, left_tiles, right_tiles,
@@ -256,6 +257,4 @@ def _columns_of(x_RD, width):
     """A descriptor of blocks of rows by `width` columns; zeros lie behind the last of either."""
     aligned = x_RD.stride(1) == 1 and x_RD.stride(0) % 8 == 0 and x_RD.data_ptr() % 16 == 0
     x_RD = x_RD if aligned else x_RD.contiguous()
-    block = [BLOCK.value, width]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x_RD.dtype])
-    return TensorDescriptor(x_RD, list(x_RD.shape), [x_RD.stride(0), 1], block, layout)
+    return blocks_of(x_RD, BLOCK.value, width)

@@ -39,6 +39,7 @@ from benthic.kernels.gluon_fp8_tiles import (
 )
 from benthic.kernels.gluon_tiles import load, new_bars
 from benthic.kernels.host import cdiv
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
 COLUMNS = gl.constexpr(192)
@@ -132,6 +133,7 @@ def _multiply(
         place = expert_of(tile, place, ends_ptr, rows, experts, n_tiles, ROWS)
 
 
+@remembered
 @gluon.jit(do_not_specialize=["rows"])
 def _rows_times_blocks(
     x, weight, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,

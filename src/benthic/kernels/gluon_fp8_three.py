@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benthic.kernels.gluon_fp8_tiles import (
     CHUNK,
@@ -38,8 +37,9 @@ from benthic.kernels.gluon_fp8_tiles import (
     one_end,
     tiles_of,
 )
-from benthic.kernels.gluon_tiles import DTYPES, load, meet, new_bars, unload
+from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars, unload
 from benthic.kernels.host import cdiv
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
 STAGES = gl.constexpr(4)
@@ -141,6 +141,7 @@ def _multiply(
     tma.store_wait(0)
 
 
+@remembered
 @gluon.jit(do_not_specialize=["rows"])
 def _rows_times_blocks(
     x, weight, out, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
@@ -173,13 +174,6 @@ def _rows_times_blocks(
     ], [4, 4, 1], [REGISTERS, REGISTERS, FEW_REGISTERS])  # fmt: skip
 
 
-def _rows_of(out_RN):
-    """A descriptor of a group's rows by a tile's columns."""
-    block = [PART.value, TALL_COLUMNS.value]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[out_RN.dtype])
-    return TensorDescriptor(out_RN, list(out_RN.shape), list(out_RN.stride()), block, layout)
-
-
 def linear(x, weight, ends_E, *, dtype):
     """See `benthic.kernels.ops.fp8_linear`; the launch follows from shapes, so a CUDA graph can hold it."""
     values, scale = weight.values.contiguous(), weight.scale.contiguous()
@@ -192,8 +186,8 @@ def linear(x, weight, ends_E, *, dtype):
     programs = min(multiprocessors(values.device), most_tiles)
     if rows:
         _rows_times_blocks[(programs,)](
-            tiles_of(x.values), tiles_of(values.flatten(0, -2), TALL_COLUMNS.value), _rows_of(out_RN),
-            x.scale, scale, out_RN, ends,
+            tiles_of(x.values), tiles_of(values.flatten(0, -2), TALL_COLUMNS.value),
+            blocks_of(out_RN, PART.value, TALL_COLUMNS.value), x.scale, scale, out_RN, ends,
             rows, experts, n_dim, cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2],
             *x.scale.stride(),
             REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,

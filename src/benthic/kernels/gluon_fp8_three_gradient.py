@@ -39,6 +39,7 @@ from benthic.kernels.gluon_fp8_tiles import (
 )
 from benthic.kernels.gluon_tiles import load, new_bars
 from benthic.kernels.host import cdiv
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
 STAGES = gl.constexpr(5)
@@ -125,6 +126,7 @@ def _multiply(
         _write(sums, row, column, expert, chunks, out_ptr, o_dim, i_dim, ADD)
 
 
+@remembered
 @gluon.jit
 def _column_tiles(
     dy, x, dy_scale, x_scale, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,

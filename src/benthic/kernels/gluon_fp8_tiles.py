@@ -7,7 +7,8 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from benthic.kernels.gluon_tiles import blocks_of
 
 ROWS = gl.constexpr(128)
 CHUNK = gl.constexpr(128)
@@ -82,9 +83,7 @@ def start(x_tile, weight_ring, place, zero):
 
 def tiles_of(values_RK, rows=PART.value):
     """A descriptor of blocks of some rows by a chunk; zeros lie behind the last row and the last dim."""
-    block = [rows, CHUNK.value]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
-    return TensorDescriptor(values_RK, list(values_RK.shape), list(values_RK.stride()), block, layout)
+    return blocks_of(values_RK, rows, CHUNK.value)
 
 
 def one_end(rows, device):

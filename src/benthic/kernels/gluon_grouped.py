@@ -17,8 +17,6 @@ memory: by TMA, or where another expert's rows follow, by threads that write wha
 
 from __future__ import annotations
 
-import functools
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -31,9 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benthic.kernels.gluon_fp8_tiles import corner, expert_of
-from benthic.kernels.gluon_tiles import load, meet, new_bars, take_context, unload, view
+from benthic.kernels.gluon_tiles import layout_of, load, meet, new_bars, take_context, unload, view
 from benthic.kernels.grouped_mm import GroupedMm
 from benthic.kernels.host import cdiv
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
 ROWS = gl.constexpr(256)
@@ -190,6 +189,7 @@ def _multiply(
     tma.store_wait(0)
 
 
+@remembered
 @gluon.jit(do_not_specialize=["rows", "experts", "n_tiles"])
 def _rows_times_experts(
     x, weight, out, out_ptr, ends_ptr, rows, experts, n_dim, k_dim, n_tiles,
@@ -268,12 +268,5 @@ def _loadable(x_RK):
 def _described(x, columns):
     """A descriptor of blocks of 64 rows of a matrix, or of some below one another; zeros lie behind them."""
     width, stride = x.shape[-1], x.stride(-2)
-    return TensorDescriptor(
-        x, [x.numel() // width, width], [stride, 1], [HALF.value, columns], _layout(columns)
-    )
-
-
-@functools.cache
-def _layout(columns):
-    """Of a block in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([HALF.value, columns], gl.bfloat16)
+    layout = layout_of(HALF.value, columns, x.dtype)
+    return TensorDescriptor(x, [x.numel() // width, width], [stride, 1], [HALF.value, columns], layout)

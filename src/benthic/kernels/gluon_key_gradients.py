@@ -24,6 +24,7 @@ from benthic.kernels.gluon_tiles import (
     product,
     store,
 )
+from benthic.kernels.relaunch import remembered
 
 
 @gluon.jit
@@ -193,6 +194,7 @@ def _produce_queries(
             met += 1
 
 
+@remembered
 @gluon.jit(do_not_specialize=["tokens"])
 def key_gradients(
     q_1, q_2, dout, k_1, k_2, v, dk_ptr, dv_ptr, lse_ptr, delta_ptr, starts_q_ptr, starts_k_ptr, tiles_ptr,

@@ -27,9 +27,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benthic.kernels.gluon_tiles import DTYPES, copy, meet
+from benthic.kernels.gluon_tiles import blocks_of, copy, meet
 from benthic.kernels.host import cdiv, next_power_of_2
 
 PAGE = gl.constexpr(64)
@@ -215,6 +214,4 @@ def rows_of(x_SQHd):
 
 def pieces_of(cache_PBW, width):
     """A descriptor of blocks of a page's tokens by `width` dims."""
-    layout = gl.NVMMASharedLayout.get_default_for([64, width], DTYPES[cache_PBW.dtype])
-    rows_TW = cache_PBW.flatten(0, 1)
-    return TensorDescriptor(rows_TW, list(rows_TW.shape), list(rows_TW.stride()), [64, width], layout)
+    return blocks_of(cache_PBW.flatten(0, 1), 64, width)

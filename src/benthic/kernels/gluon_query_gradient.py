@@ -24,6 +24,7 @@ from benthic.kernels.gluon_tiles import (
     product,
     store,
 )
+from benthic.kernels.relaunch import remembered
 
 
 @gluon.jit
@@ -154,6 +155,7 @@ def _produce_keys(
         load(v, [at, v_column], value_full.index(stage), values.index(stage))
 
 
+@remembered
 @gluon.jit(do_not_specialize=["tokens"])
 def query_gradient(
     q_1, q_2, dout, k_1, k_2, v, dq_ptr, lse_ptr, delta_ptr, starts_q_ptr, starts_k_ptr, tiles_ptr,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import torch
@@ -21,7 +22,7 @@ view = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._rein
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
-DTYPES = {
+_DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
     torch.float8_e4m3fn: gl.float8e4nv,
@@ -128,9 +129,21 @@ def loadable(x_THd):
 def rows_of(x_THd, rows, width):
     """A descriptor of blocks of `rows` tokens by `width` dims of a head; zeros lie behind the last token."""
     tokens, heads, dims = x_THd.shape
-    layout = gl.NVMMASharedLayout.get_default_for([rows, width], DTYPES[x_THd.dtype])
     shape = [tokens, (heads - 1) * x_THd.stride(1) + dims]
+    layout = layout_of(rows, width, x_THd.dtype)
     return TensorDescriptor(x_THd, shape, [x_THd.stride(0), 1], [rows, width], layout)
+
+
+def blocks_of(x_RD, rows, columns):
+    """A descriptor of blocks of a matrix with unit stride along a row; zeros lie behind its ends."""
+    layout = layout_of(rows, columns, x_RD.dtype)
+    return TensorDescriptor(x_RD, list(x_RD.shape), list(x_RD.stride()), [rows, columns], layout)
+
+
+@functools.cache
+def layout_of(rows, columns, dtype):
+    """Of a block in shared memory; Triton takes microseconds for one."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[dtype])
 
 
 def take_context(device):

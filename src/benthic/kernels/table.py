@@ -55,8 +55,8 @@ class Case(NamedTuple):
 
 
 def device_type(x: Tensor) -> str:
-    """What `x.device.type` says, four times as fast on a CPU: every call of an op asks."""
-    return "cpu" if x.is_cpu else x.device.type
+    """What `x.device.type` says, four times as fast: every call of an op asks."""
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
 
 
 class Verdict(NamedTuple):

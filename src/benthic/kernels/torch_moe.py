@@ -38,12 +38,19 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 def gate_gradients(dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     """See `benthic.kernels.ops.gate_gradients`: what bfloat16 leaves of the gradient is multiplied too."""
-    high_TE = dlogits_TE.bfloat16()
-    low_TE = (dlogits_TE - high_TE).bfloat16()
-    both_TF = torch.cat((high_TE, low_TE), dim=1)
+    both_TF = halves(dlogits_TE)
     dx_TD = both_TF @ torch.cat((weight_ED, weight_ED))
     parts_FD = torch.mm(both_TF.t(), x_TD, out_dtype=torch.float32)
-    return dx_TD, parts_FD.unflatten(0, (2, -1)).sum(0).to(weight_ED.dtype)
+    return dx_TD, torch.add(*parts_FD.chunk(2), out=torch.empty_like(weight_ED))
+
+
+def halves(x_TE: Tensor) -> Tensor:
+    """What bfloat16 keeps of float32, and beside it what it leaves of the rest: bfloat16 [T, 2 E]."""
+    tokens, experts = x_TE.shape
+    both_TF = torch.empty(tokens, 2 * experts, dtype=torch.bfloat16, device=x_TE.device)
+    high_TE, low_TE = both_TF.chunk(2, dim=1)
+    torch.sub(x_TE, high_TE.copy_(x_TE), out=low_TE)
+    return both_TF
 
 
 def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

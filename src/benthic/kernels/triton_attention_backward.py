@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import advance, load_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@remembered
 @triton.jit(do_not_specialize=["tokens"])
 def row_dots(
     out_ptr, dout_ptr, delta_ptr, tokens, stride_dt, stride_dh,
@@ -230,11 +232,14 @@ def keep(ctx, saved, settings):
     ctx.settings = settings
     out_THv, lse_TH = saved[3], saved[4].t()
     ctx.mark_non_differentiable(lse_TH)
+    ctx.set_materialize_grads(False)  # nor is a gradient of it made up
     return out_THv, lse_TH
 
 
 def gradients(ctx, dout_THv):
     """Those of queries, keys and values, and None for the six others that a forward pass takes."""
+    if dout_THv is None:
+        return (None,) * 9
     saved = ctx.saved_tensors  # read once: a second look is an error under activation checkpointing
     widths = (*split_width(saved[0].shape[-1]), pad_value(saved[2].shape[-1]))
     return *backward(dout_THv, *saved, *ctx.settings, widths), None, None, None, None, None, None

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
+from benthic.kernels.relaunch import remembered
 
 _ELEMENTS = 2048
 
 
+@remembered
 @triton.jit
 def _loads(
     scores_ptr, part_ptr, tokens, experts, tiles,
@@ -37,6 +39,7 @@ def _loads(
     tl.store(at + experts, tl.sum(share, axis=0), mask=e < experts)
 
 
+@remembered
 @triton.jit
 def _sequence_loads(
     part_ptr, loads_ptr, sequences, experts, tiles, scale, whole, ROWS: tl.constexpr, WIDTH: tl.constexpr
@@ -55,6 +58,7 @@ def _sequence_loads(
     tl.store(at + sequences * experts, share / whole, mask=e < experts)
 
 
+@remembered
 @triton.jit
 def _loss(loads_ptr, weighted_ptr, found_ptr, count, factor, BLOCK: tl.constexpr):
     """`sum f P` of all sequences."""
@@ -68,6 +72,7 @@ def _loss(loads_ptr, weighted_ptr, found_ptr, count, factor, BLOCK: tl.constexpr
     tl.store(weighted_ptr, loss * factor)
 
 
+@remembered
 @triton.jit
 def _balance_backward(
     scores_ptr, loads_ptr, dloss_ptr, dscores_ptr, rows, tokens, experts, factor, whole,
@@ -85,6 +90,7 @@ def _balance_backward(
     tl.store(dscores_ptr + at, slope * (f - mean) / total, mask=here)
 
 
+@remembered
 @triton.jit(do_not_specialize=["copies"])
 def _count(expert_ptr, count_ptr, copies, BLOCK: tl.constexpr):
     """`count_e += ` the copies of expert e, one program an expert."""

@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
+from benthic.kernels.relaunch import remembered
 
 # Programs that share the copies of a counting sort, and (expert, copy) pairs that one looks at in a step.
 _PROGRAMS = 256
 _PAIRS = 8192
 
 
+@remembered
 @triton.jit(do_not_specialize=["copies", "chunk", "first"])
 def _count_copies(
     expert_ptr, row_ptr, copy_ptr, found_ptr, copies, chunk, stride, first, experts,
@@ -34,6 +36,7 @@ def _count_copies(
     tl.store(found_ptr + each * PROGRAMS + program, found)
 
 
+@remembered
 @triton.jit(do_not_specialize=["copies", "chunk", "first"])
 def _place_copies(
     expert_ptr, row_ptr, copy_ptr, found_ptr, ends_ptr, copies, chunk, stride, first, experts,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_permute import sum_of_rows
 
 FEW_TOKENS = 256
@@ -22,6 +23,7 @@ PROGRAMS = 1024
 """Programs that share many rows; each takes every 1024th."""
 
 
+@remembered
 @triton.jit(do_not_specialize=["tokens", "rank"])
 def _push_tokens(
     x_ptr, expert_ptr, weight_ptr, rows_table, choice_table, tokens, rank, max_tokens, words, per_rank,
@@ -52,6 +54,7 @@ def _push_tokens(
                 tl.store(choice + TOP_K + k, weight, mask=k < TOP_K)
 
 
+@remembered
 @triton.jit(do_not_specialize=["rank"])
 def _push_sums(
     rows_ptr, weight_ptr, row_ptr, dweight_ptr, rows_table, dweight_table, rank, slots, max_tokens, width,
@@ -78,6 +81,7 @@ def _push_sums(
                 tl.store(to + k, value, mask=k < TOP_K)
 
 
+@remembered
 @triton.jit(do_not_specialize=["offset"])
 def _raise_flags(flags_table, offset, RANKS: tl.constexpr):
     """Set one flag at every peer, after everything that this stream wrote; wait where it is still set."""
@@ -88,6 +92,7 @@ def _raise_flags(flags_table, offset, RANKS: tl.constexpr):
             seen = tl.atomic_cas(flag, 0, 1, sem="release", scope="sys")
 
 
+@remembered
 @triton.jit(do_not_specialize=["offset"])
 def _await_flags(flags_ptr, offset, RANKS: tl.constexpr):
     """Wait for the flags of every peer and take them down, before anything that this stream reads next."""

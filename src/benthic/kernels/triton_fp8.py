@@ -9,10 +9,12 @@ import triton.language as tl
 from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_e4m3 import row_block, scaled, tile_scale
 from benthic.kernels.triton_tiles import find_tile, groups
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _quantise_rows(
     x_ptr, values_ptr, scale_ptr, rows, columns, stride, scale_stride, tile_stride,
@@ -35,6 +37,7 @@ def _quantise_rows(
     tl.store(scale_ptr + at, scale, mask=row < rows)
 
 
+@remembered
 @triton.jit
 def _quantise_blocks(
     x_ptr, values_ptr, scale_ptr, rows, columns, tiles, stride,
@@ -52,6 +55,7 @@ def _quantise_blocks(
     tl.store(scale_ptr + tl.program_id(1) * tiles + tl.program_id(0), scale)
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _quantise_columns(
     x_ptr, in_scale_ptr, values_ptr, scale_ptr, ends_ptr,

@@ -13,10 +13,12 @@ import triton.language as tl
 from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_e4m3 import row_block, scaled, tile_scale
 from benthic.kernels.triton_tiles import find_tile, groups
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _quantise_both(
     x_ptr, row_values_ptr, row_scale_ptr, column_words_ptr, column_scale_ptr, ends_ptr,
@@ -89,6 +91,7 @@ def _bytes(x, scale):
     return scaled(x, scale[None, :]).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_rows(
     gate_up_ptr, values_ptr, scale_ptr, rows, width, stride, scale_stride, tile_stride,
@@ -112,6 +115,7 @@ def _swiglu_rows(
     tl.store(scale_ptr + at, scale, mask=row < rows)
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _norm_rows(
     x_ptr, residual_ptr, weight_ptr, total_ptr, values_ptr, scale_ptr,

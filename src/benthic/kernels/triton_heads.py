@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
+from benthic.kernels.relaunch import remembered
 
 _TILE = 8192  # elements of a program
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _join(
     first_ptr, second_ptr, out_ptr,

@@ -8,12 +8,14 @@ import triton.language as tl
 
 from benthic.kernels.chunked_loss import GradientsInForward, Making, chunk_of
 from benthic.kernels.host import next_power_of_2
+from benthic.kernels.relaunch import remembered
 
 _ROOM = {"cpu": 64 << 20, "cuda": 1 << 30}
 _STAGES = 3
 """Blocks of a row on their way or at work: 64 KB under way a multiprocessor, where bandwidth wants 40."""
 
 
+@remembered
 @triton.jit
 def _turn(
     logits_ptr, target_ptr, loss_ptr, columns, stride, ignore_index,

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
+from benthic.kernels.relaunch import remembered
 
 # The norm's backward fills a multiprocessor's registers with 16 warps, and one of Hopper's 132 has 57 to 86
 # KB of rows of 7,168 on their way: bandwidth times latency is 40. Each program sums its rows' weight
@@ -21,6 +22,7 @@ _STAGED_BYTES = 96 << 10
 _STAGES = 3
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _norm_forward(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, rstd_ptr,
@@ -47,6 +49,7 @@ def _norm_forward(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _norm_backward(
     x_ptr, weight_ptr, rstd_ptr, dy_ptr, dtotal_ptr, dx_ptr, dweight_ptr,
@@ -76,6 +79,7 @@ def _norm_backward(
     tl.store(dweight_ptr + program * width + column, tl.sum(dweight, axis=0), mask=column < width)
 
 
+@remembered
 @triton.jit(do_not_specialize=["parts"])
 def _sum_columns(part_ptr, sum_ptr, parts, width, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
@@ -87,6 +91,7 @@ def _sum_columns(part_ptr, sum_ptr, parts, width, PARTS: tl.constexpr, WIDTH: tl
     tl.store(sum_ptr + column, tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty), mask=column < width)
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_forward(
     gate_up_ptr, out_ptr, rows, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
@@ -102,6 +107,7 @@ def _swiglu_forward(
     tl.store(out_ptr + row[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_backward(
     gate_up_ptr, dy_ptr, dgate_up_ptr, rows, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
@@ -121,6 +127,7 @@ def _swiglu_backward(
     tl.store(dgate_up_ptr + place + width, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows"])
 def _rotate(
     x_ptr, cos_ptr, sin_ptr, out_ptr,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
+from benthic.kernels.relaunch import remembered
 
 HEADS_TOGETHER = 16
 """Of how many heads the longest tiles start first: a lone short sequence has few of them."""
@@ -24,6 +25,7 @@ MOST_SEQUENCES = 4096
 """Of a list, all of which each program that writes a part of it reads."""
 
 
+@remembered
 @triton.jit
 def _list_tiles(
     starts_ptr, list_ptr, sequences,

@@ -12,9 +12,11 @@ import triton.language as tl
 from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import FEW_ROWS, early, wait_for_inputs
 from benthic.kernels.reference.moe import Permuted, RowMaps
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_counting_sort import sort_copies
 
 
+@remembered
 @triton.jit
 def _spread_rows(x_ptr, row_ptr, out_ptr, width, stride, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
     """rows[row[t, k]] = x[t]: a token is read once, where reading by copies reads it TOP_K times."""
@@ -51,6 +53,7 @@ def _permute_few(
         tl.store(ends_ptr + own - copies, tl.sum((expert <= own - copies).to(tl.int32), axis=0))
 
 
+@remembered
 @triton.jit
 def _gather_copies(
     x_ptr, copy_ptr, ends_ptr, out_ptr, width, stride, last,
@@ -66,6 +69,7 @@ def _gather_copies(
         tl.store(out_ptr + row * width + column, x, mask=column < width)
 
 
+@remembered
 @triton.jit
 def _sum_rows(
     rows_ptr, weight_ptr, row_ptr, out_ptr, beside1_ptr, beside2_ptr, width, stride,
@@ -153,6 +157,7 @@ def _copy_at(place, j):
     return tl.sum(tl.where(place == j, tl.arange(0, place.shape[0]), 0), axis=0)
 
 
+@remembered
 @triton.jit
 def _sum_rows_backward(
     rows_ptr, weight_ptr, row_ptr, dout_ptr, drows_ptr, dweight_ptr, width, stride,

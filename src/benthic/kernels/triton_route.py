@@ -13,6 +13,7 @@ import triton.language as tl
 from benthic.kernels.host import next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.moe import Routing
+from benthic.kernels.relaunch import remembered
 
 LOWEST = tl.constexpr(-3.0e38)
 """What an expert outside the chosen groups scores: below every score, above one that is taken."""
@@ -48,6 +49,7 @@ def _kept_groups(
     return kept
 
 
+@remembered
 @triton.jit
 def _route(
     logits_ptr, bias_ptr, scores_ptr, expert_ptr, weight_ptr,
@@ -89,6 +91,7 @@ def _route(
     tl.store(weight_ptr + token * TOP_K + k, weight * scale, mask=k < TOP_K)
 
 
+@remembered
 @triton.jit
 def _route_backward(
     scores_ptr, expert_ptr, dscores_ptr, dweight_ptr, dlogits_ptr, experts, scale,

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
+from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_counting_sort import sort_copies
 
 
+@remembered
 @triton.jit(do_not_specialize=["tokens"])
 def _choose_ranks(
     expert_ptr, goes_ptr, count_ptr, tokens, per_rank, ranks, TOP_K: tl.constexpr, BLOCK: tl.constexpr
@@ -33,6 +35,7 @@ def _choose_ranks(
     tl.store(count_ptr + 2 * n + 1, tl.sum(copies, axis=0).to(tl.int64))
 
 
+@remembered
 @triton.jit(do_not_specialize=["tokens"])
 def _place_departures(
     goes_ptr, token_ptr, slot_ptr, tokens, ranks, BLOCK: tl.constexpr, RANKS: tl.constexpr
@@ -54,6 +57,7 @@ def _place_departures(
         slot += tl.sum(goes, axis=0)
 
 
+@remembered
 @triton.jit
 def _home_slots(
     expert_ptr, side_ptr, slot_ptr, dweight_ptr, tokens, per_rank, ranks, max_tokens, side_stride,

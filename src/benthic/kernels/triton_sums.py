@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from benthic.kernels.host import cdiv
 from benthic.kernels.reference.moe import squares_of
+from benthic.kernels.relaunch import remembered
 
 _BLOCK = 4096
 
 
+@remembered
 @triton.jit
 def _accumulate(sum_ptr, x_ptr, count, FRESH: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -9,10 +9,12 @@ import triton.language as tl
 
 from benthic.kernels.host import cdiv
 from benthic.kernels.reference.fp8_linear import Fp8
+from benthic.kernels.relaunch import remembered
 
 _SIDE = 32
 
 
+@remembered
 @triton.jit
 def _turn_bytes(
     from_ptr, to_ptr, row_words, column_words,
