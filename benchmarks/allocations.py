@@ -172,6 +172,21 @@ class _Done:
         self.is_completed = self.wait = lambda: True
 
 
+class _Keeping:
+    """A push that is under way until it is joined."""
+
+    def __init__(self, push: Callable[[], None], inputs: object) -> None:
+        push()
+        self.inputs: object = inputs
+
+    def join(self) -> None:
+        """Let go of the inputs."""
+        self.inputs = None
+
+    def wait(self) -> None:
+        """Nothing."""
+
+
 @contextlib.contextmanager
 def _on_meta(config: RunConfig) -> Iterator[Allocations]:
     """The trainer's allocations with the choices of a GPU, but nothing computed."""
@@ -190,7 +205,7 @@ def _on_meta(config: RunConfig) -> Iterator[Allocations]:
 
     def symmetric(group: dist.ProcessGroup, words: int, device: torch.device) -> PeerMemory:
         found.of_peers = own = torch.empty(words, dtype=torch.int32, device=device)
-        return PeerMemory(own, (0,) * group.size(), group.rank())
+        return PeerMemory((own,) * group.size(), group.rank())
 
     def resize(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
         return found.resize(storage, nbytes)
@@ -210,6 +225,7 @@ def _on_meta(config: RunConfig) -> Iterator[Allocations]:
         ):
             stack.enter_context(mock.patch.object(where, name, stand_in))
         stack.enter_context(mock.patch("benthic.parallel.stages.initialise"))
+        stack.enter_context(mock.patch("benthic.parallel.exchange_nvlink.push_stream", return_value=_Keeping))
         stack.enter_context(mock.patch.dict(triton_loss._ROOM, meta=triton_loss._ROOM["cuda"]))  # noqa: SLF001
         yield found
 

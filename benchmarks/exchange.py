@@ -1,9 +1,10 @@
-"""Times both token exchanges beside each other: `torchrun --nproc-per-node 2 benchmarks/exchange.py`.
+"""Times the token exchanges beside each other: `torchrun --nproc-per-node 2 benchmarks/exchange.py`.
 
 Every line is one direction, started and finished at once, with DeepSeek-V3's row and experts: 4096 tokens a
-rank (training, prefill) and 128 (decode); what can be captured is timed from a CUDA graph too. First the two
-exchanges must give the same bits. Bytes are those that leave a rank for others by what the routing really
-chose, so GB/s is what the links carried. Slowest rank of each repeat, median over repeats.
+rank (training, prefill) and 128 (decode); over NVLink with rows written by kernels and by copy engines. What
+can be captured is timed from a CUDA graph too, "rows alone" without the copies to each expert. First all
+exchanges must give the same bits. Bytes are those that have to leave a rank for others by what the routing
+really chose; copies that nobody asked for are not counted. Slowest rank of each repeat, median over repeats.
 `--small --device cpu` rehearses on gloo.
 """
 
@@ -105,6 +106,13 @@ def round_trip(exchange: Any, batch: Batch) -> Tensor:
     return out
 
 
+def rows_alone(exchange: Any, batch: Batch) -> None:
+    """A dispatch until its rows lie in the mailboxes."""
+    flight = exchange.start_dispatch(batch.x, batch.expert, batch.weight).handle
+    flight.moving.opened()
+    flight.trip.release(flight.moving)
+
+
 def captured(call: Callable[[], Any]) -> Callable[[], None]:
     """The same work from a CUDA graph."""
     stream = torch.cuda.Stream()
@@ -137,9 +145,14 @@ def lines(
     home = copies * 2 * width
     out = copies * (width + 4 * -(-width // 128)) if fp8 else home
     work: list[tuple[str, Callable[[], Any], int]] = [("dispatch", dispatch, out), ("combine", combine, home)]
-    if name == "nvlink":
-        graph = captured(lambda: round_trip(exchange, batch))
-        work.append(("dispatch and combine, CUDA graph", graph, out + home))
+    if name.startswith("nvlink"):
+        dispatch()
+        for what, call, size in (
+            ("dispatch and combine", lambda: round_trip(exchange, batch), out + home),
+            ("dispatch, rows alone", lambda: rows_alone(exchange, batch), out),
+            ("combine", combine, home),
+        ):
+            work.append((f"{what}, CUDA graph", captured(call), size))
     rows = []
     for what, call, size in work:
         taken = seconds(call, device, repeats)
@@ -151,22 +164,31 @@ def lines(
 
 
 def exchanges(batch: Batch, experts: int, *, fp8: bool, device: torch.device) -> dict[str, Any]:
-    """Both exchanges; on a CPU only the one that runs there."""
+    """All exchanges; on a CPU only the one that runs there."""
     group: Any = dist.group.WORLD
     plain = AllToAllExchange(group, experts, fp8=fp8)
     if device.type != "cuda":
         return {"all_to_all": plain}
-    from benthic.parallel.exchange_nvlink import NvlinkExchange, Size
+    from benthic.parallel.exchange_nvlink import NvlinkExchange
+    from benthic.parallel.exchange_size import Size
 
-    size = Size(
-        n_routed_experts=experts,
-        top_k=batch.expert.shape[1],
-        hidden_size=batch.x.shape[1],
-        dtype=batch.x.dtype,
-        max_tokens=len(batch.x),
-        fp8=fp8,
-    )
-    return {"all_to_all": plain, "nvlink": NvlinkExchange.on(group, size, device)}
+    def nvlink(*, copies: bool) -> NvlinkExchange:
+        size = Size(
+            n_routed_experts=experts,
+            top_k=batch.expert.shape[1],
+            hidden_size=batch.x.shape[1],
+            dtype=batch.x.dtype,
+            max_tokens=len(batch.x),
+            fp8=fp8,
+            copies=copies,
+        )
+        return NvlinkExchange.on(group, size, device)
+
+    return {
+        "all_to_all": plain,
+        "nvlink, kernels": nvlink(copies=False),
+        "nvlink, copies": nvlink(copies=True),
+    }
 
 
 def main() -> None:
@@ -175,6 +197,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes: a rehearsal")
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 128], help="of a rank")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -182,7 +205,7 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    sizes = ((64, 256, 16, 4),) if options.small else ((4096, 7168, 256, 8), (128, 7168, 256, 8))
+    sizes = [(64, 256, 16, 4)] if options.small else [(tokens, 7168, 256, 8) for tokens in options.tokens]
     rows: list[Row] = []
     for tokens, width, experts, top_k in sizes:
         for fp8 in (False, True):

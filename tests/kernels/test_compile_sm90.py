@@ -723,6 +723,14 @@ def test_flags_order_memory_between_gpus(kernel, order):
     assert built.asm["ptx"].count(f"atom.global.{order}.sys.cas.b32") >= 8
 
 
+def test_counting_copies_spills_nothing(tmp_path):
+    types = {"choice_ptr": "*i32", "count_ptr": "*i32"}
+    built = compiled(
+        "triton_exchange", "_count_copies", {"TOP_K": 8, "BLOCK": 4096}, warps=16, overrides=types
+    )
+    assert_fits(resources(built, tmp_path))
+
+
 @pytest.mark.parametrize("sequences", [1, 64, 4096])
 def test_lists_of_tiles_spill_nothing(sequences, tmp_path):
     constants = {"TILE": 128, "SEQUENCES": sequences, "PLACES": max(1, min(64, 8192 // sequences))}

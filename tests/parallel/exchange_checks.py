@@ -26,13 +26,34 @@ def every_routing(rank, ranks, folder):
     shared = memory(folder, rank, ranks)
     same = functools.partial(check_same_bits, shared, rank, ranks, dtype=torch.float32, most=5, device="cpu")
     same(names=ROUTINGS[:1], width=1100, exact_rows=True)  # in two pieces
+    same(names=ROUTINGS[:1], width=20, copies=True)
     if ranks == 2:
         names = ("half the experts empty", "one expert takes every token", "a rank without tokens")
-        same(names=names, width=20)
-        same(names=ROUTINGS[:1], width=260, fp8=True)
-        check_overlap_and_recomputation(
-            shared, rank, ranks, dtype=torch.float32, width=24, device="cpu", most=4
-        )
+        overlap = functools.partial(
+            check_overlap_and_recomputation,
+            shared, rank, ranks, dtype=torch.float32, width=24, device="cpu", most=4,
+        )  # fmt: skip
+        for copies in (False, True):
+            same(names=names, width=20, copies=copies)
+            same(names=ROUTINGS[:1], width=260, fp8=True, copies=copies)
+            overlap(copies=copies)
+            overlap(copies=copies, stream=Late)
+            overlap(copies=copies, stream=Late, exact_rows=True)
+            same(names=names[:1], width=20, copies=copies, exact_rows=True)
+
+
+class Late:
+    """A push that runs as late as it may: what it reads must still be there, and unchanged."""
+
+    def __init__(self, push, inputs):
+        assert inputs
+        self.waiting = [push]
+
+    def join(self):
+        if self.waiting:
+            self.waiting.pop()()
+
+    wait = join
 
 
 @pytest.fixture
@@ -51,7 +72,7 @@ def test_both_exchanges_give_the_same_bits(ranks, tmp_path):
 def alone(**options):
     size = size_for(1, dtype=torch.float32, width=8, max_tokens=9, **options)
     words = torch.zeros(size.words(1), dtype=torch.int32)
-    return NvlinkExchange(PeerMemory(words, (words.data_ptr(),), 0), size)
+    return NvlinkExchange(PeerMemory((words,), 0), size)
 
 
 def one_batch(**options):

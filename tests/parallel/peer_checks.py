@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from benthic.kernels import ops
 from benthic.parallel.exchange import AllToAllExchange
 from benthic.parallel.exchange_memory import PeerMemory
-from benthic.parallel.exchange_nvlink import NvlinkExchange, Size
+from benthic.parallel.exchange_nvlink import NvlinkExchange
+from benthic.parallel.exchange_size import Size
 
 NAMES = ("output", "gradient of tokens", "gradient of weights", "gradient at the experts")
 
@@ -32,13 +33,13 @@ def shared_file_memory(folder: str, rank: int, ranks: int, words: int, name: str
         for peer in range(ranks)
     ]
     dist.barrier()
-    memory = PeerMemory(mapped[rank], tuple(words.data_ptr() for words in mapped), rank)
+    memory = PeerMemory(tuple(mapped), rank)
     dist.barrier()
-    KEPT.append(mapped)
+    KEPT.append(memory)
     return memory
 
 
-KEPT: list[list[torch.Tensor]] = []
+KEPT: list[PeerMemory] = []
 """Mapped files stay mapped while the process lives, as peers' GPU memory does."""
 
 
@@ -69,10 +70,15 @@ def check_same_bits(memory_for, rank, ranks, *, names, dtype, width, device, mos
         same_bits(through_factors(fast, batch), through_factors(plain, batch), (rank, name, dtype, options))
 
 
-def check_overlap_and_recomputation(memory_for, rank, ranks, *, dtype, width, device, most=64):
+def check_overlap_and_recomputation(
+    memory_for, rank, ranks, *, dtype, width, device, most=64, stream=None, **options
+):
     """Two microbatches in flight both ways, the experts of both recomputed in backward: the same bits."""
-    size = size_for(ranks, dtype=dtype, width=width, max_tokens=most, in_flight=2, keep_arrivals=True)
+    options |= {"in_flight": 2, "keep_arrivals": True}
+    size = size_for(ranks, dtype=dtype, width=width, max_tokens=most, **options)
     exchange = NvlinkExchange(memory_for(size.words(ranks)), size)
+    if stream is not None:
+        exchange.stream = stream
     weight = expert_weights(ranks, dtype=dtype, width=width, device=device)
     weight = weight[rank * PER_RANK : (rank + 1) * PER_RANK].requires_grad_()
     found = [

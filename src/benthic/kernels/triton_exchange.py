@@ -82,6 +82,22 @@ def _push_sums(
 
 
 @remembered
+@triton.jit(do_not_specialize=["slots", "first"])
+def _count_copies(
+    choice_ptr, count_ptr, slots, first, experts, stride, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """How many copies in all slots are for experts from `first` on; one program."""
+    at = tl.arange(0, BLOCK)
+    found = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, slots, BLOCK):
+        s = start + at
+        for k in tl.static_range(TOP_K):
+            expert = tl.load(choice_ptr + s * stride + k, mask=s < slots, other=-1)
+            found += ((expert >= first) & (expert < first + experts)).to(tl.int32)
+    tl.store(count_ptr, tl.sum(found, axis=0))
+
+
+@remembered
 @triton.jit(do_not_specialize=["offset"])
 def _raise_flags(flags_table, offset, RANKS: tl.constexpr):
     """Set one flag at every peer, after everything that this stream wrote; wait where it is still set."""
@@ -139,6 +155,19 @@ def push_sums(rows_RD, row_AK, weight_AK, dweight_AK, tables, *, rank, max_token
         WEIGHTED=weight_AK is not None, DWEIGHT=dweight_AK is not None, TOP_K=top_k,
         TOP_K_PAD=next_power_of_2(top_k), WIDTH=size, num_warps=_warps(size),
     )  # fmt: skip
+
+
+def count_copies(choice_S2, *, first, experts):
+    """How many copies are for experts `[first, first + experts)`, int32 without dims.
+
+    Shapes: choice_S2 int32 `[n * max_tokens, 2 K]`, as `push_tokens` writes choices.
+    """
+    slots, stride = choice_S2.shape
+    count = torch.empty((), dtype=torch.int32, device=choice_S2.device)
+    _count_copies[(1,)](
+        choice_S2, count, slots, first, experts, stride, TOP_K=stride // 2, BLOCK=4096, num_warps=16
+    )
+    return count
 
 
 def raise_flags(flags_table, offset):

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.autograd.graph import GradientEdge
 
-Lane = Literal["compute", "network"]
+Lane = Literal["compute", "dispatch", "combine"]
+"""Forward, a dispatch starts a transfer and a combine finishes one; backward it is the other way round."""
 
 
 class Weights(Protocol):
@@ -151,16 +152,19 @@ class Chunk:
         self.state = cut(self.state, self._cuts[0])
 
     @property
+    def done(self) -> int:
+        """Phases that `forward` has run and `backward` has not."""
+        return len(self._cuts) - 1
+
+    @property
     def next_forward(self) -> Phase | None:
         """The phase that `forward` will run; None after the last."""
-        done = len(self._cuts) - 1
-        return self.phases[done] if done < len(self.phases) else None
+        return self.phases[self.done] if self.done < len(self.phases) else None
 
     @property
     def next_backward(self) -> Phase | None:
         """The phase that `backward` will run; None after the first."""
-        left = len(self._cuts) - 1
-        return self.phases[left - 1] if left else None
+        return self.phases[self.done - 1] if self.done else None
 
     def forward(self) -> None:
         """Run the next phase and cut after it."""

@@ -31,19 +31,22 @@ class PeerMemory:
     """The same number of int32 words of every rank, all writable from here.
 
     Attributes:
-        words: this rank's own, all zero at first.
-        addresses: where each rank's words are in this process.
+        peers: each rank's words as this process reaches them, all zero at first.
         rank: this one.
     """
 
-    words: Tensor
-    addresses: tuple[int, ...]
+    peers: tuple[Tensor, ...]
     rank: int
+
+    @property
+    def words(self) -> Tensor:
+        """This rank's own."""
+        return self.peers[self.rank]
 
     @property
     def ranks(self) -> int:
         """How many ranks share it."""
-        return len(self.addresses)
+        return len(self.peers)
 
     @classmethod
     def symmetric(cls, group: ProcessGroup, words: int, device: torch.device) -> PeerMemory:
@@ -63,7 +66,8 @@ class PeerMemory:
             msg = f"rank {group.rank()} of {group.size()} cannot reach all others: use AllToAllExchange"
             raise BackendError(msg)
         shared.barrier()
-        return cls(own, tuple(buffer.data_ptr() for buffer in buffers), group.rank())
+        buffers[group.rank()] = own
+        return cls(tuple(buffers), group.rank())
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,14 @@ class Mailbox:
         self.rows = _matrix(memory.words, start, shape.slots, shape.row_words)
         self.side = _matrix(memory.words, side, shape.slots, shape.side_words)
         self.tables = (_table(memory, start), _table(memory, side))
+        each = shape.slots // memory.ranks
+        self._mine = [
+            (
+                _matrix(words, start + memory.rank * each * shape.row_words, each, shape.row_words),
+                _matrix(words, side + memory.rank * each * shape.side_words, each, shape.side_words),
+            )
+            for words in memory.peers
+        ]
         self._views: dict[tuple[str, torch.dtype], Tensor] = {}
         self._memory = memory
         self._flags_table = _table(memory, 0)
@@ -113,6 +125,15 @@ class Mailbox:
         if key not in self._views:
             self._views[key] = (self.rows if part == "rows" else self.side).view(dtype)
         return self._views[key]
+
+    def put(self, peer: int, rows_TW: Tensor | None, side_TW: Tensor | None) -> None:
+        """Copy the first rows, and what lies beside them, of this rank's slots into a peer's memory.
+
+        int32. On a GPU these are copies between contiguous memory, which a copy engine makes.
+        """
+        for slots, sent in zip(self._mine[peer], (rows_TW, side_TW), strict=True):
+            if sent is not None:
+                slots[: len(sent)].copy_(sent)
 
     def raise_full(self) -> None:
         """Everything that this rank writes in this transfer is written."""
@@ -187,5 +208,5 @@ def _matrix(words: Tensor, start: int, rows: int, columns: int) -> Tensor:
 
 
 def _table(memory: PeerMemory, start: int) -> Tensor:
-    addresses = [address + 4 * start for address in memory.addresses]
+    addresses = [words.data_ptr() + 4 * start for words in memory.peers]
     return torch.tensor(addresses, dtype=torch.int64, device=memory.words.device)

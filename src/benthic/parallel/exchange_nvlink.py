@@ -1,81 +1,49 @@
-"""The exchange between GPUs of one host: kernels write rows into peers' memory, and wait there for theirs.
+"""The exchange between GPUs of one host: rows are written into peers' memory, and waited for there.
 
-The host waits only where it asks how many rows came (`Size.exact_rows`), as a trainer does.
+The host waits only where it asks how many rows came (`Size.exact_rows`), as a trainer does, and then for the
+rows alone, not for what else was launched.
+
+What writes into peers' memory runs on a stream of its own, from an event of the computing stream on; the
+computing stream waits for it where it opens the mailbox, and nowhere else. Nothing waits for ever: all ranks
+start and finish transfers in one order, and each wait is for something earlier in that order. A full mailbox
+is awaited where a transfer is finished, and every rank fills it where it started that transfer; where rows
+are counted it is awaited behind the own push already, and the others push there too. A free one is awaited
+where a transfer is started, and every rank freed it where it finished the transfer before in that mailbox.
+Both streams launch in that order and wait for earlier events alone, so the first wait that is not over has
+all that it needs. That holds for any number of mailboxes, for pairs of microbatches (all ranks alternate
+alike) and for recomputed phases, which read kept arrivals and start nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from benthic.errors import BackendError, ConfigError, ShapeError
 from benthic.kernels import ops, triton_exchange
 from benthic.parallel import exchange_trip
 from benthic.parallel.exchange import experts_per_rank
-from benthic.parallel.exchange_memory import Mailboxes, PeerMemory, Shape, mailboxes, words_needed
+from benthic.parallel.exchange_memory import Mailboxes, PeerMemory, mailboxes
 from benthic.parallel.exchange_routes import Arrivals, arrivals
+from benthic.parallel.exchange_stream import push_stream
 from benthic.parallel.exchange_trip import Here, Trip, check_choice
-from benthic.parallel.exchange_wire import Wire, unpack_choice
+from benthic.parallel.exchange_wire import Wire, pack_choice, unpack_choice
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
     from benthic.model.sockets import Arrived, InFlight
     from benthic.parallel.exchange_memory import Mailbox
+    from benthic.parallel.exchange_size import Size
+    from benthic.parallel.exchange_stream import Inputs, Pushed
 
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """What an exchange has room for.
-
-    Attributes:
-        n_routed_experts: of all ranks together.
-        top_k: experts of a token.
-        hidden_size: elements of a row.
-        dtype: of a row.
-        max_tokens: of one rank in one dispatch. Up to 256, kernels cut rows into parts to fill the GPU.
-        fp8: send tokens, and in backward the gradient of the output, as E4M3 with 1 x 128 scales.
-        in_flight: dispatches (and combines) that may be started before the first of them is finished.
-        exact_rows: ask the device how many rows arrived, so that nothing after it works on spare ones; the
-            host then waits once a dispatch, and no CUDA graph can capture it. Without, there is a row for
-            every copy that could arrive.
-        keep_arrivals: copy arrived tokens out of the mailbox, so that `finish_dispatch` can run again when
-            the experts' phase is recomputed.
-    """
-
-    n_routed_experts: int
-    top_k: int
-    hidden_size: int
-    dtype: torch.dtype
-    max_tokens: int
-    fp8: bool = False
-    in_flight: int = 1
-    exact_rows: bool = False
-    keep_arrivals: bool = False
-
-    def kinds(self, ranks: int) -> list[Shape]:
-        """The mailboxes of the way out and of the way home.
-
-        Raises:
-            ConfigError: a row is not a whole number of words.
-        """
-        row = self.hidden_size * self.dtype.itemsize
-        out = self.hidden_size + 4 * -(-self.hidden_size // 128) if self.fp8 else row
-        if row % 4 or out % 4:
-            msg = (
-                f"rows of {self.hidden_size} x {self.dtype} take {row} bytes ({out} on the way out), which "
-                "are not whole words of 4. Use a hidden_size that is a multiple of 4."
-            )
-            raise ConfigError(msg)
-        slots = ranks * self.max_tokens
-        return [Shape(slots, out // 4, 2 * self.top_k), Shape(slots, row // 4, self.top_k)]
-
-    def words(self, ranks: int) -> int:
-        """Words of memory that each rank shares with the others."""
-        return words_needed(self.kinds(ranks), ranks, self.in_flight)
+    Part = tuple[Tensor, Tensor | None]
 
 
 class NvlinkExchange:
@@ -85,7 +53,9 @@ class NvlinkExchange:
     and backward. Token t of rank s has slot (s, t) at every rank, so nothing is counted before rows are
     sent; where a token's copies lie among the rows of the experts is found out on the device at arrival.
     One copy of a row travels to each rank; it is copied to each of its experts there, at the speed of local
-    memory, which also empties the mailbox. Cost: `in_flight * n * max_tokens` rows of memory each way.
+    memory, which also empties the mailbox. Rows are written by kernels, or all of them by copy engines
+    (`Size.copies`). Calls come from one stream, or from streams that wait for each other.
+    Cost: `in_flight * n * max_tokens` rows of memory each way.
 
     Raises:
         ConfigError: experts do not divide by ranks, a row is not a whole number of words, or the memory is
@@ -96,6 +66,8 @@ class NvlinkExchange:
         self.size, self.rank, self.ranks = size, memory.rank, memory.ranks
         self.per_rank = experts_per_rank(size.n_routed_experts, memory.ranks)
         self.wire = Wire(size.fp8)
+        self.copies = size.copied(memory.ranks)
+        self.stream = push_stream(memory.words.device)
         if memory.words.numel() < size.words(memory.ranks):
             msg = (
                 f"the exchange needs {size.words(memory.ranks)} words of peer memory, but "
@@ -146,12 +118,20 @@ class NvlinkExchange:
 
 
 class _Moving:
-    """A transfer in a mailbox, which is None when it is over; `here` are its tokens if they were kept."""
+    """A transfer in a mailbox, which is None when it is over; `here` are its tokens if they were kept.
 
-    def __init__(self, box: Mailbox, *, dweight: bool = False) -> None:
+    `count` is how many rows arrive for the experts here, once the host has waited; whoever counted them has
+    awaited the mailbox.
+    """
+
+    def __init__(
+        self, box: Mailbox, pushed: Pushed, *, dweight: bool = False, count: Tensor | None = None
+    ) -> None:
         self.box: Mailbox | None = box
         self.dweight = dweight
         self.here: Here | None = None
+        self._pushed = pushed
+        self._count = count
 
     def opened(self) -> Mailbox:
         """The mailbox, full.
@@ -165,8 +145,37 @@ class _Moving:
                 "experts' phase, build the exchange with keep_arrivals=True."
             )
             raise BackendError(msg)
-        self.box.await_full()
+        self._pushed.join()
+        if self._count is None:
+            self.box.await_full()
         return self.box
+
+    def rows(self, most: int) -> int:
+        """How many rows there are, `most` where nobody counted; the host waits for the number."""
+        if self._count is None:
+            return most
+        self._pushed.wait()
+        return int(self._count)
+
+
+class _Sums(NamedTuple):
+    """What goes home: each arrived token's copies are summed with their weights."""
+
+    rows_RD: Tensor
+    row_AK: Tensor
+    weight_AK: Tensor | None
+    dweight_AK: Tensor | None
+
+    def of(self, peer: int, max_tokens: int) -> _Sums:
+        """Those of one rank's tokens."""
+        slots = slice(peer * max_tokens, (peer + 1) * max_tokens)
+        weight_AK, dweight_AK = (None if each is None else each[slots] for each in self[2:])
+        return _Sums(self.rows_RD, self.row_AK[slots], weight_AK, dweight_AK)
+
+    def summed(self) -> Part:
+        """Sums, and the weights' gradients beside them, in words."""
+        sums = ops.sum_copies(self.rows_RD, self.row_AK, self.weight_AK)
+        return sums.view(torch.int32), None if self.dweight_AK is None else self.dweight_AK.view(torch.int32)
 
 
 class _NvlinkTrip(Trip[_Moving]):
@@ -180,18 +189,24 @@ class _NvlinkTrip(Trip[_Moving]):
         """Wait until the peers have read their mailboxes; write rows, and in the forward pass choices."""
         exchange = self._exchange
         box = exchange.out.take()
-        box.await_free()
-        triton_exchange.push_tokens(
-            exchange.wire.pack(x_TD).view(torch.int32),
-            self._expert_TK,
-            weight_TK,
+        rows_TW = exchange.wire.pack(x_TD).view(torch.int32)
+        count = self._uncounted(box) if exchange.size.exact_rows and weight_TK is not None else None
+        if exchange.copies:
+            side = None if weight_TK is None else self._choices(weight_TK)
+            box.put(exchange.rank, None, side)  # first, since the other stream counts it
+            pushed = self._copied(box, lambda _: (rows_TW, side), count)
+            box.put(exchange.rank, rows_TW, None)
+            return _Moving(box, pushed, count=count)
+        inputs = (rows_TW, self._expert_TK, weight_TK)
+        push = functools.partial(
+            triton_exchange.push_tokens,
+            *inputs,
             box.tables,
             rank=exchange.rank,
             max_tokens=exchange.size.max_tokens,
             per_rank=exchange.per_rank,
         )
-        box.raise_full()
-        return _Moving(box)
+        return _Moving(box, self._pushed(box, push, inputs, count), count=count)
 
     def receive(self, moving: _Moving) -> Here:
         """Wait; sort copies by local expert."""
@@ -199,7 +214,7 @@ class _NvlinkTrip(Trip[_Moving]):
             return moving.here
         box = moving.opened()
         expert_AK, weight_AK = unpack_choice(box.side)
-        here = Here(self._rows(box), self._sorted(expert_AK), weight_AK)
+        here = Here(self._rows(box), self._sorted(expert_AK, moving), weight_AK)
         if self._exchange.size.keep_arrivals:
             moving.here = here._replace(x_AD=here.x_AD.clone())
         return here
@@ -218,21 +233,20 @@ class _NvlinkTrip(Trip[_Moving]):
     def send_home(
         self, rows_RD: Tensor, row_AK: Tensor, weight_AK: Tensor | None, dweight_AK: Tensor | None
     ) -> _Moving:
-        """Sum and write in one kernel."""
-        exchange = self._exchange
+        """Sum and write in one kernel, or sum for each rank and copy."""
+        exchange, most = self._exchange, self._exchange.size.max_tokens
         box = exchange.home.take()
-        box.await_free()
-        triton_exchange.push_sums(
-            rows_RD.contiguous(),
-            row_AK,
-            weight_AK,
-            None if dweight_AK is None else dweight_AK.contiguous(),
-            box.tables,
-            rank=exchange.rank,
-            max_tokens=exchange.size.max_tokens,
+        whole = _Sums(
+            rows_RD.contiguous(), row_AK, weight_AK, None if dweight_AK is None else dweight_AK.contiguous()
         )
-        box.raise_full()
-        return _Moving(box, dweight=dweight_AK is not None)
+        push = functools.partial(triton_exchange.push_sums, rank=exchange.rank, max_tokens=most)
+        if exchange.copies:
+            pushed = self._copied(box, lambda peer: whole.of(peer, most).summed())
+            rows, side = (table[exchange.rank : exchange.rank + 1] for table in box.tables)
+            push(*whole.of(exchange.rank, most), (rows, side))
+        else:
+            pushed = self._pushed(box, lambda: push(*whole, box.tables), whole)
+        return _Moving(box, pushed, dweight=dweight_AK is not None)
 
     def receive_home(self, moving: _Moving) -> tuple[Tensor, Tensor | None]:
         """Wait; sum over ranks; pick each weight's gradient from the rank of its expert."""
@@ -251,18 +265,59 @@ class _NvlinkTrip(Trip[_Moving]):
         moving.box = None
         return out_TD, dweight_TK
 
+    def _pushed(
+        self, box: Mailbox, write: Callable[[], None], inputs: Inputs, count: Tensor | None = None
+    ) -> Pushed:
+        """Write into every rank's mailbox between its flags; await and count what comes."""
+        rank, experts = self._exchange.rank, self._exchange.per_rank
+
+        def push() -> None:
+            box.await_free()
+            write()
+            box.raise_full()
+            if count is not None:
+                box.await_full()
+                here = triton_exchange.count_copies(box.side, first=rank * experts, experts=experts)
+                count.copy_(here, non_blocking=True)
+
+        return self._exchange.stream(push, inputs)
+
+    def _copied(self, box: Mailbox, part: Callable[[int], Part], count: Tensor | None = None) -> Pushed:
+        """Copy each other rank's part, beginning with the rank after this one.
+
+        This rank's own part is written on the computing stream, which has read that mailbox before.
+        """
+        rank, ranks = self._exchange.rank, self._exchange.ranks
+        parts = {peer: part(peer) for peer in ((rank + far) % ranks for far in range(1, ranks))}
+
+        def write() -> None:
+            for peer, sent in parts.items():
+                box.put(peer, *sent)
+
+        return self._pushed(box, write, tuple(tensor for sent in parts.values() for tensor in sent), count)
+
+    def _uncounted(self, box: Mailbox) -> Tensor:
+        """Where the number of rows will be: memory of the host, if the device is a GPU."""
+        gpu = box.side.is_cuda
+        return torch.empty((), dtype=torch.int32, device="cpu" if gpu else box.side.device, pin_memory=gpu)
+
+    def _choices(self, weight_TK: Tensor) -> Tensor:
+        """Choices and weights as they lie in a mailbox, expert -1 for tokens that this rank does not have."""
+        expert_TK, missing = self._expert_TK, self._exchange.size.max_tokens - len(weight_TK)
+        if missing:
+            rows = (0, 0, 0, missing)
+            expert_TK, weight_TK = pad(expert_TK, rows, value=-1), pad(weight_TK, rows)
+        return pack_choice(expert_TK, weight_TK)
+
     def _rows(self, box: Mailbox) -> Tensor:
         """What is in a mailbox of the way out, in the rows' dtype; slots without a token hold anything."""
         size = self._exchange.size
         wire = box.rows_in(torch.uint8 if size.fp8 else size.dtype)
         return self._exchange.wire.unpack(wire, size.hidden_size, size.dtype)
 
-    def _sorted(self, expert_AK: Tensor) -> Arrivals:
+    def _sorted(self, expert_AK: Tensor, moving: _Moving) -> Arrivals:
         """Where each copy lies among the experts' rows."""
-        exchange, size = self._exchange, self._exchange.size
-        first, experts = exchange.rank * exchange.per_rank, exchange.per_rank
-        rows = expert_AK.shape[0] * min(size.top_k, experts)
-        found = arrivals(expert_AK, first=first, experts=experts, rows=rows)
-        if size.exact_rows:
-            return found._replace(copy_R=found.copy_R[: int(found.ends_E[-1])])
-        return found
+        exchange, experts = self._exchange, self._exchange.per_rank
+        most = expert_AK.shape[0] * min(exchange.size.top_k, experts)
+        found = arrivals(expert_AK, first=exchange.rank * experts, experts=experts, rows=most)
+        return found._replace(copy_R=found.copy_R[: moving.rows(most)])

@@ -207,16 +207,19 @@ class TableExecutor:
     def _pair(self, forward: Action, backward: Action) -> Mark | None:
         """Alternate between two chunks, so that one computes while what the other has sent travels.
 
-        A phase of the network lane starts a transfer, which the chunk's next phase finishes; the other
-        chunk's computation goes in between.
+        A transfer is started by the chunk's phase before the one that finishes it, and one of the two
+        computes. So a phase that starts one goes before the other chunk's computation, and a phase that
+        finishes one goes behind it: each of the four transfers of a layer has a computation to hide behind.
+        Where both do the same, the chunk with more phases left goes on, so that they end together.
         """
         ahead, back = self._enter(forward), self._enter(backward)
         self._active, start = (ahead, back), self._mark()
         with self._gradients(backward):
             while (one := ahead.next_forward) is not None and (other := back.next_backward) is not None:
-                if one.lane == other.lane:
-                    back.backward()
-                elif one.lane == "network":
+                if (one.lane == "compute") == (other.lane == "compute"):
+                    more = len(ahead.phases) - ahead.done > back.done
+                    ahead.forward() if more else back.backward()
+                elif "dispatch" in (one.lane, other.lane):
                     ahead.forward()
                     back.backward()
                 else:

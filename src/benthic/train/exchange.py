@@ -35,7 +35,8 @@ def build_exchange(config: RunConfig, table: Table, group: Group) -> Exchange:
     fp8 = bool(config.exchange.fp8)
     if config.exchange.kind == "all_to_all":
         return AllToAllExchange(group.handle, experts, fp8=fp8)
-    from benthic.parallel.exchange_nvlink import NvlinkExchange, Size  # noqa: PLC0415 (needs Triton)
+    from benthic.parallel.exchange_nvlink import NvlinkExchange  # noqa: PLC0415 (needs Triton)
+    from benthic.parallel.exchange_size import Size  # noqa: PLC0415 (needs Triton)
 
     tokens = number(config.train.local_batch_size) * number(config.train.seq_len)
     size = Size(

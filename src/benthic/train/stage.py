@@ -116,7 +116,8 @@ class ModelStage:
 
     def _phase(self, name: str, run: Callable[[Flow], Flow], *units: str) -> Phase:
         buckets = tuple(b for unit in units for b in self.buckets[unit] if b.gathered)
-        lane: Lane = "network" if name.endswith(("dispatch", "combine")) else "compute"
+        lanes: tuple[Lane, ...] = ("dispatch", "combine")
+        lane: Lane = next((lane for lane in lanes if name.endswith(lane)), "compute")
         return Phase(name, lane, run, Held(buckets) if buckets else None)
 
     def _block(self, block: Block, task: Task, angles: Angles, unit: str) -> Iterator[Phase]:
