@@ -512,7 +512,7 @@ MEMORY_BOUND = [
         for kernel, constants in (("_quantise", {"MAX": 65024.0, "FLOOR": 1e-30}), ("_dequantise", {}))
     ),
     *(
-        ("triton_loss", "_turn", {"GRADIENT": more, "BLOCK": 16384, "STAGES": 3}, 32, {"loss_ptr": "*fp32"})
+        ("triton_loss", "_turn", {"GRADIENT": more, "BLOCK": 16384}, 32, {"loss_ptr": "*fp32"})
         for more in (True, False)
     ),
     ("triton_sums", "_accumulate", {"FRESH": False, "BLOCK": 4096}, 8, {"sum_ptr": "*fp32"}),

@@ -11,22 +11,20 @@ from benthic.kernels.host import next_power_of_2
 from benthic.kernels.relaunch import remembered
 
 _ROOM = {"cpu": 64 << 20, "cuda": 1 << 30}
-_STAGES = 3
-"""Blocks of a row on their way or at work: 64 KB under way a multiprocessor, where bandwidth wants 40."""
 
 
 @remembered
 @triton.jit
 def _turn(
     logits_ptr, target_ptr, loss_ptr, columns, stride, ignore_index,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: the log of the sum of exponentials in one pass, softmax - onehot in a second, out of L2.
 
     Every thread has sums of its own, of eight neighbours at a time, until the row has been read, so that
-    nobody waits between blocks and the next ones are on their way. The second pass begins with what was read
-    last; each thread writes what it read itself, and the target's logit is read before the barriers of the
-    sums.
+    nobody waits for others between blocks; blocks on their way through shared memory were slower. The second
+    pass begins with what was read last; each thread writes what it read itself, and the target's logit is read
+    before the barriers of the sums.
     """
     EACH: tl.constexpr = 8
     row = tl.program_id(0).to(tl.int64)
@@ -37,7 +35,7 @@ def _turn(
     place = tl.arange(0, BLOCK // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
     largest = tl.full([BLOCK // EACH], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK // EACH], tl.float32)
-    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
+    for start in tl.range(0, columns, BLOCK, num_stages=1):
         column = start + place
         x = tl.load(at + column, mask=column < columns, other=-float("inf")).to(tl.float32)
         above = tl.maximum(largest, tl.max(x, axis=1))
@@ -49,7 +47,7 @@ def _turn(
     tl.store(loss_ptr + row, tl.where(kept, lse - chosen, 0.0))
     if GRADIENT:
         last = (tl.cdiv(columns, BLOCK) - 1) * BLOCK
-        for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
+        for start in tl.range(0, columns, BLOCK, num_stages=1):
             column = last - start + place
             inside = column < columns
             x = tl.load(at + column, mask=inside, other=0.0).to(tl.float32)
@@ -68,7 +66,7 @@ def turn(logits, target_t, ignore_index, *, gradient):
     if rows:
         _turn[(rows,)](
             logits, target_t, loss_t, columns, logits.stride(0), ignore_index,
-            GRADIENT=gradient, BLOCK=block, STAGES=_STAGES, num_warps=warps,
+            GRADIENT=gradient, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return loss_t, logits if gradient else None
 
