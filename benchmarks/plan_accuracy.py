@@ -3,10 +3,11 @@
 DeepSeek-V3's published run on 2,048 H800, its hours and its step breakdown (DeepSeek-V3 report, table 1;
 Insights into DeepSeek-V3, table 4): its trace taught that an exchange holds its SMs for a whole pair, so its
 1F1B is no test; hours and the other parts are fitted to nothing. Our own runs on H200, from
-`train_ranks.json`, `train_full.json` and `train_gpu.json`: the host's launches and the rate of adding
-gradients were read from the slots of one run, zb-h1 (`profiles.py`); nothing is fitted to the others, called
-blind here, but the form of the model was chosen with all of them in view. No peak was fitted to: what phases
-need was read from what the trainer allocates without a GPU (`peaks.py`); the reserve was there before.
+`train_ranks.json`, `train_ranks_4_rows.json`, `train_full.json` and `train_gpu.json`: the host's launches and
+the rate of adding gradients were read from the slots of one run, zb-h1 (`profiles.py`); nothing is fitted to
+the others, called blind here, but the form of the model was chosen with all of them in view. No peak was
+fitted to: what phases need was read from what the trainer allocates without a GPU (`peaks.py`); the reserve
+was there before.
 """
 
 from __future__ import annotations
@@ -96,13 +97,15 @@ def breakdown(found: Step) -> dict[str, float]:
 
 
 def ranks() -> list[Line]:
-    """The slice of Moonlight on one and two GPUs."""
-    model, train = moonlight_slice(), Rows(kept_pairs=KEPT_PAIRS)
-    measured = {row["layout"]: row for row in results("train_ranks")}
+    """The slice of Moonlight on one and two GPUs, with one and with four rows a microbatch."""
+    model, layouts = moonlight_slice(), {"1 rank": Layout(), **LAYOUTS}
     rows: list[Line] = []
-    for name, layout in {"1 rank": Layout(), **LAYOUTS}.items():
-        one = Candidate(model=model, layout=layout, train=train, rows=8)
-        rows += both(f"slice, {name}", one, measured[name]["step_seconds"], measured[name]["peak_bytes"])
+    files = (("train_ranks", 1, 8, ""), ("train_ranks_4_rows", 4, 32, ", 4 rows"))
+    for file, many, step_rows, words in files:
+        train = Rows(local_batch_size=many, kept_pairs=KEPT_PAIRS)
+        for row in results(file):
+            one = Candidate(model=model, layout=layouts[row["layout"]], train=train, rows=step_rows)
+            rows += both(f"slice, {row['layout']}{words}", one, row["step_seconds"], row["peak_bytes"])
     return rows
 
 

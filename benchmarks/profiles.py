@@ -1,12 +1,12 @@
 """Writes the profiles that ship with the planner: `python benchmarks/profiles.py`.
 
-`h200.json` holds our own kernels, from `benchmarks/results/kernels_h200.json`, with products and collectives
-of the libraries that we call (cuBLAS, block-scaled FP8, NCCL; medians on two H200, torch 2.11, 2026-11-22).
-What `benthic calibrate` measured on an H200 (`benchmarks/results/calibrate_h200.json`) is added, but for
-attention below 0.5 ms, which it timed as the host launched it, and MLA decode, whose kernels are others now:
-of a second calibration (`calibrate_h200_new.json`), on a GPU that was held below its clocks, only that is
-taken, which waits for memory. What the host takes for an operator comes from the slots of one training run,
-zb-h1.
+`h200.json` holds our own kernels, from `benchmarks/results/kernels_h200.json` and the files of newer kernels
+beside it (`NEWER`), with products and collectives of the libraries that we call (cuBLAS, block-scaled FP8,
+NCCL; medians on two H200, torch 2.11, 2026-11-22). What `benthic calibrate` measured on an H200
+(`benchmarks/results/calibrate_h200.json`) is added, but for attention, MLA decode and experts in FP8, whose
+kernels are others now, and products of experts with as many rows each: of a second calibration
+(`calibrate_h200_new.json`), on a GPU that was held below its clocks, only MLA decode is taken, which waits
+for memory. What the host takes for an operator comes from the slots of one training run, zb-h1.
 `h100.json` holds what `benthic calibrate` measured on an H100 (`benchmarks/results/calibrate_h100.json`), but
 for calls that took longer there than others with more of the same work (three of 423).
 `h800.json` holds what DeepSeek published of its kernels on H800.
@@ -47,11 +47,24 @@ if TYPE_CHECKING:
 
 RESULTS: Final = Path(__file__).parent / "results"
 PROFILES: Final = Path(cost.__file__).parent / "profiles"
-OURS: Final = {"cudnn", "triton", "gluon", "gluon_wide", "grouped_mm_cuda", "chunked", "torch"}
-LAUNCHED: Final = 5e-4
-"""Calls of attention that take less were bound by the host when `calibrate_h200.json` was measured."""
+OURS: Final = {
+    "cudnn", "triton", "gluon", "gluon_wide", "gluon_three", "grouped_mm_cuda", "chunked", "torch", "cublas"
+}  # fmt: skip
+NEWER: Final = {
+    "kernels_fp8_h200": {"fp8_linear", "add_fp8_weight_gradient", "grouped_fp8_linear",
+                         "add_grouped_fp8_weight_gradient"},
+    "kernels_rest_h200": {"quantise_fp8_both", "quantise 1x128", "quantise 128x128", "adamw"},
+    "kernels_memory_bound_h200": {"rms_norm", "add_rms_norm", "swiglu", "rope"},
+    "experts_h200": {"grouped_linear"},
+}  # fmt: skip
+"""Ops of later files than `kernels_h200.json`, whose kernels took the place of those there."""
 FEW_ROWS: Final = 64
 """Rows an expert below which `benthic calibrate` measured the kernels that decode, at more sizes."""
+MANY_ROWS: Final = 1024
+"""Rows an expert below which many experts' products were measured with rows as routing gives them alone.
+
+With as many for each they take up to a sixth less: no tile is left half empty.
+"""
 AMOUNTS: Final = {
     Gemm: ("m",),
     GroupedGemm: ("rows",),
@@ -59,6 +72,11 @@ AMOUNTS: Final = {
     Attention: ("rows", "seq_len"),
 }
 """Fields that say how much an operation has to do."""
+LABELS: Final = {
+    "roof: copy": "copy",
+    "permute (with sort)": "permute",
+    "quantise_fp8_both": "quantise both",
+}
 LIBRARIES: Final = "cuBLAS, scaled_mm and NCCL 2.28.9 on two H200, medians, 2026-11-22"
 DEEPGEMM: Final = "DeepGEMM README, February 2025, H800"
 DEEPEP: Final = "DeepEP README, H800: 4096 tokens, hidden 7168, top-8 of 4 groups, FP8 out and BF16 home"
@@ -94,7 +112,7 @@ DEEPEP_NORMAL: Final = ((8, 153, 158), (16, 43, 43), (32, 58, 57), (64, 51, 50))
 def main() -> None:
     """Write all three."""
     measured = RESULTS / "calibrate_h200.json"
-    more = [one for one in read(measured).points if not launched(one) and not decoded(one)]
+    more = [one for one in read(measured).points if not any(drop(one) for drop in OTHERS_NOW)]
     more += [one for one in read(RESULTS / "calibrate_h200_new.json").points if decoded(one)]
     libraries = [*products(CUBLAS, "bf16", LIBRARIES), *links()]
     source = "benchmarks/results/kernels_h200.json; " + LIBRARIES
@@ -123,14 +141,37 @@ def covers(more: Op, less: Op) -> bool:
     )
 
 
-def launched(one: Measured) -> bool:
-    """Whether a call was bound by the host."""
-    return isinstance(one.op, Attention) and one.seconds < LAUNCHED
+def attended(one: Measured) -> bool:
+    """Whether a call was attention of packed rows."""
+    return isinstance(one.op, Attention)
+
+
+def narrow(one: Measured) -> bool:
+    """Whether a call was a product of many rows of experts in FP8, which other kernels make now."""
+    op = one.op
+    return isinstance(op, GroupedGemm) and op.dtype == "fp8" and op.rows >= FEW_ROWS * op.experts
 
 
 def decoded(one: Measured) -> bool:
     """Whether a call was MLA decode."""
     return isinstance(one.op, MlaDecode)
+
+
+def even(one: Measured) -> bool:
+    """Whether many experts had as many rows each, and so few that it matters."""
+    op = one.op
+    each = op.rows / op.experts if isinstance(op, GroupedGemm) else 0.0
+    return (
+        isinstance(op, GroupedGemm)
+        and op.dtype == "bf16"
+        and not op.gradient
+        and op.experts >= 32
+        and FEW_ROWS <= each < MANY_ROWS
+    )
+
+
+OTHERS_NOW: Final = (attended, decoded, narrow, even)
+"""What of `calibrate_h200.json` is not used."""
 
 
 def write(name: str, points: list[Measured], source: str, overheads: dict[str, float]) -> Profile:
@@ -190,12 +231,26 @@ def host_of_collectives() -> dict[str, float]:
 
 
 def kernels() -> Iterator[Measured]:
-    """Our kernels, each as the fastest implementation that may be chosen."""
-    record = json.loads((RESULTS / "kernels_h200.json").read_text())
+    """Our kernels, each as the fastest implementation that may be chosen, of the newest file that has it."""
+    found: dict[Op, Measured] = {}
+    for file in ("kernels_h200", *NEWER):
+        record = json.loads((RESULTS / f"{file}.json").read_text())
+        rows = [row for row in record["rows"] if row["implementation"] in OURS and wanted(row["op"], file)]
+        source = f"{file}.json, commit {record['commit']}"
+        measured = [Measured(op, taken, source) for op, taken in fastest(rows).items()]
+        found |= {one.op: one for one in measured if file == "experts_h200" or not even(one)}
+    yield from found.values()
+
+
+def wanted(op: str, file: str) -> bool:
+    """Whether a file has the say about an op."""
+    return file not in NEWER or op.removesuffix(" backward") in NEWER[file]
+
+
+def fastest(rows: list[dict[str, Any]]) -> dict[Op, float]:
+    """Seconds of each operation by the implementation that takes the fewest."""
     best: dict[Op, float] = {}
-    for row in record["rows"]:
-        if row["implementation"] not in OURS:
-            continue
+    for row in rows:
         if (row["op"], row["implementation"]) == ("grouped_linear backward", "triton"):
             experts, each, k, n = (int(found) for found in re.findall(r"\d+", row["shape"]))
             op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, gradient=True)
@@ -203,9 +258,7 @@ def kernels() -> Iterator[Measured]:
         for op, part in operations(row):
             taken = row["microseconds"] / 1e6 * part
             best[op] = min(taken, best.get(op, taken))
-    source = f"kernels_h200.json, commit {record['commit']}"
-    for op, taken in best.items():
-        yield Measured(op, taken, source)
+    return best
 
 
 def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
@@ -215,16 +268,11 @@ def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
     if row["op"] == "roof: product":
         yield Gemm(m=numbers[0], n=numbers[0], k=numbers[0]), 1.0
     elif name == "attention":
-        yield attention(row, numbers, backward=backward), 1.0
+        yield from ((op, 1.0) for op in attention(row, numbers, backward=backward))
     elif name == "grouped_linear":
-        experts, each, k, n = numbers
-        if each < FEW_ROWS:
-            return
-        sides = (k, n) if backward else (n, k)  # backward: the input's and the weights' gradient, about equal
-        yield (
-            GroupedGemm(rows=experts * each, experts=experts, n=sides[0], k=sides[1]),
-            0.5 if backward else 1.0,
-        )
+        yield from grouped(numbers, backward=backward)
+    elif "fp8" in name and row["unit"] == "TFLOP/s":
+        yield from ((op, 1.0) for op in narrow_product(name, numbers))
     elif name == "mla_decode" and row["unit"] == "TB/s":
         requests, context, heads = numbers
         yield MlaDecode(requests=requests, context=requests * context, heads=heads), 1.0
@@ -237,12 +285,36 @@ def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
             yield Gemm(name="cross entropy", **sizes), 1.0
     elif row["unit"] == "TB/s" and name != "mla_decode":
         moved = row["rate"] * row["microseconds"] * 1e6
-        label = {"roof: copy": "copy", "permute (with sort)": "permute"}.get(name, name)
+        label = LABELS.get(name, name)
         yield MemoryBound(bytes=moved, name=f"{label}{' backward' if backward else ''}"), 1.0
 
 
-def attention(row: dict[str, Any], numbers: list[int], *, backward: bool) -> Attention:
-    """Rows of one length through cuDNN; ragged packs, and whatever else Triton ran, through Triton."""
+def grouped(numbers: list[int], *, backward: bool) -> Iterator[tuple[Op, float]]:
+    """A product of experts; backward holds the input's and the weights' gradient, about equal."""
+    experts, each, k, n = numbers
+    sides = (k, n) if backward else (n, k)
+    if each >= FEW_ROWS:
+        op = GroupedGemm(rows=experts * each, experts=experts, n=sides[0], k=sides[1])
+        yield op, 0.5 if backward else 1.0
+
+
+def narrow_product(name: str, numbers: list[int]) -> Iterator[Op]:
+    """A product in FP8, or a weight gradient of FP8 tiles that is added to an FP32 sum."""
+    *rows, k, n = numbers
+    gradient = name.endswith("weight_gradient")
+    if "grouped" not in name:
+        (m,) = rows
+        sizes = {"m": n, "n": k, "k": m, "name": "gradient"} if gradient else {"m": m, "n": n, "k": k}
+        yield Gemm(dtype="fp8", **sizes)
+    elif rows[1] >= FEW_ROWS:
+        experts, each = rows
+        yield GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype="fp8", gradient=gradient)
+
+
+def attention(row: dict[str, Any], numbers: list[int], *, backward: bool) -> Iterator[Attention]:
+    """Rows of one length as they run alone, by cuDNN or Gluon; packs as Gluon runs them, of any lengths."""
+    if row["implementation"] == "triton":  # no GPU of a profile chooses it
+        return
     ragged = row["shape"].startswith("ragged")
     rows, seq_len, heads, qk_dim, v_dim = (1, *numbers) if ragged else numbers
     whole = Attention(
@@ -253,10 +325,13 @@ def attention(row: dict[str, Any], numbers: list[int], *, backward: bool) -> Att
         v_dim=v_dim,
         causal="causal" in row["shape"],
         backward=backward,
-        packed=row["implementation"] == "triton",
     )
     done = row["rate"] * row["microseconds"] * 1e6
-    return replace(whole, kept=done / whole.flops) if ragged else whole
+    kept = done / whole.flops if ragged else 1.0
+    if not ragged:
+        yield whole
+    if row["implementation"] == "gluon":
+        yield replace(whole, packed=True, kept=kept)
 
 
 def products(rows: tuple[tuple[int, ...], ...], dtype: Any, source: str) -> Iterator[Measured]:

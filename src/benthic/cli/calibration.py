@@ -14,6 +14,7 @@ import torch
 from benthic.cli import calibration_kernels
 from benthic.errors import BackendError
 from benthic.kernels import ops
+from benthic.kernels.bench.calls import ends_of
 from benthic.plan.cost.machine import Measured, Profile
 from benthic.plan.cost.ops import Gemm, GroupedGemm, MemoryBound
 from benthic.plan.cost.points import Points
@@ -32,6 +33,9 @@ _HOST: Final = "a host"
 _COLD_BYTES: Final = 128 * 2**20
 """Weights are used in turn from copies of this size together, so that no GPU's cache holds them all."""
 _SIDE, _REST_S, _HOT_S = 8192, 1.0, 5.0
+_ROUTED_ROWS: Final = 64
+"""Rows an expert from which routing draws them, and tiles are left half empty; with fewer every expert has as
+many, for those that nobody chose are counted apart."""
 _SHORT_S: Final = 5e-4
 """Below, calls are timed inside a CUDA graph, where the host does not count; a step of serving is one."""
 
@@ -243,7 +247,7 @@ def _products(
         stacks = [torch.randn(experts, n, k, device=device, dtype=dtype) for _ in range(copies)]
         for each in sizes.expert_rows:
             rows = torch.randn(experts * each, k, device=device, dtype=dtype)
-            ends = (torch.arange(1, experts + 1, device=device) * each).to(torch.int32)
+            ends = ends_of(experts, each, device, drawn=each >= _ROUTED_ROWS)
             op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype=word)
             yield op, _in_turn(ops.grouped_linear, rows, stacks, ends)
 
@@ -268,7 +272,7 @@ def _fp8_products(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], 
         ]
         for each in sizes.expert_rows:
             x = torch.randn(experts * each, k, device=device, dtype=wide)
-            ends = (torch.arange(1, experts + 1, device=device) * each).to(torch.int32)
+            ends = ends_of(experts, each, device, drawn=each >= _ROUTED_ROWS)
             op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype="fp8")
             rows = ops.Fp8(*ops.quantise_fp8_rows(x))
             yield op, _in_turn(ops.fp8_linear, rows, stacks, ends, dtype=wide)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benthic.kernels import ops
+from benthic.kernels.bench.calls import ends_of
 from benthic.plan.cost.ops import Attention, Gemm, GroupedGemm, MemoryBound, MlaDecode
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _experts(device: str, sizes: Kernels, weight: tuple[int, int], wide: torch.d
     for each in sizes.expert_rows:
         rows = experts * each
         dy, x = (torch.randn(rows, width, device=device, dtype=wide) for width in (n, k))
-        ends = (torch.arange(1, experts + 1, device=device) * each).to(torch.int32)
+        ends = ends_of(experts, each, device, drawn=True)
         op = partial(GroupedGemm, rows=rows, experts=experts, n=n, k=k, gradient=True)
         yield op(dtype=word), partial(ops.add_weight_gradient, total, dy, x, ends)
         columns = [ops.quantise_fp8_columns(side, ends) for side in (dy, x)]

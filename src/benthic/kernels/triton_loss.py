@@ -23,8 +23,8 @@ def _turn(
 
     Every thread has sums of its own, of eight neighbours at a time, until the row has been read, so that
     nobody waits for others between blocks; blocks on their way through shared memory were slower. The second
-    pass begins with what was read last; each thread writes what it read itself, and the target's logit is read
-    before the barriers of the sums.
+    pass begins with what was read last; each thread writes what it read itself, and the target's logit is
+    read before the barriers of the sums.
     """
     EACH: tl.constexpr = 8
     row = tl.program_id(0).to(tl.int64)

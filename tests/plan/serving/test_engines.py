@@ -26,7 +26,7 @@ from benthic.plan.serving.steps import StepLoad
 from benthic.spec import presets
 
 RUN = CliRunner(env={"COLUMNS": "100", "TERM": "dumb"})
-MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "serve_gpu.json"
+MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "serve_gpu_listed.json"
 PLAIN = PricedStep(presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h200"))
 
 
@@ -38,7 +38,7 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     assert engines.get("tuned") is TUNED
     own = engines.get("benthic")
     assert own.name == "benthic"
-    assert own.prompt_layer_s > 0.0
+    assert [rows for rows, _ in own.mixed_curve] == [768.0, 2560.0], "512 and 2,048 tokens beside 64 decodes"
     assert own.graph_rows == 4096
     assert own.front.write_s > own.front.token_s > 0.0
     file = tmp_path / "own.json"
@@ -66,7 +66,7 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         ({"prompt_layer_s": -1e-6}, "prompt_layer_s is -1e-06"),
         ({"graph_layer_s": -0.1}, "graph_layer_s is -0.1, but it must be a finite number of -0.001 or more"),
         ({"eager_layer_s": "1"}, "eager_layer_s is '1'"),
-        ({"more": 1}, "12 of the 12 fields .* missing or unknown: more"),
+        ({"more": 1}, "13 of the 13 fields .* missing or unknown: more"),
         ({"front": {"write_s": 1e-4}}, "1 of the 4 fields of an engine's front; .*request_s"),
         ({"front": dict(vars(FREE), token_s=-1)}, "token_s is -1"),
         ({"curve": [[1, 1.0], [2]]}, r"curve has \[2\], but it is a list of pairs"),
@@ -76,7 +76,7 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
             {"prompt_curve": [[64, 1.0], [64, 1.1]]},
             r"prompt_curve has rows \[64.0, 64.0\], but they must rise",
         ),
-        ({"format": 1}, "an engine of format 1, but 5 is read"),
+        ({"format": 1}, "an engine of format 1, but 6 is read"),
     ],
 )
 def test_a_file_that_is_no_engine_says_which_number_is_wrong(change, message):
@@ -125,9 +125,9 @@ def test_most_of_what_lines_leave_is_a_curve_over_rows():
         assert took / foretold == pytest.approx((each.seconds / foretold) ** 0.8), "most of the way"
     assert [rows for rows, _ in found.curve] == [1.0, 16.0, 64.0, 256.0]
     shares = dict(found.curve)
-    assert found.share(32.0, prompts=False) == pytest.approx((shares[16.0] + shares[64.0]) / 2)
-    assert found.share(1000.0, prompts=False) == shares[256.0]
-    assert found.share(32.0, prompts=True) == 1.0, "another curve, of which nothing was measured"
+    assert found.share(32.0, decodes=True, prompts=False) == pytest.approx((shares[16.0] + shares[64.0]) / 2)
+    assert found.share(1000.0, decodes=True, prompts=False) == shares[256.0]
+    assert found.share(32.0, decodes=False, prompts=True) == 1.0, "another curve, unmeasured"
 
 
 def test_steps_with_prompts_are_padded_to_the_sizes_that_are_recorded():
@@ -153,7 +153,7 @@ def test_experts_that_nobody_chose_are_not_read():
 
 def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_five_percent():
     steps = [each for each in read_measured(MEASURED, "bf16") if not each.load.prefill_tokens]
-    assert [each.load.decodes for each in steps] == [1, 32, 64, 256]
+    assert [each.load.decodes for each in steps] == [1, 8, 32, 64, 256, 512]
     errors = [abs(error) for error in left_out("benthic", PLAIN, steps)]
     assert statistics.median(errors) <= 0.05
     assert max(errors) <= 0.1
@@ -162,7 +162,7 @@ def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_five_
 def test_recorded_steps_with_prompts_are_foretold_from_the_others_within_a_tenth():
     steps = read_measured(MEASURED, "bf16", graph_rows=4096)
     recorded = [(each.load.prefill_tokens, each.load.decodes) for each in steps if each.recorded]
-    assert recorded == [(128, 0), (512, 0), (2048, 0), (4096, 0), (512, 64), (2048, 64)]
+    assert recorded == [(512, 64), (2048, 64), (128, 0), (512, 0), (2048, 0), (4096, 0)]
     errors = left_out("benthic", PLAIN, steps)
     off = [abs(error) for step, error in zip(steps, errors, strict=True) if step.recorded]
     assert statistics.median(off) < 0.05

@@ -89,15 +89,17 @@ def test_sums_ride_inside_the_products_that_make_them():
     assert experts.inside.bytes == 8.0 * 64 * 2 * 1408 * 2048
 
 
-def test_documents_take_the_packed_kernel_and_fewer_pairs_less_time():
+def test_documents_take_the_kernel_of_packs_and_fewer_pairs_less_time():
     whole = Attention(rows=1, heads=16, seq_len=4096, qk_dim=192, v_dim=128, backward=True)
     packed = dataclasses.replace(whole, packed=True)
     half = dataclasses.replace(packed, kept=0.5)
     assert half.flops == packed.flops / 2
-    assert price(packed, H200).seconds > 1.5 * price(whole, H200).seconds, "Triton's backward beside cuDNN's"
+    alike = price(whole, H200).seconds
+    assert price(packed, H200).seconds == pytest.approx(alike, rel=0.1), "Gluon runs both"
     assert price(half, H200).seconds < price(packed, H200).seconds
-    masked = step(one(train=Rows(kept_pairs=0.8)), H200).seconds
-    assert masked > step(one(), H200).seconds
+    masked, every = (step(one(train=Rows(kept_pairs=kept)), H200).seconds for kept in (0.8, 1.0))
+    assert 0.9 * every < masked < every
+    assert every == pytest.approx(step(one(), H200).seconds, rel=0.03)
     for share in (0.0, -1.0, 1.5):
         with pytest.raises(ConfigError, match=rf"kept_pairs = {share}"):
             Rows(kept_pairs=share)

@@ -63,3 +63,16 @@ def forward_backward(  # noqa: PLR0913 (one argument per column)
         graphs.append((out, leaves, torch.randn_like(out)))
     seconds = bench.time(lambda o, leaves, g: torch.autograd.grad(o, leaves, g, retain_graph=True), graphs)
     bench.add(f"{op} backward", shape, impl, seconds, work * backward, unit, None)
+
+
+def ends_of(experts: int, rows: int, device: torch.device | str, *, drawn: bool) -> torch.Tensor:
+    """Where rows of experts end, int32 [experts]: `rows` for each, or as many in all that choose at random.
+
+    The seed is fixed.
+    """
+    counts = torch.full((experts,), rows)
+    if drawn:
+        generator = torch.Generator().manual_seed(rows)
+        chosen = torch.randint(experts, (experts * rows,), generator=generator)
+        counts = torch.bincount(chosen, minlength=experts)
+    return counts.cumsum(0).to(torch.int32).to(device)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from benthic.kernels import ops
-from benthic.kernels.bench.calls import forward_backward, implementations, trying
+from benthic.kernels.bench.calls import ends_of, forward_backward, implementations, trying
 from benthic.kernels.bench.timing import Bench, Make, relative
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def head_dims(bench: Bench) -> None:
             bench.add("join_head_dims", shape, impl, seconds, row * each, "TB/s", error)
 
 
-def _grouped_lines(bench: Bench, count: int, rows: int, width: int, out: int) -> None:
-    ends = (torch.arange(1, count + 1, device=bench.device) * rows).to(torch.int32)
+def _grouped_lines(bench: Bench, count: int, rows: int, width: int, out: int, *, drawn: bool = False) -> None:
+    ends, word = ends_of(count, rows, bench.device, drawn=drawn), " random" if drawn else ""
 
     def make(seed: int) -> tuple[torch.Tensor, ...]:
         x = bench.random(count * rows, width, seed=seed, grad=True)
@@ -109,13 +109,15 @@ def _grouped_lines(bench: Bench, count: int, rows: int, width: int, out: int) ->
 
     work = 2 * count * rows * width * out
     for impl in implementations("grouped_linear", trying(run, *make(0))):
-        shape = f"{count}x{rows} ({width}->{out})"
+        shape = f"{count}x{rows} ({width}->{out}){word}"
         forward_backward(bench, "grouped_linear", shape, impl, run, make, work, "TFLOP/s", backward=2)
 
 
-def _grouped_swiglu_lines(bench: Bench, count: int, rows: int, width: int, out: int) -> None:
+def _grouped_swiglu_lines(
+    bench: Bench, count: int, rows: int, width: int, out: int, *, drawn: bool = False
+) -> None:
     """The first product of experts with SwiGLU, in one kernel and in two."""
-    ends = (torch.arange(1, count + 1, device=bench.device) * rows).to(torch.int32)
+    ends, word = ends_of(count, rows, bench.device, drawn=drawn), " random" if drawn else ""
 
     def make(seed: int) -> tuple[torch.Tensor, ...]:
         return bench.random(count * rows, width, seed=seed), bench.random(count, out, width, seed=seed + 1)
@@ -127,20 +129,29 @@ def _grouped_swiglu_lines(bench: Bench, count: int, rows: int, width: int, out: 
     for impl in implementations("grouped_swiglu", trying(run, *operands[0])):
         error = relative(run(impl, *operands[0]), run("reference", *operands[0]))
         seconds = bench.time(partial(run, impl), operands)
-        shape, work = f"{count}x{rows} ({width}->{out})", 2 * count * rows * width * out
+        shape, work = f"{count}x{rows} ({width}->{out}){word}", 2 * count * rows * width * out
         bench.add("grouped_swiglu", shape, impl, seconds, work, "TFLOP/s", error)
 
 
 def experts(bench: Bench) -> None:
-    """Grouped products at the shapes of V3 and Moonlight, with permute and unpermute."""
+    """Grouped products at the shapes of V3 and Moonlight, with permute and unpermute.
+
+    "random" is as routing has it: where as many rows are meant for each expert, no tile is left half empty.
+    """
     shapes = [(4, 32, 64, 32)] if bench.small else [
         (8, 4096, 7168, 4096), (8, 4096, 2048, 7168), (32, 256, 7168, 4096), (64, 768, 2048, 2816), (64,
         768, 1408, 2048), (64, 6, 2048, 2816), (64, 6, 1408, 2048),
     ]  # fmt: skip
     for shape in shapes:
         _grouped_lines(bench, *shape)
-    for shape in shapes[:1] if bench.small else ((8, 4096, 7168, 4096), (64, 384, 2048, 2816)):
-        _grouped_swiglu_lines(bench, *shape)
+    for rows in (32,) if bench.small else (96, 192, 384, 1536):
+        few = (4, rows, 64, 32) if bench.small else (64, rows, 2048, 2816)
+        _grouped_lines(bench, *few, drawn=True)
+        _grouped_swiglu_lines(bench, *few, drawn=True)
+        if not bench.small:
+            _grouped_lines(bench, 64, rows, 1408, 2048, drawn=True)
+    if not bench.small:
+        _grouped_swiglu_lines(bench, 8, 4096, 7168, 4096)
     tokens, width, top_k = (64, 64, 2) if bench.small else (16384, 7168, 8)
     expert = torch.rand(tokens, 64, device=bench.device).topk(top_k).indices.to(torch.int32)
     weight = torch.rand(tokens, top_k, device=bench.device)

@@ -15,7 +15,7 @@ from benthic.plan.serving.acceptance import Geometric
 from benthic.plan.serving.cluster import Cluster, Link
 from benthic.plan.serving.demand import drawn
 from benthic.plan.serving.group import GroupSpec
-from benthic.plan.serving.options import BLOCK_SIZE, MOST_SEQUENCES
+from benthic.plan.serving.options import BLOCK_SIZE, BUDGETS, MOST_SEQUENCES
 from benthic.plan.serving.priced import Echo
 from benthic.plan.serving.queueing import Phases
 from benthic.sched.plans import BatchingConfig
@@ -24,7 +24,7 @@ from benthic.sched.routing import Policy, shortest_queue
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from benthic.plan.serving.options import Option, Question
+    from benthic.plan.serving.options import Estimate, Option, Question
     from benthic.plan.serving.outcome import Outcome
     from benthic.sched.routing import Role
 
@@ -43,7 +43,8 @@ _LINK_LATENCY: Final = 50e-6
 class Candidate:
     """So many instances of one or two kinds; without `prefill`, those of `decode` do both.
 
-    `rate` is the estimate of what it bears, requests a second.
+    rate: the estimate of what it bears, requests a second. budget: tokens of a step of the instances that
+    decode.
     """
 
     strategy: Strategy
@@ -52,16 +53,12 @@ class Candidate:
     prefill: Option | None = None
     prefills: int = 0
     rate: float
+    budget: int
 
     @property
     def gpus(self) -> int:
         """GPUs of all instances."""
         return self.decodes * self.decode.gpus + (self.prefills * self.prefill.gpus if self.prefill else 0)
-
-    @property
-    def budget(self) -> int:
-        """Tokens of a step of the instances that decode."""
-        return self.decode.both.budget if self.prefill is None else self.decode.decode.budget
 
     @property
     def fronts(self) -> int:
@@ -105,8 +102,26 @@ def _merit(candidate: Candidate) -> tuple[float, int, float]:
 
 def _together(question: Question, choices: Sequence[Option]) -> Iterator[Candidate]:
     for each in choices:
-        copies = question.gpus // each.gpus
-        yield Candidate(strategy="together", decode=each, decodes=copies, rate=copies * each.both.rate)
+        yield _doing_both(question.gpus // each.gpus, each, each.both)
+
+
+def _doing_both(copies: int, option: Option, estimate: Estimate) -> Candidate:
+    return Candidate(
+        strategy="together",
+        decode=option,
+        decodes=copies,
+        rate=copies * estimate.rate,
+        budget=estimate.budget,
+    )
+
+
+def nearby(candidate: Candidate) -> tuple[Candidate, ...]:
+    """Instances that do both with the next smaller and the next larger budget, where they bear anything."""
+    if candidate.prefill is not None:
+        return ()
+    at, option = BUDGETS.index(candidate.budget), candidate.decode
+    estimates = [option.doing_both(budget) for budget in (*BUDGETS[:at][-1:], *BUDGETS[at + 1 :][:1])]
+    return tuple([_doing_both(candidate.decodes, option, each) for each in estimates if each.rate > 0.0])
 
 
 def _apart(question: Question, choices: Sequence[Option]) -> Iterator[Candidate]:
@@ -126,7 +141,13 @@ def _distserve(question: Question, choices: Sequence[Option]) -> Iterator[Candid
         copies = question.gpus // (prefill.gpus + decode.gpus)
         rate = copies * min(prefill.prefill.rate, decode.decode.rate)
         yield Candidate(
-            strategy="distserve-2", prefill=prefill, prefills=copies, decode=decode, decodes=copies, rate=rate
+            strategy="distserve-2",
+            prefill=prefill,
+            prefills=copies,
+            decode=decode,
+            decodes=copies,
+            rate=rate,
+            budget=decode.decode.budget,
         )
 
 
@@ -137,7 +158,13 @@ def _pair(strategy: Strategy, gpus: int, prefill: Option, decode: Option) -> Ite
     prefills, decodes = phases.best(gpus)
     rate = min(prefills * phases.prefill_rate, decodes * phases.decode_rate)
     yield Candidate(
-        strategy=strategy, prefill=prefill, prefills=prefills, decode=decode, decodes=decodes, rate=rate
+        strategy=strategy,
+        prefill=prefill,
+        prefills=prefills,
+        decode=decode,
+        decodes=decodes,
+        rate=rate,
+        budget=decode.decode.budget,
     )
 
 

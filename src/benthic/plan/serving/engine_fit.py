@@ -39,7 +39,7 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
     overlap; a negative one of steps with prompts is 0, and the stretch alone is fitted.
     Steps with prompts that are no graphs are the host's up to some size, and the device's from there on. If
     any are graphs, steps with up to the most rows of those are taken to be, and what the lines leave
-    is kept as curves over rows.
+    is kept as curves over rows, for prompts alone and for prompts beside decodes.
 
     Raises:
         DataError: no decode step, or a time that is not above 0.
@@ -74,8 +74,13 @@ def fit_engine(name: str, step: PricedStep, measured: Sequence[MeasuredStep]) ->
         graph_rows=rows,
     )
     fitted = replace_engine(step, line_only)
-    recorded_steps = [each for each in prompts if each.recorded]
-    return replace(line_only, curve=_curve(fitted, decodes), prompt_curve=_curve(fitted, recorded_steps))
+    graphs = [each for each in prompts if each.recorded]
+    return replace(
+        line_only,
+        curve=_curve(fitted, decodes),
+        prompt_curve=_curve(fitted, [each for each in graphs if not each.load.decodes]),
+        mixed_curve=_curve(fitted, [each for each in graphs if each.load.decodes]),
+    )
 
 
 def _curve(fitted: PricedStep, steps: Sequence[MeasuredStep]) -> Curve:

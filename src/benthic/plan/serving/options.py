@@ -174,10 +174,14 @@ class Option:
     @cached_property
     def both(self) -> Estimate:
         """What it bears when it does both, with the best token budget."""
-        return max([self._both(budget) for budget in BUDGETS])
+        return max([self.doing_both(budget) for budget in BUDGETS])
 
-    def _both(self, budget: int) -> Estimate:
-        """Each step decodes a batch and computes the prompts of as many new requests as it ends."""
+    def doing_both(self, budget: int) -> Estimate:
+        """Each step decodes a batch and computes the prompts of as many new requests as it ends, on average.
+
+        Prompts come at random. The first of a step is cheaper than others, for its rows ride where the
+        weights are read anyway, so what counts is how many the rank with the most has.
+        """
         prompt, output = self.question.lengths.mean
         bound = self.question.targets.objectives.ttft_s
 
@@ -189,17 +193,22 @@ class Option:
             decoding = StepLoad(
                 round(batch), round(rows), round(batch * (prompt + output / 2.0)), 0, 0, 0, round(rows)
             )
-            chunk = min(float(budget - rows), max(prompt, fresh))
-            part = 1.0 - (1.0 - min(1.0, fresh / chunk)) ** self.layout.dp_degree
-            mixed = decoding._replace(
-                prefill_tokens=round(chunk),
-                prefill_pairs=round(chunk * prompt / 2.0),
-                prefill_context=round(max(prompt, chunk)),
-            )
-            seconds = part * self.step([mixed]) + (1.0 - part) * self.step([decoding])
+            chunk = min(float(budget - rows), prompt)
+            most = max(1, int((budget - rows) / chunk))
+
+            def beside(prompts: int) -> float:
+                tokens = prompts * chunk
+                pairs, context = round(tokens * prompt / 2.0), round(prompts * prompt)
+                mixed = decoding._replace(
+                    prefill_tokens=round(tokens), prefill_pairs=pairs, prefill_context=context
+                )
+                return self.step([mixed if prompts else decoding])
+
             chunks = math.ceil(prompt / max(1.0, budget - rows))
-            late = bound is not None and (chunks + 1.0) * self.step([mixed]) > bound
-            return math.inf if late else seconds
+            if bound is not None and (chunks + 1.0) * beside(1) > bound:
+                return math.inf
+            shares = most_of(fresh / chunk, self.layout.dp_degree, most)
+            return sum([share * beside(prompts) for prompts, share in enumerate(shares) if share > 1e-3])
 
         batch = self._largest_batch(mixed_s)
         return Estimate(0.0 if batch < 1 else self._decoded(batch, mixed_s(batch)), budget)
@@ -222,6 +231,21 @@ class Option:
     def _prefill_load(self, prompt: float) -> StepLoad:
         tokens = max(2, round(prompt))
         return StepLoad(0, 0, 0, tokens, tokens * (tokens + 1) // 2, tokens, 1)
+
+
+def most_of(mean: float, ranks: int, limit: int) -> list[float]:
+    """Probabilities that the rank with the most prompts in a step has 0, 1, ... `limit` of them.
+
+    Each has `mean` on average and no more than `limit`: binomial, which is Poisson's where the limit is far.
+    """
+    part = min(1.0, mean / limit)
+    below, total = 0.0, 0.0
+    shares: list[float] = []
+    for count in range(limit + 1):
+        total += math.comb(limit, count) * part**count * (1.0 - part) ** (limit - count)
+        shares.append(total**ranks - below)
+        below = total**ranks
+    return shares
 
 
 def options(question: Question) -> tuple[Option, ...]:

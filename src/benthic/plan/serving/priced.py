@@ -86,9 +86,9 @@ class Engine:
         prompt_layer_s: the same in steps with prompts.
         stretch: seconds of its kernels over the prices of the operations, in steps that only decode.
         prompt_stretch: the same in steps with prompts, whose many rows take other kernels.
-        curve, prompt_curve: (rows, share) in rising order: how much longer than all this a step is that only
-            decodes so many rows, or one with prompts. Between two of them by the logarithm of rows; outside
-            as at the nearest.
+        curve, prompt_curve, mixed_curve: (rows, share) in rising order: how much longer than all this a step
+            of so many rows is that only decodes, that has prompts alone, or that has both: other graphs.
+            Between two of them by the logarithm of rows; outside as at the nearest.
         front: what its processes that answer HTTP take for requests and tokens.
     """
 
@@ -100,6 +100,7 @@ class Engine:
     prompt_layer_s: float = 0.0
     curve: Curve = ()
     prompt_curve: Curve = ()
+    mixed_curve: Curve = ()
     graph_rows: int = 0
     front: FrontCost = FREE
 
@@ -108,9 +109,10 @@ class Engine:
         sizes = prompt_sizes(self.graph_rows) if tokens <= self.graph_rows else (tokens,)
         return sizes[bisect_left(sizes, tokens)]
 
-    def share(self, rows: float, prompts: bool) -> float:  # noqa: FBT001 (which curve)
+    def share(self, rows: float, *, decodes: bool, prompts: bool) -> float:
         """What the curves say of a step with so many rows."""
-        curve = self.prompt_curve if prompts else self.curve
+        alone = self.prompt_curve if prompts else self.curve
+        curve = self.mixed_curve if decodes and prompts else alone
         if not curve:
             return 1.0
         index = bisect_left(curve, (rows,))
@@ -125,9 +127,13 @@ TUNED = Engine()
 
 
 class Rank(NamedTuple):
-    """One rank's part of a step: rows with padding, whether with prompts, its own seconds, also in halves."""
+    """One rank's part of a step: rows with padding, whether it decodes, whether it has prompts, its seconds.
+
+    half_s: of half of it.
+    """
 
     tokens: int
+    decodes: bool
     prompts: bool
     whole_s: float
     half_s: float
@@ -183,7 +189,7 @@ class PricedStep:
         halves = self._rank(load, 2) if self.layout.overlap else 0.0
         rows = self._padded(load.tokens) if load.prefill_tokens else load.tokens
         whole = self._rank(load, 1, rows - load.tokens)
-        return Rank(rows, load.prefill_tokens > 0, whole, halves)
+        return Rank(rows, load.decodes > 0, load.prefill_tokens > 0, whole, halves)
 
     def together(self, ranks: Sequence[Rank]) -> float:
         """Seconds of a step of all ranks; their tokens spread over all experts."""
@@ -197,7 +203,7 @@ class PricedStep:
             device = min(device, 2.0 * max(products, exchanges))
         prompts = any(rank.prompts for rank in ranks)
         rows = max([rank.tokens for rank in ranks])
-        share = self._share(rows, prompts)
+        share = self._share(rows, decodes=any(rank.decodes for rank in ranks), prompts=prompts)
         if not prompts:
             kernels = engine.stretch * device
             return share * max(kernels + engine.graph_layer_s * self._layers, kernels / 2.0)

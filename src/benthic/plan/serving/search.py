@@ -8,14 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.errors import ConfigError
-from benthic.plan.serving.candidates import Candidate, Slice, candidates
+from benthic.plan.serving.candidates import Candidate, Slice, candidates, nearby
 from benthic.plan.serving.goodput import Goodput, Trial, find_goodput, trial_of
 from benthic.plan.serving.options import Option, Question, options
 from benthic.plan.serving.steps import StepLoad
 from benthic.plan.serving.workers import mapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from benthic.plan.cost.priced import Total
 
@@ -108,12 +108,16 @@ def plan_serving(
     if not found:
         raise ConfigError(_nearest(question, choices))
     chosen = _choose(found)
-    answers = []
-    simulated = mapped(partial(_simulated, question=question), chosen, workers)
-    for each, goodput in zip(chosen, simulated, strict=True):
-        answers.append(Answer(candidate=each, goodput=goodput))
-        on_answer(answers[-1])
-    answers.sort(key=lambda answer: (-answer.rate, answer.candidate.gpus))
+
+    def simulated(several: Sequence[Candidate]) -> Iterator[Answer]:
+        for each, goodput in zip(
+            several, mapped(partial(_simulated, question=question), several, workers), strict=True
+        ):
+            yield (answer := Answer(candidate=each, goodput=goodput))
+            on_answer(answer)
+
+    answers = sorted(simulated(chosen), key=_order)
+    answers = _apart_by_name(sorted([*answers, *simulated(nearby(answers[0].candidate))], key=_order))
     if not answers[0].rate:
         raise ConfigError(_nearest(question, choices))
     left = [
@@ -130,6 +134,19 @@ def plan_serving(
         decode_step=_decode_step(best, question, answers[0]),
         prompt_step=_prompt_step(best, question),
     )
+
+
+def _order(answer: Answer) -> tuple[float, int]:
+    """What bears most, then fewer GPUs."""
+    return -answer.rate, answer.candidate.gpus
+
+
+def _apart_by_name(answers: Sequence[Answer]) -> list[Answer]:
+    """The first of each name: a deployment with the budget that suits it best."""
+    first: dict[str, Answer] = {}
+    for each in answers:
+        first.setdefault(each.candidate.name, each)
+    return list(first.values())
 
 
 def _choose(found: Sequence[Candidate]) -> list[Candidate]:
@@ -185,7 +202,7 @@ def capacity(answer: Answer, rate: float) -> Capacity:
     candidate, question = answer.candidate, answer.candidate.decode.question
     kept = answer.rate / candidate.rate
     if candidate.prefill is None:
-        decodes, prefills = math.ceil(rate / (kept * candidate.decode.both.rate)), 0
+        decodes, prefills = math.ceil(rate / (kept * candidate.rate / candidate.decodes)), 0
     else:
         decodes = math.ceil(rate / (kept * candidate.decode.decode.rate))
         prefills = math.ceil(rate / (kept * candidate.prefill.prefill.rate))

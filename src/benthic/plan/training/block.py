@@ -268,12 +268,8 @@ def _product(
 
 
 def _weights(name: str, product: Gemm | GroupedGemm, elements: float) -> Iterator[Step]:
-    """A weight gradient added to its FP32 sum: as the product leaves it, or after the library's in FP8."""
-    if product.dtype != "fp8" or isinstance(product, GroupedGemm):
-        yield Step("W", name, product, MemoryBound(bytes=_SUM * elements))
-        return
-    yield Step("W", name, product)
-    yield Step("W", "gradients", MemoryBound(bytes=(4 + _SUM) * elements, name="accumulate fp32"))
+    """A weight gradient that the product adds to its FP32 sum."""
+    yield Step("W", name, product, MemoryBound(bytes=_SUM * elements))
 
 
 def _narrowed(shape: Shape, elements: float) -> Iterator[Step]:
@@ -284,10 +280,9 @@ def _narrowed(shape: Shape, elements: float) -> Iterator[Step]:
 
 
 def _gradients_narrowed(shape: Shape, elements: float) -> Iterator[Step]:
-    """Quantising an output's gradient along both of its dims."""
+    """Quantising an output's gradient along both of its dims, in one pass."""
     if shape.products == "fp8":
-        yield Step("I", "quantisation", MemoryBound(bytes=3.0 * elements, name="quantise 1x128"))
-        yield Step("I", "quantisation", MemoryBound(bytes=3.0 * elements, name="quantise 128x1"))
+        yield Step("I", "quantisation", MemoryBound(bytes=4.0 * elements, name="quantise both"))
 
 
 def _swiglu(shape: Shape, rows: float, width: float) -> Iterator[Step]:
