@@ -71,11 +71,9 @@ def main() -> None:
         if "foretold" in row:
             print(sentence(row))
         elif "foretold_by_tpot_ms" in row:
-            each = row["foretold_by_tpot_ms"].items()
-            print(
-                "  1P1D over 2 colocated by ms a token:",
-                {tpot: round(ratio(found), 2) for tpot, found in each},
-            )
+            for side in ("foretold", "measured"):
+                ratios = {tpot: round(ratio(each), 2) for tpot, each in row[f"{side}_by_tpot_ms"].items()}
+                print(f"  {side} 1P1D over 2 colocated by ms a token:", ratios)
     print(write_result("plan_fleets", rows, out=words.out, engine=words.engine, machine=machine.name))
 
 
@@ -90,8 +88,25 @@ def all_rows(engine: str, hardware: str | None = None) -> tuple[list[Row], Machi
     fleets = {
         fleet: Fleet(fleet, engines.get(engine), machine, seconds, sequences, fronts) for fleet in FLEETS
     }
-    rows = [row for name in WORKLOADS for row in compared(name, runs, fleets)]
-    return [*rows, *(row for fleet in FLEETS for row in errors(fleet, rows))], machine
+    seen = {name: each["by_tpot_ms"] for name, each in found["rows"]["summary"].items()}
+    rows = [row for name in WORKLOADS for row in compared(name, runs, fleets, seen[name])]
+    return [*rows, *(row for fleet in FLEETS for row in errors(fleet, rows)), by_targets(rows)], machine
+
+
+def by_targets(rows: list[Row]) -> Row:
+    """Over workloads and targets a token: how often the winner is the same, and how often the other one."""
+    pairs = [
+        [winner(row[f"{side}_by_tpot_ms"][tpot]) for side in ("foretold", "measured")]
+        for row in rows
+        if "measured_by_tpot_ms" in row
+        for tpot in row["measured_by_tpot_ms"]
+    ]
+    return {
+        "what": "winners under other targets a token",
+        "of": len(pairs),
+        "agree": sum(told == seen for told, seen in pairs),
+        "opposite": sum({told, seen} == set(FLEETS) for told, seen in pairs),
+    }
 
 
 def errors(fleet: str, rows: list[Row]) -> Iterator[Row]:
@@ -129,8 +144,10 @@ def ratio(found: dict[str, float]) -> float:
     return found["1P1D"] / max(found["2 colocated"], 1e-9)
 
 
-def compared(name: str, record: list[Row], fleets: dict[str, Fleet]) -> list[Row]:
-    """Every measured rate of a workload, and then which fleet wins."""
+def compared(
+    name: str, record: list[Row], fleets: dict[str, Fleet], seen_by_tpot: dict[str, dict[str, float]]
+) -> list[Row]:
+    """Every measured rate of a workload, and then which fleet wins, also under other targets a token."""
     rows: list[Row] = []
     foretold, seen = {}, {}
     for fleet, one in fleets.items():
@@ -142,7 +159,8 @@ def compared(name: str, record: list[Row], fleets: dict[str, Fleet]) -> list[Row
     found = {"workload": name, "foretold": foretold, "measured": seen, "client_limited": late}
     by_tpot = {fleet: one.by_tpot(name) for fleet, one in fleets.items()}
     each = {str(tpot): {fleet: by_tpot[fleet][tpot] for fleet in fleets} for tpot in TPOTS}
-    return [*rows, found | verdict(foretold, seen), {"workload": name, "foretold_by_tpot_ms": each}]
+    both = {"foretold_by_tpot_ms": each, "measured_by_tpot_ms": seen_by_tpot}
+    return [*rows, found | verdict(foretold, seen), {"workload": name, **both}]
 
 
 def by_rate(runs: list[Row]) -> list[tuple[float, float]]:
