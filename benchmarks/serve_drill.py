@@ -70,6 +70,8 @@ PATIENCE_S = 120.0
 NUDGE = 1e-3
 """Far below what a wrong block changes in a logit of order 1 to 10, and above what float32 loses: 1e-6 of a
 sum of probabilities, which is so much for a token of one in a thousand."""
+EDGE = 1e-6
+"""What float32 loses of the sum of probabilities that decides which tokens are among the first `top_p`."""
 ENGINE = EngineOptions(
     max_num_seqs=16,
     max_num_batched_tokens=32,
@@ -271,7 +273,13 @@ def compare(checkpoint: Path, load: Load) -> int:
     the other. Raises: RuntimeError where tokens are others and no draw was as close as that.
     """
     torch.set_num_threads(1)
-    options = replace(ENGINE, max_num_seqs=64, max_num_batched_tokens=512, num_blocks=8192)
+    options = replace(
+        ENGINE,
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+        num_blocks=8192,
+        enable_prefix_caching=False,  # a request that is asked again is computed alone
+    )
     engine = Engine.from_pretrained(checkpoint, options)
     expected = all_tokens(engine, load.asked)
     wrong = [each for each in load.asked if load.answers[each.request_id] != expected[each.request_id]]
@@ -299,19 +307,31 @@ def all_tokens(engine: Engine, requests: list[Generate]) -> dict[str, list[int]]
 
 
 def is_close_call(engine: Engine, request: Generate, expected: list[int], found: list[int]) -> bool:
-    """Whether a request's first other token is drawn here too, if its logit is `NUDGE` higher."""
+    """Whether a request's first other token is drawn here too, computed alone or with another rounding.
+
+    Its logit is `NUDGE` higher, or the edge of `top_p` by `EDGE` elsewhere.
+    """
     pairs = zip(expected, found, strict=False)
     place = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
     if place is None:
         return False
-    bias = {found[place]: NUDGE}
-    nudged = msgspec.structs.replace(
-        request,
-        request_id=f"{request.request_id} again",
-        output=tuple(found[:place]),
-        params=msgspec.structs.replace(request.params, logit_bias=bias),
-    )
-    return all_tokens(engine, [nudged])[nudged.request_id][0] == found[place]
+    again = [
+        msgspec.structs.replace(
+            request,
+            request_id=f"{request.request_id} {number}",
+            output=tuple(found[:place]),
+            params=msgspec.structs.replace(request.params, logit_bias=bias, top_p=top_p),
+        )
+        for number, (bias, top_p) in enumerate(roundings(request, found[place]))
+    ]
+    return any(all_tokens(engine, [each])[each.request_id][0] == found[place] for each in again)
+
+
+def roundings(request: Generate, token: int) -> list[tuple[dict[int, float], float]]:
+    """Biases and `top_p` that differ from a request's by less than sums in another order may."""
+    edge = request.params.top_p
+    edges = (edge, edge - EDGE, edge + EDGE) if edge < 1.0 else (edge,)
+    return [(bias, top_p) for top_p in edges for bias in ({}, {token: NUDGE})]
 
 
 @dataclass(frozen=True)
