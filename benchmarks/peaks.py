@@ -4,7 +4,7 @@ Every case is one step of one rank on torch's meta device with the choices of a 
 seconds and without one: slices of Moonlight under the layouts of `train_ranks.py` and others, all of it, and
 a rank of DeepSeek-V3's own run. Held against peaks measured on GPUs (`plan_accuracy.py`), what is traced is
 0.1 to 1.1 % short: two workspaces of 32 MiB, rounding, and experts that are not loaded evenly. The prediction
-keeps a reserve for these, which is in it here.
+keeps a reserve for the first two, which is in it here, and rows for the last, which are not.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Case:
             recompute=self.recompute,
             offload=self.offload,
             optimizer=Updates(name=self.optimizer),
+            first_skew=1.0,  # without numbers every expert gets as many rows
         )
 
     @property

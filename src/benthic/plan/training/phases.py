@@ -37,6 +37,8 @@ _MADE: Final = {
     "experts": ("normed, as rows", "mlp", "shared", "expert", "arrived", "maps"),
 }
 """How names of kept tensors begin, by the phase that makes them; attention makes the others."""
+_EXPERTS: Final = ("expert rows", "experts: ", "expert outputs")
+"""How names of tensors begin that have a row for every copy of a token that came to an expert here."""
 _NOT_ROWS: Final = ("expert outputs", "expert numbers")
 _ROWS: Final = ("as rows", "attention output", "normed", "expert rows", "product")
 """How names of tensors end that are rows of a product, which a weight gradient that is put off waits with."""
@@ -224,6 +226,7 @@ class _Block:
         self.tokens, self.row = tokens_of(core), row_of(core)
         self.moe = self.model.is_moe(layer)
         self.fp8 = core.precision.matmul == "fp8"
+        self.fullest = max(core.skew, core.first_skew)
         self.experts_here = self.model.n_routed_experts / self.layout.ep_degree
         plain = replace(core.precision, fp8_swiglu=False, e5m6_attention=False)
         everything = replace(core, recompute=(), offload=(), precision=plain)
@@ -238,10 +241,17 @@ class _Block:
         return float(ranks) if ranks <= GPUS_OF_A_HOST else arrivals(self.model, ranks)
 
     def _slots(self, one: Kept) -> Kept:
-        """As it is kept beside mailboxes, whose empty slots are copied too."""
-        if self.layout.ep_degree == 1 or one.name not in {"arrived rows", "maps"}:
-            return one
-        return replace(one, bytes=one.bytes * self._reached() / arrivals(self.model, self.layout.ep_degree))
+        """As it is kept beside mailboxes, whose empty slots are copied too, where most rows are."""
+        if one.name in {"arrived rows", "maps"} and self.layout.ep_degree > 1:
+            slots = self._reached() / arrivals(self.model, self.layout.ep_degree)
+            return replace(one, bytes=one.bytes * slots)
+        if one.name.startswith(_EXPERTS):
+            return replace(one, bytes=one.bytes * self._uneven)
+        return one
+
+    @property
+    def _uneven(self) -> float:
+        return self.fullest if self.layout.ep_degree > 1 else 1.0
 
     def attention(self) -> Phase:
         """Gradients of queries, keys, values and output beside the residual stream's."""
@@ -266,11 +276,12 @@ class _Block:
 
     def experts(self) -> Phase:
         """The routed experts, which stand before the shared ones in backward; or the dense network."""
-        model, top_k = self.model, self.model.num_experts_per_tok
+        model, top_k = self.model, float(self.model.num_experts_per_tok)
         if not self.moe:
             width = model.intermediate_size
             return self._phase("experts", 2 * self.row, self._gated(width), 2 * width + model.hidden_size)
         width, shared = model.moe_intermediate_size, model.n_shared_experts * model.moe_intermediate_size
+        top_k *= self._uneven
         now, later, apart = self._gated(width, top_k, experts=self.experts_here)
         later = max(later, self._gated(shared)[1]) + self._returning()
         gradients = top_k * (2 * width + model.hidden_size) + (2 * shared + model.hidden_size) * bool(shared)
