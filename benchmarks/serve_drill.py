@@ -70,8 +70,9 @@ PATIENCE_S = 120.0
 NUDGE = 1e-3
 """Far below what a wrong block changes in a logit of order 1 to 10, and above what float32 loses: 1e-6 of a
 sum of probabilities, which is so much for a token of one in a thousand."""
-EDGE = 1e-6
-"""What float32 loses of the sum of probabilities that decides which tokens are among the first `top_p`."""
+EDGE = 1e-5
+"""Above what float32 loses of sums of probabilities: of all tokens before one, where a draw falls between two,
+and of those that decide which tokens are among the first `top_p`."""
 ENGINE = EngineOptions(
     max_num_seqs=16,
     max_num_batched_tokens=32,
@@ -309,7 +310,7 @@ def all_tokens(engine: Engine, requests: list[Generate]) -> dict[str, list[int]]
 def is_close_call(engine: Engine, request: Generate, expected: list[int], found: list[int]) -> bool:
     """Whether a request's first other token is drawn here too, computed alone or with another rounding.
 
-    Its logit is `NUDGE` higher, or the edge of `top_p` by `EDGE` elsewhere.
+    Its logit is `NUDGE` higher, all before it weigh `EDGE` more or less, or the edge of `top_p` is elsewhere.
     """
     pairs = zip(expected, found, strict=False)
     place = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
@@ -331,7 +332,8 @@ def roundings(request: Generate, token: int) -> list[tuple[dict[int, float], flo
     """Biases and `top_p` that differ from a request's by less than sums in another order may."""
     edge = request.params.top_p
     edges = (edge, edge - EDGE, edge + EDGE) if edge < 1.0 else (edge,)
-    return [(bias, top_p) for top_p in edges for bias in ({}, {token: NUDGE})]
+    heavier, lighter = (dict.fromkeys(range(token + last), by) for last, by in ((1, EDGE), (0, -EDGE)))
+    return [(bias, top_p) for top_p in edges for bias in ({}, {token: NUDGE}, heavier, lighter)]
 
 
 @dataclass(frozen=True)
