@@ -71,8 +71,8 @@ NUDGE = 1e-3
 """Far below what a wrong block changes in a logit of order 1 to 10, and above what float32 loses: 1e-6 of a
 sum of probabilities, which is so much for a token of one in a thousand."""
 EDGE = 1e-5
-"""Above what float32 loses of sums of probabilities: of all tokens before one, where a draw falls between two,
-and of those that decide which tokens are among the first `top_p`."""
+"""Above what float32 loses of sums of probabilities: of all tokens before one, where a draw falls between
+two, and of those that decide which tokens are among the first `top_p`."""
 ENGINE = EngineOptions(
     max_num_seqs=16,
     max_num_batched_tokens=32,
