@@ -157,20 +157,14 @@ def decoded(one: Measured) -> bool:
     return isinstance(one.op, MlaDecode)
 
 
-def even(one: Measured) -> bool:
-    """Whether many experts had as many rows each, and so few that it matters."""
-    op = one.op
-    each = op.rows / op.experts if isinstance(op, GroupedGemm) else 0.0
-    return (
-        isinstance(op, GroupedGemm)
-        and op.dtype == "bf16"
-        and not op.gradient
-        and op.experts >= 32
-        and FEW_ROWS <= each < MANY_ROWS
-    )
+def even(op: Op) -> bool:
+    """Whether it is of so many experts, with so few rows each, that it matters whether all have as many."""
+    if not isinstance(op, GroupedGemm) or op.dtype == "fp8" or op.gradient:
+        return False
+    return op.experts >= 32 and FEW_ROWS <= op.rows / op.experts < MANY_ROWS
 
 
-OTHERS_NOW: Final = (attended, decoded, narrow, even)
+OTHERS_NOW: Final = (attended, decoded, narrow, lambda one: even(one.op))
 """What of `calibrate_h200.json` is not used."""
 
 
@@ -237,8 +231,7 @@ def kernels() -> Iterator[Measured]:
         record = json.loads((RESULTS / f"{file}.json").read_text())
         rows = [row for row in record["rows"] if row["implementation"] in OURS and wanted(row["op"], file)]
         source = f"{file}.json, commit {record['commit']}"
-        measured = [Measured(op, taken, source) for op, taken in fastest(rows).items()]
-        found |= {one.op: one for one in measured if file == "experts_h200" or not even(one)}
+        found |= {op: Measured(op, taken, source) for op, taken in fastest(rows).items()}
     yield from found.values()
 
 
@@ -270,7 +263,7 @@ def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
     elif name == "attention":
         yield from ((op, 1.0) for op in attention(row, numbers, backward=backward))
     elif name == "grouped_linear":
-        yield from grouped(numbers, backward=backward)
+        yield from grouped(numbers, backward=backward, drawn=row["shape"].partition(")")[2] != "")
     elif "fp8" in name and row["unit"] == "TFLOP/s":
         yield from ((op, 1.0) for op in narrow_product(name, numbers))
     elif name == "mla_decode" and row["unit"] == "TB/s":
@@ -289,12 +282,12 @@ def operations(row: dict[str, Any]) -> Iterator[tuple[Op, float]]:
         yield MemoryBound(bytes=moved, name=f"{label}{' backward' if backward else ''}"), 1.0
 
 
-def grouped(numbers: list[int], *, backward: bool) -> Iterator[tuple[Op, float]]:
+def grouped(numbers: list[int], *, backward: bool, drawn: bool) -> Iterator[tuple[Op, float]]:
     """A product of experts; backward holds the input's and the weights' gradient, about equal."""
     experts, each, k, n = numbers
     sides = (k, n) if backward else (n, k)
-    if each >= FEW_ROWS:
-        op = GroupedGemm(rows=experts * each, experts=experts, n=sides[0], k=sides[1])
+    op = GroupedGemm(rows=experts * each, experts=experts, n=sides[0], k=sides[1])
+    if each >= FEW_ROWS and (drawn or not even(op)):
         yield op, 0.5 if backward else 1.0
 
 
