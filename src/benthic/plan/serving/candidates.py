@@ -140,15 +140,7 @@ def _distserve(question: Question, choices: Sequence[Option]) -> Iterator[Candid
         prefill, decode = max(pairs, key=lambda pair: _phases(*pair).per_gpu(1, 1))
         copies = question.gpus // (prefill.gpus + decode.gpus)
         rate = copies * min(prefill.prefill.rate, decode.decode.rate)
-        yield Candidate(
-            strategy="distserve-2",
-            prefill=prefill,
-            prefills=copies,
-            decode=decode,
-            decodes=copies,
-            rate=rate,
-            budget=decode.decode.budget,
-        )
+        yield _doing_one("distserve-2", (copies, prefill), (copies, decode), rate)
 
 
 def _pair(strategy: Strategy, gpus: int, prefill: Option, decode: Option) -> Iterator[Candidate]:
@@ -157,14 +149,21 @@ def _pair(strategy: Strategy, gpus: int, prefill: Option, decode: Option) -> Ite
     phases = _phases(prefill, decode)
     prefills, decodes = phases.best(gpus)
     rate = min(prefills * phases.prefill_rate, decodes * phases.decode_rate)
-    yield Candidate(
+    yield _doing_one(strategy, (prefills, prefill), (decodes, decode), rate)
+
+
+def _doing_one(
+    strategy: Strategy, prefill: tuple[int, Option], decode: tuple[int, Option], rate: float
+) -> Candidate:
+    """So many instances that prefill, and so many that decode."""
+    return Candidate(
         strategy=strategy,
-        prefill=prefill,
-        prefills=prefills,
-        decode=decode,
-        decodes=decodes,
+        prefills=prefill[0],
+        prefill=prefill[1],
+        decodes=decode[0],
+        decode=decode[1],
         rate=rate,
-        budget=decode.decode.budget,
+        budget=decode[1].decode.budget,
     )
 
 

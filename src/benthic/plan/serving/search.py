@@ -110,11 +110,11 @@ def plan_serving(
     chosen = _choose(found)
 
     def simulated(several: Sequence[Candidate]) -> Iterator[Answer]:
-        for each, goodput in zip(
-            several, mapped(partial(_simulated, question=question), several, workers), strict=True
-        ):
-            yield (answer := Answer(candidate=each, goodput=goodput))
+        goodputs = mapped(partial(_simulated, question=question), several, workers)
+        for each, goodput in zip(several, goodputs, strict=True):
+            answer = Answer(candidate=each, goodput=goodput)
             on_answer(answer)
+            yield answer
 
     answers = sorted(simulated(chosen), key=_order)
     answers = _apart_by_name(sorted([*answers, *simulated(nearby(answers[0].candidate))], key=_order))

@@ -322,7 +322,8 @@ class _Block:
         """What stands in for a tensor that is not kept; what FP8 is made of is there beside it."""
         if not self.fp8 or one.name not in {"expert rows", "expert outputs"}:
             return one.bytes
-        return one.bytes + self.size * self.model.num_experts_per_tok * self.model.hidden_size
+        wide = self.size * self.model.num_experts_per_tok * self.model.hidden_size
+        return one.bytes + self._uneven * wide
 
     def _carried(self) -> float:
         """Gradients of the residual stream and of what is beside it."""
