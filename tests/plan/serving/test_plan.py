@@ -20,7 +20,7 @@ from benthic.plan.serving.demand import Fixed
 from benthic.plan.serving.engine_fit import MeasuredStep, fit_engine
 from benthic.plan.serving.goodput import Targets
 from benthic.plan.serving.layout import ServingLayout, check, memory_of
-from benthic.plan.serving.options import Question, options
+from benthic.plan.serving.options import Question, most_of, options
 from benthic.plan.serving.page import draw_page
 from benthic.plan.serving.priced import Echo, Engine, PricedStep
 from benthic.plan.serving.search import capacity, plan_serving
@@ -69,6 +69,17 @@ def test_the_plan_fits_its_gpus_and_keeps_its_targets(plan):
             assert at.attainment >= 0.9
     assert {answer.candidate.strategy for answer in plan.answers} >= {"together"}
     assert any(answer.candidate.prefill is not None for answer in plan.answers)
+
+
+def test_prompts_of_a_step_are_as_many_on_average_as_come_and_more_on_the_rank_with_the_most():
+    for mean, limit in ((0.0, 3), (0.3, 1), (1.5, 4), (4.0, 4)):
+        alone, eight = (most_of(mean, ranks, limit) for ranks in (1, 8))
+        for shares in (alone, eight):
+            assert sum(shares) == pytest.approx(1.0)
+            assert min(shares) >= 0.0
+        counted = [sum(count * share for count, share in enumerate(shares)) for shares in (alone, eight)]
+        assert counted[0] == pytest.approx(mean)
+        assert counted[1] >= counted[0]
 
 
 def test_the_estimate_is_near_what_the_simulation_finds(plan):
