@@ -16,6 +16,7 @@ import triton.language as tl
 
 from benthic.errors import BackendError
 from benthic.kernels import ops
+from benthic.kernels.tile_lists import TileLists
 from benthic.kernels.triton_e4m3 import scaled
 from benthic.kernels.triton_pack_tiles import grid_of, listed
 
@@ -529,7 +530,7 @@ def test_a_grid_is_listed_where_most_of_its_programs_had_no_tile(dtype):
     def asked(lengths, heads=16):
         starts = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
         grid, (_, together, is_list) = grid_of(
-            starts, sum(lengths), max(lengths), 128, heads, last_first=True
+            starts, sum(lengths), max(lengths), 128, heads, last_first=True, lists=TileLists()
         )
         return grid, together, is_list
 
@@ -538,6 +539,26 @@ def test_a_grid_is_listed_where_most_of_its_programs_had_no_tile(dtype):
     assert asked((4096, *[0] * 33)) == ((16, 65, 1), 16, True)
     assert asked((2048, 100, 64), heads=32) == ((16, 20, 2), 16, True)
     assert asked((1,) * 5000)[2] is False, "the list would be longer than the grid"
+
+
+def test_lists_of_other_bounds_places_and_orders_are_kept_apart(dtype):
+    if dtype != DTYPES[0]:
+        pytest.skip("lists have no dtype of their own")
+    starts, others = (
+        torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        for bounds in ([0, 2048, 2148, 2212], [0, 64, 164, 2212])
+    )
+    lists = TileLists()
+
+    def asked(bounds, *, rows=2212, last_first=True, heads=16):
+        return grid_of(bounds, rows, 2048, 128, heads, last_first=last_first, lists=lists)[1][0]
+
+    first = asked(starts)
+    assert asked(starts, heads=32) is first
+    apart = asked(others), asked(starts, last_first=False), asked(starts, rows=2340)
+    assert len({id(each) for each in (first, *apart)}) == 4
+    assert first.tolist()[:3] == [[0, 15], [0, 14], [0, 13]]
+    assert [each.tolist()[0] for each in apart] == [[0, 0], [0, 0], [0, 15]]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="Gluon needs a GPU")

@@ -199,3 +199,10 @@ def test_sizes_rise_to_the_most_rows_of_a_step():
     assert len(most) == 14
     assert max(b / a for a, b in pairwise(most)) == 2
     assert most[-1] <= CONTEXT_ROWS
+
+
+def test_a_step_that_is_recorded_makes_its_own_lists_of_tiles():
+    for graphs in small_engine()._runner.prompts:
+        once, again = (graphs.layout(SIZES[0]).prefill for _ in range(2))
+        assert once.cu_seqlens_q.data_ptr() == again.cu_seqlens_q.data_ptr()
+        assert once.lists is not again.lists

@@ -9,9 +9,11 @@ import torch
 
 from benthic.cli.settings import apply
 from benthic.errors import ConfigError
+from benthic.model.local import PackedAttend
 from benthic.parallel.setup import PIECES, expanded
 from benthic.train.config import RunConfig
 from benthic.train.rebuild import Keeper
+from benthic.train.recompute import _with_core
 from benthic.train.trainer import Trainer
 
 Make = Callable[[RunConfig], Trainer]
@@ -111,3 +113,11 @@ def test_nothing_is_noted_outside_of_a_phase_or_survives_it() -> None:
         keeper.note(y, lambda: torch.zeros(3))
         assert keeper.knows(y.view(3, 1))
     assert not keeper.knows(y)
+
+
+def test_attention_with_noted_operands_shares_the_lists_of_its_microbatch() -> None:
+    attend = PackedAttend(torch.tensor([0, 5, 9], dtype=torch.int32), 5)
+    noting = _with_core(attend, lambda *operands, **lengths: operands[2])
+    assert isinstance(noting, PackedAttend)
+    assert noting.lists is attend.lists
+    assert PackedAttend(attend.cu_seqlens, 5).lists is not attend.lists

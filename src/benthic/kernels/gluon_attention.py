@@ -272,10 +272,12 @@ def _forward(
         _nothing_seen(out_ptr, lse_ptr, start_q, rows, tile, head, tokens, HEADS, V, BLOCK_M)
 
 
-def attention(q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, scale, causal):
+def attention(
+    q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, scale, causal, lists
+):
     """See `benthic.kernels.ops.attention`; returns `(out_THv, lse_TH)`."""
     return _Attention.apply(
-        q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
+        q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, lists
     )
 
 
@@ -283,7 +285,7 @@ class _Attention(torch.autograd.Function):
     """Attention that keeps only its output and the log-sum-exp of each row; scores are computed again."""
 
     @staticmethod
-    def forward(ctx, q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, causal):
+    def forward(ctx, q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, causal, lists):
         """Save the operands, the output and the log-sum-exp."""
         q_THd, k_THd, v_THv = (loadable(x) for x in (q_THd, k_THd, v_THv))
         tokens, heads, width = q_THd.shape
@@ -296,7 +298,7 @@ class _Attention(torch.autograd.Function):
             lse_HT.fill_(-torch.inf)
         elif tokens and max_q:
             grid, (tiles, together, is_list) = grid_of(
-                cu_seqlens_q, tokens, max_q, QUERIES, heads, last_first=causal
+                cu_seqlens_q, tokens, max_q, QUERIES, heads, last_first=causal, lists=lists
             )
             _forward[grid](
                 rows_of(q_THd, 64, d_1), rows_of(q_THd, 64, d_2 or d_1), rows_of(k_THd, KEYS, d_1),
@@ -311,7 +313,7 @@ class _Attention(torch.autograd.Function):
         return keep(
             ctx,
             (q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k),
-            (max_q, max_k, scale, causal),
+            (max_q, max_k, scale, causal, lists),
         )
 
     @staticmethod

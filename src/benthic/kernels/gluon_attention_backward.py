@@ -36,21 +36,22 @@ ENTRY_REGISTERS = 168
 
 
 def gradients(ctx, dout_THv):
-    """Those of queries, keys and values, and None for the six others that a forward pass takes."""
+    """Those of queries, keys and values, and None for the seven others that a forward pass takes."""
     if dout_THv is None:
-        return (None,) * 9
+        return (None,) * 10
     q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    max_q, max_k, scale, causal = ctx.settings
+    max_q, max_k, scale, causal, lists = ctx.settings
+    nothing = (None,) * 7
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THd, k_THd, v_THv))
     if q_THd.shape[0] == 0 or k_THd.shape[0] == 0:
-        return *(grad.zero_() for grad in grads), None, None, None, None, None, None
+        return *(grad.zero_() for grad in grads), *nothing
     dout_THv = loadable(dout_THv)
     delta_HT = deltas(out_THv, dout_THv)
     operands = (q_THd, k_THd, v_THv, dout_THv, lse_HT, delta_HT, cu_seqlens_q, cu_seqlens_k)
     described = _described(operands, causal=causal)
-    write_query_gradient(grads[0], operands, described, max_q, scale)
-    write_key_gradients(grads[1], grads[2], operands, described, max_k, scale)
-    return *grads, None, None, None, None, None, None
+    write_query_gradient(grads[0], operands, described, max_q, scale, lists)
+    write_key_gradients(grads[1], grads[2], operands, described, max_k, scale, lists)
+    return *grads, *nothing
 
 
 def deltas(out_THv, dout_THv):
@@ -64,13 +65,13 @@ def deltas(out_THv, dout_THv):
     return delta_HT
 
 
-def write_query_gradient(dq_THd, operands, described, max_q, scale):
+def write_query_gradient(dq_THd, operands, described, max_q, scale, lists):
     """`operands`: queries, keys, values, gradients of the output, log-sum-exp and deltas [H, T], starts."""
     q_THd, k_THd, _v_THv, _dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
     blocks, strides, sizes = described
     tokens, heads, _ = q_THd.shape
     grid, (tiles, together, is_list) = grid_of(
-        starts_q, tokens, max_q, TILE, heads, last_first=sizes["CAUSAL"]
+        starts_q, tokens, max_q, TILE, heads, last_first=sizes["CAUSAL"], lists=lists
     )
     query_gradient[grid](
         *blocks, dq_THd, lse_HT, delta_HT, starts_q, starts_k, tiles, *strides, tokens, scale,
@@ -79,13 +80,13 @@ def write_query_gradient(dq_THd, operands, described, max_q, scale):
     )  # fmt: skip
 
 
-def write_key_gradients(dk_THd, dv_THv, operands, described, max_k, scale):
+def write_key_gradients(dk_THd, dv_THv, operands, described, max_k, scale, lists):
     """See `write_query_gradient`."""
     q_THd, k_THd, _v_THv, _dout_THv, lse_HT, delta_HT, starts_q, starts_k = operands
     blocks, strides, sizes = described
     key_heads = k_THd.shape[1]
     grid, (tiles, together, is_list) = grid_of(
-        starts_k, k_THd.shape[0], max_k, TILE, key_heads, last_first=False
+        starts_k, k_THd.shape[0], max_k, TILE, key_heads, last_first=False, lists=lists
     )
     key_gradients[grid](
         *blocks, dk_THd, dv_THv, lse_HT, delta_HT, starts_q, starts_k, tiles, *strides,

@@ -12,6 +12,8 @@ from benthic.kernels.reference.attention import bottom_right
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from benthic.kernels.tile_lists import TileLists
+
 # Above this many cached elements a sequence, copying pages of all sequences into one padded batch costs
 # more than one call per sequence (measured on two AVX2 cores: 16 sequences of 200 x 96 elements 460 us
 # against 814, of 600 x 160 2268 against 1646).
@@ -29,12 +31,14 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
     max_seqlen_k: int,
     scale: float,
     causal: bool,
+    lists: TileLists | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `benthic.kernels.ops.attention`; CPU, float32, float64 and bfloat16.
 
     Packs of equal lengths are one batched call, others one call a sequence. Values are padded to the width of
     keys, because the fused CPU kernel takes one width (about twice as fast at (192, 128) as the unfused one).
     """
+    del lists
     width, value = q_THd.shape[-1], v_THv.shape[-1]
     groups = q_THd.shape[1] // k_THd.shape[1]
     if groups > 1:
@@ -123,13 +127,14 @@ def cudnn_attention(  # noqa: PLR0913 (packed attention has five operands and it
     max_seqlen_k: int,
     scale: float,
     causal: bool,
+    lists: TileLists | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of an equal-length pack by cuDNN's fused kernel; CUDA, bfloat16 and float16.
 
     The table offers it only for packs whose sequences all have one length, and as many keys as queries.
     The log-sum-exp stays as cuDNN has it, [S, H, L, 1].
     """
-    del cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    del cu_seqlens_k, max_seqlen_q, max_seqlen_k, lists
     out_THv, lse_SHL = _Cudnn.apply(q_THd, k_THd, v_THv, cu_seqlens_q.numel() - 1, causal, scale)
     return out_THv, lse_SHL
 

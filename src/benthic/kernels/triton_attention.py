@@ -111,8 +111,11 @@ def _forward(
     tl.store(lse_ptr + head.to(tl.int64) * tokens + token, lse, mask=kept)
 
 
-def attention(q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, scale, causal):
+def attention(
+    q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, *, max_seqlen_q, max_seqlen_k, scale, causal, lists=None
+):
     """See `benthic.kernels.ops.attention`; returns `(out_THv, lse_TH)`."""
+    del lists  # its grid has a place for every tile of the longest sequence
     return _Attention.apply(
         q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
     )

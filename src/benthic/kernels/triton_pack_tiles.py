@@ -49,7 +49,7 @@ def _list_tiles(
     tl.store(list_ptr + 2 * place + 1, tl.where(one, tile, 0))  # below no sequence's rows, of which -1 has 0
 
 
-def grid_of(starts_S1, rows, most, tile, heads, *, last_first):
+def grid_of(starts_S1, rows, most, tile, heads, *, last_first, lists):
     """The grid that `gluon_tiles.place` reads, and `(tiles, TOGETHER, LISTED)` for it.
 
     Args:
@@ -59,17 +59,18 @@ def grid_of(starts_S1, rows, most, tile, heads, *, last_first):
         tile: rows of a tile.
         heads: each has all tiles.
         last_first: a sequence's last tile comes first.
+        lists: the `TileLists` of these bounds.
     """
     sequences, together = starts_S1.shape[0] - 1, math.gcd(heads, HEADS_TOGETHER)
     whole = cdiv(most, tile)
     places = (rows + (tile - 1) * sequences) // tile  # as if all but one row of a tile were missing in each
     if places > FULL * whole * sequences or sequences > MOST_SEQUENCES:
         return (together, whole, heads // together * sequences), (starts_S1, together, False)
-    return (together, places, heads // together), (
-        listed(starts_S1, places, tile, last_first=last_first),
-        together,
-        True,
+    tiles = lists.of(
+        (starts_S1.data_ptr(), places, tile, last_first),
+        lambda: listed(starts_S1, places, tile, last_first=last_first),
     )
+    return (together, places, heads // together), (tiles, together, True)
 
 
 def listed(starts_S1, places, tile, *, last_first):

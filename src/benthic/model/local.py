@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch.nn import functional as F
 
 from benthic.kernels import ops
+from benthic.kernels.tile_lists import TileLists
 from benthic.model.sockets import Arrived, InFlight, LatentUp, Sockets
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Core(Protocol):
         max_seqlen_k: int,
         scale: float,
         causal: bool = True,
+        lists: TileLists | None = None,
     ) -> Tensor:
         """`softmax(q k^T * scale) v` within each sequence of a pack."""
         ...
@@ -57,12 +59,13 @@ class PackedAttend:
     """Causal attention inside each of several packed sequences, with expanded keys and values.
 
     Shapes: cu_seqlens int32 [sequences + 1], where each sequence starts and the last ends; `max_seqlen` is
-    the longest.
+    the longest. `lists` belongs to them and serves all layers.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     core: Core = ops.attention
+    lists: TileLists = field(default_factory=TileLists, kw_only=True, repr=False)
 
     def __call__(
         self,
@@ -76,7 +79,8 @@ class PackedAttend:
         scale: float,
     ) -> Tensor:
         """DeepSeek-V3 report eq. (10), every head with keys and values of its own."""
-        lengths = Lengths(self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen)
+        starts, longest = self.cu_seqlens, self.max_seqlen
+        lengths = Lengths(starts, starts, longest, longest, lists=self.lists)
         q_THnr = ops.join_head_dims(q_nope_THn, q_rope_THr)
         return attend_expanded(self.core, q_THnr, latent_TC, k_rope_Tr, up, lengths, scale=scale)
 
@@ -92,6 +96,7 @@ class Lengths:
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    lists: TileLists = field(default_factory=TileLists, kw_only=True, repr=False)
 
 
 def attend_expanded(
@@ -116,6 +121,7 @@ def attend_expanded(
         max_seqlen_k=lengths.max_seqlen_k,
         scale=scale,
         causal=True,
+        lists=lengths.lists,
     )
 
 

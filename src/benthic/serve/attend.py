@@ -11,12 +11,13 @@ context tokens of all prefill sequences; H heads, n nope, r rope, v value, C lat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from benthic.kernels.ops import attention, join_head_dims, mla_decode, store_latent
+from benthic.kernels.tile_lists import TileLists
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +53,8 @@ class PrefillRows:
     `cu_seqlens_q` and `cu_seqlens_k` int32 [sequences + 1] bound each sequence's rows and its context (which
     ends with those rows). `context_slot_M` int64 lists the slots of all contexts in order; None when every
     context is made of this step's rows alone, which then need not be read back. `block_table_SP` int32 is
-    there for an attention that reads pages in place, see `benthic.serve.invariant`.
+    there for an attention that reads pages in place, see `benthic.serve.invariant`. `lists`
+    belongs to the bounds and serves all layers.
     """
 
     cu_seqlens_q: Tensor
@@ -61,6 +63,7 @@ class PrefillRows:
     max_seqlen_k: int
     context_slot_M: Tensor | None
     block_table_SP: Tensor | None = None
+    lists: TileLists = field(default_factory=TileLists, init=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -195,4 +198,5 @@ def _expanded(
         max_seqlen_k=prefill.max_seqlen_k,
         scale=scale,
         causal=True,
+        lists=prefill.lists,
     )

@@ -20,6 +20,7 @@ from benthic.kernels.table import (
     triton_runs,
     yes,
 )
+from benthic.kernels.tile_lists import TileLists
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +93,7 @@ def attention(
     max_seqlen_k: int,
     scale: float,
     causal: bool = ...,
+    lists: TileLists | None = ...,
     return_lse: Literal[False] = ...,
     impl: str | None = ...,
 ) -> Tensor: ...
@@ -109,6 +111,7 @@ def attention(
     max_seqlen_k: int,
     scale: float,
     causal: bool = ...,
+    lists: TileLists | None = ...,
     return_lse: Literal[True],
     impl: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -125,6 +128,7 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
     max_seqlen_k: int,
     scale: float,
     causal: bool = True,
+    lists: TileLists | None = None,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -133,7 +137,7 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
     Shapes: q [Tq, H, d], k [Tk, G, d], v [Tk, G, v] with G dividing H (query heads share key heads in order);
     cu_seqlens int32 [S + 1], running starts of the sequences, from 0 to Tq or Tk; max_seqlen the longest of
     each. The causal mask is aligned to the end, so with fewer queries than keys the last query sees every
-    key.
+    key. `lists` belongs to the bounds: layers that share it list their tiles once.
     Returns: out [Tq, H, v]; with `return_lse` also the natural log-sum-exp of the scaled scores, float32
     [Tq, H] (not differentiable). A query that sees no key gives zeros and -inf.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
@@ -157,6 +161,7 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
         max_seqlen_k=max_seqlen_k,
         scale=scale,
         causal=causal,
+        lists=TileLists() if lists is None else lists,
     )
     return (out_THv, _by_token(lse.detach())) if return_lse else out_THv
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from benthic.kernels.reference.fp8 import E4M3_MAX
 from benthic.kernels.reference.norm import wide
+
+if TYPE_CHECKING:
+    from benthic.kernels.tile_lists import TileLists
 
 
 def attention(  # noqa: PLR0913 (packed attention has five operands and its lengths)
@@ -20,13 +25,14 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
     max_seqlen_k: int,
     scale: float,
     causal: bool,
+    lists: TileLists | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`softmax(q k^T * scale + mask) v`, one sequence after another; returns `(out_THv, lse_TH)`.
 
     The causal mask is aligned to the end: the last query sees every key. A query that sees no key gives
     zeros and a log-sum-exp of -inf.
     """
-    del max_seqlen_q, max_seqlen_k  # the definition loops; only kernels size a grid by them
+    del max_seqlen_q, max_seqlen_k, lists  # the definition loops; only kernels size a grid by them
     outs, lses = [], []
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for sequence in range(len(starts_q) - 1):
