@@ -126,6 +126,32 @@ def test_rope_of_a_strided_slice(dtype, shape):
     )
 
 
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 16, 64), (TOKENS, 7, 12), (300, 3, 64)])
+@pytest.mark.parametrize("asked", ["both", "queries", "keys"])
+def test_rotations_of_both_have_the_bits_of_each_alone(dtype, tokens, heads, width, asked):
+    angle = made(tokens, width // 2, dtype=torch.float32, seed=3).detach()
+    angles = angle.cos(), angle.sin()
+    query = made(tokens, heads, width + 9, dtype=dtype)
+    key = made(tokens, 40 + width, dtype=dtype, seed=1)
+    wanted = {"both": (0, 1), "queries": (0,), "keys": (1,)}[asked]
+    grads = [
+        made(*shape, dtype=dtype, seed=2).detach() for shape in ((tokens, heads, width), (tokens, width))
+    ]
+    results = []
+    for rotate in (
+        lambda q, k: ops.rope_both(q, k, *angles, impl="triton"),
+        lambda q, k: [ops.rope(x, *angles, impl="triton") for x in (q, k)],
+    ):
+        outs = rotate(query[..., 9:], key[:, 40:])
+        leaves = [(query, key)[i] for i in wanted]
+        given = torch.autograd.grad([outs[i] for i in wanted], leaves, [grads[i] for i in wanted])
+        results.append([*outs, *given])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    exact = ops.rope_both(query[..., 9:], key[:, 40:], *angles, impl="reference")
+    for ours, theirs in zip(results[0], exact, strict=False):
+        torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)
+
+
 WIDTHS_OF_HEADS = [(7, 128, 64), (16, 128, 128), (3, 12, 5), (1, 44, 9)]
 
 

@@ -342,12 +342,12 @@ MEMORY_BOUND = [
         for rows in (1, 4)
         for experts in (1, 2)
     ),
-    ("triton_norm", "_rotate", {"ROWS": 64, "HALF": 32}, 4, {}),
+    ("triton_rope", "_rotate", {"ROWS": 64, "HALF": 32}, 4, {}),
     *(
         ("triton_heads", "_join", joined(first, second), 4, {})
         for first, second in ((128, 64), (128, 128), (44, 9))
     ),
-    ("triton_norm", "_rotate_and_norm", {"ROWS": 64, "HALF": 32, "NORM_ROWS": 8, "WIDTH": 512}, 4, {}),
+    ("triton_rope", "_rotate_and_norm", {"ROWS": 64, "HALF": 32, "NORM_ROWS": 8, "WIDTH": 512}, 4, {}),
     ("triton_permute", "_spread_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_permute_few", {"TOP_K": 8, "COPIES": 2048, "WIDTH": 8192}, 16, ROUTES),
@@ -668,7 +668,7 @@ def test_a_norm_that_quantises_sums_in_the_order_of_the_plain_norm(width, added)
         importlib.import_module(f"benthic.kernels.{m}") for m in ("triton_norm", "triton_fp8_fused")
     )
     rows, padded, warps = fused.norm_tile(width)
-    assert norm.tile(width, 4096) == (rows, padded, warps)
+    assert norm.row_tile(width, 4096) == (rows, padded, warps)
     constants = {"HAS_RESIDUAL": added, "ROWS": rows, "WIDTH": padded}
     plain = compiled("triton_norm", "_norm_forward", constants, warps=warps)
     constants |= {"POWER_OF_TWO": False, "TILE": 128}

@@ -49,6 +49,12 @@ def rope(made, impl):
     return ops.rope(made(TOKENS, 2, WIDTH), angle.cos(), angle.sin(), impl=impl)
 
 
+def rope_both(made, impl):
+    angle = made(TOKENS, WIDTH // 2).detach()
+    operands = made(TOKENS, 2, WIDTH), made(TOKENS, WIDTH)
+    return torch.cat([x.flatten() for x in ops.rope_both(*operands, angle.cos(), angle.sin(), impl=impl)])
+
+
 def rope_and_norm(made, impl):
     angle = made(TOKENS, WIDTH // 2).detach()
     operands = made(TOKENS, 2, WIDTH), made(TOKENS, WIDTH), made(TOKENS, 12), made(12)
@@ -122,6 +128,7 @@ CALLS = {
         ops.split_head_dims(made(TOKENS, 3, WIDTH), 9, impl=impl), dim=-1
     ),
     "heads_linear": lambda made, impl: ops.heads_linear(made(TOKENS, 3, WIDTH), made(3, 9, WIDTH), impl=impl),
+    "rope_both": rope_both,
     "rope_and_norm": rope_and_norm,
     "attention": attention,
     "mla_decode": mla_decode,

@@ -1,4 +1,4 @@
-"""Triton kernels of the row-wise ops: RMSNorm with an optional residual, SwiGLU, rotary embedding.
+"""Triton kernels of the row-wise ops: RMSNorm with an optional residual, SwiGLU.
 
 All are bound by memory: each reads its inputs once, computes in float32 and writes its outputs once. A
 program takes a tile of whole rows (norms) or of rows and columns (SwiGLU).
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benthic.kernels.host import cdiv, next_power_of_2
+from benthic.kernels.host import cdiv, next_power_of_2, row_tile
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.relaunch import remembered
 
@@ -127,76 +127,6 @@ def _swiglu_backward(
     tl.store(dgate_up_ptr + place + width, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
 
-@remembered
-@triton.jit(do_not_specialize=["rows"])
-def _rotate(
-    x_ptr, cos_ptr, sin_ptr, out_ptr,
-    rows, heads, half, stride_t, stride_h, sign,
-    ROWS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    _rotate_tile(
-        x_ptr, cos_ptr, sin_ptr, out_ptr, first, rows, heads, half, stride_t, stride_h, sign, ROWS, HALF
-    )
-
-
-@triton.jit
-def _rotate_tile(
-    x_ptr, cos_ptr, sin_ptr, out_ptr,
-    first, rows, heads, half, stride_t, stride_h, sign,
-    ROWS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    row = first + tl.arange(0, ROWS)
-    token, head = row // heads, row % heads
-    column = tl.arange(0, HALF)
-    mask = (row < rows)[:, None] & (column < half)[None, :]
-    angle = token[:, None] * half + column[None, :]
-    cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0) * sign
-    place = (token * stride_t + head * stride_h)[:, None] + column[None, :]
-    x_1 = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    x_2 = tl.load(x_ptr + place + half, mask=mask, other=0.0).to(tl.float32)
-    place = row[:, None] * (2 * half) + column[None, :]
-    tl.store(out_ptr + place, (x_1 * cos - x_2 * sin).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + place + half, (x_2 * cos + x_1 * sin).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["tokens", "norms", "queries"])
-def _rotate_and_norm(
-    query_ptr, key_ptr, latent_ptr, weight_ptr, cos_ptr, sin_ptr, query_out_ptr, key_out_ptr, latent_out_ptr,
-    tokens, heads, half, width, stride_query, stride_head, stride_key, stride_latent, eps, norms, queries,
-    ROWS: tl.constexpr, HALF: tl.constexpr, NORM_ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The first `norms` programs normalise latents, `queries` more rotate queries, the others keys.
-
-    Tiles are those of kernels of their own, so the bits are too.
-    """
-    wait_for_inputs(PDL)
-    program = tl.program_id(0)
-    if program < norms:
-        row = program.to(tl.int64) * NORM_ROWS + tl.arange(0, NORM_ROWS)
-        column = tl.arange(0, WIDTH)
-        mask = (row < tokens)[:, None] & (column < width)[None, :]
-        place = row[:, None] * stride_latent + column[None, :]
-        x = tl.load(latent_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
-        weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-        out = (x * rstd[:, None] * weight[None, :]).to(latent_out_ptr.dtype.element_ty)
-        tl.store(latent_out_ptr + row[:, None] * width + column[None, :], out, mask=mask)
-    elif program < norms + queries:
-        first = (program - norms).to(tl.int64) * ROWS
-        _rotate_tile(
-            query_ptr, cos_ptr, sin_ptr, query_out_ptr,
-            first, tokens * heads, heads, half, stride_query, stride_head, 1.0, ROWS, HALF,
-        )  # fmt: skip
-    else:
-        first = (program - norms - queries).to(tl.int64) * ROWS
-        _rotate_tile(
-            key_ptr, cos_ptr, sin_ptr, key_out_ptr,
-            first, tokens, 1, half, stride_key, 0, 1.0, ROWS, HALF,
-        )  # fmt: skip
-
-
 def rms_norm(x, weight_D, eps):
     """See `benthic.kernels.ops.rms_norm`."""
     return _Norm.apply(x, None, weight_D, eps, False)[0]
@@ -212,48 +142,15 @@ def swiglu(gate_up):
     return _SwiGlu.apply(gate_up)
 
 
-def rope(x, cos_Tr2, sin_Tr2):
-    """See `benthic.kernels.ops.rope`."""
-    return _Rope.apply(x, cos_Tr2.contiguous(), sin_Tr2.contiguous())
-
-
-def rope_and_norm(q_rope_THr, k_rope_Tr, latent_TC, weight_C, eps, cos_Tr2, sin_Tr2):
-    """See `benthic.kernels.ops.rope_and_norm`."""
-    query, key, latent = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q_rope_THr, k_rope_Tr, latent_TC)
-    )
-    tokens, heads, rope_dim = query.shape
-    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, latent)]
-    rows, half_padded, _ = tile(rope_dim // 2, 2048)
-    norm_rows, padded, warps = tile(latent.shape[1], 4096)
-    programs = [cdiv(*each) for each in ((tokens, norm_rows), (tokens * heads, rows), (tokens, rows))]
-    if tokens:
-        _rotate_and_norm[(sum(programs),)](
-            query, key, latent, weight_C, cos_Tr2.contiguous(), sin_Tr2.contiguous(), *outs,
-            tokens, heads, rope_dim // 2, latent.shape[1],
-            query.stride(0), query.stride(1), key.stride(0), latent.stride(0), eps, *programs[:2],
-            ROWS=rows, HALF=half_padded, NORM_ROWS=norm_rows, WIDTH=padded, num_warps=warps,
-            **early(latent.device, tokens),
-        )  # fmt: skip
-    return tuple(outs)
-
-
 def as_rows(x):
     """View x as `[rows, width]` with unit stride along a row, copying only when no such view exists."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def tile(width, elements):
-    """`(rows, padded width, warps)` of a tile of about `elements` elements that holds whole rows."""
-    padded = next_power_of_2(width)
-    rows = max(1, elements // padded)
-    return rows, padded, min(16, max(4, rows * padded // 1024))
-
-
 def backward_tile(width, itemsize):
     """`(rows, padded width, warps, stages)` of the norm's backward; `itemsize` is of all that is loaded."""
-    rows, padded, _ = tile(width, 2048)
+    rows, padded, _ = row_tile(width, 2048)
     stages = 1 + _STAGED_BYTES // (rows * padded * itemsize)
     return rows, padded, min(16, max(4, padded // 512)), min(_STAGES, stages)
 
@@ -278,7 +175,7 @@ class _Norm(torch.autograd.Function):
         out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
         total = rows_RD if residual is None else torch.empty_like(out)
         rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-        block, padded, warps = tile(width, 4096)
+        block, padded, warps = row_tile(width, 4096)
         if rows:
             _norm_forward[(cdiv(rows, block),)](
                 rows_RD, other, weight_D, out, total, rstd,
@@ -355,34 +252,3 @@ def _swiglu_tiles(rows, width):
     padded = min(1024, next_power_of_2(width))
     block = max(1, 2048 // padded)
     return (cdiv(rows, block), cdiv(width, padded)), block, padded
-
-
-class _Rope(torch.autograd.Function):
-    """A rotation; its gradient is the rotation back."""
-
-    @staticmethod
-    def forward(ctx, x, cos_Tr2, sin_Tr2):
-        """Save the angles."""
-        ctx.save_for_backward(cos_Tr2, sin_Tr2)
-        return _rotated(x, cos_Tr2, sin_Tr2, sign=1.0)
-
-    @staticmethod
-    def backward(ctx, dy):
-        """Gradient of x."""
-        return _rotated(dy, *ctx.saved_tensors, sign=-1.0), None, None
-
-
-def _rotated(x, cos_Tr2, sin_Tr2, *, sign):
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    heads = x.shape[1] if x.dim() == 3 else 1
-    rows, half = x.shape[0] * heads, x.shape[-1] // 2
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block, padded, warps = tile(half, 2048)
-    if rows:
-        _rotate[(cdiv(rows, block),)](
-            x, cos_Tr2, sin_Tr2, out,
-            rows, heads, half, x.stride(0), x.stride(1) if x.dim() == 3 else 0, sign,
-            ROWS=block, HALF=padded, num_warps=warps,
-        )  # fmt: skip
-    return out

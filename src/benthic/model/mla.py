@@ -121,8 +121,7 @@ class Attention(nn.Module, ABC):
             return ops.rope_and_norm(
                 q_rope_THr, k_rope_Tr, latent_TC, norm.weight, norm.eps, cos_Tr2, sin_Tr2
             )
-        rotated = (ops.rope(x, cos_Tr2, sin_Tr2) for x in (q_rope_THr, k_rope_Tr))
-        return *rotated, norm(latent_TC)
+        return *ops.rope_both(q_rope_THr, k_rope_Tr, cos_Tr2, sin_Tr2), norm(latent_TC)
 
 
 class DirectAttention(Attention):

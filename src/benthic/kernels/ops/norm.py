@@ -12,6 +12,7 @@ from benthic.kernels.table import (
     Case,
     Implementation,
     Op,
+    anywhere,
     device_type,
     inference_only,
     on,
@@ -77,8 +78,21 @@ ROPE = Op(
         Implementation("native", _NATIVE, "benthic.kernels.native_ops:rope"),
         Implementation("torch", _PLAIN, "benthic.kernels.torch_norm:rope"),
         Implementation("torch_autograd", _DIFFERENTIABLE, "benthic.kernels.torch_norm:differentiable_rope"),
-        Implementation("triton", _TRITON, "benthic.kernels.triton_norm:rope"),
+        Implementation("triton", _TRITON, "benthic.kernels.triton_rope:rope"),
         reference("benthic.kernels.reference.norm:rope"),
+    ),
+)
+
+ROPE_BOTH = Op(
+    "rope_both",
+    (
+        Implementation("triton", one_dtype(_TRITON), "benthic.kernels.triton_rope:rope_both"),
+        Implementation(
+            "two_ops",
+            anywhere("rope of queries, then of keys: see the lines of it"),
+            "benthic.kernels.ops.norm:two_ropes",
+        ),
+        reference("benthic.kernels.reference.norm:rope_both"),
     ),
 )
 
@@ -87,7 +101,7 @@ ROPE_AND_NORM = Op(
     (
         Implementation("native", _NATIVE_ROPE_AND_NORM, "benthic.kernels.native_ops:rope_and_norm"),
         Implementation("torch", one_dtype(_PLAIN), "benthic.kernels.torch_norm:rope_and_norm"),
-        Implementation("triton", inference_only(_TRITON), "benthic.kernels.triton_norm:rope_and_norm"),
+        Implementation("triton", inference_only(_TRITON), "benthic.kernels.triton_rope:rope_and_norm"),
         reference("benthic.kernels.reference.norm:rope_and_norm"),
     ),
     trains=False,
@@ -162,12 +176,7 @@ def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor, *, impl: str | None = None
     rows at load.
     Raises: ShapeError when tokens or halves disagree; BackendError when `impl` cannot run.
     """
-    if cos_Tr2.shape != (x.shape[0], x.shape[-1] // 2) or sin_Tr2.shape != cos_Tr2.shape or x.shape[-1] % 2:
-        msg = (
-            f"rope: x {tuple(x.shape)} needs cos and sin of shape [{x.shape[0]}, {x.shape[-1] / 2:g}], "
-            f"not {tuple(cos_Tr2.shape)} and {tuple(sin_Tr2.shape)}"
-        )
-        raise ShapeError(msg)
+    _check_rope("rope", x, cos_Tr2, sin_Tr2)
     case = Case(
         device_type(x),
         x.dtype,
@@ -176,6 +185,43 @@ def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor, *, impl: str | None = None
     )
     out: Tensor = ROPE.choose(case, impl)(x, cos_Tr2, sin_Tr2)
     return out
+
+
+def rope_both(
+    q_rope_THr: Tensor, k_rope_Tr: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`(rope(q), rope(k))` of one token's angles: what latent attention rotates, in one pass each way.
+
+    Shapes: q [T, H, r], k [T, r], of one dtype; cos and sin float32 [T, r/2]. The bits, those of gradients
+    too, are those of `rope`. Differentiable in q and k.
+    Raises: ShapeError when tokens or halves disagree; BackendError when `impl` cannot run.
+    """
+    for x in (q_rope_THr, k_rope_Tr):
+        _check_rope("rope_both", x, cos_Tr2, sin_Tr2)
+    case = Case(
+        device_type(q_rope_THr),
+        q_rope_THr.dtype,
+        grad=torch.is_grad_enabled() and (q_rope_THr.requires_grad or k_rope_Tr.requires_grad),
+        mixed=k_rope_Tr.dtype is not q_rope_THr.dtype,
+    )
+    out: tuple[Tensor, Tensor] = ROPE_BOTH.choose(case, impl)(q_rope_THr, k_rope_Tr, cos_Tr2, sin_Tr2)
+    return out
+
+
+def two_ropes(
+    q_rope_THr: Tensor, k_rope_Tr: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `rope_both`; the table is asked for each of the two."""
+    return rope(q_rope_THr, cos_Tr2, sin_Tr2), rope(k_rope_Tr, cos_Tr2, sin_Tr2)
+
+
+def _check_rope(name: str, x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> None:
+    if cos_Tr2.shape != (x.shape[0], x.shape[-1] // 2) or sin_Tr2.shape != cos_Tr2.shape or x.shape[-1] % 2:
+        msg = (
+            f"{name}: x {tuple(x.shape)} needs cos and sin of shape [{x.shape[0]}, {x.shape[-1] / 2:g}], "
+            f"not {tuple(cos_Tr2.shape)} and {tuple(sin_Tr2.shape)}"
+        )
+        raise ShapeError(msg)
 
 
 def rope_and_norm(

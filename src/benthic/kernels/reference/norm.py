@@ -44,6 +44,13 @@ def rope_and_norm(
     return query, key, rms_norm(latent_TC, weight_C, eps)
 
 
+def rope_both(
+    q_rope_THr: Tensor, k_rope_Tr: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Queries and key rotated."""
+    return rope(q_rope_THr, cos_Tr2, sin_Tr2), rope(k_rope_Tr, cos_Tr2, sin_Tr2)
+
+
 def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
     """Rotate pairs `(x_j, x_{j+r/2})` by each token's angles, in float32, rounded once."""
     x_1, x_2 = x.to(wide(x.dtype)).chunk(2, dim=-1)
