@@ -126,3 +126,46 @@ def test_a_repeated_call_gives_the_same_bits_also_from_a_graph(dtype):
         )
     graph.replay()
     assert torch.equal(out, first)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [((1000, 3, 129, 640), None), ((1, 300, 64), (700, 301, 65)), ((256, 0, 5), (128, 40, 0)), ((5,), (0,))],
+    ids=["packs", "chunks", "blind", "no keys"],
+)
+def test_heads_in_parts_give_the_bits_of_joined_ones_wherever_the_parts_lie(queries, keys, dtype):
+    keys = keys or queries
+    rows, context, heads = sum(queries), sum(keys), 3
+    q = made(rows + 1, heads, 192, dtype=dtype)[1:]
+    kv = made(context, heads, 256, dtype=dtype, seed=1)
+    latents = made(context, 576, dtype=dtype, seed=2)
+    rotated = made(rows, heads, 64, dtype=dtype, seed=3)
+    bounds = starts_of(queries), starts_of(keys)
+    lengths = {"max_seqlen_q": max(queries), "max_seqlen_k": max(keys), "scale": 192**-0.5}
+
+    def attended(q_rope, k_rope, impl):
+        parts = q[..., :128], q_rope, kv[..., :128], k_rope, kv[..., 128:]
+        return ops.attention_of_parts(*parts, *bounds, **lengths, impl=impl)
+
+    for q_rope in (rotated, q[..., 128:]):
+        for k_rope in (latents[:, 512:], latents[:, 512:].contiguous(), latents[:, 3:67]):
+            assert torch.equal(*(attended(q_rope, k_rope, impl) for impl in ("gluon", "joined")))
+    wide = [x.double() for x in (q[..., :128], rotated, kv[..., :128], latents[:, 512:], kv[..., 128:])]
+    exact = ops.attention_of_parts(*wide, *bounds, **lengths, impl="reference")
+    assert_close(attended(rotated, latents[:, 512:], "gluon"), exact, dtype)
+
+
+def test_parts_keep_clear_of_the_numbers_of_the_next_sequence(dtype):
+    lengths = (100, 200, 60)
+    q, kv, latents = (made(360, *shape, dtype=dtype) for shape in ((2, 192), (2, 256), (576,)))
+
+    def attended(rows, lengths):
+        own = q[rows], kv[rows], latents[rows]
+        parts = own[0][..., :128], own[0][..., 128:], own[1][..., :128], own[2][:, 512:], own[1][..., 128:]
+        starts = starts_of(lengths)
+        longest = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+        return ops.attention_of_parts(*parts, starts, starts, **longest, scale=0.1, impl="gluon")
+
+    alone = attended(slice(100), (100,))
+    kv[100:300], latents[100:300] = torch.nan, torch.inf
+    assert torch.equal(attended(slice(None), lengths)[:100], alone)

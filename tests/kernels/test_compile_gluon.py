@@ -92,13 +92,13 @@ def attention(kernel, constants, types, module):
     return built(kernel, constants, types, module.ENTRY_REGISTERS)
 
 
-def forward(width, value, dtype, *, causal):
+def forward(width, value, dtype, *, causal, apart=False):
     d_1, d_2 = gluon_attention.split_width(width)
     sizes = {"BLOCK_M": gluon_attention.QUERIES, "BLOCK_N": gluon_attention.KEYS}
     blocks = {"q_1": (64, d_1), "q_2": (64, d_2 or d_1), "k_1": (128, d_1), "k_2": (128, d_2 or d_1)}
     blocks["v"] = (128, value)
     types = {"out_ptr": f"*{dtype}"} | {name: descriptor(*block, dtype) for name, block in blocks.items()}
-    heads = {"HEADS": 16, "D_1": d_1, "D_2": d_2, "V": value, "CAUSAL": causal}
+    heads = {"HEADS": 16, "D_1": d_1, "D_2": d_2, "V": value, "CAUSAL": causal, "APART": apart}
     return attention(gluon_attention._forward, heads | sizes, types, gluon_attention)
 
 
@@ -129,12 +129,18 @@ def assert_fits(kernel, folder):
 
 
 @pytest.mark.parametrize(
-    ("dims", "dtype", "causal"),
-    [((192, 128), "bf16", True), ((64, 64), "fp16", False)],
+    ("dims", "dtype", "causal", "apart"),
+    [
+        ((192, 128), "bf16", True, False),
+        ((192, 128), "bf16", True, True),
+        ((64, 64), "fp16", False, False),
+    ],
     ids=str,
 )
-def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(dims, dtype, causal, tmp_path):
-    kernel = forward(*dims, dtype, causal=causal)
+def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(
+    dims, dtype, causal, apart, tmp_path
+):
+    kernel = forward(*dims, dtype, causal=causal, apart=apart)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
     assert "UTMALDG" in text

@@ -254,6 +254,28 @@ def test_attention_aligned_to_the_end_equals_the_tail_of_full_attention():
     torch.testing.assert_close(tail, whole[13:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", PACKS)
+def test_attention_of_parts_of_heads_and_its_gradients_equal_the_definition(name):
+    lengths_q, lengths_k = PACKS[name]
+    queries, keys = sum(lengths_q), sum(lengths_k)
+    shapes = (queries, 3, 8), (queries, 3, 4), (keys, 3, 8), (keys, 4), (keys, 3, 6)
+    lengths = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k)}
+    starts = pack(lengths_q), pack(lengths_k)
+
+    def run(*parts, impl):
+        return ops.attention_of_parts(*parts, *starts, **lengths, scale=0.3, impl=impl)
+
+    compare(run, [made(*shape, seed=seed) for seed, shape in enumerate(shapes)])
+
+
+def test_parts_of_queries_and_keys_that_do_not_fit_are_refused():
+    q, k, v, starts = made(5, 3, 8), made(5, 3, 8), made(5, 3, 6), pack([5])
+    lengths = {"max_seqlen_q": 5, "max_seqlen_k": 5}
+    for rotated in ((made(5, 2, 4), made(5, 4)), (made(5, 3, 4), made(5, 3)), (made(5, 3, 4), made(4, 4))):
+        with pytest.raises(ShapeError, match="attention_of_parts"):
+            ops.attention_of_parts(q, rotated[0], k, rotated[1], v, starts, starts, **lengths, scale=0.3)
+
+
 def paged(contexts, *, block, width, seed=0):
     """A cache full of NaN but for the contexts, with pages in random order; also the block table."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ if importlib.util.find_spec("triton") is None:
 
 from triton.runtime.jit import JITFunction
 
-from benthic.kernels.gluon_attention import attention
+from benthic.kernels.gluon_attention import attention, attention_of_parts
 from benthic.kernels.tile_lists import TileLists
 
 LENGTHS = (1000, 3, 129, 640)
@@ -56,6 +56,20 @@ def test_layers_of_a_step_list_queries_and_keys_once(launched):
 def test_a_layer_of_its_own_lists_queries_once_for_both_passes(launched):
     layers(None)
     assert launched[LIST] == 3 * 2
+
+
+def test_heads_in_parts_are_read_where_they_lie_and_share_the_lists(launched):
+    tokens, lists = sum(LENGTHS), TileLists()
+    starts = torch.empty(len(LENGTHS) + 1, dtype=torch.int32, device="meta")
+    q, kv = (torch.empty(tokens, 16, width, dtype=torch.bfloat16, device="meta") for width in (192, 256))
+    latents = torch.empty(tokens, 576, dtype=torch.bfloat16, device="meta")
+    for _ in range(2):
+        out = attention_of_parts(
+            q[..., :128], q[..., 128:], kv[..., :128], latents[:, 512:], kv[..., 128:], starts, starts,
+            max_seqlen_q=max(LENGTHS), max_seqlen_k=max(LENGTHS), scale=0.1, lists=lists,
+        )  # fmt: skip
+        assert out.shape == (tokens, 16, 128)
+    assert launched == {FORWARD: 2, LIST: 1}
 
 
 def test_the_next_step_lists_anew(launched):

@@ -44,6 +44,14 @@ def attention(made, impl):
     return ops.attention(q, k, v, starts, starts, max_seqlen_q=4, max_seqlen_k=4, scale=0.2, impl=impl)
 
 
+def attention_of_parts(made, impl):
+    parts = made(TOKENS, 2, WIDTH), made(TOKENS, 2, 4), made(TOKENS, 2, WIDTH), made(TOKENS, 4)
+    starts, lengths = integers(0, 2, TOKENS), {"max_seqlen_q": 4, "max_seqlen_k": 4}
+    return ops.attention_of_parts(
+        *parts, made(TOKENS, 2, WIDTH), starts, starts, **lengths, scale=0.2, impl=impl
+    )
+
+
 def rope(made, impl):
     angle = made(TOKENS, WIDTH // 2).detach()
     return ops.rope(made(TOKENS, 2, WIDTH), angle.cos(), angle.sin(), impl=impl)
@@ -131,6 +139,7 @@ CALLS = {
     "rope_both": rope_both,
     "rope_and_norm": rope_and_norm,
     "attention": attention,
+    "attention_of_parts": attention_of_parts,
     "mla_decode": mla_decode,
     "store_latent": store_latent,
     "copy_blocks": copy_blocks,

@@ -175,19 +175,19 @@ def _consume(
 @gluon.jit
 def _produce(
     descriptors, queries_1, queries_2, rings, bars, query_bars, first_query, start_k, columns, blocks,
-    D_1: gl.constexpr, D_2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    D_2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Load the queries of both groups, then blocks of keys and values from the right as places come free."""
     q_1, q_2, k_1, k_2, v = descriptors
     keys_1, keys_2, values = rings
     key_full, key_empty, value_full, value_empty = bars
-    q_column, k_column, v_column = columns
+    q_column, q_column_2, k_column, k_column_2, v_column = columns
     for group in gl.static_range(2):
         bar, at = query_bars.index(group), first_query + 64 * group
         mbarrier.expect(bar, q_1.block_type.nbytes + (q_2.block_type.nbytes if D_2 > 0 else 0))
         load(q_1, [at, q_column], bar, queries_1.index(group))
         if D_2 > 0:
-            load(q_2, [at, q_column + D_1], bar, queries_2.index(group))
+            load(q_2, [at, q_column_2], bar, queries_2.index(group))
     for i in range(blocks):
         stage, phase, at = i % STAGES, (i // STAGES) & 1, start_k + (blocks - 1 - i) * BLOCK_N
         mbarrier.wait(key_empty.index(stage), phase ^ 1)
@@ -195,7 +195,7 @@ def _produce(
         mbarrier.expect(bar, k_1.block_type.nbytes + (k_2.block_type.nbytes if D_2 > 0 else 0))
         load(k_1, [at, k_column], bar, keys_1.index(stage))
         if D_2 > 0:
-            load(k_2, [at, k_column + D_1], bar, keys_2.index(stage))
+            load(k_2, [at, k_column_2], bar, keys_2.index(stage))
         mbarrier.wait(value_empty.index(stage), phase ^ 1)
         mbarrier.expect(value_full.index(stage), v.block_type.nbytes)
         load(v, [at, v_column], value_full.index(stage), values.index(stage))
@@ -221,12 +221,16 @@ def _nothing_seen(
 @gluon.jit(do_not_specialize=["tokens"])
 def _forward(
     q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, tiles_ptr,
-    q_stride, k_stride, v_stride, tokens, scale,
+    q_stride, q_stride_2, k_stride, k_stride_2, v_stride, tokens, scale,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    TOGETHER: gl.constexpr, LISTED: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    APART: gl.constexpr, TOGETHER: gl.constexpr, LISTED: gl.constexpr,
+    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head and sequence; the descriptors see heads side by side in a row."""
+    """One tile of queries of one head and sequence; the descriptors see heads side by side in a row.
+
+    APART: the last dims of queries and keys are tensors of their own, and those of keys may be all heads'.
+    """
     head, tile, sequence = place(tiles_ptr, HEADS, TOGETHER, LISTED)
     start_q, end_q = bounds_of(starts_q_ptr, sequence, LISTED)
     start_k, end_k = bounds_of(starts_k_ptr, sequence, LISTED)
@@ -251,7 +255,11 @@ def _forward(
         first_masked = gl.minimum(first_masked, gl.maximum(tile * BLOCK_M + offset + 1, 0) // BLOCK_N)
     blocks = (end + BLOCK_N - 1) // BLOCK_N
     if (tile * BLOCK_M < rows) & (blocks > 0):
-        columns = (head * q_stride, head // GROUPS * k_stride, head // GROUPS * v_stride)
+        of_keys, first_2 = head // GROUPS, 0 if APART else D_1
+        columns = (
+            head * q_stride, head * q_stride_2 + first_2,
+            of_keys * k_stride, of_keys * k_stride_2 + first_2, of_keys * v_stride,
+        )  # fmt: skip
         gl.warp_specialize([
             (_consume, (
                 0, (queries_1.index(0), queries_2.index(0)), rings, bars, query_bars, out_ptr, lse_ptr,
@@ -265,7 +273,7 @@ def _forward(
             )),
             (_produce, (
                 (q_1, q_2, k_1, k_2, v), queries_1, queries_2, rings, bars, query_bars,
-                start_q + tile * BLOCK_M, start_k, columns, blocks, D_1, D_2, BLOCK_N, STAGES,
+                start_q + tile * BLOCK_M, start_k, columns, blocks, D_2, BLOCK_N, STAGES,
             )),
         ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
     elif tile * BLOCK_M < rows:
@@ -281,6 +289,46 @@ def attention(
     )
 
 
+def attention_of_parts(
+    q_nope_THn, q_rope_THr, k_nope_THn, k_rope_Tr, v_THv, cu_seqlens_q, cu_seqlens_k,
+    *, max_seqlen_q, max_seqlen_k, scale, lists,
+):  # fmt: skip
+    """See `benthic.kernels.ops.attention_of_parts`."""
+    del max_seqlen_k  # the grid is of queries
+    queries = loadable(q_nope_THn), loadable(q_rope_THr)
+    keys = loadable(k_nope_THn), loadable(k_rope_Tr.unsqueeze(1)).expand(-1, k_nope_THn.shape[1], -1)
+    widths, starts = (q_nope_THn.shape[-1], q_rope_THr.shape[-1]), (cu_seqlens_q, cu_seqlens_k)
+    return _attended(
+        queries, keys, loadable(v_THv), starts, widths, max_seqlen_q, scale, lists, causal=True, apart=True
+    )[0]
+
+
+def _attended(queries, keys, v_THv, starts, widths, max_q, scale, lists, *, causal, apart):
+    """Output and log-sum-exp [H, T]; `queries` and `keys` are two tensors `apart`, or one twice."""
+    (q_1, q_2), (k_1, k_2), (d_1, d_2) = queries, keys, widths
+    (tokens, heads, _), value = q_1.shape, v_THv.shape[-1]
+    out_THv = torch.empty(tokens, heads, value, dtype=q_1.dtype, device=q_1.device)
+    lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_1.device)
+    if k_1.shape[0] == 0:  # a descriptor wants something to describe
+        out_THv.zero_()
+        lse_HT.fill_(-torch.inf)
+    elif tokens and max_q:
+        grid, (tiles, together, is_list) = grid_of(
+            starts[0], tokens, max_q, QUERIES, heads, last_first=causal, lists=lists
+        )
+        _forward[grid](
+            rows_of(q_1, 64, d_1), rows_of(q_2, 64, d_2 or d_1), rows_of(k_1, KEYS, d_1),
+            rows_of(k_2, KEYS, d_2 or d_1), rows_of(v_THv, KEYS, value),
+            out_THv, lse_HT, *starts, tiles,
+            q_1.stride(1), q_2.stride(1), k_1.stride(1), k_2.stride(1), v_THv.stride(1), tokens, scale,
+            HEADS=heads, GROUPS=heads // k_1.shape[1], D_1=d_1, D_2=d_2, V=value, BLOCK_M=QUERIES,
+            BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, APART=apart, TOGETHER=together, LISTED=is_list,
+            REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+            num_warps=4, maxnreg=ENTRY_REGISTERS,
+        )  # fmt: skip
+    return out_THv, lse_HT
+
+
 class _Attention(torch.autograd.Function):
     """Attention that keeps only its output and the log-sum-exp of each row; scores are computed again."""
 
@@ -288,28 +336,11 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q_THd, k_THd, v_THv, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, causal, lists):
         """Save the operands, the output and the log-sum-exp."""
         q_THd, k_THd, v_THv = (loadable(x) for x in (q_THd, k_THd, v_THv))
-        tokens, heads, width = q_THd.shape
-        value = v_THv.shape[-1]
-        out_THv = torch.empty(tokens, heads, value, dtype=q_THd.dtype, device=q_THd.device)
-        lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THd.device)
-        d_1, d_2 = split_width(width)
-        if k_THd.shape[0] == 0:  # a descriptor wants something to describe
-            out_THv.zero_()
-            lse_HT.fill_(-torch.inf)
-        elif tokens and max_q:
-            grid, (tiles, together, is_list) = grid_of(
-                cu_seqlens_q, tokens, max_q, QUERIES, heads, last_first=causal, lists=lists
-            )
-            _forward[grid](
-                rows_of(q_THd, 64, d_1), rows_of(q_THd, 64, d_2 or d_1), rows_of(k_THd, KEYS, d_1),
-                rows_of(k_THd, KEYS, d_2 or d_1), rows_of(v_THv, KEYS, value),
-                out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k, tiles,
-                q_THd.stride(1), k_THd.stride(1), v_THv.stride(1), tokens, scale,
-                HEADS=heads, GROUPS=heads // k_THd.shape[1], D_1=d_1, D_2=d_2, V=value, BLOCK_M=QUERIES,
-                BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, TOGETHER=together, LISTED=is_list,
-                REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
-                num_warps=4, maxnreg=ENTRY_REGISTERS,
-            )  # fmt: skip
+        starts = cu_seqlens_q, cu_seqlens_k
+        out_THv, lse_HT = _attended(
+            (q_THd, q_THd), (k_THd, k_THd), v_THv, starts, split_width(q_THd.shape[-1]), max_q, scale, lists,
+            causal=causal, apart=False,
+        )  # fmt: skip
         return keep(
             ctx,
             (q_THd, k_THd, v_THv, out_THv, lse_HT, cu_seqlens_q, cu_seqlens_k),

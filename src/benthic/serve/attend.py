@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from benthic.kernels.ops import attention, join_head_dims, mla_decode, store_latent
+from benthic.kernels.ops import attention_of_parts, mla_decode, store_latent
 from benthic.kernels.tile_lists import TileLists
 
 if TYPE_CHECKING:
@@ -188,15 +188,16 @@ def _expanded(
     """Prefill rows against expanded keys and values: `out_THv`."""
     latent_MC, rope_Mr = context
     k_nope_MHn, v_MHv = up.expand(latent_MC)
-    return attention(
-        join_head_dims(q_nope_THn, q_rope_THr),
-        join_head_dims(k_nope_MHn, rope_Mr),
+    return attention_of_parts(
+        q_nope_THn,
+        q_rope_THr,
+        k_nope_MHn,
+        rope_Mr,
         v_MHv,
         prefill.cu_seqlens_q,
         prefill.cu_seqlens_k,
         max_seqlen_q=prefill.max_seqlen_q,
         max_seqlen_k=prefill.max_seqlen_k,
         scale=scale,
-        causal=True,
         lists=prefill.lists,
     )

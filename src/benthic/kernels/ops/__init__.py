@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from benthic.errors import BackendError
-from benthic.kernels.ops.attention import ATTENTION, attention
+from benthic.kernels.ops.attention import ATTENTION, ATTENTION_OF_PARTS, attention, attention_of_parts
 from benthic.kernels.ops.balance import BALANCE_LOSS, COUNT_EXPERTS, balance_loss, count_experts
 from benthic.kernels.ops.by_row import (
     GROUPED_LINEAR_BY_ROW,
@@ -171,6 +171,7 @@ __all__ = [
     "add_weight_gradient",
     "added",
     "attention",
+    "attention_of_parts",
     "balance_loss",
     "choose_ranks",
     "copy_blocks",
@@ -241,6 +242,7 @@ OPS: tuple[Op, ...] = (
     ROPE_BOTH,
     ROPE_AND_NORM,
     ATTENTION,
+    ATTENTION_OF_PARTS,
     MLA_DECODE,
     STORE_LATENT,
     COPY_BLOCKS,

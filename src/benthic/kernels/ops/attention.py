@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 
 from benthic.errors import ShapeError
+from benthic.kernels.ops.heads import join_head_dims
 from benthic.kernels.table import (
     Case,
     Implementation,
     Op,
     Verdict,
+    anywhere,
     device_type,
     gluon_refusal,
+    inference_only,
     no,
     on,
+    one_dtype,
     reference,
     triton_runs,
     yes,
@@ -53,6 +57,15 @@ def _gluon(case: Case) -> Verdict:
     return yes("our flash attention for Hopper: loads and products of their own warps; any lengths")
 
 
+def _gluon_parts(case: Case) -> Verdict:
+    """The same kernel on operands that lie where products and rotations left them."""
+    if (refusal := gluon_refusal(case)) is not None:
+        return no(refusal)
+    if case.dims != (128, 64, 128):
+        return no(f"takes heads of 128 + 64 and 128 dims, not {case.dims}")
+    return yes("our flash attention for Hopper, which loads both parts of a head by themselves anyway")
+
+
 def _cudnn(case: Case) -> Verdict:
     """The fastest library kernel for packs of one length: 532 / 404 TFLOP/s forward / backward on an H200.
 
@@ -78,6 +91,24 @@ ATTENTION = Op(
         reference("benthic.kernels.reference.attention:attention"),
     ),
     typical_dims=(192, 128, 1),
+)
+
+ATTENTION_OF_PARTS = Op(
+    "attention_of_parts",
+    (
+        Implementation(
+            "gluon",
+            inference_only(one_dtype(_gluon_parts)),
+            "benthic.kernels.gluon_attention:attention_of_parts",
+        ),
+        Implementation(
+            "joined",
+            anywhere("join_head_dims of queries and of keys, then attention: see the lines of these"),
+            "benthic.kernels.ops.attention:joined",
+        ),
+        reference("benthic.kernels.reference.attention:attention_of_parts"),
+    ),
+    typical_dims=(128, 64, 128),
 )
 
 
@@ -164,6 +195,87 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
         lists=TileLists() if lists is None else lists,
     )
     return (out_THv, _by_token(lse.detach())) if return_lse else out_THv
+
+
+def attention_of_parts(  # noqa: PLR0913 (packed attention has its operands, two of them in parts, and its lengths)
+    q_nope_THn: Tensor,
+    q_rope_THr: Tensor,
+    k_nope_THn: Tensor,
+    k_rope_Tr: Tensor,
+    v_THv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    lists: TileLists | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Causal `attention` of heads whose last dims lie apart, those of keys once for all heads; to the bit.
+
+    Shapes: q_nope [Tq, H, n], q_rope [Tq, H, r], k_nope [Tk, G, n], k_rope [Tk, r], v [Tk, G, v], of one
+    dtype; the rest as `attention` of `join_head_dims(q_nope, q_rope)` and `join_head_dims(k_nope, k_rope)`,
+    which are not written where a kernel reads the parts.
+    Returns: out [Tq, H, v]. Where autograd records, the parts are joined.
+    Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
+    """
+    if (
+        q_nope_THn.shape[:2] != q_rope_THr.shape[:2]
+        or q_rope_THr.shape[-1] != k_rope_Tr.shape[-1]
+        or k_nope_THn.shape[0] != k_rope_Tr.shape[0]
+        or q_nope_THn.shape[-1] != k_nope_THn.shape[-1]
+    ):
+        got = [tuple(x.shape) for x in (q_nope_THn, q_rope_THr, k_nope_THn, k_rope_Tr)]
+        msg = f"attention_of_parts: parts of queries and keys {got} disagree in tokens, heads or dims"
+        raise ShapeError(msg)
+    _check(q_nope_THn, k_nope_THn, v_THv, cu_seqlens_q, cu_seqlens_k)
+    operands = q_nope_THn, q_rope_THr, k_nope_THn, k_rope_Tr, v_THv
+    case = Case(
+        device_type(q_nope_THn),
+        q_nope_THn.dtype,
+        (q_nope_THn.shape[-1], q_rope_THr.shape[-1], v_THv.shape[-1]),
+        grad=torch.is_grad_enabled() and any(x.requires_grad for x in operands),
+        mixed=any(x.dtype is not q_nope_THn.dtype for x in operands),
+    )
+    out_THv: Tensor = ATTENTION_OF_PARTS.choose(case, impl)(
+        *operands,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        scale=scale,
+        lists=TileLists() if lists is None else lists,
+    )
+    return out_THv
+
+
+def joined(  # noqa: PLR0913 (as above)
+    q_nope_THn: Tensor,
+    q_rope_THr: Tensor,
+    k_nope_THn: Tensor,
+    k_rope_Tr: Tensor,
+    v_THv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    lists: TileLists,
+) -> Tensor:
+    """See `attention_of_parts`; the table is asked for each of three ops."""
+    return attention(
+        join_head_dims(q_nope_THn, q_rope_THr),
+        join_head_dims(k_nope_THn, k_rope_Tr),
+        v_THv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        scale=scale,
+        lists=lists,
+    )
 
 
 def _by_token(lse: Tensor) -> Tensor:

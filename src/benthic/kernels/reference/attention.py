@@ -44,6 +44,38 @@ def attention(  # noqa: PLR0913 (packed attention has five operands and its leng
     return torch.cat(outs), torch.cat(lses)
 
 
+def attention_of_parts(  # noqa: PLR0913 (packed attention has its operands and its lengths)
+    q_nope_THn: Tensor,
+    q_rope_THr: Tensor,
+    k_nope_THn: Tensor,
+    k_rope_Tr: Tensor,
+    v_THv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    lists: TileLists | None = None,
+) -> Tensor:
+    """`attention` with `q = [q_nope; q_rope]` and `k = [k_nope; k_rope]`, k_rope being that of every head."""
+    q_THd = torch.cat((q_nope_THn, q_rope_THr), dim=-1)
+    rope_THr = k_rope_Tr.unsqueeze(1).expand(-1, k_nope_THn.shape[1], -1)
+    k_THd = torch.cat((k_nope_THn, rope_THr), dim=-1)
+    return attention(
+        q_THd,
+        k_THd,
+        v_THv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        scale=scale,
+        causal=True,
+        lists=lists,
+    )[0]
+
+
 def attend_one(
     q_THd: Tensor, k_THd: Tensor, v_THv: Tensor, *, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
