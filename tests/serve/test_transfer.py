@@ -151,9 +151,9 @@ def test_a_waiting_reader_keeps_its_lease_alive() -> None:
         while not both.owner._desk._renewed:
             assert time.monotonic() < until, "no renewal came"
             time.sleep(0.001)
-        clock.now += 25.0
+        clock.now += 20.0
         both.owner.step()
-        clock.now += 25.0
+        clock.now += 20.0
         both.owner.step()
         assert both.owner.stats().leased_blocks == 8
 
@@ -285,7 +285,7 @@ def test_others_go_on_while_blocks_are_on_their_way() -> None:
     asked, other = request("a", PROMPT, max_tokens=6), request("b", range(60, 70), max_tokens=30)
     expected = colocated([asked, other])
     with pair() as both:
-        made = slowed(both.reader, looks=24)  # two a step
+        made = slowed(both.reader, looks=36)  # three a step
         first = both.prefill(asked)
         both.reader.add(other)
         both.reader.add(replace_params(asked, output=first.tokens, pull=first.remote))

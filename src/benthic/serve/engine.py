@@ -54,13 +54,7 @@ class Engine:
         clock: seconds since some fixed moment; only differences matter.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        options: EngineOptions,
-        *,
-        clock: Clock = time.monotonic,
-    ) -> None:
+    def __init__(self, parts: Parts, options: EngineOptions, *, clock: Clock = time.monotonic) -> None:
         self.parts = parts
         self._runner = parts.runner
         self._scheduler = parts.scheduler
@@ -82,6 +76,7 @@ class Engine:
         self._num_added = 0
         self._step_seconds = 0.0
         self.observers: list[Callable[[StepPlan], None]] = []  # called with every plan before it runs
+        self.movers: list[Callable[[], None]] = []  # called when a plan's copies are queued, before its step
 
     @classmethod
     def from_pretrained(
@@ -107,6 +102,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether any request is waiting or running."""
         return self._scheduler.has_work
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a step is launched that has not landed."""
+        return bool(self._launched)
 
     @property
     def patience_s(self) -> float:
@@ -172,6 +172,8 @@ class Engine:
         plan = self._scheduler.plan(began)
         self._observe(plan, began)
         self._runner.move(plan)
+        for move in self.movers:
+            move()
         if plan.number >= 0:
             self._launched.append(self._launch(plan))
             if self._tempo is not None:

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 IDLE_S = 0.001
 """How long a step without tokens to compute waits for an answer from another instance."""
 
+LOOKS, LOOK_S = 16, 0.00005
+"""How often the next plan looks for blocks that are about to come, and how long it sleeps before each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions:
@@ -89,6 +92,7 @@ class Instance:
         self._reader = Reader(terms, pages, lease_s=lease_s, patience_s=transfer.patience_s)
         self._told: dict[str, int] = {}  # tokens that are ready of prompts to be lent, as others know it
         engine.observers.append(self._observe)
+        engine.movers.append(self._start_pulls)
 
     @property
     def has_work(self) -> bool:
@@ -160,13 +164,17 @@ class Instance:
             self._scheduler.leases.release(request_id)
 
     def step(self) -> list[Delta]:
-        """As `Engine.step`; pulls that have ended count before it, those that it plans start behind it."""
+        """As `Engine.step`; pulls that have ended count before it, and those that it plans start in it.
+
+        They start before its own step is launched, so that they wait only for the step before and run beside
+        its own; when the step before has landed, they are about to come.
+        """
         self._serve_readers()
-        self._finish_pulls()
+        self._await_pulls()
         steps = self._scheduler.totals.steps
         deltas = [self._with_lease(delta) for delta in self.engine.step()]
         deltas += self._lend()
-        self._move()
+        self._finish_pulls()
         if self._scheduler.totals.steps == steps and self._reader.waiting:
             self._reader.wait(IDLE_S)
         return deltas
@@ -193,12 +201,24 @@ class Instance:
             if isinstance(event, Started) and event.request_id not in self._scheduler.pulls:
                 self._reader.forget(event.request_id)  # the prefix cache had everything
 
-    def _move(self) -> None:
-        """Start the transfers that are planned and report those that ended."""
+    def _start_pulls(self) -> None:
+        """Start the transfers that are planned, and report those that ended."""
         pulls = self._scheduler.pulls
         for plan in self._reader.take(pulls.plan()):
             pulls.fail(plan)
         self._finish_pulls()
+
+    def _await_pulls(self) -> None:
+        """Report transfers that ended; those about to end are waited for while the device has a step to run.
+
+        A request whose pull is seen in time takes part in the next step, and not in the one behind it.
+        """
+        self._finish_pulls()
+        for _ in range(LOOKS):
+            if not (self.engine.in_flight and self._reader.pulling):
+                return
+            time.sleep(LOOK_S)
+            self._finish_pulls()
 
     def _finish_pulls(self) -> None:
         pulls = self._scheduler.pulls

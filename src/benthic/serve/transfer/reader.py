@@ -60,6 +60,11 @@ class Incoming:
     early: bool = False
     asked: int = 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether blocks are on their way, or an answer about them."""
+        return bool(self.waiting or self.copying or self.asked_s is not None)
+
 
 class Reader:
     """Everything that one instance is reading from others.
@@ -89,8 +94,12 @@ class Reader:
     @property
     def waiting(self) -> bool:
         """Whether an answer is due, or blocks are on their way."""
-        each = self._incoming.values()
-        return any(one.waiting or one.copying or one.asked_s is not None for one in each)
+        return any(each.busy for each in self._incoming.values())
+
+    @property
+    def pulling(self) -> bool:
+        """Whether either is so of a pull for which a request waits: not of early ones."""
+        return any(each.busy and not each.early for each in self._incoming.values())
 
     def expect(self, request_id: str, remote: Remote, now: float, *, early: bool = False) -> None:
         """A request came whose blocks another instance holds: greet it, and keep the lease from now on.
