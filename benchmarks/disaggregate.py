@@ -12,6 +12,7 @@ too. `--clients` processes load a fleet: one is late at 40,000 tokens a second.
     python benchmarks/disaggregate.py --small    # tiny, on a CPU: a rehearsal
     python benchmarks/disaggregate.py --fleets 1P1D --out a.json  # where time comes in pieces: every run is
     python benchmarks/disaggregate.py --out a.json                # kept, and none repeated on the same commit
+    python benchmarks/disaggregate.py --record steps  # every scheduler's calls too, for live_steps.py
 """
 
 from __future__ import annotations
@@ -189,6 +190,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=names, default=names)
     parser.add_argument("--rates", type=float, nargs="+", help="to climb, instead of a workload's own")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--record", type=Path, help="folder for every scheduler's calls, by fleet")
     words = parser.parse_args()
     words.clients = words.clients or (1 if words.small else 4)
     return words
@@ -209,6 +211,8 @@ def serve_all(
     if words.late_planning_ms is not None:
         serve += ["--late-planning-ms", str(words.late_planning_ms)]
     serve += ["--no-enable-prefix-caching"]  # every rate draws the same prompts
+    if words.record is not None:
+        serve += ["--record", str(words.record / f"{prefill}P{decode}D")]
     log = model.parent / f"{prefill}-{decode}.log"
     with serving(serve, log, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus}) as server:
         for work in works:

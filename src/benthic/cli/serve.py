@@ -79,6 +79,7 @@ def serve(  # noqa: PLR0913 (one flag each)
     goodput: flags.Goodput = None,
     otlp_traces_endpoint: flags.OtlpTracesEndpoint = None,
     disable_log_stats: flags.DisableLogStats = False,
+    record: flags.Record = None,
     warm_up_only: flags.WarmUpOnly = False,
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API."""
@@ -126,6 +127,7 @@ def serve(  # noqa: PLR0913 (one flag each)
         num_threads=num_threads,
         speculative=None if speculative_config is None else speculative.parse(speculative_config),
         native_folder=str(user_cache()),
+        record=words.recording(record),
     )
     answering = http.ServerOptions(
         api_keys=words.api_keys(api_key),

@@ -345,6 +345,13 @@ DisableLogStats = Annotated[
         "--disable-log-stats", help="No throughput line every ten seconds.", rich_help_panel=REQUESTS
     ),
 ]
+Record = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that gets every call to each scheduler with its time, as JSON lines: prompts, too.",
+        rich_help_panel=REQUESTS,
+    ),
+]
 WarmUpOnly = Annotated[
     bool,
     typer.Option(

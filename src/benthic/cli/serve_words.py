@@ -95,6 +95,14 @@ def api_keys(given: list[str] | None) -> tuple[str, ...]:
     return keys
 
 
+def recording(folder: Path | None) -> str | None:
+    """The file that gets an engine's calls; makes the folder."""
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / "engine.jsonl")
+
+
 def traces_endpoint(given: str | None) -> str | None:
     """The collector that traces go to. Raises: ConfigError for what is no URL of HTTP."""
     if given is not None and not re.match(r"https?://[^/]", given):

@@ -2,7 +2,8 @@
 
 A recording is JSON lines: the configuration, then one line for every call that changed something, with its
 `now`, and for plans and commits a digest of what came out. Whoever changes a decision sees the first line
-where an old run takes another turn; the simulator and the live engine are compared in the same way.
+where an old run takes another turn; the simulator and the live engine are compared in the same way. A live
+engine's lines also say when they were written (`at`), and when each plan's step was launched.
 """
 
 from __future__ import annotations
@@ -31,11 +32,18 @@ class RecordingScheduler(Scheduler):
     Args:
         config: as for `Scheduler`.
         write: takes one line; it decides where and when lines are stored.
+        clock: seconds, for the lines' `at`; None writes none, so that equal runs have equal recordings.
     """
 
-    def __init__(self, config: BatchingConfig, write: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        config: BatchingConfig,
+        write: Callable[[str], object],
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         super().__init__(config)
         self._write = write
+        self._clock = clock
         self.leases.journal = self.pulls.journal = self.pulls.early.journal = self._put
         self._put({"version": VERSION, "config": asdict(config)})
 
@@ -92,7 +100,13 @@ class RecordingScheduler(Scheduler):
         self._put({"fail": plan.number, "now": now, "ended": _digest(ended)})
         return ended
 
+    def launched(self, plan: StepPlan, now: float) -> None:
+        """Write that the step of `plan` is launched, which changes nothing."""
+        self._put({"launched": plan.number, "now": now})
+
     def _put(self, event: dict[str, Any]) -> None:
+        if self._clock is not None:
+            event = {**event, "at": self._clock()}
         self._write(json.dumps(event, separators=(",", ":")))
 
 
@@ -106,8 +120,10 @@ class Replayed:
     totals: Totals
 
 
-def replay(lines: Iterable[str]) -> Replayed:
+def replay(lines: Iterable[str], see: Callable[[StepPlan], object] | None = None) -> Replayed:
     """Make the recorded calls on a fresh scheduler and insist on the recorded outcomes.
+
+    `see` gets every plan, which the recording only sums up.
 
     Raises:
         ServeError: an outcome differs; the line, what was recorded and what came out are named.
@@ -115,7 +131,7 @@ def replay(lines: Iterable[str]) -> Replayed:
     """
     numbered = _parse(lines)
     config = _read_config(numbered)
-    player = _Player(config)
+    player = _Player(config, see)
     for number, event in numbered:
         player.play(number, event)
     totals = player.scheduler.totals
@@ -123,9 +139,10 @@ def replay(lines: Iterable[str]) -> Replayed:
 
 
 class _Player:
-    def __init__(self, config: BatchingConfig) -> None:
+    def __init__(self, config: BatchingConfig, see: Callable[[StepPlan], object] | None) -> None:
         self.scheduler = Scheduler(config)
         self.num_plans = 0
+        self._see = see
         self._plans: dict[int, StepPlan] = {}
         self._transfers: dict[int, TransferPlan] = {}
 
@@ -147,6 +164,7 @@ class _Player:
             "early": self._early,
             "grown": self._grown,
             "dropped": self._dropped,
+            "launched": self._launched,
         }
         if kind not in actions:
             msg = f"line {line} of the recording is a {kind!r}, but only {sorted(actions)} are known."
@@ -174,6 +192,12 @@ class _Player:
         summary = json.loads(json.dumps(_summary(plan)))
         for name, value in event["plan"].items():
             _insist(line, f"plan {name}", value, summary[name])
+        if self._see is not None:
+            self._see(plan)
+
+    def _launched(self, line: int, event: dict[str, Any]) -> None:
+        number = event["launched"]
+        _insist(line, "launched plan", number, number if number in self._plans else "not in flight")
 
     def _commit(self, line: int, event: dict[str, Any]) -> None:
         plan = self._plans.pop(event["commit"])

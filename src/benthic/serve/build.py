@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -326,4 +327,4 @@ def make_scheduler(config: BatchingConfig, record: str | None) -> Scheduler:
     if record is None:
         return Scheduler(config)
     file = Path(record).open("w", buffering=1, encoding="utf-8")  # noqa: SIM115 (open as long as the engine)
-    return RecordingScheduler(config, lambda line: file.write(line + "\n"))
+    return RecordingScheduler(config, lambda line: file.write(line + "\n"), time.monotonic)

@@ -22,6 +22,7 @@ import torch
 from benthic.errors import BenthicError
 from benthic.kernels.reference.sampling import splitmix64
 from benthic.sched.batching import Request, Started
+from benthic.sched.replay import RecordingScheduler
 from benthic.serve.admission import check
 from benthic.serve.build import Parts, assemble, from_checkpoint
 from benthic.serve.drafters import drafter_for
@@ -143,12 +144,9 @@ class Engine:
         if self._drafter is not None:
             self._drafter.admit(request)
         told = bool(request.output) or params.prompt_logprobs is None
-        self._in_flight[request.request_id] = InFlight(
-            request,
-            self._clock(),
-            announced=bool(request.output),
-            prompt_logprobs=[] if told else [None] * len(request.prompt),
-        )
+        asked: list[Logprobs | None] = [] if told else [None] * len(request.prompt)
+        entry = InFlight(request, self._clock(), announced=bool(request.output), prompt_logprobs=asked)
+        self._in_flight[request.request_id] = entry
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks; an unknown id is ignored."""
@@ -176,6 +174,8 @@ class Engine:
             move()
         if plan.number >= 0:
             self._launched.append(self._launch(plan))
+            if isinstance(self._scheduler, RecordingScheduler):
+                self._scheduler.launched(plan, self._clock())
             if self._tempo is not None:
                 self._tempo.launched(plan, began, self._clock())
         if not self._launched:

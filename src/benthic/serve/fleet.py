@@ -155,10 +155,12 @@ def start_router(
     roles: dict[Role, int] = {"prefill": options.prefill, "decode": options.decode}
     if fleet.cluster is not None:
         place = _place(fleet, fleet.cluster)
-        build = functools.partial(load_placed, fleet.checkpoint, fleet.engine, place.host, nixl=fleet.nixl)
-        return Router(
-            lambda _, index: functools.partial(build, index), roles, router, journal=journal, place=place
-        )
+
+        def placed(name: str, index: int) -> EngineFactory:
+            each = _recorded(fleet.engine, name)
+            return functools.partial(load_placed, fleet.checkpoint, each, place.host, index, nixl=fleet.nixl)
+
+        return Router(placed, roles, router, journal=journal, place=place)
     folder = Path(tempfile.mkdtemp(prefix="benthic-desks-"))
     engines = fleet.engines
     ranks = sum(count * engines[role].tensor_parallel_size for role, count in roles.items())
@@ -171,9 +173,17 @@ def start_router(
         if each.data_parallel_size > 1:
             return functools.partial(load_data_rank, fleet.checkpoint, each, folder, index)
         seat, address = seats.take(name, each.ranks), f"ipc://{folder}/{name}"
+        each = _recorded(each, name)
         return functools.partial(load_instance, fleet.checkpoint, each, address, seat, nixl=fleet.nixl)
 
     return Router(factory, roles, router, journal=journal, folder=folder, gone=seats.leave)
+
+
+def _recorded(options: EngineOptions, name: str) -> EngineOptions:
+    """The options of one instance, whose recording, if there is to be one, has its name."""
+    if options.record is None:
+        return options
+    return replace(options, record=str(Path(options.record).with_name(f"{name}.jsonl")))
 
 
 def _place(fleet: Fleet, address: str) -> RayPlace:

@@ -66,7 +66,8 @@ class EngineOptions:
         lease_seconds: how long a held request's blocks stay for their reader without a sign of it.
         batch_invariant: a token's scores have the same bits whatever else is in the batch, with drafts or
             without, however its prompt was chunked or cached; see `benthic.serve.invariant`.
-        record: file that gets every call to the scheduler as a JSON line, for `benthic.sched.replay`.
+        record: file that gets every call to the scheduler as a JSON line, for `benthic.sched.replay`; each
+            instance of a fleet has one beside it, NAME.jsonl.
     """
 
     device: str = "cpu"
