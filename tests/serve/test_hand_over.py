@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from small_engine import request
 from small_fleet import Pair, colocated, pair, replace_params
 
-from benthic.serve import instance
+from benthic.sched import pulls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +77,7 @@ def turns(both: Pair) -> int:
 def test_a_pull_starts_behind_the_step_in_flight_and_is_in_the_plan_after_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(instance, "LOOKS", 4000)  # a desk on a busy machine answers late
+    monkeypatch.setattr(pulls, "AWAIT_S", 5.0)  # a desk on a busy machine answers late
     with pair(reader={"async_scheduling": True}) as both:
         behind_steps(both)
         # one turn starts the pull, the next one plans the request, and its step lands in the one behind that
@@ -87,7 +87,7 @@ def test_a_pull_starts_behind_the_step_in_flight_and_is_in_the_plan_after_next(
 def test_a_pull_that_takes_longer_than_the_next_plan_waits_is_in_a_later_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(instance, "LOOKS", 0)
+    monkeypatch.setattr(pulls, "AWAIT_S", 0.0)
     with pair(reader={"async_scheduling": True}) as both:
         behind_steps(both)
         assert turns(both) > 3

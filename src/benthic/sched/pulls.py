@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from benthic.sched.early import EarlyPulls, take_oldest
 from benthic.sched.leases import Journal, ignore
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from benthic.sched.plans import BatchingConfig, Totals
     from benthic.sched.request import SequenceState
     from benthic.sched.residency import Residency
+
+
+AWAIT_S: Final = 0.002
+"""How long a plan may wait for transfers that are about to come, while the device has a step to run."""
 
 
 @dataclass(eq=False)

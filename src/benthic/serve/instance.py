@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from benthic import __version__
+from benthic.sched import pulls
 from benthic.sched.batching import Request, Started
 from benthic.serve.messages import Delta, Remote
 from benthic.serve.pages import Pages
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 IDLE_S = 0.001
 """How long a step without tokens to compute waits for an answer from another instance."""
 
-LOOKS, LOOK_S = 16, 0.00005
-"""How often the next plan looks for blocks that are about to come, and how long it sleeps before each."""
+LOOK_S = 0.00005
+"""How long it sleeps between two looks for blocks that are about to come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,7 @@ class Instance:
         self._desk = Desk(transfer.address, terms, Welcome(self.instance_id, pages.regions))
         lease_s = self._scheduler.config.lease_seconds
         self._reader = Reader(terms, pages, lease_s=lease_s, patience_s=transfer.patience_s)
+        self._stepped_s = time.monotonic()
         self._told: dict[str, int] = {}  # tokens that are ready of prompts to be lent, as others know it
         engine.observers.append(self._observe)
         engine.movers.append(self._start_pulls)
@@ -177,6 +179,7 @@ class Instance:
         self._finish_pulls()
         if self._scheduler.totals.steps == steps and self._reader.waiting:
             self._reader.wait(IDLE_S)
+        self._stepped_s = time.monotonic()
         return deltas
 
     def watch(self, last_words: Callable[[str], None]) -> None:
@@ -203,31 +206,30 @@ class Instance:
 
     def _start_pulls(self) -> None:
         """Start the transfers that are planned, and report those that ended."""
-        pulls = self._scheduler.pulls
-        for plan in self._reader.take(pulls.plan()):
-            pulls.fail(plan)
+        for plan in self._reader.take(self._scheduler.pulls.plan()):
+            self._scheduler.pulls.fail(plan)
         self._finish_pulls()
 
     def _await_pulls(self) -> None:
-        """Report transfers that ended; those about to end are waited for while the device has a step to run.
+        """Report transfers that ended; wait for others while the device has a step to run.
 
-        A request whose pull is seen in time takes part in the next step, and not in the one behind it.
+        That is until `AWAIT_S` after the step before, which has passed where the plan is late anyway. A
+        request whose pull is seen in time takes part in the next step, and not in the one behind it.
         """
         self._finish_pulls()
-        for _ in range(LOOKS):
-            if not (self.engine.in_flight and self._reader.pulling):
-                return
+        until = self._stepped_s + pulls.AWAIT_S
+        while self.engine.in_flight and self._reader.pulling and time.monotonic() < until:
             time.sleep(LOOK_S)
             self._finish_pulls()
 
     def _finish_pulls(self) -> None:
-        pulls = self._scheduler.pulls
+        own = self._scheduler.pulls
         for plan, brought in self._reader.advance(self._clock()):
             if brought:
-                pulls.commit(plan)
+                own.commit(plan)
             else:
-                pulls.fail(plan)
-        self._reader.keep_early(pulls.early)
+                own.fail(plan)
+        self._reader.keep_early(own.early)
 
     def _serve_readers(self) -> None:
         now, leases = self._clock(), self._scheduler.leases

@@ -13,6 +13,7 @@ from benthic.errors import ConfigError, DataError
 from benthic.plan.serving.acceptance import Geometric
 from benthic.plan.serving.cluster import Cluster, Link
 from benthic.plan.serving.demand import Ask, Fixed, drawn
+from benthic.plan.serving.fronts import FrontCost
 from benthic.plan.serving.group import GroupSpec
 from benthic.plan.serving.steps import Measured
 from benthic.sched.plans import BatchingConfig
@@ -127,6 +128,28 @@ def test_a_faster_link_never_delays_a_request():
         ends.append(outcome.end_s)
     assert ends == sorted(ends, reverse=True)
     assert ends[0] > ends[-1]
+
+
+@pytest.mark.parametrize(("late_ms", "steps"), [(1.5, 3), (2.5, 4)])
+def test_a_pull_starts_behind_the_step_in_flight_and_the_next_plan_waits_two_milliseconds(late_ms, steps):
+    link = Link(block_bytes=1.0, bytes_per_second=1e3 / late_ms)
+    prefill, decode = spec("prefill", step=Affine(fixed=0.03)), spec(step=Affine(fixed=0.1))
+    cluster = Cluster([prefill, decode], link=link)
+    # the first decodes from 0.03 s + its pull on, a step each 0.1 s; the second is prefilled at 1.0 s
+    first, second = cluster.play([Ask(0.0, 8, 60), Ask(0.97, 8, 2)]).served
+    start = first.ttft_s + late_ms / 1e3
+    noticed = start + 0.1 * math.ceil((1.0 - start) / 0.1)
+    assert second.ttft_s == pytest.approx(0.03)
+    assert 0.97 + second.e2e_s == pytest.approx(noticed + 0.1 * steps)
+
+
+def test_a_request_is_handed_over_before_several_fronts_have_written_its_first_token():
+    def end_s(fronts: int) -> float:
+        specs = [spec("prefill", step=Affine(fixed=0.03)), spec(step=Affine(fixed=0.1))]
+        return Cluster(specs, front=FrontCost(write_s=0.5), fronts=fronts).play([Ask(0.0, 8, 2)]).end_s
+
+    assert end_s(1) == pytest.approx(0.03 + 0.5 + 0.1)
+    assert end_s(2) == pytest.approx(0.03 + 0.1)
 
 
 @pytest.mark.parametrize("prompt_tokens", [1024, 1030])

@@ -251,8 +251,6 @@ class Cluster:
     def _run(self, group: Group) -> None:
         group.woken = False
         again = group.run(self.now)
-        for lane in group.lanes:
-            self._pull(lane)
         if again < math.inf:
             group.woken = True
             self._at(again, partial(self._run, group))
@@ -287,7 +285,11 @@ class Cluster:
             self._place_waiting()
 
     def ended(self, lane: Lane, event: Finished) -> None:
-        """A stay on a lane is over: go on to the decode lane, or be done."""
+        """A stay on a lane is over: go on to the decode lane, or be done.
+
+        Who hands over is the process before the engines. A single front is that process and writes what came
+        before; several have the main process behind them, which waits for none of their writes.
+        """
         journey = self._journeys[event.request_id]
         written = journey.front.free_at(self.now)
         journey.preemptions += event.preemptions
@@ -296,7 +298,8 @@ class Cluster:
         if lane is journey.owner and journey.ask.output_tokens > 1:
             known(journey.decode).scheduler.pulls.early.drop(early_name(journey.request_id))
             journey.leased = lane.scheduler.leases.get(event.request_id) is not None
-            self._at(written, partial(self._send_decode, journey))
+            handed_over = written if self.fronts == 1 else self.now
+            self._at(handed_over, partial(self._send_decode, journey))
             return
         self._release(journey)
         self._forget(journey)
@@ -317,22 +320,26 @@ class Cluster:
             lane.scheduler.pulls.early.begin(request, num_tokens, self.now)
         self._wake(lane.group)
 
-    def _pull(self, lane: Lane) -> None:
+    def planned(self, lane: Lane, behind_s: float) -> None:
         """Start the transfers that are planned, each behind those before it on either port."""
         if lane.role != "decode" or not lane.scheduler.has_work:
             return
         for transfer in lane.scheduler.pulls.plan():
             owner = self._journeys[transfer.request_id.partition("/")[0]].owner
             ports = [lane] if owner is None else [lane, owner]
-            begin = max(self.now, *[port.link_free_s for port in ports])
+            begin = max(behind_s, *[port.link_free_s for port in ports])
             end = begin + self.link.seconds(len(transfer.blocks))
             for port in ports:
                 port.link_free_s = end
-            self._at(end, partial(self._pulled, lane, transfer))
+            early = lane.scheduler.pulls.early.flies(transfer.number)
+            awaited = [] if early else [end]
+            lane.pulls_end_s += awaited
+            self._at(end, partial(self._pulled, lane, transfer, awaited))
 
-    def _pulled(self, lane: Lane, transfer: TransferPlan) -> None:
+    def _pulled(self, lane: Lane, transfer: TransferPlan, awaited: list[float]) -> None:
+        for end in awaited:
+            lane.pulls_end_s.remove(end)
         lane.scheduler.pulls.commit(transfer)
-        self._pull(lane)
         self._wake(lane.group)
 
     def _release(self, journey: Journey) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from benthic.errors import ConfigError
 from benthic.plan.serving.steps import StepLoad, load_of
 from benthic.sched.batching import Scheduler
+from benthic.sched.pulls import AWAIT_S
 from benthic.sched.routing import InstanceState, Role
 from benthic.sched.tempo import Tempo
 
@@ -94,6 +95,7 @@ class Lane:
     queued_tokens: int = 0
     used_blocks: int = 0
     link_free_s: float = 0.0
+    pulls_end_s: list[float] = field(default_factory=list)
 
     def state(self) -> InstanceState:
         """What the routing policy sees."""
@@ -131,7 +133,10 @@ class Lane:
 
 
 class Listener(Protocol):
-    """Hears what steps have brought."""
+    """Hears what steps have brought, and when one is planned."""
+
+    def planned(self, lane: Lane, behind_s: float) -> None:
+        """A step is planned and not launched; those before it end at `behind_s`."""
 
     def landed(self, lane: Lane, plan: StepPlan) -> None:
         """A step is over; what it brought follows."""
@@ -153,8 +158,10 @@ class Flight(NamedTuple):
 class Group:
     """Runs the lanes of one instance in lockstep.
 
-    `run` is the live engine's loop: plan and launch until `depth` are in flight, late where the engine does,
-    then wait for the oldest to land.
+    `run` is the live instance's loop: plan, start the pulls that are planned and launch, until `depth` steps
+    are in flight, late where the engine does; then wait for the oldest to land. Pulls start behind the steps
+    that are in flight already, which may write to their blocks, so that they mostly end soon after the
+    oldest has landed: while another step is in flight, the next plan waits for them for up to `AWAIT_S`.
     """
 
     def __init__(self, index: int, spec: GroupSpec, listener: Listener) -> None:
@@ -171,6 +178,7 @@ class Group:
         self._device_free_s = 0.0
         self._tempo = None if spec.late_s is None else Tempo(spec.late_s)
         self._waits = False
+        self._landed_s = -math.inf
 
     @property
     def idle(self) -> bool:
@@ -182,10 +190,12 @@ class Group:
         if self._waits and self.flights[0].end_s <= now:
             self._land(self.flights.popleft().plans, now)
         while not self._waits and len(self.flights) < self.spec.depth:
-            due_s = now if self._tempo is None else self._tempo.due()
+            due_s = self._due(now)
             if due_s > now:
                 return due_s
             plans = tuple([lane.scheduler.plan(now) for lane in self.lanes])
+            for lane in self.lanes:
+                self._listener.planned(lane, self.flights[-1].end_s if self.flights else now)
             if not any(plan.num_tokens for plan in plans):
                 break
             self._launch(plans, now)
@@ -195,6 +205,12 @@ class Group:
             self._tempo.waits(now)
         self._waits = True
         return max(now, self.flights[0].end_s)
+
+    def _due(self, now: float) -> float:
+        """When to plan the next step: late, and with the pulls that come in time."""
+        ends = [end for lane in self.lanes for end in lane.pulls_end_s] if self.flights else []
+        pulled_s = min(max(ends), self._landed_s + AWAIT_S) if ends else now
+        return pulled_s if self._tempo is None else max(pulled_s, self._tempo.due())
 
     def _launch(self, plans: tuple[StepPlan, ...], now: float) -> None:
         took = self.spec.step([load_of(plan) if plan.num_tokens else NO_LOAD for plan in plans])
@@ -211,6 +227,7 @@ class Group:
         if self._tempo is not None:
             self._tempo.landed(now)
         self._waits = False
+        self._landed_s = now
         for lane, plan in zip(self.lanes, plans, strict=True):
             ended = lane.scheduler.commit_counts(plan, now, self._counts(plan))
             self._listener.landed(lane, plan)
