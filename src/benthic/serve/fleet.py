@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.sched.replan import ReplanConfig
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from benthic.serve.process import EngineFactory, EngineLike
 
 logger = logging.getLogger("benthic.serve.engine")
+
+SWITCH_S: Final = 0.0005
+"""How long the engine's thread may keep the desk's waiting: by default 5 ms, a step of those who ask it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +230,7 @@ def load_instance(
 
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
+    sys.setswitchinterval(SWITCH_S)
     device = seat.device(options.device, options.ranks, torch.cuda.device_count())
     options = replace(options, device=device, share_pages=not nixl)
     logger.info("device: %s", options.device)
