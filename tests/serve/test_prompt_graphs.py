@@ -14,7 +14,7 @@ from small_engine import NANO, is_empty, prompts, random_model, request, serve, 
 from test_overlap import mixed_requests
 from test_speculate import speculative
 
-from benthic.sched.graph_sizes import prompt_sizes
+from benthic.sched.graph_sizes import prompt_sizes, sizes_beside
 from benthic.serve import build
 from benthic.serve.graphs import GraphSizes
 from benthic.serve.prompt_graphs import CHUNKS, CONTEXT_ROWS, bounds
@@ -199,6 +199,12 @@ def test_sizes_rise_to_the_most_rows_of_a_step():
     assert len(most) == 14
     assert max(b / a for a, b in pairwise(most)) == 2
     assert most[-1] <= CONTEXT_ROWS
+    beside = sizes_beside(most, 64)
+    assert {64, 128, 192, 576, 1088, 2112, 4096} < set(beside)
+    assert beside[-1] == 4096
+    assert len(beside) == 15
+    assert sizes_beside(most, 0) == most
+    assert sizes_beside((8,), 64) == (8,)
 
 
 def test_a_step_that_is_recorded_makes_its_own_lists_of_tiles():

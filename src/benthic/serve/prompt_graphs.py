@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from benthic.model.network import Hidden
+from benthic.sched.graph_sizes import FEW_DECODES, sizes_beside
 from benthic.serve.attend import DecodeRows, PrefillRows, StepLayout
 from benthic.serve.graphs import Graphs
 from benthic.serve.transit import to_device
@@ -43,9 +44,6 @@ CHUNKS: Final = 32
 
 CONTEXT_ROWS: Final = 8192
 """Most rows of context that a recorded step expands, its own among them."""
-
-FEW_DECODES: Final = 64
-"""Sequences of the graphs for steps where few decode: where more may, contexts are cut into fewer parts."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ class PromptGraphs(Graphs):
 
     Args:
         served: as for `Graphs`.
-        sizes: row counts, in rising order.
+        sizes: row counts, in rising order; where few decode, their rows go on top.
         queries: rows of each sequence that decodes.
         sequences: most that may decode; of 0 nothing is attended to in the latent space.
         reads_cache: chunks continue something that is cached.
@@ -180,7 +178,14 @@ class PromptGraphs(Graphs):
             *([(1 + drafts, few)] if drafts else []),
         ]
         return tuple(
-            cls(served, sizes, queries, sequences=sequences, reads_cache=reads_cache, buffers=buffers)
+            cls(
+                served,
+                sizes_beside(sizes, sequences * queries if sequences == few else 0),
+                queries,
+                sequences=sequences,
+                reads_cache=reads_cache,
+                buffers=buffers,
+            )
             for queries, sequences in decodes
             for reads_cache in (False, True)
         )

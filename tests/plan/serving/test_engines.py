@@ -135,6 +135,14 @@ def test_steps_with_prompts_are_padded_to_the_sizes_that_are_recorded():
     assert [engine.recorded_rows(rows) for rows in (1, 64, 65, 2048, 2112, 4096, 4097)] == [
         *(64, 64, 128, 2048, 2560, 4096, 4097)
     ]
+    assert [engine.recorded_rows(rows, 64) for rows in (60, 70, 2112, 2113, 4096)] == [
+        64,
+        128,
+        2112,
+        2624,
+        4096,
+    ]
+    assert engine.recorded_rows(2112, 65) == 2560, "where more decode, sizes are those of prompts alone"
     step = replace_engine(PLAIN, engine)
 
     def took(tokens: int) -> float:

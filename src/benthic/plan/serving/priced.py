@@ -18,7 +18,7 @@ from benthic.plan.cost.price import price
 from benthic.plan.cost.priced import Total, total
 from benthic.plan.serving.fronts import FREE, FrontCost
 from benthic.plan.serving.operations import StepOperations
-from benthic.sched.graph_sizes import prompt_sizes
+from benthic.sched.graph_sizes import FEW_DECODES, prompt_sizes, sizes_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,9 +104,13 @@ class Engine:
     graph_rows: int = 0
     front: FrontCost = FREE
 
-    def recorded_rows(self, tokens: int) -> int:
-        """Rows of a step with prompts and so many tokens, padded where it is a graph."""
-        sizes = prompt_sizes(self.graph_rows) if tokens <= self.graph_rows else (tokens,)
+    def recorded_rows(self, tokens: int, decodes: int = 0) -> int:
+        """Rows of a step with prompts, `decodes` of its tokens among them, padded where it is a graph."""
+        if tokens > self.graph_rows:
+            return tokens
+        sizes = prompt_sizes(self.graph_rows)
+        if 0 < decodes <= FEW_DECODES:
+            sizes = sizes_beside(sizes, FEW_DECODES)
         return sizes[bisect_left(sizes, tokens)]
 
     def share(self, rows: float, *, decodes: bool, prompts: bool) -> float:
@@ -187,7 +191,7 @@ class PricedStep:
     def rank(self, load: StepLoad) -> Rank:
         """What one rank does before it meets the others."""
         halves = self._rank(load, 2) if self.layout.overlap else 0.0
-        rows = self._padded(load.tokens) if load.prefill_tokens else load.tokens
+        rows = self._padded(load.tokens, load.decodes) if load.prefill_tokens else load.tokens
         whole = self._rank(load, 1, rows - load.tokens)
         return Rank(rows, load.decodes > 0, load.prefill_tokens > 0, whole, halves)
 
