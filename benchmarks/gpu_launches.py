@@ -34,7 +34,7 @@ from benthic.model.local import LocalExchange, PackedAttend
 from benthic.model.products import WeightGradients
 from benthic.model.rope import Angles
 from benthic.model.sockets import Sockets
-from benthic.parallel.chunk import Chunk
+from benthic.parallel.chunk import Chunk, joined
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.pipeline import Flow
 from benthic.parallel.stages import build
@@ -234,11 +234,12 @@ def stage(precision: PrecisionConfig, dense: bool, layers: int) -> Iterator[list
     unread: Any = None  # blocks read no tokens
     task = Task(unread, unread, sockets, objective)
     while True:
-        yield [
-            phase
+        steps = (
+            step
             for each in made.model.blocks
-            for phase in made._block(each, task, angles(), f"layers.{each.layer}")  # noqa: SLF001
-        ]
+            for step in made._block(each, task, angles(), f"layers.{each.layer}")  # noqa: SLF001
+        )
+        yield joined(steps, apart=made.paired)
 
 
 def angles() -> Angles:

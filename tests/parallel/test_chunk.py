@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from live_memory import LiveMemory
 
-from benthic.parallel.chunk import Chunk, Phase
+from benthic.parallel.chunk import Chunk, Phase, Step, joined
 
 
 class Pair(NamedTuple):
@@ -17,20 +18,72 @@ class Pair(NamedTuple):
     value: torch.Tensor
 
 
-def phases(weight: torch.Tensor) -> list[Phase]:
-    return [
-        Phase("split", "compute", lambda x: Pair(x, x @ weight)),
-        Phase("square", "compute", lambda pair: Pair(pair.passing, pair.value.square())),
-        Phase("join", "compute", lambda pair: pair.passing + pair.value),
+def phases(weight: torch.Tensor, *, apart: bool = True) -> list[Phase]:
+    steps = (
+        Step("split", lambda x: Pair(x, x @ weight), sends=True),
+        Step("square", lambda pair: Pair(pair.passing, pair.value.square()), sends=True),
+        Step("join", lambda pair: pair.passing + pair.value),
+    )
+    return joined(steps, apart=apart)
+
+
+class Named:
+    """Weights that are equal if their names are, as those of one unit."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Named) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def acquire(self) -> None:
+        """Nothing."""
+
+    def release(self) -> None:
+        """Nothing."""
+
+
+def names(phases: list[Phase]) -> list[list[str]]:
+    return [[step.name for step in phase.steps] for phase in phases]
+
+
+def test_steps_are_cut_for_weights_for_transfers_and_before_what_is_read_again() -> None:
+    def step(name: str, unit: str | None, **known: bool) -> Step:
+        return Step(name, lambda x: x, None if unit is None else Named(unit), **known)
+
+    steps = [
+        step("embed", "E"),
+        step("attention", "0"),
+        step("dispatch", "0", sends=True),
+        step("experts", "0", sends=True),
+        step("combine", None),
+        step("next", "1"),
+        step("head", "H"),
+        step("project", "H", again=True),
     ]
+    whole = [["embed"], ["attention", "dispatch", "experts", "combine"], ["next"], ["head"], ["project"]]
+    assert names(joined(steps, apart=False)) == whole
+    apart = joined(steps, apart=True)
+    assert names(apart) == [
+        ["embed"], ["attention", "dispatch"], ["experts"], ["combine", "next"], ["head"], ["project"],
+    ]  # fmt: skip
+    assert [phase.weights for phase in apart] == [Named(unit) for unit in "E001HH"]
+    assert [phase.name for phase in apart[1:3]] == ["attention to dispatch", "experts"]
+    held = [Step(each.name, each.run, None, each.sends, each.again) for each in steps]
+    assert [len(each) for each in names(joined(held, apart=False))] == [7, 1]
 
 
-def test_gradients_through_cuts_are_those_of_the_whole() -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_gradients_through_cuts_are_those_of_the_whole(apart: bool) -> None:  # noqa: FBT001
     x, weight = torch.randn(5, 4), torch.randn(4, 4, requires_grad=True)
     whole = x.clone().requires_grad_()
     (whole + (whole @ weight).square()).backward(torch.ones(5, 4))
     expected, weight.grad = weight.grad, None
-    chunk = Chunk(phases(weight), x.requires_grad_())
+    chunk = Chunk(phases(weight, apart=apart), x.requires_grad_())
+    assert len(chunk.phases) == (3 if apart else 1)
     while chunk.next_forward is not None:
         chunk.forward()
     assert torch.equal(chunk.take_output(), x + (x @ weight).square())

@@ -33,14 +33,16 @@ def spoil(run: Run, step: int, what: Callable[[], None]) -> None:
     def spoiled(microbatch: int) -> list[Phase]:
         found = phases(microbatch)
         if microbatch == 1 and run.trainer.steps_done + 1 == step:
-            at = next(i for i, phase in enumerate(found) if phase.name.startswith("layers"))
-            inner = found[at].run
+            steps = list(found[0].steps)
+            at = next(i for i, step in enumerate(steps) if step.name.startswith("layers"))
+            inner = steps[at].run
 
             def bad(state: object) -> object:
                 what()
                 return inner(state)
 
-            found[at] = dataclasses.replace(found[at], run=bad)
+            steps[at] = dataclasses.replace(steps[at], run=bad)
+            found[0] = dataclasses.replace(found[0], steps=tuple(steps))
         return found
 
     stage.phases = spoiled  # type: ignore[method-assign]
@@ -91,7 +93,7 @@ def test_a_rank_that_hangs_is_found_and_every_report_says_what_it_waits_for(tmp_
     reports = [(tmp_path / "logs" / f"stuck-rank-{rank}.txt").read_text() for rank in range(LAYOUT.ranks)]
     assert all(report.startswith("step 3 has taken") for report in reports)
     assert "rank 3 (pp 1, dp 1, cp 0, tp 0, ep 1): pipeline rank 1: 1F1 (operation" in reports[3]
-    assert "in phase layers.1" in reports[3]
+    assert "in phase layers.1.attention" in reports[3]
     assert "time.sleep" in reports[3] or "one_rank_hangs" in reports[3]
     assert "waits for 1B" in reports[1]
     assert "from pipeline rank 1" in reports[1]

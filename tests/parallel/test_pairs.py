@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from benthic.parallel.chunk import Phase
+from benthic.parallel.chunk import Step, joined
 from benthic.parallel.pipeline import Flow, TableExecutor
 from benthic.sched.pipeline.dualpipe_v import dualpipe_v
 
-LANES = {"attention": "compute", "dispatch": "dispatch", "experts": "compute", "combine": "combine"}
+BLOCK = ("attention", "dispatch", "experts", "combine")
+COMPUTES = {"attention", "experts"}
 FORWARD = {"dispatch": "experts", "experts": "combine"}
 """What starts a transfer, and what finishes it."""
 BACKWARD = {finish: start for start, finish in FORWARD.items()}
@@ -31,20 +32,21 @@ class Noted(torch.autograd.Function):
 
 
 class Stage:
-    """Blocks of four phases, behind an embedding or before a loss."""
+    """Blocks of four steps, behind an embedding or before a loss."""
 
     def __init__(self, number, blocks, log, pairs):
         self.number, self.blocks, self.log, self.pairs = number, blocks, log, pairs
 
     def phases(self, microbatch):
         weight = torch.ones(2, requires_grad=True)
-        found = [Phase("embed", "compute", lambda _: Flow(weight * 1))] if self.number == 0 else []
+        found = [Step("embed", lambda _: Flow(weight * 1))] if self.number == 0 else []
         for _ in range(self.blocks):
-            for name, lane in LANES.items():
-                found.append(Phase(name, lane, self.noted((self.number, microbatch), name)))
+            for name in BLOCK:
+                run = self.noted((self.number, microbatch), name)
+                found.append(Step(name, run, sends=name in FORWARD))
         if self.number == 1:
-            found.append(Phase("head", "compute", lambda flow: Flow(None, flow.value.sum())))
-        return found
+            found.append(Step("head", lambda flow: Flow(None, flow.value.sum())))
+        return joined(found, apart=True)
 
     def noted(self, chunk, name):
         return lambda flow: Flow(Noted.apply(flow.value, self.log, chunk, name), flow.loss)
@@ -72,13 +74,13 @@ def test_between_the_two_ends_of_a_transfer_the_other_chunk_computes():
     Watched(dualpipe_v(1, 4), 0, {number: Stage(number, 3, log, pairs) for number in range(2)}).run()
     assert len(pairs) == 5
     for pair in pairs:
-        computed = [chunk for chunk, name, _ in pair if LANES[name] == "compute"]
+        computed = [chunk for chunk, name, _ in pair if name in COMPUTES]
         assert len(computed) == 12
         for at, (chunk, name, direction) in enumerate(pair):
             finish = (FORWARD if direction == "forward" else BACKWARD).get(name)
-            left = [c for c, n, _ in pair[at + 1 :] if c != chunk and LANES[n] == "compute"]
+            left = [c for c, n, _ in pair[at + 1 :] if c != chunk and n in COMPUTES]
             if finish is None or not left:
                 continue
             end = pair.index((chunk, finish, direction), at)
-            between = [c for c, n, _ in pair[at + 1 : end] if c != chunk and LANES[n] == "compute"]
+            between = [c for c, n, _ in pair[at + 1 : end] if c != chunk and n in COMPUTES]
             assert between, (chunk, name, direction, pair)

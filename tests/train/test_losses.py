@@ -35,11 +35,12 @@ def sockets_of(model: DeepSeek, batch: Microbatch):
 
 
 def loss_of(model: DeepSeek, batch: Microbatch, weights: Weights) -> tuple[torch.Tensor, Tally]:
-    """The phases of the whole network in order, not cut."""
+    """The steps of the whole network in order, not cut."""
     tally, flow = Tally(), Flow(None)
     task = Task(batch, batch.positions_T, sockets_of(model, batch), Objective(weights, tally, batch.rows))
     for phase in ModelStage(model, True, defaultdict(tuple), [task]).phases(0):  # noqa: FBT003
-        flow = phase.run(flow)
+        for step in phase.steps:
+            flow = step.run(flow)
     return flow.loss, tally
 
 

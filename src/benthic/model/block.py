@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from torch import nn
 
@@ -66,7 +66,13 @@ ComputedT = TypeVar("ComputedT")
 
 
 class Block(nn.Module, ABC, Generic[SentT, ComputedT]):
-    """One layer; subclasses differ in what happens after attention."""
+    """One layer; subclasses differ in what happens after attention.
+
+    Attributes:
+        sends: `dispatch` and `experts` leave transfers on their way, which `experts` and `combine` finish.
+    """
+
+    sends: ClassVar[bool]
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -109,6 +115,8 @@ class Block(nn.Module, ABC, Generic[SentT, ComputedT]):
 class DenseBlock(Block[Attended, Expanded]):
     """A layer with one feed-forward network: dispatch and combine have nothing to do."""
 
+    sends = False
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.mlp = Mlp(config.hidden_size, config.intermediate_size)
@@ -131,6 +139,8 @@ class DenseBlock(Block[Attended, Expanded]):
 
 class MoeBlock(Block[Sent, Computed]):
     """A layer with routed and shared experts."""
+
+    sends = True
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)

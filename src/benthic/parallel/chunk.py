@@ -1,8 +1,8 @@
 """One microbatch on its way through one stage: forward in pieces, then backward in the same pieces.
 
-A stage is a list of phases, each a function from state to state. Between two phases the graph is cut: the
-tensors of the state are detached, and the next phase starts a graph of its own. Backward can then run phase
-by phase too, so that an executor may run something else in between.
+A stage is a list of steps, each a function from state to state, joined to as few phases as there may be.
+Between two phases the graph is cut: the tensors of the state are detached, and the next phase starts a graph
+of its own. Backward can then run phase by phase too, so that an executor may run something else in between.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.autograd.graph import get_gradient_edge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
     from torch.autograd.graph import GradientEdge
-
-Lane = Literal["compute", "dispatch", "combine"]
-"""Forward, a dispatch starts a transfer and a combine finishes one; backward it is the other way round."""
 
 
 class Weights(Protocol):
@@ -38,17 +35,54 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class Phase:
+class Step:
     """One piece of a stage.
 
     `run` maps the state before to the state after; a state is a tensor, or a dataclass or tuple of them.
-    `lane` says what it mostly uses. `weights` must be held while it runs.
+    `weights` must be held while it runs. With `sends` it leaves a transfer on its way that the next step
+    finishes; backward, the next one leaves one that this one finishes. With `again` it reads parameters that
+    steps before it have read.
     """
 
     name: str
-    lane: Lane
     run: Callable[[Any], Any]
     weights: Weights | None = None
+    sends: bool = False
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps between two cuts, and the weights that all of them hold."""
+
+    steps: tuple[Step, ...]
+    weights: Weights | None
+
+    @property
+    def name(self) -> str:
+        """Its steps, from the first to the last."""
+        first, last = self.steps[0].name, self.steps[-1].name
+        return first if first == last else f"{first} to {last}"
+
+
+def joined(steps: Iterable[Step], *, apart: bool) -> list[Phase]:
+    """Steps in order as phases, cut where other weights are needed and, with `apart`, behind what sends.
+
+    Every cut costs the host the end of a graph and the start of another, forward and backward. One comes too
+    before parameters are read again: in one graph their two gradients were added to each other first, and
+    the sum had other bits than in a layout that has these steps on two ranks.
+    """
+    found: list[list[Step]] = []
+    held: Weights | None = None
+    for step in steps:
+        other = held is not None and step.weights is not None and step.weights != held
+        if not found or other or step.again or (apart and found[-1][-1].sends):
+            found.append([])
+            held = None
+        found[-1].append(step)
+        held = held if step.weights is None else step.weights
+    weights = (next((s.weights for s in each if s.weights is not None), None) for each in found)
+    return [Phase(tuple(each), its) for each, its in zip(found, weights, strict=True)]
 
 
 @dataclass
@@ -135,14 +169,14 @@ class Chunk:
         phases: of the stage, bound to this microbatch.
         state: what the next phase starts from; after the last phase, the output's shape made of leaves, in
             whose `.grad` whoever runs the backward leaves the gradients of the output.
-        running: the phase that was started last.
+        running: the step that was started last, or backward the phase.
     """
 
     phases: Sequence[Phase]
     state: Any
     _cuts: list[Cut] = field(default_factory=list)
     _leaves: list[Tensor] = field(default_factory=list)
-    running: Phase | None = None
+    running: str | None = None
     _held: Weights | None = None
     _output: Any = None
 
@@ -168,10 +202,13 @@ class Chunk:
 
     def forward(self) -> None:
         """Run the next phase and cut after it."""
-        self.running = phase = _existing(self.next_forward)
+        phase = _existing(self.next_forward)
         self._hold(phase.weights)
         self._cuts.append(Cut())
-        after = phase.run(self.state)
+        after, self.state = self.state, None
+        for step in phase.steps:
+            self.running = step.name
+            after = step.run(after)
         if self.next_forward is None:
             self._output = after
             self.state, self._leaves = end(after, self._cuts[-1])
@@ -186,7 +223,8 @@ class Chunk:
 
     def backward(self) -> None:
         """Run the last phase backward from the gradients that came back to the cut after it; forget it."""
-        self.running = phase = _existing(self.next_backward)
+        phase = _existing(self.next_backward)
+        self.running = phase.name
         self._hold(phase.weights)
         self.state = None
         after = self._cuts.pop()

@@ -139,7 +139,7 @@ class TableExecutor:
         On a GPU it is what the host launched last.
         """
         at = f"operation {self._position + 1} of {len(self._program)} of table {self.table.name!r}"
-        phases = [chunk.running.name for chunk in self._active if chunk.running is not None]
+        phases = [chunk.running for chunk in self._active if chunk.running is not None]
         inside = f", in phase {' and '.join(phases)}" if phases else ""
         awaited = self._awaited
         waits = "" if awaited is None else f", waits for {awaited[0]} from pipeline rank {awaited[1]}"
@@ -207,28 +207,17 @@ class TableExecutor:
     def _pair(self, forward: Action, backward: Action) -> Mark | None:
         """Alternate between two chunks, so that one computes while what the other has sent travels.
 
-        A transfer is started by the chunk's phase before the one that finishes it, and one of the two
-        computes. So a phase that starts one goes before the other chunk's computation, and a phase that
-        finishes one goes behind it: each of the four transfers of a layer has a computation to hide behind.
-        Where both do the same, the chunk with more phases left goes on, so that they end together.
+        A phase ends where a transfer is on its way, which the chunk's next phase finishes: each transfer has
+        a phase of the other chunk to hide behind. The backward goes first, for it gives memory back.
         """
         ahead, back = self._enter(forward), self._enter(backward)
         self._active, start = (ahead, back), self._mark()
-        with self._gradients(backward):
-            while (one := ahead.next_forward) is not None and (other := back.next_backward) is not None:
-                if (one.lane == "compute") == (other.lane == "compute"):
-                    more = len(ahead.phases) - ahead.done > back.done
-                    ahead.forward() if more else back.backward()
-                elif "dispatch" in (one.lane, other.lane):
-                    ahead.forward()
+        while ahead.next_forward is not None or back.next_backward is not None:
+            if back.next_backward is not None:
+                with self._gradients(backward):
                     back.backward()
-                else:
-                    back.backward()
-                    ahead.forward()
-            while back.next_backward is not None:
-                back.backward()
-        while ahead.next_forward is not None:
-            ahead.forward()
+            if ahead.next_forward is not None:
+                ahead.forward()
         self._leave(forward, ahead)
         self._leave(backward, back)
         return start

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from benthic.model.network import Hidden, Passed
-from benthic.parallel.chunk import Phase
+from benthic.parallel.chunk import Step, joined
 from benthic.parallel.pipeline import Flow
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benthic.model.rope import Angles
     from benthic.model.sockets import Sockets
     from benthic.parallel.buckets import Bucket
-    from benthic.parallel.chunk import Lane
+    from benthic.parallel.chunk import Phase
     from benthic.parallel.recorder import Pace
     from benthic.train.data.microbatch import Microbatch
     from benthic.train.losses import Objective
@@ -67,8 +67,8 @@ class ModelStage:
         first: whether microbatches enter here.
         buckets: the parameters by unit.
         pace: measures attention; None: nothing is measured.
-        paired: some slot runs the phases of two microbatches alternately, so that blocks are cut into their
-            four; else each is one.
+        paired: some slot runs two microbatches alternately, so that one computes while rows of the other
+            travel to experts or back: there its phases end.
     """
 
     model: DeepSeek
@@ -92,7 +92,7 @@ class ModelStage:
 
     def phases(self, microbatch: int) -> list[Phase]:
         """Everything that happens to a microbatch here, in order."""
-        return list(self._phases(self.tasks[microbatch]))
+        return joined(self._steps(self.tasks[microbatch]), apart=self.paired)
 
     def _uses(self, unit: str) -> bool:
         top, _, index = unit.partition(".")
@@ -102,26 +102,27 @@ class ModelStage:
             return int(index) in self.model.part.mtp
         return self.model.part.embed if top == "embed" else self.model.part.head
 
-    def _phases(self, task: Task) -> Iterator[Phase]:
+    def _steps(self, task: Task) -> Iterator[Step]:
         model = self.model
         angles = model.rotary(task.positions_T)
         if self.first:
-            yield self._phase("embed", lambda _: Flow(model.embed(task.batch.tokens_T)), "embed")
+            yield self._step("embed", lambda _: Flow(model.embed(task.batch.tokens_T)), "embed")
         for block in model.blocks:
             yield from self._block(block, task, angles, f"layers.{block.layer}")
         if model.part.head:
-            yield self._phase("head", lambda flow: self._head(flow, task), "head")
+            yield self._step("head", lambda flow: self._head(flow, task), "head")
         for depth in model.part.mtp:
             yield from self._mtp(depth, task, angles)
 
-    def _phase(self, name: str, run: Callable[[Flow], Flow], *units: str) -> Phase:
+    def _step(self, name: str, run: Callable[[Flow], Flow], *units: str, **known: bool) -> Step:
         buckets = tuple(b for unit in units for b in self.buckets[unit] if b.gathered)
-        lanes: tuple[Lane, ...] = ("dispatch", "combine")
-        lane: Lane = next((lane for lane in lanes if name.endswith(lane)), "compute")
-        return Phase(name, lane, run, Held(buckets) if buckets else None)
+        return Step(name, run, Held(buckets) if buckets else None, **known)
 
-    def _block(self, block: Block, task: Task, angles: Angles, unit: str) -> Iterator[Phase]:
+    def _block(self, block: Block, task: Task, angles: Angles, unit: str) -> Iterator[Step]:
         sockets, config = task.sockets, self.model.config
+
+        def attention(flow: Flow) -> Flow:
+            return Flow(block.attention(flow.value, angles, sockets), flow.loss)
 
         def experts(flow: Flow) -> Flow:
             routing, loss = block.routing(flow.value), flow.loss
@@ -131,25 +132,24 @@ class ModelStage:
                 loss = here if loss is None else loss + here
             return Flow(block.experts(flow.value, sockets), loss)
 
-        steps: dict[str, Callable[[Flow], Flow]] = {
-            "attention": lambda flow: Flow(block.attention(flow.value, angles, sockets), flow.loss),
-            "dispatch": lambda flow: Flow(block.dispatch(flow.value, sockets), flow.loss),
-            "experts": experts,
-            "combine": lambda flow: Flow(block.combine(flow.value, sockets), flow.loss),
-        }
-        if self.pace is not None:
-            steps["attention"] = self.pace.timed(steps["attention"])
-        if not self.paired:
-            steps = {"": _in_order(tuple(steps.values()))}
-        for name, run in steps.items():
-            yield self._phase(f"{unit}.{name}".rstrip("."), run, unit)
+        def dispatch(flow: Flow) -> Flow:
+            return Flow(block.dispatch(flow.value, sockets), flow.loss)
+
+        def combine(flow: Flow) -> Flow:
+            return Flow(block.combine(flow.value, sockets), flow.loss)
+
+        attend = attention if self.pace is None else self.pace.timed(attention)
+        yield self._step(f"{unit}.attention", attend, unit)
+        yield self._step(f"{unit}.dispatch", dispatch, unit, sends=block.sends)
+        yield self._step(f"{unit}.experts", experts, unit, sends=block.sends)
+        yield self._step(f"{unit}.combine", combine)
 
     def _head(self, flow: Flow, task: Task) -> Flow:
         hidden = self.model.finish(Passed(flow.value, ()))
         loss = task.objective.main(self.model, hidden, task.batch.target_KT[0])
         return Flow(self.model.mtp_input(hidden) if self.model.part.mtp else None, _plus(flow.loss, loss))
 
-    def _mtp(self, depth: int, task: Task, angles: Angles) -> Iterator[Phase]:
+    def _mtp(self, depth: int, task: Task, angles: Angles) -> Iterator[Step]:
         model, module, unit = self.model, self.model.mtp_module(depth), f"mtp.{depth}"
 
         def project(flow: Flow) -> Flow:
@@ -162,18 +162,9 @@ class ModelStage:
             further = depth + 1 < len(model.part.mtp)
             return Flow(model.mtp_input(hidden) if further else None, _plus(flow.loss, loss))
 
-        yield self._phase(f"{unit}.project", project, unit, "embed")
+        yield self._step(f"{unit}.project", project, unit, "embed", again=True)
         yield from self._block(module.block, task, angles, unit)
-        yield self._phase(f"{unit}.head", head, unit, "head")
-
-
-def _in_order(steps: Sequence[Callable[[Flow], Flow]]) -> Callable[[Flow], Flow]:
-    def whole(flow: Flow) -> Flow:
-        for step in steps:
-            flow = step(flow)
-        return flow
-
-    return whole
+        yield self._step(f"{unit}.head", head, unit, "head")
 
 
 def _plus(loss: Tensor | None, more: Tensor) -> Tensor:
