@@ -95,7 +95,7 @@ class Executor:
         self.config, self.mesh, self.device, self.linear = config, mesh, device, linear
         self._exchange, self._sink = exchange, sink
         self.tally = Tally()
-        paired = overlaps(table)
+        paired = overlaps(table) and mesh.layout.ep_degree > 1
         self._stages = {
             s: ModelStage(m, s == 0, stages.buckets, paired=paired) for s, m in stages.models.items()
         }
