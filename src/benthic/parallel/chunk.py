@@ -16,7 +16,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
     from torch.autograd.graph import GradientEdge
@@ -98,12 +98,7 @@ class Cut:
     def collect(self, state: Any) -> list[Tensor]:
         """Make room for the gradients of a state, whose tensors are returned."""
         tensors: list[Tensor] = []
-
-        def found(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
-            return tensor
-
-        _mapped(state, found)
+        _find(state, tensors)
         # The graph before a leaf is the leaf: to keep that would keep its memory, and nobody goes back there.
         self.edges = [None if each.grad_fn is None else get_gradient_edge(each) for each in tensors]
         self.gradients = [None] * len(tensors)
@@ -115,27 +110,48 @@ def cut(state: Any, made: Cut) -> Any:
     tensors = made.collect(state)
     if not tensors:
         return state
-    starts = iter(_Start.apply(_linked(tensors[0].device), tensors, made))
-    return _mapped(state, lambda _: next(starts))
+    return _with(state, iter(_Start.apply(_linked(tensors[0].device), tensors, made)))
 
 
 def end(state: Any, made: Cut) -> tuple[Any, list[Tensor]]:
     """As `cut`, but with leaves whose memory is one element: what waits for gradients."""
     leaves = [each.new_empty(()).expand(each.shape).requires_grad_() for each in made.collect(state)]
-    waiting = iter(leaves)
-    return _mapped(state, lambda _: next(waiting)), leaves
+    return _with(state, iter(leaves)), leaves
 
 
-def _mapped(state: Any, each: Callable[[Tensor], Tensor]) -> Any:
+def _find(state: Any, found: list[Tensor]) -> None:
+    """Add the tensors of a state that have a gradient."""
     if isinstance(state, torch.Tensor):
-        return each(state) if state.requires_grad else state
-    if dataclasses.is_dataclass(state) and not isinstance(state, type):
-        inner = {f.name: _mapped(getattr(state, f.name), each) for f in dataclasses.fields(state)}
-        return dataclasses.replace(state, **inner)
+        if state.requires_grad:
+            found.append(state)
+    elif (values := _values(state)) is not None:
+        for value in values:
+            _find(value, found)
+
+
+def _with(state: Any, tensors: Iterator[Tensor]) -> Any:
+    """The state with others for these, in the same order."""
+    if isinstance(state, torch.Tensor):
+        return next(tensors) if state.requires_grad else state
+    values = _values(state)
+    if values is None:
+        return state
+    changed = [_with(value, tensors) for value in values]
+    return tuple(changed) if type(state) is tuple else type(state)(*changed)
+
+
+def _values(state: Any) -> tuple[Any, ...] | None:
+    """The parts of a dataclass, a named tuple or a tuple; None: it has none."""
     if isinstance(state, tuple):
-        inner_values = [_mapped(value, each) for value in state]
-        return type(state)(*inner_values) if hasattr(state, "_fields") else tuple(inner_values)
-    return state
+        return state
+    names = _names(state.__class__)
+    return None if names is None else tuple([getattr(state, name) for name in names])
+
+
+@functools.cache
+def _names(kind: type) -> tuple[str, ...] | None:
+    """What a dataclass is made of."""
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
 
 
 @functools.cache
