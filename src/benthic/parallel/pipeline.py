@@ -108,6 +108,16 @@ class TableExecutor:
         self._marks.clear()
         if self.stopwatch is not None:
             self.stopwatch.start()
+        # Backward in a thread of its own would cost two wake-ups a phase, and this thread only waits for it.
+        with torch.autograd.set_multithreading_enabled(mode=False):
+            self._work(forward_only=forward_only)
+        self._chunks.clear()
+        self._active = ()
+        if self.links is not None:
+            self._finish(self.links)
+
+    def _work(self, *, forward_only: bool) -> None:
+        """The program, operation by operation."""
         for position, op in enumerate(self._program):
             self._position = position
             if forward_only and not isinstance(op, Compute) and op.payload.kind != "F":
@@ -118,10 +128,6 @@ class TableExecutor:
                 self._wired.send(self._results.pop(op.payload), op.to)
             else:
                 self._receive(op)
-        self._chunks.clear()
-        self._active = ()
-        if self.links is not None:
-            self._finish(self.links)
 
     def spans(self, step: int) -> list[Span]:
         """When each slot of the last run began and ended; empty without a stopwatch."""
