@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from benthic.parallel.exchange_routes import Choice
     from benthic.train.config import RunConfig
 
 META: Final = torch.device("meta")
@@ -58,7 +59,7 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.bytes = self.peak = 0
         self.of_peers: Tensor | None = None
-        self._read = read
+        self.read = read
         self._size: dict[int, int] = {}
         self._resize = torch.UntypedStorage.resize_
 
@@ -91,7 +92,7 @@ class Allocations(TorchDispatchMode):
 
     def _run(self, func: Any, args: tuple[Any, ...], words: dict[str, Any]) -> object:
         if func is aten._local_scalar_dense.default and args[0].device == META:  # noqa: SLF001
-            return self._read(args[0])
+            return self.read(args[0])
         if func is aten._to_copy.default and args[0].device == META != words.get("device", META):  # noqa: SLF001
             return torch.ones(args[0].shape, dtype=words.get("dtype") or args[0].dtype)
         if func is aten.copy_.default and args[1].device == META != args[0].device:
@@ -134,7 +135,7 @@ def peak_of_a_step(config: RunConfig, data: Path, rank: int = 0) -> int:
     The second step, where FP8 copies are made beside those of the step before.
     """
     gc.collect()
-    with _world(config, rank), _on_meta(config) as found:
+    with world(config, rank), on_meta(config) as found:
         before = {_key(tensor) for tensor in _all()}
         trainer = Trainer(config, TokenShards(data, read_meta(data), "train"), Mesh.of(config.layout, rank))
         for tensor in _all():
@@ -154,7 +155,7 @@ def _all() -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _world(config: RunConfig, rank: int) -> Iterator[None]:
+def world(config: RunConfig, rank: int) -> Iterator[None]:
     """Process groups that communicate nothing; what was sent has arrived."""
     if config.layout.ranks == 1:
         yield
@@ -172,7 +173,7 @@ class _Done:
         self.is_completed = self.wait = lambda: True
 
 
-class _Keeping:
+class Keeping:
     """A push that is under way until it is joined."""
 
     def __init__(self, push: Callable[[], None], inputs: object) -> None:
@@ -188,7 +189,7 @@ class _Keeping:
 
 
 @contextlib.contextmanager
-def _on_meta(config: RunConfig) -> Iterator[Allocations]:
+def on_meta(config: RunConfig) -> Iterator[Allocations]:
     """The trainer's allocations with the choices of a GPU, but nothing computed."""
     tokens = number(config.train.local_batch_size) * number(config.train.seq_len)
     tokens //= config.layout.token_shards
@@ -199,7 +200,8 @@ def _on_meta(config: RunConfig) -> Iterator[Allocations]:
             return copies
         return 1.0 if tensor.dtype.is_floating_point else 1
 
-    def counts(exchange: AllToAllExchange, _chosen: object) -> list[list[list[int]]]:
+    def counts(exchange: AllToAllExchange, chosen: Choice) -> list[list[list[int]]]:
+        dist.all_to_all_single(torch.empty_like(chosen.counts_n2), chosen.counts_n2, group=exchange.group)
         rows = round(tokens * arrivals(config.model, exchange.ranks) / exchange.ranks)
         return [[[rows, round(copies / exchange.ranks)]] * exchange.ranks] * 2
 
@@ -225,7 +227,7 @@ def _on_meta(config: RunConfig) -> Iterator[Allocations]:
         ):
             stack.enter_context(mock.patch.object(where, name, stand_in))
         stack.enter_context(mock.patch("benthic.parallel.stages.initialise"))
-        stack.enter_context(mock.patch("benthic.parallel.exchange_nvlink.push_stream", return_value=_Keeping))
+        stack.enter_context(mock.patch("benthic.parallel.exchange_nvlink.push_stream", return_value=Keeping))
         stack.enter_context(mock.patch.dict(triton_loss._ROOM, meta=triton_loss._ROOM["cuda"]))  # noqa: SLF001
         yield found
 

@@ -192,22 +192,25 @@ def calibration_run(profile: Profile) -> tuple[tuple[Work, ...], list[dict[str, 
         for line in (RESULTS / "spans" / f"zb-h1-rank-{rank}.jsonl").read_text().splitlines():
             span = json.loads(line)
             took[rank][span["slot"][1]].append(span["end"] - span["start"])
-    return stages(candidate, machine, 2), took
+    return stages(candidate, machine, (0, 1)), took
 
 
 def host_of_operators(profile: Profile) -> dict[str, float]:
-    """What the host takes for an operator and the GPU waits after a drain, read from slots that show it.
+    """What the host takes for a call and the GPU waits after a drain, read from slots that show it.
 
     The second rank never waits for the first: its slots last as long as launching two mixtures and the head.
+    Those of weights alone have few calls and last as long as their products: a call of theirs is taken to be
+    one of a backward to the input.
     Forwards of the first rank but the first two begin with everything queued up to the one drain, which is
     what they last beyond their operations.
     """
     (first, _), (took, later) = calibration_run(profile)
-    calls = launches.MIXTURE.plus(launches.MIXTURE).plus(launches.HEAD)
+    calls = launches.MIXTURE.plus(launches.MIXTURE).plus(launches.HEAD).plus(launches.STAGE)
+    backward = statistics.median(later["I"]) / calls.input
     return {
         "host operator forward": statistics.median(later["F"]) / calls.forward,
-        "host operator input": statistics.median(later["I"]) / calls.input,
-        "host operator weight": statistics.median(later["W"]) / calls.weight,
+        "host operator input": backward,
+        "host operator weight": backward,
         "host drain": max(0.0, statistics.median(took["F"][2:]) - first.forward.seconds),
     }
 

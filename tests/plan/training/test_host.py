@@ -16,7 +16,7 @@ from benthic.plan.cost.ops import Attention, Gemm
 from benthic.plan.cost.price import price
 from benthic.plan.training.block import block
 from benthic.plan.training.candidate import Candidate, Rows
-from benthic.plan.training.launches import DENSE, HEAD, MIXTURE, Calls
+from benthic.plan.training.launches import DENSE, EMBEDDING, HEAD, MIXTURE, STAGE, Calls
 from benthic.plan.training.overlay import overlay
 from benthic.plan.training.stage import shape_of
 from benthic.plan.training.step import step, waterfall
@@ -46,7 +46,7 @@ def test_a_slow_host_sets_the_time_of_a_step_and_a_fast_one_none_of_it():
     slow = step(one(), with_host(operator_forward=1.0, operator_input=2.0, operator_weight=3.0))
     fast = step(one(), with_host(operator_forward=1e-9, operator_input=1e-9, operator_weight=1e-9))
     calls = Calls()
-    for each in (DENSE, MIXTURE, MIXTURE, MIXTURE, HEAD):
+    for each in (STAGE, EMBEDDING, DENSE, MIXTURE, MIXTURE, MIXTURE, HEAD):
         calls = calls.plus(each)
     assert fast.seconds == free.seconds
     assert slow.timeline.makespan == pytest.approx(8 * (calls.forward + 2 * calls.input + 3 * calls.weight))
@@ -74,7 +74,7 @@ def test_zero_adds_its_collectives_to_every_slot_and_a_slow_host_hides_them():
     slow = {"operator_forward": 1.0, "operator_input": 1.0, "operator_weight": 1.0}
     later = step(sharded, with_host(**slow)).timeline.makespan
     assert later == pytest.approx(
-        step(one(layout=Layout(dp_degree=2)), with_host(**slow)).timeline.makespan + 4 * 4 * 42
+        step(one(layout=Layout(dp_degree=2)), with_host(**slow)).timeline.makespan + 4 * 4 * (42 + 2 + 8 + 3)
     ), "only the operators that it adds"
     assert waterfall(free)["gradients and weights over links"] == pytest.approx(
         free.update.collectives.seconds + 4 * each

@@ -50,7 +50,7 @@ class Step(NamedTuple):
 class Shape:
     """The sizes of one microbatch on one rank. `tokens` are its own, between the layers.
 
-    `cut`: the host calls a block phase by phase, since slots overlap those of two microbatches.
+    `cut`: the host calls a mixture in phases, since slots overlap those of two microbatches.
     """
 
     model: ModelConfig

@@ -137,7 +137,7 @@ class _Search:
         self.found.looked_at += 1
         one, table = self._of(first.choice)
         machine = self.question.machine
-        work = stages(one, machine, table.table.stages)
+        work = stages(one, machine, table.table.routes[0])
         ending = update(one, machine, table.table.routes)
         sync = sync_of(ending, one, table.forwards)
         prices = Prices(work, machine, transfer=transfer(one, machine), sync=sync)

@@ -179,7 +179,7 @@ class _Part:
     def __init__(self, question: Question, space: Space, choice: Choice) -> None:
         self.question, self.space, self.choice = question, space, choice
         one = candidate(question, choice)
-        (self.work,) = stages(one, question.machine, 1)
+        (self.work,) = stages(one, question.machine)
         layers = question.model.num_hidden_layers
         tokens = choice.local_batch_size * question.seq_len / (choice.tp * choice.cp)
         self.block = tokens * min(block_bytes(one, layer) for layer in (0, layers - 1))

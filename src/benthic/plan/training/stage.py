@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benthic.parallel.parts import parts_of
@@ -125,36 +126,40 @@ def shape_of(candidate: Candidate, machine: Machine) -> Shape:
         again=again,
         skew=candidate.skew,
         kept_pairs=candidate.train.kept_pairs,
-        cut=schedules.BUILDERS[layout.schedule].pairs,
+        cut=layout.ep_degree > 1 and schedules.BUILDERS[layout.schedule].pairs,
     )
 
 
 class Kind(NamedTuple):
-    """What a stage holds, as far as its work depends on it; stages alike are priced once."""
+    """What a stage holds, as far as its work depends on it; stages alike are priced once.
+
+    `messages`: how many of the stages before and behind it are on other pipeline ranks.
+    """
 
     mixed: int
     dense: int
     embeddings: int
     heads: int
     projections: int
+    messages: int = 0
 
     @classmethod
-    def of(cls, model: ModelConfig, part: Part) -> Kind:
+    def of(cls, model: ModelConfig, part: Part, messages: int = 0) -> Kind:
         """Of a part; prediction modules have a block, an embedding, a head and a projection each."""
         layers = [*part.layers, *(model.num_hidden_layers + depth for depth in part.mtp)]
         mixed, depths = sum(model.is_moe(layer) for layer in layers), len(part.mtp)
         embeds = bool(part.embed and part.layers[0] == 0)
-        return cls(mixed, len(layers) - mixed, embeds + depths, part.head + depths, depths)
+        return cls(mixed, len(layers) - mixed, embeds + depths, part.head + depths, depths, messages)
 
 
-def stages(candidate: Candidate, machine: Machine, count: int) -> tuple[Work, ...]:
-    """The work of each of `count` stages.
+def stages(candidate: Candidate, machine: Machine, route: tuple[int, ...] = (0,)) -> tuple[Work, ...]:
+    """The work of each stage, of which a route names the pipeline ranks.
 
     Raises:
         ConfigError: fewer layers than stages.
     """
     shape = shape_of(candidate, machine)
-    kinds = _kinds(candidate.model, parts_of(candidate.model, candidate.layout, count))
+    kinds = _kinds(candidate.model, parts_of(candidate.model, candidate.layout, len(route)), route)
     return _worked(shape, kinds, machine, Host.of(launches.of_zero(candidate.layout.zero_stage), machine))
 
 
@@ -169,8 +174,9 @@ def _worked(shape: Shape, kinds: tuple[Kind, ...], machine: Machine, zero: Host)
 
 
 @functools.lru_cache(maxsize=256)
-def _kinds(model: ModelConfig, parts: tuple[Part, ...]) -> tuple[Kind, ...]:
-    return tuple(Kind.of(model, part) for part in parts)
+def _kinds(model: ModelConfig, parts: tuple[Part, ...], route: tuple[int, ...]) -> tuple[Kind, ...]:
+    hops = [0, *(here != there for here, there in pairwise(route)), 0]
+    return tuple(Kind.of(model, part, sum(ends)) for part, ends in zip(parts, pairwise(hops), strict=True))
 
 
 def named(candidate: Candidate, machine: Machine, part: Part) -> dict[str, float]:
@@ -190,7 +196,7 @@ def _stage(shape: Shape, kind: Kind, machine: Machine) -> Work:
     for name, count in ends.items():
         if count:
             found += _ends(shape, machine, name).times(count)
-    return found
+    return found.launching(Host.of(launches.of_stage(kind.messages), machine))
 
 
 def _pieces(shape: Shape, kind: Kind) -> Iterator[tuple[Iterable[Step], int]]:

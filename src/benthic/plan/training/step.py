@@ -61,7 +61,7 @@ def step(candidate: Candidate, machine: Machine, order: Order | None = None) -> 
     """
     order = Order.of(candidate.table()) if order is None else order
     table = order.table
-    work = stages(candidate, machine, table.stages)
+    work = stages(candidate, machine, table.routes[0])
     ending = update(candidate, machine, table.routes)
     sync = sync_of(ending, candidate, forwards_of(table))
     prices = Prices(work, machine, transfer=transfer(candidate, machine), sync=sync)
