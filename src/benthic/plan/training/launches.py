@@ -30,8 +30,8 @@ class Calls(NamedTuple):
 STAGE: Final = Calls(6)
 """For what enters and leaves a stage."""
 EMBEDDING: Final = Calls(2, 11)
-DENSE: Final = Calls(49, 56, 13)
-MIXTURE: Final = Calls(88, 91, 16)
+DENSE: Final = Calls(47, 52, 13)
+MIXTURE: Final = Calls(86, 87, 16)
 HEAD: Final = Calls(13, 23)
 CUT: Final = Calls(8, 8)
 """Of a cut between two phases. Torch dispatches nothing for it backward, but another run of autograd takes
@@ -52,7 +52,7 @@ SHARDED_SUMS: Final = Calls(2, 42, 0, 0, 3)
 """From ZeRO-2 on, for every block."""
 SHARDED_WEIGHTS: Final = Calls(3, CUT.input, 0, 3, 3)
 """Under ZeRO-3, on top: every block is a phase."""
-ATTENTION_AGAIN: Final = Calls(input=75)
+ATTENTION_AGAIN: Final = Calls(input=72)
 EXPERTS_AGAIN: Final = Calls(input=52)
 MLP_AGAIN: Final = Calls(input=17)
 MESSAGE: Final = Calls(forward_collectives=1, input_collectives=1)
