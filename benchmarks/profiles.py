@@ -22,10 +22,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from moonlight_slices import KEPT_PAIRS, LAYOUTS, moonlight_slice
-
 from benthic.plan import cost
-from benthic.plan.cost.machine import Machine, Measured, Profile, read
+from benthic.plan.cost.machine import Measured, Profile, read
 from benthic.plan.cost.ops import (
     AllToAll,
     Attention,
@@ -38,9 +36,6 @@ from benthic.plan.cost.ops import (
     PointToPoint,
 )
 from benthic.plan.training import launches
-from benthic.plan.training.candidate import Candidate, Rows
-from benthic.plan.training.stage import Work, stages
-from benthic.spec import hardware as gpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,7 +76,7 @@ LIBRARIES: Final = "cuBLAS, scaled_mm and NCCL 2.28.9 on two H200, medians, 2026
 DEEPGEMM: Final = "DeepGEMM README, February 2025, H800"
 DEEPEP: Final = "DeepEP README, H800: 4096 tokens, hidden 7168, top-8 of 4 groups, FP8 out and BF16 home"
 FLASHMLA: Final = "FlashMLA README, April 2025, H800"
-SPANS: Final = "benchmarks/results/spans/zb-h1-rank-*.jsonl"
+SPANS: Final = "spans/zb-h1-short-rank-1.jsonl"
 HOST: Final = f"host: {SPANS} and exchange.json"
 
 # m, n, k and TFLOP/s
@@ -112,15 +107,18 @@ DEEPEP_NORMAL: Final = ((8, 153, 158), (16, 43, 43), (32, 58, 57), (64, 51, 50))
 def main() -> None:
     """Write all three."""
     measured = RESULTS / "calibrate_h200.json"
-    more = [one for one in read(measured).points if not any(drop(one) for drop in OTHERS_NOW)]
-    more += [one for one in read(RESULTS / "calibrate_h200_new.json").points if decoded(one)]
+    more = list(read(measured).points)
     libraries = [*products(CUBLAS, "bf16", LIBRARIES), *links()]
     source = "benchmarks/results/kernels_h200.json; " + LIBRARIES
     write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {DEEPEP}; {FLASHMLA}", {})
     h100 = read(RESULTS / "calibrate_h100.json")
     write("h100", list(sound(h100.points)), h100.source, {})
-    bare = write("h200", [*kernels(), *libraries, *more], f"{source}; {HOST}", {})
-    write("h200", list(bare.points), bare.source, {**host_of_operators(bare), **host_of_collectives()})
+    write(
+        "h200",
+        [*kernels(), *libraries, *more],
+        f"{source}; {HOST}",
+        {**host_of_operators(), **host_of_collectives()},
+    )
 
 
 def sound(points: Sequence[Measured]) -> Iterator[Measured]:
@@ -177,41 +175,24 @@ def write(name: str, points: list[Measured], source: str, overheads: dict[str, f
     return profile
 
 
-def calibration_run(profile: Profile) -> tuple[tuple[Work, ...], list[dict[str, list[float]]]]:
-    """The run whose slots calibrate the host: its priced stages, and each rank's seconds by kind of slot.
+def host_of_operators() -> dict[str, float]:
+    """What the host takes for a call, read from slots in which the GPU has next to nothing to do.
 
-    zb-h1 on two ranks of `benchmarks/train_ranks.py`: a dense and a mixture block on the first, two mixtures
-    and the head on the second. No other run of it is used here.
+    zb-h1 on two ranks of `benchmarks/train_ranks.py` with rows of 256 tokens. The second rank, which holds
+    two mixtures and the head, never waits for the first: its slots last as long as launching them. Those of
+    weights alone add gradients of whole matrices, whatever the rows: a call of theirs is taken to be one of a
+    backward to the input.
     """
-    train = Rows(kept_pairs=KEPT_PAIRS)
-    candidate = Candidate(model=moonlight_slice(), layout=LAYOUTS["zb-h1"], train=train, rows=8)
-    machine = Machine(hardware=gpus.get("h200"), profiles=(profile,))
-    took: list[dict[str, list[float]]] = []
-    for rank in range(2):
-        took.append(defaultdict(list))
-        for line in (RESULTS / "spans" / f"zb-h1-rank-{rank}.jsonl").read_text().splitlines():
-            span = json.loads(line)
-            took[rank][span["slot"][1]].append(span["end"] - span["start"])
-    return stages(candidate, machine, (0, 1)), took
-
-
-def host_of_operators(profile: Profile) -> dict[str, float]:
-    """What the host takes for a call and the GPU waits after a drain, read from slots that show it.
-
-    The second rank never waits for the first: its slots last as long as launching two mixtures and the head.
-    Those of weights alone have few calls and last as long as their products: a call of theirs is taken to be
-    one of a backward to the input.
-    Forwards of the first rank but the first two begin with everything queued up to the one drain, which is
-    what they last beyond their operations.
-    """
-    (first, _), (took, later) = calibration_run(profile)
+    took: dict[str, list[float]] = defaultdict(list)
+    for line in (RESULTS / SPANS).read_text().splitlines():
+        span = json.loads(line)
+        took[span["slot"][1]].append(span["end"] - span["start"])
     calls = launches.MIXTURE.plus(launches.MIXTURE).plus(launches.HEAD).plus(launches.STAGE)
-    backward = statistics.median(later["I"]) / calls.input
+    backward = statistics.median(took["I"]) / calls.input
     return {
-        "host operator forward": statistics.median(later["F"]) / calls.forward,
+        "host operator forward": statistics.median(took["F"]) / calls.forward,
         "host operator input": backward,
         "host operator weight": backward,
-        "host drain": max(0.0, statistics.median(took["F"][2:]) - first.forward.seconds),
     }
 
 

@@ -26,7 +26,7 @@ from benthic.plan.serving.steps import StepLoad
 from benthic.spec import presets
 
 RUN = CliRunner(env={"COLUMNS": "100", "TERM": "dumb"})
-MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "serve_gpu_listed.json"
+MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "serve_gpu.json"
 PLAIN = PricedStep(presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h200"))
 
 
@@ -38,7 +38,7 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     assert engines.get("tuned") is TUNED
     own = engines.get("benthic")
     assert own.name == "benthic"
-    assert [rows for rows, _ in own.mixed_curve] == [768.0, 2560.0], "512 and 2,048 tokens beside 64 decodes"
+    assert [rows for rows, _ in own.mixed_curve] == [576.0, 2112.0], "512 and 2,048 tokens beside 64 decodes"
     assert own.graph_rows == 4096
     assert own.front.write_s > own.front.token_s > 0.0
     file = tmp_path / "own.json"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.plan.cost.ops import BY_NAME
 from benthic.plan.cost.points import Points
-from benthic.plan.cost.roofline import ideal
+from benthic.plan.cost.roofline import floor, ideal
 from benthic.spec import hardware as gpus
 
 if TYPE_CHECKING:
@@ -103,11 +103,9 @@ class Machine:
 
     @functools.cached_property
     def sustained(self) -> float:
-        """How much longer a product takes after seconds of products than at once; 1 where nobody measured."""
-        kinds = self.profiles[0].kinds if self.profiles else {}
-        long = {one.op.at: one.seconds for one in kinds.get("sustained bf16", ())}
-        short = {one.op.at: one.seconds for one in kinds.get("gemm bf16", ()) if one.op.at in long}
-        return max((long[at] / seconds for at, seconds in short.items()), default=1.0)
+        """The part of its FLOP/s that products keep up for seconds, where power limits them; 1 if unknown."""
+        found = self.profiles[0].kinds.get("sustained bf16", ()) if self.profiles else ()
+        return min((floor(one.op, self.hardware) / one.seconds for one in found), default=1.0)
 
     def overhead(self, name: str) -> float:
         """Seconds that the first profile gives, whose software it is; 0 if that does not know `name`."""

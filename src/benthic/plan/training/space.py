@@ -220,7 +220,7 @@ class _Part:
     def _seconds(self, pp: int, microbatches: int, schedule: str) -> float:
         """What the ranks compute, or their hosts launch, on average: without what can hide."""
         work, host = self.work, self.work.host
-        each = work.forward.seconds + work.input.seconds + work.weight.seconds + host.drain
+        each = work.forward.seconds + work.input.seconds + work.weight.seconds
         if schedule not in OVERLAPPED:
             each += work.forward_exchange.seconds + work.input_exchange.seconds
         return max(each, host.forward + host.input + host.weight) * microbatches / pp * (1 - 1e-9)

@@ -13,6 +13,7 @@ from benthic.parallel.setup import expanded
 from benthic.plan.cost.ops import Attention, Gemm, GroupedGemm
 from benthic.plan.cost.price import price
 from benthic.plan.cost.priced import Priced, Total, total
+from benthic.plan.cost.roofline import peak
 from benthic.plan.training import launches
 from benthic.plan.training.block import Shape, block, embedding, head, hop, projection
 from benthic.sched.pipeline import schedules
@@ -36,26 +37,20 @@ EXCHANGE: Final = "exchange"
 
 
 class Host(NamedTuple):
-    """Seconds of the host for one microbatch: launching a forward, its two backwards, and drains.
-
-    A drain is what the GPU waits after the host has waited for it (the router's counts are read in every
-    mixture's forward): the first launches after it meet an empty queue.
-    """
+    """Seconds of the host for one microbatch: launching a forward and its two backwards."""
 
     forward: float = 0.0
     input: float = 0.0
     weight: float = 0.0
-    drain: float = 0.0
 
     @classmethod
-    def of(cls, calls: Calls, machine: Machine, *, drain: float = 0.0) -> Host:
+    def of(cls, calls: Calls, machine: Machine) -> Host:
         """The seconds of `calls`, by what the machine's profile knows of its host."""
         each = machine.overhead("host collective")
         return cls(
             machine.overhead("host operator forward") * calls.forward + each * calls.forward_collectives,
             machine.overhead("host operator input") * calls.input + each * calls.input_collectives,
             machine.overhead("host operator weight") * calls.weight,
-            drain,
         )
 
     def plus(self, other: Host) -> Host:
@@ -210,8 +205,7 @@ def _pieces(shape: Shape, kind: Kind) -> Iterator[tuple[Iterable[Step], int]]:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _block(shape: Shape, machine: Machine, *, moe: bool) -> Work:
-    drain = machine.overhead("host drain") if moe else 0.0
-    host = Host.of(launches.of_block(shape, moe=moe), machine, drain=drain)
+    host = Host.of(launches.of_block(shape, moe=moe), machine)
     return _work(block(shape, moe=moe), machine, host=host)
 
 
@@ -222,10 +216,15 @@ def _ends(shape: Shape, machine: Machine, name: str) -> Work:
 
 
 def _priced(step: Step, machine: Machine) -> Priced:
-    """The longer of an operation, its products as slow as a hot GPU's, and what it does beside."""
+    """The longest of an operation, its products at a hot GPU's rate, and what it does beside.
+
+    Power follows the rate of products: a kernel that multiplies no faster than the rate that a hot GPU keeps
+    up has power to spare, and its clock does not fall.
+    """
     alone = price(step.op, machine)
-    if machine.sustained > 1.0 and isinstance(step.op, Gemm | GroupedGemm | Attention):
-        seconds, low, high = (machine.sustained * one for one in (alone.seconds, alone.low, alone.high))
+    if machine.sustained < 1.0 and isinstance(step.op, Gemm | GroupedGemm | Attention):
+        least = step.op.flops / (machine.sustained * peak(machine.hardware, step.op.dtype))
+        seconds, low, high = (max(least, one) for one in (alone.seconds, alone.low, alone.high))
         alone = Priced(seconds, low, high, alone.provenance)
     if step.inside is None:
         return alone
@@ -256,12 +255,11 @@ class Sync(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """Seconds of one action: products, exchange, the host's launches, waiting after drains, ZeRO."""
+    """Seconds of one action: products, exchange, the host's launches, ZeRO."""
 
     products: float
     exchange: float
     launch: float
-    drain: float
     sync: float
 
     def plus(self, other: Lanes) -> Lanes:
@@ -279,8 +277,8 @@ class Prices:
     beside the other's products, which have the other SMs for as long as the pair lasts: it takes the longer
     of C/(1 - s) and N, of C seconds of products and N of exchange, s being the share of the SMs that the
     exchange holds; and the part of it in which products cannot run on top, as in DeepSeek's trace. Pairs
-    without exchange take what their actions take. ZeRO's collectives and the GPU's waiting after every drain
-    come on top, and no slot is over before the host has launched it.
+    without exchange take what their actions take. ZeRO's collectives come on top, and no slot is over before
+    the host has launched it.
     """
 
     def __init__(
@@ -331,7 +329,7 @@ class Prices:
 
 def _longer(busy: float, lanes: Lanes) -> float:
     """Seconds of a slot whose device works for `busy`, or of the host that launches it."""
-    return max(busy + lanes.drain + lanes.sync, lanes.launch)
+    return max(busy + lanes.sync, lanes.launch)
 
 
 def _of(work: Work, kind: str, sync: Sync) -> Lanes:
@@ -339,12 +337,12 @@ def _of(work: Work, kind: str, sync: Sync) -> Lanes:
     host, inputs, travels = work.host, work.input.seconds, work.input_exchange.seconds
     if kind == "F":
         forward, exchange = work.forward.seconds, work.forward_exchange.seconds
-        return Lanes(forward, exchange, host.forward, host.drain, sync.forward)
+        return Lanes(forward, exchange, host.forward, sync.forward)
     if kind == "W":
-        return Lanes(work.weight.seconds, 0.0, host.weight, 0.0, 0.0)
+        return Lanes(work.weight.seconds, 0.0, host.weight, 0.0)
     if kind == "I":
-        return Lanes(inputs, travels, host.input, 0.0, sync.backward)
-    return Lanes(inputs + work.weight.seconds, travels, host.input + host.weight, 0.0, sync.backward)
+        return Lanes(inputs, travels, host.input, sync.backward)
+    return Lanes(inputs + work.weight.seconds, travels, host.input + host.weight, sync.backward)
 
 
 def transfer(candidate: Candidate, machine: Machine) -> float:
