@@ -981,6 +981,19 @@ def test_few_copies_are_sorted_and_gathered_as_many_are(dtype, spread, tokens, t
         assert torch.equal(found.maps.copy_R, exact.maps.copy_R)
 
 
+@pytest.mark.parametrize("impl", ["few_copies", "triton", "reference", None])
+def test_rows_that_pad_a_batch_go_where_the_first_one_goes(dtype, impl):
+    expert, x = routed(TOKENS, 8, 3), made(TOKENS, 36, dtype=dtype).detach()
+    slot = torch.arange(TOKENS, device=DEVICE)
+    slot[3::2] = -1  # as rows of drafts that a sequence has not
+    followed = torch.where((slot < 0)[:, None], expert[:1], expert)
+    found, exact = ops.permute(x, expert, 8, slot_T=slot, impl=impl), ops.permute(x, followed, 8)
+    assert torch.equal(found.rows_RD, exact.rows_RD)
+    assert torch.equal(found.ends_E, exact.ends_E)
+    assert torch.equal(found.maps.row_TK, exact.maps.row_TK)
+    assert torch.equal(found.maps.copy_R, exact.maps.copy_R)
+
+
 def test_many_copies_are_refused_by_the_kernel_of_few(dtype):
     expert, x = routed(700, 8, 3), made(700, 4, dtype=dtype).detach()
     with pytest.raises(BackendError, match="made for few rows"):

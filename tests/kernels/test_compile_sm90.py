@@ -350,7 +350,11 @@ MEMORY_BOUND = [
     ("triton_rope", "_rotate_and_norm", {"ROWS": 64, "HALF": 32, "NORM_ROWS": 8, "WIDTH": 512}, 4, {}),
     ("triton_permute", "_spread_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
-    ("triton_permute", "_permute_few", {"TOP_K": 8, "COPIES": 2048, "WIDTH": 8192}, 16, ROUTES),
+    *(
+        ("triton_permute", "_permute_few", few | {"SLOTS": slots}, 16, ROUTES | {"slot_ptr": "*i64"})
+        for few in ({"TOP_K": 8, "COPIES": 2048, "WIDTH": 8192},)
+        for slots in (False, True)
+    ),
     *(
         (
             "triton_permute",

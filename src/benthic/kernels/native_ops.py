@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.kernels.native import library
-from benthic.kernels.reference.moe import Permuted, Routing, RowMaps, added
+from benthic.kernels.reference.moe import Permuted, Routing, RowMaps, added, followed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,9 +203,9 @@ def route(  # noqa: PLR0913 (the gate's hyper-parameters)
     return Routing(scores_TE, expert_TK, weight_TK)
 
 
-def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
+def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, slot_T: Tensor | None = None) -> Permuted:
     """See `benthic.kernels.ops.permute`; a counting sort."""
-    x_TD, expert_TK = x_TD.contiguous(), expert_TK.to(torch.int32).contiguous()
+    x_TD, expert_TK = x_TD.contiguous(), followed(expert_TK, slot_T).to(torch.int32).contiguous()
     (tokens, width), top_k = x_TD.shape, expert_TK.shape[1]
     rows_RD = torch.empty((tokens * top_k, width))
     ends_E = torch.empty(num_experts, dtype=torch.int32)

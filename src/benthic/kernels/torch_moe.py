@@ -12,16 +12,16 @@ import torch
 from torch.nn import functional as F
 
 from benthic.kernels.grouped_mm import GroupedMm
-from benthic.kernels.reference.moe import Permuted, RowMaps, added, row_maps
+from benthic.kernels.reference.moe import Permuted, RowMaps, added, followed, row_maps
 from benthic.kernels.reference.norm import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
+def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, slot_T: Tensor | None = None) -> Permuted:
     """See `benthic.kernels.ops.permute`."""
-    ends_E, maps = row_maps(expert_TK, num_experts)
+    ends_E, maps = row_maps(followed(expert_TK, slot_T), num_experts)
     rows_RD: Tensor = _Gather.apply(x_TD, maps.row_TK, maps.copy_R)
     return Permuted(rows_RD, ends_E, maps)
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benthic.kernels.host import cdiv, next_power_of_2
+from benthic.kernels.host import cdiv
 from benthic.kernels.relaunch import remembered
 
 HEADS_TOGETHER = 16
@@ -23,10 +23,12 @@ FULL = 0.75
 """A grid is listed where its list is shorter than this part of it; the list costs a launch."""
 MOST_SEQUENCES = 4096
 """Of a list, all of which each program that writes a part of it reads."""
+SIZES = 64, 512, MOST_SEQUENCES
+"""Sequences that a list is made for: kernels for each number of documents would be compiled amid a run."""
 
 
 @remembered
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _list_tiles(
     starts_ptr, list_ptr, sequences,
     TILE: tl.constexpr, SEQUENCES: tl.constexpr, PLACES: tl.constexpr, LAST_FIRST: tl.constexpr,
@@ -76,7 +78,7 @@ def grid_of(starts_S1, rows, most, tile, heads, *, last_first, lists):
 def listed(starts_S1, places, tile, *, last_first):
     """int32 [places or more, 2]: sequence and tile; (-1, 0) where there are no more tiles."""
     sequences = starts_S1.shape[0] - 1
-    padded = next_power_of_2(sequences)
+    padded = next(size for size in SIZES if size >= sequences)
     each = max(1, min(64, 8192 // padded))
     parts = cdiv(places, each)
     list_N2 = torch.empty(parts * each, 2, dtype=torch.int32, device=starts_S1.device)

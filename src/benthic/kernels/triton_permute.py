@@ -11,7 +11,7 @@ import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import FEW_ROWS, early, wait_for_inputs
-from benthic.kernels.reference.moe import Permuted, RowMaps
+from benthic.kernels.reference.moe import Permuted, RowMaps, followed
 from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_counting_sort import sort_copies
 
@@ -28,10 +28,19 @@ def _spread_rows(x_ptr, row_ptr, out_ptr, width, stride, TOP_K: tl.constexpr, WI
         tl.store(out_ptr + row * width + column, x, mask=column < width)
 
 
+@triton.jit
+def _chosen(slot_ptr, at, copies, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
+    """Where the expert of a copy stands: with SLOTS, that of the first token for a token without one."""
+    if SLOTS:
+        slot = tl.load(slot_ptr + at // TOP_K, mask=at < copies, other=0)
+        at = tl.where(slot < 0, at % TOP_K, at)
+    return at
+
+
 @triton.jit(do_not_specialize=["copies"])
 def _permute_few(
-    x_ptr, expert_ptr, out_ptr, row_ptr, copy_ptr, ends_ptr, copies, width, stride,
-    TOP_K: tl.constexpr, COPIES: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, expert_ptr, slot_ptr, out_ptr, row_ptr, copy_ptr, ends_ptr, copies, width, stride,
+    TOP_K: tl.constexpr, COPIES: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A copy goes after those of lower experts and the earlier ones of its own.
 
@@ -39,11 +48,13 @@ def _permute_few(
     """
     wait_for_inputs(PDL)
     own, at = tl.program_id(0), tl.arange(0, COPIES)
-    expert = tl.load(expert_ptr + at, mask=at < copies, other=2147483647)
+    expert = tl.load(
+        expert_ptr + _chosen(slot_ptr, at, copies, TOP_K, SLOTS), mask=at < copies, other=2147483647
+    )
     if own < copies:
         column = tl.arange(0, WIDTH)
         x = tl.load(x_ptr + (own // TOP_K).to(tl.int64) * stride + column, mask=column < width)
-        mine = tl.load(expert_ptr + own)
+        mine = tl.load(expert_ptr + _chosen(slot_ptr, own, copies, TOP_K, SLOTS))
         before = (expert < mine) | ((expert == mine) & (at < own))
         row = tl.sum(before.to(tl.int32), axis=0).to(tl.int64)
         tl.store(out_ptr + row * width + column, x, mask=column < width)
@@ -185,13 +196,13 @@ def _sum_rows_backward(
         tl.store(dweight_ptr + own, tl.sum(dout * value, axis=0))
 
 
-def permute(x_TD, expert_TK, num_experts):
+def permute(x_TD, expert_TK, num_experts, slot_T=None):
     """See `benthic.kernels.ops.permute`."""
-    ends_E, maps = row_maps(expert_TK, num_experts)
+    ends_E, maps = row_maps(followed(expert_TK, slot_T), num_experts)
     return Permuted(_Gather.apply(x_TD, maps.row_TK), ends_E, maps)
 
 
-def permute_few(x_TD, expert_TK, num_experts):
+def permute_few(x_TD, expert_TK, num_experts, slot_T=None):
     """See `benthic.kernels.ops.permute`: sorting and gathering in one kernel. Computes no gradients."""
     x_TD, expert_TK = _unit_stride(x_TD), expert_TK.to(torch.int32).contiguous()
     (_, top_k), copies, (_, width), device = expert_TK.shape, expert_TK.numel(), x_TD.shape, x_TD.device
@@ -201,9 +212,10 @@ def permute_few(x_TD, expert_TK, num_experts):
     ends_E = torch.empty(num_experts, dtype=torch.int32, device=device)
     padded = next_power_of_2(width)
     _permute_few[(copies + num_experts,)](
-        x_TD, expert_TK, rows_RD, row_TK, copy_R, ends_E, copies, width, x_TD.stride(0),
-        TOP_K=top_k, COPIES=max(128, next_power_of_2(copies)), WIDTH=padded, num_warps=_warps(padded),
-        **early(device, copies),
+        x_TD, expert_TK, expert_TK if slot_T is None else slot_T.contiguous(),
+        rows_RD, row_TK, copy_R, ends_E, copies, width, x_TD.stride(0),
+        TOP_K=top_k, COPIES=max(128, next_power_of_2(copies)), WIDTH=padded, SLOTS=slot_T is not None,
+        num_warps=_warps(padded), **early(device, copies),
     )  # fmt: skip
     return Permuted(rows_RD, ends_E, RowMaps(row_TK, copy_R))
 

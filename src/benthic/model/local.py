@@ -129,10 +129,12 @@ def attend_expanded(
 class LocalExchange:
     """All experts live here: rows are sorted by expert when they have arrived, and combine sorts them back.
 
-    Nothing travels, so between dispatch and arrival there is one row a token, not one a copy.
+    Nothing travels, so between dispatch and arrival there is one row a token, not one a copy. `slot_T` says
+    which rows pad a batch, see `ops.permute`.
     """
 
     n_routed_experts: int
+    slot_T: Tensor | None = field(default=None, kw_only=True)
 
     def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
         """The rows stay where they are."""
@@ -141,7 +143,7 @@ class LocalExchange:
     def finish_dispatch(self, flight: InFlight) -> Arrived:
         """Copy every token to each of its experts."""
         x_TD, weight_TK = flight.tensors
-        rows_RD, ends_E, maps = ops.permute(x_TD, flight.handle, self.n_routed_experts)
+        rows_RD, ends_E, maps = ops.permute(x_TD, flight.handle, self.n_routed_experts, slot_T=self.slot_T)
         return Arrived(rows_RD, ends_E, weight_TK, maps)
 
     def start_combine(self, rows_RD: Tensor, arrived: Arrived, beside: tuple[Tensor, ...] = ()) -> InFlight:

@@ -67,7 +67,7 @@ class OwnExperts(LocalExchange):
     def finish_dispatch(self, flight: InFlight) -> Arrived:
         """Copy every token to each of its experts; the rows of those held elsewhere lie past the last end."""
         x_TD, weight_TK = flight.tensors
-        rows_RD, ends_E, maps = ops.permute(x_TD, flight.handle, self.n_routed_experts)
+        rows_RD, ends_E, maps = ops.permute(x_TD, flight.handle, self.n_routed_experts, slot_T=self.slot_T)
         return Arrived(rows_RD, ends_E[: self.held], weight_TK, maps)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from benthic.model.local import LocalExchange
@@ -35,6 +35,10 @@ class Plugs:
         return cls(fastest_linear(model), LocalExchange(model.config.n_routed_experts))
 
     def sockets(self, cache: LatentCache, layout: StepLayout) -> Sockets:
-        """For one step against a cache."""
-        aside = self.aside if layout.prefill is None else at_once
-        return Sockets(self.attend(cache, layout), self.exchange, self.linear, aside)
+        """For one step against a cache. Where all rows decode, those that pad them follow the first."""
+        aside, exchange = at_once, self.exchange
+        if layout.prefill is None:
+            aside = self.aside
+            if isinstance(exchange, LocalExchange):
+                exchange = replace(exchange, slot_T=layout.slot_T)
+        return Sockets(self.attend(cache, layout), exchange, self.linear, aside)

@@ -250,10 +250,19 @@ def route(  # noqa: PLR0913 (the gate's hyper-parameters, as in the model's conf
     return routing
 
 
-def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, *, impl: str | None = None) -> Permuted:
+def permute(
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    num_experts: int,
+    *,
+    slot_T: Tensor | None = None,
+    impl: str | None = None,
+) -> Permuted:
     """Copy every token to each of its experts, rows sorted by expert and by token within an expert.
 
-    Shapes: x [T, D]; expert_TK integer [T, K] in [0, num_experts), distinct within a token.
+    Tokens with a negative slot pad a batch: of few copies (`FEW_COPIES`), theirs go to the experts of the
+    first token, so that no expert's weights are read for them alone. Of many, they take their own way.
+    Shapes: x [T, D]; expert_TK integer [T, K] in [0, num_experts), distinct within a token; slot_T [T].
     Returns: Permuted(rows_RD with R = T * K, ends_E int32, maps). Differentiable in x; deterministic.
     Raises: ShapeError when tokens disagree.
     """
@@ -262,7 +271,8 @@ def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, *, impl: str | No
         raise ShapeError(msg)
     grad, few = torch.is_grad_enabled() and x_TD.requires_grad, expert_TK.numel() <= FEW_COPIES
     case = Case(device_type(x_TD), x_TD.dtype, grad=grad, few=few)
-    permuted: Permuted = PERMUTE.choose(case, impl)(x_TD, expert_TK, num_experts)
+    slot_T = slot_T if few else None
+    permuted: Permuted = PERMUTE.choose(case, impl)(x_TD, expert_TK, num_experts, slot_T)
     return permuted
 
 

@@ -107,10 +107,15 @@ def row_maps(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, RowMaps]:
     return ends_E, RowMaps(row.view_as(expert_TK), copy_R)
 
 
-def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int) -> Permuted:
+def permute(x_TD: Tensor, expert_TK: Tensor, num_experts: int, slot_T: Tensor | None = None) -> Permuted:
     """Copy every token to each of its experts, rows sorted by expert."""
-    ends_E, maps = row_maps(expert_TK, num_experts)
+    ends_E, maps = row_maps(followed(expert_TK, slot_T), num_experts)
     return Permuted(x_TD[maps.copy_R // expert_TK.shape[1]], ends_E, maps)
+
+
+def followed(expert_TK: Tensor, slot_T: Tensor | None) -> Tensor:
+    """The choice, where tokens with a negative slot take the first token's."""
+    return expert_TK if slot_T is None else torch.where((slot_T < 0)[:, None], expert_TK[:1], expert_TK)
 
 
 def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, beside: tuple[Tensor, ...] = ()) -> Tensor:
