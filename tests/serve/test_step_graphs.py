@@ -14,6 +14,7 @@ from test_overlap import mixed_requests
 from test_speculate import mixed, speculative
 from trained import starts, trained_model
 
+from benthic.kernels import ops
 from benthic.serve import build
 from benthic.serve.graphs import GraphSizes
 
@@ -118,3 +119,20 @@ def test_an_idle_graph_stores_nothing_whatever_it_ran_before():
             for size in graphs.sizes:
                 graphs.idle(size)
     assert torch.equal(runner.cache.pages_LPBW, before)
+
+
+def test_no_expert_works_for_rows_that_pad_a_batch_alone(monkeypatch):
+    engine, permute, seen = small_engine(), ops.permute, []
+
+    def watched(x_TD, expert_TK, experts, *, slot_T=None):
+        permuted = permute(x_TD, expert_TK, experts, slot_T=slot_T)
+        if len(x_TD) == 5 and slot_T is not None and 0 < int((slot_T >= 0).sum()) < 5:
+            before = permuted.ends_E - permuted.ends_E.diff(prepend=permuted.ends_E.new_zeros(1))
+            working = (permuted.ends_E > before).nonzero().flatten().tolist()
+            seen.append((sorted(set(expert_TK[slot_T >= 0].flatten().tolist())), working))
+        return permuted
+
+    monkeypatch.setattr(ops, "permute", watched)
+    tokens(engine, [request(str(i), [3 + i, 4, 5], max_tokens=9) for i in range(3)])
+    assert len(seen) > 8
+    assert all(wanted == working for wanted, working in seen)

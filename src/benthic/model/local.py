@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
@@ -135,6 +135,10 @@ class LocalExchange:
 
     n_routed_experts: int
     slot_T: Tensor | None = field(default=None, kw_only=True)
+
+    def padded(self, slot_T: Tensor) -> LocalExchange:
+        """The same for a batch in which rows with a negative slot only pad."""
+        return replace(self, slot_T=slot_T)
 
     def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
         """The rows stay where they are."""

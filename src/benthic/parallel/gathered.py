@@ -59,6 +59,10 @@ class GatheredExperts(OwnExperts):
         held = shard.experts(config)
         return cls(config.n_routed_experts, held.start, len(held), group)
 
+    def padded(self, slot_T: Tensor) -> GatheredExperts:  # noqa: ARG002 (of this rank's rows alone)
+        """Itself: of the rows that come from other ranks nobody knows which pad."""
+        return self
+
     def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
         """Start sending rows, choices and weights to every rank, as bytes side by side: one collective."""
         choice = pack_choice(expert_TK, weight_TK).view(torch.uint8)

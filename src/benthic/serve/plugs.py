@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benthic.model.local import LocalExchange
@@ -40,5 +40,5 @@ class Plugs:
         if layout.prefill is None:
             aside = self.aside
             if isinstance(exchange, LocalExchange):
-                exchange = replace(exchange, slot_T=layout.slot_T)
+                exchange = exchange.padded(layout.slot_T)
         return Sockets(self.attend(cache, layout), exchange, self.linear, aside)
