@@ -9,7 +9,8 @@ kernels are others now, and products of experts with as many rows each: of a sec
 for memory. What the host takes for an operator comes from the slots of one training run, zb-h1.
 `h100.json` holds what `benthic calibrate` measured on an H100 (`benchmarks/results/calibrate_h100.json`), but
 for calls that took longer there than others with more of the same work (three of 423).
-`h800.json` holds what DeepSeek published of its kernels on H800.
+`h800.json` holds what DeepSeek published of its kernels on H800; weight gradients are those of May 2025,
+a fifth faster than the kernels before them (pull request 95 of DeepGEMM).
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ LABELS: Final = {
 }
 LIBRARIES: Final = "cuBLAS, scaled_mm and NCCL 2.28.9 on two H200, medians, 2026-11-22"
 DEEPGEMM: Final = "DeepGEMM README, February 2025, H800"
+GRADIENTS: Final = "DeepGEMM pull request 95 and issue 107, May 2025, H800"
 DEEPEP: Final = "DeepEP README, H800: 4096 tokens, hidden 7168, top-8 of 4 groups, FP8 out and BF16 home"
 FLASHMLA: Final = "FlashMLA README, April 2025, H800"
 SPANS: Final = "spans/zb-h1-short-rank-1.jsonl"
@@ -101,6 +103,15 @@ DEEPGEMM_GROUPED: Final = (  # experts, rows each, n, k, TFLOP/s: contiguous, th
     (2, 512, 4096, 7168, 1040), (2, 512, 7168, 2048, 916), (4, 256, 4096, 7168, 932),
     (4, 256, 7168, 2048, 815),
 )  # fmt: skip
+DEEPGEMM_GRADIENTS: Final = (  # n, k, rows and TFLOP/s of a weight gradient added to its FP32 sum
+    (7168, 2112, 4096, 920), (1536, 24576, 4096, 986), (512, 32768, 4096, 878), (16384, 7168, 4096, 994),
+    (7168, 4096, 4096, 942), (2048, 7168, 4096, 920), (7168, 2112, 8192, 1052), (1536, 24576, 8192, 1092),
+    (512, 32768, 8192, 1014),
+)  # fmt: skip
+DEEPGEMM_EXPERTS_GRADIENTS: Final = (  # experts, rows each, n, k, TFLOP/s
+    (4, 4096, 4096, 7168, 939), (4, 4096, 7168, 2048, 900), (4, 8192, 4096, 7168, 1044),
+    (4, 8192, 7168, 2048, 1033), (8, 4096, 4096, 7168, 942),
+)  # fmt: skip
 DEEPEP_NORMAL: Final = ((8, 153, 158), (16, 43, 43), (32, 58, 57), (64, 51, 50))  # ranks, GB/s out and home
 
 
@@ -110,7 +121,7 @@ def main() -> None:
     more = list(read(measured).points)
     libraries = [*products(CUBLAS, "bf16", LIBRARIES), *links()]
     source = "benchmarks/results/kernels_h200.json; " + LIBRARIES
-    write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {DEEPEP}; {FLASHMLA}", {})
+    write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {GRADIENTS}; {DEEPEP}; {FLASHMLA}", {})
     h100 = read(RESULTS / "calibrate_h100.json")
     write("h100", list(sound(h100.points)), h100.source, {})
     write(
@@ -339,6 +350,13 @@ def deepgemm() -> Iterator[Measured]:
     for experts, each, n, k, rate in DEEPGEMM_GROUPED:
         op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype="fp8")
         yield Measured(op, op.flops / (rate * 1e12), DEEPGEMM)
+    for n, k, rows, rate in DEEPGEMM_GRADIENTS:
+        for sides in ((n, k), (k, n)):  # either operand may come first
+            product = Gemm(m=sides[0], n=sides[1], k=rows, dtype="fp8", name="gradient")
+            yield Measured(product, product.flops / (rate * 1e12), GRADIENTS)
+    for experts, each, n, k, rate in DEEPGEMM_EXPERTS_GRADIENTS:
+        op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype="fp8", gradient=True)
+        yield Measured(op, op.flops / (rate * 1e12), GRADIENTS)
 
 
 def deepep() -> Iterator[Measured]:

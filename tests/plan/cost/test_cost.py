@@ -112,6 +112,20 @@ def test_deepseeks_own_kernels_price_its_own_shapes():
     assert price(dispatch, h800).seconds == pytest.approx(4096 * 4 * 7392 / 51e9, rel=0.05)
 
 
+def test_a_gradient_added_to_its_sum_takes_longer_than_the_same_product_forward():
+    h800 = machines.get("h800")
+    output = Gemm(m=4096, n=24576, k=1536, dtype="fp8")
+    gradient = Gemm(m=24576, n=1536, k=4096, dtype="fp8", name="gradient")
+    assert gradient.flops / price(gradient, h800).seconds == pytest.approx(986e12, rel=0.01)
+    turned = Gemm(m=1536, n=24576, k=4096, dtype="fp8", name="gradient")
+    assert price(turned, h800).seconds == price(gradient, h800).seconds >= price(output, h800).seconds
+    for n, k in ((4096, 7168), (7168, 2048)):
+        experts = GroupedGemm(rows=32768, experts=4, n=n, k=k, dtype="fp8")
+        added = price(dataclasses.replace(experts, gradient=True), h800)
+        assert added.provenance == "measured"
+        assert added.seconds > price(experts, h800).seconds
+
+
 def test_a_skewed_expert_load_costs_what_the_busiest_rank_computes():
     h800 = machines.get("h800")
     even, skewed = (
