@@ -4,13 +4,14 @@ DeepSeek-V3's published run on 2,048 H800, its hours and its step breakdown (Dee
 Insights into DeepSeek-V3, table 4): its trace taught that an exchange holds its SMs for a whole pair, so its
 1F1B is no test; hours and the other parts are fitted to nothing. Kernels are those of that time: DeepEP as it
 was published in February 2025, weight gradients as before DeepGEMM's pull request 95, which made them 1.2
-times as fast. A forward is 1F, a backward to inputs 1B and one of weights 1W (section 5.1.2), those of a full
-backward too. Our own runs on H200, from
-`train_ranks.json`, `train_ranks_4_rows.json`, `train_full.json` and `train_gpu.json`: the host's launches and
-the rate of adding gradients were read from the slots of one run, zb-h1 (`profiles.py`); nothing is fitted to
-the others, called blind here, but the form of the model was chosen with all of them in view. No peak was
-fitted to: what phases need was read from what the trainer allocates without a GPU (`peaks.py`); the reserve
-was there before.
+times as fast. 1B is input backward time and 1W weight backward time (section 5.1.2), so a full backward is
+divided between them.
+
+Our own runs on H200, from `train_ranks.json`, `train_ranks_4_rows.json`, `train_full.json` and
+`train_gpu.json`: the host's launches and the rate of adding gradients were read from the slots of one run,
+zb-h1 (`profiles.py`); nothing is fitted to the others, called blind here, but the form of the model was
+chosen with all of them in view. No peak was fitted to: what phases need was read from what the trainer
+allocates without a GPU (`peaks.py`); the reserve was there before.
 """
 
 from __future__ import annotations

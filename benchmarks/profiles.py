@@ -350,9 +350,9 @@ def deepgemm() -> Iterator[Measured]:
     for experts, each, n, k, rate in DEEPGEMM_GROUPED:
         op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype="fp8")
         yield Measured(op, op.flops / (rate * 1e12), DEEPGEMM)
-    for n, k, rows, rate in DEEPGEMM_GRADIENTS:
+    for n, k, tokens, rate in DEEPGEMM_GRADIENTS:
         for sides in ((n, k), (k, n)):  # either operand may come first
-            product = Gemm(m=sides[0], n=sides[1], k=rows, dtype="fp8", name="gradient")
+            product = Gemm(m=sides[0], n=sides[1], k=tokens, dtype="fp8", name="gradient")
             yield Measured(product, product.flops / (rate * 1e12), GRADIENTS)
     for experts, each, n, k, rate in DEEPGEMM_EXPERTS_GRADIENTS:
         op = GroupedGemm(rows=experts * each, experts=experts, n=n, k=k, dtype="fp8", gradient=True)
