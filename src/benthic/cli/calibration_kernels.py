@@ -109,7 +109,7 @@ def _both_ways(
 
 
 def gradients(device: str, sizes: Kernels) -> Calls:
-    """Gradients of weights: in BF16 added to a float32 sum by the product, in FP8 made in float32."""
+    """Gradients of weights, added to a float32 sum."""
     wide = torch.bfloat16 if device == "cuda" else torch.float32
     word: Dtype = "bf16" if device == "cuda" else "fp32"
     for n, k in sizes.weights:
@@ -120,7 +120,7 @@ def gradients(device: str, sizes: Kernels) -> Calls:
             yield op, partial(ops.add_weight_gradient, total, dy, x)
             narrow = [ops.quantise_fp8_columns(side) for side in (dy, x)]
             narrow_op = Gemm(m=n, n=k, k=m, dtype="fp8", name="gradient")
-            yield narrow_op, partial(ops.fp8_weight_gradient, narrow[0], narrow[1])
+            yield narrow_op, partial(ops.add_fp8_weight_gradient, total, narrow[0], narrow[1])
         yield from _experts(device, sizes, (n, k), wide, word)
 
 
@@ -134,7 +134,7 @@ def _experts(device: str, sizes: Kernels, weight: tuple[int, int], wide: torch.d
         op = partial(GroupedGemm, rows=rows, experts=experts, n=n, k=k, gradient=True)
         yield op(dtype=word), partial(ops.add_weight_gradient, total, dy, x, ends)
         columns = [ops.quantise_fp8_columns(side, ends) for side in (dy, x)]
-        yield op(dtype="fp8"), partial(ops.fp8_weight_gradient, columns[0], columns[1], ends)
+        yield op(dtype="fp8"), partial(ops.add_fp8_weight_gradient, total, columns[0], columns[1], ends)
 
 
 def tiles(device: str, sizes: Kernels) -> Calls:
