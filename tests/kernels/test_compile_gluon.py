@@ -56,10 +56,11 @@ POINTERS = {
 HEADS = [(192, 128), (128, 128), (64, 64)]
 
 
-def descriptor(rows, columns, dtype="bf16"):
-    kind = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}[dtype]
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
-    return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
+def descriptor(rows, columns, dtype="bf16", *before):
+    kinds = {"fp32": gl.float32, "bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}
+    block = [*before, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(block, kinds[dtype])
+    return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
 def built(kernel, constants, types, registers):
@@ -280,7 +281,6 @@ def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma_or_are_added_in_
     assert len(re.findall(r"REDG\S*ADD\.F32x2", text)) == sums
 
 
-@pytest.mark.parametrize("edges", [False, True], ids=["whole tiles", "edges"])
 @pytest.mark.parametrize("turned", [False, True], ids=["upright", "turned"])
 @pytest.mark.parametrize(
     ("out", "dtype", "add", "squares"),
@@ -292,14 +292,16 @@ def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma_or_are_added_in_
     ],
     ids=str,
 )
-def test_weight_gradients_of_experts_have_a_product_in_flight_and_are_added_in_the_cache(
-    out, dtype, add, squares, turned, edges, tmp_path
+def test_weight_gradients_of_experts_have_a_product_in_flight_and_leave_or_are_added_by_tma(
+    out, dtype, add, squares, turned, tmp_path
 ):
     module = gluon_expert_gradient
-    constants = {"ADD": add, "TURNED": turned, "EDGES": edges, "SQUARES": squares}
+    constants = {"ADD": add, "TURNED": turned, "SQUARES": squares}
     constants |= {} if squares else {"squares_ptr": None}
     constants |= {"REGISTERS": module.CONSUMER_REGISTERS, "FEW_REGISTERS": module.PRODUCER_REGISTERS}
-    described = {"left": descriptor(64, 64, dtype), "right": descriptor(64, 256, dtype), "out_ptr": f"*{out}"}
+    expert, rows, columns = module.box(turned)
+    described = {"left": descriptor(64, 64, dtype), "right": descriptor(64, 256, dtype)}
+    described |= {"out": descriptor(rows, columns, out, expert), "out_ptr": f"*{out}"}
     kernel = built(module._expert_gradient, constants, described, module.ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
@@ -308,8 +310,10 @@ def test_weight_gradients_of_experts_have_a_product_in_flight_and_are_added_in_t
     assert all(".tnspA.tnspB" in product for product in products)
     assert sum("gsb0" in product for product in products) == 2
     assert re.findall(r"DEPBAR\.LE gsb0, 0x([01])", text) == ["1", "0"] * 2
-    added = re.findall(r"REDG\.E\.ADD\.F32", text)
-    assert len(added) == (0 if not add else 2 * 128 if turned else 2 * 64)
+    parts = 2 * 8  # of 32 columns
+    assert (text.count("UTMAREDG.3D.ADD"), text.count("UTMASTG.3D")) == ((parts, 0) if add else (0, parts))
+    assert ("UBLKPF.L2" in text) == add  # old sums
+    assert len(re.findall(r"\b(?:REDG|STG)\.E", text)) == (2 if squares else 0)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ rows come by TMA into a ring of shared memory, as they lie: the tensor cores rea
 Which of dy and x is the right operand is chosen so that fewer tiles stand over the edge.
 
 There is one program a multiprocessor. All three parts walk over the tiles of all experts by themselves, so
-the next tile is loaded while the last one is written. Sums are added in the second-level cache, in float32
-and once each, so nothing is read and nobody waits: results are the same every time. Where the squares of
-what is written are asked for, a group writes those of its part of a tile. (Not where sums are added: an
-addition that brings back what was there takes 1.4 times as long, more than reading the sums afterwards.)
+the next tile is loaded, and multiplied, while the last one leaves: its sums go to shared memory, 32 columns
+at a time, from where TMA writes them or has the second-level cache add them, in float32 and once each, so
+results are the same every time. The cache reads old sums while their tile is multiplied. Where the squares
+of what is written are asked for, a group writes those of its part of a tile.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars
+from benthic.kernels.gluon_tiles import add, blocks_of, layout_of, load, meet, new_bars, unload, view
 from benthic.kernels.host import cdiv
 from benthic.kernels.reference.moe import squares_of
 from benthic.kernels.relaunch import remembered
@@ -40,8 +42,12 @@ HALF = gl.constexpr(64)
 BLOCK = gl.constexpr(64)
 """Rows that are multiplied at once."""
 STAGES = gl.constexpr(4)
-PART = gl.constexpr(64)
-"""Columns of sums that leave the registers at once, or their addresses would need more than there are."""
+PART = gl.constexpr(32)
+"""Columns of sums that leave the registers at once: 128 bytes of float32."""
+SLOTS = gl.constexpr(2)
+"""Such parts of a group that stand in shared memory until TMA has written or added them."""
+FETCH = gl.constexpr(True)
+"""Whether the cache reads old sums early, or when they are added to."""
 BAND = gl.constexpr(16)
 """Left tiles that meet a right one one after another, so that both stay in the cache."""
 CONSUMER_REGISTERS = 240
@@ -109,35 +115,63 @@ def _halves(x):
 
 
 @gluon.jit
-def _give(part, squares, out_ptr, left, first_right, left_dim, right_dim,
-          ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr, SQUARES: gl.constexpr,
-          LAYOUT: gl.constexpr):  # fmt: skip
-    """Add or write 64 x 64 sums. Without a mask the compiler makes no branch of each addition.
+def _eighths(x):
+    """All columns, `PART` after `PART`."""
+    first, last = _halves(x)
+    a, b = _halves(first)
+    c, d = _halves(last)
+    return _halves(a) + _halves(b) + _halves(c) + _halves(d)
 
-    With SQUARES, those of each left column's sums are added to `squares`.
-    """
-    part = gl.convert_layout(part, LAYOUT)
-    right = first_right + gl.arange(0, PART, layout=gl.SliceLayout(0, LAYOUT))
-    kept = (left < left_dim)[:, None] & (right < right_dim)[None, :] if EDGES else None
+
+@gluon.jit
+def _fetch(out_ptr, expert, wanted, first_left, first_right, left_dim, right_dim, TURNED: gl.constexpr):
+    """Have the second-level cache read the old sums of a group while it multiplies."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     if TURNED:
-        at = out_ptr + left[:, None] + (right * left_dim)[None, :]
+        row = first_right + gl.arange(0, RIGHT, layout=layout)
+        column = gl.zeros_like(row) + first_left
+        width, height, some = left_dim, right_dim, HALF
     else:
-        at = out_ptr + (left * right_dim)[:, None] + right[None, :]
+        place = gl.arange(0, 2 * HALF, layout=layout)
+        row, column = first_left + place % HALF, first_right + place // HALF * (RIGHT // 2)
+        width, height, some = right_dim, left_dim, RIGHT // 2
+    at = out_ptr + (expert.to(gl.int64) * height + row) * width + column
+    size = gl.where((row < height) & wanted, gl.minimum(width - column, some), 0) * 4
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r", [at, size], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _give(part, slot, out, expert, left, right, ADD: gl.constexpr, TURNED: gl.constexpr):
+    """Have TMA write or add some sums from shared memory, as soon as what stood there has left."""
+    ROWS: gl.constexpr = out.block_type.shape[1]
+    COLUMNS: gl.constexpr = out.block_type.shape[2]
+    MATRIX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], out.dtype)
+    matrix = view(slot, out.dtype, [ROWS, COLUMNS], MATRIX)
+    tma.store_wait(SLOTS - 1)
+    meet()
+    if TURNED:
+        matrix.permute((1, 0)).store(part.to(out.dtype))
+        row, column = right, left
+    else:
+        matrix.store(part.to(out.dtype))
+        row, column = left, right
+    fence_async_shared()
+    meet()
     if ADD:
-        gl.atomic_add(at, part, mask=kept, sem="relaxed")
+        add(out, [expert, row, column], slot)
     else:
-        gl.store(at, part.to(out_ptr.dtype.element_ty), mask=kept)
-    if SQUARES:
-        part = gl.where(kept, part, 0.0) if EDGES else part
-        squares += gl.sum(part * part, axis=1)
-    return squares
+        unload(out, [expert, row, column], slot)
 
 
 @gluon.jit
 def _multiply(
-    group, left_ring, right_ring, bars, out_ptr, squares_ptr, ends_ptr,
+    group, left_ring, right_ring, slots, bars, out, out_ptr, squares_ptr, ends_ptr,
     left_dim, right_dim, tiles, left_tiles, right_tiles,
-    ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr, SQUARES: gl.constexpr,
+    ADD: gl.constexpr, TURNED: gl.constexpr, SQUARES: gl.constexpr,
 ):  # fmt: skip
     """The 64 x 256 sums of a group, tile after tile."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RIGHT, 16])
@@ -147,7 +181,10 @@ def _multiply(
     number = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, first_left, first_right = _corner(tile, left_tiles, right_tiles)
+        first_left += group * HALF
         start, end = _rows_of(ends_ptr, expert)
+        if ADD and FETCH:
+            _fetch(out_ptr, expert, end > start, first_left, first_right, left_dim, right_dim, TURNED)
         sums = zero
         for row in range(start, end, BLOCK):
             stage, before = number % STAGES, (number + STAGES - 1) % STAGES
@@ -165,47 +202,46 @@ def _multiply(
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(empty.index((number + STAGES - 1) % STAGES), count=1, pred=end > start)
         if (end > start) | (not ADD):
-            out = out_ptr + expert.to(gl.int64) * left_dim * right_dim
-            at = first_left + group * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, PARTS))
             squares = gl.zeros([HALF], gl.float32, layout=gl.SliceLayout(1, PARTS))
-            halves = _halves(sums)
-            for half in gl.static_range(2):
-                quarters = _halves(halves[half])
-                for quarter in gl.static_range(2):
-                    column = first_right + (2 * half + quarter) * PART
-                    squares = _give(
-                        quarters[quarter], squares, out, at, column, left_dim, right_dim,
-                        ADD, TURNED, EDGES, SQUARES, PARTS,
-                    )  # fmt: skip
+            parts = _eighths(sums)
+            for i in gl.static_range(RIGHT // PART):
+                part, slot = gl.convert_layout(parts[i], PARTS), slots.index(group * SLOTS + i % SLOTS)
+                _give(part, slot, out, expert, first_left, first_right + i * PART, ADD, TURNED)
+                if SQUARES:
+                    squares += gl.sum(part * part, axis=1)
             if SQUARES:
                 gl.store(squares_ptr + 2 * tile + group, gl.sum(squares, axis=0))
+    tma.store_wait(0)
 
 
 @remembered
 @gluon.jit(do_not_specialize=["left_eights", "right_eights", "tiles", "left_tiles", "right_tiles"])
 def _expert_gradient(
-    left, right, out_ptr, squares_ptr, ends_ptr, left_eights, right_eights, tiles, left_tiles, right_tiles,
-    ADD: gl.constexpr, TURNED: gl.constexpr, EDGES: gl.constexpr, SQUARES: gl.constexpr,
+    left, right, out, out_ptr, squares_ptr, ends_ptr,
+    left_eights, right_eights, tiles, left_tiles, right_tiles,
+    ADD: gl.constexpr, TURNED: gl.constexpr, SQUARES: gl.constexpr,
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: every so manieth tile of all experts.
 
-    TURNED: the left operand is x. EDGES: some tiles stand over the edge. SQUARES, where nothing is added: two
-    numbers a tile. Widths are known to be multiples of eight, so that pairs of sums are added at once.
+    TURNED: the left operand is x. SQUARES, where nothing is added: two numbers a tile.
     """
     left_dim, right_dim = left_eights * 8, right_eights * 8
     left_ring = gl.allocate_shared_memory(left.dtype, [2 * STAGES, BLOCK, HALF], left.layout)
     right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, BLOCK, RIGHT], right.layout)
+    ROWS: gl.constexpr = out.block_type.shape[1]
+    COLUMNS: gl.constexpr = out.block_type.shape[2]
+    slots = gl.allocate_shared_memory(out.dtype, [2 * SLOTS, 1, ROWS, COLUMNS], out.layout)
     bars = (new_bars(STAGES, 1), new_bars(STAGES, 2))
     fence_async_shared()
     gl.warp_specialize([
         (_multiply, (
-            0, left_ring, right_ring, bars, out_ptr, squares_ptr, ends_ptr,
-            left_dim, right_dim, tiles, left_tiles, right_tiles, ADD, TURNED, EDGES, SQUARES,
+            0, left_ring, right_ring, slots, bars, out, out_ptr, squares_ptr, ends_ptr,
+            left_dim, right_dim, tiles, left_tiles, right_tiles, ADD, TURNED, SQUARES,
         )),
         (_multiply, (
-            1, left_ring, right_ring, bars, out_ptr, squares_ptr, ends_ptr,
-            left_dim, right_dim, tiles, left_tiles, right_tiles, ADD, TURNED, EDGES, SQUARES,
+            1, left_ring, right_ring, slots, bars, out, out_ptr, squares_ptr, ends_ptr,
+            left_dim, right_dim, tiles, left_tiles, right_tiles, ADD, TURNED, SQUARES,
         )),
         (_produce, (left, right, left_ring, right_ring, bars, ends_ptr, tiles, left_tiles, right_tiles)),
     ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
@@ -238,14 +274,17 @@ def _sum_rows(out_EOI, dy_RO, x_RI, ends_E, *, add, squares=False):
     left_tiles, right_tiles = cdiv(left_dim, LEFT.value), cdiv(right_dim, RIGHT.value)
     tiles = experts * left_tiles * right_tiles
     programs = min(multiprocessors(x_RI.device), tiles)
+    sums_EOI = out_EOI if out_EOI.data_ptr() % 16 == 0 else out_EOI.clone()  # TMA writes where 16 bytes begin
     parts = torch.empty(2 * tiles, dtype=torch.float32, device=x_RI.device) if squares else None
     _expert_gradient[(programs,)](
-        _columns_of(left, HALF.value), _columns_of(right, RIGHT.value), out_EOI, parts, ends_E,
-        left_dim // 8, right_dim // 8, tiles, left_tiles, right_tiles,
-        ADD=add, TURNED=turned, EDGES=bool(left_dim % LEFT.value or right_dim % RIGHT.value),
-        SQUARES=squares, REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+        _columns_of(left, HALF.value), _columns_of(right, RIGHT.value), _parts_of(sums_EOI, turned), sums_EOI,
+        parts, ends_E, left_dim // 8, right_dim // 8, tiles, left_tiles, right_tiles,
+        ADD=add, TURNED=turned, SQUARES=squares,
+        REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4, maxnreg=ENTRY_REGISTERS,
     )  # fmt: skip
+    if sums_EOI is not out_EOI:
+        out_EOI.copy_(sums_EOI)
     return parts
 
 
@@ -258,3 +297,15 @@ def _columns_of(x_RD, width):
     aligned = x_RD.stride(1) == 1 and x_RD.stride(0) % 8 == 0 and x_RD.data_ptr() % 16 == 0
     x_RD = x_RD if aligned else x_RD.contiguous()
     return blocks_of(x_RD, BLOCK.value, width)
+
+
+def box(turned):
+    """Expert, rows and columns of the sums that leave at once."""
+    return [1, PART.value, HALF.value] if turned else [1, HALF.value, PART.value]
+
+
+def _parts_of(out_EOI, turned):
+    """A descriptor of what leaves at once; TMA leaves out what stands over an expert's edge."""
+    expert, rows, columns = block = box(turned)
+    layout = layout_of(rows, columns, out_EOI.dtype, expert)
+    return TensorDescriptor(out_EOI, list(out_EOI.shape), list(out_EOI.stride()), block, layout)

@@ -9,6 +9,7 @@ import threading
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin, ir
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -16,6 +17,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 # Triton 3.9's names, and before that 3.6's.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 unload = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@builtin
+def _add_tile(tensor_desc, coord, src, _semantic=None):
+    """Triton 3.6 has the instruction, but no name for it."""
+    at = _semantic._convert_to_ir_values(coord, require_i64=False)  # noqa: SLF001
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, at, src.handle)
+
+
+add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _add_tile
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 _memory = gl.shared_memory_descriptor
 view = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret  # noqa: SLF001
@@ -23,6 +35,7 @@ meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 _DTYPES = {
+    torch.float32: gl.float32,
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
     torch.float8_e4m3fn: gl.float8e4nv,
@@ -141,9 +154,9 @@ def blocks_of(x_RD, rows, columns):
 
 
 @functools.cache
-def layout_of(rows, columns, dtype):
-    """Of a block in shared memory; Triton takes microseconds for one."""
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[dtype])
+def layout_of(rows, columns, dtype, *before):
+    """Of a block in shared memory, with dims `before` its rows; Triton takes microseconds for one."""
+    return gl.NVMMASharedLayout.get_default_for([*before, rows, columns], _DTYPES[dtype])
 
 
 def take_context(device):
