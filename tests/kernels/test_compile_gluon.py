@@ -283,20 +283,20 @@ def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma_or_are_added_in_
 
 @pytest.mark.parametrize("turned", [False, True], ids=["upright", "turned"])
 @pytest.mark.parametrize(
-    ("out", "dtype", "add", "squares"),
+    ("out", "dtype", "add", "fetch", "squares"),
     [
-        ("fp32", "bf16", True, False),
-        ("fp32", "bf16", False, True),
-        ("fp32", "fp16", True, False),
-        ("bf16", "bf16", False, False),
+        ("fp32", "bf16", True, True, False),
+        ("fp32", "bf16", False, False, True),
+        ("fp32", "fp16", True, False, False),
+        ("bf16", "bf16", False, False, False),
     ],
     ids=str,
 )
-def test_weight_gradients_of_experts_have_a_product_in_flight_and_leave_or_are_added_by_tma(
-    out, dtype, add, squares, turned, tmp_path
+def test_weight_gradients_of_experts_have_a_product_in_flight_and_leave_or_are_added_by_tma(  # noqa: PLR0913
+    out, dtype, add, fetch, squares, turned, tmp_path
 ):
     module = gluon_expert_gradient
-    constants = {"ADD": add, "TURNED": turned, "SQUARES": squares}
+    constants = {"ADD": add, "FETCH": fetch, "TURNED": turned, "SQUARES": squares}
     constants |= {} if squares else {"squares_ptr": None}
     constants |= {"REGISTERS": module.CONSUMER_REGISTERS, "FEW_REGISTERS": module.PRODUCER_REGISTERS}
     expert, rows, columns = module.box(turned)
@@ -312,7 +312,7 @@ def test_weight_gradients_of_experts_have_a_product_in_flight_and_leave_or_are_a
     assert re.findall(r"DEPBAR\.LE gsb0, 0x([01])", text) == ["1", "0"] * 2
     parts = 2 * 8  # of 32 columns
     assert (text.count("UTMAREDG.3D.ADD"), text.count("UTMASTG.3D")) == ((parts, 0) if add else (0, parts))
-    assert ("UBLKPF.L2" in text) == add  # old sums
+    assert ("UBLKPF.L2" in text) == fetch  # old sums
     assert len(re.findall(r"\b(?:REDG|STG)\.E", text)) == (2 if squares else 0)
 
 
