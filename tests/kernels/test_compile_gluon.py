@@ -22,6 +22,7 @@ from benthic.kernels import (
     gluon_attention_backward,
     gluon_expert_gradient,
     gluon_fp8,
+    gluon_fp8_split,
     gluon_fp8_three,
     gluon_fp8_three_gradient,
     gluon_fp8_tiles,
@@ -281,6 +282,30 @@ def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma_or_are_added_in_
     assert len(re.findall(r"REDG\S*ADD\.F32x2", text)) == sums
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("rows", [64, 128])
+def test_shares_of_an_fp8_product_load_weights_before_they_wait_for_rows(rows, groups, early, tmp_path):
+    module = gluon_fp8_split
+    constants = {"ROWS": rows, "GROUPS": groups, "STAGES": module.stages(rows, groups), "PDL": early}
+    constants |= {"REGISTERS": module.TALL_REGISTERS, "FEW_REGISTERS": module.PRODUCER_REGISTERS}
+    types = {"x": descriptor(rows, 128, "fp8e4nv"), "weight": OF_64, "out": descriptor(rows, 64)}
+    kernel = built(module._shares, constants, types, module.TALL_ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    assert constants["STAGES"] >= 4
+    text = tool(kernel, "-sass", tmp_path)
+    assert text.count("QGMMA.64x64x32") == groups * rows // 64 * 4
+    assert text.count("UTMASTG") == groups
+    assert text.count("STG.E.64") == groups * rows // 4  # sums of 64 columns, two at a time
+    order = re.findall(r"UTMALDG|ACQBULK", text)
+    assert order.count("UTMALDG") == 2 * groups + 1
+    assert order.count("ACQBULK") == (groups + 1 if early else 0)
+    if early:
+        loads = "".join("w" if what == "UTMALDG" else "|" for what in order)
+        assert re.search(f"w{{{groups}}}\\|w{{{groups + 1}}}", loads)
+
+
+@pytest.mark.parametrize("edges", [False, True], ids=["whole tiles", "edges"])
 @pytest.mark.parametrize("turned", [False, True], ids=["upright", "turned"])
 @pytest.mark.parametrize(
     ("out", "dtype", "add", "fetch", "squares"),

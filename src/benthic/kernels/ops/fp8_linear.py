@@ -12,6 +12,7 @@ from benthic.kernels.ops.fp8_ways import (
     cublas,
     gluon,
     gluon_gradient,
+    gluon_split,
     gluon_tall,
     gluon_tall_first,
     turns_words,
@@ -82,6 +83,9 @@ _FEW = Implementation(
 FEW_ROWS = 16
 """Rows a weight, on average, up to which `few_rows` is the fastest: on an H200, 5.4 to 14 us at one row where
 cuBLAS takes 13 to 25, and no better at 32."""
+SPLIT_ROWS = 128
+"""Rows of a product with one weight up to which `gluon_split` runs: it is bound by reading the weight, which
+later row tiles read again."""
 MANY_ROWS = 768
 """Rows a weight, on average, from which tiles of 192 rows win. On an H200 they give 795 TFLOP/s and those of
 128 rows 1,013 with 256 rows for each of 32 experts, 1,209 and 928 with 1,536 for each of 64."""
@@ -90,6 +94,7 @@ FP8_LINEAR = Op(
     "fp8_linear",
     (
         _FEW,
+        Implementation("gluon_split", gluon_split, "benthic.kernels.gluon_fp8_split:linear"),
         Implementation("cublas", cublas, "benthic.kernels.torch_fp8_linear:linear"),
         Implementation("gluon", gluon, "benthic.kernels.gluon_fp8:linear"),
         Implementation(
@@ -263,10 +268,13 @@ def fp8_linear(
     Cost: 2 R K N FLOPs.
     """
     _check_tiles(x, weight, ends_E)
-    op = FP8_LINEAR if ends_E is None else GROUPED_FP8_LINEAR
-    inner, outer = x.values.shape[1], weight.values.shape[-2]
-    rows, weights = x.values.shape[0], 1 if ends_E is None else ends_E.shape[0]
-    few, many = rows <= FEW_ROWS * weights, impl is not None or rows >= MANY_ROWS * weights
+    inner, outer, rows = x.values.shape[1], weight.values.shape[-2], x.values.shape[0]
+    if ends_E is None:
+        op, weights, many = FP8_LINEAR, 1, rows > SPLIT_ROWS
+    else:
+        op, weights = GROUPED_FP8_LINEAR, ends_E.shape[0]
+        many = impl is not None or rows >= MANY_ROWS * weights
+    few = rows <= FEW_ROWS * weights
     case = Case(x.values.device.type, dtype, (inner, outer), few=few, many=many)
     out: Tensor = op.choose(case, impl)(x, weight, ends_E, dtype=dtype)
     return out

@@ -51,6 +51,14 @@ def gluon_tall(case: Case) -> Verdict:
     return verdict
 
 
+def gluon_split(case: Case) -> Verdict:
+    """Whole GPUs for weights of few tiles; results leave by TMA, as those of `gluon_tall`."""
+    if case.many:
+        return no("is made for rows that one tile or two can hold")
+    verdict = gluon_tall(case)
+    return yes("every multiprocessor reads its share of the weight") if verdict.runs else verdict
+
+
 def gluon_tall_first(case: Case) -> Verdict:
     """`gluon_tall`, where there are rows enough for tiles of 192."""
     return gluon_tall(case) if case.many else no("is made for many rows a weight")

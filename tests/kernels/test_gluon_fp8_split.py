@@ -1,0 +1,241 @@
+"""FP8 products of some dozens of rows in Gluon: how they are divided, and both kernels run by Python.
+
+In Python layouts are left out; loads, barriers, what a program multiplies and where sums go are not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from benthic.kernels import gluon_fp8_split as module
+from benthic.kernels import gluon_fp8_tiles
+from benthic.kernels.host import cdiv
+
+DEEPSEEK_V3 = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
+DIVIDED = {
+    64: [
+        (64, 1, 14, False), (64, 3, 12, True), (64, 2, 8, True),
+        (64, 3, 37, False), (64, 2, 14, False), (64, 1, 16, True),
+    ],
+    128: [
+        (128, 2, 8, False), (128, 3, 12, True), (128, 2, 8, True),
+        (128, 3, 37, False), (128, 2, 14, False), (128, 1, 16, True),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", DIVIDED)
+def test_weights_of_deepseek_v3_are_divided_over_an_h200(rows):
+    assert [module.division(rows, n, k, 132) for n, k in DEEPSEEK_V3] == DIVIDED[rows]
+
+
+@given(st.integers(1, 300), st.integers(1, 9000), st.integers(1, 9000), st.integers(1, 140))
+def test_a_division_has_no_more_programs_than_multiprocessors(rows, n_dim, k_dim, processors):
+    tall, groups, share, whole = module.division(rows, n_dim, k_dim, processors)
+    k_tiles = cdiv(k_dim, 128)
+    assert cdiv(cdiv(rows, tall) * cdiv(n_dim, groups * 64) * k_tiles, share) <= processors
+    assert share >= min(k_tiles, module.LEAST.value)
+    assert whole == (share % k_tiles == 0)
+    assert module.division(rows, n_dim, k_dim, processors) == (tall, groups, share, whole)
+
+
+turn = threading.Condition()
+
+
+class Barrier:
+    """Phases that end when all have arrived and all bytes have come."""
+
+    def __init__(self, arrivals):
+        self.count = self.missing = arrivals
+        self.bytes = self.phase = 0
+
+    def came(self, arrivals=0, size=0):
+        with turn:
+            self.missing -= arrivals
+            self.bytes += size
+            assert self.missing >= 0
+            if not self.missing and not self.bytes:
+                self.phase, self.missing = self.phase + 1, self.count
+            turn.notify_all()
+
+
+class Tiles:
+    """Shared memory: tiles one after another."""
+
+    def __init__(self, data):
+        self.data, self.shape, self.dtype = data, data.shape, data.dtype
+
+    def index(self, at):
+        return Tiles(self.data[at])
+
+    def permute(self, order):
+        return Tiles(self.data.permute(order))
+
+    def store(self, values):
+        self.data.copy_(values)
+
+
+class Pointer:
+    """A tensor and places in it, of which each is written once."""
+
+    def __init__(self, data, at=0, written=None):
+        self.data, self.at = data.view(-1), at
+        self.written = torch.zeros(data.numel(), dtype=torch.int64) if written is None else written
+        self.dtype = SimpleNamespace(element_ty=data.dtype)
+
+    def __add__(self, more):
+        return Pointer(self.data, self.at + more, self.written)
+
+
+class Described:
+    """A matrix whose blocks are loaded and stored; behind its ends are zeros."""
+
+    def __init__(self, pointer, shape, block):
+        self.pointer, self.data = pointer, pointer.data.view(shape)
+        self.dtype, self.layout = torch.float32, None
+        self.block_type = SimpleNamespace(shape=block, nbytes=block[0] * block[1])
+
+    def load(self, corner, bar, tile):
+        part = self.data[tuple(slice(a, a + n) for a, n in zip(corner, tile.shape, strict=True))]
+        tile.data.zero_()
+        tile.data[: part.shape[0], : part.shape[1]] = part
+        bar.came(size=-self.block_type.nbytes)
+
+    def unload(self, corner, tile):
+        place = tuple(slice(a, a + n) for a, n in zip(corner, tile.shape, strict=True))
+        part = self.data[place]
+        part.copy_(tile.data[: part.shape[0], : part.shape[1]])
+        self.pointer.written.view(self.data.shape)[place] += 1
+
+
+def take(pointer, mask=None, other=None):
+    if not isinstance(pointer.at, torch.Tensor):
+        return pointer.data[pointer.at]
+    at = pointer.at if mask is None else torch.where(mask, pointer.at, 0)
+    return pointer.data[at] if mask is None else torch.where(mask, pointer.data[at], other)
+
+
+def put(pointer, values, mask):
+    mask = mask.expand(values.shape)
+    at = pointer.at.expand(values.shape)[mask]
+    pointer.data[at] = values[mask].to(pointer.data.dtype)
+    pointer.written.index_add_(0, at, torch.ones_like(at))
+
+
+def wait(bar, parity):
+    with turn:
+        assert turn.wait_for(lambda: bar.phase & 1 != parity, timeout=10), "nobody comes"
+
+
+def new_bars(count, arrivals):
+    bars = [Barrier(arrivals) for _ in range(count)]
+    return SimpleNamespace(index=lambda at: bars[at])
+
+
+def specialize(parts, *_settings):
+    failed = []
+
+    def run(part, operands):
+        try:
+            part(*operands)
+        except BaseException as error:  # noqa: BLE001 (told to the test below)
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=part) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+@pytest.fixture
+def language(monkeypatch):
+    found = SimpleNamespace(
+        load=take, store=put, float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
+        minimum=lambda a, b: torch.clamp(a, max=b) if isinstance(a, torch.Tensor) else min(a, b),
+        where=lambda condition, left, right: left if condition else right,
+        zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
+        arange=lambda start, end, layout=None: torch.arange(start, end), warp_specialize=specialize,
+        allocate_shared_memory=lambda _, shape, __: Tiles(torch.full(shape, torch.nan)),
+        NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None,
+    )  # fmt: skip
+
+    def product(x, weight, zero, *, use_acc, is_async):
+        assert not use_acc
+        assert is_async
+        return zero + x.data @ weight.data
+
+    bars = SimpleNamespace(
+        wait=wait,
+        expect=lambda bar, size: bar.came(arrivals=1, size=size),
+        arrive=lambda bar, count: bar.came(arrivals=count),
+    )
+    own = {
+        "gl": found, "tl": found, "load": Described.load, "unload": Described.unload, "mbarrier": bars,
+        "new_bars": new_bars,
+        "meet": lambda: None, "fence_async_shared": lambda: None, "wait_for_inputs": lambda _: None,
+        "tma": SimpleNamespace(store_wait=lambda _: None), "_wait": lambda _: None,
+        "warpgroup_mma": product, "warpgroup_mma_wait": lambda _, deps: deps[0],
+    }  # fmt: skip
+    for each in (module, gluon_fp8_tiles):
+        for name, value in vars(each).copy().items():
+            if name in own:
+                monkeypatch.setattr(each, name, own[name])
+            elif name.isupper() and hasattr(value, "value"):
+                monkeypatch.setattr(each, name, value.value)
+            elif hasattr(value, "fn"):
+                monkeypatch.setattr(each, name, value.fn)
+    return found
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "tall"), [(1, 64), (100, 64), (65, 128), (200, 128)])
+@pytest.mark.parametrize(("n_dim", "k_dim"), [(200, 650), (640, 128), (72, 1000)])
+@pytest.mark.parametrize("share", [1, 4, 7, 13, 100])
+def test_every_chunk_is_multiplied_once_and_sums_meet_in_their_tile(
+    language, groups, rows, tall, n_dim, k_dim, share
+):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(m, k_dim, generator=generator) for m in (rows, n_dim))
+    k_tiles, m_tiles = cdiv(k_dim, 128), cdiv(rows, tall)
+    x_scale = torch.rand(rows, k_tiles, generator=generator)
+    weight_scale = torch.rand(cdiv(n_dim, 128), k_tiles, generator=generator)
+    tiles = m_tiles * cdiv(n_dim, 64 * groups)
+    programs = cdiv(tiles * k_tiles, share)
+    out = Pointer(torch.full((rows, n_dim), torch.nan))
+    parts = Pointer(torch.full((2 * programs * groups * tall * 64,), torch.nan))
+    for program in range(programs):
+        language.program_id = lambda _axis, program=program: program
+        module._shares(
+            Described(Pointer(x), x.shape, [tall, 128]), Described(Pointer(weight), weight.shape, [64, 128]),
+            Described(out, (rows, n_dim), [tall, 64]), parts, Pointer(x_scale), Pointer(weight_scale),
+            rows, n_dim, tiles * k_tiles, share, k_tiles, m_tiles, *x_scale.stride(), *weight_scale.stride(),
+            ROWS=tall, GROUPS=groups, STAGES=3, PDL=True, REGISTERS=0, FEW_REGISTERS=0,
+        )  # fmt: skip
+    assert parts.written.max() <= 1
+    for place in [(part, tile) for part in range(cdiv(min(rows, tall), 8)) for tile in range(tiles * groups)]:
+        language.program_id = lambda axis, place=place: place[axis]
+        module._add_shares(
+            parts, out, rows, n_dim, share, k_tiles, m_tiles,
+            ROWS=tall, GROUPS=groups, PART=64, SLICE=8, PDL=True,
+        )  # fmt: skip
+    assert (out.written == 1).all()
+    exact = widened(x, x_scale, (1, 128)) @ widened(weight, weight_scale, (128, 128)).T
+    torch.testing.assert_close(out.data.view(rows, n_dim).double(), exact, rtol=1e-4, atol=1e-3)
+
+
+def widened(values, scale, tile):
+    each = scale.repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)
+    return (values * each[: values.shape[0], : values.shape[1]]).double()
