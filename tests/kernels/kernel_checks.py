@@ -1376,6 +1376,31 @@ def test_fp8_linear(dtype, dims, impl):
         close_fp8(fast, exact.double(), dtype)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="Gluon needs a GPU")
+@pytest.mark.parametrize("rows", [1, 17, 64, 65, 100, 128])
+@pytest.mark.parametrize("dims", [(304, 144), (7168, 2112), (512, 32768), (7168, 4096)], ids=str)
+def test_fp8_linear_in_shares(dtype, rows, dims):
+    """Every tile cut and none, tiles of 64 and of 128 rows, with the same bits each time and in a graph."""
+    if dtype == torch.float32:
+        pytest.skip("results leave in 16 bits")
+    inner, outer = dims
+    x, weight = made(rows, inner, dtype=torch.float32), made(outer, inner, dtype=torch.float32, seed=1)
+    x, blocks = fp8_rows(x.detach()), ops.quantise_fp8_weight(weight.detach(), impl="reference")
+    fast = ops.fp8_linear(x, blocks, dtype=dtype, impl="gluon_split")
+    close_fp8(fast, ops.fp8_linear(x, blocks, dtype=torch.float32, impl="reference").double(), dtype)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = ops.fp8_linear(x, blocks, dtype=dtype, impl="gluon_split")
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(recorded, fast)
+        assert torch.equal(ops.fp8_linear(x, blocks, dtype=dtype, impl="gluon_split"), fast)
+    dy = fp8_rows(made(rows, outer, dtype=torch.float32, seed=2).detach())
+    fast = ops.fp8_linear(dy, blocks.transposed(), dtype=dtype, impl="gluon_split")
+    exact = ops.fp8_linear(dy, blocks.transposed(), dtype=torch.float32, impl="reference")
+    close_fp8(fast, exact.double(), dtype)
+
+
 @pytest.mark.parametrize("name", [None, *GROUPS])
 @pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
 def test_fp8_linear_of_few_rows(dtype, dims, name):

@@ -10,6 +10,7 @@ import torch
 
 from benthic.errors import BackendError
 from benthic.kernels import ops
+from benthic.kernels.ops.fp8_linear import FP8_LINEAR
 from benthic.kernels.ops.linear_gradients import GROUPED_INPUT_GRADIENT
 from benthic.kernels.ops.moe import GROUPED_LINEAR, GROUPED_SWIGLU
 from benthic.kernels.table import (
@@ -140,6 +141,29 @@ def test_rows_are_many_from_256_an_expert(rows, many, monkeypatch):
     ops.grouped_linear(x, weight, ends)
     ops.grouped_input_gradient(x, weight, ends)
     assert [case.many for case in cases] == [many, many]
+
+
+@pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")
+def test_an_fp8_product_of_some_rows_is_read_in_shares_where_its_result_leaves_by_tma():
+    case = Case("cuda", torch.bfloat16, (7168, 2112))
+    assert FP8_LINEAR.select(case)[0].name == "gluon_split"
+    assert FP8_LINEAR.select(case._replace(few=True))[0].name == "few_rows"
+    for other in (case._replace(many=True), case._replace(dtype=torch.float32)):
+        assert FP8_LINEAR.select(other)[0].name == "cublas"
+    assert FP8_LINEAR.select(case._replace(dims=(7168, 2116)))[0].name == "gluon"
+    assert FP8_LINEAR.select(case._replace(dims=(7176, 2112)))[0].name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("rows", "few", "many"), [(16, True, False), (128, False, False), (129, False, True)]
+)
+def test_rows_of_one_fp8_weight_are_many_from_129(rows, few, many, monkeypatch):
+    cases, choose = [], Op.choose
+    monkeypatch.setattr(Op, "choose", lambda op, case, impl: (cases.append(case), choose(op, case, impl))[1])
+    weight = ops.quantise_fp8_weight(torch.zeros(8, 16), impl="reference")
+    x = ops.Fp8(*ops.quantise_fp8_rows(torch.zeros(rows, 16), impl="reference"))
+    ops.fp8_linear(x, weight, impl="reference")
+    assert [(case.few, case.many) for case in cases[-1:]] == [(few, many)]
 
 
 def test_ops_of_a_cpu_never_import_triton(monkeypatch):

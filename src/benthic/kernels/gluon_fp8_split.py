@@ -276,7 +276,7 @@ def multiply(x, weight, divided, *, dtype):
     tiles = m_tiles * cdiv(n_dim, groups * PART.value)
     programs = cdiv(tiles * k_tiles, share)
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=device)
-    parts = out_RN
+    parts = x.scale  # of the same dtype, and nothing is written there
     if not whole:
         parts = torch.empty(2 * programs * groups * tall * PART.value, dtype=torch.float32, device=device)
     if rows:

@@ -54,7 +54,7 @@ def gluon_tall(case: Case) -> Verdict:
 def gluon_split(case: Case) -> Verdict:
     """Whole GPUs for weights of few tiles; results leave by TMA, as those of `gluon_tall`."""
     if case.many:
-        return no("is made for rows that one tile or two can hold")
+        return no("is made for some dozens of rows")
     verdict = gluon_tall(case)
     return yes("every multiprocessor reads its share of the weight") if verdict.runs else verdict
 
