@@ -307,6 +307,18 @@ def test_fp8_products_use_wgmma_without_spills(direction, rows, experts, tmp_pat
     assert (used.wgmma > 0) == (block_m >= 64)
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])
+def test_shares_of_an_fp8_product_are_added_sixteen_bytes_at_a_time(early, tmp_path):
+    split = importlib.import_module("benthic.kernels.gluon_fp8_split")
+    constants = {"ROWS": 128, "GROUPS": 2, "PART": 64, "SLICE": split.SLICE, "PDL": early}
+    built = compiled("gluon_fp8_split", "_add_shares", constants)
+    used = resources(built, tmp_path)
+    assert_fits(used)
+    assert used.registers <= 40  # so that some programs fit beside one of the product
+    assert used.shared == 0
+    assert built.asm["ptx"].count("ld.global.v4.b32") == 8
+
+
 GATE = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weight_ptr"), "*fp32")
 GATE |= dict.fromkeys(("dscores_ptr", "dweight_ptr", "dlogits_ptr"), "*fp32")
 GATE["expert_ptr"] = "*i32"

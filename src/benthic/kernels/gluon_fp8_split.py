@@ -46,7 +46,7 @@ from benthic.kernels.triton_tiles import multiprocessors
 
 SHARED = 220 * 1024
 """Bytes of shared memory; what is left lets a program of the next kernel start."""
-LEAST = gl.constexpr(4)
+LEAST = 4
 """Chunks of a program, or its start would take longer than they do."""
 SLICE = 8
 """Rows of a tile that a program of the second kernel adds."""
@@ -90,8 +90,8 @@ def _cost(rows, n_dim, k_dim, processors, groups, whole):
     """Bytes that a multiprocessor moves, and the division."""
     tall, wide = PART.value if rows <= PART.value else 2 * PART.value, groups * PART.value
     k_tiles, tiles = cdiv(k_dim, CHUNK.value), cdiv(rows, tall) * cdiv(n_dim, wide)
-    share = max(cdiv(tiles * k_tiles, processors), LEAST.value)
-    if whole or share % k_tiles == 0:
+    share = max(cdiv(tiles * k_tiles, processors), LEAST)
+    if whole or share % k_tiles == 0 or share > tiles * k_tiles:
         share, whole = k_tiles * cdiv(tiles, processors), True
     moved = share * (tall + wide) * CHUNK.value
     sums = 0 if whole else 2 * 4 * tall * wide + SECOND_KERNEL
@@ -237,9 +237,14 @@ def _add_shares(
     part_ptr, out_ptr, rows, n_dim, share, k_tiles, m_tiles,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of a tile that several programs have, in the order of K: some rows and 64 columns."""
+    """Add the sums of a tile that several programs have, in the order of K: some rows and 64 columns.
+
+    Tiles are counted where all may be cut, ends of programs where these have more than a tile.
+    """
     wait_for_inputs(PDL)
     tile, group = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
+    if share > k_tiles:
+        tile = (tile + 1) * share // k_tiles
     first_chunk = tile * k_tiles
     program, last = first_chunk // share, (first_chunk + k_tiles - 1) // share
     if program == last:
@@ -263,7 +268,7 @@ def _add_shares(
 def linear(x, weight, ends_E, *, dtype):  # noqa: ARG001 (no experts)
     """See `benthic.kernels.ops.fp8_linear`; launches follow from shapes, so a CUDA graph can hold them."""
     (rows, k_dim), n_dim = x.values.shape, weight.values.shape[0]
-    divided = division(rows, n_dim, k_dim, multiprocessors(x.values.device))
+    divided = division(max(rows, 1), n_dim, k_dim, multiprocessors(x.values.device))
     return multiply(x, weight, divided, dtype=dtype)
 
 
@@ -289,7 +294,8 @@ def multiply(x, weight, divided, *, dtype):
             num_warps=4, maxnreg=TALL_ENTRY_REGISTERS, **early(device, rows),
         )  # fmt: skip
         if not whole:
-            _add_shares[(cdiv(min(rows, tall), SLICE), tiles * groups)](
+            cut = min(tiles, programs - 1)
+            _add_shares[(cdiv(min(rows, tall), SLICE), cut * groups)](
                 parts, out_RN, rows, n_dim, share, k_tiles, m_tiles,
                 ROWS=tall, GROUPS=groups, PART=PART.value, SLICE=SLICE, num_warps=4, **early(device, rows),
             )  # fmt: skip
