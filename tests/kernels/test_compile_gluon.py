@@ -305,7 +305,6 @@ def test_shares_of_an_fp8_product_load_weights_before_they_wait_for_rows(rows, g
         assert re.search(f"w{{{groups}}}\\|w{{{groups + 1}}}", loads)
 
 
-@pytest.mark.parametrize("edges", [False, True], ids=["whole tiles", "edges"])
 @pytest.mark.parametrize("turned", [False, True], ids=["upright", "turned"])
 @pytest.mark.parametrize(
     ("out", "dtype", "add", "fetch", "squares"),
@@ -317,7 +316,7 @@ def test_shares_of_an_fp8_product_load_weights_before_they_wait_for_rows(rows, g
     ],
     ids=str,
 )
-def test_weight_gradients_of_experts_have_a_product_in_flight_and_leave_or_are_added_by_tma(  # noqa: PLR0913
+def test_weight_gradients_of_experts_have_a_product_in_flight_and_leave_or_are_added_by_tma(
     out, dtype, add, fetch, squares, turned, tmp_path
 ):
     module = gluon_expert_gradient
