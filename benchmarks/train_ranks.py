@@ -53,12 +53,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """What one layout came to on rank 0."""
+    """What one layout came to on rank 0.
+
+    `loads`: of each mixture in the last step, the busiest expert's rows over the mean, and experts without.
+    """
 
     losses: list[float]
     seconds: list[float]
     peak_bytes: int
     spans: list[Span]
+    loads: list[tuple[float, int]]
 
 
 def main() -> None:
@@ -151,11 +155,13 @@ def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int)
     """Some steps on one layout."""
     trainer = trainer_of(config, layout, data, mesh)
     trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device)
-    losses, seconds = [], []
+    losses, seconds, counts = [], [], {}
     for _ in range(steps):
         began = time.perf_counter()
-        losses.append(trainer.step().loss)
+        result = trainer.step()
+        losses.append(result.loss)
         seconds.append(time.perf_counter() - began)
+        counts = result.counts
     spans = trainer.executor.pipeline.spans(steps)
     peak = torch.cuda.max_memory_allocated() if config.device == "cuda" else 0
     del trainer
@@ -163,7 +169,8 @@ def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int)
     if config.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return Found(losses, seconds, peak, spans)
+    loads = [(float(n.max() / n.float().mean()), int((n == 0).sum())) for n in counts.values()]
+    return Found(losses, seconds, peak, spans, loads)
 
 
 def row(name: str, config: RunConfig, ranks: int, found: Found, alone: Found) -> dict[str, Any]:
@@ -188,6 +195,7 @@ def row(name: str, config: RunConfig, ranks: int, found: Found, alone: Found) ->
         "tokens_per_second": tokens / step,
         "flops_per_second_per_gpu": rate,
         "peak_bytes": found.peak_bytes,
+        "busiest_and_empty_experts": found.loads,
     }
 
 

@@ -148,9 +148,11 @@ def tiles(device: str, sizes: Kernels) -> Calls:
         yield MemoryBound(bytes=3 * count, name="quantise 128x1"), partial(ops.quantise_fp8_columns, x)
         yield MemoryBound(bytes=2 * count, name="retile"), partial(ops.retile_fp8, narrow)
     for n, k in sizes.weights:
-        weights = torch.zeros(sizes.experts, n, k, device=device).to(torch.float8_e4m3fn)
-        turned = weights.transpose(1, 2)
-        yield MemoryBound(bytes=2.0 * weights.numel(), name="transpose fp8"), turned.contiguous
+        weights = ops.quantise_fp8_weight(torch.randn(sizes.experts, n, k, device=device, dtype=wide))
+        yield (
+            MemoryBound(bytes=2.0 * weights.values.numel(), name="transpose fp8"),
+            partial(ops.turn_fp8, weights),
+        )
 
 
 def decoding(device: str, sizes: Kernels) -> Calls:
