@@ -65,6 +65,26 @@ def test_the_waterfall_adds_up_to_the_step():
     assert sum(waterfall(found).values()) == pytest.approx(found.seconds, rel=1e-6)
 
 
+def test_an_exchange_within_a_host_holds_multiprocessors_only_while_it_runs():
+    layout = Layout(pp_degree=2, dp_degree=2, ep_degree=2, schedule="dualpipev")
+    one = Candidate(model=MOONLIGHT, layout=layout, train=Rows(local_batch_size=4), rows=64)
+    machine = machines.get("h200")
+    machine = dataclasses.replace(  # whose host launches nothing
+        machine, profiles=(dataclasses.replace(machine.profiles[0], overheads={}), *machine.profiles[1:])
+    )
+    near = step(one, machine)
+    far = step(one, dataclasses.replace(machine, gpus_per_node=1))
+    assert sum(waterfall(near).values()) == pytest.approx(near.seconds, rel=1e-6)
+    for found in (near, far):
+        pair = next(t.slot for slots in found.timeline.slots for t in slots if t.slot.second is not None)
+        lanes, took = found.prices.lanes(pair), found.prices.of_slot(pair)
+        share = 20 / 132  # of the multiprocessors
+        held = share * lanes.exchange if found is near else lanes.products * share / (1 - share)
+        assert found.prices.slowed(lanes) == pytest.approx(held)
+        least = max(lanes.products + held, lanes.exchange)
+        assert took == pytest.approx(least if found is near else least / 0.916)
+
+
 @pytest.mark.parametrize(
     "schedule", ["1f1b", "zb-h1", "zb-v", "dualpipe", "dualpipev", "interleaved", "chimera"]
 )

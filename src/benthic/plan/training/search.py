@@ -17,7 +17,7 @@ from benthic.errors import ConfigError
 from benthic.parallel.parts import parts_of
 from benthic.plan.training.memory import Memory, kept, stage_size, usable
 from benthic.plan.training.space import Space, candidate, walk
-from benthic.plan.training.stage import Prices, stages, transfer
+from benthic.plan.training.stage import prices_of, stages
 from benthic.plan.training.step import Step, step
 from benthic.plan.training.tables import digest
 from benthic.plan.training.update import sync_of, update
@@ -140,7 +140,7 @@ class _Search:
         work = stages(one, machine, table.table.routes[0])
         ending = update(one, machine, table.table.routes)
         sync = sync_of(ending, one, table.forwards)
-        prices = Prices(work, machine, transfer=transfer(one, machine), sync=sync)
+        prices = prices_of(work, one, machine, sync)
         seconds = table.least(prices, work) + ending.end.seconds
         return first._replace(seconds=max(first.seconds, seconds * _ROUNDING), closeness=1)
 

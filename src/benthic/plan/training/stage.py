@@ -276,17 +276,25 @@ class Prices:
     An action alone computes and exchanges by turns, all SMs at either. In a pair one action's exchange runs
     beside the other's products, which have the other SMs for as long as the pair lasts: it takes the longer
     of C/(1 - s) and N, of C seconds of products and N of exchange, s being the share of the SMs that the
-    exchange holds; and the part of it in which products cannot run on top, as in DeepSeek's trace. Pairs
-    without exchange take what their actions take. ZeRO's collectives come on top, and no slot is over before
-    the host has launched it.
+    exchange holds; and the part of it in which products cannot run on top, as in DeepSeek's trace. Between
+    ranks of one host (`near`) kernels and copies on a stream of their own move what travels, and hold SMs
+    only while it does: the longer of C + s N and N. Pairs without exchange take what their actions take.
+    ZeRO's collectives come on top, and no slot is over before the host has launched it.
     """
 
     def __init__(
-        self, work: tuple[Work, ...], machine: Machine, *, transfer: float, sync: Sync = _NO_SYNC
+        self,
+        work: tuple[Work, ...],
+        machine: Machine,
+        *,
+        transfer: float,
+        sync: Sync = _NO_SYNC,
+        near: bool = False,
     ) -> None:
         self.work = work
+        self._near = near
         self._transfer = transfer
-        self.taken = EXCHANGE_SMS / machine.hardware.sms
+        self._taken = EXCHANGE_SMS / machine.hardware.sms
         alike = {id(one): one for one in work}
         self._actions: dict[str, list[Lanes]] = {}
         self._alone: dict[str, list[float]] = {}
@@ -324,7 +332,15 @@ class Prices:
         """Seconds of the device without its waiting for the host."""
         if slot.second is None or not lanes.exchange:
             return lanes.products + lanes.exchange
-        return max(lanes.products / (1 - self.taken), lanes.exchange) / OVERLAP_BUSY
+        if self._near:
+            return max(lanes.products + self.slowed(lanes), lanes.exchange)
+        return max(lanes.products + self.slowed(lanes), lanes.exchange) / OVERLAP_BUSY
+
+    def slowed(self, lanes: Lanes) -> float:
+        """Seconds that products take longer in a pair for the SMs which the exchange beside them holds."""
+        if self._near:
+            return lanes.exchange * self._taken
+        return lanes.products * self._taken / (1 - self._taken)
 
 
 def _longer(busy: float, lanes: Lanes) -> float:
@@ -343,6 +359,12 @@ def _of(work: Work, kind: str, sync: Sync) -> Lanes:
     if kind == "I":
         return Lanes(inputs, travels, host.input, sync.backward)
     return Lanes(inputs + work.weight.seconds, travels, host.input + host.weight, sync.backward)
+
+
+def prices_of(work: tuple[Work, ...], candidate: Candidate, machine: Machine, sync: Sync) -> Prices:
+    """Of a candidate's slots."""
+    near = candidate.layout.ep_degree <= machine.gpus_per_node
+    return Prices(work, machine, transfer=transfer(candidate, machine), sync=sync, near=near)
 
 
 def transfer(candidate: Candidate, machine: Machine) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from benthic.parallel.parts import parts_of, stages_of
 from benthic.plan.cost.priced import Total
-from benthic.plan.training.stage import EXCHANGE, Prices, named, stages, transfer
+from benthic.plan.training.stage import EXCHANGE, Prices, named, prices_of, stages
 from benthic.plan.training.tables import forwards_of
 from benthic.plan.training.update import sync_of, update
 from benthic.sched.pipeline.simulate import Order
@@ -64,7 +64,7 @@ def step(candidate: Candidate, machine: Machine, order: Order | None = None) -> 
     work = stages(candidate, machine, table.routes[0])
     ending = update(candidate, machine, table.routes)
     sync = sync_of(ending, candidate, forwards_of(table))
-    prices = Prices(work, machine, transfer=transfer(candidate, machine), sync=sync)
+    prices = prices_of(work, candidate, machine, sync)
     timeline = order.run(prices)
     seconds = timeline.makespan + ending.end.seconds
     spent = _spent(table, work) + ending.end + ending.each_microbatch.times(candidate.microbatches)
@@ -111,7 +111,7 @@ def waterfall(found: Step) -> dict[str, float]:
         if timed.slot.second is None:
             exposed += travelled
         else:
-            slow = min(took - computed, computed * prices.taken / (1 - prices.taken)) if travelled else 0.0
+            slow = min(took - computed, prices.slowed(lanes)) if travelled else 0.0
             slowed += slow
             exposed += took - computed - slow
     times |= {"exchange, not hidden": exposed, "exchange, SMs taken": slowed, "host": host}
