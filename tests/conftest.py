@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import itertools
+import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
 settings.register_profile("benthic", deadline=None)
 settings.load_profile("benthic")
 
+
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):
+    # a shell starts what runs in its background deaf to Ctrl-C, and so would be all that the tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 gc.disable()
 """Collecting tests makes a million objects that stay: to look through them again and again takes as long."""
