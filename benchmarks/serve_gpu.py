@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
 import statistics
 import time
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 PARTS: Final = {"bf16": ("none", "auto"), "fp8-weights": ("fp8", "auto"), "fp8": ("fp8", "fp8")}
 """How weights and cache are kept: in bfloat16, weights in FP8, both in FP8."""
+HOT_S: Final = 3.0
+"""Of steps with a prompt before they are timed."""
 
 
 @dataclass(frozen=True)
@@ -240,9 +243,13 @@ def with_and_without_graphs(engine: Engine) -> Iterator[None]:
 def beside_row(engine: Engine, sizes: Sizes, length: int, batch: int) -> dict[str, Any]:
     """A step in which a prompt is taken in while others decode, or none do, with graphs and as written.
 
-    Such steps follow each other, so that the host's part hides behind them, as it does under load.
+    Such steps follow each other, so that the host's part hides behind them, as it does under load, and do so
+    for `HOT_S` before they are timed: a GPU that has rested has a higher clock than one under load.
     """
-    took, plain = (mixed_step(engine, sizes, length, batch) for _ in with_and_without_graphs(engine))
+    hot_s = iter((HOT_S if sizes.device == "cuda" else 0.0, 0.0))
+    took, plain = (
+        mixed_step(engine, sizes, length, batch, next(hot_s)) for _ in with_and_without_graphs(engine)
+    )
     return {
         "what": "a prompt beside decodes",
         "prompt": length,
@@ -253,20 +260,29 @@ def beside_row(engine: Engine, sizes: Sizes, length: int, batch: int) -> dict[st
     }
 
 
-def mixed_step(engine: Engine, sizes: Sizes, length: int, batch: int) -> float:
+def mixed_step(engine: Engine, sizes: Sizes, length: int, batch: int, hot_s: float) -> float:
     """Seconds of such a step: one prompt is added before each, and ends with its first token."""
-    steps, waiting = sizes.steps // 3, set()
+    steps, waiting, numbers = sizes.steps // 3, set(), itertools.count()
     for each in requests(sizes, batch, sizes.context, 1000, seed=7):
         engine.add(each)
         waiting.add(each.request_id)
     while waiting:
         waiting -= {delta.request_id for delta in engine.step()}
-    began = 0.0
-    for number, each in enumerate(requests(sizes, 2 + steps, length, 1, seed=8)):
-        if number == 2:
-            began = time.perf_counter()
+
+    def one() -> None:
+        number = next(numbers)
+        (each,) = requests(sizes, 1, length, 1, seed=8 + number)
         engine.add(msgspec.structs.replace(each, request_id=f"prompt {number}"))
         engine.step()
+
+    for _ in range(2):
+        one()
+    hot = time.perf_counter() + hot_s
+    while time.perf_counter() < hot:
+        one()
+    began = time.perf_counter()
+    for _ in range(steps):
+        one()
     seconds = (time.perf_counter() - began) / steps
     for number in range(batch):
         engine.abort(str(number))
