@@ -6,11 +6,11 @@ In Python layouts are left out; loads, barriers, what a program multiplies and w
 from __future__ import annotations
 
 import importlib.util
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from gluon_threads import in_python, specialize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,26 +53,6 @@ def test_no_rows_launch_nothing():
     weight = ops.quantise_fp8_weight(torch.zeros(72, 256), impl="reference")
     none = ops.Fp8(torch.zeros(0, 256).to(torch.float8_e4m3fn), torch.zeros(0, 2))
     assert module.linear(none, weight, None, dtype=torch.bfloat16).shape == (0, 72)
-
-
-turn = threading.Condition()
-
-
-class Barrier:
-    """Phases that end when all have arrived and all bytes have come."""
-
-    def __init__(self, arrivals):
-        self.count = self.missing = arrivals
-        self.bytes = self.phase = 0
-
-    def came(self, arrivals=0, size=0):
-        with turn:
-            self.missing -= arrivals
-            self.bytes += size
-            assert self.missing >= 0
-            if not self.missing and not self.bytes:
-                self.phase, self.missing = self.phase + 1, self.count
-            turn.notify_all()
 
 
 class Tiles:
@@ -138,34 +118,6 @@ def put(pointer, values, mask):
     pointer.written.index_add_(0, at, torch.ones_like(at))
 
 
-def wait(bar, parity):
-    with turn:
-        assert turn.wait_for(lambda: bar.phase & 1 != parity, timeout=10), "nobody comes"
-
-
-def new_bars(count, arrivals):
-    bars = [Barrier(arrivals) for _ in range(count)]
-    return SimpleNamespace(index=lambda at: bars[at])
-
-
-def specialize(parts, *_settings):
-    failed = []
-
-    def run(part, operands):
-        try:
-            part(*operands)
-        except BaseException as error:  # noqa: BLE001 (told to the test below)
-            failed.append(error)
-
-    threads = [threading.Thread(target=run, args=part) for part in parts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
-
-
 @pytest.fixture
 def language(monkeypatch):
     found = SimpleNamespace(
@@ -183,26 +135,17 @@ def language(monkeypatch):
         assert is_async
         return zero + x.data @ weight.data
 
-    bars = SimpleNamespace(
-        wait=wait,
-        expect=lambda bar, size: bar.came(arrivals=1, size=size),
-        arrive=lambda bar, count: bar.came(arrivals=count),
+    in_python(
+        monkeypatch,
+        (module, gluon_fp8_tiles),
+        gl=found,
+        tl=found,
+        load=Described.load,
+        unload=Described.unload,
+        wait_for_inputs=lambda _: None,
+        _wait=lambda _: None,
+        warpgroup_mma=product,
     )
-    own = {
-        "gl": found, "tl": found, "load": Described.load, "unload": Described.unload, "mbarrier": bars,
-        "new_bars": new_bars,
-        "meet": lambda: None, "fence_async_shared": lambda: None, "wait_for_inputs": lambda _: None,
-        "tma": SimpleNamespace(store_wait=lambda _: None), "_wait": lambda _: None,
-        "warpgroup_mma": product, "warpgroup_mma_wait": lambda _, deps: deps[0],
-    }  # fmt: skip
-    for each in (module, gluon_fp8_tiles):
-        for name, value in vars(each).copy().items():
-            if name in own:
-                monkeypatch.setattr(each, name, own[name])
-            elif name.isupper() and hasattr(value, "value"):
-                monkeypatch.setattr(each, name, value.value)
-            elif hasattr(value, "fn"):
-                monkeypatch.setattr(each, name, value.fn)
     return found
 
 

@@ -7,35 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from gluon_threads import in_python, specialize
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from benthic.kernels import gluon_fp8_tiles, gluon_grouped, gluon_tiles
 from benthic.kernels.reference import moe
-
-turn = threading.Condition()
-
-
-class Barrier:
-    """Phases that end when all have arrived and all bytes have come."""
-
-    def __init__(self):
-        self.count = self.missing = self.bytes = self.phase = 0
-
-    def came(self, arrivals=0, size=0):
-        with turn:
-            self.missing -= arrivals
-            self.bytes += size
-            assert self.missing >= 0
-            if not self.missing and not self.bytes:
-                self.phase, self.missing = self.phase + 1, self.count
-            turn.notify_all()
 
 
 class Memory:
@@ -109,28 +91,6 @@ def view(ring, _dtype, shape, _layout):
     return SimpleNamespace(index=lambda at: Memory(torch.cat(tuple(ring.data[2 * at : 2 * at + 2]), dim=1)))
 
 
-def wait(bar, parity):
-    with turn:
-        assert turn.wait_for(lambda: bar.phase & 1 != parity, timeout=10), "nobody comes"
-
-
-def expect(bar, size, *, pred=True):
-    if pred:
-        bar.came(arrivals=1, size=size)
-
-
-def arrive(bar, count, *, pred=True):
-    if pred:
-        bar.came(arrivals=count)
-
-
-def new_bars(count, arrivals):
-    bars = [Barrier() for _ in range(count)]
-    for bar in bars:
-        bar.count = bar.missing = arrivals
-    return SimpleNamespace(index=lambda at: bars[at])
-
-
 def take(pointer, *, mask=True, other=None):
     return int(pointer.data[pointer.at]) if mask else other
 
@@ -139,24 +99,6 @@ def put(pointer, values, mask):
     at = pointer.at[mask]
     pointer.data[at] = values[mask]
     pointer.written.view(-1).index_add_(0, at, torch.ones_like(at))
-
-
-def specialize(parts, *_settings):
-    failed = []
-
-    def run(part, operands):
-        try:
-            getattr(part, "fn", part)(*operands)
-        except BaseException as error:  # noqa: BLE001 (told to the test below)
-            failed.append(error)
-
-    threads = [threading.Thread(target=run, args=part) for part in parts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
 
 
 @pytest.fixture
@@ -171,21 +113,15 @@ def language(monkeypatch):
         allocate_shared_memory=lambda dtype, shape, _: Memory(torch.full(shape, torch.nan, dtype=dtype)),
         NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
     )  # fmt: skip
-    own = {
-        "gl": found, "load": load, "unload": unload, "view": view, "new_bars": new_bars, "meet": lambda: None,
-        "fence_async_shared": lambda: None, "tma": SimpleNamespace(store_wait=lambda _: None),
-        "mbarrier": SimpleNamespace(wait=wait, expect=expect, arrive=arrive),
-        "warpgroup_mma": lambda x, weight, sums, is_async: sums + x.data @ weight.data,
-        "warpgroup_mma_wait": lambda _, deps: deps[0],
-    }  # fmt: skip
-    for module in (gluon_grouped, gluon_fp8_tiles, gluon_tiles):
-        for name, value in vars(module).copy().items():
-            if name in own:
-                monkeypatch.setattr(module, name, own[name])
-            elif name.isupper() and hasattr(value, "value"):
-                monkeypatch.setattr(module, name, value.value)
-            elif hasattr(value, "fn"):
-                monkeypatch.setattr(module, name, value.fn)
+    in_python(
+        monkeypatch,
+        (gluon_grouped, gluon_fp8_tiles, gluon_tiles),
+        gl=found,
+        load=load,
+        unload=unload,
+        view=view,
+        warpgroup_mma=lambda x, weight, sums, is_async: sums + x.data @ weight.data,
+    )
     return found
 
 

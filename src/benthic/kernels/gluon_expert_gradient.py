@@ -10,8 +10,8 @@ Which of dy and x is the right operand is chosen so that fewer tiles stand over 
 There is one program a multiprocessor. All three parts walk over the tiles of all experts by themselves, so
 the next tile is loaded, and multiplied, while the last one leaves: its sums go to shared memory, 32 columns
 at a time, from where TMA writes them or has the second-level cache add them, in float32 and once each, so
-results are the same every time. The cache reads old sums while their tile is multiplied. Where the squares
-of what is written are asked for, a group writes those of its part of a tile.
+results are the same every time. Where experts have few rows the cache reads old sums while their tile is
+multiplied. Where the squares of what is written are asked for, a group writes those of its part of a tile.
 """
 
 from __future__ import annotations

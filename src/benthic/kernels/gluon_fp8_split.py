@@ -10,7 +10,7 @@ each program writes float32 sums, at most two a program, and a second kernel add
 How chunks are divided follows from shapes and the number of multiprocessors (`division`), and so do all bits.
 
 A warp loads; each of one to three groups of warps multiplies all rows with 64 columns. The first weights are
-loaded before the kernel ahead has ended (`benthic.kernels.launch`).
+loaded before the kernel ahead has ended (`benthic.kernels.launch.wait_for_inputs` says why they may be).
 """
 
 from __future__ import annotations

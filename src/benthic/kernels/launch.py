@@ -30,7 +30,11 @@ _wanted = ContextVar("early launches", default=os.environ.get("BENTHIC_PDL", "1"
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """Let the next kernel start, then wait for all that came before; no load or store may come before it."""
+    """Let the next kernel start, then wait for all that came before.
+
+    No store may come before it, and no load but of weights: kernels that write those are not launched early
+    themselves, and let none start before they have ended.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
