@@ -231,19 +231,29 @@ def test_mla_decode_of_many_rows_sums_values_while_scores_are_computed(heads, tm
     assert "LDSM" in text  # weights are the left operand, from registers
 
 
-def test_fp8_products_promote_one_part_while_the_next_is_multiplied(tmp_path):
-    parts = 3
-    constants = {"REGISTERS": gluon_fp8.CONSUMER_REGISTERS, "FEW_REGISTERS": gluon_fp8.PRODUCER_REGISTERS}
-    described = {name: descriptor(64, 128, "fp8e4nv") for name in ("x", "weight")}
-    kernel = built(gluon_fp8._rows_times_blocks, constants, described, gluon_fp8.ENTRY_REGISTERS)
+OF_64, OF_128 = descriptor(64, 128, "fp8e4nv"), descriptor(128, 128, "fp8e4nv")
+
+
+@pytest.mark.parametrize("tail", [False, True], ids=["whole tiles", "divided tail"])
+@pytest.mark.parametrize(("dtype", "out"), [("bf16", gl.bfloat16), ("fp32", gl.float32)])
+def test_fp8_products_promote_one_part_while_the_next_is_multiplied(dtype, out, tail, tmp_path):
+    layout = gl.NVMMASharedLayout.get_default_for([64, 128], out)
+    constants = {"OUT_LAYOUT": layout, "TOGETHER": 8, "TAIL": tail}
+    constants |= {"REGISTERS": gluon_fp8.CONSUMER_REGISTERS, "FEW_REGISTERS": gluon_fp8.PRODUCER_REGISTERS}
+    types = {"x": OF_64, "wide": OF_128, "narrow": OF_64, "out_ptr": f"*{dtype}"}
+    kernel = built(gluon_fp8._rows_times_blocks, constants, types, gluon_fp8.ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
-    order = re.findall(r"QGMMA|DEPBAR\.LE gsb0, 0x[01]|FFMA", text)
-    assert order.count("QGMMA") == 2 * 4 * parts  # two groups, four times 32 of a chunk
+    order = re.findall(r"QGMMA\.64x\d+x32|DEPBAR\.LE gsb0, 0x[01]|FFMA R", text)
+    assert order.count("QGMMA.64x128x32") == order.count("QGMMA.64x64x32") == 2 * 4
+    assert order.count("FFMA R") == 2 * 96
     one_more = [at for at, what in enumerate(order) if what.endswith("0x1")]
-    assert len(one_more) == 2 * (parts - 1)
+    assert len(one_more) == 2
     for at in one_more:  # something is promoted before everything is waited for
-        assert "FFMA" in order[at : order.index("DEPBAR.LE gsb0, 0x0", at)]
+        assert "FFMA R" in order[at : order.index("DEPBAR.LE gsb0, 0x0", at)]
+    assert text.count("STG.E.128") == 2 * 12 * (2 if dtype == "fp32" else 1)
+    assert text.count("STG.E.64") == text.count("LDG.E.64") == (2 * 48 if tail else 0)  # sums handed over
+    assert text.count("LDG.E.STRONG.GPU") == (2 * 2 if tail else 0)
 
 
 def scales(count):
@@ -252,7 +262,6 @@ def scales(count):
     return f"tensordesc<fp32[{count}],{layout!r}>"
 
 
-OF_64, OF_128 = descriptor(64, 128, "fp8e4nv"), descriptor(128, 128, "fp8e4nv")
 ROWS = {"x": OF_64, "weight": OF_128, "out": descriptor(64, 128)}
 COLUMNS = {"dy": OF_64, "x": OF_128, "dy_scale": scales(64), "x_scale": scales(128), "out_ptr": "*fp32"}
 
