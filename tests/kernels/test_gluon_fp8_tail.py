@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from benthic.kernels import fp8_waves, gluon_fp8_tiles
 from benthic.kernels import gluon_fp8 as module
-from benthic.kernels import gluon_fp8_tiles
 from benthic.kernels.host import cdiv
+from benthic.kernels.ops.fp8_linear import FP8_LINEAR
+from benthic.kernels.table import Case
 
 DEEPSEEK_V3 = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
 TAILS = {
@@ -32,15 +34,37 @@ TAILS = {
 @pytest.mark.parametrize("rows", TAILS)
 def test_last_waves_of_deepseek_v3_are_divided_over_an_h200(rows):
     assert [
-        module.tail(cdiv(rows, 128) * cdiv(n_dim, 192), cdiv(k_dim, 128), 132) for n_dim, k_dim in DEEPSEEK_V3
+        fp8_waves.tail(cdiv(rows, 128) * cdiv(n_dim, 192), cdiv(k_dim, 128), 132)
+        for n_dim, k_dim in DEEPSEEK_V3
     ] == TAILS[rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "ours"),
+    [
+        (4096, [True, True, True, False, False, False]),
+        (2048, [True, True, True, False, False, False]),
+        (1024, [False, True, True, True, False, True]),
+    ],
+)
+def test_products_with_short_sums_or_half_a_last_wave_are_ours(rows, ours):
+    found = [fp8_waves.faster_than_library(rows, n_dim, k_dim, 132) for n_dim, k_dim in DEEPSEEK_V3]
+    assert found == ours
+
+
+@pytest.mark.parametrize(
+    ("inner", "ours", "chosen"), [(7168, True, "gluon"), (7168, False, "cublas"), (7120, False, "gluon")]
+)
+def test_cublas_runs_what_ours_is_slower_at_and_what_it_can(inner, ours, chosen):
+    case = Case("cuda", torch.bfloat16, (inner, 2112), many=True, ours=ours)
+    assert FP8_LINEAR.select(case)[0].name == chosen
 
 
 @given(st.integers(1, 900), st.integers(1, 200), st.integers(1, 140))
 def test_pieces_of_all_programs_are_all_chunks_and_a_begun_tile_is_the_next_programs_last(
     tiles, k_tiles, processors
 ):
-    whole, share = module.tail(tiles, k_tiles, processors)
+    whole, share = fp8_waves.tail(tiles, k_tiles, processors)
     programs = min(tiles, processors)
     seen = {tile: [] for tile in range(tiles)}
     for program in range(programs):
@@ -60,7 +84,7 @@ def test_pieces_of_all_programs_are_all_chunks_and_a_begun_tile_is_the_next_prog
             assert (ahead, one) == (behind, other - 1)
     if share:
         assert whole % processors == 0
-        assert whole // processors * k_tiles + share + module.HAND_OVER < cdiv(tiles, processors) * k_tiles
+        assert whole // processors * k_tiles + share + fp8_waves.HAND_OVER < cdiv(tiles, processors) * k_tiles
 
 
 def pieces_of(program, programs, k_tiles, tiles, whole, share):

@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from benthic.kernels.fp8_waves import tail
 from benthic.kernels.gluon_fp8_tiles import (
     CHUNK,
     CONSUMER_REGISTERS,
@@ -52,22 +53,11 @@ COLUMNS = gl.constexpr(192)
 WIDE = gl.constexpr(128)
 STAGES = gl.constexpr(4)
 BAND = gl.constexpr(16)
-HAND_OVER = 4
-"""Chunks that could be multiplied while sums of a tile are written and read."""
-
-
-def tail(tiles, k_tiles, processors):
-    """How many tiles are multiplied whole, and the chunks of a program in the others; 0 if there are none.
-
-    The others are the last wave and the one before it: a program has at least a tile's chunks, so none is
-    divided among more than two.
-    """
-    left = tiles % processors
-    whole = tiles - left - processors
-    share = cdiv((processors + left) * k_tiles, processors)
-    if left == 0 or whole < 0 or 2 * k_tiles - share <= HAND_OVER:
-        return tiles, 0
-    return whole, share
+SIZES = [
+    "rows", "experts", "n_dim", "k_tiles", "n_tiles", "tiles", "whole", "share", "scale_tiles",
+    "stride_scale", "stride_tile",
+]  # fmt: skip
+"""Numbers of which no kernel is compiled anew."""
 
 
 @gluon.jit
@@ -243,7 +233,7 @@ def _multiply(
 
 
 @remembered
-@gluon.jit(do_not_specialize=["rows", "tiles", "whole", "share"])
+@gluon.jit(do_not_specialize=SIZES)
 def _rows_times_blocks(
     x, wide, narrow, x_scale_ptr, weight_scale_ptr, out_ptr, part_ptr, ends_ptr,
     rows, experts, n_dim, k_tiles, n_tiles, tiles, whole, share, scale_tiles, stride_scale, stride_tile,

@@ -11,10 +11,12 @@ from benthic.kernels.ops.fp8_ways import (
     FLOATS,
     cublas,
     gluon,
+    gluon_dense,
     gluon_gradient,
     gluon_split,
     gluon_tall,
     gluon_tall_first,
+    ours_first,
     turns_words,
 )
 from benthic.kernels.reference.fp8_linear import TILE, Fp8
@@ -95,8 +97,8 @@ FP8_LINEAR = Op(
     (
         _FEW,
         Implementation("gluon_split", gluon_split, "benthic.kernels.gluon_fp8_split:linear"),
+        Implementation("gluon", gluon_dense, "benthic.kernels.gluon_fp8:linear"),
         Implementation("cublas", cublas, "benthic.kernels.torch_fp8_linear:linear"),
-        Implementation("gluon", gluon, "benthic.kernels.gluon_fp8:linear"),
         Implementation(
             "triton",
             triton_runs(*FLOATS, reason="our block-scaled product: any width"),
@@ -271,11 +273,12 @@ def fp8_linear(
     inner, outer, rows = x.values.shape[1], weight.values.shape[-2], x.values.shape[0]
     if ends_E is None:
         op, weights, many = FP8_LINEAR, 1, rows > SPLIT_ROWS
+        ours = impl is not None or ours_first(rows, outer, inner, x.values.device)
     else:
-        op, weights = GROUPED_FP8_LINEAR, ends_E.shape[0]
+        op, weights, ours = GROUPED_FP8_LINEAR, ends_E.shape[0], True
         many = impl is not None or rows >= MANY_ROWS * weights
     few = rows <= FEW_ROWS * weights
-    case = Case(x.values.device.type, dtype, (inner, outer), few=few, many=many)
+    case = Case(x.values.device.type, dtype, (inner, outer), few=few, many=many, ours=ours)
     out: Tensor = op.choose(case, impl)(x, weight, ends_E, dtype=dtype)
     return out
 

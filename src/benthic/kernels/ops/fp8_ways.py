@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch.nn import functional as F
 
+from benthic.kernels.fp8_waves import faster_than_library
 from benthic.kernels.reference.fp8_linear import TILE
 from benthic.kernels.table import hopper_refusal, no, triton_refusal, triton_runs, yes
 
@@ -41,6 +43,23 @@ def gluon(case: Case) -> Verdict:
     if case.dims[0] % 16:
         return no(f"needs K a multiple of 16 bytes, not {case.dims[0]}")
     return yes("our block-scaled product for Hopper: a warp loads, groups multiply and promote in turn")
+
+
+@functools.lru_cache(maxsize=4096)
+def ours_first(rows: int, outer: int, inner: int, device: torch.device) -> bool:
+    """Whether a product with one weight is for our tiles rather than cuBLAS'; see `fp8_waves`."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return faster_than_library(rows, outer, inner, processors)
+
+
+def gluon_dense(case: Case) -> Verdict:
+    """`gluon`, but where cuBLAS is faster."""
+    verdict = gluon(case)
+    if verdict.runs and not case.ours and cublas(case).runs:
+        return no("cuBLAS multiplies faster where K is long and its last wave full")
+    return verdict
 
 
 def gluon_tall(case: Case) -> Verdict:
