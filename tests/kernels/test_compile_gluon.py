@@ -23,6 +23,7 @@ from benthic.kernels import (
     gluon_expert_gradient,
     gluon_fp8,
     gluon_fp8_split,
+    gluon_fp8_squares,
     gluon_fp8_three,
     gluon_fp8_three_gradient,
     gluon_fp8_tiles,
@@ -52,6 +53,11 @@ POINTERS = {
     "x_scale_ptr": "*fp32",
     "dy_scale_ptr": "*fp32",
     "weight_scale_ptr": "*fp32",
+    "in_scale_ptr": "*fp32",
+    "row_values_ptr": "*fp8e4nv",
+    "row_scale_ptr": "*fp32",
+    "column_words_ptr": "*i32",
+    "column_scale_ptr": "*fp32",
 }
 
 HEADS = [(192, 128), (128, 128), (64, 64)]
@@ -156,6 +162,33 @@ def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(
     for at in loops:  # powers between the wait for scores and the wait for the other product
         assert order[at + 1 : at + 65] == ["MUFU.EX2"] * 64
         assert "wait0" in order[at + 65 : at + 70]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "both", "form"),
+    [
+        ("bf16", True, gluon_fp8_squares.PROGRAMS),
+        ("fp16", True, gluon_fp8_squares.PROGRAMS),
+        ("bf16", False, gluon_fp8_squares.PROGRAMS),
+        ("fp8e4nv", False, gluon_fp8_squares.RETILE_PROGRAMS),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ends", [False, True])
+def test_squares_convert_two_values_at_once_and_leave_room_for_other_programs(
+    dtype, both, form, ends, tmp_path
+):
+    programs, registers = form
+    constants = {"HAS_ENDS": ends, "BOTH": both, "RETILE": dtype == "fp8e4nv", "POWER_OF_TWO": False}
+    types = {"x": descriptor(128, 128, dtype)}
+    kernel = built(gluon_fp8_squares._quantise_squares, constants, types, registers)
+    assert_fits(kernel, tmp_path)
+    assert programs * (kernel.metadata.shared + 1024) <= 228 * 1024
+    assert programs * 128 * registers <= 65536
+    text = tool(kernel, "-sass", tmp_path)
+    assert "UTMALDG.2D" in text
+    assert text.count("F2FP.SATFINITE.E4M3") == 64 * (1 + both)  # 128 values of a thread each way
+    assert len(re.findall(r"STG\.E\.128 ", text)) == 8  # whole lines of columns
 
 
 SHORT_OF_REGISTERS = pytest.mark.xfail(

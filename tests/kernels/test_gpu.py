@@ -166,3 +166,25 @@ def test_the_table_chooses_the_documented_kernels():
     assert of_fp8["mla_decode"] == "triton"
     assert of_fp8["mla_decode (few rows)"] == "gluon_fp8"
     assert chosen["attention"] == "gluon"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("columns", [128, 144, 2048])
+@pytest.mark.parametrize("ends", [None, (0, 300, 300, 1733), (128,), (1000, 2000)], ids=str)
+def test_squares_by_tma_have_the_bits_of_those_by_triton(dtype, power_of_two, columns, ends):
+    x = torch.randn(2000, columns, device="cuda", dtype=dtype) * 3
+    x[700:900] = 0
+    x[1200, 5] = float("nan")
+    ends = None if ends is None else torch.tensor(ends, dtype=torch.int32, device="cuda")
+    rows = ops.Fp8(*ops.quantise_fp8_rows(x, power_of_two=power_of_two, by_column=True))
+    columns = ops.quantise_fp8_columns(x, ends, power_of_two=power_of_two, impl="triton")
+    found = [
+        ops.quantise_fp8_columns(x, ends, power_of_two=power_of_two, impl="gluon"),
+        *ops.quantise_fp8_both(x, ends, power_of_two=power_of_two, impl="gluon"),
+        ops.retile_fp8(rows, ends, power_of_two=power_of_two, impl="gluon"),
+    ]
+    retiled = ops.retile_fp8(rows, ends, power_of_two=power_of_two, impl="triton")
+    for one, other in zip(found, (columns, rows, columns, retiled), strict=True):
+        assert torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
+        assert torch.equal(one.scale, other.scale)

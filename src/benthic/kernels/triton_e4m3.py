@@ -1,16 +1,21 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""Shared by kernels that quantise to E4M3: the scale of a tile, and values within range."""
+"""Shared by kernels that quantise to E4M3: the scale of a tile, values within range, tensors for both."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+from benthic.kernels.host import cdiv
+from benthic.kernels.reference.fp8_linear import TILE, Fp8
+from benthic.kernels.table import triton_interprets
 
 
 @triton.jit
 def tile_scale(amax, POWER_OF_TWO: tl.constexpr):
     """Return amax / 448 with amax at least 1e-4, rounded up to a power of two on request."""
-    scale = _quotient(tl.maximum(amax, 1e-4), 448.0, 1.0 / 448.0)
+    scale = quotient(tl.maximum(amax, 1e-4), 448.0, 1.0 / 448.0)
     if POWER_OF_TWO:
         scale = tl.exp2(tl.ceil(tl.log2(scale)))
     return scale
@@ -22,11 +27,11 @@ def scaled(x, scale):
 
     No quotient is beyond 448 by more than a last place, which E4M3 rounds away: nothing is clamped.
     """
-    return _quotient(x, scale, _inverse(scale))
+    return quotient(x, scale, inverse_of(scale))
 
 
 @triton.jit
-def _inverse(scale):
+def inverse_of(scale):
     """`1 / scale` rounded to nearest, as `div_rn` finds it but without its branch for extreme exponents.
 
     A scale has none: it lies between 1e-4 / 448 and the largest float32 / 448.
@@ -37,7 +42,7 @@ def _inverse(scale):
 
 
 @triton.jit
-def _quotient(x, by, inverse):
+def quotient(x, by, inverse):
     """`x / by` rounded to nearest, where `inverse` is `1 / by` rounded to nearest (Markstein 1990).
 
     Three products in place of a division, which takes ten instructions and a branch for each element:
@@ -45,6 +50,40 @@ def _quotient(x, by, inverse):
     """
     near = x * inverse
     return tl.fma(tl.fma(near, by, x * -1.0), inverse * -1.0, near)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, PAIRS: tl.constexpr):
+    """Float32 values rounded to `dtype`; `PAIRS`: bfloat16 by NVIDIA's instruction for two.
+
+    Triton has one for each where results stay in registers, at a quarter of the rate.
+    """
+    if PAIRS:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 pair, low, high;
+            cvt.rn.bf16x2.f32 pair, $3, $2;
+            shl.b32 low, pair, 16;
+            and.b32 high, pair, 0xffff0000;
+            mov.b32 $0, low;
+            mov.b32 $1, high;
+            }""",
+            "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:  # noqa: RET505 (Triton compiles one branch)
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def widened(x, PAIRS: tl.constexpr):
+    """Values in float32; with `PAIRS`, of bfloat16 an instruction for each where Triton has three for two."""
+    if PAIRS:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:  # noqa: RET505 (Triton compiles one branch)
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -67,6 +106,17 @@ def spread(x, bits):
     return (rounded | sign).to(tl.float32, bitcast=True)
 
 
+def has_pairs(x):
+    """`PAIRS` of `rounded` and `widened` where x is what is read or rounded to."""
+    return x.dtype == torch.bfloat16 and torch.version.hip is None and not triton_interprets()
+
+
 def row_block(rows):
     """`(rows, warps)` of a program that cuts one column of row tiles; few rows go to many programs."""
     return (16, 2) if rows > 256 else (4, 1)
+
+
+def empty_tiles(outer, inner, device):
+    """Values and scales to be written; scales column by column, as cuBLAS reads them."""
+    scale = torch.empty_strided((outer, cdiv(inner, TILE)), (1, outer), dtype=torch.float32, device=device)
+    return Fp8(torch.empty(outer, inner, dtype=torch.float8_e4m3fn, device=device), scale)

@@ -12,9 +12,17 @@ import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
-from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
+from benthic.kernels.reference.fp8_linear import TILE, padded_rows
 from benthic.kernels.relaunch import remembered
-from benthic.kernels.triton_e4m3 import row_block, scaled, tile_scale
+from benthic.kernels.triton_e4m3 import (
+    empty_tiles,
+    has_pairs,
+    rounded,
+    row_block,
+    scaled,
+    tile_scale,
+    widened,
+)
 from benthic.kernels.triton_tiles import find_tile, groups
 
 
@@ -95,7 +103,8 @@ def _bytes(x, scale):
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_rows(
     gate_up_ptr, values_ptr, scale_ptr, rows, width, stride, scale_stride, tile_stride,
-    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One scale per row and `TILE` columns of `silu(gate) * up`, rounded first as the wide one is stored."""
     wait_for_inputs(PDL)
@@ -107,7 +116,7 @@ def _swiglu_rows(
     place = row[:, None] * stride + column[None, :]
     gate = tl.load(gate_up_ptr + place, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + place + width, mask=mask, other=0.0).to(tl.float32)
-    out = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
+    out = rounded(gate * tl.sigmoid(gate) * up, gate_up_ptr.dtype.element_ty, PAIRS)
     scale = tile_scale(tl.max(tl.abs(out), axis=1), POWER_OF_TWO)
     values = scaled(out, scale[:, None]).to(tl.float8e4nv)
     tl.store(values_ptr + row[:, None] * width + column[None, :], values, mask=mask)
@@ -120,7 +129,7 @@ def _swiglu_rows(
 def _norm_rows(
     x_ptr, residual_ptr, weight_ptr, total_ptr, values_ptr, scale_ptr,
     rows, width, tiles, x_stride, residual_stride, scale_stride, tile_stride, eps,
-    HAS_RESIDUAL: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, POWER_OF_TWO: tl.constexpr, PAIRS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Whole rows normalised, rounded as the wide ones are stored, then cut into tiles."""
@@ -128,7 +137,8 @@ def _norm_rows(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     mask = (row < rows)[:, None] & (column < width)[None, :]
-    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
+    x = widened(x, PAIRS)
     if HAS_RESIDUAL:
         residual = tl.load(
             residual_ptr + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0
@@ -138,16 +148,17 @@ def _norm_rows(
         x = total.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-    out = (x * rstd[:, None] * weight[None, :]).to(x_ptr.dtype.element_ty).to(tl.float32)
+    out = rounded(x * rstd[:, None] * weight[None, :], x_ptr.dtype.element_ty, PAIRS)
     cut = tl.reshape(out, (ROWS, WIDTH // TILE, TILE))
     scale = tile_scale(tl.max(tl.abs(cut), axis=2), POWER_OF_TWO)
     # stored in three dims, so that the norm's own loads lie as in the plain norm: its sum then has that order
     tile, within = tl.arange(0, WIDTH // TILE), tl.arange(0, TILE)
     column = tile[:, None] * TILE + within[None, :]
     at = row[:, None, None] * width + column[None, :, :]
+    at = tl.max_contiguous(values_ptr + at, (1, 1, 8))  # or Triton turns values round to store 16 at a time
     values = scaled(cut, scale[:, :, None]).to(tl.float8e4nv)
     kept = (row < rows)[:, None]
-    tl.store(values_ptr + at, values, mask=kept[:, :, None] & (column < width)[None, :, :])
+    tl.store(at, values, mask=kept[:, :, None] & (column < width)[None, :, :])
     at = row[:, None] * scale_stride + tile[None, :].to(tl.int64) * tile_stride
     tl.store(scale_ptr + at, scale, mask=kept & (tile < tiles)[None, :])
 
@@ -160,7 +171,7 @@ def quantise_both(x_RI, ends_E, *, power_of_two):
     experts = 1 if ends_E is None else ends_E.shape[0]
     padded = padded_rows(rows, experts)
     by_row, by_column = (
-        _empty_tiles(outer, inner, device) for outer, inner in ((rows, columns), (columns, padded))
+        empty_tiles(outer, inner, device) for outer, inner in ((rows, columns), (columns, padded))
     )
     if padded:
         # one tile more than columns have room for: the rows past the last expert may begin in it
@@ -178,13 +189,13 @@ def swiglu(gate_up_RF2, *, power_of_two):
     """See `benthic.kernels.ops.swiglu_fp8`."""
     gate_up_RF2 = gate_up_RF2 if gate_up_RF2.stride(1) == 1 else gate_up_RF2.contiguous()
     rows, width = gate_up_RF2.shape[0], gate_up_RF2.shape[1] // 2
-    out = _empty_tiles(rows, width, gate_up_RF2.device)
+    out = empty_tiles(rows, width, gate_up_RF2.device)
     if rows:
         block, warps = row_block(rows)
         _swiglu_rows[(out.scale.shape[1] * cdiv(rows, block),)](
             gate_up_RF2, *out, rows, width, gate_up_RF2.stride(0), *out.scale.stride(),
-            POWER_OF_TWO=power_of_two, ROWS=block, TILE=TILE, num_warps=warps,
-            **early(gate_up_RF2.device, rows),
+            POWER_OF_TWO=power_of_two, PAIRS=has_pairs(gate_up_RF2), ROWS=block, TILE=TILE,
+            num_warps=warps, **early(gate_up_RF2.device, rows),
         )  # fmt: skip
     return out
 
@@ -204,14 +215,14 @@ def _norm(x_RD, residual_RD, weight_D, eps, *, power_of_two):
     other = x_RD if residual_RD is None else residual_RD
     other = other if other.stride(1) == 1 else other.contiguous()
     rows, width = x_RD.shape
-    out = _empty_tiles(rows, width, x_RD.device)
+    out = empty_tiles(rows, width, x_RD.device)
     total = x_RD if residual_RD is None else torch.empty_like(out.values, dtype=x_RD.dtype)
     block, padded, warps = norm_tile(width)
     if rows:
         _norm_rows[(cdiv(rows, block),)](
             x_RD, other, weight_D, total, *out,
             rows, width, out.scale.shape[1], x_RD.stride(0), other.stride(0), *out.scale.stride(), eps,
-            HAS_RESIDUAL=residual_RD is not None, POWER_OF_TWO=power_of_two,
+            HAS_RESIDUAL=residual_RD is not None, POWER_OF_TWO=power_of_two, PAIRS=has_pairs(x_RD),
             ROWS=block, WIDTH=padded, TILE=TILE, num_warps=warps, **early(x_RD.device, rows),
         )  # fmt: skip
     return out, total
@@ -222,9 +233,3 @@ def norm_tile(width):
     padded = max(TILE, next_power_of_2(width))
     rows = max(1, 4096 // padded)
     return rows, padded, min(16, max(4, rows * padded // 1024))
-
-
-def _empty_tiles(outer, inner, device):
-    """Values and scales to be written; scales column by column, as cuBLAS reads them."""
-    scale = torch.empty_strided((outer, cdiv(inner, TILE)), (1, outer), dtype=torch.float32, device=device)
-    return Fp8(torch.empty(outer, inner, dtype=torch.float8_e4m3fn, device=device), scale)

@@ -13,6 +13,7 @@ import torch
 from benthic.errors import ShapeError
 from benthic.kernels.ops.fp8 import quantise_fp8_rows
 from benthic.kernels.ops.fp8_linear import quantise_fp8_columns
+from benthic.kernels.ops.fp8_ways import gluon_squares
 from benthic.kernels.reference.fp8_linear import TILE, Fp8
 from benthic.kernels.table import (
     Case,
@@ -33,9 +34,13 @@ _TRITON = inference_only(triton_runs(*_FLOATS, reason="one kernel that reads and
 QUANTISE_FP8_BOTH = Op(
     "quantise_fp8_both",
     (
+        Implementation(
+            "gluon", inference_only(gluon_squares), "benthic.kernels.gluon_fp8_squares:quantise_both"
+        ),
         Implementation("triton", _TRITON, "benthic.kernels.triton_fp8_fused:quantise_both"),
         reference("benthic.kernels.reference.fp8_fused:quantise_both"),
     ),
+    typical_dims=(2048,),
     trains=False,
 )
 SWIGLU_FP8 = Op(
@@ -145,7 +150,7 @@ def add_rms_norm_fp8(
 
 def _case(x: Tensor, *others: Tensor) -> Case:
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *others))
-    return Case(device_type(x), x.dtype, grad=grad)
+    return Case(device_type(x), x.dtype, (x.shape[-1],), grad=grad)
 
 
 def _check_matrix(op: str, x: Tensor) -> None:

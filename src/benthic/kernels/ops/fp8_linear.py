@@ -14,6 +14,7 @@ from benthic.kernels.ops.fp8_ways import (
     gluon_dense,
     gluon_gradient,
     gluon_split,
+    gluon_squares,
     gluon_tall,
     gluon_tall_first,
     ours_first,
@@ -47,6 +48,7 @@ QUANTISE_FP8_WEIGHT = Op(
 QUANTISE_FP8_COLUMNS = Op(
     "quantise_fp8_columns",
     (
+        Implementation("gluon", gluon_squares, "benthic.kernels.gluon_fp8_squares:quantise_columns"),
         Implementation(
             "triton",
             triton_runs(*FLOATS, reason="one kernel that reads, pads, transposes and quantises"),
@@ -54,10 +56,12 @@ QUANTISE_FP8_COLUMNS = Op(
         ),
         reference("benthic.kernels.reference.fp8_linear:quantise_columns"),
     ),
+    typical_dims=(2048,),
 )
 RETILE_FP8 = Op(
     "retile_fp8",
     (
+        Implementation("gluon", gluon_squares, "benthic.kernels.gluon_fp8_squares:retile"),
         Implementation(
             "triton",
             triton_runs(
@@ -67,6 +71,7 @@ RETILE_FP8 = Op(
         ),
         reference("benthic.kernels.reference.fp8_linear:retile"),
     ),
+    typical_dims=(2048,),
 )
 TURN_FP8 = Op(
     "turn_fp8",
@@ -235,7 +240,7 @@ def quantise_fp8_columns(
     Shapes: x float [R, I]; ends int32 [E] or None. Returns values [I, P], scale [I, P / 128], where P is R
     rounded up to 128, or (R // 128 + E) * 128 with experts.
     """
-    case = Case(x_RI.device.type, x_RI.dtype)
+    case = Case(x_RI.device.type, x_RI.dtype, (x_RI.shape[1],))
     out: Fp8 = QUANTISE_FP8_COLUMNS.choose(case, impl)(x_RI, ends_E, power_of_two=power_of_two)
     return out
 
@@ -248,7 +253,7 @@ def retile_fp8(
     With power-of-two scales on both sides only values that underflow are rounded a second time.
     Shapes: rows of [R, I]; the result as `quantise_fp8_columns`.
     """
-    case = Case(rows.values.device.type, rows.values.dtype)
+    case = Case(rows.values.device.type, rows.values.dtype, (rows.values.shape[1],))
     out: Fp8 = RETILE_FP8.choose(case, impl)(rows, ends_E, power_of_two=power_of_two)
     return out
 

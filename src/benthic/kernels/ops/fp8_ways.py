@@ -90,6 +90,17 @@ def gluon_gradient(case: Case) -> Verdict:
     return gluon(case)
 
 
+def gluon_squares(case: Case) -> Verdict:
+    """Squares by TMA, for rows that begin and step by multiples of 16 values."""
+    if case.device != "cuda" or case.dtype not in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        return no(f"runs on cuda in bfloat16, float16 and E4M3, not in {case.dtype} on {case.device}")
+    if (refusal := triton_refusal("cuda") or hopper_refusal()) is not None:
+        return no(refusal)
+    if case.dims[0] % 16:
+        return no(f"needs a multiple of 16 columns, not {case.dims[0]}")
+    return yes("squares come by TMA, and each of its values takes half the instructions")
+
+
 def turns_words(case: Case) -> Verdict:
     """Four bytes at once, both ways."""
     if any(width % 4 for width in case.dims):

@@ -1,0 +1,309 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Squares of 128 x 128 quantised to E4M3 in columns, or in rows and columns, for Hopper in Gluon.
+
+Such kernels are bound by memory only if they have few instructions: at a copy's rate a multiprocessor has
+some 3,600 cycles for a square of bfloat16 that is stored twice, and half of that for one of E4M3 that is
+stored once. So TMA brings squares to shared memory, from where they are read twice, for the largest
+magnitudes and for the values. A scale is computed by one thread and goes to the others through shared
+memory. Columns are turned round as words of four values, which the conversion to E4M3 puts together.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from benthic.kernels.gluon_fp8_tiles import expert_of
+from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars, take_context
+from benthic.kernels.host import cdiv
+from benthic.kernels.reference.fp8_linear import padded_rows
+from benthic.kernels.relaunch import remembered
+from benthic.kernels.triton_e4m3 import empty_tiles, inverse_of, quotient, tile_scale
+from benthic.kernels.triton_tiles import multiprocessors
+
+TILE = gl.constexpr(128)
+PART = gl.constexpr(32)
+"""Rows of a square that are in registers at once, and words of a column."""
+PARTS = gl.constexpr(gl.BlockedLayout([4, 8], [2, 16], [4, 1], [1, 0]))
+"""A thread has four rows of eight columns."""
+ROWS = gl.constexpr(gl.SliceLayout(1, PARTS))
+COLUMNS = gl.constexpr(gl.SliceLayout(0, PARTS))
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+"""A thread has one row, or one column."""
+TURNED = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+STAGED = gl.constexpr(gl.SwizzledSharedLayout(4, 8, 8, [1, 0]))
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+ROW_AMAX = gl.constexpr(0)
+ROW_SCALE = gl.constexpr(128)
+ROW_INVERSE = gl.constexpr(256)
+COLUMN_SCALE = gl.constexpr(384)
+COLUMN_INVERSE = gl.constexpr(512)
+"""Where each of these begins in shared memory."""
+PROGRAMS = (4, 128)
+RETILE_PROGRAMS = (5, 96)
+"""Programs of a multiprocessor, as many as its shared memory holds, and registers of a thread."""
+
+
+@gluon.jit
+def _fetch(x, square, bar, at, place, n_tiles, squares):
+    """Have a square brought, if there is one; returns its first row and its tile of columns."""
+    row, column_tile = place[2] + (at - place[1]) // n_tiles * TILE, at % n_tiles
+    mbarrier.expect(bar, x.block_type.nbytes, pred=at < squares)
+    load(x, [row, column_tile * TILE], bar, square, pred=at < squares)
+    return row, column_tile
+
+
+@gluon.jit
+def _clear_from(square, kept):
+    """Zero the rows of a square from `kept` on."""
+    row = gl.arange(0, PART, layout=ROWS)
+    for first in gl.static_range(0, TILE, PART):
+        part = square.slice(first, PART)
+        value = part.load(PARTS)
+        part.store(gl.where((row < kept - first)[:, None], value, gl.zeros_like(value)))
+    fence_async_shared()
+    meet()
+
+
+@gluon.jit
+def _part(square, numbers, first: gl.constexpr):
+    """Some rows in float32; of E4M3 values those of `numbers` are the scales."""
+    x = square.slice(first, PART).load(PARTS)
+    if x.dtype == gl.float8e4nv:
+        x = gl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high, a, b;
+            .reg .b32 pair;
+            mov.b32 {low, high}, $4;
+            cvt.rn.f16x2.e4m3x2 pair, low;
+            mov.b32 {a, b}, pair;
+            cvt.f32.f16 $0, a;
+            cvt.f32.f16 $1, b;
+            cvt.rn.f16x2.e4m3x2 pair, high;
+            mov.b32 {a, b}, pair;
+            cvt.f32.f16 $2, a;
+            cvt.f32.f16 $3, b;
+            }""",
+            "=f,=f,=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+        x *= numbers.slice(ROW_SCALE + first, PART).load(ROWS)[:, None]
+    elif x.dtype == gl.bfloat16:
+        x = gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        x = x.to(gl.float32)
+    return x
+
+
+@gluon.jit
+def _words(x, by, inverse):
+    """Words of four rows in E4M3: [rows / 4, columns]."""
+    even, odd = gl.split(x.reshape([PART // 4, 2, 2, TILE]).permute((0, 3, 1, 2)))
+    x_0, x_2 = gl.split(even)
+    x_1, x_3 = gl.split(odd)
+    AT: gl.constexpr = gl.SliceLayout(0, x_0.type.layout)
+    by, inverse = gl.convert_layout(by, AT)[None, :], gl.convert_layout(inverse, AT)[None, :]
+    x_0, x_1 = quotient(x_0, by, inverse), quotient(x_1, by, inverse)
+    x_2, x_3 = quotient(x_2, by, inverse), quotient(x_3, by, inverse)
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f", [x_0, x_1, x_2, x_3], dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _larger(a, b):
+    """Whichever of two 16-bit numbers has the larger magnitude, with some sign; two at a time."""
+    if a.dtype == gl.bfloat16:
+        INSTRUCTION: gl.constexpr = "max.xorsign.abs.bf16x2 $0, $1, $2;"
+    else:
+        INSTRUCTION: gl.constexpr = "max.xorsign.abs.f16x2 $0, $1, $2;"
+    return gl.inline_asm_elementwise(INSTRUCTION, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _largest_of_rows(x):
+    """The largest magnitude of each row of a part in 16 bits."""
+    a, b = gl.split(x.reshape([PART, TILE // 8, 2, 4]).permute((0, 1, 3, 2)))
+    a, b = gl.split(_larger(a, b).reshape([PART, TILE // 8, 2, 2]).permute((0, 1, 3, 2)))
+    x = _larger(a, b)
+    x = gl.abs(x.to(gl.float32)).reshape([PART, TILE // 4])
+    return gl.convert_layout(gl.max(x, axis=1), ROWS)
+
+
+@gluon.jit
+def _largest_of_columns(x):
+    """The largest magnitude of each column of a part in 16 bits."""
+    a, b = gl.split(x.reshape([PART // 4, 2, 2, TILE]).permute((0, 2, 3, 1)))
+    a, b = gl.split(_larger(a, b).permute((0, 2, 1)))
+    x = _larger(a, b)
+    x = gl.abs(x.to(gl.float32)).reshape([PART // 4, TILE])
+    return gl.convert_layout(gl.max(x, axis=0), LINE)
+
+
+@gluon.jit
+def _largest(square, numbers, BOTH: gl.constexpr):
+    """The largest magnitude of each column; those of rows go to shared memory."""
+    amax = square.slice(0, PART).load(PARTS)
+    if BOTH:
+        numbers.slice(ROW_AMAX, PART).store(_largest_of_rows(amax))
+    for first in gl.static_range(PART, TILE, PART):
+        x = square.slice(first, PART).load(PARTS)
+        if BOTH:
+            numbers.slice(ROW_AMAX + first, PART).store(_largest_of_rows(x))
+        amax = _larger(amax, x)
+    return _largest_of_columns(amax)
+
+
+@gluon.jit
+def _largest_scaled(square, numbers):
+    """The largest magnitude of each column of E4M3 values with a scale for each row."""
+    amax = gl.abs(_part(square, numbers, 0))
+    for first in gl.static_range(PART, TILE, PART):
+        amax = gl.maximum(amax, gl.abs(_part(square, numbers, first)))
+    return gl.convert_layout(gl.max(amax, axis=0), LINE)
+
+
+@gluon.jit
+def _store_row_values(x, numbers, values_ptr, first: gl.constexpr, columns, height, width):
+    """Values of a part that has `height` rows and `width` columns."""
+    by = numbers.slice(ROW_SCALE + first, PART).load(ROWS)
+    inverse = numbers.slice(ROW_INVERSE + first, PART).load(ROWS)
+    values = quotient(x, by[:, None], inverse[:, None]).to(gl.float8e4nv)
+    row, column = first + gl.arange(0, PART, layout=ROWS), gl.arange(0, TILE, layout=COLUMNS)
+    place = (row * columns)[:, None] + column[None, :]
+    gl.store(values_ptr + place, values, mask=(row < height)[:, None] & (column < width)[None, :])
+
+
+@remembered
+@gluon.jit(do_not_specialize=["rows", "squares"])
+def _quantise_squares(
+    x, in_scale_ptr, row_values_ptr, row_scale_ptr, column_words_ptr, column_scale_ptr, ends_ptr,
+    rows, experts, column_dim, word_dim, n_tiles, squares,
+    in_stride, in_tile_stride, row_tile_stride, column_tile_stride,
+    HAS_ENDS: gl.constexpr, BOTH: gl.constexpr, RETILE: gl.constexpr, POWER_OF_TWO: gl.constexpr,
+):  # fmt: skip
+    """Every so manieth square in columns and, with `BOTH`, in rows.
+
+    With `RETILE`, x holds E4M3 values with one scale per row and 128 columns.
+    """
+    square = gl.allocate_shared_memory(x.dtype, [TILE, TILE], x.layout)
+    staged = gl.allocate_shared_memory(gl.int32, [TILE, PART], STAGED)
+    numbers = gl.allocate_shared_memory(gl.float32, [8 * TILE], PLAIN)
+    bar = new_bars(1, 1).index(0)
+    fence_async_shared()
+    meet()
+    end = rows
+    if HAS_ENDS:
+        end = gl.load(ends_ptr)
+    line = gl.arange(0, TILE, layout=LINE)
+    at, phase = gl.program_id(0), 0
+    place = expert_of(at, (0, 0, 0, end), ends_ptr, rows, experts, n_tiles, TILE)
+    row, column_tile = _fetch(x, square, bar, at, place, n_tiles, squares)
+    while at < squares:
+        owned, height = place[0] < experts, place[3] - row
+        tile, column = at // n_tiles, column_tile * TILE
+        width = gl.where(tile < word_dim // PART, column_dim - column, 0)
+        if RETILE:
+            scale_at = in_scale_ptr + row.to(gl.int64) * in_stride + column_tile.to(gl.int64) * in_tile_stride
+            numbers.slice(ROW_SCALE, TILE).store(
+                gl.load(scale_at + line * in_stride, mask=line < height, other=0.0)
+            )
+        mbarrier.wait(bar, phase)
+        phase ^= 1
+        if height < TILE:
+            _clear_from(square, height)
+        meet()
+        amax = _largest_scaled(square, numbers) if RETILE else _largest(square, numbers, BOTH)
+        scale = tile_scale(gl.where(owned, amax, 0.0), POWER_OF_TWO)
+        numbers.slice(COLUMN_SCALE, TILE).store(scale)
+        numbers.slice(COLUMN_INVERSE, TILE).store(inverse_of(scale))
+        scale_at = column_scale_ptr + tile.to(gl.int64) * column_tile_stride + column
+        gl.store(scale_at + line, scale, mask=line < width)
+        if BOTH:
+            meet()
+            scale = tile_scale(numbers.slice(ROW_AMAX, TILE).load(LINE), POWER_OF_TWO)
+            numbers.slice(ROW_SCALE, TILE).store(scale)
+            numbers.slice(ROW_INVERSE, TILE).store(inverse_of(scale))
+            scale_at = row_scale_ptr + column_tile.to(gl.int64) * row_tile_stride + row
+            gl.store(scale_at + line, scale, mask=line < height)
+        meet()
+        by = numbers.slice(COLUMN_SCALE, TILE).load(COLUMNS)
+        inverse = numbers.slice(COLUMN_INVERSE, TILE).load(COLUMNS)
+        values_ptr = row_values_ptr + row.to(gl.int64) * column_dim + column
+        for first in gl.static_range(0, TILE, PART):
+            part = _part(square, numbers, first)
+            if BOTH:
+                _store_row_values(part, numbers, values_ptr, first, column_dim, height, column_dim - column)
+            words = _words(part, by, inverse)
+            staged.slice(first // 4, PART // 4, dim=1).store(words.permute((1, 0)))
+        meet()
+        if place[0] >= experts:
+            staged.store(gl.zeros([TILE, PART], gl.int32, layout=TURNED))
+            meet()
+        at += gl.num_programs(0)
+        place = expert_of(at, place, ends_ptr, rows, experts, n_tiles, TILE)
+        row, column_tile = _fetch(x, square, bar, at, place, n_tiles, squares)
+        out = gl.arange(0, TILE, layout=gl.SliceLayout(1, TURNED))
+        word = gl.arange(0, PART, layout=gl.SliceLayout(0, TURNED))
+        words_at = column_words_ptr + column.to(gl.int64) * word_dim + tile * PART
+        gl.store(
+            words_at + ((out * word_dim)[:, None] + word[None, :]), staged.load(TURNED),
+            mask=(out < width)[:, None],
+        )  # fmt: skip
+
+
+def quantise_both(x_RI, ends_E, *, power_of_two):
+    """See `benthic.kernels.ops.quantise_fp8_both`."""
+    by_row = empty_tiles(*x_RI.shape, x_RI.device)
+    return by_row, _walk(x_RI, None, ends_E, by_row, power_of_two=power_of_two)
+
+
+def quantise_columns(x_RI, ends_E, *, power_of_two):
+    """See `benthic.kernels.ops.quantise_fp8_columns`."""
+    return _walk(x_RI, None, ends_E, None, power_of_two=power_of_two)
+
+
+def retile(rows, ends_E, *, power_of_two):
+    """See `benthic.kernels.ops.retile_fp8`."""
+    return _walk(rows.values, rows.scale, ends_E, None, power_of_two=power_of_two)
+
+
+def _walk(x_RI, in_scale, ends_E, by_row, *, power_of_two):
+    x_RI = _loadable(x_RI)
+    rows, columns = x_RI.shape
+    experts, n_tiles = 1 if ends_E is None else ends_E.shape[0], cdiv(columns, TILE.value)
+    padded = padded_rows(rows, experts)
+    by_column = empty_tiles(columns, padded, x_RI.device)
+    words = by_column.values.view(torch.int32)
+    # one tile more than columns have room for: the rows past the last expert may begin in it
+    squares = (padded // TILE.value + (by_row is not None)) * n_tiles
+    if rows and columns:
+        take_context(x_RI.device)
+        to, retiled = by_column if by_row is None else by_row, in_scale is not None
+        in_scale = to.scale if in_scale is None else in_scale
+        programs, registers = RETILE_PROGRAMS if retiled else PROGRAMS
+        _quantise_squares[(min(programs * multiprocessors(x_RI.device), squares),)](
+            blocks_of(x_RI, TILE.value, TILE.value), in_scale, to.values, to.scale, words, by_column.scale,
+            words if ends_E is None else ends_E,
+            rows, experts, columns, padded // 4, n_tiles, squares,
+            *in_scale.stride(), to.scale.stride(1), by_column.scale.stride(1),
+            HAS_ENDS=ends_E is not None, BOTH=by_row is not None, RETILE=retiled, POWER_OF_TWO=power_of_two,
+            num_warps=4, maxnreg=registers,
+        )  # fmt: skip
+    return by_column
+
+
+def _loadable(x_RI):
+    """As TMA takes it: rows begin and step by multiples of 16 bytes."""
+    aligned = x_RI.stride(0) * x_RI.element_size() % 16 == 0 and x_RI.data_ptr() % 16 == 0
+    return x_RI if x_RI.stride(1) == 1 and aligned else x_RI.contiguous()
