@@ -20,6 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from benthic.kernels import (
     gluon_attention,
     gluon_attention_backward,
+    gluon_attention_persistent,
     gluon_expert_gradient,
     gluon_fp8,
     gluon_fp8_split,
@@ -47,6 +48,7 @@ POINTERS = {
     "rope_ptr": "*bf16",
     "table_ptr": "*i32",
     "context_ptr": "*i32",
+    "counter_ptr": "*i32",
     "part_ptr": "*fp32",
     "squares_ptr": "*fp32",
     "ends_ptr": "*i32",
@@ -100,14 +102,17 @@ def attention(kernel, constants, types, module):
     return built(kernel, constants, types, module.ENTRY_REGISTERS)
 
 
-def forward(width, value, dtype, *, causal, apart=False):
+def forward(width, value, dtype, *, causal, apart, in_turn):
     d_1, d_2 = gluon_attention.split_width(width)
     sizes = {"BLOCK_M": gluon_attention.QUERIES, "BLOCK_N": gluon_attention.KEYS}
     blocks = {"q_1": (64, d_1), "q_2": (64, d_2 or d_1), "k_1": (128, d_1), "k_2": (128, d_2 or d_1)}
     blocks["v"] = (128, value)
     types = {"out_ptr": f"*{dtype}"} | {name: descriptor(*block, dtype) for name, block in blocks.items()}
     heads = {"HEADS": 16, "D_1": d_1, "D_2": d_2, "V": value, "CAUSAL": causal, "APART": apart}
-    return attention(gluon_attention._forward, heads | sizes, types, gluon_attention)
+    if in_turn:
+        sizes["QUERY_STAGES"] = gluon_attention_persistent.query_stages(d_2)
+    kernel = gluon_attention_persistent.forward_in_turn if in_turn else gluon_attention._forward
+    return attention(kernel, heads | sizes, types, gluon_attention)
 
 
 def backward(kernel, width, value):
@@ -141,14 +146,16 @@ def assert_fits(kernel, folder):
     [
         ((192, 128), "bf16", True, False),
         ((192, 128), "bf16", True, True),
+        ((128, 128), "bf16", True, False),
         ((64, 64), "fp16", False, False),
     ],
     ids=str,
 )
+@pytest.mark.parametrize("in_turn", [False, True], ids=["one tile", "tiles in turn"])
 def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(
-    dims, dtype, causal, apart, tmp_path
+    dims, dtype, causal, apart, in_turn, tmp_path
 ):
-    kernel = forward(*dims, dtype, causal=causal, apart=apart)
+    kernel = forward(*dims, dtype, causal=causal, apart=apart, in_turn=in_turn)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
     assert "UTMALDG" in text
@@ -158,7 +165,10 @@ def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(
         for found in re.finditer(r"MUFU\.EX2|DEPBAR\.LE gsb0, 0x([01])", text)
     ]
     loops = [at for at, what in enumerate(order) if what == "wait1"]
-    assert len(loops) == 4  # cut blocks and whole ones, in two groups of warps
+    assert len(loops) == 2 * (
+        3 if in_turn else 2
+    )  # cut blocks, whole ones, the next tile's first; two groups
+    assert set(re.findall(r"STG\S*", text)) == {"STG.E", "STG.E.128"}  # sums of rows, outputs
     for at in loops:  # powers between the wait for scores and the wait for the other product
         assert order[at + 1 : at + 65] == ["MUFU.EX2"] * 64
         assert "wait0" in order[at + 65 : at + 70]

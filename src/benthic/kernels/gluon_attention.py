@@ -8,11 +8,14 @@ section 3.2):
 
     S_i = Q K_i^T  and  O += P_(i-1) V_(i-1)  run  while  P_i = 2^(S_i - m)  waits for the first of them alone
 
+Where there are more tiles than multiprocessors, programs take tile after tile (`gluon_attention_persistent`).
 Weights P stay in registers, as the left operand of the second product. A head of 192 dims is two products,
 128 + 64. The mathematics is that of `triton_attention`; the backward pass is `gluon_attention_backward`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from triton.experimental import gluon
@@ -25,12 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from benthic.kernels.gluon_attention_backward import gradients
+from benthic.kernels.gluon_attention_blocks import clear_foreign_values, scores_of, walk, weights_of
+from benthic.kernels.gluon_attention_persistent import forward_in_turn, query_stages
 from benthic.kernels.gluon_tiles import (
     LOG2E,
     bounds_of,
     load,
     loadable,
-    meet,
     new_bars,
     place,
     rows_of,
@@ -39,6 +43,7 @@ from benthic.kernels.gluon_tiles import (
 from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_attention_backward import keep, split_width
 from benthic.kernels.triton_pack_tiles import grid_of
+from benthic.kernels.triton_tiles import multiprocessors
 
 QUERIES = 128
 KEYS = 128
@@ -47,79 +52,6 @@ CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
 ENTRY_REGISTERS = 168
 """Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
-
-
-@gluon.jit
-def _weights(
-    s, m, total, scale, first, last_seen,
-    BLOCK_N: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr,
-):  # fmt: skip
-    """Powers of a block of scores, the new greatest score and sum of powers, and what old sums are worth.
-
-    `first` is the block's first key and `last_seen` the last key that each query sees. A row that has seen no
-    key keeps m = -inf; 0 is subtracted there, so that its weights are 2^-inf = 0.
-    """
-    if MASKED:
-        key = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        s = gl.where(key[None, :] <= last_seen[:, None], s, float("-inf"))
-    m_new = gl.maximum(m, gl.max(s, axis=1))
-    shift = m_new * scale
-    if MASKED:
-        shift = gl.where(m_new == float("-inf"), 0.0, shift)
-    p = gl.exp2(s * scale - shift[:, None])
-    alpha = gl.exp2(m * scale - shift)
-    return p, m_new, total * alpha + gl.sum(p, axis=1), alpha
-
-
-@gluon.jit
-def _scores(q_1, q_2, keys_1, keys_2, stage, zero, D_2: gl.constexpr):
-    """Start the product of the group's queries and the block of keys in a stage of the ring."""
-    s = warpgroup_mma(q_1, keys_1.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    if D_2 > 0:
-        s = warpgroup_mma(q_2, keys_2.index(stage).permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
-def _walk(
-    acc, m, total, p, first, last, blocks, queries, rings, bars, zero, last_seen, scale,
-    D_2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    SCORES: gl.constexpr, OUT: gl.constexpr, LEFT: gl.constexpr,
-):  # fmt: skip
-    """Meet blocks `first .. last` from the right, each of which has its keys in the ring already."""
-    q_1, q_2 = queries
-    keys_1, keys_2, values = rings
-    key_full, key_empty, value_full, value_empty = bars
-    for i in range(first, last):
-        stage, before = i % STAGES, (i - 1) % STAGES
-        s_coming = _scores(q_1, q_2, keys_1, keys_2, stage, zero, D_2)
-        mbarrier.wait(value_full.index(before), ((i - 1) // STAGES) & 1)
-        acc_coming = warpgroup_mma(p, values.index(before), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s_coming])
-        mbarrier.arrive(key_empty.index(stage), count=1)
-        block = (blocks - 1 - i) * BLOCK_N
-        weights, m, total, alpha = _weights(s, m, total, scale, block, last_seen, BLOCK_N, MASKED, SCORES)
-        # Between the powers and the wait for the product, or the assembler puts the wait first.
-        mbarrier.wait(key_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
-        acc, weights = warpgroup_mma_wait(0, deps=[acc_coming, weights])
-        mbarrier.arrive(value_empty.index(before), count=1)
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
-        p = gl.convert_layout(weights.to(p.dtype), LEFT)
-    return acc, m, total, p
-
-
-@gluon.jit
-def _clear_foreign_values(values, keys, first, BLOCK_N: gl.constexpr, V: gl.constexpr):
-    """Zero what the block of values holds of the next sequence: its weights are 0, but 0 times NaN is not.
-
-    Both groups do so, and write the same.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // V, V // 8], [4, 1], [1, 0])
-    row = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
-    value = values.load(layout)
-    values.store(gl.where((row < keys)[:, None], value, gl.zeros_like(value)))
-    fence_async_shared()
-    meet()
 
 
 @gluon.jit
@@ -144,21 +76,21 @@ def _consume(
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
     mbarrier.wait(query_bars.index(group), 0)
     mbarrier.wait(key_full.index(0), 0)
-    s = warpgroup_mma_wait(0, deps=[_scores(q_1, q_2, keys_1, keys_2, 0, zero, D_2)])
+    s = warpgroup_mma_wait(0, deps=[scores_of(q_1, q_2, keys_1, keys_2, 0, zero, D_2)])
     mbarrier.arrive(key_empty.index(0), count=1)
     block = (blocks - 1) * BLOCK_N
-    weights, m, total, _ = _weights(s, m, total, scale, block, last_seen, BLOCK_N, True, SCORES)
+    weights, m, total, _ = weights_of(s, m, total, scale, block, last_seen, BLOCK_N, True, SCORES)
     p = gl.convert_layout(weights.to(out_ptr.dtype.element_ty), LEFT)
     if block + BLOCK_N > keys:
         mbarrier.wait(value_full.index(0), 0)
-        _clear_foreign_values(values.index(0), keys, block, BLOCK_N, V)
+        clear_foreign_values(values.index(0), keys, block, BLOCK_N, V)
     mbarrier.wait(key_full.index(1 % STAGES), (1 // STAGES) & 1, pred=blocks > 1)
     masked = gl.maximum(blocks - first_masked, 1)
-    acc, m, total, p = _walk(
+    acc, m, total, p = walk(
         acc, m, total, p, 1, masked, blocks, queries, rings, bars, zero, last_seen, scale,
         D_2, BLOCK_N, STAGES, True, SCORES, OUT, LEFT,
     )  # fmt: skip
-    acc, m, total, p = _walk(
+    acc, m, total, p = walk(
         acc, m, total, p, masked, blocks, blocks, queries, rings, bars, zero, last_seen, scale,
         D_2, BLOCK_N, STAGES, False, SCORES, OUT, LEFT,
     )  # fmt: skip
@@ -316,16 +248,26 @@ def _attended(queries, keys, v_THv, starts, widths, max_q, scale, lists, *, caus
         grid, (tiles, together, is_list) = grid_of(
             starts[0], tokens, max_q, QUERIES, heads, last_first=causal, lists=lists
         )
-        _forward[grid](
+        described = (
             rows_of(q_1, 64, d_1), rows_of(q_2, 64, d_2 or d_1), rows_of(k_1, KEYS, d_1),
-            rows_of(k_2, KEYS, d_2 or d_1), rows_of(v_THv, KEYS, value),
-            out_THv, lse_HT, *starts, tiles,
-            q_1.stride(1), q_2.stride(1), k_1.stride(1), k_2.stride(1), v_THv.stride(1), tokens, scale,
-            HEADS=heads, GROUPS=heads // k_1.shape[1], D_1=d_1, D_2=d_2, V=value, BLOCK_M=QUERIES,
-            BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, APART=apart, TOGETHER=together, LISTED=is_list,
-            REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
-            num_warps=4, maxnreg=ENTRY_REGISTERS,
+            rows_of(k_2, KEYS, d_2 or d_1), rows_of(v_THv, KEYS, value), out_THv, lse_HT, *starts, tiles,
         )  # fmt: skip
+        strides = (q_1.stride(1), q_2.stride(1), k_1.stride(1), k_2.stride(1), v_THv.stride(1))
+        constants = {
+            "HEADS": heads, "GROUPS": heads // k_1.shape[1], "D_1": d_1, "D_2": d_2, "V": value,
+            "BLOCK_M": QUERIES, "BLOCK_N": KEYS, "STAGES": STAGES, "CAUSAL": causal, "APART": apart,
+            "TOGETHER": together, "LISTED": is_list, "REGISTERS": CONSUMER_REGISTERS,
+            "FEW_REGISTERS": PRODUCER_REGISTERS, "num_warps": 4, "maxnreg": ENTRY_REGISTERS,
+        }  # fmt: skip
+        total, programs = math.prod(grid), multiprocessors(q_1.device)
+        if total > programs:
+            counter = torch.zeros(1, dtype=torch.int32, device=q_1.device)
+            forward_in_turn[(programs,)](
+                *described, counter, *strides, tokens, grid[1], total, scale,
+                QUERY_STAGES=query_stages(d_2), **constants,
+            )  # fmt: skip
+        else:
+            _forward[grid](*described, *strides, tokens, scale, **constants)
     return out_THv, lse_HT
 
 

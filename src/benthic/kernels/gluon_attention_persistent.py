@@ -1,0 +1,349 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Flash attention forward for Hopper, tile after tile in one program a multiprocessor; see `gluon_attention`.
+
+The loading warp takes tiles from a counter, leaves what the other groups must know of a tile (its facts) in
+shared memory, and loads the next tile beside the last blocks of the one before. Between two tiles
+
+    S_0 = Q' K'_0^T  and  O += P_last V_last  run  while  P'_0 = 2^(S_0 - m')  waits for the first alone
+
+so that tensor cores are as busy there as between two blocks; the output leaves beside what follows.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from benthic.kernels.gluon_attention_blocks import clear_foreign_values, scores_of, walk, weights_of
+from benthic.kernels.gluon_tiles import LOG2E, bounds_of, load, new_bars
+from benthic.kernels.relaunch import remembered
+
+FACTS = gl.constexpr(7)
+"""Of a tile: its blocks of keys (0: no more tiles), how many of them are cut, the sequence's keys, the tile's
+first row, rows from there to the sequence's end, the head, and the last key that the first row sees."""
+
+
+def query_stages(second_width):
+    """Tiles whose queries shared memory has room for; heads of a second part leave room for one."""
+    return 1 if second_width else 2
+
+
+@gluon.jit
+def _taken(counter_ptr):
+    """The next number, once for the warp that calls this."""
+    return gl.inline_asm_elementwise(
+        "{.reg .pred p; .reg .b32 l, v; mov.u32 l, %laneid; mov.u32 v, 0; setp.eq.u32 p, l, 0;"
+        " @p atom.relaxed.gpu.global.add.u32 v, [$1], 1; shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff;}",
+        "=r,l", [counter_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _tell(facts, slot, fact: gl.constexpr, value):
+    """Write one fact, by a single warp."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    facts.index(slot * FACTS + fact).store(gl.full([1], 0, gl.int32, layout=layout) + value)
+
+
+@gluon.jit
+def _told(facts, slot, fact: gl.constexpr):
+    """Read one fact, by a group of four warps."""
+    return gl.max(facts.index(slot * FACTS + fact).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
+
+
+@gluon.jit
+def _last_seen(first, keys, group, SCORES: gl.constexpr, CAUSAL: gl.constexpr):
+    """The last key that each query of a group sees."""
+    row = group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    return gl.minimum(first + row, keys - 1) if CAUSAL else row * 0 + (keys - 1)
+
+
+@gluon.constexpr_function
+def _rows_layout(width):
+    """Of 64 rows: a warp has those that a product leaves it, and a thread eight dims of a row at a time."""
+    registers = [[0, 1], [0, 2], [0, 4], *([0, at] for at in (32, 64) if at < width), [8, 0]]
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, width])
+
+
+@gluon.jit
+def _write(
+    out_ptr, lse_ptr, acc, m, total, first, left, head, group, tokens, scale,
+    HEADS: gl.constexpr, V: gl.constexpr, OUT: gl.constexpr, SCORES: gl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of a group's rows, as many as are left, 16 bytes a thread."""
+    ROWS: gl.constexpr = _rows_layout(V)
+    safe = gl.where(total == 0.0, 1.0, total)
+    out = acc / gl.convert_layout(safe, gl.SliceLayout(1, OUT))[:, None]
+    lse = gl.where(total == 0.0, float("-inf"), (m * scale + gl.log2(safe)) / LOG2E)
+    row = group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    gl.store(lse_ptr + head.to(gl.int64) * tokens + first + row, lse, mask=row < left)
+    row = group * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
+    dim = gl.arange(0, V, layout=gl.SliceLayout(0, ROWS))
+    at = ((first + row).to(gl.int64)[:, None] * HEADS + head) * V + dim[None, :]
+    gl.store(
+        out_ptr + at, gl.convert_layout(out.to(out_ptr.dtype.element_ty), ROWS), mask=(row < left)[:, None]
+    )
+
+
+@gluon.jit
+def _consume_tiles(
+    group, queries_1, queries_2, rings, bars, query_full, facts, out_ptr, lse_ptr, tokens, scale,
+    HEADS: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """The 64 queries of a group in every tile: scores, weights, output and log-sum-exp."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
+    keys_1, keys_2, values = rings
+    key_full, key_empty, value_full, value_empty = bars
+    unseen = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
+    none = gl.full([64], 0.0, gl.float32, layout=gl.SliceLayout(1, SCORES))
+    zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
+    met, given, slot = 0, 0, 0
+    mbarrier.wait(query_full.index(0), 0)
+    blocks, cut, keys = _told(facts, 0, 0), _told(facts, 0, 1), _told(facts, 0, 2)
+    first, left, head = _told(facts, 0, 3), _told(facts, 0, 4), _told(facts, 0, 5)
+    last_seen = _last_seen(_told(facts, 0, 6), keys, group, SCORES, CAUSAL)
+    if blocks > 0:
+        q_1, q_2 = queries_1.index(group), queries_2.index(group)
+        mbarrier.wait(key_full.index(0), 0)
+        s = warpgroup_mma_wait(0, deps=[scores_of(q_1, q_2, keys_1, keys_2, 0, zero, D_2)])
+        mbarrier.arrive(key_empty.index(0), count=1)
+        weights, m, total, _ = weights_of(
+            s, unseen, none, scale, (blocks - 1) * BLOCK_N, last_seen, BLOCK_N, True, SCORES
+        )
+        p = gl.convert_layout(weights.to(DTYPE), LEFT)
+        while blocks > 0:
+            end = met + blocks
+            last, after = (end - 1) % STAGES, end % STAGES
+            if blocks * BLOCK_N > keys:
+                mbarrier.wait(value_full.index(met % STAGES), (met // STAGES) & 1)
+                clear_foreign_values(values.index(met % STAGES), keys, (blocks - 1) * BLOCK_N, BLOCK_N, V)
+            mbarrier.wait(key_full.index((met + 1) % STAGES), ((met + 1) // STAGES) & 1, pred=blocks > 1)
+            acc = gl.zeros([64, V], gl.float32, layout=OUT)
+            queries = queries_1.index(2 * slot + group), queries_2.index(2 * slot + group)
+            # The walks place blocks by `end - 1 - i`.
+            acc, m, total, p = walk(
+                acc, m, total, p, met + 1, met + cut, end, queries, rings, bars, zero, last_seen, scale,
+                D_2, BLOCK_N, STAGES, True, SCORES, OUT, LEFT,
+            )  # fmt: skip
+            acc, m, total, p = walk(
+                acc, m, total, p, met + cut, end, end, queries, rings, bars, zero, last_seen, scale,
+                D_2, BLOCK_N, STAGES, False, SCORES, OUT, LEFT,
+            )  # fmt: skip
+            given += 1
+            slot = given % QUERY_STAGES
+            mbarrier.wait(query_full.index(slot), (given // QUERY_STAGES) & 1)
+            old_m, old_total, old_first, old_left, old_head = m, total, first, left, head
+            blocks, cut, keys = _told(facts, slot, 0), _told(facts, slot, 1), _told(facts, slot, 2)
+            first, left, head = _told(facts, slot, 3), _told(facts, slot, 4), _told(facts, slot, 5)
+            last_seen = _last_seen(_told(facts, slot, 6), keys, group, SCORES, CAUSAL)
+            mbarrier.wait(value_full.index(last), ((end - 1) // STAGES) & 1)
+            if blocks > 0:
+                q_1, q_2 = queries_1.index(2 * slot + group), queries_2.index(2 * slot + group)
+                mbarrier.wait(key_full.index(after), (end // STAGES) & 1)
+                s_coming = scores_of(q_1, q_2, keys_1, keys_2, after, zero, D_2)
+                acc_coming = warpgroup_mma(p, values.index(last), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s_coming])
+                mbarrier.arrive(key_empty.index(after), count=1)
+                weights, m, total, _ = weights_of(
+                    s, unseen, none, scale, (blocks - 1) * BLOCK_N, last_seen, BLOCK_N, True, SCORES
+                )
+                # As in `walk`: it keeps the wait for the product behind the powers.
+                mbarrier.wait(key_full.index((end + 1) % STAGES), ((end + 1) // STAGES) & 1, pred=blocks > 1)
+                acc, weights = warpgroup_mma_wait(0, deps=[acc_coming, weights])
+                mbarrier.arrive(value_empty.index(last), count=1)
+                p = gl.convert_layout(weights.to(DTYPE), LEFT)
+            else:
+                acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, values.index(last), acc, is_async=True)])
+            _write(
+                out_ptr, lse_ptr, acc, old_m, old_total, old_first, old_left, old_head, group, tokens, scale,
+                HEADS, V, OUT, SCORES,
+            )  # fmt: skip
+            met = end
+
+
+@gluon.jit
+def _blank(
+    out_ptr, lse_ptr, first, left, head, tokens, HEADS: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr
+):
+    """Zeros and -inf for a tile that sees no key, by a single warp."""
+    ROWS: gl.constexpr = 256 // V
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [ROWS, V // 8], [1, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    dim = gl.arange(0, V, layout=gl.SliceLayout(0, layout))
+    nothing = gl.zeros([ROWS, V], out_ptr.dtype.element_ty, layout=layout)
+    for before in range(0, BLOCK_M, ROWS):
+        row = before + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+        at = ((first + row).to(gl.int64)[:, None] * HEADS + head) * V + dim[None, :]
+        gl.store(out_ptr + at, nothing, mask=(row < left)[:, None])
+    for before in range(0, BLOCK_M, 32):
+        row = before + gl.arange(0, 32, layout=flat)
+        blind = gl.full([32], float("-inf"), gl.float32, layout=flat)
+        gl.store(lse_ptr + head.to(gl.int64) * tokens + first + row, blind, mask=row < left)
+
+
+@gluon.jit
+def _place_of(
+    number, tiles_ptr, tiles, HEADS: gl.constexpr, TOGETHER: gl.constexpr, CAUSAL: gl.constexpr,
+    LISTED: gl.constexpr,
+):  # fmt: skip
+    """Head, ordinal of the tile and sequence of a number; see `gluon_tiles.place` and its grid."""
+    PARTS: gl.constexpr = HEADS // TOGETHER
+    tile, part = number // TOGETHER % tiles, number // TOGETHER // tiles
+    if LISTED:
+        at = tiles_ptr + 2 * tile
+        sequence, tile = gl.load(at), gl.load(at + 1)
+    else:
+        sequence, part = part // PARTS, part % PARTS
+        if CAUSAL:  # tiles at the end of a sequence meet the most keys
+            tile = tiles - 1 - tile
+    return part * TOGETHER + number % TOGETHER, tile, sequence
+
+
+@gluon.jit
+def _wait_for_place(key_empty, met, STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr):
+    """Wait until both groups have left the facts and the queries of `QUERY_STAGES` tiles ago.
+
+    They have when they have read the keys of the ring's block `met - QUERY_STAGES`, since every tile has a
+    block. Its place is not loaded anew before, so that the barrier is in that phase or the next.
+    """
+    gl.static_assert(QUERY_STAGES <= STAGES)
+    block = gl.maximum(met - QUERY_STAGES, 0)
+    mbarrier.wait(key_empty.index(block % STAGES), (block // STAGES) & 1, pred=met >= QUERY_STAGES)
+
+
+@gluon.jit
+def _load_tile(
+    descriptors, queries_1, queries_2, rings, bars, query_full, slot, first, start_k, head, strides,
+    met, blocks, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, APART: gl.constexpr,
+):  # fmt: skip
+    """Load the queries of both groups, then blocks of keys and values from the right as places come free."""
+    q_1, q_2, k_1, k_2, v = descriptors
+    keys_1, keys_2, values = rings
+    key_full, key_empty, value_full, value_empty = bars
+    q_stride, q_stride_2, k_stride, k_stride_2, v_stride = strides
+    first_2: gl.constexpr = 0 if APART else D_1
+    of_keys = head // GROUPS
+    bar = query_full.index(slot)
+    mbarrier.expect(bar, 2 * (q_1.block_type.nbytes + (q_2.block_type.nbytes if D_2 > 0 else 0)))
+    for group in gl.static_range(2):
+        at = first + 64 * group
+        load(q_1, [at, head * q_stride], bar, queries_1.index(2 * slot + group))
+        if D_2 > 0:
+            load(q_2, [at, head * q_stride_2 + first_2], bar, queries_2.index(2 * slot + group))
+    at = start_k + blocks * BLOCK_N
+    for i in range(met, met + blocks):
+        stage, phase = i % STAGES, (i // STAGES) & 1
+        at -= BLOCK_N
+        mbarrier.wait(key_empty.index(stage), phase ^ 1)
+        bar = key_full.index(stage)
+        mbarrier.expect(bar, k_1.block_type.nbytes + (k_2.block_type.nbytes if D_2 > 0 else 0))
+        load(k_1, [at, of_keys * k_stride], bar, keys_1.index(stage))
+        if D_2 > 0:
+            load(k_2, [at, of_keys * k_stride_2 + first_2], bar, keys_2.index(stage))
+        mbarrier.wait(value_empty.index(stage), phase ^ 1)
+        mbarrier.expect(value_full.index(stage), v.block_type.nbytes)
+        load(v, [at, of_keys * v_stride], value_full.index(stage), values.index(stage))
+
+
+@gluon.jit
+def _produce_tiles(
+    descriptors, queries_1, queries_2, rings, bars, query_full, facts, out_ptr, lse_ptr,
+    starts_q_ptr, starts_k_ptr, tiles_ptr, counter_ptr, strides, tokens, tiles, total,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, APART: gl.constexpr, TOGETHER: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
+    """Take tiles, tell the groups of each, and load what it needs."""
+    _key_full, key_empty, _value_full, _value_empty = bars
+    met, given = 0, 0
+    number = gl.program_id(0)
+    while number < total:
+        head, tile, sequence = _place_of(number, tiles_ptr, tiles, HEADS, TOGETHER, CAUSAL, LISTED)
+        start_q, end_q = bounds_of(starts_q_ptr, sequence, LISTED)
+        start_k, end_k = bounds_of(starts_k_ptr, sequence, LISTED)
+        tile *= BLOCK_M
+        keys, first, left = end_k - start_k, start_q + tile, end_q - start_q - tile
+        seen, end, whole = keys - left, keys, keys // BLOCK_N
+        if CAUSAL:
+            end = gl.minimum(keys, gl.maximum(seen + BLOCK_M, 0))
+            whole = gl.minimum(whole, gl.maximum(seen + 1, 0) // BLOCK_N)
+        blocks = (end + BLOCK_N - 1) // BLOCK_N
+        if (left > 0) & (blocks > 0):
+            slot = given % QUERY_STAGES
+            _wait_for_place(key_empty, met, STAGES, QUERY_STAGES)
+            _tell(facts, slot, 0, blocks)
+            _tell(facts, slot, 1, gl.maximum(blocks - whole, 1))
+            _tell(facts, slot, 2, keys)
+            _tell(facts, slot, 3, first)
+            _tell(facts, slot, 4, left)
+            _tell(facts, slot, 5, head)
+            _tell(facts, slot, 6, seen)
+            mbarrier.arrive(query_full.index(slot), count=1)
+            _load_tile(
+                descriptors, queries_1, queries_2, rings, bars, query_full, slot, first, start_k, head,
+                strides, met, blocks, GROUPS, D_1, D_2, BLOCK_N, STAGES, APART,
+            )  # fmt: skip
+            met += blocks
+            given += 1
+        elif left > 0:
+            _blank(out_ptr, lse_ptr, first, left, head, tokens, HEADS, V, BLOCK_M)
+        number = gl.num_programs(0) + _taken(counter_ptr)
+    slot = given % QUERY_STAGES
+    _wait_for_place(key_empty, met, STAGES, QUERY_STAGES)
+    _tell(facts, slot, 0, 0)
+    mbarrier.arrive(query_full.index(slot), count=2)
+
+
+@remembered
+@gluon.jit(do_not_specialize=["tokens", "tiles", "total"])
+def forward_in_turn(
+    q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, tiles_ptr, counter_ptr,
+    q_stride, q_stride_2, k_stride, k_stride_2, v_stride, tokens, tiles, total, scale,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, APART: gl.constexpr, TOGETHER: gl.constexpr, LISTED: gl.constexpr,
+    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """All `total` tiles, `tiles` of them in a column of `grid_of`; the counter is at 0."""
+    queries_1 = gl.allocate_shared_memory(q_1.dtype, [2 * QUERY_STAGES, 64, D_1], q_1.layout)
+    keys_1 = gl.allocate_shared_memory(k_1.dtype, [STAGES, BLOCK_N, D_1], k_1.layout)
+    values = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V], v.layout)
+    queries_2, keys_2 = queries_1, keys_1
+    if D_2 > 0:
+        queries_2 = gl.allocate_shared_memory(q_2.dtype, [2 * QUERY_STAGES, 64, D_2], q_2.layout)
+        keys_2 = gl.allocate_shared_memory(k_2.dtype, [STAGES, BLOCK_N, D_2], k_2.layout)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    facts = gl.allocate_shared_memory(gl.int32, [QUERY_STAGES * FACTS, 1], plain)
+    query_full = new_bars(QUERY_STAGES, 2)
+    bars = (new_bars(STAGES, 1), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
+    fence_async_shared()
+    rings = (keys_1, keys_2, values)
+    gl.warp_specialize([
+        (_consume_tiles, (
+            0, queries_1, queries_2, rings, bars, query_full, facts, out_ptr, lse_ptr, tokens, scale * LOG2E,
+            HEADS, D_2, V, BLOCK_N, STAGES, QUERY_STAGES, CAUSAL,
+        )),
+        (_consume_tiles, (
+            1, queries_1, queries_2, rings, bars, query_full, facts, out_ptr, lse_ptr, tokens, scale * LOG2E,
+            HEADS, D_2, V, BLOCK_N, STAGES, QUERY_STAGES, CAUSAL,
+        )),
+        (_produce_tiles, (
+            (q_1, q_2, k_1, k_2, v), queries_1, queries_2, rings, bars, query_full, facts, out_ptr, lse_ptr,
+            starts_q_ptr, starts_k_ptr, tiles_ptr, counter_ptr,
+            (q_stride, q_stride_2, k_stride, k_stride_2, v_stride), tokens, tiles, total,
+            HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, QUERY_STAGES, CAUSAL, APART, TOGETHER,
+            LISTED,
+        )),
+    ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip

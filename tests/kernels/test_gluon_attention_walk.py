@@ -1,0 +1,321 @@
+"""Attention tile after tile in Gluon, run by Python: its own functions, on memory and barriers as threads.
+
+Layouts are left out; tiles, what is told of them, loads, barriers, masks and what is written are not.
+Products read their operands when they are waited for, so that a place that is loaded too early is found out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from benthic.kernels import gluon_attention_blocks, gluon_attention_persistent, gluon_tiles
+from benthic.kernels.reference.attention import attention
+
+HEADS, GROUPS, KEYS, VALUE = 4, 2, 32, 64
+turn = threading.Condition()
+
+
+class Values(torch.Tensor):
+    """A tensor with the type of Triton's."""
+
+    type = SimpleNamespace(layout=None)
+
+
+class Barrier:
+    """Phases that end when all have arrived and all bytes have come."""
+
+    def __init__(self, count):
+        self.count = self.missing = count
+        self.bytes = self.phase = 0
+
+    def came(self, arrivals=0, size=0):
+        with turn:
+            self.missing -= arrivals
+            self.bytes += size
+            assert self.missing >= 0
+            if not self.missing and not self.bytes:
+                self.phase, self.missing = self.phase + 1, self.count
+            turn.notify_all()
+
+
+class Memory:
+    """Shared memory: tiles one after another."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def index(self, at):
+        assert 0 <= at < len(self.data)
+        return Memory(self.data[at])
+
+    def permute(self, order):
+        return Memory(self.data.permute(order))
+
+    def store(self, values):
+        self.data.copy_(values)
+
+    def load(self, _layout):
+        return self.data.clone().as_subclass(Values)
+
+
+class Pointer:
+    """A tensor and places in it."""
+
+    def __init__(self, data, at=0, written=None):
+        self.data, self.at, self.written = data.view(-1), at, written
+        self.dtype = SimpleNamespace(element_ty=data.dtype)
+
+    def __add__(self, more):
+        return Pointer(self.data, self.at + more, self.written)
+
+
+class Described:
+    """A matrix whose blocks are loaded, with zeros behind its ends."""
+
+    layout = None
+
+    def __init__(self, data, rows, columns):
+        self.data, self.dtype = data.reshape(len(data), -1), data.dtype
+        self.block_type = SimpleNamespace(nbytes=rows * columns * data.itemsize)
+
+
+def load(described, corner, bar, tile):
+    """Lands some time later."""
+    row, column = (int(at) for at in corner)
+    rows, columns = tile.data.shape
+
+    def land():
+        time.sleep((row * 7 + column * 3 + rows) % 11 / 1e4)
+        part = described.data[row : row + rows, column : column + columns]
+        tile.data.zero_()
+        tile.data[: len(part)] = part
+        bar.came(size=-described.block_type.nbytes)
+
+    threading.Thread(target=land).start()
+
+
+def wait(bar, parity, pred=True):  # noqa: FBT002 (as the language has it)
+    if pred:
+        with turn:
+            assert turn.wait_for(lambda: bar.phase & 1 != parity, timeout=20), "nobody comes"
+
+
+def arrive(bar, count, pred=True):  # noqa: FBT002 (as the language has it)
+    if pred:
+        bar.came(arrivals=count)
+
+
+def new_bars(count, arrivals):
+    bars = [Barrier(arrivals) for _ in range(count)]
+    return SimpleNamespace(index=lambda at: bars[at])
+
+
+class Product:
+    """Read and multiplied when it is waited for, after those that it adds to."""
+
+    def __init__(self, left, right, sums, *, is_async, use_acc=True):
+        assert is_async
+        self.left, self.right, self.sums = left, right, sums if use_acc else sums * 0
+
+    def done(self):
+        left = getattr(self.left, "data", self.left) if isinstance(self.left, Memory) else self.left
+        return done(self.sums) + (left @ self.right.data).as_subclass(Values)
+
+
+def done(found):
+    return found.done() if isinstance(found, Product) else found
+
+
+def wait_for_products(_left, deps):
+    found = [done(one) for one in deps]
+    return found[0] if len(found) == 1 else found
+
+
+def put(pointer, values, mask):
+    at, mask = torch.as_tensor(pointer.at), torch.as_tensor(mask)
+    mask, values = mask.expand(at.shape), torch.as_tensor(values).expand(at.shape)
+    with turn:
+        pointer.data[at[mask]] = values[mask].as_subclass(torch.Tensor)
+        pointer.written.view(-1).index_add_(0, at[mask], torch.ones_like(at[mask]))
+
+
+def specialize(parts, *_settings):
+    failed = []
+
+    def run(part, operands):
+        try:
+            getattr(part, "fn", part)(*operands)
+        except BaseException as error:  # noqa: BLE001 (told to the test below)
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=part) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def number(value):
+    return torch.tensor(value).as_subclass(Values)
+
+
+@pytest.fixture
+def language(monkeypatch):
+    either = lambda condition, left, right: torch.where(  # noqa: E731
+        torch.as_tensor(condition), torch.as_tensor(left), torch.as_tensor(right)
+    ).as_subclass(Values)
+    found = SimpleNamespace(
+        load=lambda pointer: number(int(pointer.data[pointer.at])), store=put, where=either,
+        float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
+        minimum=lambda x, y: torch.minimum(torch.as_tensor(x), torch.as_tensor(y)).as_subclass(Values),
+        maximum=lambda x, y: torch.maximum(torch.as_tensor(x), torch.as_tensor(y)).as_subclass(Values),
+        max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype).as_subclass(Values),
+        zeros_like=torch.zeros_like,
+        full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype).as_subclass(Values),
+        arange=lambda start, end, layout: torch.arange(start, end).as_subclass(Values),
+        convert_layout=lambda x, _layout: x, warp_specialize=specialize, static_assert=lambda _: None,
+        allocate_shared_memory=lambda dtype, shape, _: Memory(
+            torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype)
+        ),
+        NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
+        DotOperandLayout=lambda **_: None, SwizzledSharedLayout=lambda *_: None,
+        DistributedLinearLayout=lambda *_: None,
+    )  # fmt: skip
+    expect = lambda bar, size: bar.came(arrivals=1, size=size)  # noqa: E731
+    own = {
+        "gl": found, "load": load, "new_bars": new_bars, "meet": lambda: None,
+        "fence_async_shared": lambda: None, "warpgroup_mma": Product,
+        "warpgroup_mma_wait": wait_for_products, "_rows_layout": lambda _: None,
+        "mbarrier": SimpleNamespace(wait=wait, expect=expect, arrive=arrive),
+    }  # fmt: skip
+    for module in (gluon_attention_blocks, gluon_attention_persistent, gluon_tiles):
+        for name, value in vars(module).copy().items():
+            if name in own:
+                monkeypatch.setattr(module, name, own[name])
+            elif name.isupper() and hasattr(value, "value"):
+                monkeypatch.setattr(module, name, value.value)
+            elif hasattr(value, "fn"):
+                monkeypatch.setattr(module, name, value.fn)
+    return found
+
+
+def listed(lengths):
+    """(sequence, tile) of every tile, last first, and two places without one."""
+    tiles = [(s, t) for s, rows in enumerate(lengths) for t in reversed(range(-(-rows // 128)))]
+    return torch.tensor([*tiles, (-1, 0), (-1, 0)])
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        ((300, 300), None),
+        ((1, 300, 64), (70, 301, 65)),
+        ((256, 0, 5, 129), (128, 40, 0, 131)),  # queries that see no key, and none at all
+        ((20, 130, 7, 31), (20, 130, 7, 31)),  # one block of keys
+    ],
+    ids=["equal ones", "chunks", "blind", "short"],
+)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(
+    ("widths", "apart", "stages"),
+    [((64, 0), False, 2), ((64, 32), True, 1), ((64, 32), False, 1)],
+    ids=["whole", "apart", "two parts"],
+)
+@pytest.mark.parametrize("is_list", [True, False], ids=["listed", "in order"])
+def test_every_query_meets_its_keys_once(language, queries, keys, causal, widths, apart, stages, is_list):
+    keys = keys or queries
+    q, k, v = operands(sum(queries), sum(keys), sum(widths))
+    out, lse, exact, exact_lse = run(
+        language,
+        q,
+        k,
+        v,
+        queries,
+        keys,
+        widths=widths,
+        causal=causal,
+        apart=apart,
+        stages=stages,
+        is_list=is_list,
+    )
+    torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.T, exact_lse, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_a_sequence_keeps_clear_of_the_numbers_of_the_next(language, causal):
+    lengths = 20, 150, 45, 129
+    q, k, v = operands(sum(lengths), sum(lengths), 64)
+    for x in (q, k, v):
+        x[20:170] = torch.nan
+    out, _, exact, _ = run(
+        language,
+        q,
+        k,
+        v,
+        lengths,
+        lengths,
+        widths=(64, 0),
+        causal=causal,
+        apart=False,
+        stages=2,
+        is_list=True,
+    )
+    for rows in (slice(20), slice(170, None)):
+        torch.testing.assert_close(out[rows], exact[rows], rtol=1e-4, atol=1e-5)
+
+
+def operands(rows, keys, width):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, HEADS, width), (keys, HEADS // GROUPS, width), (keys, HEADS // GROUPS, VALUE)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def run(language, q, k, v, queries, keys, *, widths, causal, apart, stages, is_list):
+    """Output and log-sum-exp [H, T] of the kernel, and those of the definition [T, H]."""
+    d_1, d_2 = widths
+    starts_q, starts_k = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys))
+    exact, exact_lse = attention(
+        q, k, v, starts_q, starts_k, max_seqlen_q=max(queries), max_seqlen_k=max(keys), scale=0.1,
+        causal=causal, lists=None,
+    )  # fmt: skip
+    out, lse = torch.full_like(exact, torch.nan), torch.full((HEADS, sum(queries)), torch.nan)
+    written = torch.zeros(out.shape, dtype=torch.int64), torch.zeros(lse.shape, dtype=torch.int64)
+    q_2, k_2 = (x[..., d_1:].contiguous() if apart else x for x in (q, k))
+    q_1, k_1 = (x[..., :d_1].contiguous() if apart else x for x in (q, k))
+    tiles = listed(queries)
+    high = len(tiles) if is_list else -(-max(queries) // 128)
+    total, programs = 2 * high * 2 * (1 if is_list else len(queries)), 3
+    given, lock = iter(range(total + programs)), threading.Lock()
+
+    def taken(_counter):
+        with lock:
+            return number(next(given))
+
+    gluon_attention_persistent._taken = taken
+    language.num_programs = lambda _axis: programs
+    for program in range(programs):
+        language.program_id = lambda _axis, program=program: number(program)
+        gluon_attention_persistent.forward_in_turn(
+            Described(q_1, 64, d_1), Described(q_2, 64, d_2), Described(k_1, KEYS, d_1),
+            Described(k_2, KEYS, d_2), Described(v, KEYS, VALUE), Pointer(out, written=written[0]),
+            Pointer(lse, written=written[1]), Pointer(starts_q), Pointer(starts_k), Pointer(tiles), None,
+            q_1.shape[2], q_2.shape[2], k_1.shape[2], k_2.shape[2], VALUE, sum(queries), high, total, 0.1,
+            HEADS=HEADS, GROUPS=GROUPS, D_1=d_1, D_2=d_2, V=VALUE, BLOCK_M=128, BLOCK_N=KEYS, STAGES=2,
+            QUERY_STAGES=stages, CAUSAL=causal, APART=apart, TOGETHER=2, LISTED=is_list, REGISTERS=0,
+            FEW_REGISTERS=0,
+        )  # fmt: skip
+    assert all((times == 1).all() for times in written)
+    return out, lse, exact, exact_lse
