@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from benthic.kernels.gluon_tiles import meet
+from benthic.kernels.gluon_tiles import among_columns, meet
 
 
 @gluon.jit
@@ -26,17 +26,7 @@ def weights_of(
     key keeps m = -inf; 0 is subtracted there, so that its weights are 2^-inf = 0.
     """
     if MASKED:
-        # Which eights of the keys a thread has, the compiler knows: their numbers take no registers.
-        eights = s.reshape([s.shape[0], BLOCK_N // 8, 8])
-        LAYOUT: gl.constexpr = eights.type.layout
-        rest = gl.convert_layout(last_seen - first, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
-        rest = (
-            rest[:, None, None]
-            - gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-        )
-        eight = 8 * gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
-        seen = gl.where(eight[None, :, None] <= rest, eights, float("-inf"))
-        s = gl.convert_layout(seen.reshape(s.shape), SCORES)
+        s = among_columns(s, last_seen - first, float("-inf"), SCORES, False)
     m_new = gl.maximum(m, gl.max(s, axis=1))
     shift = m_new * scale
     if MASKED:

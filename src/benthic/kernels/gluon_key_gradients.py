@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from benthic.kernels.gluon_tiles import (
     LOG2E,
+    among_columns,
     bounds_of,
     clear_after,
     load,
@@ -116,9 +117,8 @@ def _consume_queries(
             dk_2 = dk_1
         mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
         if CAUSAL and block * BLOCK_M < visible + 63:  # which is the first that sees all 64 keys
-            query = block * BLOCK_M + ordinals.load(gl.SliceLayout(0, SCORES))
-            key = visible + ordinals.load(gl.SliceLayout(1, SCORES))
-            s = gl.where(query[None, :] >= key[:, None], s, float("-inf"))
+            first = visible - block * BLOCK_M + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+            s = among_columns(s, first, float("-inf"), SCORES, True)
         lse = lses.index(stage).load(gl.SliceLayout(0, SCORES))
         p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), LEFT)
         mbarrier.wait(dout_full.index(stage), phase)

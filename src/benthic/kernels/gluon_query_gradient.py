@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from benthic.kernels.gluon_tiles import (
     LOG2E,
+    among_columns,
     bounds_of,
     clear_after,
     load,
@@ -53,8 +54,7 @@ def _walk_keys(
         ds_32 = p * (dp - delta[:, None])
         if MASKED:
             block = (blocks - 1 - i) * BLOCK_N
-            key = block + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-            ds_32 = gl.where(key[None, :] <= last_seen[:, None], ds_32, 0.0)
+            ds_32 = among_columns(ds_32, last_seen - block, 0.0, SCORES, False)
         # Between the powers and the wait for the product, or the assembler puts the wait first.
         mbarrier.wait(key_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
         if D_2 > 0:

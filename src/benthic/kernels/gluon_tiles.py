@@ -97,6 +97,22 @@ def clear_after(block, kept, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def among_columns(s, bound, other, LAYOUT: gl.constexpr, FROM: gl.constexpr):
+    """`s` in the columns up to its row's `bound`, or those `FROM` there on, and `other` in the rest.
+
+    Which eights of columns a thread has, the compiler knows: numbers of columns take no registers.
+    """
+    EIGHTS: gl.constexpr = s.shape[1] // 8
+    parts = s.reshape([s.shape[0], EIGHTS, 8])
+    PARTS: gl.constexpr = parts.type.layout
+    bound = gl.convert_layout(bound, gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))[:, None, None]
+    rest = bound - gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, PARTS)))[None, None, :]
+    first = 8 * gl.arange(0, EIGHTS, layout=gl.SliceLayout(0, gl.SliceLayout(2, PARTS)))[None, :, None]
+    kept = gl.where(first >= rest if FROM else first <= rest, parts, other)
+    return gl.convert_layout(kept.reshape(s.shape), LAYOUT)
+
+
+@gluon.jit
 def product(left, right, zero, D_2: gl.constexpr):
     """Start `left right^T` of a head in one or two tiles."""
     left_1, left_2 = left
