@@ -1,4 +1,4 @@
-"""Attention tile after tile in Gluon, run by Python: its own functions, on memory and barriers as threads.
+"""Attention in Gluon, run by Python: its own functions, on memory and barriers as threads.
 
 Layouts are left out; tiles, what is told of them, loads, barriers, masks and what is written are not.
 Products read their operands when they are waited for, so that a place that is loaded too early is found out.
@@ -17,7 +17,13 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from benthic.kernels import gluon_attention_blocks, gluon_attention_persistent, gluon_tiles
+from benthic.kernels import (
+    gluon_attention_blocks,
+    gluon_attention_persistent,
+    gluon_key_gradients,
+    gluon_query_gradient,
+    gluon_tiles,
+)
 from benthic.kernels.reference.attention import attention
 
 HEADS, GROUPS, KEYS, VALUE = 4, 2, 32, 64
@@ -59,6 +65,13 @@ class Memory:
 
     def permute(self, order):
         return Memory(self.data.permute(order))
+
+    @property
+    def shape(self):
+        return self.data.shape
+
+    def slice(self, first, size, dim=0):
+        return Memory(self.data.narrow(dim, first, size))
 
     def store(self, values):
         self.data.copy_(values)
@@ -140,6 +153,14 @@ def wait_for_products(_left, deps):
     return found[0] if len(found) == 1 else found
 
 
+def take(pointer, mask=None, other=None):
+    """A number, or those of a tensor of places."""
+    if mask is None:
+        return number(int(pointer.data[pointer.at]))
+    found = pointer.data[torch.where(mask, pointer.at, 0)]
+    return torch.where(mask, found, torch.tensor(other)).as_subclass(Values)
+
+
 def put(pointer, values, mask):
     at, mask = torch.as_tensor(pointer.at), torch.as_tensor(mask)
     mask, values = mask.expand(at.shape), torch.as_tensor(values).expand(at.shape)
@@ -176,7 +197,7 @@ def language(monkeypatch):
         torch.as_tensor(condition), torch.as_tensor(left), torch.as_tensor(right)
     ).as_subclass(Values)
     found = SimpleNamespace(
-        load=lambda pointer: number(int(pointer.data[pointer.at])), store=put, where=either,
+        load=take, store=put, where=either,
         float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
         minimum=lambda x, y: torch.minimum(torch.as_tensor(x), torch.as_tensor(y)).as_subclass(Values),
         maximum=lambda x, y: torch.maximum(torch.as_tensor(x), torch.as_tensor(y)).as_subclass(Values),
@@ -198,9 +219,16 @@ def language(monkeypatch):
         "gl": found, "load": load, "new_bars": new_bars, "meet": lambda: None,
         "fence_async_shared": lambda: None, "warpgroup_mma": Product,
         "warpgroup_mma_wait": wait_for_products, "_rows_layout": lambda _: None,
+        "_unknown": lambda x: x, "_widened": lambda x: x,
         "mbarrier": SimpleNamespace(wait=wait, expect=expect, arrive=arrive),
     }  # fmt: skip
-    for module in (gluon_attention_blocks, gluon_attention_persistent, gluon_tiles):
+    for module in (
+        gluon_attention_blocks,
+        gluon_attention_persistent,
+        gluon_key_gradients,
+        gluon_query_gradient,
+        gluon_tiles,
+    ):
         for name, value in vars(module).copy().items():
             if name in own:
                 monkeypatch.setattr(module, name, own[name])
@@ -275,6 +303,68 @@ def test_a_sequence_keeps_clear_of_the_numbers_of_the_next(language, causal):
     )
     for rows in (slice(20), slice(170, None)):
         torch.testing.assert_close(out[rows], exact[rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        ((300, 300), None),
+        ((1, 300, 64), (70, 301, 65)),
+        ((256, 0, 5, 129), (128, 40, 0, 131)),  # queries that see no key, and none at all
+        ((200, 130), (600, 7)),
+    ],
+    ids=["equal ones", "chunks", "blind", "many keys"],
+)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_gradients_are_those_of_the_definition(language, queries, keys, causal, width):
+    keys = keys or queries
+    leaves = [x.requires_grad_() for x in operands(sum(queries), sum(keys), width)]
+    starts = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
+    out, lse = attention(
+        *leaves,
+        *starts,
+        max_seqlen_q=max(queries),
+        max_seqlen_k=max(keys),
+        scale=0.1,
+        causal=causal,
+        lists=None,
+    )
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    exact = torch.autograd.grad(out, leaves, dout)
+    found = [torch.full_like(x, torch.nan) for x in exact]
+    q, k, v = (x.detach() for x in leaves)
+    dq, dk, dv = (Pointer(x, written=torch.zeros(x.shape, dtype=torch.int64)) for x in found)
+    terms = [Pointer(x.detach().T.contiguous()) for x in (lse, (out * dout).sum(-1))]
+    rows, blocks = [Described(x, 64, 64) for x in (q, q, dout)], [Described(x, 64, 64) for x in (k, k, v)]
+    rest = (*terms, *map(Pointer, starts), None, width, VALUE, width, VALUE, sum(queries), 0.1)
+    constants = {
+        "GROUPS": GROUPS, "D_1": 64, "D_2": width - 64, "V": VALUE, "STAGES": 3, "CAUSAL": causal,
+        "TOGETHER": 1, "LISTED": False, "REGISTERS": 0, "FEW_REGISTERS": 0,
+    }  # fmt: skip
+    for heads, lengths, kernel, outputs, sizes in (
+        (HEADS, queries, gluon_query_gradient.query_gradient, (dq,), ("HEADS", 128, 64)),
+        (HEADS // GROUPS, keys, gluon_key_gradients.key_gradients, (dk, dv), ("KEY_HEADS", 64, 128)),
+    ):
+        high = -(-max(lengths) // 128)
+        language.num_programs = lambda _axis, high=high: high
+        name, block_m, block_n = sizes
+        for tile in range(high):
+            for z in range(heads * len(lengths)):
+                language.program_id = lambda axis, at=(0, tile, z): number(at[axis])
+                kernel(
+                    *rows,
+                    *blocks,
+                    *outputs,
+                    *rest,
+                    BLOCK_M=block_m,
+                    BLOCK_N=block_n,
+                    **{name: heads},
+                    **constants,
+                )
+    for pointer, ours, theirs in zip((dq, dk, dv), found, exact, strict=True):
+        assert (pointer.written == 1).all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def operands(rows, keys, width):

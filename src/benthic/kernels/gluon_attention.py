@@ -79,7 +79,7 @@ def _consume(
     s = warpgroup_mma_wait(0, deps=[scores_of(q_1, q_2, keys_1, keys_2, 0, zero, D_2)])
     mbarrier.arrive(key_empty.index(0), count=1)
     block = (blocks - 1) * BLOCK_N
-    weights, m, total, _ = weights_of(s, m, total, scale, block, last_seen, BLOCK_N, True, SCORES)
+    weights, m, total, _ = weights_of(s, m, total, scale, block, last_seen, True, SCORES)
     p = gl.convert_layout(weights.to(out_ptr.dtype.element_ty), LEFT)
     if block + BLOCK_N > keys:
         mbarrier.wait(value_full.index(0), 0)

@@ -18,7 +18,7 @@ from benthic.kernels.gluon_tiles import among_columns, meet
 @gluon.jit
 def weights_of(
     s, m, total, scale, first, last_seen,
-    BLOCK_N: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr,
+    MASKED: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     """Powers of a block of scores, the new greatest score and sum of powers, and what old sums are worth.
 
@@ -66,7 +66,7 @@ def walk(
         s = warpgroup_mma_wait(1, deps=[s_coming])
         mbarrier.arrive(key_empty.index(stage), count=1)
         block = (blocks - 1 - i) * BLOCK_N
-        weights, m, total, alpha = weights_of(s, m, total, scale, block, last_seen, BLOCK_N, MASKED, SCORES)
+        weights, m, total, alpha = weights_of(s, m, total, scale, block, last_seen, MASKED, SCORES)
         # Between the powers and the wait for the product, or the assembler puts the wait first.
         mbarrier.wait(key_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
         acc, weights = warpgroup_mma_wait(0, deps=[acc_coming, weights])

@@ -119,7 +119,7 @@ def _consume_tiles(
         s = warpgroup_mma_wait(0, deps=[scores_of(q_1, q_2, keys_1, keys_2, 0, zero, D_2)])
         mbarrier.arrive(key_empty.index(0), count=1)
         weights, m, total, _ = weights_of(
-            s, unseen, none, scale, (blocks - 1) * BLOCK_N, last_seen, BLOCK_N, True, SCORES
+            s, unseen, none, scale, (blocks - 1) * BLOCK_N, last_seen, True, SCORES
         )
         p = gl.convert_layout(weights.to(DTYPE), LEFT)
         while blocks > 0:
@@ -156,7 +156,7 @@ def _consume_tiles(
                 s = warpgroup_mma_wait(1, deps=[s_coming])
                 mbarrier.arrive(key_empty.index(after), count=1)
                 weights, m, total, _ = weights_of(
-                    s, unseen, none, scale, (blocks - 1) * BLOCK_N, last_seen, BLOCK_N, True, SCORES
+                    s, unseen, none, scale, (blocks - 1) * BLOCK_N, last_seen, True, SCORES
                 )
                 # As in `walk`: it keeps the wait for the product behind the powers.
                 mbarrier.wait(key_full.index((end + 1) % STAGES), ((end + 1) // STAGES) & 1, pred=blocks > 1)

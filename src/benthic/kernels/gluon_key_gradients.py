@@ -63,6 +63,67 @@ def _clear_queries(rings, stage, kept, BLOCK_M: gl.constexpr, D_1: gl.constexpr,
 
 
 @gluon.jit
+def _walk_queries(
+    dk_1, dk_2, dv, ds, first, last, met, blocks, total, group, keys, values, rings, terms, bars, zero,
+    scale, visible, kept,
+    D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, SOME: gl.constexpr, SCORES: gl.constexpr, LEFT: gl.constexpr,
+):  # fmt: skip
+    """Meet a head's blocks of queries `first .. last`, of which it has `blocks`, after `met` of other heads.
+
+    MASKED: the diagonal may cut them; SOME: it need not.
+    """
+    keys_1, keys_2 = keys
+    queries_1, queries_2, douts = rings
+    lses, deltas = terms
+    query_full, query_empty, dout_full, dout_empty = bars
+    for block in range(first, last):
+        i = met + block
+        stage, phase, before = i % STAGES, (i // STAGES) & 1, gl.maximum(i - 1, 0) % STAGES
+        if (block == blocks - 1) & (kept < BLOCK_M):
+            mbarrier.wait(dout_full.index(stage), phase)
+            _clear_queries(rings, stage, kept, BLOCK_M, D_1, D_2, V)
+        mine = _unknown(group)
+        s_coming = product(
+            (keys_1.index(mine), keys_2.index(mine)),
+            (queries_1.index(stage), queries_2.index(stage)),
+            zero,
+            D_2,
+        )
+        dk_coming = warpgroup_mma(ds, queries_1.index(before), dk_1, is_async=True)
+        if D_2 > 0:
+            dk_2 = warpgroup_mma(ds, queries_2.index(before), dk_2, is_async=True)
+            s, dk_1, dk_2 = warpgroup_mma_wait(0, deps=[s_coming, dk_coming, dk_2])
+            mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
+        else:
+            s = warpgroup_mma_wait(1, deps=[s_coming])
+        # The first query that sees all 64 keys is `visible + 63`.
+        if MASKED and (not SOME or block * BLOCK_M < visible + 63):
+            first_seen = visible - block * BLOCK_M + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+            s = among_columns(s, first_seen, float("-inf"), SCORES, True)
+        lse = lses.index(stage).load(gl.SliceLayout(0, SCORES))
+        p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), LEFT)
+        mbarrier.wait(dout_full.index(stage), phase)
+        dp_coming = warpgroup_mma(
+            values.index(mine), douts.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
+        )
+        dv = warpgroup_mma(p, douts.index(stage), dv, is_async=True)
+        if D_2 > 0:
+            dp = warpgroup_mma_wait(1, deps=[dp_coming])
+        else:
+            dp, dk_1 = warpgroup_mma_wait(1, deps=[dp_coming, dk_coming])
+            dk_2 = dk_1
+            mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
+        delta = deltas.index(stage).load(gl.SliceLayout(0, SCORES))
+        ds_32 = gl.convert_layout(_widened(p), SCORES) * (dp - delta[None, :])
+        mbarrier.wait(query_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < total)
+        dv, ds_32 = warpgroup_mma_wait(0, deps=[dv, ds_32])
+        mbarrier.arrive(dout_empty.index(stage), count=1)
+        ds = gl.convert_layout(ds_32.to(ds.dtype), LEFT)
+    return dk_1, dk_2, dv, ds
+
+
+@gluon.jit
 def _consume_queries(
     group, keys_1, keys_2, values, rings, terms, bars, key_bars, dk_ptr, dv_ptr, tiles_ptr,
     start_k, rows, scale, visible, kept, blocks,
@@ -80,9 +141,9 @@ def _consume_queries(
     OUT_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_2 if D_2 > 0 else D_1, 16])
     OUT_V: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT_1, k_width=2)
-    queries_1, queries_2, douts = rings
-    lses, deltas, ordinals = terms
-    query_full, query_empty, dout_full, dout_empty = bars
+    queries_1, queries_2, _douts = rings
+    keys = keys_1, keys_2
+    query_full = bars[0]
     dk_1 = gl.zeros([64, D_1], gl.float32, layout=OUT_1)
     dk_2 = dk_1
     if D_2 > 0:
@@ -92,48 +153,23 @@ def _consume_queries(
     ds = gl.zeros([64, BLOCK_M], dk_ptr.dtype.element_ty, layout=LEFT)
     mbarrier.wait(key_bars.index(group), 0)
     mbarrier.wait(query_full.index(0), 0)
-    visible += group * 64
     total = blocks * GROUPS
-    block = 0
-    for i in range(total):
-        stage, phase, before = i % STAGES, (i // STAGES) & 1, gl.maximum(i - 1, 0) % STAGES
-        block = i if GROUPS == 1 else gl.where(block == blocks, 0, block)
-        if (block == blocks - 1) & (kept < BLOCK_M):
-            mbarrier.wait(dout_full.index(stage), phase)
-            _clear_queries(rings, stage, kept, BLOCK_M, D_1, D_2, V)
-        mine = _unknown(group)
-        s_coming = product(
-            (keys_1.index(mine), keys_2.index(mine)),
-            (queries_1.index(stage), queries_2.index(stage)),
-            zero,
-            D_2,
-        )
-        dk_1 = warpgroup_mma(ds, queries_1.index(before), dk_1, is_async=True)
-        if D_2 > 0:
-            dk_2 = warpgroup_mma(ds, queries_2.index(before), dk_2, is_async=True)
-            s, dk_1, dk_2 = warpgroup_mma_wait(0, deps=[s_coming, dk_1, dk_2])
-        else:
-            s, dk_1 = warpgroup_mma_wait(0, deps=[s_coming, dk_1])
-            dk_2 = dk_1
-        mbarrier.arrive(query_empty.index(before), count=1, pred=i > 0)
-        if CAUSAL and block * BLOCK_M < visible + 63:  # which is the first that sees all 64 keys
-            first = visible - block * BLOCK_M + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-            s = among_columns(s, first, float("-inf"), SCORES, True)
-        lse = lses.index(stage).load(gl.SliceLayout(0, SCORES))
-        p = gl.convert_layout(gl.exp2(s * scale - lse[None, :]).to(ds.dtype), LEFT)
-        mbarrier.wait(dout_full.index(stage), phase)
-        dp_coming = warpgroup_mma(
-            values.index(mine), douts.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
-        )
-        dv = warpgroup_mma(p, douts.index(stage), dv, is_async=True)
-        dp = warpgroup_mma_wait(1, deps=[dp_coming])
-        delta = deltas.index(stage).load(gl.SliceLayout(0, SCORES))
-        ds_32 = gl.convert_layout(_widened(p), SCORES) * (dp - delta[None, :])
-        block += 1
-        mbarrier.wait(query_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < total)
-        dv, ds_32 = warpgroup_mma_wait(0, deps=[dv, ds_32])
-        mbarrier.arrive(dout_empty.index(stage), count=1)
-        ds = gl.convert_layout(ds_32.to(ds.dtype), LEFT)
+    # Where registers allow, what the diagonal cuts has a loop of its own: a branch would end products.
+    SPLIT: gl.constexpr = D_2 == 0 and CAUSAL
+    visible += group * 64
+    cut = gl.minimum(gl.maximum(visible + 63 + BLOCK_M - 1, 0) // BLOCK_M, blocks) if SPLIT else 0
+    for member in range(GROUPS):
+        met = member * blocks
+        if SPLIT:
+            dk_1, dk_2, dv, ds = _walk_queries(
+                dk_1, dk_2, dv, ds, 0, cut, met, blocks, total, group, keys, values, rings, terms, bars, zero,
+                scale, visible, kept, D_1, D_2, V, BLOCK_M, STAGES, True, False, SCORES, LEFT,
+            )  # fmt: skip
+        dk_1, dk_2, dv, ds = _walk_queries(
+            dk_1, dk_2, dv, ds, cut, blocks, met, blocks, total, group, keys, values, rings, terms, bars,
+            zero, scale, visible, kept, D_1, D_2, V, BLOCK_M, STAGES, CAUSAL and not SPLIT, True, SCORES,
+            LEFT,
+        )  # fmt: skip
     key_head, tile, _sequence = place(tiles_ptr, KEY_HEADS, TOGETHER, LISTED)
     last, scale = (total - 1) % STAGES, scale / LOG2E
     column = tile * BLOCK_N + group * 64
@@ -157,7 +193,7 @@ def _produce_queries(
     """Load the keys and values of both groups, then blocks of queries of each head as places come free."""
     q_1, q_2, dout, k_1, k_2, v = descriptors
     queries_1, queries_2, douts = rings
-    lses, deltas, _ordinals = terms
+    lses, deltas = terms
     query_full, query_empty, dout_full, dout_empty = bars
     q_stride, dout_stride, k_stride, v_stride = columns
     for group in gl.static_range(2):
@@ -218,12 +254,10 @@ def key_gradients(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lses = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], plain)
-    ordinals = gl.allocate_shared_memory(gl.int32, [BLOCK_M], plain)
-    ordinals.store(gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [4], [0])))
     key_bars = new_bars(2, 1)
     bars = (new_bars(STAGES, 2), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
     fence_async_shared()
-    rings, terms = (queries_1, queries_2, douts), (lses, deltas, ordinals)
+    rings, terms = (queries_1, queries_2, douts), (lses, deltas)
     queries, rows = end_q - start_q, end_k - start_k
     first_query = 0
     visible = tile * BLOCK_N - (rows - queries)
