@@ -225,6 +225,14 @@ def test_gradients_of_attention_keep_their_products_in_flight_and_leave_in_whole
     # Only the last product of a group is one to wait for: the assembler did not run them one by one.
     assert 0 < sum("gsb0" in product for product in products) < len(products) / 2
     assert set(re.findall(r"STG\S*", text)) == {"STG.E.128"}
+    order = "".join(
+        found.group(1) or "e" for found in re.finditer(r"MUFU\.EX2|DEPBAR\.LE gsb0, 0x(\d)", text)
+    )
+    if name == "query_gradient":  # of whole blocks, powers stand before the wait for the second product
+        parts = 2 if dims[0] == 192 else 1
+        assert len(re.findall(f"{parts + 1}e{{24,}}{parts}e*0", order)) == 2
+    elif dims[0] != 192:  # the gradient of keys is in flight beside powers
+        assert order.count("1" + "e" * 32 + "10") == 2 * 2
 
 
 @pytest.mark.parametrize("rows", gluon_mla.FORMS)

@@ -223,38 +223,67 @@ def _wait_for_place(key_empty, met, STAGES: gl.constexpr, QUERY_STAGES: gl.const
 
 
 @gluon.jit
-def _load_tile(
-    descriptors, queries_1, queries_2, rings, bars, query_full, slot, first, start_k, head, strides,
-    met, blocks, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, APART: gl.constexpr,
+def _tile_of(
+    number, starts_q_ptr, starts_k_ptr, tiles_ptr, tiles, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    HEADS: gl.constexpr, TOGETHER: gl.constexpr, CAUSAL: gl.constexpr, LISTED: gl.constexpr,
 ):  # fmt: skip
-    """Load the queries of both groups, then blocks of keys and values from the right as places come free."""
-    q_1, q_2, k_1, k_2, v = descriptors
-    keys_1, keys_2, values = rings
-    key_full, key_empty, value_full, value_empty = bars
-    q_stride, q_stride_2, k_stride, k_stride_2, v_stride = strides
-    first_2: gl.constexpr = 0 if APART else D_1
-    of_keys = head // GROUPS
-    bar = query_full.index(slot)
+    """Facts of a number, and where the sequence's keys start; no rows are left where there is no tile."""
+    head, tile, sequence = _place_of(number, tiles_ptr, tiles, HEADS, TOGETHER, CAUSAL, LISTED)
+    start_q, end_q = bounds_of(starts_q_ptr, sequence, LISTED)
+    start_k, end_k = bounds_of(starts_k_ptr, sequence, LISTED)
+    first, left, keys = start_q + tile * BLOCK_M, end_q - start_q - tile * BLOCK_M, end_k - start_k
+    seen, end, whole = keys - left, keys, keys // BLOCK_N
+    if CAUSAL:
+        end = gl.minimum(keys, gl.maximum(seen + BLOCK_M, 0))
+        whole = gl.minimum(whole, gl.maximum(seen + 1, 0) // BLOCK_N)
+    blocks = (end + BLOCK_N - 1) // BLOCK_N
+    return blocks, gl.maximum(blocks - whole, 1), keys, first, left, head, seen, start_k
+
+
+@gluon.jit
+def _load_queries(
+    descriptors,
+    queries_1,
+    queries_2,
+    bar,
+    slot,
+    first,
+    head,
+    strides,
+    D_2: gl.constexpr,
+    FIRST_2: gl.constexpr,
+):
+    """Load the queries of both groups."""
+    q_1, q_2, _k_1, _k_2, _v = descriptors
     mbarrier.expect(bar, 2 * (q_1.block_type.nbytes + (q_2.block_type.nbytes if D_2 > 0 else 0)))
     for group in gl.static_range(2):
         at = first + 64 * group
-        load(q_1, [at, head * q_stride], bar, queries_1.index(2 * slot + group))
+        load(q_1, [at, head * strides[0]], bar, queries_1.index(2 * slot + group))
         if D_2 > 0:
-            load(q_2, [at, head * q_stride_2 + first_2], bar, queries_2.index(2 * slot + group))
-    at = start_k + blocks * BLOCK_N
-    for i in range(met, met + blocks):
+            load(q_2, [at, head * strides[1] + FIRST_2], bar, queries_2.index(2 * slot + group))
+
+
+@gluon.jit
+def _load_blocks(
+    descriptors, rings, bars, first, last, at, of_keys, strides,
+    D_2: gl.constexpr, FIRST_2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load blocks `first .. last` of the ring, leftwards from a row, as places come free."""
+    _q_1, _q_2, k_1, k_2, v = descriptors
+    keys_1, keys_2, values = rings
+    key_full, key_empty, value_full, value_empty = bars
+    for i in range(first, last):
         stage, phase = i % STAGES, (i // STAGES) & 1
-        at -= BLOCK_N
         mbarrier.wait(key_empty.index(stage), phase ^ 1)
         bar = key_full.index(stage)
         mbarrier.expect(bar, k_1.block_type.nbytes + (k_2.block_type.nbytes if D_2 > 0 else 0))
-        load(k_1, [at, of_keys * k_stride], bar, keys_1.index(stage))
+        load(k_1, [at, of_keys * strides[2]], bar, keys_1.index(stage))
         if D_2 > 0:
-            load(k_2, [at, of_keys * k_stride_2 + first_2], bar, keys_2.index(stage))
+            load(k_2, [at, of_keys * strides[3] + FIRST_2], bar, keys_2.index(stage))
         mbarrier.wait(value_empty.index(stage), phase ^ 1)
         mbarrier.expect(value_full.index(stage), v.block_type.nbytes)
-        load(v, [at, of_keys * v_stride], value_full.index(stage), values.index(stage))
+        load(v, [at, of_keys * strides[4]], value_full.index(stage), values.index(stage))
+        at -= BLOCK_N
 
 
 @gluon.jit
@@ -265,41 +294,51 @@ def _produce_tiles(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, APART: gl.constexpr, TOGETHER: gl.constexpr, LISTED: gl.constexpr,
 ):  # fmt: skip
-    """Take tiles, tell the groups of each, and load what it needs."""
+    """Take tiles, tell the groups of each, and load what it needs.
+
+    The next tile is looked for before a tile's last block, while the groups have two blocks left.
+    """
+    FIRST_2: gl.constexpr = 0 if APART else D_1
     _key_full, key_empty, _value_full, _value_empty = bars
     met, given = 0, 0
     number = gl.program_id(0)
+    blocks, cut, keys, first, left, head, seen, start_k = _tile_of(
+        number, starts_q_ptr, starts_k_ptr, tiles_ptr, tiles, BLOCK_M, BLOCK_N,
+        HEADS, TOGETHER, CAUSAL, LISTED,
+    )  # fmt: skip
     while number < total:
-        head, tile, sequence = _place_of(number, tiles_ptr, tiles, HEADS, TOGETHER, CAUSAL, LISTED)
-        start_q, end_q = bounds_of(starts_q_ptr, sequence, LISTED)
-        start_k, end_k = bounds_of(starts_k_ptr, sequence, LISTED)
-        tile *= BLOCK_M
-        keys, first, left = end_k - start_k, start_q + tile, end_q - start_q - tile
-        seen, end, whole = keys - left, keys, keys // BLOCK_N
-        if CAUSAL:
-            end = gl.minimum(keys, gl.maximum(seen + BLOCK_M, 0))
-            whole = gl.minimum(whole, gl.maximum(seen + 1, 0) // BLOCK_N)
-        blocks = (end + BLOCK_N - 1) // BLOCK_N
-        if (left > 0) & (blocks > 0):
+        loaded = gl.where(left > 0, blocks, 0)
+        last_row, of_keys = start_k, head // GROUPS
+        if loaded > 0:
             slot = given % QUERY_STAGES
             _wait_for_place(key_empty, met, STAGES, QUERY_STAGES)
             _tell(facts, slot, 0, blocks)
-            _tell(facts, slot, 1, gl.maximum(blocks - whole, 1))
+            _tell(facts, slot, 1, cut)
             _tell(facts, slot, 2, keys)
             _tell(facts, slot, 3, first)
             _tell(facts, slot, 4, left)
             _tell(facts, slot, 5, head)
             _tell(facts, slot, 6, seen)
             mbarrier.arrive(query_full.index(slot), count=1)
-            _load_tile(
-                descriptors, queries_1, queries_2, rings, bars, query_full, slot, first, start_k, head,
-                strides, met, blocks, GROUPS, D_1, D_2, BLOCK_N, STAGES, APART,
+            bar = query_full.index(slot)
+            _load_queries(descriptors, queries_1, queries_2, bar, slot, first, head, strides, D_2, FIRST_2)
+            _load_blocks(
+                descriptors, rings, bars, met, met + loaded - 1, start_k + (loaded - 1) * BLOCK_N, of_keys,
+                strides, D_2, FIRST_2, BLOCK_N, STAGES,
             )  # fmt: skip
-            met += blocks
             given += 1
         elif left > 0:
             _blank(out_ptr, lse_ptr, first, left, head, tokens, HEADS, V, BLOCK_M)
         number = gl.num_programs(0) + _taken(counter_ptr)
+        blocks, cut, keys, first, left, head, seen, start_k = _tile_of(
+            gl.minimum(number, total - 1), starts_q_ptr, starts_k_ptr, tiles_ptr, tiles, BLOCK_M, BLOCK_N,
+            HEADS, TOGETHER, CAUSAL, LISTED,
+        )  # fmt: skip
+        _load_blocks(
+            descriptors, rings, bars, met + gl.maximum(loaded - 1, 0), met + loaded, last_row, of_keys,
+            strides, D_2, FIRST_2, BLOCK_N, STAGES,
+        )  # fmt: skip
+        met += loaded
     slot = given % QUERY_STAGES
     _wait_for_place(key_empty, met, STAGES, QUERY_STAGES)
     _tell(facts, slot, 0, 0)
