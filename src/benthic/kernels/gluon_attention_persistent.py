@@ -242,17 +242,9 @@ def _tile_of(
 
 @gluon.jit
 def _load_queries(
-    descriptors,
-    queries_1,
-    queries_2,
-    bar,
-    slot,
-    first,
-    head,
-    strides,
-    D_2: gl.constexpr,
-    FIRST_2: gl.constexpr,
-):
+    descriptors, queries_1, queries_2, bar, slot, first, head, strides,
+    D_2: gl.constexpr, FIRST_2: gl.constexpr,
+):  # fmt: skip
     """Load the queries of both groups."""
     q_1, q_2, _k_1, _k_2, _v = descriptors
     mbarrier.expect(bar, 2 * (q_1.block_type.nbytes + (q_2.block_type.nbytes if D_2 > 0 else 0)))
