@@ -501,7 +501,7 @@ MEMORY_BOUND = [
     (
         "triton_fp8_fused",
         "_swiglu_rows",
-        {"POWER_OF_TWO": False, "PAIRS": True, "ROWS": 16, "TILE": 128},
+        {"POWER_OF_TWO": False, "ROWS": 16, "TILE": 128},
         4,
         {"values_ptr": "*fp8e4nv"},
     ),
@@ -509,14 +509,7 @@ MEMORY_BOUND = [
         (
             "triton_fp8_fused",
             "_norm_rows",
-            {
-                "HAS_RESIDUAL": added,
-                "POWER_OF_TWO": False,
-                "PAIRS": True,
-                "ROWS": rows,
-                "WIDTH": width,
-                "TILE": 128,
-            },
+            {"HAS_RESIDUAL": added, "POWER_OF_TWO": False, "ROWS": rows, "WIDTH": width, "TILE": 128},
             warps,
             {"values_ptr": "*fp8e4nv"},
         )
@@ -684,10 +677,9 @@ def layout_of_first_sum(built):
     return layouts[re.search(r"\}\) : \(tensor<[\dx]+xf32, (#\w+)>\) ->", text).group(1)]
 
 
-@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("width", [100, 512, 2048, 7168])
-def test_a_norm_that_quantises_sums_in_the_order_of_the_plain_norm(width, added, pairs):
+def test_a_norm_that_quantises_sums_in_the_order_of_the_plain_norm(width, added):
     norm, fused = (
         importlib.import_module(f"benthic.kernels.{m}") for m in ("triton_norm", "triton_fp8_fused")
     )
@@ -695,7 +687,7 @@ def test_a_norm_that_quantises_sums_in_the_order_of_the_plain_norm(width, added,
     assert norm.row_tile(width, 4096) == (rows, padded, warps)
     constants = {"HAS_RESIDUAL": added, "ROWS": rows, "WIDTH": padded}
     plain = compiled("triton_norm", "_norm_forward", constants, warps=warps)
-    constants |= {"POWER_OF_TWO": False, "PAIRS": pairs, "TILE": 128}
+    constants |= {"POWER_OF_TWO": False, "TILE": 128}
     kinds = {"values_ptr": "*fp8e4nv"}
     built = compiled("triton_fp8_fused", "_norm_rows", constants, warps=warps, overrides=kinds)
     assert layout_of_first_sum(built) == layout_of_first_sum(plain)

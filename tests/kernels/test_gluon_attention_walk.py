@@ -257,26 +257,16 @@ def listed(lengths):
 )
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(
-    ("widths", "apart", "stages"),
-    [((64, 0), False, 2), ((64, 32), True, 1), ((64, 32), False, 1)],
+    ("widths", "apart"),
+    [((64, 0), False), ((64, 32), True), ((64, 32), False)],
     ids=["whole", "apart", "two parts"],
 )
 @pytest.mark.parametrize("is_list", [True, False], ids=["listed", "in order"])
-def test_every_query_meets_its_keys_once(language, queries, keys, causal, widths, apart, stages, is_list):
+def test_every_query_meets_its_keys_once(language, queries, keys, causal, widths, apart, is_list):
     keys = keys or queries
     q, k, v = operands(sum(queries), sum(keys), sum(widths))
     out, lse, exact, exact_lse = run(
-        language,
-        q,
-        k,
-        v,
-        queries,
-        keys,
-        widths=widths,
-        causal=causal,
-        apart=apart,
-        stages=stages,
-        is_list=is_list,
+        language, q, k, v, queries, keys, widths=widths, causal=causal, apart=apart, is_list=is_list
     )
     torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse.T, exact_lse, rtol=1e-4, atol=1e-5)
@@ -289,17 +279,7 @@ def test_a_sequence_keeps_clear_of_the_numbers_of_the_next(language, causal):
     for x in (q, k, v):
         x[20:170] = torch.nan
     out, _, exact, _ = run(
-        language,
-        q,
-        k,
-        v,
-        lengths,
-        lengths,
-        widths=(64, 0),
-        causal=causal,
-        apart=False,
-        stages=2,
-        is_list=True,
+        language, q, k, v, lengths, lengths, widths=(64, 0), causal=causal, apart=False, is_list=True
     )
     for rows in (slice(20), slice(170, None)):
         torch.testing.assert_close(out[rows], exact[rows], rtol=1e-4, atol=1e-5)
@@ -373,7 +353,7 @@ def operands(rows, keys, width):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def run(language, q, k, v, queries, keys, *, widths, causal, apart, stages, is_list):
+def run(language, q, k, v, queries, keys, *, widths, causal, apart, is_list):
     """Output and log-sum-exp [H, T] of the kernel, and those of the definition [T, H]."""
     d_1, d_2 = widths
     starts_q, starts_k = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys))
@@ -404,7 +384,7 @@ def run(language, q, k, v, queries, keys, *, widths, causal, apart, stages, is_l
             Pointer(lse, written=written[1]), Pointer(starts_q), Pointer(starts_k), Pointer(tiles), None,
             q_1.shape[2], q_2.shape[2], k_1.shape[2], k_2.shape[2], VALUE, sum(queries), high, total, 0.1,
             HEADS=HEADS, GROUPS=GROUPS, D_1=d_1, D_2=d_2, V=VALUE, BLOCK_M=128, BLOCK_N=KEYS, STAGES=2,
-            QUERY_STAGES=stages, CAUSAL=causal, APART=apart, TOGETHER=2, LISTED=is_list, REGISTERS=0,
+            CAUSAL=causal, APART=apart, TOGETHER=2, LISTED=is_list, REGISTERS=0,
             FEW_REGISTERS=0,
         )  # fmt: skip
     assert all((times == 1).all() for times in written)

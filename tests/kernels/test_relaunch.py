@@ -95,6 +95,7 @@ LIKE = {"x": torch.empty(8), "count": 4, "rows": 100, "scale": 0.5, "BLOCK": 16}
         {"BLOCK": 32},
         {"LAST": 8},
         {"num_warps": 8},
+        {"LAST": gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)},
     ],
     ids=lambda other: "x in bfloat16" if other.get("x", LIKE["x"]).dtype == torch.bfloat16 else str(other),
 )

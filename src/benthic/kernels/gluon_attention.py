@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from benthic.kernels.gluon_attention_backward import gradients
 from benthic.kernels.gluon_attention_blocks import clear_foreign_values, scores_of, walk, weights_of
-from benthic.kernels.gluon_attention_persistent import forward_in_turn, query_stages
+from benthic.kernels.gluon_attention_persistent import forward_in_turn
 from benthic.kernels.gluon_tiles import (
     LOG2E,
     bounds_of,
@@ -50,6 +50,8 @@ KEYS = 128
 STAGES = 2
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
+TURNS = 8
+"""Programs take tile after tile where each has more than these; few tiles have a program each."""
 ENTRY_REGISTERS = 168
 """Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
 
@@ -260,12 +262,11 @@ def _attended(queries, keys, v_THv, starts, widths, max_q, scale, lists, *, caus
             "FEW_REGISTERS": PRODUCER_REGISTERS, "num_warps": 4, "maxnreg": ENTRY_REGISTERS,
         }  # fmt: skip
         total, programs = math.prod(grid), multiprocessors(q_1.device)
-        if total > programs:
+        if total > TURNS * programs:
             counter = torch.zeros(1, dtype=torch.int32, device=q_1.device)
             forward_in_turn[(programs,)](
-                *described, counter, *strides, tokens, grid[1], total, scale,
-                QUERY_STAGES=query_stages(d_2), **constants,
-            )  # fmt: skip
+                *described, counter, *strides, tokens, grid[1], total, scale, **constants
+            )
         else:
             _forward[grid](*described, *strides, tokens, scale, **constants)
     return out_THv, lse_HT

@@ -29,11 +29,6 @@ FACTS = gl.constexpr(7)
 first row, rows from there to the sequence's end, the head, and the last key that the first row sees."""
 
 
-def query_stages(second_width):
-    """Tiles whose queries shared memory has room for; heads of a second part leave room for one."""
-    return 1 if second_width else 2
-
-
 @gluon.jit
 def _taken(counter_ptr):
     """The next number, once for the warp that calls this."""
@@ -45,16 +40,16 @@ def _taken(counter_ptr):
 
 
 @gluon.jit
-def _tell(facts, slot, fact: gl.constexpr, value):
+def _tell(facts, fact: gl.constexpr, value):
     """Write one fact, by a single warp."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    facts.index(slot * FACTS + fact).store(gl.full([1], 0, gl.int32, layout=layout) + value)
+    facts.index(fact).store(gl.full([1], 0, gl.int32, layout=layout) + value)
 
 
 @gluon.jit
-def _told(facts, slot, fact: gl.constexpr):
+def _told(facts, fact: gl.constexpr):
     """Read one fact, by a group of four warps."""
-    return gl.max(facts.index(slot * FACTS + fact).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
+    return gl.max(facts.index(fact).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
 
 
 @gluon.jit
@@ -96,7 +91,7 @@ def _write(
 def _consume_tiles(
     group, queries_1, queries_2, rings, bars, query_full, facts, out_ptr, lse_ptr, tokens, scale,
     HEADS: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The 64 queries of a group in every tile: scores, weights, output and log-sum-exp."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -108,13 +103,14 @@ def _consume_tiles(
     unseen = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
     none = gl.full([64], 0.0, gl.float32, layout=gl.SliceLayout(1, SCORES))
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
-    met, given, slot = 0, 0, 0
-    mbarrier.wait(query_full.index(0), 0)
-    blocks, cut, keys = _told(facts, 0, 0), _told(facts, 0, 1), _told(facts, 0, 2)
-    first, left, head = _told(facts, 0, 3), _told(facts, 0, 4), _told(facts, 0, 5)
-    last_seen = _last_seen(_told(facts, 0, 6), keys, group, SCORES, CAUSAL)
+    met, given = 0, 0
+    mbarrier.wait(query_full, 0)
+    blocks, cut, keys = _told(facts, 0), _told(facts, 1), _told(facts, 2)
+    first, left, head = _told(facts, 3), _told(facts, 4), _told(facts, 5)
+    last_seen = _last_seen(_told(facts, 6), keys, group, SCORES, CAUSAL)
+    queries = queries_1.index(group), queries_2.index(group)
+    q_1, q_2 = queries
     if blocks > 0:
-        q_1, q_2 = queries_1.index(group), queries_2.index(group)
         mbarrier.wait(key_full.index(0), 0)
         s = warpgroup_mma_wait(0, deps=[scores_of(q_1, q_2, keys_1, keys_2, 0, zero, D_2)])
         mbarrier.arrive(key_empty.index(0), count=1)
@@ -130,7 +126,6 @@ def _consume_tiles(
                 clear_foreign_values(values.index(met % STAGES), keys, (blocks - 1) * BLOCK_N, BLOCK_N, V)
             mbarrier.wait(key_full.index((met + 1) % STAGES), ((met + 1) // STAGES) & 1, pred=blocks > 1)
             acc = gl.zeros([64, V], gl.float32, layout=OUT)
-            queries = queries_1.index(2 * slot + group), queries_2.index(2 * slot + group)
             # The walks place blocks by `end - 1 - i`.
             acc, m, total, p = walk(
                 acc, m, total, p, met + 1, met + cut, end, queries, rings, bars, zero, last_seen, scale,
@@ -141,15 +136,13 @@ def _consume_tiles(
                 D_2, BLOCK_N, STAGES, False, SCORES, OUT, LEFT,
             )  # fmt: skip
             given += 1
-            slot = given % QUERY_STAGES
-            mbarrier.wait(query_full.index(slot), (given // QUERY_STAGES) & 1)
+            mbarrier.wait(query_full, given & 1)
             old_m, old_total, old_first, old_left, old_head = m, total, first, left, head
-            blocks, cut, keys = _told(facts, slot, 0), _told(facts, slot, 1), _told(facts, slot, 2)
-            first, left, head = _told(facts, slot, 3), _told(facts, slot, 4), _told(facts, slot, 5)
-            last_seen = _last_seen(_told(facts, slot, 6), keys, group, SCORES, CAUSAL)
+            blocks, cut, keys = _told(facts, 0), _told(facts, 1), _told(facts, 2)
+            first, left, head = _told(facts, 3), _told(facts, 4), _told(facts, 5)
+            last_seen = _last_seen(_told(facts, 6), keys, group, SCORES, CAUSAL)
             mbarrier.wait(value_full.index(last), ((end - 1) // STAGES) & 1)
             if blocks > 0:
-                q_1, q_2 = queries_1.index(2 * slot + group), queries_2.index(2 * slot + group)
                 mbarrier.wait(key_full.index(after), (end // STAGES) & 1)
                 s_coming = scores_of(q_1, q_2, keys_1, keys_2, after, zero, D_2)
                 acc_coming = warpgroup_mma(p, values.index(last), acc, is_async=True)
@@ -211,15 +204,13 @@ def _place_of(
 
 
 @gluon.jit
-def _wait_for_place(key_empty, met, STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr):
-    """Wait until both groups have left the facts and the queries of `QUERY_STAGES` tiles ago.
+def _wait_for_place(key_empty, met, STAGES: gl.constexpr):
+    """Wait until both groups have left the facts and the queries of the tile before.
 
-    They have when they have read the keys of the ring's block `met - QUERY_STAGES`, since every tile has a
-    block. Its place is not loaded anew before, so that the barrier is in that phase or the next.
+    They have when they have read the keys of its last block, `met - 1` of the ring.
     """
-    gl.static_assert(QUERY_STAGES <= STAGES)
-    block = gl.maximum(met - QUERY_STAGES, 0)
-    mbarrier.wait(key_empty.index(block % STAGES), (block // STAGES) & 1, pred=met >= QUERY_STAGES)
+    block = gl.maximum(met - 1, 0)
+    mbarrier.wait(key_empty.index(block % STAGES), (block // STAGES) & 1, pred=met > 0)
 
 
 @gluon.jit
@@ -242,7 +233,7 @@ def _tile_of(
 
 @gluon.jit
 def _load_queries(
-    descriptors, queries_1, queries_2, bar, slot, first, head, strides,
+    descriptors, queries_1, queries_2, bar, first, head, strides,
     D_2: gl.constexpr, FIRST_2: gl.constexpr,
 ):  # fmt: skip
     """Load the queries of both groups."""
@@ -250,9 +241,9 @@ def _load_queries(
     mbarrier.expect(bar, 2 * (q_1.block_type.nbytes + (q_2.block_type.nbytes if D_2 > 0 else 0)))
     for group in gl.static_range(2):
         at = first + 64 * group
-        load(q_1, [at, head * strides[0]], bar, queries_1.index(2 * slot + group))
+        load(q_1, [at, head * strides[0]], bar, queries_1.index(group))
         if D_2 > 0:
-            load(q_2, [at, head * strides[1] + FIRST_2], bar, queries_2.index(2 * slot + group))
+            load(q_2, [at, head * strides[1] + FIRST_2], bar, queries_2.index(group))
 
 
 @gluon.jit
@@ -283,7 +274,7 @@ def _produce_tiles(
     descriptors, queries_1, queries_2, rings, bars, query_full, facts, out_ptr, lse_ptr,
     starts_q_ptr, starts_k_ptr, tiles_ptr, counter_ptr, strides, tokens, tiles, total,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, APART: gl.constexpr, TOGETHER: gl.constexpr, LISTED: gl.constexpr,
 ):  # fmt: skip
     """Take tiles, tell the groups of each, and load what it needs.
@@ -292,7 +283,7 @@ def _produce_tiles(
     """
     FIRST_2: gl.constexpr = 0 if APART else D_1
     _key_full, key_empty, _value_full, _value_empty = bars
-    met, given = 0, 0
+    met = 0
     number = gl.program_id(0)
     blocks, cut, keys, first, left, head, seen, start_k = _tile_of(
         number, starts_q_ptr, starts_k_ptr, tiles_ptr, tiles, BLOCK_M, BLOCK_N,
@@ -302,23 +293,20 @@ def _produce_tiles(
         loaded = gl.where(left > 0, blocks, 0)
         last_row, of_keys = start_k, head // GROUPS
         if loaded > 0:
-            slot = given % QUERY_STAGES
-            _wait_for_place(key_empty, met, STAGES, QUERY_STAGES)
-            _tell(facts, slot, 0, blocks)
-            _tell(facts, slot, 1, cut)
-            _tell(facts, slot, 2, keys)
-            _tell(facts, slot, 3, first)
-            _tell(facts, slot, 4, left)
-            _tell(facts, slot, 5, head)
-            _tell(facts, slot, 6, seen)
-            mbarrier.arrive(query_full.index(slot), count=1)
-            bar = query_full.index(slot)
-            _load_queries(descriptors, queries_1, queries_2, bar, slot, first, head, strides, D_2, FIRST_2)
+            _wait_for_place(key_empty, met, STAGES)
+            _tell(facts, 0, blocks)
+            _tell(facts, 1, cut)
+            _tell(facts, 2, keys)
+            _tell(facts, 3, first)
+            _tell(facts, 4, left)
+            _tell(facts, 5, head)
+            _tell(facts, 6, seen)
+            mbarrier.arrive(query_full, count=1)
+            _load_queries(descriptors, queries_1, queries_2, query_full, first, head, strides, D_2, FIRST_2)
             _load_blocks(
                 descriptors, rings, bars, met, met + loaded - 1, start_k + (loaded - 1) * BLOCK_N, of_keys,
                 strides, D_2, FIRST_2, BLOCK_N, STAGES,
             )  # fmt: skip
-            given += 1
         elif left > 0:
             _blank(out_ptr, lse_ptr, first, left, head, tokens, HEADS, V, BLOCK_M)
         number = gl.num_programs(0) + _taken(counter_ptr)
@@ -331,10 +319,9 @@ def _produce_tiles(
             strides, D_2, FIRST_2, BLOCK_N, STAGES,
         )  # fmt: skip
         met += loaded
-    slot = given % QUERY_STAGES
-    _wait_for_place(key_empty, met, STAGES, QUERY_STAGES)
-    _tell(facts, slot, 0, 0)
-    mbarrier.arrive(query_full.index(slot), count=2)
+    _wait_for_place(key_empty, met, STAGES)
+    _tell(facts, 0, 0)
+    mbarrier.arrive(query_full, count=2)
 
 
 @remembered
@@ -343,38 +330,38 @@ def forward_in_turn(
     q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, tiles_ptr, counter_ptr,
     q_stride, q_stride_2, k_stride, k_stride_2, v_stride, tokens, tiles, total, scale,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, QUERY_STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, APART: gl.constexpr, TOGETHER: gl.constexpr, LISTED: gl.constexpr,
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """All `total` tiles, `tiles` of them in a column of `grid_of`; the counter is at 0."""
-    queries_1 = gl.allocate_shared_memory(q_1.dtype, [2 * QUERY_STAGES, 64, D_1], q_1.layout)
+    queries_1 = gl.allocate_shared_memory(q_1.dtype, [2, 64, D_1], q_1.layout)
     keys_1 = gl.allocate_shared_memory(k_1.dtype, [STAGES, BLOCK_N, D_1], k_1.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V], v.layout)
     queries_2, keys_2 = queries_1, keys_1
     if D_2 > 0:
-        queries_2 = gl.allocate_shared_memory(q_2.dtype, [2 * QUERY_STAGES, 64, D_2], q_2.layout)
+        queries_2 = gl.allocate_shared_memory(q_2.dtype, [2, 64, D_2], q_2.layout)
         keys_2 = gl.allocate_shared_memory(k_2.dtype, [STAGES, BLOCK_N, D_2], k_2.layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    facts = gl.allocate_shared_memory(gl.int32, [QUERY_STAGES * FACTS, 1], plain)
-    query_full = new_bars(QUERY_STAGES, 2)
+    facts = gl.allocate_shared_memory(gl.int32, [FACTS, 1], plain)
+    query_full = new_bars(1, 2).index(0)
     bars = (new_bars(STAGES, 1), new_bars(STAGES, 2), new_bars(STAGES, 1), new_bars(STAGES, 2))
     fence_async_shared()
     rings = (keys_1, keys_2, values)
     gl.warp_specialize([
         (_consume_tiles, (
             0, queries_1, queries_2, rings, bars, query_full, facts, out_ptr, lse_ptr, tokens, scale * LOG2E,
-            HEADS, D_2, V, BLOCK_N, STAGES, QUERY_STAGES, CAUSAL,
+            HEADS, D_2, V, BLOCK_N, STAGES, CAUSAL,
         )),
         (_consume_tiles, (
             1, queries_1, queries_2, rings, bars, query_full, facts, out_ptr, lse_ptr, tokens, scale * LOG2E,
-            HEADS, D_2, V, BLOCK_N, STAGES, QUERY_STAGES, CAUSAL,
+            HEADS, D_2, V, BLOCK_N, STAGES, CAUSAL,
         )),
         (_produce_tiles, (
             (q_1, q_2, k_1, k_2, v), queries_1, queries_2, rings, bars, query_full, facts, out_ptr, lse_ptr,
             starts_q_ptr, starts_k_ptr, tiles_ptr, counter_ptr,
             (q_stride, q_stride_2, k_stride, k_stride_2, v_stride), tokens, tiles, total,
-            HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, QUERY_STAGES, CAUSAL, APART, TOGETHER,
+            HEADS, GROUPS, D_1, D_2, V, BLOCK_M, BLOCK_N, STAGES, CAUSAL, APART, TOGETHER,
             LISTED,
         )),
     ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip

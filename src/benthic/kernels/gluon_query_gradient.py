@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from benthic.kernels.gluon_tiles import (
     LOG2E,
-    among_columns,
     bounds_of,
     clear_after,
     load,
@@ -34,16 +33,14 @@ def _walk_keys(
     D_2: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
     SCORES: gl.constexpr, LEFT: gl.constexpr,
 ):  # fmt: skip
-    """Meet blocks of keys `first .. last` from the right, each of which has its keys in the ring already.
-
-    So has the first its values.
-    """
+    """Meet blocks of keys `first .. last` from the right, each of which has its keys in the ring already."""
     PARTS: gl.constexpr = 2 if D_2 > 0 else 1
     keys_1, keys_2, values = rings
     key_full, key_empty, value_full, value_empty = bars
     for i in range(first, last):
         stage, before = i % STAGES, gl.maximum(i - 1, 0) % STAGES
         s_coming = product(queries, (keys_1.index(stage), keys_2.index(stage)), zero, D_2)
+        mbarrier.wait(value_full.index(stage), (i // STAGES) & 1)
         dp_coming = product((dout, dout), (values.index(stage), values.index(stage)), zero, 0)
         dq_1_coming = warpgroup_mma(ds, keys_1.index(before), dq_1, is_async=True)
         dq_2_coming = dq_1_coming
@@ -51,14 +48,14 @@ def _walk_keys(
             dq_2_coming = warpgroup_mma(ds, keys_2.index(before), dq_2, is_async=True)
         s = warpgroup_mma_wait(1 + PARTS, deps=[s_coming])
         p = gl.exp2(s * scale - lse[:, None])
-        # A wait for what comes next: the assembler moves a wait for a product up to the branch before it.
-        mbarrier.wait(value_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
         dp = warpgroup_mma_wait(PARTS, deps=[dp_coming])
         mbarrier.arrive(value_empty.index(stage), count=1)
         ds_32 = p * (dp - delta[:, None])
         if MASKED:
             block = (blocks - 1 - i) * BLOCK_N
-            ds_32 = among_columns(ds_32, last_seen - block, 0.0, SCORES, False)
+            key = block + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+            ds_32 = gl.where(key[None, :] <= last_seen[:, None], ds_32, 0.0)
+        # Between the powers and the wait for the product, or the assembler puts the wait first.
         mbarrier.wait(key_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < blocks)
         if D_2 > 0:
             dq_1, dq_2, ds_32 = warpgroup_mma_wait(0, deps=[dq_1_coming, dq_2_coming, ds_32])
@@ -83,7 +80,7 @@ def _consume_keys(
     OUT_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_2 if D_2 > 0 else D_1, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT_1, k_width=2)
     keys_1, keys_2, _values = rings
-    key_full, _key_empty, value_full, _value_empty = bars
+    key_full = bars[0]
     first_row = tile * BLOCK_M + group * 64
     row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     last_seen = gl.minimum(row + offset, keys - 1) if CAUSAL else row * 0 + (keys - 1)
@@ -106,7 +103,6 @@ def _consume_keys(
             clear_after(keys_2.index(0), kept, BLOCK_N, D_2)
         fence_async_shared()
         meet()
-    mbarrier.wait(value_full.index(0), 0)
     masked = gl.maximum(blocks - first_masked, 0)
     dq_1, dq_2, ds = _walk_keys(
         dq_1, dq_2, ds, 0, masked, blocks, queries, douts, rings, bars, zero, lse, delta, last_seen,

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import JITFunction, driver
 
 from benthic.kernels.table import triton_interprets
 
-_CONSTANTS = frozenset((int, float, bool, str, type(None)))
+_CONSTANTS = frozenset((int, float, bool, str, type(None), NVMMASharedLayout))
 _MOST = 1024
 
 

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from benthic.kernels.host import cdiv
 from benthic.kernels.reference.fp8_linear import TILE, Fp8
-from benthic.kernels.table import triton_interprets
 
 
 @triton.jit
@@ -53,40 +52,6 @@ def quotient(x, by, inverse):
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr, PAIRS: tl.constexpr):
-    """Float32 values rounded to `dtype`; `PAIRS`: bfloat16 by NVIDIA's instruction for two.
-
-    Triton has one for each where results stay in registers, at a quarter of the rate.
-    """
-    if PAIRS:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 pair, low, high;
-            cvt.rn.bf16x2.f32 pair, $3, $2;
-            shl.b32 low, pair, 16;
-            and.b32 high, pair, 0xffff0000;
-            mov.b32 $0, low;
-            mov.b32 $1, high;
-            }""",
-            "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:  # noqa: RET505 (Triton compiles one branch)
-        return x.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def widened(x, PAIRS: tl.constexpr):
-    """Values in float32; with `PAIRS`, of bfloat16 an instruction for each where Triton has three for two."""
-    if PAIRS:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:  # noqa: RET505 (Triton compiles one branch)
-        return x.to(tl.float32)
-
-
-@triton.jit
 def spread(x, bits):
     """Round `|x| <= 448` to one of its two neighbours in E4M3, each with the probability of its nearness.
 
@@ -104,11 +69,6 @@ def spread(x, bits):
     # the sign by its bit: Triton 3.6 negates by `0 - x`, which makes +0 of what rounds to -0
     sign = x.to(tl.int32, bitcast=True) & -0x80000000
     return (rounded | sign).to(tl.float32, bitcast=True)
-
-
-def has_pairs(x):
-    """`PAIRS` of `rounded` and `widened` where x is what is read or rounded to."""
-    return x.dtype == torch.bfloat16 and torch.version.hip is None and not triton_interprets()
 
 
 def row_block(rows):

@@ -14,15 +14,7 @@ from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.fp8_linear import TILE, padded_rows
 from benthic.kernels.relaunch import remembered
-from benthic.kernels.triton_e4m3 import (
-    empty_tiles,
-    has_pairs,
-    rounded,
-    row_block,
-    scaled,
-    tile_scale,
-    widened,
-)
+from benthic.kernels.triton_e4m3 import empty_tiles, row_block, scaled, tile_scale
 from benthic.kernels.triton_tiles import find_tile, groups
 
 
@@ -103,8 +95,7 @@ def _bytes(x, scale):
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_rows(
     gate_up_ptr, values_ptr, scale_ptr, rows, width, stride, scale_stride, tile_stride,
-    POWER_OF_TWO: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    PDL: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One scale per row and `TILE` columns of `silu(gate) * up`, rounded first as the wide one is stored."""
     wait_for_inputs(PDL)
@@ -116,7 +107,7 @@ def _swiglu_rows(
     place = row[:, None] * stride + column[None, :]
     gate = tl.load(gate_up_ptr + place, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + place + width, mask=mask, other=0.0).to(tl.float32)
-    out = rounded(gate * tl.sigmoid(gate) * up, gate_up_ptr.dtype.element_ty, PAIRS)
+    out = (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
     scale = tile_scale(tl.max(tl.abs(out), axis=1), POWER_OF_TWO)
     values = scaled(out, scale[:, None]).to(tl.float8e4nv)
     tl.store(values_ptr + row[:, None] * width + column[None, :], values, mask=mask)
@@ -129,7 +120,7 @@ def _swiglu_rows(
 def _norm_rows(
     x_ptr, residual_ptr, weight_ptr, total_ptr, values_ptr, scale_ptr,
     rows, width, tiles, x_stride, residual_stride, scale_stride, tile_stride, eps,
-    HAS_RESIDUAL: tl.constexpr, POWER_OF_TWO: tl.constexpr, PAIRS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Whole rows normalised, rounded as the wide ones are stored, then cut into tiles."""
@@ -137,8 +128,7 @@ def _norm_rows(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     mask = (row < rows)[:, None] & (column < width)[None, :]
-    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
-    x = widened(x, PAIRS)
+    x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(
             residual_ptr + row[:, None] * residual_stride + column[None, :], mask=mask, other=0.0
@@ -148,7 +138,7 @@ def _norm_rows(
         x = total.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
-    out = rounded(x * rstd[:, None] * weight[None, :], x_ptr.dtype.element_ty, PAIRS)
+    out = (x * rstd[:, None] * weight[None, :]).to(x_ptr.dtype.element_ty).to(tl.float32)
     cut = tl.reshape(out, (ROWS, WIDTH // TILE, TILE))
     scale = tile_scale(tl.max(tl.abs(cut), axis=2), POWER_OF_TWO)
     # stored in three dims, so that the norm's own loads lie as in the plain norm: its sum then has that order
@@ -194,8 +184,8 @@ def swiglu(gate_up_RF2, *, power_of_two):
         block, warps = row_block(rows)
         _swiglu_rows[(out.scale.shape[1] * cdiv(rows, block),)](
             gate_up_RF2, *out, rows, width, gate_up_RF2.stride(0), *out.scale.stride(),
-            POWER_OF_TWO=power_of_two, PAIRS=has_pairs(gate_up_RF2), ROWS=block, TILE=TILE,
-            num_warps=warps, **early(gate_up_RF2.device, rows),
+            POWER_OF_TWO=power_of_two, ROWS=block, TILE=TILE, num_warps=warps,
+            **early(gate_up_RF2.device, rows),
         )  # fmt: skip
     return out
 
@@ -222,7 +212,7 @@ def _norm(x_RD, residual_RD, weight_D, eps, *, power_of_two):
         _norm_rows[(cdiv(rows, block),)](
             x_RD, other, weight_D, total, *out,
             rows, width, out.scale.shape[1], x_RD.stride(0), other.stride(0), *out.scale.stride(), eps,
-            HAS_RESIDUAL=residual_RD is not None, POWER_OF_TWO=power_of_two, PAIRS=has_pairs(x_RD),
+            HAS_RESIDUAL=residual_RD is not None, POWER_OF_TWO=power_of_two,
             ROWS=block, WIDTH=padded, TILE=TILE, num_warps=warps, **early(x_RD.device, rows),
         )  # fmt: skip
     return out, total
