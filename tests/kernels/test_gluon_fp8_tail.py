@@ -40,23 +40,29 @@ def test_last_waves_of_deepseek_v3_are_divided_over_an_h200(rows):
 
 
 @pytest.mark.parametrize(
-    ("rows", "ours"),
+    ("rows", "right"),
     [
-        (4096, [True, True, True, False, False, False]),
-        (2048, [True, True, True, False, False, False]),
-        (1024, [False, True, True, True, False, True]),
+        (4096, ["gluon", "gluon_three", "gluon_three", "cublas", "cublas", "cublas"]),
+        (2048, ["gluon", "gluon_three", "gluon_three", "cublas", "cublas", "cublas"]),
+        (1024, ["gluon_three", "cublas", "gluon_three", "cublas", "cublas", "cublas"]),
+        (512, ["cublas", "cublas", "gluon_three", "cublas", "cublas", "cublas"]),
     ],
 )
-def test_products_with_short_sums_or_half_a_last_wave_are_ours(rows, ours):
-    found = [fp8_waves.faster_than_library(rows, n_dim, k_dim, 132) for n_dim, k_dim in DEEPSEEK_V3]
-    assert found == ours
+def test_products_with_short_sums_or_half_a_last_wave_are_ours(rows, right):
+    assert [fp8_waves.fastest(rows, n_dim, k_dim, 132) for n_dim, k_dim in DEEPSEEK_V3] == right
 
 
 @pytest.mark.parametrize(
-    ("inner", "ours", "chosen"), [(7168, True, "gluon"), (7168, False, "cublas"), (7120, False, "gluon")]
+    ("inner", "fastest", "chosen"),
+    [
+        (7168, "gluon", "gluon"),
+        (7168, "gluon_three", "gluon_three"),
+        (7168, "cublas", "cublas"),
+        (7120, "cublas", "gluon"),
+    ],
 )
-def test_cublas_runs_what_ours_is_slower_at_and_what_it_can(inner, ours, chosen):
-    case = Case("cuda", torch.bfloat16, (inner, 2112), many=True, ours=ours)
+def test_cublas_runs_what_ours_is_slower_at_and_what_it_can(inner, fastest, chosen):
+    case = Case("cuda", torch.bfloat16, (inner, 2112), many=True, fastest=fastest)
     assert FP8_LINEAR.select(case)[0].name == chosen
 
 

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from benthic.kernels.host import cdiv
 
-ROWS: Final = 128
-COLUMNS: Final = 192
 CHUNK: Final = 128
+"""Of K, after which sums are promoted."""
+
+
+class Tiles(NamedTuple):
+    """Tiles of a way to multiply; microseconds of one on an H200, a chunk and beside its chunks."""
+
+    rows: int
+    columns: int
+    chunk: float
+    beside: float
+
+
+CUBLAS: Final = Tiles(128, 128, 0.436, 1.22)
+THREE_GROUPS: Final = Tiles(192, 128, 0.699, 0.67)
+TWO_GROUPS: Final = Tiles(128, 192, 0.76, 0.84)
+"""From times of 4,096 rows of six products of 4 to 128 chunks, one after another so that the GPU is hot.
+Those of 1,024 and 2,048 rows come out within 8 %, but for cuBLAS' of few tiles."""
 HAND_OVER: Final = 4
 """Chunks that could be multiplied while sums of a tile are written and read."""
-TILE: Final = 1.1
-"""Chunks that a tile of ours takes besides its own, from an H200's times of products of 4 to 128 chunks."""
-LIBRARY_COLUMNS: Final = 128
-LIBRARY_TILE: Final = 2.4
-"""The same of cuBLAS, with whose tiles, and the rate below, its times with 4,096 rows come out within 4 %."""
-LIBRARY_RATE: Final = 1.07
-"""Of cuBLAS within a tile, where ours is 1."""
+CLEAR: Final = 1.02
+"""Times as long as ours cuBLAS must take for ours to run."""
 
 
 def tail(tiles: int, k_tiles: int, processors: int) -> tuple[int, int]:
@@ -34,20 +44,32 @@ def tail(tiles: int, k_tiles: int, processors: int) -> tuple[int, int]:
     return whole, share
 
 
-def faster_than_library(rows: int, outer: int, inner: int, processors: int) -> bool:
-    """Whether the busiest multiprocessor has less to do with our tiles than with cuBLAS'.
+def fastest(rows: int, outer: int, inner: int, processors: int) -> str:
+    """The implementation whose busiest multiprocessor is done first: "cublas", "gluon_three" or "gluon".
 
-    cuBLAS multiplies faster, but writes no tile beside the next one's product, and its last wave stays as it
-    is: ours win where K is short, or where that wave would be half empty. With less than a wave it has
-    smaller tiles.
+    cuBLAS multiplies faster within a tile, but writes none beside the next one's product, and its last wave
+    stays as it is: ours win where K is short, or where that wave would be half empty. With less than a wave
+    it has smaller tiles.
     """
-    k_tiles, tiles = cdiv(inner, CHUNK), cdiv(rows, ROWS) * cdiv(outer, COLUMNS)
-    if tiles < processors:
-        return False
+    if cdiv(rows, CUBLAS.rows) * cdiv(outer, CUBLAS.columns) < processors:
+        return "cublas"
+    k_tiles = cdiv(inner, CHUNK)
+    times = {"gluon_three": _waves(rows, outer, THREE_GROUPS, processors) * _tile(THREE_GROUPS, k_tiles)}
+    tiles = cdiv(rows, TWO_GROUPS.rows) * cdiv(outer, TWO_GROUPS.columns)
     whole, share = tail(tiles, k_tiles, processors)
-    waves = cdiv(tiles, processors)
-    ours = waves * (k_tiles + TILE)
     if share:
-        ours += whole // processors * k_tiles + share + HAND_OVER - waves * k_tiles
-    library = cdiv(cdiv(rows, ROWS) * cdiv(outer, LIBRARY_COLUMNS), processors) * (k_tiles + LIBRARY_TILE)
-    return ours * COLUMNS < library * LIBRARY_COLUMNS / LIBRARY_RATE
+        waves, rest = whole // processors, share + HAND_OVER
+        times["gluon"] = waves * _tile(TWO_GROUPS, k_tiles) + _tile(TWO_GROUPS, rest)
+    else:
+        times["gluon"] = cdiv(tiles, processors) * _tile(TWO_GROUPS, k_tiles)
+    ours = min(times, key=lambda name: times[name])
+    library = _waves(rows, outer, CUBLAS, processors) * _tile(CUBLAS, k_tiles)
+    return ours if times[ours] * CLEAR < library else "cublas"
+
+
+def _waves(rows: int, outer: int, tiles: Tiles, processors: int) -> int:
+    return cdiv(cdiv(rows, tiles.rows) * cdiv(outer, tiles.columns), processors)
+
+
+def _tile(tiles: Tiles, chunks: int) -> float:
+    return chunks * tiles.chunk + tiles.beside

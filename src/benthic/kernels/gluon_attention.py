@@ -50,8 +50,6 @@ KEYS = 128
 STAGES = 2
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
-TURNS = 8
-"""Programs take tile after tile where each has more than these; few tiles have a program each."""
 ENTRY_REGISTERS = 168
 """Of a thread before the groups divide them: 65,536 over three groups of 128 threads."""
 
@@ -262,7 +260,7 @@ def _attended(queries, keys, v_THv, starts, widths, max_q, scale, lists, *, caus
             "FEW_REGISTERS": PRODUCER_REGISTERS, "num_warps": 4, "maxnreg": ENTRY_REGISTERS,
         }  # fmt: skip
         total, programs = math.prod(grid), multiprocessors(q_1.device)
-        if total > TURNS * programs:
+        if total > programs:
             counter = torch.zeros(1, dtype=torch.int32, device=q_1.device)
             forward_in_turn[(programs,)](
                 *described, counter, *strides, tokens, grid[1], total, scale, **constants

@@ -39,7 +39,8 @@ class Case(NamedTuple):
             that are not in bfloat16.
         few: there are few rows for each weight, or for each cached token, for ops to which that matters.
         many: there are so many that tall tiles are full.
-        ours: our tiles leave less idle than a library's, for ops to which that matters.
+        fastest: name of the implementation that is asked for, or whose tiles leave least idle, for ops to
+            which that matters.
         layout: how weights or pages lie in memory, for ops to which that matters: "columns" when outputs lie
             side by side (stride 1 in the outputs' dim), "strided" when pages have gaps, else "rows".
     """
@@ -52,7 +53,7 @@ class Case(NamedTuple):
     mixed: bool = False
     few: bool = False
     many: bool = False
-    ours: bool = False
+    fastest: str = ""
     layout: Literal["rows", "columns", "strided"] = "rows"
 
 

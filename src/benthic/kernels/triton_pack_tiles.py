@@ -17,8 +17,9 @@ import triton.language as tl
 from benthic.kernels.host import cdiv
 from benthic.kernels.relaunch import remembered
 
-HEADS_TOGETHER = 16
-"""Of how many heads the longest tiles start first: a lone short sequence has few of them."""
+HEADS_TOGETHER = 8
+"""Of how many heads the longest tiles start first: a lone short sequence has few of them, and more heads read
+more keys at once than the second-level cache keeps."""
 FULL = 0.75
 """A grid is listed where its list is shorter than this part of it; the list costs a launch."""
 MOST_SEQUENCES = 4096

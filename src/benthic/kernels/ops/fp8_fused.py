@@ -12,7 +12,7 @@ import torch
 
 from benthic.errors import ShapeError
 from benthic.kernels.ops.fp8 import quantise_fp8_rows
-from benthic.kernels.ops.fp8_linear import quantise_fp8_columns
+from benthic.kernels.ops.fp8_linear import MANY_VALUES, quantise_fp8_columns
 from benthic.kernels.ops.fp8_ways import gluon_squares
 from benthic.kernels.reference.fp8_linear import TILE, Fp8
 from benthic.kernels.table import (
@@ -84,9 +84,8 @@ def quantise_fp8_both(
     if impl is None and x_RI.is_cuda and x_RI.shape[1] % TILE:
         by_row = Fp8(*quantise_fp8_rows(x_RI, power_of_two=power_of_two, by_column=True))
         return by_row, quantise_fp8_columns(x_RI, ends_E, power_of_two=power_of_two)
-    out: tuple[Fp8, Fp8] = QUANTISE_FP8_BOTH.choose(_case(x_RI), impl)(
-        x_RI, ends_E, power_of_two=power_of_two
-    )
+    case = _case(x_RI)._replace(many=impl is not None or x_RI.numel() >= MANY_VALUES)
+    out: tuple[Fp8, Fp8] = QUANTISE_FP8_BOTH.choose(case, impl)(x_RI, ends_E, power_of_two=power_of_two)
     return out
 
 

@@ -10,14 +10,14 @@ from benthic.errors import ShapeError
 from benthic.kernels.ops.fp8_ways import (
     FLOATS,
     cublas,
+    fastest_dense,
     gluon,
     gluon_dense,
     gluon_gradient,
     gluon_split,
     gluon_squares,
-    gluon_tall,
+    gluon_tall_dense,
     gluon_tall_first,
-    ours_first,
     turns_words,
 )
 from benthic.kernels.reference.fp8_linear import TILE, Fp8
@@ -93,15 +93,19 @@ cuBLAS takes 13 to 25, and no better at 32."""
 SPLIT_ROWS = 128
 """Rows of a product with one weight up to which `gluon_split` runs: it is bound by reading the weight, which
 later row tiles read again."""
-MANY_ROWS = 768
-"""Rows a weight, on average, from which tiles of 192 rows win. On an H200 they give 795 TFLOP/s and those of
-128 rows 1,013 with 256 rows for each of 32 experts, 1,209 and 928 with 1,536 for each of 64."""
+MANY_ROWS = 384
+"""Rows a weight, on average, from which tiles of 192 rows win. On an H200 they give 779 TFLOP/s and those of
+128 rows 1,006 with 256 rows for each of 32 experts, 977 and 909 with 384 for each of 64."""
+MANY_VALUES = 1 << 24
+"""To quantise, from which kernels with TMA save more than their launch costs the host: 8 us of 53 at twice as
+many both ways, 40 of 264 at 200 million."""
 
 FP8_LINEAR = Op(
     "fp8_linear",
     (
         _FEW,
         Implementation("gluon_split", gluon_split, "benthic.kernels.gluon_fp8_split:linear"),
+        Implementation("gluon_three", gluon_tall_dense, "benthic.kernels.gluon_fp8_three:linear"),
         Implementation("gluon", gluon_dense, "benthic.kernels.gluon_fp8:linear"),
         Implementation("cublas", cublas, "benthic.kernels.torch_fp8_linear:linear"),
         Implementation(
@@ -109,7 +113,6 @@ FP8_LINEAR = Op(
             triton_runs(*FLOATS, reason="our block-scaled product: any width"),
             "benthic.kernels.triton_fp8_linear:linear",
         ),
-        Implementation("gluon_three", gluon_tall, "benthic.kernels.gluon_fp8_three:linear"),
         reference("benthic.kernels.reference.fp8_linear:linear"),
     ),
     typical_dims=(7168, 2048),
@@ -240,7 +243,8 @@ def quantise_fp8_columns(
     Shapes: x float [R, I]; ends int32 [E] or None. Returns values [I, P], scale [I, P / 128], where P is R
     rounded up to 128, or (R // 128 + E) * 128 with experts.
     """
-    case = Case(x_RI.device.type, x_RI.dtype, (x_RI.shape[1],))
+    many = impl is not None or x_RI.numel() >= MANY_VALUES
+    case = Case(x_RI.device.type, x_RI.dtype, (x_RI.shape[1],), many=many)
     out: Fp8 = QUANTISE_FP8_COLUMNS.choose(case, impl)(x_RI, ends_E, power_of_two=power_of_two)
     return out
 
@@ -253,7 +257,8 @@ def retile_fp8(
     With power-of-two scales on both sides only values that underflow are rounded a second time.
     Shapes: rows of [R, I]; the result as `quantise_fp8_columns`.
     """
-    case = Case(rows.values.device.type, rows.values.dtype, (rows.values.shape[1],))
+    many = impl is not None or rows.values.numel() >= MANY_VALUES
+    case = Case(rows.values.device.type, rows.values.dtype, (rows.values.shape[1],), many=many)
     out: Fp8 = RETILE_FP8.choose(case, impl)(rows, ends_E, power_of_two=power_of_two)
     return out
 
@@ -278,12 +283,12 @@ def fp8_linear(
     inner, outer, rows = x.values.shape[1], weight.values.shape[-2], x.values.shape[0]
     if ends_E is None:
         op, weights, many = FP8_LINEAR, 1, rows > SPLIT_ROWS
-        ours = impl is not None or ours_first(rows, outer, inner, x.values.device)
+        fastest = impl or fastest_dense(rows, outer, inner, x.values.device)
     else:
-        op, weights, ours = GROUPED_FP8_LINEAR, ends_E.shape[0], True
+        op, weights, fastest = GROUPED_FP8_LINEAR, ends_E.shape[0], ""
         many = impl is not None or rows >= MANY_ROWS * weights
     few = rows <= FEW_ROWS * weights
-    case = Case(x.values.device.type, dtype, (inner, outer), few=few, many=many, ours=ours)
+    case = Case(x.values.device.type, dtype, (inner, outer), few=few, many=many, fastest=fastest)
     out: Tensor = op.choose(case, impl)(x, weight, ends_E, dtype=dtype)
     return out
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.nn import functional as F
 
-from benthic.kernels.fp8_waves import faster_than_library
+from benthic.kernels.fp8_waves import fastest
 from benthic.kernels.reference.fp8_linear import TILE
 from benthic.kernels.table import hopper_refusal, no, triton_refusal, triton_runs, yes
 
@@ -46,19 +46,27 @@ def gluon(case: Case) -> Verdict:
 
 
 @functools.lru_cache(maxsize=4096)
-def ours_first(rows: int, outer: int, inner: int, device: torch.device) -> bool:
-    """Whether a product with one weight is for our tiles rather than cuBLAS'; see `fp8_waves`."""
+def fastest_dense(rows: int, outer: int, inner: int, device: torch.device) -> str:
+    """The way to multiply with one weight whose tiles leave least idle; see `fp8_waves`."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return False
+        return ""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return faster_than_library(rows, outer, inner, processors)
+    return fastest(rows, outer, inner, processors)
 
 
 def gluon_dense(case: Case) -> Verdict:
-    """`gluon`, but where cuBLAS is faster."""
+    """`gluon`, where it is the fastest or cuBLAS cannot run."""
     verdict = gluon(case)
-    if verdict.runs and not case.ours and cublas(case).runs:
-        return no("cuBLAS multiplies faster where K is long and its last wave full")
+    if verdict.runs and case.fastest != "gluon" and cublas(case).runs:
+        return no("is done later than cuBLAS with as many tiles")
+    return verdict
+
+
+def gluon_tall_dense(case: Case) -> Verdict:
+    """`gluon_tall`, where it is the fastest."""
+    verdict = gluon_tall(case)
+    if verdict.runs and case.fastest != "gluon_three":
+        return no("is done later than others with as many tiles")
     return verdict
 
 
@@ -98,6 +106,8 @@ def gluon_squares(case: Case) -> Verdict:
         return no(refusal)
     if case.dims[0] % 16:
         return no(f"needs a multiple of 16 columns, not {case.dims[0]}")
+    if not case.many:
+        return no("saves less than its launch, with a descriptor, costs the host: is made for many values")
     return yes("squares come by TMA, and each of its values takes half the instructions")
 
 
