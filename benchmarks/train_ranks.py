@@ -5,7 +5,8 @@
 A slice of Moonlight's shape (one dense and three mixture layers of full width, vocabulary 32,768) in bfloat16
 with float32 masters, on the Python standard library's sources. Every layout trains the same rows from the
 same weights. One rank alone goes first; a layout agrees when every loss is within 1 %. Times are medians of
-all steps but the first two. With `--spans DIR` the slots that ranks measured are written for `benthic draw`.
+all steps but the first two. `--layouts` alone trains one rank. With `--spans DIR` the slots that
+ranks measured are written for `benthic draw`.
 `--full` trains all 27 layers, which no rank can hold alone,
 so its losses are compared with nothing. `--small` rehearses on gloo.
 """
@@ -83,6 +84,8 @@ def main() -> None:
             alone = train(config, Layout(), data, Mesh.of(Layout(), 0), words.steps)
         dist.barrier()
         rows = [row("1 rank", config, 1, alone, alone)] if alone else []
+        if rows:
+            write(rows, words, config)
         for name in words.layouts:
             layout = LAYOUTS[name]
             found = train(config, layout, data, Mesh.of(layout, rank), words.steps)
@@ -91,11 +94,14 @@ def main() -> None:
                 (words.spans / f"{name}-rank-{rank}.jsonl").write_text(write_spans(found.spans))
             if rank == 0:  # after each layout, so that one that fails costs only itself
                 rows.append(row(name, config, ranks, found, alone or found))
-                about = "train_full" if words.full else "train_ranks"
-                write_result(
-                    about, rows, out=words.out, steps=words.steps, config=config.model.name, set=words.set
-                )
+                write(rows, words, config)
     dist.destroy_process_group()
+
+
+def write(rows: list[dict[str, Any]], words: argparse.Namespace, config: RunConfig) -> None:
+    """What is known so far."""
+    about = "train_full" if words.full else "train_ranks"
+    write_result(about, rows, out=words.out, steps=words.steps, config=config.model.name, set=words.set)
 
 
 def parse(about: str) -> argparse.Namespace:
@@ -104,7 +110,7 @@ def parse(about: str) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--set", action="append", default=[], help="a config field, as `benthic train` takes")
     parser.add_argument("--spans", type=Path)
     parser.add_argument("--out", type=Path)
