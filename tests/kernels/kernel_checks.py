@@ -560,10 +560,10 @@ def test_a_grid_is_listed_where_most_of_its_programs_had_no_tile(dtype):
         )
         return grid, together, is_list
 
-    assert asked((4096,) * 4) == ((16, 32, 4), 16, False)
-    assert asked((4096,) * 4, heads=24) == ((8, 32, 12), 8, False)
-    assert asked((4096, *[0] * 33)) == ((16, 65, 1), 16, True)
-    assert asked((2048, 100, 64), heads=32) == ((16, 20, 2), 16, True)
+    assert asked((4096,) * 4) == ((8, 32, 8), 8, False)
+    assert asked((4096,) * 4, heads=4) == ((4, 32, 4), 4, False)
+    assert asked((4096, *[0] * 33)) == ((8, 65, 2), 8, True)
+    assert asked((2048, 100, 64), heads=32) == ((8, 20, 4), 8, True)
     assert asked((1,) * 5000)[2] is False, "the list would be longer than the grid"
 
 
