@@ -3,8 +3,8 @@
 `h200.json` holds our own kernels, from `benchmarks/results/kernels_h200.json` and the files of newer kernels
 beside it (`NEWER`), with products and collectives of the libraries that we call (cuBLAS, block-scaled FP8,
 NCCL; medians on two H200, torch 2.11, 2026-11-22), and what `benthic calibrate` measured on an H200
-(`benchmarks/results/calibrate_h200.json`) but for weights in FP8 turned round, which it let torch turn. What
-the host takes for an operator comes from the slots of one training run, zb-h1 with short rows.
+(`benchmarks/results/calibrate_h200.json`). What the host takes for an operator comes from the slots of one
+training run, zb-h1 with short rows.
 `h100.json` holds what `benthic calibrate` measured on an H100 (`benchmarks/results/calibrate_h100.json`), but
 for calls that took longer there than others with more of the same work (three of 423).
 `h800.json` holds what DeepSeek published of its kernels on H800; weight gradients are those of May 2025,
@@ -50,6 +50,7 @@ NEWER: Final = {
                          "add_grouped_fp8_weight_gradient"},
     "kernels_rest_h200": {"quantise_fp8_both", "quantise 1x128", "quantise 128x128", "adamw"},
     "kernels_memory_bound_h200": {"rms_norm", "add_rms_norm", "swiglu", "rope"},
+    "kernels_attention_h200": {"attention", "attention backward"},
     "experts_h200": {"grouped_linear"},
 }  # fmt: skip
 """Ops of later files than `kernels_h200.json`, whose kernels took the place of those there."""
@@ -117,7 +118,7 @@ DEEPEP_NORMAL: Final = ((8, 153, 158), (16, 43, 43), (32, 58, 57), (64, 51, 50))
 def main() -> None:
     """Write all three."""
     measured = RESULTS / "calibrate_h200.json"
-    more = [one for one in read(measured).points if one.op.kind != "memory transpose fp8"]
+    more = read(measured).points
     libraries = [*products(CUBLAS, "bf16", LIBRARIES), *links()]
     source = "benchmarks/results/kernels_h200.json; " + LIBRARIES
     write("h800", [*deepgemm(), *deepep(), *flashmla()], f"{DEEPGEMM}; {GRADIENTS}; {DEEPEP}; {FLASHMLA}", {})

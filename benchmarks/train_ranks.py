@@ -52,18 +52,23 @@ if TYPE_CHECKING:
     from benthic.spec.model import ModelConfig
 
 
+TIMED = 2
+"""Steps before those that are timed."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What one layout came to on rank 0.
 
-    `loads`: of each mixture in the last step, the busiest expert's rows over the mean, and experts without.
+    `loads`: of each mixture, the busiest expert's rows over the mean, and experts without rows in a step; means
+    of the steps that are timed.
     """
 
     losses: list[float]
     seconds: list[float]
     peak_bytes: int
     spans: list[Span]
-    loads: list[tuple[float, int]]
+    loads: list[tuple[float, float]]
 
 
 def main() -> None:
@@ -161,13 +166,13 @@ def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int)
     """Some steps on one layout."""
     trainer = trainer_of(config, layout, data, mesh)
     trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device)
-    losses, seconds, counts = [], [], {}
+    losses, seconds, counts = [], [], []
     for _ in range(steps):
         began = time.perf_counter()
         result = trainer.step()
         losses.append(result.loss)
         seconds.append(time.perf_counter() - began)
-        counts = result.counts
+        counts.append(list(result.counts.values()))
     spans = trainer.executor.pipeline.spans(steps)
     peak = torch.cuda.max_memory_allocated() if config.device == "cuda" else 0
     del trainer
@@ -175,14 +180,20 @@ def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int)
     if config.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    loads = [(float(n.max() / n.float().mean()), int((n == 0).sum())) for n in counts.values()]
+    loads = [load(torch.stack(of_steps).float()) for of_steps in zip(*counts[TIMED:], strict=True)]
     return Found(losses, seconds, peak, spans, loads)
+
+
+def load(rows_SE: torch.Tensor) -> tuple[float, float]:
+    """The busiest expert's rows over the mean, and experts without, of some steps."""
+    busiest_S = rows_SE.amax(1) / rows_SE.mean(1)
+    return busiest_S.mean().item(), (rows_SE == 0).sum(1).float().mean().item()
 
 
 def row(name: str, config: RunConfig, ranks: int, found: Found, alone: Found) -> dict[str, Any]:
     """One line of the table."""
     tokens = int(config.train.global_batch_size) * int(config.train.seq_len)
-    step = statistics.median(found.seconds[2:])
+    step = statistics.median(found.seconds[TIMED:])
     rate = flops.training(config.model, int(config.train.seq_len)).value * tokens / step / ranks
     off = max(abs(a / b - 1.0) for a, b in zip(found.losses, alone.losses, strict=True))
     print(

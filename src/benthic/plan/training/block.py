@@ -50,7 +50,8 @@ class Step(NamedTuple):
 class Shape:
     """The sizes of one microbatch on one rank. `tokens` are its own, between the layers.
 
-    `cut`: the host calls a mixture in phases, since slots overlap those of two microbatches.
+    `idle`: share of experts without a row, whose weights nothing reads. `cut`: the host calls a mixture in
+    phases, since slots overlap those of two microbatches.
     """
 
     model: ModelConfig
@@ -63,6 +64,7 @@ class Shape:
     products: Dtype
     again: frozenset[str]
     skew: float = 1.0
+    idle: float = 0.0
     kept_pairs: float | None = None
     cut: bool = False
 
@@ -239,7 +241,8 @@ def _routed(shape: Shape) -> Iterator[Step]:
 def _grouped(shape: Shape, n: float, k: float, *, again: bool) -> Iterator[Step]:
     """A product of every expert here with its rows, and its two gradients."""
     model = shape.model
-    rows, experts = shape.tokens * model.num_experts_per_tok, model.n_routed_experts / shape.ep
+    rows = shape.tokens * model.num_experts_per_tok
+    experts = model.n_routed_experts / shape.ep * (1.0 - shape.idle)
 
     def product(n: float, k: float, *, gradient: bool = False) -> GroupedGemm:
         kind, skew = shape.products, shape.skew

@@ -88,6 +88,7 @@ class Candidate:
     first_skew: the same while biases have not learnt, which memory must hold. Of Moonlight's first three
         mixtures with fresh weights, on a row of Python sources, one half of the experts got 1.18, 1.01 and
         1.08 times the mean; the fullest layer makes the peak.
+    idle: share of experts that get no row of a microbatch, as where a gate learns faster than its biases.
     """
 
     model: ModelConfig
@@ -100,6 +101,7 @@ class Candidate:
     offload: tuple[str, ...] = ()
     skew: float = 1.0
     first_skew: float = 1.18
+    idle: float = 0.0
 
     @classmethod
     def of(cls, setup: Setup, rows: int) -> Candidate:

@@ -120,6 +120,7 @@ def shape_of(candidate: Candidate, machine: Machine) -> Shape:
         products=candidate.precision.products,
         again=again,
         skew=candidate.skew,
+        idle=candidate.idle,
         kept_pairs=candidate.train.kept_pairs,
         cut=layout.ep_degree > 1 and schedules.BUILDERS[layout.schedule].pairs,
     )
