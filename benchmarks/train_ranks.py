@@ -60,8 +60,8 @@ TIMED = 2
 class Found:
     """What one layout came to on rank 0.
 
-    `loads`: of each mixture, the busiest expert's rows over the mean, and experts without rows in a step; means
-    of the steps that are timed.
+    `loads`: of each mixture, the rows of the busiest expert over the mean, and experts without; both
+    are means of the steps that are timed.
     """
 
     losses: list[float]
