@@ -20,7 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from benthic.kernels import (
     gluon_attention,
     gluon_attention_backward,
-    gluon_attention_persistent,
+    gluon_attention_forward,
     gluon_expert_gradient,
     gluon_fp8,
     gluon_fp8_split,
@@ -102,14 +102,14 @@ def attention(kernel, constants, types, module):
     return built(kernel, constants, types, module.ENTRY_REGISTERS)
 
 
-def forward(width, value, dtype, *, causal, apart, in_turn):
+def forward(width, value, dtype, *, causal, apart):
     d_1, d_2 = gluon_attention.split_width(width)
     sizes = {"BLOCK_M": gluon_attention.QUERIES, "BLOCK_N": gluon_attention.KEYS}
     blocks = {"q_1": (64, d_1), "q_2": (64, d_2 or d_1), "k_1": (128, d_1), "k_2": (128, d_2 or d_1)}
     blocks["v"] = (128, value)
     types = {"out_ptr": f"*{dtype}"} | {name: descriptor(*block, dtype) for name, block in blocks.items()}
     heads = {"HEADS": 16, "D_1": d_1, "D_2": d_2, "V": value, "CAUSAL": causal, "APART": apart}
-    kernel = gluon_attention_persistent.forward_in_turn if in_turn else gluon_attention._forward
+    kernel = gluon_attention_forward.attention_forward
     return attention(kernel, heads | sizes, types, gluon_attention)
 
 
@@ -149,11 +149,10 @@ def assert_fits(kernel, folder):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("in_turn", [False, True], ids=["one tile", "tiles in turn"])
 def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(
-    dims, dtype, causal, apart, in_turn, tmp_path
+    dims, dtype, causal, apart, tmp_path
 ):
-    kernel = forward(*dims, dtype, causal=causal, apart=apart, in_turn=in_turn)
+    kernel = forward(*dims, dtype, causal=causal, apart=apart)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
     assert "UTMALDG" in text
@@ -163,9 +162,7 @@ def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(
         for found in re.finditer(r"MUFU\.EX2|DEPBAR\.LE gsb0, 0x([01])", text)
     ]
     loops = [at for at, what in enumerate(order) if what == "wait1"]
-    assert len(loops) == 2 * (
-        3 if in_turn else 2
-    )  # cut blocks, whole ones, the next tile's first; two groups
+    assert len(loops) == 2 * 3  # of two groups: cut blocks, whole ones, the next tile's first
     assert set(re.findall(r"STG\S*", text)) == {"STG.E", "STG.E.128"}  # sums of rows, outputs
     for at in loops:  # powers between the wait for scores and the wait for the other product
         assert order[at + 1 : at + 65] == ["MUFU.EX2"] * 64

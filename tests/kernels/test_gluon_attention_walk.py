@@ -19,7 +19,7 @@ if importlib.util.find_spec("triton") is None:
 
 from benthic.kernels import (
     gluon_attention_blocks,
-    gluon_attention_persistent,
+    gluon_attention_forward,
     gluon_key_gradients,
     gluon_query_gradient,
     gluon_tiles,
@@ -224,7 +224,7 @@ def language(monkeypatch):
     }  # fmt: skip
     for module in (
         gluon_attention_blocks,
-        gluon_attention_persistent,
+        gluon_attention_forward,
         gluon_key_gradients,
         gluon_query_gradient,
         gluon_tiles,
@@ -270,6 +270,17 @@ def test_every_query_meets_its_keys_once(language, queries, keys, causal, widths
     )
     torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse.T, exact_lse, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_list", [True, False], ids=["listed", "in order"])
+def test_a_program_for_each_tile_takes_no_numbers(language, is_list):
+    lengths = 20, 130
+    q, k, v = operands(sum(lengths), sum(lengths), 64)
+    out, _, exact, _ = run(
+        language, q, k, v, lengths, lengths, widths=(64, 0), causal=True, apart=False, is_list=is_list,
+        programs=132,
+    )  # fmt: skip
+    torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
@@ -353,7 +364,7 @@ def operands(rows, keys, width):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def run(language, q, k, v, queries, keys, *, widths, causal, apart, is_list):
+def run(language, q, k, v, queries, keys, *, widths, causal, apart, is_list, programs=3):
     """Output and log-sum-exp [H, T] of the kernel, and those of the definition [T, H]."""
     d_1, d_2 = widths
     starts_q, starts_k = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys))
@@ -367,18 +378,19 @@ def run(language, q, k, v, queries, keys, *, widths, causal, apart, is_list):
     q_1, k_1 = (x[..., :d_1].contiguous() if apart else x for x in (q, k))
     tiles = listed(queries)
     high = len(tiles) if is_list else -(-max(queries) // 128)
-    total, programs = 2 * high * 2 * (1 if is_list else len(queries)), 3
-    given, lock = iter(range(total + programs)), threading.Lock()
+    total = 2 * high * 2 * (1 if is_list else len(queries))
+    given, lock = iter(range(total if total > programs else 0)), threading.Lock()
+    programs = min(programs, total)
 
     def taken(_counter):
         with lock:
             return number(next(given))
 
-    gluon_attention_persistent._taken = taken
+    gluon_attention_forward._taken = taken
     language.num_programs = lambda _axis: programs
     for program in range(programs):
         language.program_id = lambda _axis, program=program: number(program)
-        gluon_attention_persistent.forward_in_turn(
+        gluon_attention_forward.attention_forward(
             Described(q_1, 64, d_1), Described(q_2, 64, d_2), Described(k_1, KEYS, d_1),
             Described(k_2, KEYS, d_2), Described(v, KEYS, VALUE), Pointer(out, written=written[0]),
             Pointer(lse, written=written[1]), Pointer(starts_q), Pointer(starts_k), Pointer(tiles), None,
@@ -388,4 +400,5 @@ def run(language, q, k, v, queries, keys, *, widths, causal, apart, is_list):
             FEW_REGISTERS=0,
         )  # fmt: skip
     assert all((times == 1).all() for times in written)
+    assert next(given, None) is None, "every number is taken once, and one more by each program"
     return out, lse, exact, exact_lse

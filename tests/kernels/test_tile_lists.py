@@ -17,7 +17,7 @@ from benthic.kernels.gluon_attention import attention, attention_of_parts
 from benthic.kernels.tile_lists import TileLists
 
 LENGTHS = (1000, 3, 129, 640)
-LIST, FORWARD, GRADIENTS = "_list_tiles", "forward_in_turn", ("query_gradient", "key_gradients")
+LIST, FORWARD, GRADIENTS = "_list_tiles", "attention_forward", ("query_gradient", "key_gradients")
 
 
 @pytest.fixture

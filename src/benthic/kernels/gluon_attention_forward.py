@@ -1,12 +1,17 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""Flash attention forward for Hopper, tile after tile in one program a multiprocessor; see `gluon_attention`.
+"""Flash attention's forward pass for Hopper: one warp loads, two warp groups of 64 queries each multiply.
 
-The loading warp takes tiles from a counter, leaves what the other groups must know of a tile (its facts) in
-shared memory, and loads the next tile beside the last blocks of the one before. Between two tiles
+A program on each multiprocessor takes tile after tile: 128 queries of one head and one sequence. Its loading
+warp gets their numbers from a counter, brings blocks of 128 keys and values by TMA into a ring of shared
+memory, and leaves there what the other groups must know of a tile (its facts). Each of those walks over the
+blocks from the right, where the causal diagonal is, and keeps its tensor cores busy while it computes powers
+(FlashAttention-3, section 3.2; `gluon_attention_blocks`):
 
-    S_0 = Q' K'_0^T  and  O += P_last V_last  run  while  P'_0 = 2^(S_0 - m')  waits for the first alone
+    S_i = Q K_i^T  and  O += P_(i-1) V_(i-1)  run  while  P_i = 2^(S_i - m)  waits for the first of them alone
 
-so that tensor cores are as busy there as between two blocks; the output leaves beside what follows.
+also between two tiles, whose first S and last O are the products then; the output leaves beside what follows.
+Weights P stay in registers, as the left operand of the second product. A head of 192 dims is two products,
+128 + 64.
 """
 
 from __future__ import annotations
@@ -309,7 +314,9 @@ def _produce_tiles(
             )  # fmt: skip
         elif left > 0:
             _blank(out_ptr, lse_ptr, first, left, head, tokens, HEADS, V, BLOCK_M)
-        number = gl.num_programs(0) + _taken(counter_ptr)
+        number = total
+        if total > gl.num_programs(0):
+            number = gl.num_programs(0) + _taken(counter_ptr)
         blocks, cut, keys, first, left, head, seen, start_k = _tile_of(
             gl.minimum(number, total - 1), starts_q_ptr, starts_k_ptr, tiles_ptr, tiles, BLOCK_M, BLOCK_N,
             HEADS, TOGETHER, CAUSAL, LISTED,
@@ -326,7 +333,7 @@ def _produce_tiles(
 
 @remembered
 @gluon.jit(do_not_specialize=["tokens", "tiles", "total"])
-def forward_in_turn(
+def attention_forward(
     q_1, q_2, k_1, k_2, v, out_ptr, lse_ptr, starts_q_ptr, starts_k_ptr, tiles_ptr, counter_ptr,
     q_stride, q_stride_2, k_stride, k_stride_2, v_stride, tokens, tiles, total, scale,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, D_1: gl.constexpr, D_2: gl.constexpr, V: gl.constexpr,
@@ -334,7 +341,12 @@ def forward_in_turn(
     CAUSAL: gl.constexpr, APART: gl.constexpr, TOGETHER: gl.constexpr, LISTED: gl.constexpr,
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """All `total` tiles, `tiles` of them in a column of `grid_of`; the counter is at 0."""
+    """All `total` tiles, `tiles` of them in a column of `grid_of`.
+
+    The counter is at 0; nobody asks it where each tile has a program. The descriptors see heads side by side
+    in a row.
+    APART: the last dims of queries and keys are tensors of their own, and those of keys may be all heads'.
+    """
     queries_1 = gl.allocate_shared_memory(q_1.dtype, [2, 64, D_1], q_1.layout)
     keys_1 = gl.allocate_shared_memory(k_1.dtype, [STAGES, BLOCK_N, D_1], k_1.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V], v.layout)
