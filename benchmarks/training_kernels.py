@@ -3,7 +3,8 @@
 The head's loss over 163,840 words, weight gradients added to float32 sums, AdamW, E5M6; each beside what it
 replaces, at the sizes of Moonlight with 16,384 tokens. Every line is first held against the definition, and
 one that is further off than 2 % ends the run. Loss lines are forward and backward together and count three
-products' FLOPs. Memory lines are the peak beyond the operands; "whole" is the definition's.
+products' FLOPs. Memory lines are the peak beyond the operands; "whole" is the definition's. Those of
+attention are beyond operands and gradients, and ours may need a twentieth of "whole" at most.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benthic.kernels import ops
-from benthic.kernels.bench.timing import Bench, relative
+from benthic.kernels.bench.timing import WORST_ERROR, Bench, Line, relative
 
 Run = Callable[..., Any]
 TILES = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4))
@@ -135,9 +136,7 @@ def head_peaks(bench: Bench, hidden: Tensor, weight: Tensor, target: Tensor) -> 
     whole = 0
     for name in ("whole", "before", "triton", "triton, into"):
         hidden.grad = weight.grad = None
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        held = fresh_peak()
         into = torch.zeros_like(weight, dtype=torch.float32) if name == "triton, into" else None
         run = partial(before, impl="reference" if name == "whole" else "chunked")
         if name.startswith("triton"):
@@ -146,15 +145,72 @@ def head_peaks(bench: Bench, hidden: Tensor, weight: Tensor, target: Tensor) -> 
         peak = torch.cuda.max_memory_allocated() - held
         whole = whole or peak
         shape = f"{len(hidden)} x {weight.shape[1]} x {weight.shape[0]}"
-        print(f"loss, peak memory      {shape:34} {name:16} {peak / 2**30:8.2f} GiB = {peak / whole:.4f}")
-        bench.lines.append(memory_line(shape, name, peak))
+        memory_line(bench, "loss, peak memory", shape, name, peak, whole)
 
 
-def memory_line(shape: str, name: str, peak: int) -> Any:
-    """A line without a time."""
-    from benthic.kernels.bench.timing import Line
+def fresh_peak() -> int:
+    """Forget the peak of before; what is allocated now."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
-    return Line("loss, peak memory", shape, name, 0.0, peak / 1e12, "TB", None)
+
+def memory_line(bench: Bench, op: str, shape: str, name: str, peak: int, whole: int) -> None:
+    """Record and say a line without a time."""
+    print(f"{op:22} {shape:34} {name:16} {peak / 2**30:8.2f} GiB = {peak / whole:.4f}")
+    bench.lines.append(Line(op, shape, name, 0.0, peak / 1e12, "TB", None))
+
+
+# --- attention
+
+
+def attention(bench: Bench) -> None:
+    """Peak memory of forward and backward beside attention that has all scores at once."""
+    rows, length, heads = (2, 64, 2) if bench.small else (4, 4096, 16)
+    operands = [bench.random(rows * length, heads, 128, seed=seed, grad=True) for seed in range(3)]
+    dout = bench.random(rows * length, heads, 128, seed=3)
+    starts = torch.arange(0, rows + 1, device=bench.device, dtype=torch.int32) * length
+    longest = {"max_seqlen_q": length, "max_seqlen_k": length, "scale": 128**-0.5}
+    shape, exact, whole = f"b{rows} s{length} h{heads} (128,128) causal", None, 0
+    ways: dict[str, Run] = {
+        "whole": partial(all_scores, rows=rows, dtype=None),
+        "whole, float32": partial(all_scores, rows=rows, dtype=torch.float32),
+        "ours": lambda q, k, v: ops.attention(q, k, v, starts, starts, **longest),
+    }
+    for name, run in ways.items():
+        peak, *results = remembered(run, operands, dout)
+        exact, whole = exact or results, whole or peak
+        error = max(relative(fast, slow) for fast, slow in zip(results, exact, strict=True))
+        if not error <= WORST_ERROR:
+            msg = f"attention by {name}: relative error {error:.1e} exceeds {WORST_ERROR}"
+            raise SystemExit(msg)
+        if bench.device == "cuda":
+            memory_line(bench, "attention, peak memory", shape, name, peak, whole)
+            if name == "ours" and not bench.small and 20 * peak > whole:
+                msg = f"attention needs {peak / whole:.3f} of the memory of all scores, not a twentieth"
+                raise SystemExit(msg)
+        del results
+
+
+def remembered(run: Run, operands: list[Tensor], dout: Tensor) -> tuple[Any, ...]:
+    """Peak bytes beyond operands and gradients (0 on a CPU), then the output, which counts, and gradients."""
+    for operand in operands:
+        operand.grad = None
+    held = fresh_peak() if dout.is_cuda else 0
+    out = run(*operands)
+    out.backward(dout)
+    gradients = [operand.grad for operand in operands]
+    peak = torch.cuda.max_memory_allocated() - held - sum(x.nbytes for x in operands) if dout.is_cuda else 0
+    return peak, out.detach(), *gradients
+
+
+def all_scores(q: Tensor, k: Tensor, v: Tensor, *, rows: int, dtype: torch.dtype | None) -> Tensor:
+    """Causal attention of rows of one length in plain torch; softmax in `dtype`."""
+    q, k, v = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1, dtype=dtype).to(q.dtype)
+    return (weights @ v).transpose(1, 2).flatten(0, 1)
 
 
 # --- sums of gradients
@@ -319,7 +375,7 @@ def e5m6(bench: Bench) -> None:
         bench.add("dequantise_e5m6", f"{rows} x {width}", impl, bench.time(run, [()]), moved, "TB/s", None)
 
 
-SUITES = (loss, gradients, accumulate, choice, placing, adamw, e5m6)
+SUITES = (loss, attention, gradients, accumulate, choice, placing, adamw, e5m6)
 
 
 if __name__ == "__main__":
