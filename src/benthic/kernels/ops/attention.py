@@ -52,8 +52,6 @@ def _gluon(case: Case) -> Verdict:
         return no(refusal)
     if case.dims[:2] not in ((64, 64), (128, 128), (192, 128)):
         return no(f"takes heads of (64, 64), (128, 128) and (192, 128) dims, not {case.dims[:2]}")
-    if case.equal and case.grad and case.dims[:2] == (64, 64):
-        return no("was not timed beside cuDNN's gradients at (64, 64), for equal lengths")
     return yes("our flash attention for Hopper: loads and products of their own warps; any lengths")
 
 
