@@ -9,7 +9,8 @@ divided between them.
 
 Our own runs on H200, from `train_ranks.json`, `train_ranks_4_rows.json`, `train_full.json` and
 `train_gpu.json`: nothing is fitted to them, but the form of the model was chosen with all of them in view.
-The host's launches were read from a run of its own, of rows too short for a GPU (`profiles.py`). No peak was
+Experts that no row came to, where microbatches have one row, were counted (`train_ranks_alone.json`): with a
+learning rate that leaps the gate learns faster than its biases. The host's launches were read from a run of its own, of rows too short for a GPU (`profiles.py`). No peak was
 fitted to: what phases need was read from what the trainer allocates without a GPU (`peaks.py`); the reserve
 was there before.
 """
@@ -135,13 +136,22 @@ def ranks() -> list[Line]:
     """The slice of Moonlight on one and two GPUs, with one and with four rows a microbatch."""
     model, layouts = moonlight_slice(), {"1 rank": Layout(), **LAYOUTS}
     rows: list[Line] = []
-    files = (("train_ranks", 1, 8, ""), ("train_ranks_4_rows", 4, 32, ", 4 rows"))
-    for file, many, step_rows, words in files:
+    files = (("train_ranks", 1, 8, "", idle()), ("train_ranks_4_rows", 4, 32, ", 4 rows", 0.0))
+    for file, many, step_rows, words, share in files:
         train = Rows(local_batch_size=many, kept_pairs=KEPT_PAIRS)
         for row in results(file):
-            one = Candidate(model=model, layout=layouts[row["layout"]], train=train, rows=step_rows)
+            one = Candidate(
+                model=model, layout=layouts[row["layout"]], train=train, rows=step_rows, idle=share
+            )
             rows += both(f"slice, {row['layout']}{words}", one, row["step_seconds"], row["peak_bytes"])
     return rows
+
+
+def idle() -> float:
+    """The share of experts without rows where microbatches have one: every layout trains the same rows."""
+    (row,) = results("train_ranks_alone")
+    empty = statistics.mean(without for _, without in row["busiest_and_empty_experts"])
+    return empty / moonlight_slice().n_routed_experts
 
 
 def whole() -> list[Line]:

@@ -55,9 +55,7 @@ def test_explain_gives_a_choice_and_a_reason_for_every_op(device, dtype):
     ],
     ids=str,
 )
-def test_attention_of_equal_lengths_runs_in_gluon_at_widths_that_it_takes(
-    dims, grad, chosen, monkeypatch
-):
+def test_attention_of_equal_lengths_runs_in_gluon_at_widths_that_it_takes(dims, grad, chosen, monkeypatch):
     monkeypatch.setattr("benthic.kernels.table.hopper_refusal", lambda: None)
     op = next(op for op in ops.OPS if op.name == "attention")
     case = Case("cuda", torch.bfloat16, (*dims, 1), equal=True, grad=grad)

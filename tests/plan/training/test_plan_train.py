@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from benthic.parallel.footprint import footprints
 from benthic.plan.cost import machine as machines
 from benthic.plan.training.candidate import PRECISIONS, RECOMPUTES, Candidate, Rows
 from benthic.plan.training.memory import memory, timeline
-from benthic.plan.training.plan import as_dict, plan
+from benthic.plan.training.plan import Plan, as_dict, plan
 from benthic.plan.training.report import report
 from benthic.plan.training.run import Failures
 from benthic.plan.training.search import front, fullest, search
@@ -240,6 +241,24 @@ def test_the_report_and_the_dictionary_hold_the_same_winner():
     words = as_dict(found)["best"][0]["words"]
     assert words in report(found)
     assert found.run.usd == pytest.approx(2 * found.run.gpu_hours)
+
+
+@pytest.mark.parametrize(
+    ("steps", "flips", "said"),
+    [
+        ((10.0,), (), None),
+        ((10.0, 10.02), ("twice the bf16 flops",), "0.20% slower, which is a tie"),
+        (
+            (10.0, 11.0),
+            ("twice the bf16 flops",),
+            "10.00% slower; it would be first with twice the bf16 flops",
+        ),
+        ((10.0, 11.0), (), "10.00% slower"),
+    ],
+)
+def test_a_runner_up_that_is_no_slower_than_a_step_is_foretold_is_a_tie(steps, flips, said):
+    best = [SimpleNamespace(step=SimpleNamespace(seconds=seconds)) for seconds in steps]
+    assert Plan(None, SimpleNamespace(best=best), None, 2.0, 1.0, flips).runner_up == said
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -77,8 +77,8 @@ def _numbers(plan: Plan) -> Iterator[str]:
     ]
     cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
     yield f"<table>{cells}</table>"
-    if plan.flips:
-        yield f"<p>The runner-up would be first with {escape(', or '.join(plan.flips))}.</p>"
+    if plan.runner_up is not None:
+        yield f"<p>The runner-up is {escape(plan.runner_up)}.</p>"
 
 
 def _bars(rows: Sequence[tuple[str, float, str]]) -> str:

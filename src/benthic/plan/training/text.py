@@ -92,11 +92,8 @@ def _memory(plan: Plan) -> str:
 
 def _others(plan: Plan) -> Iterator[str]:
     found = plan.found
-    if len(found.best) > 1:
-        first, second = found.best[:2]
-        behind = second.step.seconds / first.step.seconds - 1
-        flips = f"; it would be first with {', or '.join(plan.flips)}" if plan.flips else ""
-        yield f"runner-up: {units.percent(behind, 2)} slower{flips}"
+    if plan.runner_up is not None:
+        yield f"runner-up: {plan.runner_up}"
     refused = found.fastest_refused
     if refused is not None:
         yield (
