@@ -10,9 +10,9 @@ divided between them.
 Our own runs on H200, from `train_ranks.json`, `train_ranks_4_rows.json`, `train_full.json` and
 `train_gpu.json`: nothing is fitted to them, but the form of the model was chosen with all of them in view.
 Experts that no row came to, where microbatches have one row, were counted (`train_ranks_alone.json`): with a
-learning rate that leaps the gate learns faster than its biases. The host's launches were read from a run of its own, of rows too short for a GPU (`profiles.py`). No peak was
-fitted to: what phases need was read from what the trainer allocates without a GPU (`peaks.py`); the reserve
-was there before.
+learning rate that leaps the gate learns faster than its biases. The host's launches were read from a run of
+its own, of rows too short for a GPU (`profiles.py`). No peak was fitted to: what phases need was read from
+what the trainer allocates without a GPU (`peaks.py`); the reserve was there before.
 """
 
 from __future__ import annotations
