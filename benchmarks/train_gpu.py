@@ -5,8 +5,9 @@ tokens a step, the same tokens of Python sources for everyone. `transformers` tr
 want speed: bfloat16 weights and moments, fused AdamW, SDPA, with the grouped experts it offers. Ours keep
 float32 masters and gradients beside bfloat16 weights and moments, and clip the gradient. Every line is a
 process of its own; a step's time is from its loss to the next one's, which both know before they update, and
-times are medians of the steps after three. MFU counts causal attention, against the published dense bfloat16
-peak.
+times are medians of the steps after three. Ours say how uneven experts were (the rows of the busiest over the
+mean, and experts without, of every mixture): a gate may learn faster than its biases, which `--lr 1e-6` rules
+out. MFU counts causal attention, against the published dense bfloat16 peak.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from provenance import write_result
 from stdlib_corpus import make_data
+from train_ranks import load
 
 from benthic.cli.settings import apply
 from benthic.spec import flops, hf, presets
@@ -44,7 +46,12 @@ from benthic.train.trainer import Trainer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
     from benthic.spec.model import ModelConfig
+
+    Step = Callable[[], tuple[float, list[Tensor]]]
+    """Loss of a step, and rows of every expert of every mixture where somebody counts them."""
 
 OURS: Final[dict[str, tuple[str, ...]]] = {
     "benthic bf16": (),
@@ -54,6 +61,8 @@ OURS: Final[dict[str, tuple[str, ...]]] = {
 THEIRS: Final = ("eager", "grouped_mm")
 CONTESTANTS: Final = (*OURS, *(f"transformers, {experts} experts" for experts in THEIRS))
 ROWS: Final = 4
+TIMED: Final = 3
+"""Steps before those that are timed."""
 
 
 def main() -> None:
@@ -67,7 +76,7 @@ def main() -> None:
         vocabulary, parts = (512, ("json", "email")) if words.small else (32768, (".",))
         data = make_data(Path(folder), vocabulary, parts=parts)
         rows = [apart(name, data, words) for name in names]
-    write_result("train_gpu", rows, out=words.out, steps=words.steps, model=model_of(words).name)
+    write_result("train_gpu", rows, out=words.out, steps=words.steps, lr=words.lr, model=model_of(words).name)
 
 
 def parse() -> argparse.Namespace:
@@ -75,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true", help="rehearse with a small model on the CPU")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="some of the contestants")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -84,7 +94,8 @@ def parse() -> argparse.Namespace:
 
 def apart(name: str, data: Path, words: argparse.Namespace) -> dict[str, Any]:
     """One contestant's line, printed; what failed is a line too."""
-    command = [sys.executable, __file__, "--one", name, "--data", str(data), "--steps", str(words.steps)]
+    command = [sys.executable, __file__, "--one", name, "--data", str(data)]
+    command += ["--steps", str(words.steps), "--lr", str(words.lr)]
     command += ["--small"] if words.small else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     if done.returncode:
@@ -105,13 +116,15 @@ def contestant(name: str, words: argparse.Namespace) -> dict[str, Any]:
     """Train, and say how fast."""
     step = ours(OURS[name], words) if name in OURS else theirs(name.split()[1], words)
     cuda = not words.small
-    losses, seconds = [], []
+    losses, seconds, counts = [], [], []
     for _ in range(words.steps):
         began = time.perf_counter()
-        losses.append(step())  # reads the loss, so the device is at the update
+        loss, rows = step()  # reads the loss, so the device is at the update
         seconds.append(time.perf_counter() - began)
+        losses.append(loss)
+        counts.append(rows)
     tokens = ROWS * seq_len(words)
-    rate = tokens / statistics.median(seconds[3:])
+    rate = tokens / statistics.median(seconds[TIMED:])
     peak = detect("cuda" if cuda else "cpu").peak_flops.get("bfloat16")
     done = flops.training(model_of(words), seq_len(words)).value * rate
     return {
@@ -121,17 +134,20 @@ def contestant(name: str, words: argparse.Namespace) -> dict[str, Any]:
         "flops_per_second": done,
         "mfu": None if peak is None else done / peak,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+        "busiest_and_empty_experts": [
+            load(torch.stack(rows).float()) for rows in zip(*counts[TIMED:], strict=True)
+        ],
     }
 
 
-def ours(settings: tuple[str, ...], words: argparse.Namespace) -> Callable[[], float]:
+def ours(settings: tuple[str, ...], words: argparse.Namespace) -> Step:
     """One step of our trainer."""
     loop = LoopConfig(
         steps=words.steps,
         seq_len=seq_len(words),
         local_batch_size=ROWS,
         global_batch_size=ROWS,
-        lr=1e-4,
+        lr=words.lr,
         schedule="constant",
     )
     config = RunConfig(
@@ -144,10 +160,15 @@ def ours(settings: tuple[str, ...], words: argparse.Namespace) -> Callable[[], f
     config = apply(config, ["optimizer.moment_dtype=bfloat16", "data.mask_documents=false", *settings])
     resolved = resolve(config, detect(config.device), meta).config
     trainer = Trainer(resolved, TokenShards(words.data, meta, "train"))
-    return lambda: trainer.step().loss
+
+    def step() -> tuple[float, list[Tensor]]:
+        result = trainer.step()
+        return result.loss, list(result.counts.values())
+
+    return step
 
 
-def theirs(experts: str, words: argparse.Namespace) -> Callable[[], float]:
+def theirs(experts: str, words: argparse.Namespace) -> Step:
     """One step of `transformers` with the same rows."""
     import transformers
 
@@ -158,12 +179,12 @@ def theirs(experts: str, words: argparse.Namespace) -> Callable[[], float]:
         model = transformers.AutoModelForCausalLM.from_config(
             model_config, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts
         ).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=not words.small)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=words.lr, betas=(0.9, 0.95), fused=not words.small)
     shards, length = TokenShards(words.data, read_meta(words.data), "train"), seq_len(words)
     batches = Batches(shards, Packing(shards.lengths, length, 0), mtp_depth=0, mask_documents=False)
     starts = itertools.count(step=ROWS)
 
-    def step() -> float:
+    def step() -> tuple[float, list[Tensor]]:
         rows = batches.microbatch(next(starts), ROWS).tokens_T.view(ROWS, length).to(device)
         loss = model(rows, labels=rows).loss
         loss.backward()
@@ -171,7 +192,7 @@ def theirs(experts: str, words: argparse.Namespace) -> Callable[[], float]:
         found = float(loss)
         optimizer.step()
         optimizer.zero_grad()
-        return found
+        return found, []
 
     return step
 
