@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from types import SimpleNamespace
 
+import torch
+
 turn = threading.Condition()
 
 
@@ -25,9 +27,45 @@ class Barrier:
             turn.notify_all()
 
 
-def _wait(bar, parity):
-    with turn:
-        assert turn.wait_for(lambda: bar.phase & 1 != parity, timeout=10), "nobody comes"
+class Tiles:
+    """Shared memory: tiles one after another."""
+
+    def __init__(self, data):
+        self.data, self.shape, self.dtype, self.layout = data, data.shape, data.dtype, None
+
+    def index(self, at):
+        assert 0 <= at < len(self.data)
+        return type(self)(self.data[at])
+
+    def permute(self, order):
+        return type(self)(self.data.permute(order))
+
+    def slice(self, start, length, dim=0):
+        return type(self)(self.data.narrow(dim, start, length))
+
+    def store(self, values):
+        self.data.copy_(values)
+
+    def load(self, _layout):
+        return self.data.clone()
+
+
+class Pointer:
+    """A tensor and places in it, and how often each is written."""
+
+    def __init__(self, data, at=0, written=None):
+        self.data, self.at = data.view(-1), at
+        self.written = torch.zeros(data.numel(), dtype=torch.int64) if written is None else written
+        self.dtype = SimpleNamespace(element_ty=data.dtype)
+
+    def __add__(self, more):
+        return Pointer(self.data, self.at + more, self.written)
+
+
+def _wait(bar, parity, *, pred=True):
+    if pred:
+        with turn:
+            assert turn.wait_for(lambda: bar.phase & 1 != parity, timeout=20), "nobody comes"
 
 
 def _expect(bar, size, *, pred=True):
@@ -66,14 +104,14 @@ def specialize(parts, *_settings):
 
 def in_python(monkeypatch, modules, **own):
     """Make functions of modules Python's, their constants numbers, and names of `own` what these are."""
-    own |= {
+    own = {
         "new_bars": _new_bars,
         "mbarrier": SimpleNamespace(wait=_wait, expect=_expect, arrive=_arrive),
         "meet": lambda: None,
         "fence_async_shared": lambda: None,
         "tma": SimpleNamespace(store_wait=lambda _: None),
         "warpgroup_mma_wait": lambda _, deps: deps[0],
-    }
+    } | own
     for module in modules:
         for name, value in vars(module).copy().items():
             if name in own:

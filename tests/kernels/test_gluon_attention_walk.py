@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gluon_threads import Pointer, Tiles, in_python, specialize, turn
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -27,7 +28,6 @@ from benthic.kernels import (
 from benthic.kernels.reference.attention import attention
 
 HEADS, GROUPS, KEYS, VALUE = 4, 2, 32, 64
-turn = threading.Condition()
 
 
 class Values(torch.Tensor):
@@ -36,59 +36,11 @@ class Values(torch.Tensor):
     type = SimpleNamespace(layout=None)
 
 
-class Barrier:
-    """Phases that end when all have arrived and all bytes have come."""
+class Memory(Tiles):
+    """Shared memory whose values have the type of Triton's."""
 
-    def __init__(self, count):
-        self.count = self.missing = count
-        self.bytes = self.phase = 0
-
-    def came(self, arrivals=0, size=0):
-        with turn:
-            self.missing -= arrivals
-            self.bytes += size
-            assert self.missing >= 0
-            if not self.missing and not self.bytes:
-                self.phase, self.missing = self.phase + 1, self.count
-            turn.notify_all()
-
-
-class Memory:
-    """Shared memory: tiles one after another."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def index(self, at):
-        assert 0 <= at < len(self.data)
-        return Memory(self.data[at])
-
-    def permute(self, order):
-        return Memory(self.data.permute(order))
-
-    @property
-    def shape(self):
-        return self.data.shape
-
-    def slice(self, first, size, dim=0):
-        return Memory(self.data.narrow(dim, first, size))
-
-    def store(self, values):
-        self.data.copy_(values)
-
-    def load(self, _layout):
-        return self.data.clone().as_subclass(Values)
-
-
-class Pointer:
-    """A tensor and places in it."""
-
-    def __init__(self, data, at=0, written=None):
-        self.data, self.at, self.written = data.view(-1), at, written
-        self.dtype = SimpleNamespace(element_ty=data.dtype)
-
-    def __add__(self, more):
-        return Pointer(self.data, self.at + more, self.written)
+    def load(self, layout):
+        return super().load(layout).as_subclass(Values)
 
 
 class Described:
@@ -114,22 +66,6 @@ def load(described, corner, bar, tile):
         bar.came(size=-described.block_type.nbytes)
 
     threading.Thread(target=land).start()
-
-
-def wait(bar, parity, pred=True):  # noqa: FBT002 (as the language has it)
-    if pred:
-        with turn:
-            assert turn.wait_for(lambda: bar.phase & 1 != parity, timeout=20), "nobody comes"
-
-
-def arrive(bar, count, pred=True):  # noqa: FBT002 (as the language has it)
-    if pred:
-        bar.came(arrivals=count)
-
-
-def new_bars(count, arrivals):
-    bars = [Barrier(arrivals) for _ in range(count)]
-    return SimpleNamespace(index=lambda at: bars[at])
 
 
 class Product:
@@ -169,24 +105,6 @@ def put(pointer, values, mask):
         pointer.written.view(-1).index_add_(0, at[mask], torch.ones_like(at[mask]))
 
 
-def specialize(parts, *_settings):
-    failed = []
-
-    def run(part, operands):
-        try:
-            getattr(part, "fn", part)(*operands)
-        except BaseException as error:  # noqa: BLE001 (told to the test below)
-            failed.append(error)
-
-    threads = [threading.Thread(target=run, args=part) for part in parts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
-
-
 def number(value):
     return torch.tensor(value).as_subclass(Values)
 
@@ -214,28 +132,18 @@ def language(monkeypatch):
         DotOperandLayout=lambda **_: None, SwizzledSharedLayout=lambda *_: None,
         DistributedLinearLayout=lambda *_: None,
     )  # fmt: skip
-    expect = lambda bar, size: bar.came(arrivals=1, size=size)  # noqa: E731
-    own = {
-        "gl": found, "load": load, "new_bars": new_bars, "meet": lambda: None,
-        "fence_async_shared": lambda: None, "warpgroup_mma": Product,
-        "warpgroup_mma_wait": wait_for_products, "_rows_layout": lambda _: None,
-        "_unknown": lambda x: x, "_widened": lambda x: x,
-        "mbarrier": SimpleNamespace(wait=wait, expect=expect, arrive=arrive),
-    }  # fmt: skip
-    for module in (
+    modules = (
         gluon_attention_blocks,
         gluon_attention_forward,
         gluon_key_gradients,
         gluon_query_gradient,
         gluon_tiles,
-    ):
-        for name, value in vars(module).copy().items():
-            if name in own:
-                monkeypatch.setattr(module, name, own[name])
-            elif name.isupper() and hasattr(value, "value"):
-                monkeypatch.setattr(module, name, value.value)
-            elif hasattr(value, "fn"):
-                monkeypatch.setattr(module, name, value.fn)
+    )
+    own = {
+        "gl": found, "load": load, "warpgroup_mma": Product, "warpgroup_mma_wait": wait_for_products,
+        "_rows_layout": lambda _: None, "_unknown": lambda x: x, "_widened": lambda x: x,
+    }  # fmt: skip
+    in_python(monkeypatch, modules, **own)
     return found
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_threads import in_python, specialize
+from gluon_threads import Pointer, Tiles, in_python, specialize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,34 +53,6 @@ def test_no_rows_launch_nothing():
     weight = ops.quantise_fp8_weight(torch.zeros(72, 256), impl="reference")
     none = ops.Fp8(torch.zeros(0, 256).to(torch.float8_e4m3fn), torch.zeros(0, 2))
     assert module.linear(none, weight, None, dtype=torch.bfloat16).shape == (0, 72)
-
-
-class Tiles:
-    """Shared memory: tiles one after another."""
-
-    def __init__(self, data):
-        self.data, self.shape, self.dtype = data, data.shape, data.dtype
-
-    def index(self, at):
-        return Tiles(self.data[at])
-
-    def permute(self, order):
-        return Tiles(self.data.permute(order))
-
-    def store(self, values):
-        self.data.copy_(values)
-
-
-class Pointer:
-    """A tensor and places in it, of which each is written once."""
-
-    def __init__(self, data, at=0, written=None):
-        self.data, self.at = data.view(-1), at
-        self.written = torch.zeros(data.numel(), dtype=torch.int64) if written is None else written
-        self.dtype = SimpleNamespace(element_ty=data.dtype)
-
-    def __add__(self, more):
-        return Pointer(self.data, self.at + more, self.written)
 
 
 class Described:

@@ -6,11 +6,11 @@ In Python layouts are left out; loads, barriers, what a program multiplies and h
 from __future__ import annotations
 
 import importlib.util
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from gluon_threads import Pointer, Tiles, in_python, specialize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,60 +108,6 @@ def pieces_of(program, programs, k_tiles, tiles, whole, share):
             yield piece
 
 
-turn = threading.Condition()
-
-
-class Barrier:
-    """Phases that end when all have arrived and all bytes have come."""
-
-    def __init__(self, arrivals):
-        self.count = self.missing = arrivals
-        self.bytes = self.phase = 0
-
-    def came(self, arrivals=0, size=0):
-        with turn:
-            self.missing -= arrivals
-            self.bytes += size
-            assert self.missing >= 0
-            if not self.missing and not self.bytes:
-                self.phase, self.missing = self.phase + 1, self.count
-            turn.notify_all()
-
-
-class Tiles:
-    """Shared memory: tiles one after another."""
-
-    def __init__(self, data):
-        self.data, self.shape, self.dtype = data, data.shape, data.dtype
-
-    def index(self, at):
-        return Tiles(self.data[at])
-
-    def permute(self, order):
-        return Tiles(self.data.permute(order))
-
-    def slice(self, start, length, dim):
-        return Tiles(self.data.narrow(dim, start, length))
-
-    def store(self, values):
-        self.data.copy_(values)
-
-    def load(self, _layout):
-        return self.data.clone()
-
-
-class Pointer:
-    """A tensor and places in it, and how often each is written."""
-
-    def __init__(self, data, at=0, written=None):
-        self.data, self.at = data.view(-1), at
-        self.written = torch.zeros(data.numel(), dtype=torch.int64) if written is None else written
-        self.dtype = SimpleNamespace(element_ty=data.dtype)
-
-    def __add__(self, more):
-        return Pointer(self.data, self.at + more, self.written)
-
-
 class Described:
     """A matrix whose blocks are loaded; behind its ends are zeros."""
 
@@ -224,34 +170,6 @@ def raised(pointer, by, *, sem, scope):
     return before
 
 
-def wait(bar, parity):
-    with turn:
-        assert turn.wait_for(lambda: bar.phase & 1 != parity, timeout=10), "nobody comes"
-
-
-def new_bars(count, arrivals):
-    bars = [Barrier(arrivals) for _ in range(count)]
-    return SimpleNamespace(index=lambda at: bars[at])
-
-
-def specialize(parts, *_settings):
-    failed = []
-
-    def run(part, operands):
-        try:
-            part(*operands)
-        except BaseException as error:  # noqa: BLE001 (told to the test below)
-            failed.append(error)
-
-    threads = [threading.Thread(target=run, args=part) for part in parts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
-
-
 @pytest.fixture
 def language(monkeypatch):
     found = SimpleNamespace(
@@ -269,24 +187,7 @@ def language(monkeypatch):
         assert (use_acc, is_async) == (False, True)
         return zero + x.data @ weight.data
 
-    bars = SimpleNamespace(
-        wait=wait,
-        expect=lambda bar, size: bar.came(arrivals=1, size=size),
-        arrive=lambda bar, count: bar.came(arrivals=count),
-    )
-    own = {
-        "gl": found, "load": Described.load, "mbarrier": bars, "new_bars": new_bars, "meet": lambda: None,
-        "fence_async_shared": lambda: None, "warpgroup_mma": product,
-        "warpgroup_mma_wait": lambda _, deps: deps[0],
-    }  # fmt: skip
-    for each in (module, gluon_fp8_tiles):
-        for name, value in vars(each).copy().items():
-            if name in own:
-                monkeypatch.setattr(each, name, own[name])
-            elif name.isupper() and hasattr(value, "value"):
-                monkeypatch.setattr(each, name, value.value)
-            elif hasattr(value, "fn"):
-                monkeypatch.setattr(each, name, value.fn)
+    in_python(monkeypatch, (module, gluon_fp8_tiles), gl=found, load=Described.load, warpgroup_mma=product)
     return found
 
 

@@ -11,46 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_threads import in_python, specialize
+from gluon_threads import Pointer, Tiles, in_python, specialize
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from benthic.kernels import gluon_fp8_tiles, gluon_grouped, gluon_tiles
 from benthic.kernels.reference import moe
-
-
-class Memory:
-    """Shared memory: tiles one after another."""
-
-    def __init__(self, data):
-        self.data, self.layout, self.dtype = data, None, data.dtype
-
-    @property
-    def shape(self):
-        return self.data.shape
-
-    def index(self, at):
-        return Memory(self.data[at])
-
-    def permute(self, order):
-        return Memory(self.data.permute(order))
-
-    def store(self, values):
-        self.data.copy_(values)
-
-    def load(self, _layout):
-        return self.data.clone()
-
-
-class Pointer:
-    """A tensor and places in it."""
-
-    def __init__(self, data, at=0, written=None):
-        self.data, self.at, self.written = data.view(-1), at, written
-
-    def __add__(self, more):
-        return Pointer(self.data, self.at + more, self.written)
 
 
 class Described:
@@ -87,8 +54,8 @@ def unload(described, corner, tile):
 def view(ring, _dtype, shape, _layout):
     """Tiles of a ring of 64 x 64: as many below one another, or 64 columns beside 64 columns."""
     if shape[2] == 64:
-        return Memory(ring.data.view(shape))
-    return SimpleNamespace(index=lambda at: Memory(torch.cat(tuple(ring.data[2 * at : 2 * at + 2]), dim=1)))
+        return Tiles(ring.data.view(shape))
+    return SimpleNamespace(index=lambda at: Tiles(torch.cat(tuple(ring.data[2 * at : 2 * at + 2]), dim=1)))
 
 
 def take(pointer, *, mask=True, other=None):
@@ -110,7 +77,7 @@ def language(monkeypatch):
         arange=lambda start, end, layout: torch.arange(start, end),
         reshape=torch.reshape, permute=torch.permute, split=lambda x: x.unbind(-1),
         convert_layout=lambda x, _layout: x, warp_specialize=specialize,
-        allocate_shared_memory=lambda dtype, shape, _: Memory(torch.full(shape, torch.nan, dtype=dtype)),
+        allocate_shared_memory=lambda dtype, shape, _: Tiles(torch.full(shape, torch.nan, dtype=dtype)),
         NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
     )  # fmt: skip
     in_python(
