@@ -1401,6 +1401,40 @@ def test_fp8_linear_in_shares(dtype, rows, dims):
     close_fp8(fast, exact.double(), dtype)
 
 
+DOZENS = {
+    "like experts": (24, 31, 17, 32, 30, 19, 27),
+    "uneven": (31, 0, 1, 33, 200, 64, 0),
+    "none": (0, 0, 0),
+    "full": (64, 128, 96, 32),
+}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="Gluon needs a GPU")
+@pytest.mark.parametrize("form", range(3))
+@pytest.mark.parametrize("name", DOZENS)
+@pytest.mark.parametrize("dims", [(304, 144), (2048, 2816), (1408, 2048), (7168, 4096)], ids=str)
+def test_grouped_fp8_linear_of_dozens_of_rows(dtype, dims, name, form):
+    """Rows of one box and of several, tiles whole and cut, with the same bits each time and in a graph."""
+    if dtype == torch.float32:
+        pytest.skip("results leave in 16 bits")
+    inner, outer = dims
+    sizes = DOZENS[name]
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+    x = fp8_rows(made(sum(sizes) + 35, inner, dtype=torch.float32).detach())
+    weight = made(len(sizes), outer, inner, dtype=torch.float32, seed=1).detach()
+    blocks = ops.quantise_fp8_weight(weight, impl="reference")
+    mid = importlib.import_module("benthic.kernels.gluon_fp8_mid")
+    fast = mid.multiply(x, blocks, ends, mid.FORMS[form], dtype=dtype)
+    close_fp8(fast, ops.fp8_linear(x, blocks, ends, dtype=torch.float32, impl="reference").double(), dtype)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = mid.multiply(x, blocks, ends, mid.FORMS[form], dtype=dtype)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(recorded, fast)
+        assert torch.equal(ops.fp8_linear(x, blocks, ends, dtype=dtype, impl="gluon_mid"), fast)
+
+
 @pytest.mark.parametrize("name", [None, *GROUPS])
 @pytest.mark.parametrize("dims", FP8_DIMS, ids=str)
 def test_fp8_linear_of_few_rows(dtype, dims, name):

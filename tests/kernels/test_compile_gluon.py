@@ -23,6 +23,7 @@ from benthic.kernels import (
     gluon_attention_forward,
     gluon_expert_gradient,
     gluon_fp8,
+    gluon_fp8_mid,
     gluon_fp8_split,
     gluon_fp8_squares,
     gluon_fp8_three,
@@ -376,6 +377,32 @@ def test_shares_of_an_fp8_product_load_weights_before_they_wait_for_rows(rows, g
     if early:
         loads = "".join("w" if what == "UTMALDG" else "|" for what in order)
         assert re.search(f"w{{{groups}}}\\|w{{{groups + 1}}}", loads)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("form", gluon_fp8_mid.FORMS, ids=lambda form: f"{form.rows} rows")
+def test_fp8_products_of_dozens_of_rows_multiply_weights_as_tall_operands(form, dtype, early, tmp_path):
+    module, (_, rows, groups, wide, registers, entry) = gluon_fp8_mid, form
+    out = gl.NVMMASharedLayout.get_default_for([32, wide], {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype])
+    constants = {"ROWS": rows, "GROUPS": groups, "WIDE": wide, "EXPERTS": 128, "OUT_LAYOUT": out}
+    constants |= {"PDL": early, "REGISTERS": registers, "FEW_REGISTERS": module.PRODUCER_REGISTERS}
+    weight = descriptor(wide, 128, "fp8e4nv")
+    types = {"x": descriptor(32, 128, "fp8e4nv"), "weight": weight, "out_ptr": f"*{dtype}"}
+    kernel = built(module._blocks_times_rows, constants, types, entry)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    products, parts = re.findall(r"QGMMA.*", text), [min(rows, 64)] + ([rows - 64] if rows > 64 else [])
+    for part in parts:  # 64 outputs at a time, four times 32 of a chunk
+        assert text.count(f"QGMMA.64x{part}x32") == groups * wide // 64 * 4
+    assert len(products) == len(parts) * groups * wide // 64 * 4
+    assert sum("gsb0" in product for product in products) == len(parts) * groups  # nothing waits in between
+    assert text.count("FFMA R") == groups * wide * rows // 128  # each of a thread's sums once a chunk
+    assert text.count("STSM.16.MT88.4") == groups * wide * rows // 1024  # outputs are turned round
+    assert set(re.findall(r"STG\S*", text)) == {"STG.E.128"}  # and leave in whole sectors
+    order = re.findall(r"UTMALDG|ACQBULK", text)
+    boxes = groups + rows // 32
+    assert order == (4 * groups * ["UTMALDG"] + ["ACQBULK"] if early else []) + boxes * ["UTMALDG"]
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["upright", "turned"])

@@ -162,6 +162,10 @@ def test_the_table_chooses_the_documented_kernels():
     assert (chosen["grouped_swiglu"], chosen["grouped_swiglu (many rows)"]) == ("two_ops", "gluon")
     assert (chosen["fp8_linear"], chosen["fp8_linear (few rows)"]) == ("gluon_split", "few_rows")
     assert chosen["fp8_linear (many rows)"] == "cublas"
+    assert (chosen["grouped_fp8_linear"], chosen["grouped_fp8_linear (dozens of rows)"]) == (
+        "gluon",
+        "gluon_mid",
+    )
     of_fp8 = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.float8_e4m3fn)}
     assert of_fp8["mla_decode"] == "triton"
     assert of_fp8["mla_decode (few rows)"] == "gluon_fp8"

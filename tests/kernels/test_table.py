@@ -10,7 +10,7 @@ import torch
 
 from benthic.errors import BackendError
 from benthic.kernels import ops
-from benthic.kernels.ops.fp8_linear import FP8_LINEAR
+from benthic.kernels.ops.fp8_linear import FP8_LINEAR, GROUPED_FP8_LINEAR
 from benthic.kernels.ops.linear_gradients import GROUPED_INPUT_GRADIENT
 from benthic.kernels.ops.moe import GROUPED_LINEAR, GROUPED_SWIGLU
 from benthic.kernels.table import (
@@ -151,6 +151,33 @@ def test_an_fp8_product_of_some_rows_is_read_in_shares_where_its_result_leaves_b
         assert FP8_LINEAR.select(other)[0].name == "cublas"
     assert FP8_LINEAR.select(case._replace(dims=(7168, 2116)))[0].name == "gluon"
     assert FP8_LINEAR.select(case._replace(dims=(7176, 2112)))[0].name == "triton"
+
+
+@pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")
+def test_fp8_weights_of_experts_with_dozens_of_rows_are_the_tall_operand():
+    case = Case("cuda", torch.bfloat16, (2048, 2816), fastest="gluon_mid")
+    assert GROUPED_FP8_LINEAR.select(case)[0].name == "gluon_mid"
+    assert GROUPED_FP8_LINEAR.select(case._replace(few=True))[0].name == "few_rows"
+    for other in (
+        case._replace(fastest=""),
+        case._replace(dtype=torch.float32),
+        case._replace(dims=(2048, 2812)),
+    ):
+        assert GROUPED_FP8_LINEAR.select(other)[0].name == "gluon"
+    assert GROUPED_FP8_LINEAR.select(case._replace(dims=(2056, 2816)))[0].name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("rows", "few", "fastest"),
+    [(32, True, "gluon_mid"), (33, False, "gluon_mid"), (160, False, "gluon_mid"), (161, False, "")],
+)
+def test_rows_of_experts_fp8_weights_are_dozens_from_17_to_80(rows, few, fastest, monkeypatch):
+    cases = []
+    monkeypatch.setattr(Op, "choose", lambda op, case, impl: (cases.append(case), lambda *_, **__: None)[1])
+    weight = ops.Fp8(torch.zeros(2, 8, 16), torch.zeros(2, 1, 1))
+    ends = torch.tensor([3, rows], dtype=torch.int32)
+    ops.fp8_linear(ops.Fp8(torch.zeros(rows, 16), torch.zeros(rows, 1)), weight, ends)
+    assert [(case.few, case.fastest) for case in cases] == [(few, fastest)]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from benthic.kernels.ops.fp8_ways import (
     gluon,
     gluon_dense,
     gluon_gradient,
+    gluon_mid,
     gluon_split,
     gluon_squares,
     gluon_tall_dense,
@@ -93,6 +94,8 @@ cuBLAS takes 13 to 25, and no better at 32."""
 SPLIT_ROWS = 128
 """Rows of a product with one weight up to which `gluon_split` runs: it is bound by reading the weight, which
 later row tiles read again."""
+MID_ROWS = 80
+"""Rows an expert, on average, up to which `gluon_mid` runs: its tiles of 96 rows hold nearly all experts."""
 MANY_ROWS = 384
 """Rows a weight, on average, from which tiles of 192 rows win. On an H200 they give 779 TFLOP/s and those of
 128 rows 1,006 with 256 rows for each of 32 experts, 977 and 909 with 384 for each of 64."""
@@ -121,6 +124,7 @@ GROUPED_FP8_LINEAR = Op(
     "grouped_fp8_linear",
     (
         _FEW,
+        Implementation("gluon_mid", gluon_mid, "benthic.kernels.gluon_fp8_mid:linear"),
         Implementation("gluon_three", gluon_tall_first, "benthic.kernels.gluon_fp8_three:linear"),
         Implementation("gluon", gluon, "benthic.kernels.gluon_fp8:linear"),
         Implementation(
@@ -285,7 +289,8 @@ def fp8_linear(
         op, weights, many = FP8_LINEAR, 1, rows > SPLIT_ROWS
         fastest = impl or fastest_dense(rows, outer, inner, x.values.device)
     else:
-        op, weights, fastest = GROUPED_FP8_LINEAR, ends_E.shape[0], ""
+        op, weights = GROUPED_FP8_LINEAR, ends_E.shape[0]
+        fastest = impl or ("gluon_mid" if rows <= MID_ROWS * weights else "")
         many = impl is not None or rows >= MANY_ROWS * weights
     few = rows <= FEW_ROWS * weights
     case = Case(x.values.device.type, dtype, (inner, outer), few=few, many=many, fastest=fastest)

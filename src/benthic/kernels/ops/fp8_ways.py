@@ -86,6 +86,14 @@ def gluon_split(case: Case) -> Verdict:
     return yes("every multiprocessor reads its share of the weight") if verdict.runs else verdict
 
 
+def gluon_mid(case: Case) -> Verdict:
+    """Weights as the tall operand, for some dozens of rows an expert; results as those of `gluon_tall`."""
+    if case.fastest != "gluon_mid":
+        return no("is made for some dozens of rows an expert")
+    verdict = gluon_tall(case)
+    return yes("weights read at memory's rate, as the tall operand") if verdict.runs else verdict
+
+
 def gluon_tall_first(case: Case) -> Verdict:
     """`gluon_tall`, where there are rows enough for tiles of 192."""
     return gluon_tall(case) if case.many else no("is made for many rows a weight")
