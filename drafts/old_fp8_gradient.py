@@ -1,0 +1,188 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""The weight gradient of FP8 products for Hopper in Gluon, by three groups of warps; see `gluon_fp8_three`.
+
+    dweight[e, o, i] = sum over chunks of 128 rows of expert e of (dy[o, :] . x[i, :]) * their two scales
+
+A tile of 192 x 128 asks the second-level cache for a fifth less than one of 128 x 128. Each group has 64 of
+its rows and all columns in one product, so that the left operand is read once; while a group promotes, the
+two others multiply. Scales come by TMA with the operands. What is added to a gradient is added by the
+second-level cache, so that no group waits for what the gradient held.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from benthic.kernels.gluon_fp8_tiles import (
+    CHUNK,
+    GROUPS,
+    PART,
+    PRODUCER_REGISTERS,
+    TALL_BAND,
+    TALL_COLUMNS,
+    TALL_ENTRY_REGISTERS,
+    TALL_REGISTERS,
+    TALL_ROWS,
+    chunks_of,
+    corner,
+    one_end,
+    tiles_of,
+)
+from benthic.kernels.gluon_tiles import load, new_bars
+from benthic.kernels.host import cdiv
+from benthic.kernels.relaunch import remembered
+from benthic.kernels.triton_tiles import multiprocessors
+
+STAGES = gl.constexpr(5)
+
+
+@gluon.jit
+def _corner(tile, o_dim, o_tiles, i_tiles):
+    """Expert, first row and first column of a tile."""
+    expert = tile // (o_tiles * i_tiles)
+    first = expert * o_tiles * i_tiles
+    row, column = corner(tile, first, 0, o_dim, i_tiles, TALL_BAND, TALL_ROWS, TALL_COLUMNS)
+    return expert, row, column
+
+
+@gluon.jit
+def _produce(
+    dy, x, dy_scale, x_scale, rings, bars, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,
+):  # fmt: skip
+    """Load chunk after chunk of this program's tiles as places in the ring come free."""
+    dy_ring, x_ring, dy_scales, x_scales = rings
+    full, empty = bars
+    of_rows: gl.constexpr = GROUPS * (dy.block_type.nbytes + dy_scale.block_type.nbytes)
+    of_columns: gl.constexpr = x.block_type.nbytes + x_scale.block_type.nbytes
+    place = (0, 0, 0, gl.load(ends_ptr))
+    number = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        expert, row, column = _corner(tile, o_dim, o_tiles, i_tiles)
+        place, chunks = chunks_of(expert, place, ends_ptr)
+        for chunk in range(place[1], place[1] + chunks):
+            stage, bar = number % STAGES, full.index(number % STAGES)
+            mbarrier.wait(empty.index(stage), (number // STAGES) & 1 ^ 1)
+            mbarrier.expect(bar, of_rows + of_columns)
+            for part in gl.static_range(GROUPS):
+                at, first = GROUPS * stage + part, row + part * PART
+                load(dy, [first, chunk * CHUNK], bar, dy_ring.index(at))
+                load(dy_scale, [chunk * o_dim + first], bar, dy_scales.index(at))
+            load(x, [column, chunk * CHUNK], bar, x_ring.index(stage))
+            load(x_scale, [chunk * i_dim + column], bar, x_scales.index(stage))
+            number += 1
+
+
+@gluon.jit
+def _write(sums, row, column, expert, chunks, out_ptr, o_dim, i_dim, ADD: gl.constexpr):
+    """Write a group's part of a tile, or have it added to what is there."""
+    at = out_ptr + (row.to(gl.int64) + expert.to(gl.int64) * o_dim)[:, None] * i_dim + column[None, :]
+    kept = (row < o_dim)[:, None] & (column < i_dim)[None, :]
+    if ADD:
+        gl.atomic_add(at, sums, mask=kept & (chunks > 0), sem="relaxed")
+    else:
+        gl.store(at, sums.to(out_ptr.dtype.element_ty), mask=kept)
+
+
+@gluon.jit
+def _multiply(
+    group, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD: gl.constexpr,
+):  # fmt: skip
+    """The 64 rows of a group, tile after tile."""
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TALL_COLUMNS, 32])
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
+    BY_COLUMN: gl.constexpr = gl.SliceLayout(0, SUMS)
+    dy_ring, x_ring, dy_scales, x_scales = rings
+    full, empty = bars
+    zero = gl.zeros([PART, TALL_COLUMNS], gl.float32, layout=SUMS)
+    place = (0, 0, 0, gl.load(ends_ptr))
+    number = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        expert, row, column = _corner(tile, o_dim, o_tiles, i_tiles)
+        place, chunks = chunks_of(expert, place, ends_ptr)
+        sums = zero
+        for _chunk in range(chunks):
+            stage = number % STAGES
+            mbarrier.wait(full.index(stage), (number // STAGES) & 1)
+            dy_tile, x_tile = dy_ring.index(GROUPS * stage + group), x_ring.index(stage)
+            part = warpgroup_mma(dy_tile, x_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            by_row = dy_scales.index(GROUPS * stage + group).load(BY_ROW)
+            part = warpgroup_mma_wait(0, deps=[part])
+            by_column = x_scales.index(stage).load(BY_COLUMN)
+            sums += part * by_row[:, None] * by_column[None, :]
+            fence_async_shared()  # scales were loaded by threads, which TMA does not wait for
+            mbarrier.arrive(empty.index(stage), count=1)
+            number += 1
+        row += group * PART + gl.arange(0, PART, layout=BY_ROW)
+        column += gl.arange(0, TALL_COLUMNS, layout=BY_COLUMN)
+        _write(sums, row, column, expert, chunks, out_ptr, o_dim, i_dim, ADD)
+
+
+@remembered
+@gluon.jit(do_not_specialize=["tiles", "o_tiles", "i_tiles"])
+def _column_tiles(
+    dy, x, dy_scale, x_scale, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,
+    ADD: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One program a multiprocessor: every so manieth tile of all experts."""
+    dy_ring = gl.allocate_shared_memory(dy.dtype, [GROUPS * STAGES, PART, CHUNK], dy.layout)
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, TALL_COLUMNS, CHUNK], x.layout)
+    dy_scales = gl.allocate_shared_memory(gl.float32, [GROUPS * STAGES, PART], dy_scale.layout)
+    x_scales = gl.allocate_shared_memory(gl.float32, [STAGES, TALL_COLUMNS], x_scale.layout)
+    rings = (dy_ring, x_ring, dy_scales, x_scales)
+    bars = (new_bars(STAGES, 1), new_bars(STAGES, GROUPS))
+    fence_async_shared()
+    gl.warp_specialize([
+        (_multiply, (0, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD)),
+        (_multiply, (1, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD)),
+        (_multiply, (2, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD)),
+        (_produce, (dy, x, dy_scale, x_scale, rings, bars, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles)),
+    ], [4, 4, 1], [REGISTERS, REGISTERS, FEW_REGISTERS])  # fmt: skip
+
+
+def _scales_of(scale, columns):
+    """A descriptor of some columns' scales: chunk after chunk, as a line of numbers."""
+    line = scale.t().contiguous().view(-1)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(line, list(line.shape), [1], [columns], layout)
+
+
+def weight_gradient(dy, x, ends_E, *, dtype):
+    """See `benthic.kernels.ops.fp8_weight_gradient`; the launch follows from shapes."""
+    o_dim, i_dim = dy.values.shape[0], x.values.shape[0]
+    shape = (o_dim, i_dim) if ends_E is None else (ends_E.shape[0], o_dim, i_dim)
+    out = torch.empty(shape, dtype=dtype, device=x.values.device)
+    _launch(out, dy, x, ends_E, add=False)
+    return out
+
+
+def add_weight_gradient(into, dy, x, ends_E, *, fresh):
+    """See `benthic.kernels.ops.add_fp8_weight_gradient`; every sum is added once."""
+    _launch(into, dy, x, ends_E, add=not fresh)
+
+
+def _launch(out, dy, x, ends_E, *, add):
+    (o_dim, padded), i_dim = dy.values.shape, x.values.shape[0]
+    if not padded:
+        if not add:
+            out.zero_()
+        return
+    ends = one_end(padded, out.device) if ends_E is None else ends_E
+    o_tiles, i_tiles = cdiv(o_dim, TALL_ROWS.value), cdiv(i_dim, TALL_COLUMNS.value)
+    tiles = ends.shape[0] * o_tiles * i_tiles
+    programs = min(multiprocessors(out.device), tiles)
+    _column_tiles[(programs,)](
+        tiles_of(dy.values), tiles_of(x.values, TALL_COLUMNS.value),
+        _scales_of(dy.scale, PART.value), _scales_of(x.scale, TALL_COLUMNS.value),
+        out, ends, o_dim, i_dim, tiles, o_tiles, i_tiles,
+        ADD=add, REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+        num_warps=4, maxnreg=TALL_ENTRY_REGISTERS,
+    )  # fmt: skip
