@@ -63,23 +63,20 @@ def _attended(queries, keys, v_THv, starts, widths, max_q, scale, lists, *, caus
         grid, (tiles, together, is_list) = grid_of(
             starts[0], tokens, max_q, QUERIES, heads, last_first=causal, lists=lists
         )
-        described = (
-            rows_of(q_1, 64, d_1), rows_of(q_2, 64, d_2 or d_1), rows_of(k_1, KEYS, d_1),
-            rows_of(k_2, KEYS, d_2 or d_1), rows_of(v_THv, KEYS, value), out_THv, lse_HT, *starts, tiles,
-        )  # fmt: skip
-        strides = (q_1.stride(1), q_2.stride(1), k_1.stride(1), k_2.stride(1), v_THv.stride(1))
-        constants = {
-            "HEADS": heads, "GROUPS": heads // k_1.shape[1], "D_1": d_1, "D_2": d_2, "V": value,
-            "BLOCK_M": QUERIES, "BLOCK_N": KEYS, "STAGES": STAGES, "CAUSAL": causal, "APART": apart,
-            "TOGETHER": together, "LISTED": is_list, "REGISTERS": CONSUMER_REGISTERS,
-            "FEW_REGISTERS": PRODUCER_REGISTERS, "num_warps": 4, "maxnreg": ENTRY_REGISTERS,
-        }  # fmt: skip
         total = math.prod(grid)
         programs = min(total, multiprocessors(q_1.device))
         counter = torch.zeros(1, dtype=torch.int32, device=q_1.device) if total > programs else starts[0]
         attention_forward[(programs,)](
-            *described, counter, *strides, tokens, grid[1], total, scale, **constants
-        )
+            rows_of(q_1, 64, d_1), rows_of(q_2, 64, d_2 or d_1), rows_of(k_1, KEYS, d_1),
+            rows_of(k_2, KEYS, d_2 or d_1), rows_of(v_THv, KEYS, value),
+            out_THv, lse_HT, *starts, tiles, counter,
+            q_1.stride(1), q_2.stride(1), k_1.stride(1), k_2.stride(1), v_THv.stride(1),
+            tokens, grid[1], total, scale,
+            HEADS=heads, GROUPS=heads // k_1.shape[1], D_1=d_1, D_2=d_2, V=value, BLOCK_M=QUERIES,
+            BLOCK_N=KEYS, STAGES=STAGES, CAUSAL=causal, APART=apart, TOGETHER=together, LISTED=is_list,
+            REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+            num_warps=4, maxnreg=ENTRY_REGISTERS,
+        )  # fmt: skip
     return out_THv, lse_HT
 
 

@@ -38,7 +38,8 @@ class Case(NamedTuple):
         mixed: the operands have several dtypes, for ops to which that matters; with a cache in E4M3, queries
             that are not in bfloat16.
         few: there are few rows for each weight, or for each cached token, for ops to which that matters.
-        many: there are so many that tall tiles are full.
+        many: there are so many rows that tall tiles are full, or so many values that a launch which costs the
+            host more pays.
         fastest: name of the implementation that is asked for, or whose tiles leave least idle, for ops to
             which that matters.
         layout: how weights or pages lie in memory, for ops to which that matters: "columns" when outputs lie

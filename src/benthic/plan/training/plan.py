@@ -52,7 +52,7 @@ class Plan:
             return None
         first, second = (one.step.seconds for one in self.found.best[:2])
         words = f"{units.percent(second / first - 1, 2)} slower"
-        if second < first * (1 + TIE):
+        if _tied(self.found):
             return f"{words}, which is a tie"
         return f"{words}; it would be first with {', or '.join(self.flips)}" if self.flips else words
 
@@ -90,8 +90,8 @@ def plan(
 
 
 def flips(question: Question, found: Found) -> tuple[str, ...]:
-    """Which twice as fast, or half as fast, part of the hardware would put the runner-up first."""
-    if len(found.best) < 2:
+    """Which part of the hardware, twice or half as fast, would put a runner-up first that is no tie."""
+    if len(found.best) < 2 or _tied(found):
         return ()
     first, second = (one.candidate for one in found.best[:2])
     words = []
@@ -105,6 +105,11 @@ def flips(question: Question, found: Found) -> tuple[str, ...]:
             if _slower(first, second, machine):
                 words.append(f"{how} the {name.replace('_', ' ')}")
     return tuple(words)
+
+
+def _tied(found: Found) -> bool:
+    first, second = (one.step.seconds for one in found.best[:2])
+    return second < first * (1 + TIE)
 
 
 def _slower(first: Candidate, second: Candidate, machine: Machine) -> bool:
