@@ -32,6 +32,7 @@ from benthic.kernels import (
     gluon_mla,
     gluon_mla_fp8,
     gluon_mla_wide,
+    gluon_sums,
 )
 
 POINTERS = {
@@ -305,33 +306,53 @@ def scales(count):
     return f"tensordesc<fp32[{count}],{layout!r}>"
 
 
-ROWS = {"x": OF_64, "weight": OF_128, "out": descriptor(64, 128)}
-COLUMNS = {"dy": OF_64, "x": OF_128, "dy_scale": scales(64), "x_scale": scales(128), "out_ptr": "*fp32"}
+THREE_GROUPS = {
+    "REGISTERS": gluon_fp8_tiles.TALL_REGISTERS,
+    "FEW_REGISTERS": gluon_fp8_tiles.PRODUCER_REGISTERS,
+}
+
+
+def assert_wide(text):
+    """Products of three groups, each with 64 rows and all columns of a chunk, and their promotion."""
+    assert text.count("QGMMA.64x128x32") == 3 * 4  # four times 32 of a chunk
+    assert text.count("FFMA R") == 3 * 64
+
+
+def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma(tmp_path):
+    types = {"x": OF_64, "weight": OF_128, "out": descriptor(64, 128)}
+    kernel = gluon_fp8_three._rows_times_blocks
+    kernel = built(kernel, THREE_GROUPS, types, gluon_fp8_tiles.TALL_ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    assert_wide(text)
+    assert text.count("UTMASTG") == 3
 
 
 @pytest.mark.parametrize(
-    ("kernel", "types", "constants", "stores", "sums"),
-    [
-        (gluon_fp8_three._rows_times_blocks, ROWS, {}, 3, 0),
-        (gluon_fp8_three_gradient._column_tiles, COLUMNS, {"ADD": False}, 0, 0),
-        (gluon_fp8_three_gradient._column_tiles, COLUMNS, {"ADD": True}, 0, 3 * 32),
-    ],
-    ids=["linear", "weight gradient", "added weight gradient"],
+    ("out", "add", "fetch"),
+    [("fp32", True, True), ("fp32", True, False), ("fp32", False, False), ("bf16", False, False)],
+    ids=str,
 )
-def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma_or_are_added_in_the_cache(
-    kernel, types, constants, stores, sums, tmp_path
+def test_fp8_weight_gradients_are_wide_and_leave_by_tma_while_the_next_tile_is_multiplied(
+    out, add, fetch, tmp_path
 ):
-    constants = constants | {
-        "REGISTERS": gluon_fp8_tiles.TALL_REGISTERS,
-        "FEW_REGISTERS": gluon_fp8_tiles.PRODUCER_REGISTERS,
-    }
-    kernel = built(kernel, constants, types, gluon_fp8_tiles.TALL_ENTRY_REGISTERS)
+    module = gluon_fp8_three_gradient
+    expert, rows, columns = gluon_sums.box(turned=False)
+    types = {"dy": OF_64, "x": OF_128, "dy_scale": scales(64), "x_scale": scales(128)}
+    types |= {"out": descriptor(rows, columns, out, expert), "out_ptr": f"*{out}"}
+    constants = {"ADD": add, "FETCH": fetch} | THREE_GROUPS
+    kernel = built(module._column_tiles, constants, types, gluon_fp8_tiles.TALL_ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
-    assert text.count("QGMMA.64x128x32") == 3 * 4  # three groups, four times 32 of a chunk
-    assert text.count("FFMA R") == 3 * 64
-    assert text.count("UTMASTG") == stores
-    assert len(re.findall(r"REDG\S*ADD\.F32x2", text)) == sums
+    assert_wide(text)
+    leaves = "UTMAREDG.3D.ADD" if add else "UTMASTG.3D"
+    order = re.findall(r"QGMMA|DEPBAR\.LE gsb0|UTMA(?:REDG|STG)\S*|DEPBAR\.LE SB0, 0x\d", text)
+    part = [f"DEPBAR.LE SB0, 0x{module.SLOTS.value - 1}", leaves]  # only shared memory of parts before is met
+    group = ["QGMMA"] * 4 + ["DEPBAR.LE gsb0"] + part * 4
+    assert [what for what in order if not what.endswith("0x0")] == group * 3
+    assert order[-1].endswith("0x0")  # behind the last tile; groups may share it
+    assert ("UBLKPF.L2" in text) == fetch  # old sums
+    assert not re.findall(r"\b(?:REDG|STG)\.E", text)
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])
@@ -375,7 +396,7 @@ def test_weight_gradients_of_experts_have_a_product_in_flight_and_leave_or_are_a
     constants = {"ADD": add, "FETCH": fetch, "TURNED": turned, "SQUARES": squares}
     constants |= {} if squares else {"squares_ptr": None}
     constants |= {"REGISTERS": module.CONSUMER_REGISTERS, "FEW_REGISTERS": module.PRODUCER_REGISTERS}
-    expert, rows, columns = module.box(turned)
+    expert, rows, columns = gluon_sums.box(turned)
     described = {"left": descriptor(64, 64, dtype), "right": descriptor(64, 256, dtype)}
     described |= {"out": descriptor(rows, columns, out, expert), "out_ptr": f"*{out}"}
     kernel = built(module._expert_gradient, constants, described, module.ENTRY_REGISTERS)

@@ -8,10 +8,10 @@ rows come by TMA into a ring of shared memory, as they lie: the tensor cores rea
 Which of dy and x is the right operand is chosen so that fewer tiles stand over the edge.
 
 There is one program a multiprocessor. All three parts walk over the tiles of all experts by themselves, so
-the next tile is loaded, and multiplied, while the last one leaves: its sums go to shared memory, 32 columns
-at a time, from where TMA writes them or has the second-level cache add them, in float32 and once each, so
-results are the same every time. Where experts have few rows the cache reads old sums while their tile is
-multiplied. Where the squares of what is written are asked for, a group writes those of its part of a tile.
+the next tile is loaded, and multiplied, while the last one leaves through shared memory (`gluon_sums`): TMA
+writes it or has the second-level cache add it, in float32 and every sum once, so results are the same every
+time. Where experts have few rows the cache reads old sums while their tile is multiplied. Where the squares
+of what is written are asked for, a group writes those of its part of a tile.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benthic.kernels.gluon_tiles import add, blocks_of, layout_of, load, meet, new_bars, unload, view
+from benthic.kernels.gluon_sums import described, fetch, leave, new_slots
+from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars
 from benthic.kernels.host import cdiv
 from benthic.kernels.reference.moe import squares_of
 from benthic.kernels.relaunch import remembered
@@ -42,10 +42,8 @@ HALF = gl.constexpr(64)
 BLOCK = gl.constexpr(64)
 """Rows that are multiplied at once."""
 STAGES = gl.constexpr(4)
-PART = gl.constexpr(32)
-"""Columns of sums that leave the registers at once: 128 bytes of float32."""
 SLOTS = gl.constexpr(2)
-"""Such parts of a group that stand in shared memory until TMA has written or added them."""
+"""Parts of a group's sums that stand in shared memory until TMA has written or added them."""
 FETCHED_ROWS = 768
 """Rows an expert, on average, below which the cache reads old sums as a tile begins, not when they are met.
 
@@ -112,65 +110,6 @@ def _clear_after(block, kept, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _halves(x):
-    """The first and the last columns."""
-    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-
-
-@gluon.jit
-def _eighths(x):
-    """All columns, `PART` after `PART`."""
-    first, last = _halves(x)
-    a, b = _halves(first)
-    c, d = _halves(last)
-    return _halves(a) + _halves(b) + _halves(c) + _halves(d)
-
-
-@gluon.jit
-def _fetch(out_ptr, expert, wanted, first_left, first_right, left_dim, right_dim, TURNED: gl.constexpr):
-    """Have the second-level cache read the old sums of a group while it multiplies."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    if TURNED:
-        row = first_right + gl.arange(0, RIGHT, layout=layout)
-        column = gl.zeros_like(row) + first_left
-        width, height, some = left_dim, right_dim, HALF
-    else:
-        place = gl.arange(0, 2 * HALF, layout=layout)
-        row, column = first_left + place % HALF, first_right + place // HALF * (RIGHT // 2)
-        width, height, some = right_dim, left_dim, RIGHT // 2
-    at = out_ptr + (expert.to(gl.int64) * height + row) * width + column
-    size = gl.where((row < height) & wanted, gl.minimum(width - column, some), 0) * 4
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.gt.s32 p, $2, 0; "
-        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,r", [at, size], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _give(part, slot, out, expert, left, right, ADD: gl.constexpr, TURNED: gl.constexpr):
-    """Have TMA write or add some sums from shared memory, as soon as what stood there has left."""
-    ROWS: gl.constexpr = out.block_type.shape[1]
-    COLUMNS: gl.constexpr = out.block_type.shape[2]
-    MATRIX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], out.dtype)
-    matrix = view(slot, out.dtype, [ROWS, COLUMNS], MATRIX)
-    tma.store_wait(SLOTS - 1)
-    meet()
-    if TURNED:
-        matrix.permute((1, 0)).store(part.to(out.dtype))
-        row, column = right, left
-    else:
-        matrix.store(part.to(out.dtype))
-        row, column = left, right
-    fence_async_shared()
-    meet()
-    if ADD:
-        add(out, [expert, row, column], slot)
-    else:
-        unload(out, [expert, row, column], slot)
-
-
-@gluon.jit
 def _multiply(
     group, left_ring, right_ring, slots, bars, out, out_ptr, squares_ptr, ends_ptr,
     left_dim, right_dim, tiles, left_tiles, right_tiles,
@@ -178,7 +117,6 @@ def _multiply(
 ):  # fmt: skip
     """The 64 x 256 sums of a group, tile after tile."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, RIGHT, 16])
-    PARTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     full, empty = bars
     zero = gl.zeros([HALF, RIGHT], gl.float32, layout=SUMS)
     number = 0
@@ -187,7 +125,11 @@ def _multiply(
         first_left += group * HALF
         start, end = _rows_of(ends_ptr, expert)
         if FETCH:
-            _fetch(out_ptr, expert, end > start, first_left, first_right, left_dim, right_dim, TURNED)
+            some = end > start
+            if TURNED:
+                fetch(out_ptr, expert, some, first_right, first_left, right_dim, left_dim, RIGHT, HALF)
+            else:
+                fetch(out_ptr, expert, some, first_left, first_right, left_dim, right_dim, HALF, RIGHT)
         sums = zero
         for row in range(start, end, BLOCK):
             stage, before = number % STAGES, (number + STAGES - 1) % STAGES
@@ -205,13 +147,9 @@ def _multiply(
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(empty.index((number + STAGES - 1) % STAGES), count=1, pred=end > start)
         if (end > start) | (not ADD):
-            squares = gl.zeros([HALF], gl.float32, layout=gl.SliceLayout(1, PARTS))
-            parts = _eighths(sums)
-            for i in gl.static_range(RIGHT // PART):
-                part, slot = gl.convert_layout(parts[i], PARTS), slots.index(group * SLOTS + i % SLOTS)
-                _give(part, slot, out, expert, first_left, first_right + i * PART, ADD, TURNED)
-                if SQUARES:
-                    squares += gl.sum(part * part, axis=1)
+            squares = leave(
+                sums, slots, group, out, expert, first_left, first_right, SLOTS, ADD, TURNED, SQUARES
+            )
             if SQUARES:
                 gl.store(squares_ptr + 2 * tile + group, gl.sum(squares, axis=0))
     tma.store_wait(0)
@@ -232,9 +170,7 @@ def _expert_gradient(
     left_dim, right_dim = left_eights * 8, right_eights * 8
     left_ring = gl.allocate_shared_memory(left.dtype, [2 * STAGES, BLOCK, HALF], left.layout)
     right_ring = gl.allocate_shared_memory(right.dtype, [STAGES, BLOCK, RIGHT], right.layout)
-    ROWS: gl.constexpr = out.block_type.shape[1]
-    COLUMNS: gl.constexpr = out.block_type.shape[2]
-    slots = gl.allocate_shared_memory(out.dtype, [2 * SLOTS, 1, ROWS, COLUMNS], out.layout)
+    slots = new_slots(out, 2 * SLOTS)
     bars = (new_bars(STAGES, 1), new_bars(STAGES, 2))
     fence_async_shared()
     gl.warp_specialize([
@@ -277,10 +213,10 @@ def _sum_rows(out_EOI, dy_RO, x_RI, ends_E, *, add, squares=False):
     left_tiles, right_tiles = cdiv(left_dim, LEFT.value), cdiv(right_dim, RIGHT.value)
     tiles = experts * left_tiles * right_tiles
     programs = min(multiprocessors(x_RI.device), tiles)
-    sums_EOI = out_EOI if out_EOI.data_ptr() % 16 == 0 else out_EOI.clone()  # TMA writes where 16 bytes begin
+    sums_EOI, parts_of_sums = described(out_EOI, turned=turned)
     parts = torch.empty(2 * tiles, dtype=torch.float32, device=x_RI.device) if squares else None
     _expert_gradient[(programs,)](
-        _columns_of(left, HALF.value), _columns_of(right, RIGHT.value), _parts_of(sums_EOI, turned), sums_EOI,
+        _columns_of(left, HALF.value), _columns_of(right, RIGHT.value), parts_of_sums, sums_EOI,
         parts, ends_E, left_dim // 8, right_dim // 8, tiles, left_tiles, right_tiles,
         ADD=add, FETCH=add and len(x_RI) < FETCHED_ROWS * experts, TURNED=turned, SQUARES=squares,
         REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
@@ -300,15 +236,3 @@ def _columns_of(x_RD, width):
     aligned = x_RD.stride(1) == 1 and x_RD.stride(0) % 8 == 0 and x_RD.data_ptr() % 16 == 0
     x_RD = x_RD if aligned else x_RD.contiguous()
     return blocks_of(x_RD, BLOCK.value, width)
-
-
-def box(turned):
-    """Expert, rows and columns of the sums that leave at once."""
-    return [1, PART.value, HALF.value] if turned else [1, HALF.value, PART.value]
-
-
-def _parts_of(out_EOI, turned):
-    """A descriptor of what leaves at once; TMA leaves out what stands over an expert's edge."""
-    expert, rows, columns = block = box(turned)
-    layout = layout_of(rows, columns, out_EOI.dtype, expert)
-    return TensorDescriptor(out_EOI, list(out_EOI.shape), list(out_EOI.stride()), block, layout)

@@ -5,8 +5,8 @@
 
 A tile of 192 x 128 asks the second-level cache for a fifth less than one of 128 x 128. Each group has 64 of
 its rows and all columns in one product, so that the left operand is read once; while a group promotes, the
-two others multiply. Scales come by TMA with the operands. What is added to a gradient is added by the
-second-level cache, so that no group waits for what the gradient held.
+two others multiply. Scales come by TMA with the operands. A tile leaves through shared memory, written by TMA
+or added by the second-level cache, while the next one is multiplied (`gluon_sums`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -37,12 +38,18 @@ from benthic.kernels.gluon_fp8_tiles import (
     one_end,
     tiles_of,
 )
+from benthic.kernels.gluon_sums import described, fetch, leave, new_slots
 from benthic.kernels.gluon_tiles import load, new_bars
 from benthic.kernels.host import cdiv
 from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
-STAGES = gl.constexpr(5)
+STAGES = gl.constexpr(4)
+"""Chunks of both operands and their scales, 41 KiB each."""
+SLOTS = gl.constexpr(2)
+"""Parts of a group's sums, of four, that stand in shared memory until TMA has written or added them."""
+FETCHED_ROWS = 1024
+"""Padded rows an expert, on average, below which the cache reads old sums as a tile begins."""
 
 
 @gluon.jit
@@ -82,19 +89,9 @@ def _produce(
 
 
 @gluon.jit
-def _write(sums, row, column, expert, chunks, out_ptr, o_dim, i_dim, ADD: gl.constexpr):
-    """Write a group's part of a tile, or have it added to what is there."""
-    at = out_ptr + (row.to(gl.int64) + expert.to(gl.int64) * o_dim)[:, None] * i_dim + column[None, :]
-    kept = (row < o_dim)[:, None] & (column < i_dim)[None, :]
-    if ADD:
-        gl.atomic_add(at, sums, mask=kept & (chunks > 0), sem="relaxed")
-    else:
-        gl.store(at, sums.to(out_ptr.dtype.element_ty), mask=kept)
-
-
-@gluon.jit
 def _multiply(
-    group, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD: gl.constexpr,
+    group, rings, slots, bars, out, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,
+    ADD: gl.constexpr, FETCH: gl.constexpr,
 ):  # fmt: skip
     """The 64 rows of a group, tile after tile."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TALL_COLUMNS, 32])
@@ -107,7 +104,10 @@ def _multiply(
     number = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, row, column = _corner(tile, o_dim, o_tiles, i_tiles)
+        row += group * PART
         place, chunks = chunks_of(expert, place, ends_ptr)
+        if FETCH:
+            fetch(out_ptr, expert, chunks > 0, row, column, o_dim, i_dim, PART, TALL_COLUMNS)
         sums = zero
         for _chunk in range(chunks):
             stage = number % STAGES
@@ -121,16 +121,16 @@ def _multiply(
             fence_async_shared()  # scales were loaded by threads, which TMA does not wait for
             mbarrier.arrive(empty.index(stage), count=1)
             number += 1
-        row += group * PART + gl.arange(0, PART, layout=BY_ROW)
-        column += gl.arange(0, TALL_COLUMNS, layout=BY_COLUMN)
-        _write(sums, row, column, expert, chunks, out_ptr, o_dim, i_dim, ADD)
+        if (chunks > 0) | (not ADD):
+            leave(sums, slots, group, out, expert, row, column, SLOTS, ADD, False, False)
+    tma.store_wait(0)
 
 
 @remembered
-@gluon.jit
+@gluon.jit(do_not_specialize=["tiles", "o_tiles", "i_tiles"])
 def _column_tiles(
-    dy, x, dy_scale, x_scale, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,
-    ADD: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    dy, x, dy_scale, x_scale, out, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,
+    ADD: gl.constexpr, FETCH: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: every so manieth tile of all experts."""
     dy_ring = gl.allocate_shared_memory(dy.dtype, [GROUPS * STAGES, PART, CHUNK], dy.layout)
@@ -138,12 +138,19 @@ def _column_tiles(
     dy_scales = gl.allocate_shared_memory(gl.float32, [GROUPS * STAGES, PART], dy_scale.layout)
     x_scales = gl.allocate_shared_memory(gl.float32, [STAGES, TALL_COLUMNS], x_scale.layout)
     rings = (dy_ring, x_ring, dy_scales, x_scales)
+    slots = new_slots(out, GROUPS * SLOTS)
     bars = (new_bars(STAGES, 1), new_bars(STAGES, GROUPS))
     fence_async_shared()
     gl.warp_specialize([
-        (_multiply, (0, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD)),
-        (_multiply, (1, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD)),
-        (_multiply, (2, rings, bars, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD)),
+        (_multiply, (
+            0, rings, slots, bars, out, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD, FETCH,
+        )),
+        (_multiply, (
+            1, rings, slots, bars, out, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD, FETCH,
+        )),
+        (_multiply, (
+            2, rings, slots, bars, out, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD, FETCH,
+        )),
         (_produce, (dy, x, dy_scale, x_scale, rings, bars, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles)),
     ], [4, 4, 1], [REGISTERS, REGISTERS, FEW_REGISTERS])  # fmt: skip
 
@@ -176,13 +183,17 @@ def _launch(out, dy, x, ends_E, *, add):
             out.zero_()
         return
     ends = one_end(padded, out.device) if ends_E is None else ends_E
-    o_tiles, i_tiles = cdiv(o_dim, TALL_ROWS.value), cdiv(i_dim, TALL_COLUMNS.value)
-    tiles = ends.shape[0] * o_tiles * i_tiles
+    experts, o_tiles, i_tiles = ends.shape[0], cdiv(o_dim, TALL_ROWS.value), cdiv(i_dim, TALL_COLUMNS.value)
+    tiles = experts * o_tiles * i_tiles
     programs = min(multiprocessors(out.device), tiles)
+    sums, parts_of_sums = described(out.view(experts, o_dim, i_dim))
     _column_tiles[(programs,)](
         tiles_of(dy.values), tiles_of(x.values, TALL_COLUMNS.value),
         _scales_of(dy.scale, PART.value), _scales_of(x.scale, TALL_COLUMNS.value),
-        out, ends, o_dim, i_dim, tiles, o_tiles, i_tiles,
-        ADD=add, REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
+        parts_of_sums, sums, ends, o_dim, i_dim, tiles, o_tiles, i_tiles,
+        ADD=add, FETCH=add and padded < FETCHED_ROWS * experts,
+        REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4, maxnreg=TALL_ENTRY_REGISTERS,
     )  # fmt: skip
+    if sums.data_ptr() != out.data_ptr():
+        out.copy_(sums.view(out.shape))
