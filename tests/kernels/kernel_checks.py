@@ -208,6 +208,34 @@ def test_rope_and_norm_at_once_give_the_bits_of_each_alone(dtype, tokens, heads,
         torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("kept", ["as wide", "E4M3"])
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 16, 64), (TOKENS, 7, 12)])
+def test_rope_and_norm_write_into_one_layers_slots_what_store_latent_does(
+    dtype, tokens, heads, width, kept, alone
+):
+    """Other layers, and slots that no row has, stay as they are; so do those of rows whose slot is -1."""
+    angle = made(tokens, width // 2, dtype=torch.float32, seed=3).detach()
+    query = made(tokens, heads, width + 9, dtype=dtype).detach()[..., 9:]
+    latent, key = made(tokens, 160 + width, dtype=dtype, seed=1).detach().split((160, width), -1)
+    operands = query, key, 300 * latent, 300 * made(160, dtype=dtype, seed=2).detach(), 1e-6
+    angles = angle.cos(), angle.sin()
+    slots = torch.randperm(9 * 7, generator=torch.Generator().manual_seed(0))[:tokens].to(DEVICE)
+    slots[1::3] = -1
+    cached = torch.float8_e4m3fn if kept == "E4M3" else dtype
+    caches = [torch.full((3, 9, 7, 160 + width), torch.nan, device=DEVICE).to(cached) for _ in range(2)]
+    apart = ops.rope_and_norm(*operands, *angles, impl="triton")
+    ops.store_latent(caches[0][1], apart[2], apart[1], slots, impl="triton")
+    once = ops.rope_norm_store(*operands, *angles, ops.Slots(caches[1][1], slots, alone), impl="triton")
+    assert torch.equal(*(cache.view(torch.uint8) for cache in caches))
+    assert caches[1].float()[[0, 2]].isnan().all()
+    assert once[0].equal(apart[0])
+    if alone:
+        assert [x.shape for x in once[1:]] == [(0, width), (0, 160)]
+    else:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(once[1:], apart[1:], strict=True))
+
+
 def pack(lengths):
     ends = torch.tensor(lengths).cumsum(0).tolist()
     return torch.tensor([0, *ends], dtype=torch.int32, device=DEVICE)

@@ -86,7 +86,7 @@ def compiled(module, kernel, constants, *, dtype="bf16", warps=4, stages=3, over
         if (
             name.endswith(("_ptr", "_dim"))
             or "stride" in name
-            or name in ("width", "columns", "inner", "words")
+            or name in ("width", "half", "columns", "inner", "words")
         ):
             attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(names.index(name),): value for name, value in constants.items()}
@@ -325,6 +325,10 @@ GATE["expert_ptr"] = "*i32"
 GATED = {"out_ptr": "*fp32"}
 ROUTES = {"expert_ptr": "*i32", "side_ptr": "*fp32", "count_ptr": "*i64", "token_ptr": "*i64"}
 ROUTES |= {"goes_ptr": "*u8", "found_ptr": "*i32"}
+PAGES, TENSORS = dict.fromkeys(("cache_ptr", "slot_ptr")), dict.fromkeys(("key_out_ptr", "latent_out_ptr"))
+E4M3 = {"cache_ptr": "*fp8e4nv"}
+STORED = [(PAGES, {}), ({}, {}), (TENSORS, {}), ({}, E4M3), (TENSORS, E4M3)]
+"""What `_rotate_and_norm` writes: arguments that are None, and types of the cache."""
 BALANCE = {"factor": "fp32", "expert_ptr": "*i32", "count_ptr": "*i64"} | dict.fromkeys(
     ("scores_ptr", "loads_ptr", "weighted_ptr", "found_ptr", "dloss_ptr", "dscores_ptr"), "*fp32"
 )
@@ -359,7 +363,16 @@ MEMORY_BOUND = [
         ("triton_heads", "_join", joined(first, second), 4, {})
         for first, second in ((128, 64), (128, 128), (44, 9))
     ),
-    ("triton_rope", "_rotate_and_norm", {"ROWS": 64, "HALF": 32, "NORM_ROWS": 8, "WIDTH": 512}, 4, {}),
+    *(
+        (
+            "triton_rope",
+            "_rotate_and_norm",
+            {"ROWS": 64, "HALF": 32, "NORM_ROWS": 8, "WIDTH": 512} | absent,
+            4,
+            kind,
+        )
+        for absent, kind in STORED
+    ),
     ("triton_permute", "_spread_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     *(
@@ -453,11 +466,11 @@ MEMORY_BOUND = [
         (
             "triton_mla",
             "_store",
-            {"C": 512, "C_PAD": 512, "R": 64, "R_PAD": 64, "ROWS": 4, "FP8": fp8},
+            {"C": 512, "C_PAD": 512, "R": 64, "R_PAD": 64, "ROWS": 4},
             4,
             kind,
         )
-        for fp8, kind in ((False, {}), (True, {"cache_ptr": "*fp8e4nv"}))
+        for kind in ({}, E4M3)
     ),
     (
         "triton_attention_backward",
@@ -675,6 +688,20 @@ def layout_of_first_sum(built):
     text = built.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
     return layouts[re.search(r"\}\) : \(tensor<[\dx]+xf32, (#\w+)>\) ->", text).group(1)]
+
+
+@pytest.mark.parametrize(("absent", "kind"), STORED[1:])
+@pytest.mark.parametrize(("width", "dtype"), [(100, "bf16"), (512, "bf16"), (512, "fp16"), (512, "fp32")])
+def test_a_norm_that_writes_to_a_cache_sums_in_the_order_of_the_plain_norm(width, dtype, absent, kind):
+    rows, padded, warps = importlib.import_module("benthic.kernels.host").row_tile(width, 4096)
+    constants = {"ROWS": 64, "HALF": 32, "NORM_ROWS": rows, "WIDTH": padded}
+    plain, fused = (
+        compiled(
+            "triton_rope", "_rotate_and_norm", constants | none, dtype=dtype, warps=warps, overrides=types
+        )
+        for none, types in ((PAGES, {}), (absent, kind))
+    )
+    assert layout_of_first_sum(fused) == layout_of_first_sum(plain)
 
 
 @pytest.mark.parametrize("added", [False, True])

@@ -42,10 +42,10 @@ class Layer:
 
     def block(self, x):
         query, key = x.unflatten(1, (-1, 64))[:, :HEADS], x[:, HEADS * 64 : HEADS * 64 + 64]
-        query, key, latent = ops.rope_and_norm(
-            query, key, x[:, -128:], self.latent_norm, 1e-6, self.cos, self.sin
+        into = ops.Slots(self.cache, self.slot, alone=False)
+        query, key, _ = ops.rope_norm_store(
+            query, key, x[:, -128:], self.latent_norm, 1e-6, self.cos, self.sin, into
         )
-        ops.store_latent(self.cache, latent, key, self.slot)
         stored = self.cache.flatten(0, 1)[self.slot]  # a kernel of torch among ours
         normed, total = ops.add_rms_norm(torch.cat((query.flatten(1), stored, key), 1), x, self.norm, 1e-6)
         routing = ops.route(ops.gate_logits(normed, self.gate, impl="few_rows"), self.bias, **GATE)

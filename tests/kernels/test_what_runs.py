@@ -80,6 +80,14 @@ def store_latent(made, impl):
     return cache
 
 
+def rope_norm_store(made, impl):
+    angle, cache = made(TOKENS, WIDTH // 2).detach(), torch.zeros(2, 8, 12 + WIDTH)
+    operands = made(TOKENS, 2, WIDTH), made(TOKENS, WIDTH), made(TOKENS, 12), made(12)
+    into = ops.Slots(cache, torch.arange(TOKENS), alone=True)
+    ops.rope_norm_store(*operands, 1e-6, angle.cos(), angle.sin(), into, impl=impl)
+    return cache
+
+
 def copy_blocks(made, impl):
     cache = torch.zeros(2, 3, 8, WIDTH)
     ops.copy_blocks(made(2, 5, 8, WIDTH), torch.tensor([4]), cache, torch.tensor([2]), impl=impl)
@@ -142,6 +150,7 @@ CALLS = {
     "attention_of_parts": attention_of_parts,
     "mla_decode": mla_decode,
     "store_latent": store_latent,
+    "rope_norm_store": rope_norm_store,
     "copy_blocks": copy_blocks,
     "route": lambda made, impl: ops.route(made(TOKENS, EXPERTS), None, impl=impl, **GATE).weight_TK,
     "balance_loss": lambda made, impl: ops.balance_loss(made(TOKENS, EXPERTS), top_k=2, rows=2, impl=impl)[0],

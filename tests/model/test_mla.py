@@ -16,6 +16,9 @@ class AbsorbedAttend:
 
     lengths: tuple[int, ...]
 
+    def slots(self, layer):
+        return None
+
     def __call__(self, q_nope_THn, q_rope_THr, latent_TC, k_rope_Tr, up, *, layer, scale):
         q_THC = up.absorb_query(q_nope_THn)
         outs, start = [], 0
@@ -52,6 +55,7 @@ def test_attend_socket_sees_normed_latents_rotated_keys_layer_and_scale():
         assert q_rope_THr.shape == (15, config.num_attention_heads, config.qk_rope_head_dim)
         return sockets.attend(q_nope_THn, q_rope_THr, latent_TC, k_rope_Tr, up, layer=layer, scale=scale)
 
+    spy.slots = sockets.attend.slots
     with torch.no_grad():
         model(tokens_T, positions_T, replace(sockets, attend=spy))
     assert [layer for layer, *_ in seen] == [0, 1, 2]

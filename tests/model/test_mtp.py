@@ -82,6 +82,7 @@ def test_attend_socket_and_routing_count_mtp_layers_on_from_the_main_ones():
         layers.append(layer)
         return sockets.attend(*operands, layer=layer, scale=scale)
 
+    spy.slots = sockets.attend.slots
     with torch.no_grad():
         for depth in (0, 1):
             hidden = model.predict_ahead(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benthic.kernels.ops import store_latent
 from benthic.model.local import plain_linear
 from benthic.model.mla import LatentUp
 from benthic.serve.attend import DecodeRows, PagedAttend, PrefillRows, StepLayout
@@ -52,6 +53,15 @@ def operands(rows: list[tuple[Text, int]]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.stack([getattr(text, name)[position] for text, position in rows]) for name in names)
 
 
+def attended(cache: LatentCache, layout: StepLayout, rows: list[tuple[Text, int]]) -> torch.Tensor:
+    """As the network does it: rows are written where the socket says, and only then attended to."""
+    attend, (q_nope, q_rope, latent, k_rope) = PagedAttend(cache, layout), operands(rows)
+    into = attend.slots(1)
+    store_latent(into.cache_PBW, latent, k_rope, into.slot_T)
+    k_rope, latent = into.returned(k_rope, latent)
+    return attend(q_nope, q_rope, latent, k_rope, UP, layer=1, scale=SCALE)
+
+
 def slot(page: list[int], position: int) -> int:
     return page[position // BLOCK] * BLOCK + position % BLOCK
 
@@ -93,7 +103,7 @@ def test_a_step_of_decodes_and_chunks_equals_the_formula(cache: LatentCache) -> 
             context_slot_M=ints([slot(pages[text], p) for text, p in context], torch.int64),
         ),
     )
-    found = PagedAttend(cache, layout)(*operands(rows), UP, layer=1, scale=SCALE)
+    found = attended(cache, layout, rows)
     torch.testing.assert_close(found, torch.stack([text.attended(p) for text, p in rows]))
     assert cache.layer(0).isnan().all(), "another layer's pages were touched"
 
@@ -107,7 +117,7 @@ def test_several_queries_of_a_sequence_see_each_their_own_past(cache: LatentCach
         decode=DecodeRows(3, ints([3, 8, 6]).view(1, 3), ints([9])),
         prefill=None,
     )
-    found = PagedAttend(cache, layout)(*operands(rows), UP, layer=1, scale=SCALE)
+    found = attended(cache, layout, rows)
     torch.testing.assert_close(found, torch.stack([text.attended(p) for _, p in rows]))
 
 
@@ -120,6 +130,6 @@ def test_fresh_prompts_do_not_read_the_cache_back(cache: LatentCache) -> None:
         decode=None,
         prefill=PrefillRows(bounds, bounds, max_seqlen_q=5, max_seqlen_k=5, context_slot_M=None),
     )
-    found = PagedAttend(cache, layout)(*operands(rows), UP, layer=1, scale=SCALE)
+    found = attended(cache, layout, rows)
     torch.testing.assert_close(found, torch.stack([text.attended(p) for text, p in rows]))
     torch.testing.assert_close(cache.slots(1)[:5, :LATENT], texts[0].latent)

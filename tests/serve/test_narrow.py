@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from small_engine import prompts, random_model, request, serve, small_engine
-from test_attend import SCALE, UP, Text, ints, operands, slot
+from test_attend import Text, attended, ints, slot
 
 from benthic.errors import ConfigError
 from benthic.model.checkpoint import save_pretrained
-from benthic.serve.attend import DecodeRows, PagedAttend, PrefillRows, StepLayout
+from benthic.serve.attend import DecodeRows, PrefillRows, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
 from benthic.serve.engine import Engine
 from benthic.serve.options import EngineOptions
@@ -75,7 +75,7 @@ def test_attention_over_an_fp8_cache_is_off_by_the_rounding_of_e4m3() -> None:
             context_slot_M=ints([slot(pages[chunked], p) for p in range(11)], torch.int64),
         ),
     )
-    found = PagedAttend(cache, step)(*operands(rows), UP, layer=1, scale=SCALE)
+    found = attended(cache, step, rows)
     expected = torch.stack([text.attended(p) for text, p in rows])
     error = float((found - expected).norm() / expected.norm())
     assert 0.003 < error < 0.06, error

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""Shared by kernels that quantise to E4M3: the scale of a tile, values within range, tensors for both."""
+"""Shared by kernels that write E4M3: the scale of a tile, values within range, tensors for both."""
 
 from __future__ import annotations
 
@@ -49,6 +49,14 @@ def quotient(x, by, inverse):
     """
     near = x * inverse
     return tl.fma(tl.fma(near, by, x * -1.0), inverse * -1.0, near)
+
+
+@triton.jit
+def stored(x, cache_ptr):
+    """`x` in the cache's dtype, bounded to what E4M3 can hold when that is in FP8."""
+    if cache_ptr.dtype.element_ty == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+    return x.to(cache_ptr.dtype.element_ty)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.launch import early, wait_for_inputs
+from benthic.kernels.triton_e4m3 import stored
 from benthic.kernels.triton_tiles import multiprocessors
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -106,19 +107,11 @@ def _combine(
     tl.store(out_ptr + row * C + latent, out.to(out_ptr.dtype.element_ty), mask=latent < C)
 
 
-@triton.jit
-def _fitting(x, FP8: tl.constexpr):
-    """`x`, bounded to what E4M3 can hold when the cache is in FP8."""
-    if FP8:
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
-    return x
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def _store(
     cache_ptr, latent_ptr, rope_ptr, slot_ptr, tokens, stride_slot, stride_latent, stride_rope,
     C: tl.constexpr, C_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, ROWS: tl.constexpr,
-    FP8: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """cache[slot[t]] = latent[t], rope[t]; tokens with slot -1 are skipped."""
     wait_for_inputs(PDL)
@@ -126,12 +119,12 @@ def _store(
     slot = tl.load(slot_ptr + token, mask=token < tokens, other=-1).to(tl.int64)
     latent, rope = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
     mask = (slot >= 0)[:, None] & (latent < C)[None, :]
-    x = _fitting(tl.load(latent_ptr + token[:, None] * stride_latent + latent[None, :], mask=mask), FP8)
+    x = tl.load(latent_ptr + token[:, None] * stride_latent + latent[None, :], mask=mask)
     place = cache_ptr + (slot * stride_slot)[:, None]
-    tl.store(place + latent[None, :], x.to(cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(place + latent[None, :], stored(x, cache_ptr), mask=mask)
     mask = (slot >= 0)[:, None] & (rope < R)[None, :]
-    x = _fitting(tl.load(rope_ptr + token[:, None] * stride_rope + rope[None, :], mask=mask), FP8)
-    tl.store(place + C + rope[None, :], x.to(cache_ptr.dtype.element_ty), mask=mask)
+    x = tl.load(rope_ptr + token[:, None] * stride_rope + rope[None, :], mask=mask)
+    tl.store(place + C + rope[None, :], stored(x, cache_ptr), mask=mask)
 
 
 @triton.jit(do_not_specialize=["source_stride", "target_stride"])
@@ -215,8 +208,7 @@ def store_latent(cache_PBW, latent_TC, rope_Tr, slot_T):
             cache_PBW, latent_TC, rope_Tr, slot_T, tokens, cache_PBW.stride(1),
             latent_TC.stride(0), rope_Tr.stride(0),
             C=latent, C_PAD=next_power_of_2(latent),
-            R=rope, R_PAD=next_power_of_2(rope), ROWS=4, FP8=cache_PBW.dtype == torch.float8_e4m3fn,
-            **early(latent_TC.device, tokens),
+            R=rope, R_PAD=next_power_of_2(rope), ROWS=4, **early(latent_TC.device, tokens),
         )  # fmt: skip
 
 

@@ -67,6 +67,9 @@ class PackedAttend:
     core: Core = ops.attention
     lists: TileLists = field(default_factory=TileLists, kw_only=True, repr=False)
 
+    def slots(self, layer: int) -> None:
+        """Nothing is cached."""
+
     def __call__(
         self,
         q_nope_THn: Tensor,

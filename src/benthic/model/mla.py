@@ -22,6 +22,7 @@ from benthic.model.rope import softmax_scale
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from benthic.kernels.ops import Slots
     from benthic.model.rope import Angles
     from benthic.model.sockets import Linear as LinearSocket
     from benthic.model.sockets import Sockets
@@ -101,7 +102,10 @@ class Attention(nn.Module, ABC):
         q_THnr = query_TX.unflatten(-1, (-1, sum(self.query_split)))
         q_nope_THn, q_rope_THr = ops.split_head_dims(q_THnr, self.query_split[0])
         latent_TC, k_rope_Tr = kv_TCr.split(self.latent_split, -1)
-        q_rope_THr, k_rope_Tr, latent_TC = self._rotate_and_norm(q_rope_THr, k_rope_Tr, latent_TC, angles)
+        slots = sockets.attend.slots(self.layer)
+        q_rope_THr, k_rope_Tr, latent_TC = self._rotate_and_norm(
+            q_rope_THr, k_rope_Tr, latent_TC, angles, slots
+        )
         return sockets.attend(
             q_nope_THn,
             q_rope_THr,
@@ -113,14 +117,20 @@ class Attention(nn.Module, ABC):
         )
 
     def _rotate_and_norm(
-        self, q_rope_THr: Tensor, k_rope_Tr: Tensor, latent_TC: Tensor, angles: Angles
+        self,
+        q_rope_THr: Tensor,
+        k_rope_Tr: Tensor,
+        latent_TC: Tensor,
+        angles: Angles,
+        slots: Slots | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and key, normed latent; a trainer may have replaced the norm's method."""
         norm, cos_Tr2, sin_Tr2 = self.kv_a_norm, angles.cos_Tr2, angles.sin_Tr2
+        operands = q_rope_THr, k_rope_Tr, latent_TC, norm.weight, norm.eps, cos_Tr2, sin_Tr2
+        if slots is not None:
+            return ops.rope_norm_store(*operands, slots)
         if not torch.is_grad_enabled():
-            return ops.rope_and_norm(
-                q_rope_THr, k_rope_Tr, latent_TC, norm.weight, norm.eps, cos_Tr2, sin_Tr2
-            )
+            return ops.rope_and_norm(*operands)
         return *ops.rope_both(q_rope_THr, k_rope_Tr, cos_Tr2, sin_Tr2), norm(latent_TC)
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from benthic.kernels.ops import Slots
+
 T = TypeVar("T")
 
 
@@ -41,6 +43,10 @@ class LatentUp(Protocol):
 class Attend(Protocol):
     """How queries meet keys."""
 
+    def slots(self, layer: int) -> Slots | None:
+        """Where the layer's latents and rotated keys are written before it attends; None: nowhere."""
+        ...
+
     def __call__(
         self,
         q_nope_THn: Tensor,
@@ -52,7 +58,10 @@ class Attend(Protocol):
         layer: int,
         scale: float,
     ) -> Tensor:
-        """Return `out_THv`; `latent_TC` is normed and both `rope` operands are already rotated."""
+        """Return `out_THv`; `latent_TC` is normed and both `rope` operands are already rotated.
+
+        Latents and keys have no rows where `slots` said that they are read from there alone.
+        """
         ...
 
 

@@ -83,6 +83,9 @@ class ContextAttend:
         lengths = Lengths(_running(queries, device), _running(keys, device), max(queries), max(keys))
         return cls(lengths, key_K.to(device, non_blocking=True), group)
 
+    def slots(self, layer: int) -> None:
+        """Nothing is cached."""
+
     def __call__(
         self,
         q_nope_THn: Tensor,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from benthic.kernels.ops import attention_of_parts, mla_decode, store_latent
+from benthic.kernels.ops import Slots, attention_of_parts, mla_decode
 from benthic.kernels.tile_lists import TileLists
 
 if TYPE_CHECKING:
@@ -107,6 +107,12 @@ class PagedAttend:
             row_S = torch.arange(layout.decode.rows, device=layout.border_1.device)
             self._decoding_S11 = (row_S < layout.border_1).view(-1, 1, 1)
 
+    def slots(self, layer: int) -> Slots:
+        """This step's rows in the layer's pages; only prompts that are read for the first time need more."""
+        prefill = self._layout.prefill
+        alone = prefill is None or prefill.context_slot_M is not None
+        return Slots(self._cache.layer(layer), self._layout.slot_T, alone)
+
     def __call__(
         self,
         q_nope_THn: Tensor,
@@ -118,9 +124,8 @@ class PagedAttend:
         layer: int,
         scale: float,
     ) -> Tensor:
-        """Write this step's latents, then attend; see `benthic.model.sockets.Attend`."""
+        """Attend to the pages, this step's rows among them; see `benthic.model.sockets.Attend`."""
         pages_PBW = self._cache.layer(layer)
-        store_latent(pages_PBW, latent_TC, k_rope_Tr, self._layout.slot_T)
         decode, prefill = self._layout.decode, self._layout.prefill
         if prefill is None:
             assert decode is not None  # noqa: S101 (the runner plans no step without rows)

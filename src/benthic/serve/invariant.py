@@ -17,7 +17,7 @@ import torch
 
 from benthic.errors import ConfigError
 from benthic.kernels.native import build_refusal
-from benthic.kernels.ops import mla_by_row, store_latent
+from benthic.kernels.ops import Slots, mla_by_row
 from benthic.model.invariant import InvariantLinear, make_invariant
 from benthic.serve.columns import lay_out
 
@@ -75,20 +75,23 @@ class InvariantAttend:
         prefills = [] if layout.prefill is None else [SingleQueries.of_prefills(layout.prefill, rows)]
         self._queries = [*decodes, *prefills]
 
+    def slots(self, layer: int) -> Slots:
+        """This step's rows in the layer's pages, from which all is read."""
+        return Slots(self._cache.layer(layer), self._slot_T, alone=True)
+
     def __call__(
         self,
         q_nope_THn: Tensor,
         q_rope_THr: Tensor,
-        latent_TC: Tensor,
-        k_rope_Tr: Tensor,
+        latent_TC: Tensor,  # noqa: ARG002 (read from the pages)
+        k_rope_Tr: Tensor,  # noqa: ARG002 (read from the pages)
         up: LatentUp,
         *,
         layer: int,
         scale: float,
     ) -> Tensor:
-        """Write this step's latents, then attend; see `benthic.model.sockets.Attend`."""
+        """Attend to the pages, this step's rows among them; see `benthic.model.sockets.Attend`."""
         pages_PBW = self._cache.layer(layer)
-        store_latent(pages_PBW, latent_TC, k_rope_Tr, self._slot_T)
         q_latent_THC, first, outs = up.absorb_query(q_nope_THn), 0, []
         for some in self._queries:
             rows = slice(first, first + some.context_T.shape[0])

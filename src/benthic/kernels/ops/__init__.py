@@ -31,9 +31,11 @@ from benthic.kernels.ops.copies import (
 from benthic.kernels.ops.decode import (
     COPY_BLOCKS,
     MLA_DECODE,
+    ROPE_NORM_STORE,
     STORE_LATENT,
     copy_blocks,
     mla_decode,
+    rope_norm_store,
     store_latent,
 )
 from benthic.kernels.ops.e5m6 import DEQUANTISE_E5M6, QUANTISE_E5M6, dequantise_e5m6, quantise_e5m6
@@ -142,6 +144,7 @@ from benthic.kernels.ops.routes import (
 )
 from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
 from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, ADAMW_SPLIT, adamw, adamw_fp8, adamw_split
+from benthic.kernels.reference.attention import Slots
 from benthic.kernels.reference.fp8_linear import Fp8, spaced
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps, added
 from benthic.kernels.reference.sampling import Filters
@@ -161,6 +164,7 @@ __all__ = [
     "Permuted",
     "Routing",
     "RowMaps",
+    "Slots",
     "accumulate",
     "adamw",
     "adamw_fp8",
@@ -216,6 +220,7 @@ __all__ = [
     "rope",
     "rope_and_norm",
     "rope_both",
+    "rope_norm_store",
     "route",
     "spaced",
     "split_head_dims",
@@ -245,6 +250,7 @@ OPS: tuple[Op, ...] = (
     ATTENTION_OF_PARTS,
     MLA_DECODE,
     STORE_LATENT,
+    ROPE_NORM_STORE,
     COPY_BLOCKS,
     GATE_GRADIENTS,
     GATE_LOGITS,

@@ -8,11 +8,13 @@ import torch
 
 from benthic.errors import ShapeError
 from benthic.kernels.native import native_runs
+from benthic.kernels.ops.norm import check_rope_and_norm, rope_and_norm
 from benthic.kernels.table import (
     Case,
     Implementation,
     Op,
     Verdict,
+    anywhere,
     device_type,
     gluon_refusal,
     hopper_refusal,
@@ -29,6 +31,8 @@ from benthic.kernels.table import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from benthic.kernels.reference.attention import Slots
 
 FEW_ROWS = 32
 """Query-head pairs of a sequence up to which pages are the tall operand; more are so themselves."""
@@ -108,6 +112,17 @@ _TRITON_STORE = inference_only(
     )
 )
 
+_TRITON_NORM_STORE = inference_only(
+    one_dtype(
+        triton_runs(
+            torch.bfloat16,
+            torch.float16,
+            torch.float32,
+            reason="one kernel, which writes what it rotates and norms into the cache",
+        )
+    )
+)
+
 MLA_DECODE = Op(
     "mla_decode",
     (
@@ -130,6 +145,19 @@ STORE_LATENT = Op(
         reference("benthic.kernels.reference.attention:store_latent"),
     ),
     typical_dims=(576,),
+    trains=False,
+)
+ROPE_NORM_STORE = Op(
+    "rope_norm_store",
+    (
+        Implementation("triton", _TRITON_NORM_STORE, "benthic.kernels.triton_rope:rope_and_norm"),
+        Implementation(
+            "two_ops",
+            anywhere("rope_and_norm, then store_latent: see the lines of them"),
+            "benthic.kernels.ops.decode:norm_then_store",
+        ),
+        reference("benthic.kernels.reference.attention:rope_norm_store"),
+    ),
     trains=False,
 )
 COPY_BLOCKS = Op(
@@ -198,35 +226,89 @@ def store_latent(
     Raises: ShapeError when widths or tokens disagree or the cache has gaps; BackendError when `impl` cannot
     run.
     """
-    width, tokens = latent_TC.shape[1] + rope_Tr.shape[1], latent_TC.shape[0]
-    if cache_PBW.shape[-1] != width:
-        msg = (
-            f"store_latent: the cache is {cache_PBW.shape[-1]} wide but a token has {latent_TC.shape[1]} "
-            f"latent + {rope_Tr.shape[1]} rotary elements"
-        )
-        raise ShapeError(msg)
-    if rope_Tr.shape[0] != tokens or slot_T.shape != (tokens,):
-        msg = (
-            f"store_latent: {tokens} latents, {rope_Tr.shape[0]} rotary keys, "
-            f"slots {tuple(slot_T.shape)}; one each"
-        )
-        raise ShapeError(msg)
-    if not cache_PBW.is_contiguous():
-        msg = (
-            f"store_latent: a cache of {tuple(cache_PBW.shape)} has strides {cache_PBW.stride()}; "
-            "allocate it contiguous, since slots are counted through it"
-        )
-        raise ShapeError(msg)
+    _check_store("store_latent", cache_PBW, latent_TC, rope_Tr, slot_T)
     dtype = cache_PBW.dtype
     case = Case(
         device_type(cache_PBW),
         dtype,
-        (width,),
+        (cache_PBW.shape[-1],),
         grad=torch.is_grad_enabled()
         and (latent_TC.requires_grad or rope_Tr.requires_grad or cache_PBW.requires_grad),
         mixed=latent_TC.dtype is not dtype or rope_Tr.dtype is not dtype,
     )
     STORE_LATENT.choose(case, impl)(cache_PBW, latent_TC, rope_Tr, slot_T)
+
+
+def _check_store(name: str, cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: Tensor) -> None:
+    tokens = latent_TC.shape[0]
+    if cache_PBW.shape[-1] != latent_TC.shape[1] + rope_Tr.shape[1]:
+        msg = (
+            f"{name}: the cache is {cache_PBW.shape[-1]} wide but a token has {latent_TC.shape[1]} "
+            f"latent + {rope_Tr.shape[1]} rotary elements"
+        )
+        raise ShapeError(msg)
+    if rope_Tr.shape[0] != tokens or slot_T.shape != (tokens,):
+        msg = (
+            f"{name}: {tokens} latents, {rope_Tr.shape[0]} rotary keys, slots {tuple(slot_T.shape)}; one each"
+        )
+        raise ShapeError(msg)
+    if not cache_PBW.is_contiguous():
+        msg = (
+            f"{name}: a cache of {tuple(cache_PBW.shape)} has strides {cache_PBW.stride()}; "
+            "allocate it contiguous, since slots are counted through it"
+        )
+        raise ShapeError(msg)
+
+
+def rope_norm_store(  # noqa: PLR0913 (the operands of two ops)
+    q_rope_THr: Tensor,
+    k_rope_Tr: Tensor,
+    latent_TC: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_Tr2: Tensor,
+    sin_Tr2: Tensor,
+    into: Slots,
+    *,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope_and_norm`, then `store_latent` of its keys and latents: the bits of the two, in one pass.
+
+    Shapes: as for the two. Where nothing but the cache is read, the keys and latents that come back have no
+    rows: `[0, r]` and `[0, C]`.
+    For inference: where autograd records, only the definitions run.
+    Raises: ShapeError when operands disagree or the cache has gaps; BackendError when `impl` cannot run.
+    """
+    check_rope_and_norm("rope_norm_store", q_rope_THr, k_rope_Tr, latent_TC, weight_C, cos_Tr2, sin_Tr2)
+    _check_store("rope_norm_store", into.cache_PBW, latent_TC, k_rope_Tr, into.slot_T)
+    dtype, operands = latent_TC.dtype, (q_rope_THr, k_rope_Tr, latent_TC, weight_C)
+    case = Case(
+        device_type(latent_TC),
+        dtype,
+        grad=torch.is_grad_enabled() and any(x.requires_grad for x in operands),
+        mixed=any(x.dtype is not dtype for x in operands)
+        or into.cache_PBW.dtype not in (dtype, torch.float8_e4m3fn),
+    )
+    out: tuple[Tensor, Tensor, Tensor] = ROPE_NORM_STORE.choose(case, impl)(
+        q_rope_THr, k_rope_Tr, latent_TC, weight_C, eps, cos_Tr2, sin_Tr2, into
+    )
+    return out
+
+
+def norm_then_store(
+    q_rope_THr: Tensor,
+    k_rope_Tr: Tensor,
+    latent_TC: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_Tr2: Tensor,
+    sin_Tr2: Tensor,
+    into: Slots,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `rope_norm_store`; the table is asked for each of the two."""
+    query, key, latent = rope_and_norm(q_rope_THr, k_rope_Tr, latent_TC, weight_C, eps, cos_Tr2, sin_Tr2)
+    store_latent(into.cache_PBW, latent, key, into.slot_T)
+    return query, *into.returned(key, latent)
 
 
 def copy_blocks(

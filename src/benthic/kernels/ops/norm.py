@@ -242,18 +242,7 @@ def rope_and_norm(
     For inference: where autograd records, only the definition runs.
     Raises: ShapeError when tokens or widths disagree; BackendError when `impl` cannot run.
     """
-    angles = (q_rope_THr.shape[0], q_rope_THr.shape[-1] // 2)
-    if (
-        any(x.shape != angles for x in (cos_Tr2, sin_Tr2))
-        or k_rope_Tr.shape != (angles[0], q_rope_THr.shape[-1])
-        or latent_TC.shape != (angles[0], weight_C.shape[0])
-    ):
-        msg = (
-            f"rope_and_norm: queries {tuple(q_rope_THr.shape)}, keys {tuple(k_rope_Tr.shape)}, latents "
-            f"{tuple(latent_TC.shape)}, weight {tuple(weight_C.shape)}, angles {tuple(cos_Tr2.shape)} and "
-            f"{tuple(sin_Tr2.shape)} disagree in tokens or widths"
-        )
-        raise ShapeError(msg)
+    check_rope_and_norm("rope_and_norm", q_rope_THr, k_rope_Tr, latent_TC, weight_C, cos_Tr2, sin_Tr2)
     dtype, operands = latent_TC.dtype, (q_rope_THr, k_rope_Tr, latent_TC, weight_C)
     case = Case(
         device_type(latent_TC),
@@ -265,3 +254,27 @@ def rope_and_norm(
         q_rope_THr, k_rope_Tr, latent_TC, weight_C, eps, cos_Tr2, sin_Tr2
     )
     return out
+
+
+def check_rope_and_norm(
+    name: str,
+    q_rope_THr: Tensor,
+    k_rope_Tr: Tensor,
+    latent_TC: Tensor,
+    weight_C: Tensor,
+    cos_Tr2: Tensor,
+    sin_Tr2: Tensor,
+) -> None:
+    """Raise ShapeError where the operands of an op called `name` disagree, see `rope_and_norm`."""
+    angles = (q_rope_THr.shape[0], q_rope_THr.shape[-1] // 2)
+    if (
+        any(x.shape != angles for x in (cos_Tr2, sin_Tr2))
+        or k_rope_Tr.shape != (angles[0], q_rope_THr.shape[-1])
+        or latent_TC.shape != (angles[0], weight_C.shape[0])
+    ):
+        msg = (
+            f"{name}: queries {tuple(q_rope_THr.shape)}, keys {tuple(k_rope_Tr.shape)}, latents "
+            f"{tuple(latent_TC.shape)}, weight {tuple(weight_C.shape)}, angles {tuple(cos_Tr2.shape)} and "
+            f"{tuple(sin_Tr2.shape)} disagree in tokens or widths"
+        )
+        raise ShapeError(msg)

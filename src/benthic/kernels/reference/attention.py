@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benthic.kernels.reference.fp8 import E4M3_MAX
-from benthic.kernels.reference.norm import wide
+from benthic.kernels.reference.norm import rope_and_norm, wide
 
 if TYPE_CHECKING:
     from benthic.kernels.tile_lists import TileLists
+
+
+class Slots(NamedTuple):
+    """Where a layer's latents and rotated keys are written.
+
+    Attributes:
+        cache_PBW: the pages of the layer, contiguous: a latent of C, then a key of r.
+        slot_T: integer, each row's `page * B + offset`; -1 for rows that are not kept. Slots must differ.
+        alone: the pages are all that is read: neither latents nor keys are wanted as tensors of their own.
+    """
+
+    cache_PBW: Tensor
+    slot_T: Tensor
+    alone: bool
+
+    def returned(self, k_rope_Tr: Tensor, latent_TC: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, without any rows where only the pages are read."""
+        return (k_rope_Tr[:0], latent_TC[:0]) if self.alone else (k_rope_Tr, latent_TC)
 
 
 def attention(  # noqa: PLR0913 (packed attention has five operands and its lengths)
@@ -147,6 +165,22 @@ def store_latent(cache_PBW: Tensor, latent_TC: Tensor, rope_Tr: Tensor, slot_T: 
         rows_TW = rows_TW.clamp(-E4M3_MAX, E4M3_MAX).to(cache_PBW.dtype).view(torch.uint8)
         cache_PBW = cache_PBW.view(torch.uint8)
     cache_PBW.view(-1, cache_PBW.shape[-1])[slot_T[kept_T].long()] = rows_TW[kept_T].to(cache_PBW.dtype)
+
+
+def rope_norm_store(
+    q_rope_THr: Tensor,
+    k_rope_Tr: Tensor,
+    latent_TC: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_Tr2: Tensor,
+    sin_Tr2: Tensor,
+    into: Slots,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate and normalise, then write to the cache."""
+    query, key, latent = rope_and_norm(q_rope_THr, k_rope_Tr, latent_TC, weight_C, eps, cos_Tr2, sin_Tr2)
+    store_latent(into.cache_PBW, latent, key, into.slot_T)
+    return query, *into.returned(key, latent)
 
 
 def copy_blocks(source_LPBW: Tensor, from_R: Tensor, target_LPBW: Tensor, to_R: Tensor) -> None:
