@@ -1044,6 +1044,36 @@ def test_grouped_linear_of_few_rows(dtype, name, dims, spare):
     assert not fast[int(ends[-1]) :].any()
 
 
+GATED = [(36, 40), (23, 18), (136, 130), (16, 2)]
+
+
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("dims", [*GATED, *([(2048, 2816)] if ON_GPU else [])], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 0, 1, 17), (70, 0, 0, 5, 2), (0, 0, 1), (0, 0, 0)], ids=str)
+def test_grouped_swiglu_of_few_rows_has_the_bits_of_both_ops(dtype, sizes, dims, spare):
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+    for kind in dict.fromkeys((dtype, torch.float16)):
+        x = made(sum(sizes) + spare, dims[0], dtype=kind, seed=2).detach()
+        x[sum(sizes) :] = torch.nan  # they belong to nobody
+        weight = made(len(sizes), dims[1], dims[0], dtype=kind, seed=1).detach()
+        sums = ops.grouped_linear(x, weight, ends, impl="few_rows")
+        exact = ops.swiglu(sums, impl="triton")
+        beside = torch.cat([torch.full_like(x, torch.nan), x], dim=1)[:, dims[0] :]
+        for operand in (x, beside):
+            found = ops.grouped_swiglu(operand, weight, ends, impl="few_rows")
+            assert found.dtype == kind
+            assert torch.equal(found, exact)
+        if sum(sizes):
+            close(found, ops.swiglu(sums.double(), impl="reference"), kind)
+
+
+def test_swiglu_with_more_rows_is_refused_by_the_product_of_few(dtype):
+    x, weight = made(65, 36, dtype=dtype).detach(), made(2, 40, 36, dtype=dtype).detach()
+    ends = torch.tensor([3, 65], device=DEVICE).int()
+    with pytest.raises(BackendError, match="made for few rows"):
+        ops.grouped_swiglu(x, weight, ends, impl="few_rows")
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(
     "sizes", [(0, 2, 0, 1, 0), (1, 0, 0, 0, 3), (0, 0, 0, 0, 2), (0, 0, 0, 0, 0)], ids=str
@@ -1065,21 +1095,23 @@ def test_experts_without_rows_have_no_programs_where_rows_are_fewer(dtype, spare
     else:
         few, many = (ops.grouped_linear(part, weight, ends, impl="few_rows") for part in (x[:rows], x))
         close(few, ops.grouped_linear(x[:rows].double(), weight.double(), ends, impl="reference"), dtype)
+        gated = [ops.grouped_swiglu(part, weight, ends, impl="few_rows") for part in (x[:rows], x)]
+        assert torch.equal(gated[0], ops.swiglu(few, impl="triton"))
+        assert torch.equal(gated[0], gated[1][:rows])
     assert torch.equal(few, many[:rows])
     assert not few[sum(sizes) :].any()
 
 
 @pytest.mark.skipif(not ON_GPU, reason="about the order in which tensor cores add")
-def test_a_row_of_few_gives_the_same_bits_whoever_is_beside_it(dtype):
+@pytest.mark.parametrize("op", [ops.grouped_linear, ops.grouped_swiglu], ids=lambda op: op.__name__)
+def test_a_row_of_few_gives_the_same_bits_whoever_is_beside_it(dtype, op):
     weight = made(4, 320, 448, dtype=dtype, seed=1).detach()
     x = made(120, 448, dtype=dtype).detach()
-    alone = [
-        ops.grouped_linear(row[None], weight[:1], torch.tensor([1], device=DEVICE).int(), impl="few_rows")
-        for row in x[:5]
-    ]
+    one = torch.tensor([1], device=DEVICE).int()
+    alone = [op(row[None], weight[:1], one, impl="few_rows") for row in x[:5]]
     for rows in (5, 17, 30, 120):
         ends = torch.tensor([rows] * 4, device=DEVICE).int()
-        found = ops.grouped_linear(x[:rows], weight, ends, impl="few_rows")
+        found = op(x[:rows], weight, ends, impl="few_rows")
         assert torch.equal(found[:5], torch.cat(alone))
 
 

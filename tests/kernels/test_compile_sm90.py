@@ -190,6 +190,9 @@ def test_mla_decode_does_not_spill_and_uses_wgmma_from_64_rows(rows, cache, tmp_
     assert (used.wgmma > 0) == (block_h >= 64)
 
 
+PLAIN_PRODUCT = {"PRECISION": "tf32", "GATED": False}
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("rows", [0, 6, 12, 24])
 def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
@@ -197,7 +200,7 @@ def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
     block_r, block_k, stages = module.tiles(torch.float8_e4m3fn if fp8 else torch.bfloat16, rows)
     constants = {"BLOCK_R": block_r, "BLOCK_N": module.COLUMNS, "BLOCK_K": block_k, "WHOLE": True}
     constants["EXPERTS"] = 0 if rows else 64  # fewer rows than experts
-    constants |= {"GROUPED": True, "EMULATE": False, "STAGES": stages} if fp8 else {"PRECISION": "ieee"}
+    constants |= {"GROUPED": True, "EMULATE": False, "STAGES": stages} if fp8 else PLAIN_PRODUCT
     kinds = dict.fromkeys(("x_ptr", "weight_ptr"), "*fp8e4nv") if fp8 else {}
     kernel = "_few_rows_of_blocks" if fp8 else "_few_rows"
     built = compiled("triton_few_rows", kernel, constants, warps=4, stages=stages, overrides=kinds)
@@ -206,6 +209,38 @@ def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
     assert used.wgmma > 0
     if fp8:  # scales too are loaded ahead, four bytes at a time
         assert re.search(r"cp\.async\.ca\.shared\.global \[.*, 0x4", built.asm["ptx"])
+
+
+def programs_of(used):
+    """Programs of four warps that a multiprocessor has room for."""
+    return min(65536 // (128 * used.registers), 227 * 1024 // (used.shared + 1024))
+
+
+def words_shared(built, way):
+    """Words of 32 bits that a thread stores in shared memory (`st`) or loads from it (`ld`)."""
+    found = re.findall(rf"\b{way}\.shared\S*?(?:\.v(\d))?\.b32", built.asm["ptx"])
+    return sum(int(words or 1) for words in found)
+
+
+@pytest.mark.parametrize("rows", [0, 6, 12, 24])
+def test_swiglu_costs_the_product_of_few_rows_neither_loads_nor_room_on_a_multiprocessor(rows, tmp_path):
+    """A tile is as large, and sums meet where a plain product's are put in order to be written."""
+    module = importlib.import_module("benthic.kernels.triton_few_rows")
+    block_r, block_k, stages = module.tiles(torch.bfloat16, rows)
+    constants = {"BLOCK_R": block_r, "BLOCK_N": module.COLUMNS, "BLOCK_K": block_k, "WHOLE": True}
+    constants |= PLAIN_PRODUCT | {"EXPERTS": 0 if rows else 64}
+    plain, gated = (
+        compiled("triton_few_rows", "_few_rows", constants | {"GATED": way}, stages=stages)
+        for way in (False, True)
+    )
+    used, before = resources(gated, tmp_path), resources(plain, tmp_path)
+    assert_fits(used)
+    assert used.shared == before.shared
+    assert programs_of(used) == programs_of(before) == 2
+    for words in ("wgmma.mma_async", "cp.async.cg", "bar.sync"):
+        assert gated.asm["ptx"].count(words) == plain.asm["ptx"].count(words) > 0, words
+    for way in ("st", "ld"):
+        assert words_shared(gated, way) == words_shared(plain, way) > 0
 
 
 @pytest.mark.parametrize(("tiling", "kind"), [(1, "heads"), (4, "searched")])
@@ -620,7 +655,8 @@ def few_rows(kernel, **more):
 FP8_PRODUCT = {"EMULATE": False, "STAGES": 4}
 EARLY = [
     *(each for each in MEMORY_BOUND if "PDL" in kernel_of(*each[:2]).arg_names),
-    *(few_rows("_few_rows", EXPERTS=experts, PRECISION="tf32") for experts in (0, 64)),
+    *(few_rows("_few_rows", EXPERTS=experts, **PLAIN_PRODUCT) for experts in (0, 64)),
+    *(few_rows("_few_rows", EXPERTS=experts, **PLAIN_PRODUCT | {"GATED": True}) for experts in (0, 64)),
     *(few_rows("_few_rows_of_blocks", GROUPED=grouped, **FP8_PRODUCT) for grouped in (False, True)),
 ]
 

@@ -131,6 +131,15 @@ def test_swiglu_goes_with_the_product_of_many_rows_where_nothing_is_kept_for_gra
         assert GROUPED_SWIGLU.select(other)[0].name == "two_ops"
 
 
+@pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")
+def test_swiglu_goes_with_the_product_of_few_rows_where_nothing_is_kept_for_gradients():
+    few = Case("cuda", torch.bfloat16, (2048, 1408), few=True)
+    for case in (few, few._replace(dtype=torch.float16), few._replace(dims=(2048, 1376))):
+        assert GROUPED_SWIGLU.select(case)[0].name == "few_rows"
+    for other in (few._replace(few=False), few._replace(grad=True), few._replace(dtype=torch.float64)):
+        assert GROUPED_SWIGLU.select(other)[0].name == "two_ops"
+
+
 @pytest.mark.parametrize(("rows", "many"), [(511, False), (512, True)])
 def test_rows_are_many_from_256_an_expert(rows, many, monkeypatch):
     cases, choose = [], Op.choose

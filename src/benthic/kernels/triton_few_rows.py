@@ -48,19 +48,35 @@ def _owner(ends_ptr, place, rows, experts, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def _gated(sums):
+    """`silu(gate) * up` of gates and the ups below them, computed and rounded as `ops.swiglu` does."""
+    pairs = sums.reshape(2, sums.shape[0] // 2, sums.shape[1]).permute(1, 2, 0)
+    gate, up = tl.split(pairs.to(tl.float32))
+    return (gate * tl.sigmoid(gate) * up).to(sums.dtype)
+
+
+@triton.jit
 def _few_rows(
     x_ptr, weight_ptr, out_ptr, ends_ptr,
     rows, experts, n_dim, k_dim, stride_x, stride_e, stride_n,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EXPERTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    EXPERTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[r, n] = sum_k weight[expert of r, n, k] * x[r, k]; expert number `experts` is the zero tail."""
+    """out[r, n] = sum_k weight[expert of r, n, k] * x[r, k]; expert number `experts` is the zero tail.
+
+    GATED: weights are [E, 2 * n_dim, K], gates first, and out is `silu(gate) * up` of what sums round to.
+    Half of a tile's columns are then gates and half the ups that belong to them.
+    """
     wait_for_inputs(PDL)
     expert, start, end = _owner(ends_ptr, tl.program_id(1), rows, experts, EXPERTS)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    OWN: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    first_column, index = tl.program_id(0) * OWN, tl.arange(0, BLOCK_N)
+    column = first_column + (index % OWN if GATED else index)
     column_kept = column < n_dim
+    source = column + index // OWN * n_dim if GATED else column
     k = tl.arange(0, BLOCK_K)
-    weight_base = weight_ptr + expert.to(tl.int64) * stride_e + column[:, None].to(tl.int64) * stride_n
+    weight_base = weight_ptr + expert.to(tl.int64) * stride_e + source[:, None].to(tl.int64) * stride_n
     for first in range(start, end, BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
         row_kept = row < end
@@ -79,9 +95,11 @@ def _few_rows(
                 acc = tl.dot(weight, x, acc, input_precision=PRECISION)
                 weight_at += BLOCK_K
                 x_at += BLOCK_K
-        out_at = out_ptr + row.to(tl.int64)[None, :] * n_dim + column[:, None]
-        kept = column_kept[:, None] & row_kept[None, :]
-        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=kept)
+        out, written = acc.to(out_ptr.dtype.element_ty), first_column + tl.arange(0, OWN)
+        if GATED:
+            out = _gated(out)
+        out_at = out_ptr + row.to(tl.int64)[None, :] * n_dim + written[:, None]
+        tl.store(out_at, out, mask=(written < n_dim)[:, None] & row_kept[None, :])
 
 
 @triton.jit
@@ -244,21 +262,34 @@ def held(columns):
 
 def grouped_linear(x_RI, weight_EOI, ends_E):
     """See `benthic.kernels.ops.grouped_linear`; computes no gradients."""
+    return _grouped(x_RI, weight_EOI, ends_E, weight_EOI.shape[1], gated=False)
+
+
+def grouped_swiglu(x_RI, weight_EGI, ends_E):
+    """See `benthic.kernels.ops.grouped_swiglu`; computes no gradients."""
+    return _grouped(x_RI, weight_EGI, ends_E, weight_EGI.shape[1] // 2, gated=True)
+
+
+def _grouped(x_RI, weight_EOI, ends_E, n_dim, *, gated):
+    """Columns of `n_dim`: of all weights of an expert, or of its gates and as many ups.
+
+    A tile of both is as large as one of a plain product, so the same programs have as much on its way.
+    """
     x_RI = x_RI if x_RI.stride(1) == 1 else x_RI.contiguous()
     weight_EOI = weight_EOI if weight_EOI.stride(2) == 1 else weight_EOI.contiguous()
     rows, k_dim = x_RI.shape
-    experts, n_dim, _ = weight_EOI.shape
-    out_RO = torch.empty(rows, n_dim, dtype=x_RI.dtype, device=x_RI.device)
+    experts = weight_EOI.shape[0]
+    out_RN = torch.empty(rows, n_dim, dtype=x_RI.dtype, device=x_RI.device)
     block_r, block_k, stages = tiles(x_RI.dtype, rows // experts)
     if rows:
-        _few_rows[(cdiv(n_dim, COLUMNS), min(rows, experts) + 1)](
-            x_RI, weight_EOI, out_RO, ends_E,
+        _few_rows[(cdiv(n_dim, COLUMNS // 2 if gated else COLUMNS), min(rows, experts) + 1)](
+            x_RI, weight_EOI, out_RN, ends_E,
             rows, experts, n_dim, k_dim, x_RI.stride(0), weight_EOI.stride(0), weight_EOI.stride(1),
             BLOCK_R=block_r, BLOCK_N=COLUMNS, BLOCK_K=block_k,
-            EXPERTS=_searched(rows, experts), WHOLE=k_dim % block_k == 0,
-            PRECISION=precision(x_RI.dtype), num_warps=4, num_stages=stages, **early(x_RI.device, rows),
+            EXPERTS=_searched(rows, experts), WHOLE=k_dim % block_k == 0, PRECISION=precision(x_RI.dtype),
+            GATED=gated, num_warps=4, num_stages=stages, **early(x_RI.device, rows),
         )  # fmt: skip
-    return out_RO
+    return out_RN
 
 
 def fp8_linear(x, weight, ends_E, *, dtype):

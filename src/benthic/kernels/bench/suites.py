@@ -152,6 +152,7 @@ def experts(bench: Bench) -> None:
             _grouped_lines(bench, 64, rows, 1408, 2048, drawn=True)
     if not bench.small:
         _grouped_swiglu_lines(bench, 8, 4096, 7168, 4096)
+        _grouped_swiglu_lines(bench, 64, 6, 2048, 2816)
     tokens, width, top_k = (64, 64, 2) if bench.small else (16384, 7168, 8)
     expert = torch.rand(tokens, 64, device=bench.device).topk(top_k).indices.to(torch.int32)
     weight = torch.rand(tokens, top_k, device=bench.device)

@@ -177,6 +177,7 @@ GROUPED_LINEAR = Op(
 GROUPED_SWIGLU = Op(
     "grouped_swiglu",
     (
+        Implementation("few_rows", _FEW_ROWS, "benthic.kernels.triton_few_rows:grouped_swiglu"),
         Implementation("gluon", _gluon_swiglu, "benthic.kernels.gluon_grouped:grouped_swiglu"),
         Implementation(
             "two_ops",
