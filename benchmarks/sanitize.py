@@ -31,7 +31,9 @@ from provenance import write_result
 TOOLS: Final = ("memcheck", "initcheck")
 USUAL: Final = "/usr/local/cuda/bin/compute-sanitizer"
 SUMMARY: Final = re.compile(r"ERROR SUMMARY: (\d+) error")
-ERROR: Final = re.compile(r"^=+ (\S.*)\n=+ +at (?:0x[0-9a-f]+ in )?(?:\S+:\d+:)?(?:void )?([\w:<>~]+)", re.MULTILINE)
+ERROR: Final = re.compile(
+    r"^=+ (\S.*)\n=+ +at (?:0x[0-9a-f]+ in )?(?:\S+:\d+:)?(?:void )?([\w:<>~]+)", re.MULTILINE
+)
 """A kind of error, and on the next line the kernel that made it."""
 
 
