@@ -1378,6 +1378,32 @@ def test_swiglu_to_fp8(dtype, width, power_of_two):
     same_bits(fused, ops.quantise_fp8_rows(wide, power_of_two=power_of_two, impl="triton"))
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_gradient_of_swiglu_alone_has_the_bits_of_autograds(dtype, width):
+    gate_up = made(TOKENS, 2 * width, dtype=dtype)
+    dy = made(TOKENS, width, dtype=dtype, seed=1).detach()
+    (exact,) = torch.autograd.grad(ops.swiglu(gate_up, impl="triton"), gate_up, dy)
+    assert torch.equal(ops.swiglu_gradient(gate_up.detach(), dy, impl="triton"), exact)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("name", [None, *GROUPS])
+@pytest.mark.parametrize("impl", ["two_ops", "gluon"])
+def test_the_gradient_of_swiglu_to_fp8_both_ways(dtype, impl, name, power_of_two):
+    skip_gluon(impl)
+    if impl == "gluon" and dtype == torch.float32:
+        pytest.skip("squares come in 16 bits")
+    ends, (x, _) = grouped_inputs(name or "uneven", 35, (256, 8), dtype)
+    ends, gate_up = None if name is None else ends, (x.detach() * 3)
+    gate_up[:3, :4] = gate_up.new_tensor([-100.0, 100.0, -87.0, 0.0])
+    dy = made(len(x), 128, dtype=dtype, seed=1).detach()
+    options = {"power_of_two": power_of_two}
+    wide = ops.swiglu_gradient(gate_up, dy)
+    rows, columns = ops.swiglu_gradient_fp8_both(gate_up, dy, ends, **options, impl=impl)
+    same_bits(rows, ops.quantise_fp8_rows(wide, **options))
+    same_bits(columns, ops.quantise_fp8_columns(wide, ends, **options))
+
+
 # narrower rows are padded to a tile, which the plain norm does not do: its sums have another order
 @pytest.mark.parametrize("width", [100, 300] + ([512, 2048, 7168] if ON_GPU else []))
 @pytest.mark.parametrize("power_of_two", [False, True])

@@ -25,6 +25,7 @@ from benthic.kernels import (
     gluon_fp8,
     gluon_fp8_split,
     gluon_fp8_squares,
+    gluon_fp8_swiglu,
     gluon_fp8_three,
     gluon_fp8_three_gradient,
     gluon_fp8_tiles,
@@ -73,7 +74,7 @@ def descriptor(rows, columns, dtype="bf16", *before):
     return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
-def built(kernel, constants, types, registers):
+def built(kernel, constants, types, registers, warps=4):
     """A kernel as a launch with aligned pointers and strides would compile it; bfloat16 but for `types`."""
     types, names = POINTERS | types | {"scale": "fp32"}, kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -86,7 +87,7 @@ def built(kernel, constants, types, registers):
     return triton.compile(
         GluonASTSource(kernel, signature, fixed, aligned),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4, "maxnreg": registers},
+        options={"num_warps": warps, "maxnreg": registers},
     )
 
 
@@ -195,6 +196,27 @@ def test_squares_convert_two_values_at_once_and_leave_room_for_other_programs(
     assert "UTMALDG.2D" in text
     assert text.count("F2FP.SATFINITE.E4M3") == 64 * (1 + both)  # 128 values of a thread each way
     assert len(re.findall(r"STG\.E\.128 ", text)) == 8  # whole lines of columns
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_squares_of_swiglu_leave_room_for_another_program_and_are_asked_for_one_by_one(
+    dtype, ends, power_of_two, tmp_path
+):
+    module, types = gluon_fp8_swiglu, {name: descriptor(128, 128, dtype) for name in ("gate_up", "dy")}
+    constants = {"HAS_ENDS": ends, "POWER_OF_TWO": power_of_two}
+    kernel = built(module._swiglu_squares, constants, types, module.REGISTERS, module.WARPS)
+    assert_fits(kernel, tmp_path)
+    assert module.PROGRAMS * (kernel.metadata.shared + 1024) <= 228 * 1024
+    assert module.PROGRAMS * module.WARPS * 32 * module.REGISTERS <= 65536
+    text = tool(kernel, "-sass", tmp_path)
+    assert text.count("F2FP.SATFINITE.E4M3") == 2 * 64  # two squares, 64 values of a thread each way
+    assert text.count("MUFU.EX2") - 64 == (2 if power_of_two else 0)
+    steps = re.findall(r"UTMALDG|FENCE\.VIEW\.ASYNC|STG\.E\.128 ", text)
+    order = "".join({"U": "L", "F": "f", "S": "s"}[step[0]] for step in steps)
+    # what was written is visible to TMA before a square is overwritten, and dy's is the last of all
+    assert re.fullmatch(r"f+LLLf+Lssssf+Lssssf*L", order)
 
 
 SHORT_OF_REGISTERS = pytest.mark.xfail(

@@ -112,6 +112,29 @@ def test_rows_and_columns_at_once_are_those_of_two_passes(name):
         assert torch.equal(ours.scale, theirs[1])
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [None, *ENDS])
+def test_the_gradient_of_swiglu_in_both_tilings_is_that_of_autograd(name, dtype, power_of_two):
+    ends = None if name is None else ends_of(name)
+    gate_up, dy = made(300, 150).to(dtype), made(300, 75, seed=1).to(dtype)
+    of = gate_up.double().requires_grad_()
+    (exact,) = torch.autograd.grad(ops.swiglu(of, impl="reference"), of, dy.double())
+    torch.testing.assert_close(ops.swiglu_gradient(of.detach(), dy.double(), impl="reference"), exact)
+    wide = ops.swiglu_gradient(gate_up, dy, impl="reference")
+    options = {"power_of_two": power_of_two}
+    rows, columns = ops.swiglu_gradient_fp8_both(gate_up, dy, ends, **options, impl="reference")
+    for ours, theirs in (
+        (rows, ops.quantise_fp8_rows(wide, **options)),
+        (columns, ops.quantise_fp8_columns(wide, ends, **options)),
+    ):
+        assert torch.equal(ours.values.view(torch.uint8), theirs[0].view(torch.uint8))
+        assert torch.equal(ours.scale, theirs[1])
+    rows, columns = ops.swiglu_gradient_fp8_both(gate_up, dy, ends, **options)
+    assert error(back(rows, 1), exact) < ONE_OPERAND
+    assert columns.values.shape == (150, padded_rows(300, 1 if ends is None else 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_quantised_as_it_is_computed_is_near_what_was_to_be_computed(dtype):
     x, residual, weight = made(63, 300).to(dtype), made(63, 300, seed=1).to(dtype), made(1, 300)[0].to(dtype)
@@ -210,6 +233,8 @@ def test_operands_that_disagree_are_refused_with_both_shapes():
         ops.quantise_fp8_both(made(2, 4, 8))
     with pytest.raises(ShapeError, match="must be even, not 7"):
         ops.swiglu_fp8(made(4, 7))
+    with pytest.raises(ShapeError, match=r"gate_up \(4, 8\) must have the rows of dy \(4, 8\)"):
+        ops.swiglu_gradient_fp8_both(made(4, 8), made(4, 8))
     with pytest.raises(ShapeError, match=r"8 columns but the weight has shape \(9,\)"):
         ops.rms_norm_fp8(made(4, 8), made(9, 1)[:, 0], 1e-6)
     with pytest.raises(ShapeError, match=r"x \(4, 8\) and residual \(5, 8\) must match"):

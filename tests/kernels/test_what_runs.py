@@ -177,6 +177,12 @@ CALLS = {
     ),
     "quantise_fp8_both": lambda made, impl: ops.quantise_fp8_both(made(TOKENS, WIDTH), impl=impl)[1].scale,
     "swiglu_fp8": lambda made, impl: ops.swiglu_fp8(made(TOKENS, WIDTH), impl=impl).scale,
+    "swiglu_gradient": lambda made, impl: ops.swiglu_gradient(
+        made(TOKENS, 2 * WIDTH), made(TOKENS, WIDTH), impl=impl
+    ),
+    "swiglu_gradient_fp8_both": lambda made, impl: (
+        ops.swiglu_gradient_fp8_both(made(TOKENS, 2 * WIDTH), made(TOKENS, WIDTH), impl=impl)[1].scale
+    ),
     "rms_norm_fp8": lambda made, impl: (
         ops.rms_norm_fp8(made(TOKENS, WIDTH), made(WIDTH), 1e-6, impl=impl).scale
     ),

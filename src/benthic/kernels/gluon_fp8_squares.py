@@ -15,15 +15,27 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from benthic.kernels.gluon_fp8_parts import (
+    PLAIN,
+    STAGED,
+    TILE,
+    clear_from,
+    larger,
+    largest_of_columns,
+    largest_of_fours,
+    largest_of_rows,
+    store_row_values,
+    wide,
+    words_of,
+)
 from benthic.kernels.gluon_fp8_tiles import expert_of
-from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars, take_context
+from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars, rows_loadable, take_context
 from benthic.kernels.host import cdiv
 from benthic.kernels.reference.fp8_linear import padded_rows
 from benthic.kernels.relaunch import remembered
-from benthic.kernels.triton_e4m3 import empty_tiles, inverse_of, quotient, tile_scale
+from benthic.kernels.triton_e4m3 import empty_tiles, inverse_of, tile_scale
 from benthic.kernels.triton_tiles import multiprocessors
 
-TILE = gl.constexpr(128)
 PART = gl.constexpr(32)
 """Rows of a square that are in registers at once, and words of a column."""
 PARTS = gl.constexpr(gl.BlockedLayout([4, 8], [2, 16], [4, 1], [1, 0]))
@@ -33,8 +45,6 @@ COLUMNS = gl.constexpr(gl.SliceLayout(0, PARTS))
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 """A thread has one row, or one column."""
 TURNED = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
-STAGED = gl.constexpr(gl.SwizzledSharedLayout(4, 8, 8, [1, 0]))
-PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 ROW_AMAX = gl.constexpr(0)
 ROW_SCALE = gl.constexpr(128)
 ROW_INVERSE = gl.constexpr(256)
@@ -53,18 +63,6 @@ def _fetch(x, square, bar, at, place, n_tiles, squares):
     mbarrier.expect(bar, x.block_type.nbytes, pred=at < squares)
     load(x, [row, column_tile * TILE], bar, square, pred=at < squares)
     return row, column_tile
-
-
-@gluon.jit
-def _clear_from(square, kept):
-    """Zero the rows of a square from `kept` on."""
-    row = gl.arange(0, PART, layout=ROWS)
-    for first in gl.static_range(0, TILE, PART):
-        part = square.slice(first, PART)
-        value = part.load(PARTS)
-        part.store(gl.where((row < kept - first)[:, None], value, gl.zeros_like(value)))
-    fence_async_shared()
-    meet()
 
 
 @gluon.jit
@@ -89,65 +87,9 @@ def _part(square, numbers, first: gl.constexpr):
             "=f,=f,=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=4,
         )  # fmt: skip
         x *= numbers.slice(ROW_SCALE + first, PART).load(ROWS)[:, None]
-    elif x.dtype == gl.bfloat16:
-        x = gl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r", [x], dtype=gl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
     else:
-        x = x.to(gl.float32)
+        x = wide(x)
     return x
-
-
-@gluon.jit
-def _words(x, by, inverse):
-    """Words of four rows in E4M3: [rows / 4, columns]."""
-    even, odd = gl.split(x.reshape([PART // 4, 2, 2, TILE]).permute((0, 3, 1, 2)))
-    x_0, x_2 = gl.split(even)
-    x_1, x_3 = gl.split(odd)
-    AT: gl.constexpr = gl.SliceLayout(0, x_0.type.layout)
-    by, inverse = gl.convert_layout(by, AT)[None, :], gl.convert_layout(inverse, AT)[None, :]
-    x_0, x_1 = quotient(x_0, by, inverse), quotient(x_1, by, inverse)
-    x_2, x_3 = quotient(x_2, by, inverse), quotient(x_3, by, inverse)
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,f,f,f,f", [x_0, x_1, x_2, x_3], dtype=gl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _larger(a, b):
-    """Whichever of two 16-bit numbers has the larger magnitude, with some sign; two at a time."""
-    if a.dtype == gl.bfloat16:
-        INSTRUCTION: gl.constexpr = "max.xorsign.abs.bf16x2 $0, $1, $2;"
-    else:
-        INSTRUCTION: gl.constexpr = "max.xorsign.abs.f16x2 $0, $1, $2;"
-    return gl.inline_asm_elementwise(INSTRUCTION, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2)
-
-
-@gluon.jit
-def _largest_of_rows(x):
-    """The largest magnitude of each row of a part in 16 bits."""
-    a, b = gl.split(x.reshape([PART, TILE // 8, 2, 4]).permute((0, 1, 3, 2)))
-    a, b = gl.split(_larger(a, b).reshape([PART, TILE // 8, 2, 2]).permute((0, 1, 3, 2)))
-    x = _larger(a, b)
-    x = gl.abs(x.to(gl.float32)).reshape([PART, TILE // 4])
-    return gl.convert_layout(gl.max(x, axis=1), ROWS)
-
-
-@gluon.jit
-def _largest_of_columns(x):
-    """The largest magnitude of each column of a part in 16 bits."""
-    a, b = gl.split(x.reshape([PART // 4, 2, 2, TILE]).permute((0, 2, 3, 1)))
-    a, b = gl.split(_larger(a, b).permute((0, 2, 1)))
-    x = _larger(a, b)
-    x = gl.abs(x.to(gl.float32)).reshape([PART // 4, TILE])
-    return gl.convert_layout(gl.max(x, axis=0), LINE)
 
 
 @gluon.jit
@@ -155,13 +97,13 @@ def _largest(square, numbers, BOTH: gl.constexpr):
     """The largest magnitude of each column; those of rows go to shared memory."""
     amax = square.slice(0, PART).load(PARTS)
     if BOTH:
-        numbers.slice(ROW_AMAX, PART).store(_largest_of_rows(amax))
+        numbers.slice(ROW_AMAX, PART).store(largest_of_rows(amax))
     for first in gl.static_range(PART, TILE, PART):
         x = square.slice(first, PART).load(PARTS)
         if BOTH:
-            numbers.slice(ROW_AMAX + first, PART).store(_largest_of_rows(x))
-        amax = _larger(amax, x)
-    return _largest_of_columns(amax)
+            numbers.slice(ROW_AMAX + first, PART).store(largest_of_rows(x))
+        amax = larger(amax, x)
+    return largest_of_columns(largest_of_fours(amax), LINE)
 
 
 @gluon.jit
@@ -171,17 +113,6 @@ def _largest_scaled(square, numbers):
     for first in gl.static_range(PART, TILE, PART):
         amax = gl.maximum(amax, gl.abs(_part(square, numbers, first)))
     return gl.convert_layout(gl.max(amax, axis=0), LINE)
-
-
-@gluon.jit
-def _store_row_values(x, numbers, values_ptr, first: gl.constexpr, columns, height, width):
-    """Values of a part that has `height` rows and `width` columns."""
-    by = numbers.slice(ROW_SCALE + first, PART).load(ROWS)
-    inverse = numbers.slice(ROW_INVERSE + first, PART).load(ROWS)
-    values = quotient(x, by[:, None], inverse[:, None]).to(gl.float8e4nv)
-    row, column = first + gl.arange(0, PART, layout=ROWS), gl.arange(0, TILE, layout=COLUMNS)
-    place = (row * columns)[:, None] + column[None, :]
-    gl.store(values_ptr + place, values, mask=(row < height)[:, None] & (column < width)[None, :])
 
 
 @remembered
@@ -221,7 +152,7 @@ def _quantise_squares(
         mbarrier.wait(bar, phase)
         phase ^= 1
         if height < TILE:
-            _clear_from(square, height)
+            clear_from(square, height, PARTS, PART)
         meet()
         amax = _largest_scaled(square, numbers) if RETILE else _largest(square, numbers, BOTH)
         scale = tile_scale(gl.where(owned, amax, 0.0), POWER_OF_TWO)
@@ -243,8 +174,12 @@ def _quantise_squares(
         for first in gl.static_range(0, TILE, PART):
             part = _part(square, numbers, first)
             if BOTH:
-                _store_row_values(part, numbers, values_ptr, first, column_dim, height, column_dim - column)
-            words = _words(part, by, inverse)
+                row_by = numbers.slice(ROW_SCALE + first, PART).load(ROWS)
+                row_inverse = numbers.slice(ROW_INVERSE + first, PART).load(ROWS)
+                store_row_values(
+                    part, row_by, row_inverse, values_ptr, first, column_dim, height, column_dim - column
+                )
+            words = words_of(part, by, inverse)
             staged.slice(first // 4, PART // 4, dim=1).store(words.permute((1, 0)))
         meet()
         if place[0] >= experts:
@@ -279,7 +214,7 @@ def retile(rows, ends_E, *, power_of_two):
 
 
 def _walk(x_RI, in_scale, ends_E, by_row, *, power_of_two):
-    x_RI = _loadable(x_RI)
+    x_RI = rows_loadable(x_RI)
     rows, columns = x_RI.shape
     experts, n_tiles = 1 if ends_E is None else ends_E.shape[0], cdiv(columns, TILE.value)
     padded = padded_rows(rows, experts)
@@ -301,9 +236,3 @@ def _walk(x_RI, in_scale, ends_E, by_row, *, power_of_two):
             num_warps=4, maxnreg=registers,
         )  # fmt: skip
     return by_column
-
-
-def _loadable(x_RI):
-    """As TMA takes it: rows begin and step by multiples of 16 bytes."""
-    aligned = x_RI.stride(0) * x_RI.element_size() % 16 == 0 and x_RI.data_ptr() % 16 == 0
-    return x_RI if x_RI.stride(1) == 1 and aligned else x_RI.contiguous()

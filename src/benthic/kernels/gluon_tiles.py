@@ -155,6 +155,12 @@ def loadable(x_THd):
     return x_THd if x_THd.stride(2) == 1 and eights and one_row else x_THd.contiguous()
 
 
+def rows_loadable(x_RI):
+    """As TMA takes a matrix: rows begin and step by multiples of 16 bytes."""
+    aligned = x_RI.stride(0) * x_RI.element_size() % 16 == 0 and x_RI.data_ptr() % 16 == 0
+    return x_RI if x_RI.stride(1) == 1 and aligned else x_RI.contiguous()
+
+
 def rows_of(x_THd, rows, width):
     """A descriptor of blocks of `rows` tokens by `width` dims of a head; zeros lie behind the last token."""
     tokens, heads, dims = x_THd.shape

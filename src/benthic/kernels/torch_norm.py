@@ -75,6 +75,18 @@ def rope_and_norm(
     return query, key, rms_norm(latent_TC, weight_C, eps)
 
 
+def swiglu_gradient(gate_up: Tensor, dy: Tensor) -> Tensor:
+    """See `benthic.kernels.ops.swiglu_gradient`; float32, float64 and bfloat16."""
+    acc = wide(gate_up.dtype)
+    dy = dy.to(acc)
+    gate, up = gate_up.to(acc).chunk(2, dim=-1)
+    out = torch.empty(gate_up.shape, dtype=acc)
+    dgate, dup = out.chunk(2, dim=-1)
+    torch.mul(dy, F.silu(gate), out=dup)
+    dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+    return out.to(gate_up.dtype)
+
+
 def differentiable_rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
     """See `benthic.kernels.ops.rope`; float32, float64 and bfloat16."""
     out: Tensor = _Rope.apply(x, *_by_head(x, cos_Tr2, sin_Tr2))
@@ -135,14 +147,7 @@ class _SwiGlu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """Gradient of both halves, side by side."""
         (gate_up,) = ctx.saved_tensors
-        acc = wide(gate_up.dtype)
-        dy = grads[0].to(acc)
-        gate, up = gate_up.to(acc).chunk(2, dim=-1)
-        out = torch.empty(gate_up.shape, dtype=acc)
-        dgate, dup = out.chunk(2, dim=-1)
-        torch.mul(dy, F.silu(gate), out=dup)
-        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-        return out.to(gate_up.dtype)
+        return swiglu_gradient(gate_up, grads[0])
 
 
 class _Rope(torch.autograd.Function):

@@ -142,6 +142,19 @@ def swiglu(gate_up):
     return _SwiGlu.apply(gate_up)
 
 
+def swiglu_gradient(gate_up, dy):
+    """See `benthic.kernels.ops.swiglu_gradient`."""
+    rows_RF2, dy = as_rows(gate_up), dy.contiguous()
+    rows, width = rows_RF2.shape[0], gate_up.shape[-1] // 2
+    out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        grid, block, padded = _swiglu_tiles(rows, width)
+        _swiglu_backward[grid](
+            rows_RF2, dy, out, rows, width, rows_RF2.stride(0), ROWS=block, WIDTH=padded, num_warps=4
+        )
+    return out
+
+
 def as_rows(x):
     """View x as `[rows, width]` with unit stride along a row, copying only when no such view exists."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -236,16 +249,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         """Gradient of both halves."""
-        (gate_up,) = ctx.saved_tensors
-        rows_RF2, dy = as_rows(gate_up), dy.contiguous()
-        rows, width = rows_RF2.shape[0], gate_up.shape[-1] // 2
-        out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        if out.numel():
-            grid, block, padded = _swiglu_tiles(rows, width)
-            _swiglu_backward[grid](
-                rows_RF2, dy, out, rows, width, rows_RF2.stride(0), ROWS=block, WIDTH=padded, num_warps=4
-            )
-        return out
+        return swiglu_gradient(*ctx.saved_tensors, dy)
 
 
 def _swiglu_tiles(rows, width):

@@ -52,6 +52,12 @@ def fused(bench: Bench) -> None:
     cases: list[tuple[str, Callable[..., Any], tuple[torch.Tensor, ...], float]] = [
         ("quantise_fp8_both", lambda impl, x: ops.quantise_fp8_both(x, ends, impl=impl), (x,), wide + 2),
         ("swiglu_fp8", lambda impl, x: ops.swiglu_fp8(x, impl=impl), (x,), wide + 0.5),
+        (
+            "swiglu_gradient_fp8_both",
+            lambda impl, x, r: ops.swiglu_gradient_fp8_both(x, r, ends, impl=impl),
+            (x, bench.random(rows, width // 2, seed=2)),
+            1.5 * wide + 2,
+        ),
         ("rms_norm_fp8", lambda impl, x: ops.rms_norm_fp8(x, weight, 1e-6, impl=impl), (x,), wide + 1),
         (
             "add_rms_norm_fp8",

@@ -13,14 +13,17 @@ import torch
 from benthic.errors import ShapeError
 from benthic.kernels.ops.fp8 import quantise_fp8_rows
 from benthic.kernels.ops.fp8_linear import MANY_VALUES, quantise_fp8_columns
-from benthic.kernels.ops.fp8_ways import gluon_squares
+from benthic.kernels.ops.fp8_ways import gluon_square_pairs, gluon_squares
+from benthic.kernels.ops.norm import check_swiglu_gradient, swiglu_gradient
 from benthic.kernels.reference.fp8_linear import TILE, Fp8
 from benthic.kernels.table import (
     Case,
     Implementation,
     Op,
+    anywhere,
     device_type,
     inference_only,
+    one_dtype,
     reference,
     triton_runs,
 )
@@ -49,6 +52,24 @@ SWIGLU_FP8 = Op(
         Implementation("triton", _TRITON, "benthic.kernels.triton_fp8_fused:swiglu"),
         reference("benthic.kernels.reference.fp8_fused:swiglu"),
     ),
+    trains=False,
+)
+SWIGLU_GRADIENT_FP8_BOTH = Op(
+    "swiglu_gradient_fp8_both",
+    (
+        Implementation(
+            "gluon",
+            inference_only(one_dtype(gluon_square_pairs)),
+            "benthic.kernels.gluon_fp8_swiglu:swiglu_gradient_both",
+        ),
+        Implementation(
+            "two_ops",
+            anywhere("swiglu_gradient, then quantise_fp8_both: see the lines of these"),
+            "benthic.kernels.ops.fp8_fused:gradient_then_tiles",
+        ),
+        reference("benthic.kernels.reference.fp8_fused:swiglu_gradient_both"),
+    ),
+    typical_dims=(1408,),
     trains=False,
 )
 RMS_NORM_FP8 = Op(
@@ -102,6 +123,40 @@ def swiglu_fp8(gate_up_RF2: Tensor, *, power_of_two: bool = False, impl: str | N
         raise ShapeError(msg)
     out: Fp8 = SWIGLU_FP8.choose(_case(gate_up_RF2), impl)(gate_up_RF2, power_of_two=power_of_two)
     return out
+
+
+def swiglu_gradient_fp8_both(
+    gate_up_RF2: Tensor,
+    dy_RF: Tensor,
+    ends_E: Tensor | None = None,
+    *,
+    power_of_two: bool = False,
+    impl: str | None = None,
+) -> tuple[Fp8, Fp8]:
+    """`quantise_fp8_both` of `swiglu_gradient`, which is rounded to the dtype of gate_up first.
+
+    Shapes: gate_up float [R, 2F]; dy float [R, F]; ends int32 [E] or None. Returns row tiles of [R, 2F] and
+    column tiles [2F, P]. The bits are those of both ops, as long as no `dy * up` reaches 1e26.
+    Raises: ShapeError when shapes disagree; BackendError when `impl` cannot run.
+    Cost: gate_up and dy are read, 2 bytes an element of gate_up are written.
+    """
+    _check_matrix("swiglu_gradient_fp8_both", gate_up_RF2)
+    check_swiglu_gradient("swiglu_gradient_fp8_both", gate_up_RF2, dy_RF)
+    many = impl is not None or gate_up_RF2.numel() >= MANY_VALUES
+    case = _case(gate_up_RF2, dy_RF)._replace(
+        dims=(dy_RF.shape[1],), mixed=dy_RF.dtype is not gate_up_RF2.dtype, many=many
+    )
+    out: tuple[Fp8, Fp8] = SWIGLU_GRADIENT_FP8_BOTH.choose(case, impl)(
+        gate_up_RF2, dy_RF, ends_E, power_of_two=power_of_two
+    )
+    return out
+
+
+def gradient_then_tiles(
+    gate_up_RF2: Tensor, dy_RF: Tensor, ends_E: Tensor | None, *, power_of_two: bool
+) -> tuple[Fp8, Fp8]:
+    """See `swiglu_gradient_fp8_both`; the table is asked for each of the two."""
+    return quantise_fp8_both(swiglu_gradient(gate_up_RF2, dy_RF), ends_E, power_of_two=power_of_two)
 
 
 def rms_norm_fp8(

@@ -167,6 +167,11 @@ GROUPED_FP8_WEIGHT_GRADIENT = Op(
 ADD_FP8_WEIGHT_GRADIENT = Op(
     "add_fp8_weight_gradient",
     (
+        Implementation(
+            "gluon_three",
+            laid_out("rows", gluon_gradient),
+            "benthic.kernels.gluon_fp8_three_gradient:add_weight_gradient",
+        ),
         Implementation("cublas", cublas, "benthic.kernels.torch_fp8_linear:add_weight_gradient"),
         Implementation(
             "triton",
@@ -174,11 +179,6 @@ ADD_FP8_WEIGHT_GRADIENT = Op(
                 "rows", triton_runs(torch.float32, reason="our product adds what its accumulator holds")
             ),
             "benthic.kernels.triton_fp8_linear:add_weight_gradient",
-        ),
-        Implementation(
-            "gluon_three",
-            laid_out("rows", gluon_gradient),
-            "benthic.kernels.gluon_fp8_three_gradient:add_weight_gradient",
         ),
         reference("benthic.kernels.reference.fp8_linear:add_weight_gradient"),
     ),

@@ -111,6 +111,14 @@ def gluon_squares(case: Case) -> Verdict:
     return yes("squares come by TMA, and each of its values takes half the instructions")
 
 
+def gluon_square_pairs(case: Case) -> Verdict:
+    """`gluon_squares`, for gates and ups of which no square holds both."""
+    if case.dtype == torch.float8_e4m3fn or case.dims[0] % TILE:
+        return no(f"needs floats and a multiple of {TILE} gates, not {case.dtype} and {case.dims[0]}")
+    verdict = gluon_squares(case)
+    return yes("one pass instead of two: no wide gradient is written") if verdict.runs else verdict
+
+
 def turns_words(case: Case) -> Verdict:
     """Four bytes at once, both ways."""
     if any(width % 4 for width in case.dims):

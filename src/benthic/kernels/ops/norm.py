@@ -72,6 +72,19 @@ SWIGLU = Op(
         reference("benthic.kernels.reference.norm:swiglu"),
     ),
 )
+SWIGLU_GRADIENT = Op(
+    "swiglu_gradient",
+    (
+        Implementation(
+            "torch",
+            inference_only(_DIFFERENTIABLE),
+            "benthic.kernels.torch_norm:swiglu_gradient",
+        ),
+        Implementation("triton", inference_only(_TRITON), "benthic.kernels.triton_norm:swiglu_gradient"),
+        reference("benthic.kernels.reference.norm:swiglu_gradient"),
+    ),
+    trains=False,
+)
 ROPE = Op(
     "rope",
     (
@@ -166,6 +179,28 @@ def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     grad = torch.is_grad_enabled() and gate_up.requires_grad
     out: Tensor = SWIGLU.choose(Case(device_type(gate_up), gate_up.dtype, grad=grad), impl)(gate_up)
     return out
+
+
+def swiglu_gradient(gate_up: Tensor, dy: Tensor, *, impl: str | None = None) -> Tensor:
+    """What `swiglu` gives gate_up for the gradient `dy` of its output, with the bits of autograd's.
+
+    Shapes: gate_up [..., 2F], dy [..., F] -> [..., 2F] in the dtype of gate_up. Where autograd records, only
+    the definition runs.
+    Raises: ShapeError when the last dim is odd or shapes disagree; BackendError when `impl` cannot run.
+    """
+    check_swiglu_gradient("swiglu_gradient", gate_up, dy)
+    grad = torch.is_grad_enabled() and (gate_up.requires_grad or dy.requires_grad)
+    case = Case(device_type(gate_up), gate_up.dtype, grad=grad)
+    out: Tensor = SWIGLU_GRADIENT.choose(case, impl)(gate_up, dy)
+    return out
+
+
+def check_swiglu_gradient(name: str, gate_up: Tensor, dy: Tensor) -> None:
+    """Raise ShapeError where gate_up is not twice as wide as dy; `name` is the op's."""
+    if gate_up.shape != (*dy.shape[:-1], 2 * dy.shape[-1]):
+        found = tuple(gate_up.shape)
+        msg = f"{name}: gate_up {found} must have the rows of dy {tuple(dy.shape)}, twice as wide"
+        raise ShapeError(msg)
 
 
 def rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor, *, impl: str | None = None) -> Tensor:

@@ -23,6 +23,13 @@ def swiglu(gate_up_RF2: Tensor, *, power_of_two: bool) -> Fp8:
     return _rows(norm.swiglu(gate_up_RF2), power_of_two=power_of_two)
 
 
+def swiglu_gradient_both(
+    gate_up_RF2: Tensor, dy_RF: Tensor, ends_E: Tensor | None, *, power_of_two: bool
+) -> tuple[Fp8, Fp8]:
+    """Both tilings of the gradient of `silu(gate) * up`, rounded to the dtype of gate_up first."""
+    return quantise_both(norm.swiglu_gradient(gate_up_RF2, dy_RF), ends_E, power_of_two=power_of_two)
+
+
 def rms_norm(x_RD: Tensor, weight_D: Tensor, eps: float, *, power_of_two: bool) -> Fp8:
     """Row tiles of the norm, rounded to the dtype of x first."""
     return _rows(norm.rms_norm(x_RD, weight_D, eps), power_of_two=power_of_two)

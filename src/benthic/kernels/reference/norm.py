@@ -30,6 +30,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
+def swiglu_gradient(gate_up: Tensor, dy: Tensor) -> Tensor:
+    """`d(gate) = dy up s (1 + gate (1 - s))` beside `d(up) = dy gate s`, s = sigmoid(gate), rounded once."""
+    acc = wide(gate_up.dtype)
+    gate, up = gate_up.to(acc).chunk(2, dim=-1)
+    dy, sigmoid = dy.to(acc), torch.sigmoid(gate)
+    dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    return torch.cat((dgate, dy * gate * sigmoid), dim=-1).to(gate_up.dtype)
+
+
 def rope_and_norm(
     q_rope_THr: Tensor,
     k_rope_Tr: Tensor,

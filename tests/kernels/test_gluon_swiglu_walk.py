@@ -1,0 +1,144 @@
+"""SwiGLU's gradient in FP8 in Gluon, run by Python: its own functions, on memory that TMA overwrites at once.
+
+Layouts and instructions are left out; which squares are read, where tiles are written, and what lies over
+what in shared memory are not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gluon_threads import Pointer, Tiles, in_python
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from benthic.kernels import gluon_fp8_parts, gluon_fp8_swiglu, gluon_fp8_tiles, ops
+from benthic.kernels.reference.fp8_linear import padded_rows
+
+TILE = 128
+
+
+class Part(torch.Tensor):
+    """A tensor in registers, which has a layout."""
+
+    type = SimpleNamespace(layout=None)
+
+
+class Described:
+    """A matrix whose blocks are loaded; zeros lie behind its ends."""
+
+    def __init__(self, data):
+        self.data, self.dtype, self.layout = data, data.dtype, None
+        self.block_type = SimpleNamespace(nbytes=TILE * TILE * data.itemsize)
+
+
+def load(described, corner, bar, tile, *, pred=True):
+    if pred:
+        row, column = (int(each) for each in corner)
+        part = described.data[row : row + TILE, column : column + TILE]
+        block = torch.zeros(TILE, TILE, dtype=part.dtype)
+        block[: part.shape[0], : part.shape[1]] = part
+        tile.store(block)
+        bar.came(size=-described.block_type.nbytes)
+
+
+def take(pointer, *, mask=True, other=None):
+    return pointer.data[pointer.at].long() if mask else torch.as_tensor(other)
+
+
+def put(pointer, values, mask):
+    mask = mask.expand(values.shape)
+    at = pointer.at.expand(values.shape)[mask]
+    pointer.data[at] = values[mask]
+    pointer.written.index_add_(0, at, torch.ones_like(at))
+
+
+def words_of(x, by, _inverse):
+    values = (x / by[None, :]).to(torch.float8_e4m3fn).view(torch.uint8)
+    return values.view(-1, 4, TILE).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
+
+
+def tile_scale(amax, power_of_two):
+    scale = amax.clamp(min=1e-4) / 448.0
+    return torch.exp2(torch.ceil(torch.log2(scale))) if power_of_two else scale
+
+
+def where(condition, *either):
+    return torch.where(torch.as_tensor(condition), *(torch.as_tensor(each) for each in either))
+
+
+@pytest.fixture
+def language(monkeypatch):
+    found = SimpleNamespace(
+        load=take, store=put, where=where, zeros_like=torch.zeros_like, abs=torch.abs, static_range=range,
+        max=lambda x, axis: x.amax(axis), split=lambda x: x.unbind(-1), convert_layout=lambda x, _layout: x,
+        arange=lambda start, end, layout: torch.arange(start, end), num_warps=lambda: 8,
+        allocate_shared_memory=lambda dtype, shape, _: Tiles(torch.full(shape, torch.nan, dtype=dtype)),
+        BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None, maximum=torch.maximum,
+        float32=torch.float32, int32=torch.int32, int64=torch.int64, float8e4nv=torch.float8_e4m3fn,
+    )  # fmt: skip
+    in_python(
+        monkeypatch,
+        (gluon_fp8_swiglu, gluon_fp8_parts, gluon_fp8_tiles),
+        gl=found,
+        load=load,
+        view=lambda tiles, dtype, shape, _layout: Tiles(tiles.data.view(dtype).view(shape)),
+        wide=lambda x: x.float().as_subclass(Part),
+        larger=lambda a, b: torch.where(a.abs() >= b.abs(), a, b),
+        largest_of_rows=lambda x: x.abs().float().amax(1),
+        words_of=words_of,
+        quotient=lambda x, by, _inverse: x / by,
+        tile_scale=tile_scale,
+        inverse_of=lambda scale: 1.0 / scale,
+        _sigmoid=torch.sigmoid,
+    )
+    return found
+
+
+def run(language, gate_up, dy, ends, *, programs, power_of_two):
+    """What the kernel writes, and how often."""
+    (rows, width), experts = dy.shape, 1 if ends is None else len(ends)
+    padded, n_tiles = padded_rows(rows, experts), width // TILE
+    squares = (padded // TILE + 1) * n_tiles
+    values = [torch.full((2 * width * each,), 77, dtype=torch.uint8) for each in (rows, padded)]
+    scales = [torch.full((2 * width * each // TILE,), torch.nan) for each in (rows, padded)]
+    by_row, by_column = Pointer(values[0].view(torch.float8_e4m3fn)), Pointer(values[1].view(torch.int32))
+    row_scale, column_scale = (Pointer(scale) for scale in scales)
+    language.num_programs = lambda _axis: programs
+    for program in range(min(programs, squares)):
+        language.program_id = lambda _axis, program=program: torch.tensor(program)
+        gluon_fp8_swiglu._swiglu_squares(
+            Described(gate_up), Described(dy), by_row, row_scale, by_column, column_scale,
+            Pointer(values[0] if ends is None else ends), rows, experts, torch.tensor(width),
+            padded // 4, n_tiles,
+            squares, rows, 2 * width, HAS_ENDS=ends is not None, POWER_OF_TWO=power_of_two,
+        )  # fmt: skip
+    for pointer in (by_row, by_column, row_scale, column_scale):
+        assert (pointer.written == 1).all()
+    values = [each.view(shape) for each, shape in zip(values, ((rows, -1), (2 * width, -1)), strict=True)]
+    return values, [scale.view(2 * n_tiles, rows).t() if i == 0 else scale.view(-1, 2 * width).t()
+                    for i, scale in enumerate(scales)]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 0, 127, 128, 129), (0, 0), (300,), (64, 200, 0)], ids=str)
+@pytest.mark.parametrize("spare", [0, 70, 200])
+@pytest.mark.parametrize("programs", [1, 3, 132])
+@pytest.mark.parametrize(("width", "power_of_two"), [(128, True), (384, False)])
+def test_both_tilings_are_those_of_the_gradient_and_written_once(
+    language, sizes, spare, programs, width, power_of_two
+):
+    rows = (333 if sizes is None else sum(sizes)) + spare
+    if not rows:
+        return
+    ends = None if sizes is None else torch.tensor(sizes).cumsum(0).int()
+    generator = torch.Generator().manual_seed(0)
+    gate_up, dy = (torch.randn(rows, n, generator=generator).bfloat16() * 2 for n in (2 * width, width))
+    exact = ops.swiglu_gradient_fp8_both(gate_up, dy, ends, power_of_two=power_of_two, impl="reference")
+    values, scales = run(language, gate_up, dy, ends, programs=programs, power_of_two=power_of_two)
+    for found, scale, tiles in zip(values, scales, exact, strict=True):
+        assert torch.equal(scale, tiles.scale)
+        assert torch.equal(found, tiles.values.view(torch.uint8))
