@@ -30,8 +30,6 @@ from benthic.cli.settings import apply
 from benthic.kernels import ops
 from benthic.kernels.reference import balance
 from benthic.kernels.reference import norm as definitions
-from benthic.model.mlp import Mlp
-from benthic.model.moe import Experts
 from benthic.model.norm import Norm
 from benthic.spec import presets
 from benthic.train.config import LogConfig, LoopConfig, RunConfig
@@ -153,9 +151,8 @@ def pieces(trainer: Trainer) -> None:  # noqa: ARG001 (every network's)
 
     setattr(Norm, "forward", lambda self, x: norm(x, self.weight, self.eps))  # noqa: B010
     setattr(Norm, "after_adding", after_adding)  # noqa: B010
-    swiglu = staticmethod(torch.compile(definitions.swiglu))
-    for owner in (Mlp, Experts):
-        setattr(owner, "activate", swiglu)  # noqa: B010
+    setattr(ops, "swiglu", torch.compile(definitions.swiglu))  # noqa: B010
+    setattr(ops, "swiglu_gradient", torch.compile(definitions.swiglu_gradient))  # noqa: B010
     setattr(ops, "balance_loss", torch.compile(balance.balance_loss))  # noqa: B010
 
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from benthic.train.config import RunConfig
     from benthic.train.trainer import Trainer
 
-HOST_COPIES = (
-    "aten.empty.memory_format"  # what is offloaded goes into an empty tensor; nothing else stays in one
-)
+HOST_COPIES = "aten.empty.memory_format"  # what is offloaded goes into an empty tensor, and what C computes
 SEGMENTS = "aten._scaled_dot_product_flash_attention_for_cpu.default"  # kept beside all of them together
 PHASES = ("attention", "dispatch", "experts", "combine")
 V3 = ("deepseek-v3",)
@@ -81,7 +79,8 @@ def config(
 
 def kept_by_a_chunk(trainer: Trainer) -> int:
     """Bytes that the second microbatch in flight adds; the first has made the FP8 weights of the step."""
-    without = (HOST_COPIES, SEGMENTS) if trainer.mesh.context.size > 1 else (HOST_COPIES,)
+    without = (HOST_COPIES,) if trainer.config.offload else ()
+    without += (SEGMENTS,) if trainer.mesh.context.size > 1 else ()
     executor, batch, memory = trainer.executor, trainer._read(), LiveMemory(without)
     weights = Weights(main=1.0, mtp=(1.0,), balance=1.0)
     executor._take([executor._task(each, executor._objective(each, weights)) for each in batch])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from benthic.kernels import ops
-from benthic.model.products import PlainProducts, SplitLinear, WeightGradients
+from benthic.model.products import PlainProducts, WeightGradients
+from benthic.model.split_linear import SplitLinear
 from benthic.parallel.buckets import Bucket, global_norm
 from benthic.parallel.mesh import Group
 from benthic.train.config import OptimizerConfig

@@ -23,6 +23,7 @@ from benthic.model.network import DeepSeek
 from benthic.model.part import Part
 from benthic.model.rope_layout import half_split_order
 from benthic.model.shards import read_config
+from benthic.model.sockets import Linear
 from benthic.model.tensor_check import FP8_BLOCK, FP8_CODE, SCALE_SUFFIX, Table
 from benthic.spec.parameters import parameters
 
@@ -58,7 +59,7 @@ class NarrowRows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BlockScaledLinear:
+class BlockScaledLinear(Linear):
     """The `linear` socket that multiplies some weights in FP8 and all others as they are.
 
     Rows are quantised in 1 x 128 tiles as they come (DeepSeek-V3 report section 3.3.2), or have been:
@@ -67,9 +68,11 @@ class BlockScaledLinear:
     Attributes:
         parts: block tiles by the address of their parameter. Several where the matrices that a parameter
             stacks (gate and up) end inside a block: each then has a product of its own.
+        narrow_hidden: SwiGLU quantises what it computes, where the product behind it is in FP8.
     """
 
     parts: Mapping[int, tuple[Fp8, ...]]
+    narrow_hidden: bool = False
 
     def __call__(self, x: Tensor | NarrowRows, weight: Tensor) -> Tensor:
         """`x_..I @ weight_OI.T`, in the dtype of x."""
@@ -89,6 +92,20 @@ class BlockScaledLinear:
         if parts is None:
             return plain_linear.grouped(rows_RI, weight_EOI, ends_E)
         return _product(rows_RI, parts, ends_E)
+
+    def network(
+        self, x_RD: Tensor | NarrowRows, gate_up: Tensor, down: Tensor, ends_E: Tensor | None = None
+    ) -> Tensor:
+        """`down(swiglu(gate_up(x_RD)))`, in the dtype of x."""
+        gate_up_RF2 = self.product(x_RD, gate_up, ends_E)
+        if self.narrow_hidden and down.data_ptr() in self.parts:
+            hidden = NarrowRows(ops.swiglu_fp8(gate_up_RF2), gate_up_RF2.dtype)
+            return self.product(hidden, down, ends_E)
+        return self.product(ops.swiglu(gate_up_RF2), down, ends_E)
+
+    def product(self, x_RI: Tensor | NarrowRows, weight: Tensor, ends_E: Tensor | None) -> Tensor:
+        """As every socket's."""
+        return self(x_RI, weight) if ends_E is None else self.grouped(x_RI, weight, ends_E)
 
 
 def _product(rows_RI: Tensor | NarrowRows, parts: tuple[Fp8, ...], ends_E: Tensor | None) -> Tensor:

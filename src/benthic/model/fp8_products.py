@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from benthic.errors import ScheduleError
 from benthic.kernels import ops
 from benthic.kernels.ops import Fp8
-from benthic.model.products import Kept, SplitLinear, Sum, owner_of
+from benthic.model.products import Kept, Sum, owner_of
+from benthic.model.sockets import Linear
 from benthic.spec.parameters import parameters
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.network import DeepSeek
+    from benthic.model.split_linear import SplitLinear
 
 
 def fp8_parameters(model: DeepSeek) -> dict[str, Tensor]:
@@ -112,9 +114,21 @@ class Fp8Products:
         """Row tiles for the input gradient, column tiles for the weight gradient, both from `dy` itself."""
         return ops.quantise_fp8_both(dy_RO.contiguous(), ends_E, power_of_two=self.power_of_two)
 
+    def keep_hidden(self, gate_up_RF2: Tensor) -> Kept:
+        """Row tiles of SwiGLU, which is not written wide."""
+        return ops.swiglu_fp8(gate_up_RF2, power_of_two=self.power_of_two)
+
+    def keep_hidden_gradient(
+        self, gate_up_RF2: Tensor, dhidden_RF: Tensor, ends_E: Tensor | None
+    ) -> tuple[Kept, Kept]:
+        """Row and column tiles of SwiGLU's gradient, which is not written wide."""
+        return ops.swiglu_gradient_fp8_both(gate_up_RF2, dhidden_RF, ends_E, power_of_two=self.power_of_two)
+
     def output(self, rows: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         """`x W^T`."""
         return ops.fp8_linear(Fp8(*rows), Fp8(*weight[:2]), ends_E, dtype=dtype)
+
+    network_output = output
 
     def input_gradient(self, dy: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         """`dy W`: a block of the transposed weight is the transposed block, so nothing is rounded again."""
@@ -130,7 +144,7 @@ class Fp8Products:
 
 
 @dataclass(frozen=True)
-class MixedLinear:
+class MixedLinear(Linear):
     """The `linear` socket that multiplies the `narrow` parameters in FP8 and all others in `wide`."""
 
     narrow: frozenset[Tensor]
@@ -145,6 +159,10 @@ class MixedLinear:
     def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         """Each expert's rows times its own `weight_OI.T`."""
         return self._of(weight_EOI).grouped(rows_RI, weight_EOI, ends_E)
+
+    def network(self, x_RD: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor | None = None) -> Tensor:
+        """`down(swiglu(gate_up(x_RD)))`; both weights are narrow, or both wide."""
+        return self._of(gate_up).network(x_RD, gate_up, down, ends_E)
 
     def _of(self, weight: Tensor) -> SplitLinear:
         return self.fp8 if owner_of(weight) in self.narrow else self.wide

@@ -14,6 +14,7 @@ import torch
 from benthic.kernels import ops
 from benthic.model.mla import Attention, LatentUp
 from benthic.model.moe import Gate
+from benthic.model.sockets import Linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from benthic.model.network import DeepSeek
 
 
-class InvariantLinear:
+class InvariantLinear(Linear):
     """The `linear` socket whose products give a row the bits it has alone; see `ops.linear_by_row`."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:

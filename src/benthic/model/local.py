@@ -10,15 +10,13 @@ from torch.nn import functional as F
 
 from benthic.kernels import ops
 from benthic.kernels.tile_lists import TileLists
-from benthic.model.sockets import Arrived, InFlight, LatentUp, Sockets
+from benthic.model.sockets import Arrived, InFlight, LatentUp, Linear, Sockets
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from benthic.model.sockets import Linear
 
-
-class PlainLinear:
+class PlainLinear(Linear):
     """Products in whatever dtype rows and weights have."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:

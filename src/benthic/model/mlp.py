@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from benthic.kernels import ops
 from benthic.model.linear import Linear
 
 if TYPE_CHECKING:
@@ -23,15 +22,9 @@ class GateUp(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(2, width, hidden_size))
 
-    def forward(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
-        """Both products in one: `[tokens, 2 * width]`, the gate first."""
-        return linear(x_TD, self.weight.flatten(0, 1))
-
 
 class Mlp(nn.Module):
     """`down(silu(gate(x)) * up(x))`."""
-
-    activate = staticmethod(ops.swiglu)
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -40,4 +33,4 @@ class Mlp(nn.Module):
 
     def forward(self, x_TD: Tensor, linear: LinearSocket) -> Tensor:
         """Feed `x_TD` forward."""
-        return self.down(self.activate(self.gate_up(x_TD, linear)), linear)
+        return linear.network(x_TD, self.gate_up.weight.flatten(0, 1), self.down.weight)

@@ -91,26 +91,14 @@ class _WideLinear(torch.autograd.Function):
 class Experts(nn.Module):
     """The routed experts of this rank: every matrix of all experts in one tensor."""
 
-    activate = staticmethod(ops.swiglu)
-
     def __init__(self, experts: int, hidden_size: int, width: int) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(experts, 2, width, hidden_size))
         self.down = nn.Parameter(torch.empty(experts, hidden_size, width))
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor, linear: LinearSocket) -> Tensor:
-        """Each expert's SwiGLU network on its own rows, as two grouped products."""
-        weight_EGD = self.gate_up.flatten(1, 2)
-        fused = getattr(linear, "grouped_swiglu", None)
-        if fused is None or self.activate is not ops.swiglu:
-            hidden_RF = self.activate(linear.grouped(rows_RD, weight_EGD, ends_E))
-        else:
-            hidden_RF = fused(rows_RD, weight_EGD, ends_E)
-        return self.project_down(hidden_RF, ends_E, linear)
-
-    def project_down(self, hidden_RF: Tensor, ends_E: Tensor, linear: LinearSocket) -> Tensor:
-        """The second product."""
-        return linear.grouped(hidden_RF, self.down, ends_E)
+        """Each expert's SwiGLU network on its own rows."""
+        return linear.network(rows_RD, self.gate_up.flatten(1, 2), self.down, ends_E)
 
 
 class Moe(nn.Module):

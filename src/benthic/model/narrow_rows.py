@@ -6,35 +6,33 @@ latent) are quantised once. The bits are those of quantising afterwards.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from benthic.kernels import ops
 from benthic.model.block import Block, DenseBlock
-from benthic.model.block_scaled import NarrowRows
+from benthic.model.block_scaled import NarrowRows, block_scaled_linear
 from benthic.model.mla import LowRankAttention
-from benthic.model.mlp import Mlp
-from benthic.model.moe import Experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
 
-    from benthic.model.block_scaled import Scales
+    from benthic.model.block_scaled import BlockScaledLinear, Scales
     from benthic.model.network import DeepSeek
     from benthic.model.norm import Norm
 
 
-def quantise_as_computed(model: DeepSeek, scales: Scales) -> None:
+def quantise_as_computed(model: DeepSeek, scales: Scales) -> BlockScaledLinear:
     """Let norms and SwiGLUs hand on `NarrowRows` to products whose weights are named in `scales`.
 
-    A model that was changed so is run with the `BlockScaledLinear` of those scales alone.
+    Returns the `linear` socket, with no other of which a model that was changed so is run.
     """
     for name, module in model.named_modules():
         if isinstance(module, Block):
             _norms(module, name, scales)
-        elif isinstance(module, Mlp | Experts) and _narrow(scales, name, "down"):
-            _put(module, "activate", _swiglu)
+    return replace(block_scaled_linear(model, scales), narrow_hidden=True)
 
 
 def _norms(block: Block, name: str, scales: Scales) -> None:
@@ -59,10 +57,6 @@ def _narrow(scales: Scales, name: str, *readers: str) -> bool:
 
 def _put(module: nn.Module, name: str, function: Callable[..., object]) -> None:
     setattr(module, name, function)  # a method of this instance alone
-
-
-def _swiglu(gate_up_RF2: Tensor) -> NarrowRows:
-    return NarrowRows(ops.swiglu_fp8(gate_up_RF2), gate_up_RF2.dtype)
 
 
 def _normed(norm: Norm) -> Callable[[Tensor], NarrowRows]:

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,8 +64,24 @@ class Products(Protocol):
         """The gradient of the output, for `input_gradient` and for `weight_gradient`."""
         ...
 
+    def keep_hidden(self, gate_up_RF2: Tensor) -> Kept:
+        """SwiGLU of the rows, as `keep_rows` has it."""
+        ...
+
+    def keep_hidden_gradient(
+        self, gate_up_RF2: Tensor, dhidden_RF: Tensor, ends_E: Tensor | None
+    ) -> tuple[Kept, Kept]:
+        """SwiGLU's gradient of the rows, as `keep_gradient` has it."""
+        ...
+
     def output(self, rows: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         """`x W^T` in `dtype`."""
+        ...
+
+    def network_output(
+        self, hidden: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype
+    ) -> Tensor:
+        """`output`, of the second product of a network."""
         ...
 
     def input_gradient(self, dy: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
@@ -104,11 +120,23 @@ class PlainProducts:
         dy = (self._cast(dy_RO).contiguous(),)
         return dy, dy
 
+    def keep_hidden(self, gate_up_RF2: Tensor) -> Kept:
+        """SwiGLU, cast."""
+        return (self._cast(ops.swiglu(gate_up_RF2)),)
+
+    def keep_hidden_gradient(
+        self, gate_up_RF2: Tensor, dhidden_RF: Tensor, ends_E: Tensor | None
+    ) -> tuple[Kept, Kept]:
+        """SwiGLU's gradient, cast."""
+        return self.keep_gradient(ops.swiglu_gradient(gate_up_RF2, dhidden_RF), ends_E)
+
     def output(self, rows: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         """`x W^T`."""
         (x_RI,), (w,) = rows, weight
         y = F.linear(x_RI, w) if ends_E is None else ops.grouped_linear(x_RI, w, ends_E)
         return y.to(dtype)
+
+    network_output = output
 
     def input_gradient(self, dy: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         """`dy W`."""
@@ -265,53 +293,3 @@ def owner_of(weight: Tensor) -> Tensor:
     """The parameter that a view shows, or the tensor itself."""
     base = weight._base  # noqa: SLF001 (public in all but name: torch documents views by it)
     return weight if base is None else base
-
-
-@dataclass(frozen=True)
-class SplitLinear:
-    """The `linear` socket whose weight gradients `sink` computes now or later."""
-
-    products: Products
-    sink: WeightGradients = field(default_factory=WeightGradients)
-
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`x_..I @ weight_OI.T`, in the dtype of x."""
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y_RO: Tensor = _Split.apply(rows, weight, None, self)
-        return y_RO if x.dim() == 2 else y_RO.view(*x.shape[:-1], weight.shape[0])
-
-    def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        """Each expert's rows times its own `weight_OI.T`, in the dtype of the rows."""
-        y_RO: Tensor = _Split.apply(rows_RI, weight_EOI, ends_E, self)
-        return y_RO
-
-
-class _Split(torch.autograd.Function):
-    """Forward computes y; backward computes dx and hands the sink a call that computes dW."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight: Tensor, ends_E: Tensor | None, socket: SplitLinear) -> Tensor:
-        """Keep rows for dW and the weight for dx, each in its product's form."""
-        rows = socket.products.keep_rows(x_RI, ends_E)
-        kept = socket.products.keep_weight(weight)
-        for_dx = kept if ctx.needs_input_grad[0] else ()
-        for_dweight = rows if ctx.needs_input_grad[1] else ()
-        ctx.save_for_backward(ends_E, *for_dx, *for_dweight)
-        ctx.split, ctx.dtype = len(for_dx) + 1, x_RI.dtype
-        # Not saved: it is a leaf or a view, whose graph a deferred gradient walks after this one is freed.
-        ctx.weight, ctx.socket = weight, socket
-        return socket.products.output(rows, kept, ends_E, dtype=x_RI.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """The input gradient at once, the weight gradient as the sink decides."""
-        products, sink = ctx.socket.products, ctx.socket.sink
-        ends_E, *kept = ctx.saved_tensors
-        weight, rows = tuple(kept[: ctx.split - 1]), tuple(kept[ctx.split - 1 :])
-        for_dx, for_dweight = products.keep_gradient(grads[0], ends_E)
-        dx = dweight = None
-        if ctx.needs_input_grad[0]:
-            dx = products.input_gradient(for_dx, weight, ends_E, dtype=ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            dweight = sink.take(ctx.weight, partial(products.weight_gradient, for_dweight, rows, ends_E))
-        return dx, dweight, None, None

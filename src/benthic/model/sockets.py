@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from benthic.kernels import ops
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -66,10 +68,7 @@ class Attend(Protocol):
 
 
 class Linear(Protocol):
-    """What precision a matrix product has: called for one weight, `grouped` for one weight per expert.
-
-    A socket may also have `grouped_swiglu`, called as `grouped`, which gives `ops.swiglu` of what that gives.
-    """
+    """What precision a matrix product has: called for one weight, `grouped` for one weight per expert."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x_..I @ weight_OI.T` in the precision this socket stands for."""
@@ -78,6 +77,15 @@ class Linear(Protocol):
     def grouped(self, rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         """Each expert's rows times its own `weight_OI.T`; rows past `ends_E[-1]` come out as zero."""
         ...
+
+    def network(self, x_RD: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor | None = None) -> Tensor:
+        """`down(swiglu(gate_up(x_RD)))`: of `[2F, D]` and `[D, F]`, or with ends of such for each expert."""
+        hidden_RF = ops.swiglu(self.product(x_RD, gate_up, ends_E))
+        return self.product(hidden_RF, down, ends_E)
+
+    def product(self, x_RI: Tensor, weight: Tensor, ends_E: Tensor | None) -> Tensor:
+        """The product of one weight, or with ends that of one weight per expert."""
+        return self(x_RI, weight) if ends_E is None else self.grouped(x_RI, weight, ends_E)
 
 
 @dataclass(frozen=True)

@@ -218,8 +218,6 @@ class _Block:
         yield from self._gated("experts", model.moe_intermediate_size, top_k)
         if "expert_outputs" not in self.again:
             yield Kept("expert outputs", top_k * self._wide(model.hidden_size), phase)
-        elif "swiglu" not in self.again and not self.shares:
-            yield Kept("experts: product", top_k * self._wide(model.moe_intermediate_size), phase)
         maps = 2.0 * _INDEX * top_k
         if self.layout.ep_degree > 1:
             maps = arrivals(self.model, self.layout.ep_degree) * top_k * (_INDEX + 4)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Product = Callable[[Tensor, LinearSocket], Tensor]
 
-SUMMED: Final = (".attn.o", ".mlp.down")
+SUMMED: Final = (".attn.o", ".mlp")
 
 
 def exchange_for(config: ModelConfig, shard: Shard) -> LocalExchange:

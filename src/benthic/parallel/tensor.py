@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     Product = Callable[[Tensor, LinearSocket], Tensor]
 
-GATHERED_BEFORE: Final = ("attn.q", "attn.q_b", "mlp.gate_up", "shared.gate_up")
+GATHERED_BEFORE: Final = ("attn.q", "attn.q_b", "mlp", "shared")
 GATHERED_AFTER: Final = ("attn.kv_a",)
-SUMMED_AFTER: Final = ("attn.o", "mlp.down", "shared.down")
+SUMMED_AFTER: Final = ("attn.o", "mlp", "shared")
 
 
 def divide_products(model: DeepSeek, group: Group, *, row_part: int) -> None:
@@ -46,7 +46,7 @@ def divide_products(model: DeepSeek, group: Group, *, row_part: int) -> None:
             _replace(module, tokens.gathered_before)
         elif name.endswith(GATHERED_AFTER):
             _replace(module, tokens.gathered_after)
-        elif name.endswith(SUMMED_AFTER):
+        if name.endswith(SUMMED_AFTER):
             _replace(module, tokens.summed_after)
 
 

@@ -286,9 +286,8 @@ def linear_socket(model: DeepSeek, options: EngineOptions, scales: Scales | None
         return invariant_linear(model, scales)
     if not scales:
         return fastest_linear(model)
-    if model.head_weight().is_cuda:
-        quantise_as_computed(model, scales)
-    return block_scaled_linear(model, scales)
+    on_gpu = model.head_weight().is_cuda
+    return quantise_as_computed(model, scales) if on_gpu else block_scaled_linear(model, scales)
 
 
 def check_ranks(options: EngineOptions, rank: Rank | None) -> None:

@@ -15,13 +15,13 @@ from benthic.kernels import ops
 from benthic.kernels.native import build_refusal
 from benthic.kernels.native_ops import linear as native_linear
 from benthic.model.local import plain_linear
+from benthic.model.sockets import Linear
 from benthic.serve.few_rows import FewRowsLinear
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.network import DeepSeek
-    from benthic.model.sockets import Linear
 
 FEW_ROWS: Final = 16
 """Up to here the native product is as fast as the blocked one of torch's library, which is called above."""
@@ -41,7 +41,7 @@ SOCKET_WEIGHTS: Final = (
 """Ends of the names of all weights that go through the `linear` socket and nowhere else."""
 
 
-class ColumnLinear:
+class ColumnLinear(Linear):
     """Products with weights that `lay_out` stored; others are multiplied as `plain_linear` does."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ class FewRowsLinear(PlainLinear):
             return ops.linear(x, weight)
         return super().__call__(x, weight)
 
-    def grouped_swiglu(self, rows_RI: Tensor, weight_EGI: Tensor, ends_E: Tensor) -> Tensor:
-        """SwiGLU of each expert's rows times its own `weight_GI.T`, whose gates come first."""
-        return ops.grouped_swiglu(rows_RI, weight_EGI, ends_E)
+    def network(self, x_RD: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor | None = None) -> Tensor:
+        """See `benthic.model.sockets.Linear`; experts' gates and ups are multiplied with SwiGLU in one."""
+        if ends_E is None:
+            return super().network(x_RD, gate_up, down)
+        return self.grouped(ops.grouped_swiglu(x_RD, gate_up, ends_E), down, ends_E)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benthic.model.fp8_products import Fp8Products, MixedLinear, RunningWeights, fp8_parameters
-from benthic.model.products import PlainProducts, SplitLinear
+from benthic.model.products import PlainProducts
+from benthic.model.split_linear import SplitLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

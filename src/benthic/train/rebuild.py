@@ -133,6 +133,17 @@ class Keeper:
         if self.running:
             self._noted[_storage(tensor)] = _Noted(tensor, Recipe(make))
 
+    def note_all(self, parts: tuple[Tensor, ...], again: Recipe) -> None:
+        """As `note`, for tensors that are made together; those that were noted stay so."""
+        for i, part in enumerate(parts):
+            if not self.knows(part):
+                self.note(part, lambda i=i: again.value()[i])  # type: ignore[misc]
+
+    def narrow(self, tensor: Tensor, parts: tuple[Tensor, ...], widen: Callable[..., Tensor]) -> None:
+        """Keep `parts` instead of `tensor`, which `widen` makes of them."""
+        sources, shape = [self.source(part) for part in parts], tensor.shape
+        self.note(tensor, lambda: widen(*(source() for source in sources)).view(shape))
+
     def source(self, tensor: Tensor) -> Source:
         """How to get at the values of `tensor` later; it is kept if there is no other way."""
         view = self._view(tensor)

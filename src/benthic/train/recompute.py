@@ -24,12 +24,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from benthic.kernels import ops
-from benthic.model.block import PHASES, Attended, MoeBlock, Sent
+from benthic.model.block import PHASES, Attended, Sent
 from benthic.model.fp8_products import MixedLinear
 from benthic.model.local import PackedAttend
 from benthic.model.mla import LowRankAttention
-from benthic.model.products import Kept, Products, SplitLinear, Sum
 from benthic.model.sockets import InFlight
+from benthic.model.split_linear import SplitLinear
 from benthic.parallel.context import ContextAttend
 from benthic.parallel.setup import PIECES, expanded
 from benthic.train.rebuild import Keeper, Recipe, as_before
@@ -42,10 +42,9 @@ if TYPE_CHECKING:
     from benthic.model.block import Block
     from benthic.model.local import Core
     from benthic.model.mla import Attention
-    from benthic.model.mlp import Mlp
-    from benthic.model.moe import Experts
     from benthic.model.network import DeepSeek
     from benthic.model.norm import Norm
+    from benthic.model.products import Kept, Products, Sum
     from benthic.model.rope import Angles
     from benthic.model.sockets import Arrived, Attend, Exchange, Linear, Sockets
     from benthic.train.config import PrecisionConfig, RunConfig
@@ -80,16 +79,15 @@ class _Products:
 
     inner: Products
     keeper: Keeper
+    pieces: frozenset[str]
+    precision: PrecisionConfig
 
     def keep_rows(self, x_RI: Tensor, ends_E: Tensor | None) -> Kept:
         """The rows; what was made of a noted operand is noted."""
         rows = self.keeper.once(x_RI, lambda: self.inner.keep_rows(x_RI, ends_E))
         if self.keeper.knows(x_RI):
             source = self.keeper.source(x_RI)
-            again = Recipe(lambda: self.inner.keep_rows(source(), ends_E))
-            for i, part in enumerate(rows):
-                if not self.keeper.knows(part):
-                    self.keeper.note(part, lambda i=i: again.value()[i])  # type: ignore[misc]
+            self.keeper.note_all(rows, Recipe(lambda: self.inner.keep_rows(source(), ends_E)))
         return rows
 
     def keep_weight(self, weight: Tensor) -> Kept:
@@ -102,9 +100,40 @@ class _Products:
         """As the products do."""
         return self.inner.keep_gradient(dy_RO, ends_E)
 
+    def keep_hidden(self, gate_up_RF2: Tensor) -> Kept:
+        """SwiGLU, whose output, and in FP8 whose input, need not be kept."""
+        if self.precision.fp8_swiglu and self.keeper.running:
+            self.keeper.narrow(gate_up_RF2, *_fp8(gate_up_RF2, self.precision))
+        hidden = self.inner.keep_hidden(gate_up_RF2)
+        if "swiglu" in self.pieces and self.keeper.running:
+            source = self.keeper.source(gate_up_RF2)
+            self.keeper.note_all(hidden, Recipe(lambda: self.inner.keep_hidden(source())))
+        return hidden
+
+    def keep_hidden_gradient(
+        self, gate_up_RF2: Tensor, dhidden_RF: Tensor, ends_E: Tensor | None
+    ) -> tuple[Kept, Kept]:
+        """As the products do."""
+        return self.inner.keep_hidden_gradient(gate_up_RF2, dhidden_RF, ends_E)
+
     def output(self, rows: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         """As the products do."""
         return self.inner.output(rows, weight, ends_E, dtype=dtype)
+
+    def network_output(
+        self, hidden: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype
+    ) -> Tensor:
+        """Experts' rows need not be kept for their weights' gradient in combine."""
+        out_RD = self.inner.network_output(hidden, weight, ends_E, dtype=dtype)
+        if "expert_outputs" in self.pieces and ends_E is not None and self.keeper.running:
+            sources = [self.keeper.source(part) for part in hidden]
+            self.keeper.note(
+                out_RD,
+                lambda: self.inner.network_output(
+                    tuple(source() for source in sources), weight, ends_E, dtype=dtype
+                ),
+            )
+        return out_RD
 
     def input_gradient(self, dy: Kept, weight: Kept, ends_E: Tensor | None, *, dtype: torch.dtype) -> Tensor:
         """As the products do."""
@@ -164,12 +193,6 @@ class _Keeping:
             norms += [block.attn.q_a_norm] if isinstance(block.attn, LowRankAttention) else []
             for norm in norms:
                 _replace(norm, "forward", self._norm(norm))
-        if "swiglu" in self.pieces:
-            for module in self._gated(block):
-                _replace(module, "activate", self._activate)
-        if "expert_outputs" in self.pieces and isinstance(block, MoeBlock):
-            experts = block.moe.experts
-            _replace(experts, "project_down", self._project_down(experts.project_down))
         for phase in PHASES:
             if phase not in recomputed:
                 setattr(block, phase, self._phase(block, phase))
@@ -206,7 +229,7 @@ class _Keeping:
         return self._split(linear)
 
     def _split(self, linear: SplitLinear) -> SplitLinear:
-        return replace(linear, products=_Products(linear.products, self.keeper))
+        return replace(linear, products=_Products(linear.products, self.keeper, self.pieces, self.precision))
 
     def _norm(self, norm: Norm) -> Callable[[Tensor], Tensor]:
         forward = norm.forward
@@ -232,33 +255,6 @@ class _Keeping:
         source = self.keeper.source(x)
         return lambda: as_before(lambda again: ops.rms_norm(again, norm.weight, norm.eps), source())
 
-    def _gated(self, block: Block) -> list[Mlp | Experts]:
-        if isinstance(block, MoeBlock):
-            shared = [] if block.moe.shared is None else [block.moe.shared]
-            return [block.moe.experts, *shared]
-        mlp: Mlp = block.get_submodule("mlp")  # type: ignore[assignment]
-        return [mlp]
-
-    def _activate(self, gate_up_RF2: Tensor) -> Tensor:
-        """SwiGLU, whose output, and in FP8 whose input, need not be kept."""
-        if self.precision.fp8_swiglu and self.keeper.running:
-            self._narrow(gate_up_RF2, *self._fp8(gate_up_RF2))
-        hidden_RF = ops.swiglu(gate_up_RF2)
-        if self.keeper.running:
-            source = self.keeper.source(gate_up_RF2)
-            self.keeper.note(hidden_RF, lambda: as_before(ops.swiglu, source()))
-        return hidden_RF
-
-    def _project_down(self, project: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noting(hidden_RF: Tensor, ends_E: Tensor, linear: Linear) -> Tensor:
-            rows_RD = project(hidden_RF, ends_E, linear)
-            if self.keeper.running:
-                source = self.keeper.source(hidden_RF)
-                self.keeper.note(rows_RD, lambda: project(source(), ends_E, linear))
-            return rows_RD
-
-        return noting
-
     def _attention(self, attention: Attention) -> None:
         meet = attention.meet
 
@@ -283,25 +279,22 @@ class _Keeping:
         out_THv = core(*args, **lengths)
         if self.precision.e5m6_attention:
             out_THv = out_THv.contiguous()  # some kernels pad it; the padding is theirs
-            self._narrow(out_THv, *self._e5m6(out_THv.detach().flatten(1)))
+            self.keeper.narrow(out_THv, *_e5m6(out_THv.detach().flatten(1)))
         elif self.precision.matmul == "fp8" and out_THv.is_contiguous():
             self.keeper.note(out_THv, self.keeper.source(out_THv))
         return out_THv
 
-    def _narrow(self, tensor: Tensor, parts: tuple[Tensor, ...], widen: Callable[..., Tensor]) -> None:
-        """Keep `parts` instead of `tensor`, which `widen` makes of them."""
-        sources, shape = [self.keeper.source(part) for part in parts], tensor.shape
-        self.keeper.note(tensor, lambda: widen(*(source() for source in sources)).view(shape))
 
-    def _fp8(self, rows: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
-        parts = ops.quantise_fp8_rows(rows.detach(), power_of_two=self.precision.power_of_two_scales)
-        return parts, functools.partial(ops.dequantise_fp8_rows, dtype=rows.dtype)
+def _fp8(rows: Tensor, precision: PrecisionConfig) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+    parts = ops.quantise_fp8_rows(rows.detach(), power_of_two=precision.power_of_two_scales)
+    return parts, functools.partial(ops.dequantise_fp8_rows, dtype=rows.dtype)
 
-    def _e5m6(self, rows: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
-        width, dtype = rows.shape[1], rows.dtype
-        return ops.quantise_e5m6(rows), lambda packed, scale: ops.dequantise_e5m6(
-            packed, scale, width, dtype=dtype
-        )
+
+def _e5m6(rows: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., Tensor]]:
+    width, dtype = rows.shape[1], rows.dtype
+    return ops.quantise_e5m6(rows), lambda packed, scale: ops.dequantise_e5m6(
+        packed, scale, width, dtype=dtype
+    )
 
 
 def _operands(

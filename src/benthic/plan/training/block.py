@@ -207,7 +207,7 @@ def _mlp(shape: Shape, width: int, name: str) -> Iterator[Step]:
     again = "experts" in shape.again
     if name == "dense MLP":
         yield from _narrowed(shape, tokens * model.hidden_size)
-    yield from _product(shape, name, tokens, 2 * columns, model.hidden_size, again=again)
+    yield from _product(shape, name, tokens, 2 * columns, model.hidden_size, again=again, gated=True)
     yield from _swiglu(shape, tokens, columns)
     last = again and name != "dense MLP"
     yield from _product(shape, name, tokens, model.hidden_size, columns, again=last)
@@ -231,15 +231,15 @@ def _routed(shape: Shape) -> Iterator[Step]:
         yield Step("I", "recomputation", MemoryBound(bytes=copies, name="permute"))
     if shape.products == "fp8":
         yield from _narrowed(shape, rows * size)
-    yield from _grouped(shape, 2 * ffn, size, again=again)
+    yield from _grouped(shape, 2 * ffn, size, again=again, gated=True)
     yield from _swiglu(shape, rows * shape.skew, ffn)
     yield from _grouped(shape, size, ffn, again=again or "expert_outputs" in shape.again)
     yield Step("F", "permutation", MemoryBound(bytes=copies, name="unpermute"))
     yield Step("I", "permutation", MemoryBound(bytes=2 * copies, name="unpermute backward"))
 
 
-def _grouped(shape: Shape, n: float, k: float, *, again: bool) -> Iterator[Step]:
-    """A product of every expert here with its rows, and its two gradients."""
+def _grouped(shape: Shape, n: float, k: float, *, again: bool, gated: bool = False) -> Iterator[Step]:
+    """A product of every expert here with its rows, and its two gradients; `gated`: in front of a SwiGLU."""
     model = shape.model
     rows = shape.tokens * model.num_experts_per_tok
     experts = model.n_routed_experts / shape.ep * (1.0 - shape.idle)
@@ -253,20 +253,29 @@ def _grouped(shape: Shape, n: float, k: float, *, again: bool) -> Iterator[Step]
         yield Step("I", "recomputation", product(n, k))
     yield Step("I", "routed experts", product(k, n))
     yield from _weights("routed experts", product(n, k, gradient=True), experts * n * k)
-    yield from _gradients_narrowed(shape, rows * n)
+    if not gated:
+        yield from _gradients_narrowed(shape, rows * n)
 
 
 def _product(
-    shape: Shape, name: str, m: float, n: float, k: float, *, dtype: Dtype | None = None, again: bool = False
+    shape: Shape,
+    name: str,
+    m: float,
+    n: float,
+    k: float,
+    *,
+    dtype: Dtype | None = None,
+    again: bool = False,
+    gated: bool = False,
 ) -> Iterator[Step]:
-    """A dense product and its two gradients."""
+    """A dense product and its two gradients; `gated`: in front of a SwiGLU."""
     kind = dtype or shape.products
     yield Step("F", name, Gemm(m=m, n=n, k=k, dtype=kind))
     if again:
         yield Step("I", "recomputation", Gemm(m=m, n=n, k=k, dtype=kind))
     yield Step("I", name, Gemm(m=m, n=k, k=n, dtype=kind))
     yield from _weights(name, Gemm(m=n, n=k, k=m, dtype=kind, name="gradient"), n * k)
-    if kind == "fp8":
+    if kind == "fp8" and not gated:
         yield from _gradients_narrowed(shape, m * n)
 
 
@@ -289,12 +298,16 @@ def _gradients_narrowed(shape: Shape, elements: float) -> Iterator[Step]:
 
 
 def _swiglu(shape: Shape, rows: float, width: float) -> Iterator[Step]:
-    once = MemoryBound(bytes=6.0 * rows * width, name="swiglu")
+    """SwiGLU and its gradient; in FP8 each leaves as the products read it, the gradient along both dims."""
+    values, fp8 = rows * width, shape.products == "fp8"
+    once = MemoryBound(bytes=(5.0 if fp8 else 6.0) * values, name="swiglu_fp8" if fp8 else "swiglu")
+    gradient = "swiglu_gradient_fp8_both" if fp8 else "swiglu backward"
     yield Step("F", "SwiGLU", once)
-    yield Step("I", "SwiGLU", MemoryBound(bytes=10.0 * rows * width, name="swiglu backward"))
+    yield Step("I", "SwiGLU", MemoryBound(bytes=10.0 * values, name=gradient))
     if {"swiglu", "experts"} & shape.again:
         yield Step("I", "recomputation", once)
-    yield from _narrowed(shape, rows * width)
+    if fp8:
+        yield Step("W", "quantisation", MemoryBound(bytes=2.0 * values, name="retile"))
 
 
 def _norm(shape: Shape, name: str, passes: float, *, again: bool) -> Iterator[Step]:
