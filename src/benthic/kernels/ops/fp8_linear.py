@@ -328,7 +328,7 @@ def add_fp8_weight_gradient(
 
     Shapes: dy of [O, P], x of [I, P]; into float32 [O, I], or [E, O, I] with ends.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
-    Cost: 2 P O I FLOPs; `into` is read and written once by "triton", twice by "cublas".
+    Cost: 2 P O I FLOPs; `into` is read and written once, but twice by "cublas".
     """
     _check_padded("add_fp8_weight_gradient", dy, x)
     experts = () if ends_E is None else (ends_E.shape[0],)

@@ -288,7 +288,11 @@ def _narrowed(shape: Shape, elements: float) -> Iterator[Step]:
     """Quantising what a product reads; for the weights' gradient it is turned round and quantised again."""
     if shape.products == "fp8":
         yield Step("F", "quantisation", MemoryBound(bytes=3.0 * elements, name="quantise 1x128"))
-        yield Step("W", "quantisation", MemoryBound(bytes=2.0 * elements, name="retile"))
+        yield _retiled(elements)
+
+
+def _retiled(elements: float) -> Step:
+    return Step("W", "quantisation", MemoryBound(bytes=2.0 * elements, name="retile"))
 
 
 def _gradients_narrowed(shape: Shape, elements: float) -> Iterator[Step]:
@@ -307,7 +311,7 @@ def _swiglu(shape: Shape, rows: float, width: float) -> Iterator[Step]:
     if {"swiglu", "experts"} & shape.again:
         yield Step("I", "recomputation", once)
     if fp8:
-        yield Step("W", "quantisation", MemoryBound(bytes=2.0 * values, name="retile"))
+        yield _retiled(values)
 
 
 def _norm(shape: Shape, name: str, passes: float, *, again: bool) -> Iterator[Step]:
