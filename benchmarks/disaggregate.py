@@ -114,23 +114,25 @@ def main() -> None:
 class Found:
     """What all fleets showed so far; written after every run, lest a call cut short shows nothing.
 
-    `finished` holds which fleet has been offered all that it should be of which workload.
+    `finished` holds which fleet has been offered all that it should be of which workload; `name` is that of
+    the benchmark.
     """
 
     out: Path | None
     settings: Row
     runs: list[Row] = field(default_factory=list)
     finished: list[list[str]] = field(default_factory=list)
+    name: str = "disaggregate"
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def at(cls, out: Path | None, settings: Row) -> Found:
+    def at(cls, out: Path | None, settings: Row, name: str = "disaggregate") -> Found:
         """With what an earlier call left in `out`.
 
         Raises: ValueError where that is of another commit or of other settings.
         """
         if out is None or not out.exists():
-            return cls(out, settings)
+            return cls(out, settings, name=name)
         record = json.loads(out.read_text())
         before = {"commit": record["commit"], **record["settings"]}
         now = {"commit": provenance()["commit"], **settings}
@@ -142,7 +144,7 @@ class Found:
         if differing:
             message = f"{out} is of {'; '.join(differing)}: use another --out"
             raise ValueError(message)
-        return cls(out, settings, record["rows"]["runs"], record["rows"]["finished"])
+        return cls(out, settings, record["rows"]["runs"], record["rows"]["finished"], name)
 
     def run(self, fleet: str, work: str, rate: float, seed: int) -> Row | None:
         """That run, if it is here."""
@@ -173,7 +175,7 @@ class Found:
 
     def _write(self) -> Path:
         shown = {"summary": self.summary(), "finished": self.finished, "runs": self.runs}
-        return write_result("disaggregate", shown, out=self.out, **self.settings)
+        return write_result(self.name, shown, out=self.out, **self.settings)
 
 
 def parse() -> argparse.Namespace:
@@ -204,13 +206,10 @@ def serve_all(
     if not works:
         return
     prefill, decode = FLEETS[fleet]
-    serve = [str(model), *DUMMY, *QUIET, "--prefill", prefill, "--decode", decode]
-    serve += ["--max-num-seqs", "8" if words.small else str(SEQUENCES), "--gpu-memory-utilization", "0.85"]
-    serve += ["--max-num-batched-tokens", "256" if words.small else "4096"]
-    serve += ["--api-server-count", str(words.fronts)]
+    serve = server_words(model, small=words.small, fronts=words.fronts)
+    serve += ["--prefill", prefill, "--decode", decode]
     if words.late_planning_ms is not None:
         serve += ["--late-planning-ms", str(words.late_planning_ms)]
-    serve += ["--no-enable-prefix-caching"]  # every rate draws the same prompts
     if words.record is not None:
         serve += ["--record", str(words.record / f"{prefill}P{decode}D")]
     log = model.parent / f"{prefill}-{decode}.log"
@@ -228,6 +227,13 @@ def serve_all(
             found.finish(fleet, work.name)
     warnings = [line for line in log.read_text().splitlines() if "WARNING" in line or "ERROR" in line]
     print(f"{fleet}: {len(warnings)} warnings", *warnings[:5], sep="\n  ", flush=True)
+
+
+def server_words(model: Path, *, small: bool, fronts: int) -> list[str]:
+    """What every server is started with: no prefix hits, for every rate draws the same prompts."""
+    words = [str(model), *DUMMY, *QUIET, "--no-enable-prefix-caching", "--api-server-count", str(fronts)]
+    words += ["--max-num-seqs", "8" if small else str(SEQUENCES), "--gpu-memory-utilization", "0.85"]
+    return [*words, "--max-num-batched-tokens", "256" if small else "4096"]
 
 
 def climb(rates: Sequence[float], offer: Callable[[float], list[Row]]) -> list[Row]:

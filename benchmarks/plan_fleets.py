@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 sys.path.insert(0, str(Path(__file__).parent))
 
 import disaggregate
+import served_alone
 from disaggregate import ATTAINMENT, HALVINGS, TPOTS
 from provenance import RESULTS, write_result
 
@@ -50,6 +51,7 @@ Row = dict[str, Any]
 
 WORKLOADS: Final = {work.name: work for work in disaggregate.WORKLOADS}
 FLEETS: Final = {"1P1D": ("prefill", "decode"), "2 colocated": ("decode", "decode")}
+ROLES: Final = FLEETS | {served_alone.FLEET: ("decode",)}
 AHEAD: Final = 1.05
 PARTS: Final = (0.5, 0.75, 1.0)
 """Of a workload's rates, at which its goodput is foretold under other targets a token."""
@@ -262,7 +264,7 @@ def specs(fleet: str, engine: Engine, machine: Machine, sequences: int) -> list[
         counted=True,
     )
     step = PricedStep(model, layout, machine, engine)
-    return [GroupSpec(role=role, batching=batching, step=step) for role in FLEETS[fleet]]  # type: ignore[arg-type]
+    return [GroupSpec(role=role, batching=batching, step=step) for role in ROLES[fleet]]  # type: ignore[arg-type]
 
 
 def link(machine: Machine) -> Link:
