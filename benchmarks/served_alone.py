@@ -8,8 +8,8 @@ runs. `plan_alone.py` walks the same way by simulation and compares.
 
     python benchmarks/served_alone.py                       # one GPU, four minutes
     python benchmarks/served_alone.py --small               # tiny, on a CPU: a rehearsal
-    python benchmarks/served_alone.py --until 220 --out a.json   # no run that would end later; every run is
-    python benchmarks/served_alone.py --until 220 --out a.json   # kept, and none repeated on the same commit
+    python benchmarks/served_alone.py --until 238 --out a.json   # no run that would end later; every run is
+    python benchmarks/served_alone.py --until 238 --out a.json   # kept, and none repeated on the same commit
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ def main() -> None:
             offers = Offers(words, found, server.port, began)
             for work in works:
                 try:
-                    rows = walk(starts(work, small=words.small), lambda rate, work=work: offers(work, rate))
+                    rows = walk(
+                        starts(work, small=words.small),
+                        lambda rate, work=work: offers(work, rate),
+                        half_last=work.spans > 1,
+                    )
                 except OutOfTimeError:
                     print(f"{work.name}: no time is left for the next rate", flush=True)
                     continue
@@ -111,19 +115,25 @@ def starts(work: Workload, *, small: bool) -> tuple[float, float]:
     return start / 2, start
 
 
-def walk(first: tuple[float, float], offer: Callable[[float], list[Row]]) -> list[Row]:
+def walk(
+    first: tuple[float, float], offer: Callable[[float], list[Row]], *, half_last: bool = False
+) -> list[Row]:
     """Offer both rates, then rates a tenth apart from the second on until targets are met on one side only.
+
+    Half load comes first, or last where runs are so long that time may not be left for all.
 
     Returns: all runs, by rate. At most `MOST` rates are offered.
     """
     half, rate = first
-    rows = [*offer(half), *offer(rate)]
+    rows = [] if half_last else [*offer(half)]
+    rows += offer(rate)
     climbs = attained(rows, rate) >= ATTAINMENT
     for _ in range(MOST - 2):
         rate = round(rate * STEP if climbs else rate / STEP, 2)
         rows += offer(rate)
         if (attained(rows, rate) >= ATTAINMENT) != climbs:
             break
+    rows += offer(half) if half_last else []
     return sorted(rows, key=lambda row: (row["rate"], row["seed"]))
 
 

@@ -24,7 +24,7 @@ RECORD = {
 }
 
 
-def walked(capacity: float, first: tuple[float, float] = (7.0, 14.0)) -> list[float]:
+def walked(capacity: float, *, half_last: bool = False) -> list[float]:
     """Rates in the order in which a server was offered them that meets its targets up to `capacity`."""
     offered = []
 
@@ -32,7 +32,7 @@ def walked(capacity: float, first: tuple[float, float] = (7.0, 14.0)) -> list[fl
         offered.append(rate)
         return [{"rate": rate, "seed": 0, "attainment": 1.0 if rate <= capacity else 0.6}]
 
-    rows = served_alone.walk(first, offer)
+    rows = served_alone.walk((7.0, 14.0), offer, half_last=half_last)
     assert [row["rate"] for row in rows] == sorted(offered)
     return offered
 
@@ -54,6 +54,7 @@ def test_rates_of_one_server_are_a_tenth_apart_where_its_targets_break():
     assert walked(16.0) == [7.0, 14.0, 15.4, 16.94]
     assert walked(13.0) == [7.0, 14.0, 12.73]
     assert walked(99.0) == [7.0, 14.0, 15.4, 16.94], "no more than four rates"
+    assert walked(15.0, half_last=True) == [14.0, 15.4, 7.0]
 
 
 def test_one_server_begins_near_what_one_of_two_bore():
