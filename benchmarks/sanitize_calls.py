@@ -134,6 +134,9 @@ def fp8(made: Made) -> Iterator[Call]:
     yield Call("quantise_fp8_weight", ops.quantise_fp8_weight, (weight,))
     yield Call("swiglu_fp8", ops.swiglu_fp8, (x,))
     yield Call("swiglu_gradient_fp8_both", ops.swiglu_gradient_fp8_both, (x, made(ROWS, WIDTH // 2)))
+    operands = x, made(ROWS, WIDTH // 2), torch.rand(ROWS, device=made.device)
+    yield Call("weighted_swiglu_gradient", ops.weighted_swiglu_gradient, operands)
+    yield Call("weighted_swiglu_gradient_fp8_both", ops.weighted_swiglu_gradient_fp8_both, operands)
     yield Call("rms_norm_fp8", ops.rms_norm_fp8, (x, made(WIDTH), EPS))
     yield Call("add_rms_norm_fp8", ops.add_rms_norm_fp8, (x, made(ROWS, WIDTH), made(WIDTH), EPS))
     for ends, prefix, rows in ((None, "", ROWS), (made.ends(sizes), "grouped_", ROWS), (None, "", 24)):

@@ -1404,6 +1404,50 @@ def test_the_gradient_of_swiglu_to_fp8_both_ways(dtype, impl, name, power_of_two
     same_bits(columns, ops.quantise_fp8_columns(wide, ends, **options))
 
 
+def weights_of(rows):
+    weight = torch.rand(rows, generator=torch.Generator().manual_seed(5)) * 2 - 0.5
+    weight[min(3, rows - 1)] = 0.0
+    return weight.to(DEVICE)
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, 1408, 2816] if ON_GPU else [*WIDTHS, 2100])
+def test_the_gradient_of_weighted_rows_of_swiglu(dtype, width):
+    tokens = TOKENS if width < 2049 or ON_GPU else 3
+    gate_up = made(tokens, 2 * width + 3, dtype=dtype).detach()[:, : 2 * width]
+    dy, weight = made(tokens, width, dtype=dtype, seed=1).detach(), weights_of(tokens)
+    fast, dweight = ops.weighted_swiglu_gradient(gate_up, dy, weight, impl="triton")
+    wide = [x.double() for x in (gate_up, dy, weight)]
+    exact, exact_weight = ops.weighted_swiglu_gradient(*wide, impl="reference")
+    close(fast, exact, dtype)
+    close(dweight, exact_weight, torch.float32)
+    ones, again = ops.weighted_swiglu_gradient(gate_up, dy, torch.ones_like(weight), impl="triton")
+    assert torch.equal(ones, ops.swiglu_gradient(gate_up, dy, impl="triton"))
+    assert torch.equal(again, dweight)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("name", [None, *GROUPS])
+@pytest.mark.parametrize("impl", ["two_ops", "gluon"])
+def test_the_gradient_of_weighted_rows_of_swiglu_to_fp8_both_ways(dtype, impl, name, power_of_two):
+    skip_gluon(impl)
+    if impl == "gluon" and dtype == torch.float32:
+        pytest.skip("squares come in 16 bits")
+    ends, (x, _) = grouped_inputs(name or "uneven", 35, (512, 8), dtype)
+    ends, gate_up = None if name is None else ends, (x.detach() * 3)
+    gate_up[:3, :4] = gate_up.new_tensor([-100.0, 100.0, -87.0, 0.0])
+    dy, weight = made(len(x), 256, dtype=dtype, seed=1).detach(), weights_of(len(x))
+    options = {"power_of_two": power_of_two}
+    wide, _ = ops.weighted_swiglu_gradient(gate_up, dy, weight)
+    operands = [t.double() for t in (gate_up, dy, weight)]
+    _, exact = ops.weighted_swiglu_gradient(*operands, impl="reference")
+    rows, columns, dweight = ops.weighted_swiglu_gradient_fp8_both(
+        gate_up, dy, weight, ends, **options, impl=impl
+    )
+    same_bits(rows, ops.quantise_fp8_rows(wide, **options))
+    same_bits(columns, ops.quantise_fp8_columns(wide, ends, **options))
+    close(dweight, exact, torch.float32)
+
+
 # narrower rows are padded to a tile, which the plain norm does not do: its sums have another order
 @pytest.mark.parametrize("width", [100, 300] + ([512, 2048, 7168] if ON_GPU else []))
 @pytest.mark.parametrize("power_of_two", [False, True])

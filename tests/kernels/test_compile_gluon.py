@@ -62,6 +62,7 @@ POINTERS = {
     "row_scale_ptr": "*fp32",
     "column_words_ptr": "*i32",
     "column_scale_ptr": "*fp32",
+    "row_weight_ptr": "*fp32",
 }
 
 HEADS = [(192, 128), (128, 128), (64, 64)]
@@ -201,11 +202,13 @@ def test_squares_convert_two_values_at_once_and_leave_room_for_other_programs(
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 def test_squares_of_swiglu_leave_room_for_another_program_and_are_asked_for_one_by_one(
-    dtype, ends, power_of_two, tmp_path
+    dtype, ends, power_of_two, weighted, tmp_path
 ):
     module, types = gluon_fp8_swiglu, {name: descriptor(128, 128, dtype) for name in ("gate_up", "dy")}
-    constants = {"HAS_ENDS": ends, "POWER_OF_TWO": power_of_two}
+    constants = {"HAS_ENDS": ends, "POWER_OF_TWO": power_of_two, "WEIGHTED": weighted}
+    constants |= {} if weighted else {"row_weight_ptr": None, "part_ptr": None}
     kernel = built(module._swiglu_squares, constants, types, module.REGISTERS, module.WARPS)
     assert_fits(kernel, tmp_path)
     assert module.PROGRAMS * (kernel.metadata.shared + 1024) <= 228 * 1024

@@ -384,10 +384,15 @@ def joined(first, second):
     return constants | dict(zip(("FIRST_PAD", "SECOND_PAD"), padded, strict=True))
 
 
+WEIGHTED = {"row_weight_ptr": "*fp32"}
 MEMORY_BOUND = [
     ("triton_norm", "_norm_forward", {"HAS_RESIDUAL": True, "ROWS": 1, "WIDTH": 8192}, 8, {}),
     ("triton_norm", "_swiglu_forward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
     ("triton_norm", "_swiglu_backward", {"ROWS": 2, "WIDTH": 1024}, 4, {}),
+    *(
+        ("triton_norm", "_weighted_swiglu_backward", {"ROWS": rows, "WIDTH": 2048 // rows}, 4, WEIGHTED)
+        for rows in (1, 8)
+    ),
     *(
         ("triton_few_rows", "_gate", {"ROWS": rows, "EXPERTS": experts, "WIDTH": 4096 // experts}, 2, GATED)
         for rows in (1, 4)

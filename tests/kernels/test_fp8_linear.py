@@ -135,6 +135,48 @@ def test_the_gradient_of_swiglu_in_both_tilings_is_that_of_autograd(name, dtype,
     assert columns.values.shape == (150, padded_rows(300, 1 if ends is None else 4))
 
 
+def weighted(dtype):
+    weight = torch.rand(300, generator=torch.Generator().manual_seed(2)) * 2 - 0.5
+    weight[7] = 0.0
+    return made(300, 150).to(dtype), made(300, 75, seed=1).to(dtype), weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_gradients_of_weighted_rows_of_swiglu_are_those_of_autograd(impl, dtype):
+    gate_up, dy, weight = weighted(dtype)
+    leaves = [x.double().clone().requires_grad_() for x in (gate_up, weight)]
+    out = leaves[1][:, None] * ops.swiglu(leaves[0], impl="reference")
+    exact, exact_weight = torch.autograd.grad(out, leaves, dy.double())
+    found, found_weight = ops.weighted_swiglu_gradient(gate_up, dy, weight, impl=impl)
+    assert found.dtype == dtype
+    assert found_weight.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found_weight[7].abs() > 1e-3
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+    assert error(found_weight, exact_weight) < (1e-12 if dtype == torch.float64 else 1e-6)
+    ones, _ = ops.weighted_swiglu_gradient(gate_up, dy, torch.ones(300), impl=impl)
+    assert torch.equal(ones, ops.swiglu_gradient(gate_up, dy, impl=impl))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["two_ops", "reference"])
+@pytest.mark.parametrize("name", [None, *ENDS])
+def test_the_gradient_of_weighted_rows_in_both_tilings_is_that_of_two_ops(name, impl, dtype, power_of_two):
+    ends, operands = None if name is None else ends_of(name), weighted(dtype)
+    wide, exact = ops.weighted_swiglu_gradient(*operands, impl="reference" if impl == "reference" else None)
+    options = {"power_of_two": power_of_two}
+    rows, columns, dweight = ops.weighted_swiglu_gradient_fp8_both(*operands, ends, **options, impl=impl)
+    assert torch.equal(dweight, exact)
+    for ours, theirs in (
+        (rows, ops.quantise_fp8_rows(wide, **options)),
+        (columns, ops.quantise_fp8_columns(wide, ends, **options)),
+    ):
+        assert torch.equal(ours.values.view(torch.uint8), theirs[0].view(torch.uint8))
+        assert torch.equal(ours.scale, theirs[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_quantised_as_it_is_computed_is_near_what_was_to_be_computed(dtype):
     x, residual, weight = made(63, 300).to(dtype), made(63, 300, seed=1).to(dtype), made(1, 300)[0].to(dtype)
@@ -235,6 +277,13 @@ def test_operands_that_disagree_are_refused_with_both_shapes():
         ops.swiglu_fp8(made(4, 7))
     with pytest.raises(ShapeError, match=r"gate_up \(4, 8\) must have the rows of dy \(4, 8\)"):
         ops.swiglu_gradient_fp8_both(made(4, 8), made(4, 8))
+    with pytest.raises(ShapeError, match=r"gate_up \(4, 8\) must have the rows of dy \(3, 4\)"):
+        ops.weighted_swiglu_gradient(made(4, 8), made(3, 4), torch.ones(4))
+    for run in (ops.weighted_swiglu_gradient, ops.weighted_swiglu_gradient_fp8_both):
+        with pytest.raises(ShapeError, match=r"dy \(4, 4\) must be a matrix .* weights \(3,\)"):
+            run(made(4, 8), made(4, 4), torch.ones(3))
+    with pytest.raises(ShapeError, match=r"dy \(2, 4, 4\) must be a matrix .* weights \(2,\)"):
+        ops.weighted_swiglu_gradient(made(2, 4, 8), made(2, 4, 4), torch.ones(2))
     with pytest.raises(ShapeError, match=r"8 columns but the weight has shape \(9,\)"):
         ops.rms_norm_fp8(made(4, 8), made(9, 1)[:, 0], 1e-6)
     with pytest.raises(ShapeError, match=r"x \(4, 8\) and residual \(5, 8\) must match"):

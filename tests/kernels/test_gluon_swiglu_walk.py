@@ -17,6 +17,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from benthic.kernels import gluon_fp8_parts, gluon_fp8_swiglu, gluon_fp8_tiles, ops
+from benthic.kernels.reference import norm
 from benthic.kernels.reference.fp8_linear import padded_rows
 
 TILE = 128
@@ -47,7 +48,13 @@ def load(described, corner, bar, tile, *, pred=True):
 
 
 def take(pointer, *, mask=True, other=None):
-    return pointer.data[pointer.at].long() if mask else torch.as_tensor(other)
+    """Nothing is read where a mask says so, not even beyond the end."""
+    at, mask = torch.as_tensor(pointer.at), torch.as_tensor(mask)
+    mask = mask.expand(at.shape)
+    data = pointer.data if pointer.data.is_floating_point() else pointer.data.long()
+    found = torch.full(at.shape, 0 if other is None else other, dtype=data.dtype)
+    found[mask] = data[at[mask]]
+    return found
 
 
 def put(pointer, values, mask):
@@ -75,10 +82,12 @@ def where(condition, *either):
 def language(monkeypatch):
     found = SimpleNamespace(
         load=take, store=put, where=where, zeros_like=torch.zeros_like, abs=torch.abs, static_range=range,
-        max=lambda x, axis: x.amax(axis), split=lambda x: x.unbind(-1), convert_layout=lambda x, _layout: x,
+        max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
+        split=lambda x: x.unbind(-1), convert_layout=lambda x, _layout: x,
         arange=lambda start, end, layout: torch.arange(start, end), num_warps=lambda: 8,
         allocate_shared_memory=lambda dtype, shape, _: Tiles(torch.full(shape, torch.nan, dtype=dtype)),
         BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None, maximum=torch.maximum,
+        minimum=lambda a, b: min(int(a), int(b)),
         float32=torch.float32, int32=torch.int32, int64=torch.int64, float8e4nv=torch.float8_e4m3fn,
     )  # fmt: skip
     in_python(
@@ -99,7 +108,7 @@ def language(monkeypatch):
     return found
 
 
-def run(language, gate_up, dy, ends, *, programs, power_of_two):
+def run(language, gate_up, dy, weight, ends, *, programs, power_of_two):
     """What the kernel writes, and how often."""
     (rows, width), experts = dy.shape, 1 if ends is None else len(ends)
     padded, n_tiles = padded_rows(rows, experts), width // TILE
@@ -108,20 +117,38 @@ def run(language, gate_up, dy, ends, *, programs, power_of_two):
     scales = [torch.full((2 * width * each // TILE,), torch.nan) for each in (rows, padded)]
     by_row, by_column = Pointer(values[0].view(torch.float8_e4m3fn)), Pointer(values[1].view(torch.int32))
     row_scale, column_scale = (Pointer(scale) for scale in scales)
+    parts = Pointer(torch.full((n_tiles * rows,), torch.nan))
     language.num_programs = lambda _axis: programs
     for program in range(min(programs, squares)):
         language.program_id = lambda _axis, program=program: torch.tensor(program)
         gluon_fp8_swiglu._swiglu_squares(
             Described(gate_up), Described(dy), by_row, row_scale, by_column, column_scale,
-            Pointer(values[0] if ends is None else ends), rows, experts, torch.tensor(width),
-            padded // 4, n_tiles,
-            squares, rows, 2 * width, HAS_ENDS=ends is not None, POWER_OF_TWO=power_of_two,
+            Pointer(values[0] if ends is None else ends), None if weight is None else Pointer(weight), parts,
+            rows, experts, torch.tensor(width), padded // 4, n_tiles,
+            squares, rows, 2 * width,
+            HAS_ENDS=ends is not None, POWER_OF_TWO=power_of_two, WEIGHTED=weight is not None,
         )  # fmt: skip
     for pointer in (by_row, by_column, row_scale, column_scale):
         assert (pointer.written == 1).all()
+    assert (parts.written == (weight is not None)).all()
     values = [each.view(shape) for each, shape in zip(values, ((rows, -1), (2 * width, -1)), strict=True)]
-    return values, [scale.view(2 * n_tiles, rows).t() if i == 0 else scale.view(-1, 2 * width).t()
-                    for i, scale in enumerate(scales)]  # fmt: skip
+    scales = [scale.view(2 * n_tiles, rows).t() if i == 0 else scale.view(-1, 2 * width).t()
+              for i, scale in enumerate(scales)]  # fmt: skip
+    return values, scales, parts.data.view(n_tiles, rows).sum(0)
+
+
+def operands(sizes, spare, width):
+    rows = (333 if sizes is None else sum(sizes)) + spare
+    ends = None if sizes is None else torch.tensor(sizes).cumsum(0).int()
+    generator = torch.Generator().manual_seed(0)
+    gate_up, dy = (torch.randn(rows, n, generator=generator).bfloat16() * 2 for n in (2 * width, width))
+    return gate_up, dy, torch.randn(rows, generator=generator), ends
+
+
+def same(values, scales, exact):
+    for found, scale, tiles in zip(values, scales, exact, strict=True):
+        assert torch.equal(scale, tiles.scale)
+        assert torch.equal(found, tiles.values.view(torch.uint8))
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 0, 127, 128, 129), (0, 0), (300,), (64, 200, 0)], ids=str)
@@ -131,14 +158,37 @@ def run(language, gate_up, dy, ends, *, programs, power_of_two):
 def test_both_tilings_are_those_of_the_gradient_and_written_once(
     language, sizes, spare, programs, width, power_of_two
 ):
-    rows = (333 if sizes is None else sum(sizes)) + spare
-    if not rows:
+    gate_up, dy, _, ends = operands(sizes, spare, width)
+    if not len(dy):
         return
-    ends = None if sizes is None else torch.tensor(sizes).cumsum(0).int()
-    generator = torch.Generator().manual_seed(0)
-    gate_up, dy = (torch.randn(rows, n, generator=generator).bfloat16() * 2 for n in (2 * width, width))
     exact = ops.swiglu_gradient_fp8_both(gate_up, dy, ends, power_of_two=power_of_two, impl="reference")
-    values, scales = run(language, gate_up, dy, ends, programs=programs, power_of_two=power_of_two)
-    for found, scale, tiles in zip(values, scales, exact, strict=True):
-        assert torch.equal(scale, tiles.scale)
-        assert torch.equal(found, tiles.values.view(torch.uint8))
+    values, scales, _ = run(language, gate_up, dy, None, ends, programs=programs, power_of_two=power_of_two)
+    same(values, scales, exact)
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 0, 127, 128, 129), (0, 0), (64, 200, 0)], ids=str)
+@pytest.mark.parametrize("spare", [0, 70])
+@pytest.mark.parametrize("programs", [1, 3, 132])
+@pytest.mark.parametrize(("width", "power_of_two"), [(128, True), (384, False)])
+def test_rows_are_weighted_and_their_weights_gradients_written_once(
+    language, monkeypatch, sizes, spare, programs, width, power_of_two
+):
+    monkeypatch.setattr(norm, "weighted_swiglu_gradient", weights_last)
+    gate_up, dy, weight, ends = operands(sizes, spare, width)
+    if not len(dy):
+        return
+    options = {"power_of_two": power_of_two}
+    *exact, dweight = ops.weighted_swiglu_gradient_fp8_both(
+        gate_up, dy, weight, ends, **options, impl="reference"
+    )
+    values, scales, found = run(language, gate_up, dy, weight, ends, programs=programs, **options)
+    same(values, scales, exact)
+    torch.testing.assert_close(found, dweight, rtol=1e-5, atol=1e-4)
+
+
+def weights_last(gate_up, dy, weight):
+    """The definition in the order of the kernels, whose bits it has."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    d, sigmoid, by = dy.float(), torch.sigmoid(gate), weight[:, None]
+    dgate, dup = d * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), d * gate * sigmoid
+    return torch.cat((dgate * by, dup * by), dim=-1).to(gate_up.dtype), (dup * up).sum(-1)

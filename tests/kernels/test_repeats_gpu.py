@@ -97,3 +97,18 @@ def test_grouped_products_in_fp8(shape, impl):
         return product, ops.fp8_weight_gradient(*columns, ends(*sizes), impl=gradient)
 
     assert_the_same_bits(call)
+
+
+@pytest.mark.parametrize("impl", ["gluon", "two_ops"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_weighted_rows_of_swiglu(shape, impl):
+    sizes, rows = GROUPS[shape], sum(GROUPS[shape])
+    gate_up, dy, weight = made(rows, 2 * 384), made(rows, 384, seed=1), made(rows, seed=2).float()
+
+    def call():
+        by_row, by_column, dweight = ops.weighted_swiglu_gradient_fp8_both(
+            gate_up, dy, weight, ends(*sizes), impl=impl
+        )
+        return by_row.values.float(), by_row.scale, by_column.values.float(), by_column.scale, dweight
+
+    assert_the_same_bits(call)

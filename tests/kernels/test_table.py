@@ -10,7 +10,7 @@ import torch
 
 from benthic.errors import BackendError
 from benthic.kernels import ops
-from benthic.kernels.ops.fp8_fused import SWIGLU_GRADIENT_FP8_BOTH
+from benthic.kernels.ops.fp8_fused import SWIGLU_GRADIENT_FP8_BOTH, WEIGHTED_SWIGLU_GRADIENT_FP8_BOTH
 from benthic.kernels.ops.fp8_linear import FP8_LINEAR
 from benthic.kernels.ops.linear_gradients import GROUPED_INPUT_GRADIENT
 from benthic.kernels.ops.moe import GROUPED_LINEAR, GROUPED_SWIGLU
@@ -142,10 +142,11 @@ def test_swiglu_goes_with_the_product_of_few_rows_where_nothing_is_kept_for_grad
 
 
 @pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")
-def test_the_gradient_of_swiglu_is_quantised_as_it_is_computed_where_squares_are_gates_or_ups():
+@pytest.mark.parametrize("op", [SWIGLU_GRADIENT_FP8_BOTH, WEIGHTED_SWIGLU_GRADIENT_FP8_BOTH])
+def test_the_gradient_of_swiglu_is_quantised_as_it_is_computed_where_squares_are_gates_or_ups(op):
     case = Case("cuda", torch.bfloat16, (1408,), many=True)
     for one in (case, case._replace(dtype=torch.float16)):
-        assert SWIGLU_GRADIENT_FP8_BOTH.select(one)[0].name == "gluon"
+        assert op.select(one)[0].name == "gluon"
     for other in (
         case._replace(many=False),
         case._replace(grad=True),
@@ -155,7 +156,7 @@ def test_the_gradient_of_swiglu_is_quantised_as_it_is_computed_where_squares_are
         case._replace(dtype=torch.float8_e4m3fn),
         case._replace(device="cpu"),
     ):
-        assert SWIGLU_GRADIENT_FP8_BOTH.select(other)[0].name == "two_ops"
+        assert op.select(other)[0].name == "two_ops"
 
 
 @pytest.mark.parametrize(("rows", "many"), [(511, False), (512, True)])

@@ -180,6 +180,12 @@ CALLS = {
     "swiglu_gradient": lambda made, impl: ops.swiglu_gradient(
         made(TOKENS, 2 * WIDTH), made(TOKENS, WIDTH), impl=impl
     ),
+    "weighted_swiglu_gradient": lambda made, impl: ops.weighted_swiglu_gradient(
+        made(TOKENS, 2 * WIDTH), made(TOKENS, WIDTH), made(TOKENS), impl=impl
+    )[0],
+    "weighted_swiglu_gradient_fp8_both": lambda made, impl: ops.weighted_swiglu_gradient_fp8_both(
+        made(TOKENS, 2 * WIDTH), made(TOKENS, WIDTH), made(TOKENS), impl=impl
+    )[2],
     "swiglu_gradient_fp8_both": lambda made, impl: (
         ops.swiglu_gradient_fp8_both(made(TOKENS, 2 * WIDTH), made(TOKENS, WIDTH), impl=impl)[1].scale
     ),

@@ -6,6 +6,9 @@ come by TMA: of gates, of ups and of what arrives. Both gradients are computed o
 stored over gates and ups, while their largest magnitudes are taken; then each is quantised as
 `gluon_fp8_squares` does. Words of columns lie over the third square, so that two programs of eight warps fit
 a multiprocessor. Each square of the next tile is asked for as soon as this one's is not needed any more.
+
+WEIGHTED: gradients are those of rows times weights, and what each row's weight gets of the square is written
+beside: one float32, to be added to those of the other squares of the row.
 """
 
 from __future__ import annotations
@@ -63,15 +66,30 @@ def _sigmoid(x):
 
 
 @gluon.jit
-def _gradients(gate, up, dy, PARTS: gl.constexpr):
-    """Both gradients of a part, stored over gates and ups; operations in the order of `_swiglu_backward`."""
+def _gradients(gate, up, dy, weight, product, PARTS: gl.constexpr, WEIGHTED: gl.constexpr):
+    """Both gradients of a part, stored over gates and ups; operations in the order of `_swiglu_backward`.
+
+    WEIGHTED: in that of `_weighted_swiglu_backward`, whose sums of products go to `product`.
+    """
     g, u, d = wide(gate.load(PARTS)), wide(up.load(PARTS)), wide(dy.load(PARTS))
     sigmoid = _sigmoid(g)
-    dgate = (d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))).to(gate.dtype)
-    dup = (d * g * sigmoid).to(gate.dtype)
+    dgate = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
+    dup = d * g * sigmoid
+    if WEIGHTED:
+        product.store(gl.sum(dup * u, axis=1))
+        by = weight.load(gl.SliceLayout(1, PARTS))[:, None]
+        dgate, dup = dgate * by, dup * by
+    dgate, dup = dgate.to(gate.dtype), dup.to(gate.dtype)
     gate.store(dgate)
     up.store(dup)
     return dgate, dup
+
+
+@gluon.jit
+def _weights_of(row_weight_ptr, row, within, end, wanted):
+    """Weights of a square's rows, 0 from their expert's end on."""
+    mask = wanted & (row + within < end)
+    return gl.load(row_weight_ptr + row + within, mask=mask, other=0.0).to(gl.float32)
 
 
 @gluon.jit
@@ -117,8 +135,9 @@ def _store_columns(staged, words_ptr, word_dim, owned, kept, TURNED: gl.constexp
 @gluon.jit(do_not_specialize=["rows", "squares"])
 def _swiglu_squares(
     gate_up, dy, row_values_ptr, row_scale_ptr, column_words_ptr, column_scale_ptr, ends_ptr,
+    row_weight_ptr, part_ptr,
     rows, experts, width_dim, word_dim, n_tiles, squares, row_tile_stride, column_tile_stride,
-    HAS_ENDS: gl.constexpr, POWER_OF_TWO: gl.constexpr,
+    HAS_ENDS: gl.constexpr, POWER_OF_TWO: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
     """Every so manieth square of gates, and those of ups and of dy that belong to it."""
     W: gl.constexpr = gl.num_warps()
@@ -133,6 +152,10 @@ def _swiglu_squares(
     dys = gl.allocate_shared_memory(dy.dtype, [TILE, TILE], dy.layout)
     staged = view(dys, gl.int32, [2 * TILE, WORDS], STAGED)
     numbers = gl.allocate_shared_memory(gl.float32, [8 * TILE], PLAIN)
+    weights, products = numbers, numbers
+    if WEIGHTED:
+        weights = gl.allocate_shared_memory(gl.float32, [2 * TILE], PLAIN)
+        products = gl.allocate_shared_memory(gl.float32, [2 * TILE], PLAIN)
     bar = new_bars(1, 1).index(0)
     fence_async_shared()
     meet()
@@ -149,6 +172,9 @@ def _swiglu_squares(
     load(gate_up, [row, column], bar, gates, pred=more)
     load(gate_up, [row, width_dim + column], bar, ups, pred=more)
     load(dy, [row, column], bar, dys, pred=more)
+    if WEIGHTED:
+        weights.store(_weights_of(row_weight_ptr, row, within, place[3], more))
+        meet()
     while more:
         owned, height, tile = place[0] < experts, place[3] - row, at // n_tiles
         kept = tile < word_dim // WORDS
@@ -158,14 +184,18 @@ def _swiglu_squares(
             clear_from(gates, height, PARTS, PART)
             clear_from(ups, height, PARTS, PART)
             clear_from(dys, height, PARTS, PART)
-        dgate, dup = _gradients(gates.slice(0, SOME), ups.slice(0, SOME), dys.slice(0, SOME), PAIRS)
+        dgate, dup = _gradients(
+            gates.slice(0, SOME), ups.slice(0, SOME), dys.slice(0, SOME),
+            weights.slice(0, SOME), products.slice(0, SOME), PAIRS, WEIGHTED,
+        )  # fmt: skip
         numbers.slice(0, SOME).store(largest_of_rows(dgate))
         numbers.slice(TILE, SOME).store(largest_of_rows(dup))
         of_gates, of_ups = _largest_of_pairs(dgate), _largest_of_pairs(dup)
         for first in gl.static_range(SOME, TILE, SOME):
             dgate, dup = _gradients(
-                gates.slice(first, SOME), ups.slice(first, SOME), dys.slice(first, SOME), PAIRS
-            )
+                gates.slice(first, SOME), ups.slice(first, SOME), dys.slice(first, SOME),
+                weights.slice(first, SOME), products.slice(first, SOME), PAIRS, WEIGHTED,
+            )  # fmt: skip
             numbers.slice(first, SOME).store(largest_of_rows(dgate))
             numbers.slice(TILE + first, SOME).store(largest_of_rows(dup))
             of_gates = larger(of_gates, _largest_of_pairs(dgate))
@@ -179,6 +209,9 @@ def _swiglu_squares(
         scale_at = row_scale_ptr + (column // TILE).to(gl.int64) * row_tile_stride + row
         half_at = half.to(gl.int64) * n_tiles * row_tile_stride
         gl.store(scale_at + half_at + within, scale, mask=within < height)
+        if WEIGHTED:
+            part_at = part_ptr + (column // TILE).to(gl.int64) * rows + row
+            gl.store(part_at + line, products.load(LINE), mask=line < gl.minimum(height, TILE))
         amax = numbers.slice(COLUMNS_AT, 2 * TILE).load(LINE)
         scale = tile_scale(gl.where(owned, amax, 0.0), POWER_OF_TWO)
         numbers.slice(COLUMNS_AT, 2 * TILE).store(scale)
@@ -196,18 +229,35 @@ def _swiglu_squares(
         row, column = place[2] + (at - place[1]) // n_tiles * TILE, at % n_tiles * TILE
         mbarrier.expect(bar, 3 * gate_up.block_type.nbytes, pred=more)
         load(gate_up, [row, column], bar, gates, pred=more)
+        if WEIGHTED:
+            weight = _weights_of(row_weight_ptr, row, within, place[3], more)
         _store_columns(words, words_ptr, word_dim, owned, kept, TURNED)
         words = staged.slice(TILE, TILE)
         _quantise(ups, numbers, words, values_ptr + width_dim, columns, height, 1, PARTS, PART)
         load(gate_up, [row, width_dim + column], bar, ups, pred=more)
         words_ptr += width_dim.to(gl.int64) * word_dim
         _store_columns(words, words_ptr, word_dim, owned, kept, TURNED)
+        if WEIGHTED:
+            weights.store(weight)
         meet()
         load(dy, [row, column], bar, dys, pred=more)
 
 
 def swiglu_gradient_both(gate_up_RF2, dy_RF, ends_E, *, power_of_two):
     """See `benthic.kernels.ops.swiglu_gradient_fp8_both`."""
+    return _both(gate_up_RF2, dy_RF, None, None, ends_E, power_of_two=power_of_two)
+
+
+def weighted_swiglu_gradient_both(gate_up_RF2, dy_RF, weight_R, ends_E, *, power_of_two):
+    """See `benthic.kernels.ops.weighted_swiglu_gradient_fp8_both`."""
+    rows, width = dy_RF.shape
+    parts_tR = torch.empty(cdiv(width, TILE.value), rows, dtype=torch.float32, device=dy_RF.device)
+    weight_R = weight_R.contiguous()
+    tiles = _both(gate_up_RF2, dy_RF, weight_R, parts_tR, ends_E, power_of_two=power_of_two)
+    return *tiles, parts_tR.sum(0)
+
+
+def _both(gate_up_RF2, dy_RF, weight_R, parts_tR, ends_E, *, power_of_two):
     gate_up_RF2, dy_RF = rows_loadable(gate_up_RF2), rows_loadable(dy_RF)
     rows, width = dy_RF.shape
     experts, n_tiles = 1 if ends_E is None else ends_E.shape[0], cdiv(width, TILE.value)
@@ -222,8 +272,9 @@ def swiglu_gradient_both(gate_up_RF2, dy_RF, ends_E, *, power_of_two):
         _swiglu_squares[(min(PROGRAMS * multiprocessors(dy_RF.device), squares),)](
             blocks_of(gate_up_RF2, TILE.value, TILE.value), blocks_of(dy_RF, TILE.value, TILE.value),
             by_row.values, by_row.scale, words, by_column.scale, words if ends_E is None else ends_E,
-            rows, experts, width, padded // 4, n_tiles, squares,
+            weight_R, parts_tR, rows, experts, width, padded // 4, n_tiles, squares,
             by_row.scale.stride(1), by_column.scale.stride(1),
-            HAS_ENDS=ends_E is not None, POWER_OF_TWO=power_of_two, num_warps=WARPS, maxnreg=REGISTERS,
+            HAS_ENDS=ends_E is not None, POWER_OF_TWO=power_of_two, WEIGHTED=weight_R is not None,
+            num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return by_row, by_column

@@ -87,6 +87,20 @@ def swiglu_gradient(gate_up: Tensor, dy: Tensor) -> Tensor:
     return out.to(gate_up.dtype)
 
 
+def weighted_swiglu_gradient(gate_up_RF2: Tensor, dy_RF: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor]:
+    """See `benthic.kernels.ops.weighted_swiglu_gradient`; float32, float64 and bfloat16."""
+    acc = wide(gate_up_RF2.dtype)
+    dy, weight = dy_RF.to(acc), weight_R.to(acc)[:, None]
+    gate, up = gate_up_RF2.to(acc).chunk(2, dim=-1)
+    out = torch.empty(gate_up_RF2.shape, dtype=acc)
+    dgate, dup = out.chunk(2, dim=-1)
+    torch.mul(dy, F.silu(gate), out=dup)
+    dweight_R = (dup * up).sum(-1)
+    dup.mul_(weight)
+    dgate.copy_(torch.ops.aten.silu_backward(dy * up * weight, gate))
+    return out.to(gate_up_RF2.dtype), dweight_R
+
+
 def differentiable_rope(x: Tensor, cos_Tr2: Tensor, sin_Tr2: Tensor) -> Tensor:
     """See `benthic.kernels.ops.rope`; float32, float64 and bfloat16."""
     out: Tensor = _Rope.apply(x, *_by_head(x, cos_Tr2, sin_Tr2))

@@ -127,6 +127,34 @@ def _swiglu_backward(
     tl.store(dgate_up_ptr + place + width, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
 
+@remembered
+@triton.jit(do_not_specialize=["rows"])
+def _weighted_swiglu_backward(
+    gate_up_ptr, dy_ptr, row_weight_ptr, dgate_up_ptr, dweight_ptr,
+    rows, width, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Whole rows, in parts of `WIDTH` columns: weights of rows come last, so that 1 leaves the plain bits."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    weight = tl.load(row_weight_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    products = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in range(0, width, WIDTH):
+        column = first + tl.arange(0, WIDTH)
+        mask = (row < rows)[:, None] & (column < width)[None, :]
+        place = row[:, None] * stride + column[None, :]
+        gate = tl.load(gate_up_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + place + width, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)) * weight
+        dup = dy * gate * sigmoid
+        products += dup * up
+        dup *= weight
+        place = row[:, None] * (2 * width) + column[None, :]
+        tl.store(dgate_up_ptr + place, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+        tl.store(dgate_up_ptr + place + width, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+    tl.store(dweight_ptr + row, tl.sum(products, axis=1), mask=row < rows)
+
+
 def rms_norm(x, weight_D, eps):
     """See `benthic.kernels.ops.rms_norm`."""
     return _Norm.apply(x, None, weight_D, eps, False)[0]
@@ -153,6 +181,27 @@ def swiglu_gradient(gate_up, dy):
             rows_RF2, dy, out, rows, width, rows_RF2.stride(0), ROWS=block, WIDTH=padded, num_warps=4
         )
     return out
+
+
+def weighted_swiglu_gradient(gate_up_RF2, dy_RF, weight_R):
+    """See `benthic.kernels.ops.weighted_swiglu_gradient`."""
+    gate_up_RF2, dy_RF, weight_R = as_rows(gate_up_RF2), dy_RF.contiguous(), weight_R.contiguous()
+    rows, width = dy_RF.shape
+    out_RF2 = torch.empty(rows, 2 * width, dtype=gate_up_RF2.dtype, device=dy_RF.device)
+    dweight_R = torch.empty(rows, dtype=torch.float32, device=dy_RF.device)
+    if rows:
+        block, padded = weighted_tile(width)
+        _weighted_swiglu_backward[(cdiv(rows, block),)](
+            gate_up_RF2, dy_RF, weight_R, out_RF2, dweight_R, rows, width, gate_up_RF2.stride(0),
+            ROWS=block, WIDTH=padded, num_warps=4,
+        )  # fmt: skip
+    return out_RF2, dweight_R
+
+
+def weighted_tile(width):
+    """Rows of a program, and how many of their columns it computes at once."""
+    padded = min(2048, next_power_of_2(width))
+    return max(1, 2048 // padded), padded
 
 
 def as_rows(x):

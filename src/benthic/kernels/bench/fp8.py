@@ -49,12 +49,19 @@ def fused(bench: Bench) -> None:
     weight, wide = bench.random(width, seed=5), bench.dtype.itemsize
     x, residual = bench.random(rows, width), bench.random(rows, width, seed=1)
     ends = (torch.arange(1, 9, device=bench.device) * (rows // 8)).to(torch.int32)
+    by_row = torch.rand(rows, device=bench.device)
     cases: list[tuple[str, Callable[..., Any], tuple[torch.Tensor, ...], float]] = [
         ("quantise_fp8_both", lambda impl, x: ops.quantise_fp8_both(x, ends, impl=impl), (x,), wide + 2),
         ("swiglu_fp8", lambda impl, x: ops.swiglu_fp8(x, impl=impl), (x,), wide + 0.5),
         (
             "swiglu_gradient_fp8_both",
             lambda impl, x, r: ops.swiglu_gradient_fp8_both(x, r, ends, impl=impl),
+            (x, bench.random(rows, width // 2, seed=2)),
+            1.5 * wide + 2,
+        ),
+        (
+            "weighted_swiglu_gradient_fp8_both",
+            lambda impl, x, r: ops.weighted_swiglu_gradient_fp8_both(x, r, by_row, ends, impl=impl),
             (x, bench.random(rows, width // 2, seed=2)),
             1.5 * wide + 2,
         ),

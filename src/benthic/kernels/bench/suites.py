@@ -32,7 +32,7 @@ def memory_bound(bench: Bench) -> None:
     """Row-wise ops on at least 256 MB, forward and backward."""
     rows, width = (64, 256) if bench.small else (32768, 7168)
     weight = bench.random(width, seed=5)
-    angle = torch.rand(rows, 32, device=bench.device)
+    angle, by_row = torch.rand(rows, 32, device=bench.device), torch.rand(rows, device=bench.device)
     one = _rows(bench, rows, width)
     # what is read and written, forward and backward, in tensors of rows x width
     cases: list[tuple[str, Callable[..., Any], Make, float, float]] = [
@@ -45,6 +45,13 @@ def memory_bound(bench: Bench) -> None:
             3,
         ),
         ("swiglu", lambda impl, x: ops.swiglu(x, impl=impl), one, 1.5, 2.5),
+        (
+            "weighted_swiglu_gradient",
+            lambda impl, x, r: ops.weighted_swiglu_gradient(x, r, by_row, impl=impl)[0],
+            lambda seed: (*one(seed), bench.random(rows, width // 2, seed=seed + 100, grad=True)),
+            2.5,
+            1,
+        ),
         (
             "rope",
             lambda impl, x: ops.rope(x, angle.cos(), angle.sin(), impl=impl),

@@ -53,11 +53,13 @@ from benthic.kernels.ops.fp8_fused import (
     RMS_NORM_FP8,
     SWIGLU_FP8,
     SWIGLU_GRADIENT_FP8_BOTH,
+    WEIGHTED_SWIGLU_GRADIENT_FP8_BOTH,
     add_rms_norm_fp8,
     quantise_fp8_both,
     rms_norm_fp8,
     swiglu_fp8,
     swiglu_gradient_fp8_both,
+    weighted_swiglu_gradient_fp8_both,
 )
 from benthic.kernels.ops.fp8_linear import (
     ADD_FP8_WEIGHT_GRADIENT,
@@ -128,6 +130,7 @@ from benthic.kernels.ops.norm import (
     ROPE_BOTH,
     SWIGLU,
     SWIGLU_GRADIENT,
+    WEIGHTED_SWIGLU_GRADIENT,
     add_rms_norm,
     rms_norm,
     rope,
@@ -135,6 +138,7 @@ from benthic.kernels.ops.norm import (
     rope_both,
     swiglu,
     swiglu_gradient,
+    weighted_swiglu_gradient,
 )
 from benthic.kernels.ops.routes import (
     CHOOSE_RANKS,
@@ -239,6 +243,8 @@ __all__ = [
     "turn_fp8",
     "unpermute",
     "weight_gradient",
+    "weighted_swiglu_gradient",
+    "weighted_swiglu_gradient_fp8_both",
 ]
 
 OPS: tuple[Op, ...] = (
@@ -246,6 +252,7 @@ OPS: tuple[Op, ...] = (
     ADD_RMS_NORM,
     SWIGLU,
     SWIGLU_GRADIENT,
+    WEIGHTED_SWIGLU_GRADIENT,
     ROPE,
     JOIN_HEAD_DIMS,
     SPLIT_HEAD_DIMS,
@@ -294,6 +301,7 @@ OPS: tuple[Op, ...] = (
     QUANTISE_FP8_BOTH,
     SWIGLU_FP8,
     SWIGLU_GRADIENT_FP8_BOTH,
+    WEIGHTED_SWIGLU_GRADIENT_FP8_BOTH,
     RMS_NORM_FP8,
     ADD_RMS_NORM_FP8,
     FP8_LINEAR,

@@ -14,7 +14,12 @@ from benthic.errors import ShapeError
 from benthic.kernels.ops.fp8 import quantise_fp8_rows
 from benthic.kernels.ops.fp8_linear import MANY_VALUES, quantise_fp8_columns
 from benthic.kernels.ops.fp8_ways import gluon_square_pairs, gluon_squares
-from benthic.kernels.ops.norm import check_swiglu_gradient, swiglu_gradient
+from benthic.kernels.ops.norm import (
+    check_swiglu_gradient,
+    check_weighted_swiglu_gradient,
+    swiglu_gradient,
+    weighted_swiglu_gradient,
+)
 from benthic.kernels.reference.fp8_linear import TILE, Fp8
 from benthic.kernels.table import (
     Case,
@@ -68,6 +73,24 @@ SWIGLU_GRADIENT_FP8_BOTH = Op(
             "benthic.kernels.ops.fp8_fused:gradient_then_tiles",
         ),
         reference("benthic.kernels.reference.fp8_fused:swiglu_gradient_both"),
+    ),
+    typical_dims=(1408,),
+    trains=False,
+)
+WEIGHTED_SWIGLU_GRADIENT_FP8_BOTH = Op(
+    "weighted_swiglu_gradient_fp8_both",
+    (
+        Implementation(
+            "gluon",
+            inference_only(one_dtype(gluon_square_pairs)),
+            "benthic.kernels.gluon_fp8_swiglu:weighted_swiglu_gradient_both",
+        ),
+        Implementation(
+            "two_ops",
+            anywhere("weighted_swiglu_gradient, then quantise_fp8_both: see the lines of these"),
+            "benthic.kernels.ops.fp8_fused:weighted_gradient_then_tiles",
+        ),
+        reference("benthic.kernels.reference.fp8_fused:weighted_swiglu_gradient_both"),
     ),
     typical_dims=(1408,),
     trains=False,
@@ -157,6 +180,43 @@ def gradient_then_tiles(
 ) -> tuple[Fp8, Fp8]:
     """See `swiglu_gradient_fp8_both`; the table is asked for each of the two."""
     return quantise_fp8_both(swiglu_gradient(gate_up_RF2, dy_RF), ends_E, power_of_two=power_of_two)
+
+
+def weighted_swiglu_gradient_fp8_both(
+    gate_up_RF2: Tensor,
+    dy_RF: Tensor,
+    weight_R: Tensor,
+    ends_E: Tensor | None = None,
+    *,
+    power_of_two: bool = False,
+    impl: str | None = None,
+) -> tuple[Fp8, Fp8, Tensor]:
+    """`quantise_fp8_both` of `weighted_swiglu_gradient`, rounded to the dtype of gate_up first; and dweight.
+
+    Shapes: gate_up float [R, 2F]; dy float [R, F]; weight any float [R]; ends int32 [E] or None. Returns row
+    tiles of [R, 2F], column tiles [2F, P] and float32 [R]. Tiles have the bits of both ops, as long as no
+    `dy * up` reaches 1e26; `dweight` may be summed in another order, which is always the same.
+    Raises: ShapeError when shapes disagree; BackendError when `impl` cannot run.
+    Cost: gate_up and dy are read, 2 bytes an element of gate_up are written.
+    """
+    _check_matrix("weighted_swiglu_gradient_fp8_both", gate_up_RF2)
+    check_weighted_swiglu_gradient("weighted_swiglu_gradient_fp8_both", gate_up_RF2, dy_RF, weight_R)
+    many = impl is not None or gate_up_RF2.numel() >= MANY_VALUES
+    case = _case(gate_up_RF2, dy_RF, weight_R)._replace(
+        dims=(dy_RF.shape[1],), mixed=dy_RF.dtype is not gate_up_RF2.dtype, many=many
+    )
+    out: tuple[Fp8, Fp8, Tensor] = WEIGHTED_SWIGLU_GRADIENT_FP8_BOTH.choose(case, impl)(
+        gate_up_RF2, dy_RF, weight_R, ends_E, power_of_two=power_of_two
+    )
+    return out
+
+
+def weighted_gradient_then_tiles(
+    gate_up_RF2: Tensor, dy_RF: Tensor, weight_R: Tensor, ends_E: Tensor | None, *, power_of_two: bool
+) -> tuple[Fp8, Fp8, Tensor]:
+    """See `weighted_swiglu_gradient_fp8_both`; the table is asked for each of the two."""
+    gradient_RF2, dweight_R = weighted_swiglu_gradient(gate_up_RF2, dy_RF, weight_R)
+    return *quantise_fp8_both(gradient_RF2, ends_E, power_of_two=power_of_two), dweight_R
 
 
 def rms_norm_fp8(

@@ -85,6 +85,21 @@ SWIGLU_GRADIENT = Op(
     ),
     trains=False,
 )
+WEIGHTED_SWIGLU_GRADIENT = Op(
+    "weighted_swiglu_gradient",
+    (
+        Implementation(
+            "torch",
+            inference_only(_DIFFERENTIABLE),
+            "benthic.kernels.torch_norm:weighted_swiglu_gradient",
+        ),
+        Implementation(
+            "triton", inference_only(_TRITON), "benthic.kernels.triton_norm:weighted_swiglu_gradient"
+        ),
+        reference("benthic.kernels.reference.norm:weighted_swiglu_gradient"),
+    ),
+    trains=False,
+)
 ROPE = Op(
     "rope",
     (
@@ -200,6 +215,37 @@ def check_swiglu_gradient(name: str, gate_up: Tensor, dy: Tensor) -> None:
     if gate_up.shape != (*dy.shape[:-1], 2 * dy.shape[-1]):
         found = tuple(gate_up.shape)
         msg = f"{name}: gate_up {found} must have the rows of dy {tuple(dy.shape)}, twice as wide"
+        raise ShapeError(msg)
+
+
+def weighted_swiglu_gradient(
+    gate_up_RF2: Tensor, dy_RF: Tensor, weight_R: Tensor, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `weight_R * swiglu(gate_up)` gives gate_up and the weights for the gradient `dy` of its output.
+
+    With s = sigmoid(gate) and d = weight * dy: `d up s (1 + gate (1 - s))` beside `d gate s`, and
+    `sum_f(gate s up dy)` of each row, the gradient of a mixture's routing weight without experts' outputs.
+    Shapes: gate_up [R, 2F], dy [R, F], weight any float [R]. Returns [R, 2F] in the dtype of gate_up and
+    float32 [R] (float64 for float64), always summed in one order. Where autograd records, only the
+    definition runs.
+    Raises: ShapeError when shapes disagree; BackendError when `impl` cannot run.
+    Cost: gate_up and dy are read, as much as gate_up is written.
+    """
+    check_weighted_swiglu_gradient("weighted_swiglu_gradient", gate_up_RF2, dy_RF, weight_R)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (gate_up_RF2, dy_RF, weight_R))
+    case = Case(device_type(gate_up_RF2), gate_up_RF2.dtype, grad=grad)
+    out: tuple[Tensor, Tensor] = WEIGHTED_SWIGLU_GRADIENT.choose(case, impl)(gate_up_RF2, dy_RF, weight_R)
+    return out
+
+
+def check_weighted_swiglu_gradient(name: str, gate_up_RF2: Tensor, dy_RF: Tensor, weight_R: Tensor) -> None:
+    """Raise ShapeError where operands are no matrices of as many rows as there are weights."""
+    check_swiglu_gradient(name, gate_up_RF2, dy_RF)
+    if weight_R.shape != dy_RF.shape[:1] or dy_RF.dim() != 2:
+        msg = (
+            f"{name}: dy {tuple(dy_RF.shape)} must be a matrix with a row for each of the weights "
+            f"{tuple(weight_R.shape)}"
+        )
         raise ShapeError(msg)
 
 

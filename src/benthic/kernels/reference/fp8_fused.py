@@ -30,6 +30,14 @@ def swiglu_gradient_both(
     return quantise_both(norm.swiglu_gradient(gate_up_RF2, dy_RF), ends_E, power_of_two=power_of_two)
 
 
+def weighted_swiglu_gradient_both(
+    gate_up_RF2: Tensor, dy_RF: Tensor, weight_R: Tensor, ends_E: Tensor | None, *, power_of_two: bool
+) -> tuple[Fp8, Fp8, Tensor]:
+    """Both tilings of the gradient of `w silu(gate) up`, rounded to the dtype of gate_up first, and w's."""
+    gradient_RF2, dweight_R = norm.weighted_swiglu_gradient(gate_up_RF2, dy_RF, weight_R)
+    return *quantise_both(gradient_RF2, ends_E, power_of_two=power_of_two), dweight_R
+
+
 def rms_norm(x_RD: Tensor, weight_D: Tensor, eps: float, *, power_of_two: bool) -> Fp8:
     """Row tiles of the norm, rounded to the dtype of x first."""
     return _rows(norm.rms_norm(x_RD, weight_D, eps), power_of_two=power_of_two)

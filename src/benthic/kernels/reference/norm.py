@@ -39,6 +39,17 @@ def swiglu_gradient(gate_up: Tensor, dy: Tensor) -> Tensor:
     return torch.cat((dgate, dy * gate * sigmoid), dim=-1).to(gate_up.dtype)
 
 
+def weighted_swiglu_gradient(gate_up_RF2: Tensor, dy_RF: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `w silu(gate) up` for gate_up, of `w dy`, and for w: `sum_f(silu(gate) up dy)`."""
+    acc = wide(gate_up_RF2.dtype)
+    gate, up = gate_up_RF2.to(acc).chunk(2, dim=-1)
+    dy, sigmoid = dy_RF.to(acc), torch.sigmoid(gate)
+    d = weight_R.to(acc)[:, None] * dy
+    dgate = d * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    dgate_up = torch.cat((dgate, d * gate * sigmoid), dim=-1).to(gate_up_RF2.dtype)
+    return dgate_up, (gate * sigmoid * up * dy).sum(-1)
+
+
 def rope_and_norm(
     q_rope_THr: Tensor,
     k_rope_Tr: Tensor,
