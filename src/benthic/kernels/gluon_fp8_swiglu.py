@@ -24,7 +24,7 @@ from benthic.kernels.gluon_fp8_parts import (
     TILE,
     clear_from,
     larger,
-    largest_of_columns,
+    largest_of_fours,
     largest_of_rows,
     store_row_values,
     wide,
@@ -40,12 +40,8 @@ from benthic.kernels.triton_tiles import multiprocessors
 
 WORDS = gl.constexpr(32)
 """Of a column of a square."""
-COLUMNS_AT = gl.constexpr(256)
-INVERSE_AT = gl.constexpr(512)
-"""Where numbers of columns begin in shared memory, behind those of rows, and where inverses of scales do.
-
-Of each kind there are 128 of the gates' gradient and 128 of the ups'.
-"""
+LEFT = gl.constexpr(gl.SwizzledSharedLayout(32, 8, 2, [1, 0]))
+"""Numbers of columns that are left when each thread has compared its own; rows 8 apart lie in other banks."""
 PROGRAMS, WARPS, REGISTERS = 2, 8, 128
 """Programs of a multiprocessor, as many as its shared memory holds, their warps, registers of a thread."""
 
@@ -100,19 +96,30 @@ def _largest_of_pairs(x):
 
 
 @gluon.jit
+def _largest_of_columns(left):
+    """The largest magnitude of each column of gates, then of ups, of which each has half of the rows left."""
+    W: gl.constexpr = gl.num_warps()
+    EIGHTS: gl.constexpr = gl.BlockedLayout([left.shape[0] // 4, 2], [2, 16], [2, W // 2], [1, 0])
+    found = _largest_of_pairs(largest_of_fours(left.load(EIGHTS)))
+    return gl.max(gl.abs(found.to(gl.float32)).reshape([2, 2, TILE]), axis=1).reshape([2 * TILE])
+
+
+@gluon.jit
 def _quantise(
     square, numbers, staged, values_ptr, columns, height,
     HALF: gl.constexpr, PARTS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    """Values of rows go to memory, words of columns to shared memory."""
-    at = numbers.slice(COLUMNS_AT + HALF * TILE, TILE)
-    by = at.load(gl.SliceLayout(0, PARTS))
-    at = numbers.slice(INVERSE_AT + COLUMNS_AT + HALF * TILE, TILE)
-    inverse = at.load(gl.SliceLayout(0, PARTS))
+    """Values of rows go to memory, words of columns to shared memory.
+
+    `numbers` are scales of rows, their inverses, scales of columns, theirs: of gates, then of ups.
+    """
+    row_scale, row_inverses, column_scale, column_inverses = numbers
+    by = column_scale.slice(HALF * TILE, TILE).load(gl.SliceLayout(0, PARTS))
+    inverse = column_inverses.slice(HALF * TILE, TILE).load(gl.SliceLayout(0, PARTS))
     for first in gl.static_range(0, TILE, PART):
         x = wide(square.slice(first, PART).load(PARTS))
-        row_by = numbers.slice(HALF * TILE + first, PART).load(gl.SliceLayout(1, PARTS))
-        row_inverse = numbers.slice(INVERSE_AT + HALF * TILE + first, PART).load(gl.SliceLayout(1, PARTS))
+        row_by = row_scale.slice(HALF * TILE + first, PART).load(gl.SliceLayout(1, PARTS))
+        row_inverse = row_inverses.slice(HALF * TILE + first, PART).load(gl.SliceLayout(1, PARTS))
         store_row_values(x, row_by, row_inverse, values_ptr, first, columns, height, TILE)
         words = words_of(x, by, inverse)
         staged.slice(first // 4, PART // 4, dim=1).store(words.permute((1, 0)))
@@ -151,8 +158,15 @@ def _swiglu_squares(
     ups = gl.allocate_shared_memory(gate_up.dtype, [TILE, TILE], gate_up.layout)
     dys = gl.allocate_shared_memory(dy.dtype, [TILE, TILE], dy.layout)
     staged = view(dys, gl.int32, [2 * TILE, WORDS], STAGED)
-    numbers = gl.allocate_shared_memory(gl.float32, [8 * TILE], PLAIN)
-    weights, products = numbers, numbers
+    # apart, for Triton has all warps meet between two stores to one
+    of_rows = gl.allocate_shared_memory(gl.float32, [2 * TILE], PLAIN)
+    row_scale = gl.allocate_shared_memory(gl.float32, [2 * TILE], PLAIN)
+    row_inverse = gl.allocate_shared_memory(gl.float32, [2 * TILE], PLAIN)
+    column_scale = gl.allocate_shared_memory(gl.float32, [2 * TILE], PLAIN)
+    column_inverse = gl.allocate_shared_memory(gl.float32, [2 * TILE], PLAIN)
+    numbers = row_scale, row_inverse, column_scale, column_inverse
+    left = gl.allocate_shared_memory(gate_up.dtype, [SOME, TILE], LEFT)
+    weights, products = of_rows, of_rows
     if WEIGHTED:
         weights = gl.allocate_shared_memory(gl.float32, [2 * TILE], PLAIN)
         products = gl.allocate_shared_memory(gl.float32, [2 * TILE], PLAIN)
@@ -188,36 +202,37 @@ def _swiglu_squares(
             gates.slice(0, SOME), ups.slice(0, SOME), dys.slice(0, SOME),
             weights.slice(0, SOME), products.slice(0, SOME), PAIRS, WEIGHTED,
         )  # fmt: skip
-        numbers.slice(0, SOME).store(largest_of_rows(dgate))
-        numbers.slice(TILE, SOME).store(largest_of_rows(dup))
+        of_rows.slice(0, SOME).store(largest_of_rows(dgate))
+        of_rows.slice(TILE, SOME).store(largest_of_rows(dup))
         of_gates, of_ups = _largest_of_pairs(dgate), _largest_of_pairs(dup)
         for first in gl.static_range(SOME, TILE, SOME):
             dgate, dup = _gradients(
                 gates.slice(first, SOME), ups.slice(first, SOME), dys.slice(first, SOME),
                 weights.slice(first, SOME), products.slice(first, SOME), PAIRS, WEIGHTED,
             )  # fmt: skip
-            numbers.slice(first, SOME).store(largest_of_rows(dgate))
-            numbers.slice(TILE + first, SOME).store(largest_of_rows(dup))
+            of_rows.slice(first, SOME).store(largest_of_rows(dgate))
+            of_rows.slice(TILE + first, SOME).store(largest_of_rows(dup))
             of_gates = larger(of_gates, _largest_of_pairs(dgate))
             of_ups = larger(of_ups, _largest_of_pairs(dup))
-        numbers.slice(COLUMNS_AT, TILE).store(largest_of_columns(of_gates, LINE))
-        numbers.slice(COLUMNS_AT + TILE, TILE).store(largest_of_columns(of_ups, LINE))
+        left.store(gl.join(of_gates, of_ups).permute((2, 0, 1)).reshape([SOME, TILE]))
         meet()
-        scale = tile_scale(numbers.slice(0, 2 * TILE).load(LINE), POWER_OF_TWO)
-        numbers.slice(0, 2 * TILE).store(scale)
-        numbers.slice(INVERSE_AT, 2 * TILE).store(inverse_of(scale))
+        amax = _largest_of_columns(left)
+        scale = tile_scale(of_rows.load(LINE), POWER_OF_TWO)
+        row_scale.store(scale)
+        row_inverse.store(inverse_of(scale))
         scale_at = row_scale_ptr + (column // TILE).to(gl.int64) * row_tile_stride + row
         half_at = half.to(gl.int64) * n_tiles * row_tile_stride
         gl.store(scale_at + half_at + within, scale, mask=within < height)
         if WEIGHTED:
             part_at = part_ptr + (column // TILE).to(gl.int64) * rows + row
             gl.store(part_at + line, products.load(LINE), mask=line < gl.minimum(height, TILE))
-        amax = numbers.slice(COLUMNS_AT, 2 * TILE).load(LINE)
         scale = tile_scale(gl.where(owned, amax, 0.0), POWER_OF_TWO)
-        numbers.slice(COLUMNS_AT, 2 * TILE).store(scale)
-        numbers.slice(INVERSE_AT + COLUMNS_AT, 2 * TILE).store(inverse_of(scale))
+        column_scale.store(scale)
+        column_inverse.store(inverse_of(scale))
         scale_at = column_scale_ptr + tile.to(gl.int64) * column_tile_stride + column
-        gl.store(scale_at + half * width_dim + within, scale, mask=within < gl.where(kept, TILE, 0))
+        column_at = gl.arange(0, 2 * TILE, layout=amax.type.layout)
+        scale_at += column_at // TILE * width_dim + column_at % TILE
+        gl.store(scale_at, scale, mask=column_at < gl.where(kept, 2 * TILE, 0))
         meet()
         values_ptr = row_values_ptr + row.to(gl.int64) * (2 * width_dim) + column
         words_ptr = column_words_ptr + column.to(gl.int64) * word_dim + tile * WORDS
