@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 
 turn = threading.Condition()
+TILE = 128
 
 
 class Barrier:
@@ -60,6 +61,33 @@ class Pointer:
 
     def __add__(self, more):
         return Pointer(self.data, self.at + more, self.written)
+
+
+class Described:
+    """A matrix whose squares are loaded; zeros lie behind its ends."""
+
+    def __init__(self, data):
+        self.data, self.dtype, self.layout = data, data.dtype, None
+        self.block_type = SimpleNamespace(nbytes=TILE * TILE * data.itemsize)
+
+
+def load(described, corner, bar, tile, *, pred=True):
+    if pred:
+        row, column = (int(each) for each in corner)
+        part = described.data[row : row + TILE, column : column + TILE]
+        block = torch.zeros(TILE, TILE, dtype=part.dtype)
+        block[: part.shape[0], : part.shape[1]] = part
+        tile.store(block)
+        bar.came(size=-described.block_type.nbytes)
+
+
+def tile_scale(amax, power_of_two):
+    scale = amax.clamp(min=1e-4) / 448.0
+    return torch.exp2(torch.ceil(torch.log2(scale))) if power_of_two else scale
+
+
+def where(condition, *either):
+    return torch.where(torch.as_tensor(condition), *(torch.as_tensor(each) for each in either))
 
 
 def _wait(bar, parity, *, pred=True):

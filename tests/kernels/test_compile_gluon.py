@@ -23,6 +23,7 @@ from benthic.kernels import (
     gluon_attention_forward,
     gluon_expert_gradient,
     gluon_fp8,
+    gluon_fp8_retile,
     gluon_fp8_split,
     gluon_fp8_squares,
     gluon_fp8_swiglu,
@@ -69,7 +70,13 @@ HEADS = [(192, 128), (128, 128), (64, 64)]
 
 
 def descriptor(rows, columns, dtype="bf16", *before):
-    kinds = {"fp32": gl.float32, "bf16": gl.bfloat16, "fp16": gl.float16, "fp8e4nv": gl.float8e4nv}
+    kinds = {
+        "i32": gl.int32,
+        "fp32": gl.float32,
+        "bf16": gl.bfloat16,
+        "fp16": gl.float16,
+        "fp8e4nv": gl.float8e4nv,
+    }
     block = [*before, rows, columns]
     layout = gl.NVMMASharedLayout.get_default_for(block, kinds[dtype])
     return f"tensordesc<{dtype}{block},{layout!r}>"
@@ -172,31 +179,41 @@ def test_attention_keeps_its_products_in_flight_and_its_weights_in_registers(
         assert "wait0" in order[at + 65 : at + 70]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "both", "form"),
-    [
-        ("bf16", True, gluon_fp8_squares.PROGRAMS),
-        ("fp16", True, gluon_fp8_squares.PROGRAMS),
-        ("bf16", False, gluon_fp8_squares.PROGRAMS),
-        ("fp8e4nv", False, gluon_fp8_squares.RETILE_PROGRAMS),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("dtype", "both"), [("bf16", True), ("fp16", True), ("bf16", False)])
 @pytest.mark.parametrize("ends", [False, True])
-def test_squares_convert_two_values_at_once_and_leave_room_for_other_programs(
-    dtype, both, form, ends, tmp_path
-):
-    programs, registers = form
-    constants = {"HAS_ENDS": ends, "BOTH": both, "RETILE": dtype == "fp8e4nv", "POWER_OF_TWO": False}
-    types = {"x": descriptor(128, 128, dtype)}
-    kernel = built(gluon_fp8_squares._quantise_squares, constants, types, registers)
+def test_squares_convert_two_values_at_once_and_leave_room_for_other_programs(dtype, both, ends, tmp_path):
+    module, types = gluon_fp8_squares, {"x": descriptor(128, 128, dtype)}
+    constants = {"HAS_ENDS": ends, "BOTH": both, "POWER_OF_TWO": False}
+    kernel = built(module._quantise_squares, constants, types, module.REGISTERS)
     assert_fits(kernel, tmp_path)
-    assert programs * (kernel.metadata.shared + 1024) <= 228 * 1024
-    assert programs * 128 * registers <= 65536
+    assert module.PROGRAMS * (kernel.metadata.shared + 1024) <= 228 * 1024
+    assert module.PROGRAMS * 128 * module.REGISTERS <= 65536
     text = tool(kernel, "-sass", tmp_path)
     assert "UTMALDG.2D" in text
     assert text.count("F2FP.SATFINITE.E4M3") == 64 * (1 + both)  # 128 values of a thread each way
     assert len(re.findall(r"STG\.E\.128 ", text)) == 8  # whole lines of columns
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_rows_turned_into_columns_are_read_and_multiplied_once(ends, power_of_two, tmp_path):
+    module = gluon_fp8_retile
+    types = {"x": descriptor(128, 128, "fp8e4nv"), "out": descriptor(16, 32, "i32", 8)}
+    constants = {"HAS_ENDS": ends, "POWER_OF_TWO": power_of_two, "in_stride": 1}
+    kernel = built(module._retile_squares, constants, types, module.REGISTERS, module.WARPS)
+    assert_fits(kernel, tmp_path)
+    assert module.PROGRAMS * (kernel.metadata.shared + 1024) <= 228 * 1024
+    assert module.PROGRAMS * module.WARPS * 32 * module.REGISTERS <= 65536
+    text, values = tool(kernel, "-sass", tmp_path), 128 * 128 // (32 * module.WARPS)
+    assert text.count("F2FP.F16.E4M3") == text.count("F2FP.SATFINITE.E4M3") == values // 2
+    # a product with the row's scale, and a quotient: one product, or three
+    operations = len(re.findall(r"\b(?:FMUL|FFMA)\b", text))
+    assert 0 <= operations - (2 if power_of_two else 4) * values < 32
+    assert "PRMT" not in text  # conversions put words together, four at once are read
+    # two squares ahead, then, square by square: read, the next asked for, turned round, left by TMA
+    steps = re.findall(r"LDS\.64|UTMALDG|STS(?= )|UTMASTG", text)
+    order = "".join({"LDS.64": "r", "UTMALDG": "L", "STS": "w", "UTMASTG": "S"}[step] for step in steps)
+    assert order == "LL" + "r" * (values // 8) + "L" + "w" * (values // 4) + "S"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_threads import Pointer, Tiles, in_python
+from gluon_threads import TILE, Described, Pointer, Tiles, in_python, load, tile_scale, where
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -20,31 +20,11 @@ from benthic.kernels import gluon_fp8_parts, gluon_fp8_swiglu, gluon_fp8_tiles, 
 from benthic.kernels.reference import norm
 from benthic.kernels.reference.fp8_linear import padded_rows
 
-TILE = 128
-
 
 class Part(torch.Tensor):
     """A tensor in registers, which has a layout."""
 
     type = SimpleNamespace(layout=None)
-
-
-class Described:
-    """A matrix whose blocks are loaded; zeros lie behind its ends."""
-
-    def __init__(self, data):
-        self.data, self.dtype, self.layout = data, data.dtype, None
-        self.block_type = SimpleNamespace(nbytes=TILE * TILE * data.itemsize)
-
-
-def load(described, corner, bar, tile, *, pred=True):
-    if pred:
-        row, column = (int(each) for each in corner)
-        part = described.data[row : row + TILE, column : column + TILE]
-        block = torch.zeros(TILE, TILE, dtype=part.dtype)
-        block[: part.shape[0], : part.shape[1]] = part
-        tile.store(block)
-        bar.came(size=-described.block_type.nbytes)
 
 
 def take(pointer, *, mask=True, other=None):
@@ -67,15 +47,6 @@ def put(pointer, values, mask):
 def words_of(x, by, _inverse):
     values = (x / by[None, :]).to(torch.float8_e4m3fn).view(torch.uint8)
     return values.view(-1, 4, TILE).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
-
-
-def tile_scale(amax, power_of_two):
-    scale = amax.clamp(min=1e-4) / 448.0
-    return torch.exp2(torch.ceil(torch.log2(scale))) if power_of_two else scale
-
-
-def where(condition, *either):
-    return torch.where(torch.as_tensor(condition), *(torch.as_tensor(each) for each in either))
 
 
 @pytest.fixture

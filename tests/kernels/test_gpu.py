@@ -171,7 +171,7 @@ def test_the_table_chooses_the_documented_kernels():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("columns", [128, 144, 2048])
+@pytest.mark.parametrize("columns", [128, 144, 1408, 2048])
 @pytest.mark.parametrize("ends", [None, (0, 300, 300, 1733), (128,), (1000, 2000)], ids=str)
 def test_squares_by_tma_have_the_bits_of_those_by_triton(dtype, power_of_two, columns, ends):
     x = torch.randn(2000, columns, device="cuda", dtype=dtype) * 3

@@ -48,13 +48,15 @@ def wide(x):
 @gluon.jit
 def words_of(x, by, inverse):
     """Words of four rows in E4M3: [rows / 4, columns]."""
+    return packed(quotient(x, by[None, :], inverse[None, :]))
+
+
+@gluon.jit
+def packed(x):
+    """Float32 values as words of four rows in E4M3: [rows / 4, columns]."""
     even, odd = gl.split(x.reshape([x.shape[0] // 4, 2, 2, TILE]).permute((0, 3, 1, 2)))
     x_0, x_2 = gl.split(even)
     x_1, x_3 = gl.split(odd)
-    AT: gl.constexpr = gl.SliceLayout(0, x_0.type.layout)
-    by, inverse = gl.convert_layout(by, AT)[None, :], gl.convert_layout(inverse, AT)[None, :]
-    x_0, x_1 = quotient(x_0, by, inverse), quotient(x_1, by, inverse)
-    x_2, x_3 = quotient(x_2, by, inverse), quotient(x_3, by, inverse)
     return gl.inline_asm_elementwise(
         """{
         .reg .b16 low, high;

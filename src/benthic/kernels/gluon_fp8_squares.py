@@ -2,10 +2,10 @@
 """Squares of 128 x 128 quantised to E4M3 in columns, or in rows and columns, for Hopper in Gluon.
 
 Such kernels are bound by memory only if they have few instructions: at a copy's rate a multiprocessor has
-some 3,600 cycles for a square of bfloat16 that is stored twice, and half of that for one of E4M3 that is
-stored once. So TMA brings squares to shared memory, from where they are read twice, for the largest
-magnitudes and for the values. A scale is computed by one thread and goes to the others through shared
-memory. Columns are turned round as words of four values, which the conversion to E4M3 puts together.
+some 3,600 cycles for a square of bfloat16 that is stored twice. So TMA brings squares to shared memory, from
+where they are read twice, for the largest magnitudes and for the values. A scale is computed by one thread
+and goes to the others through shared memory. Columns are turned round as words of four values, which the
+conversion to E4M3 puts together.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ ROW_INVERSE = gl.constexpr(256)
 COLUMN_SCALE = gl.constexpr(384)
 COLUMN_INVERSE = gl.constexpr(512)
 """Where each of these begins in shared memory."""
-PROGRAMS = (4, 128)
-RETILE_PROGRAMS = (5, 96)
+PROGRAMS, REGISTERS = 4, 128
 """Programs of a multiprocessor, as many as its shared memory holds, and registers of a thread."""
 
 
@@ -63,33 +62,6 @@ def _fetch(x, square, bar, at, place, n_tiles, squares):
     mbarrier.expect(bar, x.block_type.nbytes, pred=at < squares)
     load(x, [row, column_tile * TILE], bar, square, pred=at < squares)
     return row, column_tile
-
-
-@gluon.jit
-def _part(square, numbers, first: gl.constexpr):
-    """Some rows in float32; of E4M3 values those of `numbers` are the scales."""
-    x = square.slice(first, PART).load(PARTS)
-    if x.dtype == gl.float8e4nv:
-        x = gl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high, a, b;
-            .reg .b32 pair;
-            mov.b32 {low, high}, $4;
-            cvt.rn.f16x2.e4m3x2 pair, low;
-            mov.b32 {a, b}, pair;
-            cvt.f32.f16 $0, a;
-            cvt.f32.f16 $1, b;
-            cvt.rn.f16x2.e4m3x2 pair, high;
-            mov.b32 {a, b}, pair;
-            cvt.f32.f16 $2, a;
-            cvt.f32.f16 $3, b;
-            }""",
-            "=f,=f,=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=4,
-        )  # fmt: skip
-        x *= numbers.slice(ROW_SCALE + first, PART).load(ROWS)[:, None]
-    else:
-        x = wide(x)
-    return x
 
 
 @gluon.jit
@@ -106,27 +78,15 @@ def _largest(square, numbers, BOTH: gl.constexpr):
     return largest_of_columns(largest_of_fours(amax), LINE)
 
 
-@gluon.jit
-def _largest_scaled(square, numbers):
-    """The largest magnitude of each column of E4M3 values with a scale for each row."""
-    amax = gl.abs(_part(square, numbers, 0))
-    for first in gl.static_range(PART, TILE, PART):
-        amax = gl.maximum(amax, gl.abs(_part(square, numbers, first)))
-    return gl.convert_layout(gl.max(amax, axis=0), LINE)
-
-
 @remembered
 @gluon.jit(do_not_specialize=["rows", "squares"])
 def _quantise_squares(
-    x, in_scale_ptr, row_values_ptr, row_scale_ptr, column_words_ptr, column_scale_ptr, ends_ptr,
+    x, row_values_ptr, row_scale_ptr, column_words_ptr, column_scale_ptr, ends_ptr,
     rows, experts, column_dim, word_dim, n_tiles, squares,
-    in_stride, in_tile_stride, row_tile_stride, column_tile_stride,
-    HAS_ENDS: gl.constexpr, BOTH: gl.constexpr, RETILE: gl.constexpr, POWER_OF_TWO: gl.constexpr,
+    row_tile_stride, column_tile_stride,
+    HAS_ENDS: gl.constexpr, BOTH: gl.constexpr, POWER_OF_TWO: gl.constexpr,
 ):  # fmt: skip
-    """Every so manieth square in columns and, with `BOTH`, in rows.
-
-    With `RETILE`, x holds E4M3 values with one scale per row and 128 columns.
-    """
+    """Every so manieth square in columns and, with `BOTH`, in rows."""
     square = gl.allocate_shared_memory(x.dtype, [TILE, TILE], x.layout)
     staged = gl.allocate_shared_memory(gl.int32, [TILE, PART], STAGED)
     numbers = gl.allocate_shared_memory(gl.float32, [8 * TILE], PLAIN)
@@ -144,17 +104,12 @@ def _quantise_squares(
         owned, height = place[0] < experts, place[3] - row
         tile, column = at // n_tiles, column_tile * TILE
         width = gl.where(tile < word_dim // PART, column_dim - column, 0)
-        if RETILE:
-            scale_at = in_scale_ptr + row.to(gl.int64) * in_stride + column_tile.to(gl.int64) * in_tile_stride
-            numbers.slice(ROW_SCALE, TILE).store(
-                gl.load(scale_at + line * in_stride, mask=line < height, other=0.0)
-            )
         mbarrier.wait(bar, phase)
         phase ^= 1
         if height < TILE:
             clear_from(square, height, PARTS, PART)
         meet()
-        amax = _largest_scaled(square, numbers) if RETILE else _largest(square, numbers, BOTH)
+        amax = _largest(square, numbers, BOTH)
         scale = tile_scale(gl.where(owned, amax, 0.0), POWER_OF_TWO)
         numbers.slice(COLUMN_SCALE, TILE).store(scale)
         numbers.slice(COLUMN_INVERSE, TILE).store(inverse_of(scale))
@@ -172,7 +127,7 @@ def _quantise_squares(
         inverse = numbers.slice(COLUMN_INVERSE, TILE).load(COLUMNS)
         values_ptr = row_values_ptr + row.to(gl.int64) * column_dim + column
         for first in gl.static_range(0, TILE, PART):
-            part = _part(square, numbers, first)
+            part = wide(square.slice(first, PART).load(PARTS))
             if BOTH:
                 row_by = numbers.slice(ROW_SCALE + first, PART).load(ROWS)
                 row_inverse = numbers.slice(ROW_INVERSE + first, PART).load(ROWS)
@@ -200,20 +155,15 @@ def _quantise_squares(
 def quantise_both(x_RI, ends_E, *, power_of_two):
     """See `benthic.kernels.ops.quantise_fp8_both`."""
     by_row = empty_tiles(*x_RI.shape, x_RI.device)
-    return by_row, _walk(x_RI, None, ends_E, by_row, power_of_two=power_of_two)
+    return by_row, _walk(x_RI, ends_E, by_row, power_of_two=power_of_two)
 
 
 def quantise_columns(x_RI, ends_E, *, power_of_two):
     """See `benthic.kernels.ops.quantise_fp8_columns`."""
-    return _walk(x_RI, None, ends_E, None, power_of_two=power_of_two)
+    return _walk(x_RI, ends_E, None, power_of_two=power_of_two)
 
 
-def retile(rows, ends_E, *, power_of_two):
-    """See `benthic.kernels.ops.retile_fp8`."""
-    return _walk(rows.values, rows.scale, ends_E, None, power_of_two=power_of_two)
-
-
-def _walk(x_RI, in_scale, ends_E, by_row, *, power_of_two):
+def _walk(x_RI, ends_E, by_row, *, power_of_two):
     x_RI = rows_loadable(x_RI)
     rows, columns = x_RI.shape
     experts, n_tiles = 1 if ends_E is None else ends_E.shape[0], cdiv(columns, TILE.value)
@@ -224,15 +174,13 @@ def _walk(x_RI, in_scale, ends_E, by_row, *, power_of_two):
     squares = (padded // TILE.value + (by_row is not None)) * n_tiles
     if rows and columns:
         take_context(x_RI.device)
-        to, retiled = by_column if by_row is None else by_row, in_scale is not None
-        in_scale = to.scale if in_scale is None else in_scale
-        programs, registers = RETILE_PROGRAMS if retiled else PROGRAMS
-        _quantise_squares[(min(programs * multiprocessors(x_RI.device), squares),)](
-            blocks_of(x_RI, TILE.value, TILE.value), in_scale, to.values, to.scale, words, by_column.scale,
+        to = by_column if by_row is None else by_row
+        _quantise_squares[(min(PROGRAMS * multiprocessors(x_RI.device), squares),)](
+            blocks_of(x_RI, TILE.value, TILE.value), to.values, to.scale, words, by_column.scale,
             words if ends_E is None else ends_E,
             rows, experts, columns, padded // 4, n_tiles, squares,
-            *in_scale.stride(), to.scale.stride(1), by_column.scale.stride(1),
-            HAS_ENDS=ends_E is not None, BOTH=by_row is not None, RETILE=retiled, POWER_OF_TWO=power_of_two,
-            num_warps=4, maxnreg=registers,
+            to.scale.stride(1), by_column.scale.stride(1),
+            HAS_ENDS=ends_E is not None, BOTH=by_row is not None, POWER_OF_TWO=power_of_two,
+            num_warps=4, maxnreg=REGISTERS,
         )  # fmt: skip
     return by_column

@@ -35,6 +35,7 @@ meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 _DTYPES = {
+    torch.int32: gl.int32,
     torch.float32: gl.float32,
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,

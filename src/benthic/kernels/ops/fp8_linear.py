@@ -61,7 +61,7 @@ QUANTISE_FP8_COLUMNS = Op(
 RETILE_FP8 = Op(
     "retile_fp8",
     (
-        Implementation("gluon", gluon_squares, "benthic.kernels.gluon_fp8_squares:retile"),
+        Implementation("gluon", gluon_squares, "benthic.kernels.gluon_fp8_retile:retile"),
         Implementation(
             "triton",
             triton_runs(
