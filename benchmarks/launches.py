@@ -93,6 +93,7 @@ RUNS: Final[dict[str, Run]] = {
     "tp2": Run(LAYOUTS["tp2"]),
     "cp2": Run(LAYOUTS["cp2"]),
     "ep2": Run(LAYOUTS["ep2"]),
+    "ep2, FP8": Run(LAYOUTS["ep2"], precision=FP8),
     "ep16": Run(Layout(dp_degree=16, ep_degree=16)),
 }
 

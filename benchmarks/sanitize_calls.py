@@ -109,6 +109,8 @@ def experts(made: Made) -> Iterator[Call]:
     chosen = torch.rand(ROWS, EXPERTS, device=made.device).topk(2).indices.int()
     yield Call("permute", ops.permute, (made(ROWS, WIDTH, grad=True), chosen, EXPERTS))
     maps = ops.permute(made(ROWS, 8), chosen, EXPERTS, impl="reference").maps
+    tiles = ops.Fp8(*ops.quantise_fp8_rows(made(ROWS, WIDTH)))
+    yield Call("spread_fp8", ops.spread_fp8, (tiles, maps.row_TK), {"rows": 2 * ROWS})
     share = torch.rand(ROWS, 2, device=made.device).requires_grad_()
     yield Call("unpermute", ops.unpermute, (made(2 * ROWS, WIDTH, grad=True), maps, share))
     for sizes in ((131, 0, 7, 65), (3, 0, 1, 2)):

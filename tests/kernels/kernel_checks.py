@@ -1209,6 +1209,20 @@ def test_gather_copies_leaves_rows_past_the_end_alone(dtype, width):
     assert fast[20:].isnan().all()  # never written
 
 
+@pytest.mark.parametrize("width", [35, 256, 2048])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_tiles_of_tokens_go_to_the_rows_of_their_copies(dtype, width, by_column):
+    row, rows = absent(TOKENS, 3)
+    x = made(TOKENS, width, dtype=dtype).detach()
+    tiles = ops.Fp8(*ops.quantise_fp8_rows(x, by_column=by_column))
+    fast, exact = (ops.spread_fp8(tiles, row, rows=rows, impl=i) for i in ("triton", "reference"))
+    same_bits(*(ops.Fp8(*(part[:-3] for part in each)) for each in (fast, exact)))
+    token, copy = (row >= 0).nonzero(as_tuple=True)
+    assert torch.equal(fast.values.float()[row[token, copy]], tiles.values.float()[token])
+    assert torch.equal(fast.scale[row[token, copy]], tiles.scale[token])
+    assert fast.scale.stride() == (1, rows)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("few", [False, True])
 def test_sum_copies_skips_absent_ones(dtype, width, few, monkeypatch):

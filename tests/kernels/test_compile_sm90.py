@@ -414,6 +414,13 @@ MEMORY_BOUND = [
         for absent, kind in STORED
     ),
     ("triton_permute", "_spread_rows", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
+    (
+        "triton_permute",
+        "_spread_tiles",
+        {"TOP_K": 8, "WIDTH": 8192, "TILES": 64},
+        16,
+        {"values_ptr": "*u8", "out_values_ptr": "*u8", "scale_ptr": "*fp32", "out_scale_ptr": "*fp32"},
+    ),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     *(
         ("triton_permute", "_permute_few", few | {"SLOTS": slots}, 16, ROUTES | {"slot_ptr": "*i64"})

@@ -14,6 +14,7 @@ from benthic.kernels.launch import FEW_ROWS, early, wait_for_inputs
 from benthic.kernels.reference.moe import Permuted, RowMaps, followed
 from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_counting_sort import sort_copies
+from benthic.kernels.triton_e4m3 import empty_tiles
 
 
 @remembered
@@ -26,6 +27,26 @@ def _spread_rows(x_ptr, row_ptr, out_ptr, width, stride, TOP_K: tl.constexpr, WI
     for k in tl.static_range(TOP_K):
         row = tl.load(row_ptr + token * TOP_K + k)
         tl.store(out_ptr + row * width + column, x, mask=column < width)
+
+
+@remembered
+@triton.jit
+def _spread_tiles(
+    values_ptr, scale_ptr, row_ptr, out_values_ptr, out_scale_ptr,
+    width, stride, tiles, scale_stride, tile_stride, out_tile_stride,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The same for row tiles: values as bytes, and their scales; a negative row is skipped."""
+    token = tl.program_id(0).to(tl.int64)
+    column, tile = tl.arange(0, WIDTH), tl.arange(0, TILES)
+    values = tl.load(values_ptr + token * stride + column, mask=column < width)
+    scale = tl.load(scale_ptr + token * scale_stride + tile * tile_stride, mask=tile < tiles)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_ptr + token * TOP_K + k)
+        here = row >= 0
+        tl.store(out_values_ptr + row * width + column, values, mask=here & (column < width))
+        at = row + tile.to(tl.int64) * out_tile_stride
+        tl.store(out_scale_ptr + at, scale, mask=here & (tile < tiles))
 
 
 @triton.jit
@@ -200,6 +221,22 @@ def permute(x_TD, expert_TK, num_experts, slot_T=None):
     """See `benthic.kernels.ops.permute`."""
     ends_E, maps = row_maps(followed(expert_TK, slot_T), num_experts)
     return Permuted(_Gather.apply(x_TD, maps.row_TK), ends_E, maps)
+
+
+def spread_tiles(tiles, row_AK, rows):
+    """See `benthic.kernels.ops.spread_fp8`."""
+    values, scale = _unit_stride(tiles.values), tiles.scale
+    (tokens, top_k), width = row_AK.shape, values.shape[1]
+    out = empty_tiles(rows, width, values.device)
+    if tokens and width:
+        padded = next_power_of_2(width)
+        _spread_tiles[(tokens,)](
+            values.view(torch.uint8), scale, row_AK.contiguous(), out.values.view(torch.uint8), out.scale,
+            width, values.stride(0), scale.shape[1], *scale.stride(), out.scale.stride(1),
+            TOP_K=top_k, WIDTH=padded, TILES=next_power_of_2(scale.shape[1]),
+            num_warps=_warps(padded),
+        )  # fmt: skip
+    return out
 
 
 def permute_few(x_TD, expert_TK, num_experts, slot_T=None):

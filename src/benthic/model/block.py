@@ -18,13 +18,14 @@ from benthic.model.mla import attention_for
 from benthic.model.mlp import Mlp
 from benthic.model.moe import Moe
 from benthic.model.norm import Norm
+from benthic.model.sockets import InFlight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.moe import Routing
     from benthic.model.rope import Angles
-    from benthic.model.sockets import InFlight, Sockets
+    from benthic.model.sockets import Sockets
     from benthic.spec.model import ModelConfig
 
 PHASES = ("attention", "dispatch", "experts", "combine")
@@ -157,6 +158,10 @@ class MoeBlock(Block[Sent, Computed]):
         """Shared experts on this rank's own tokens while rows travel; routed experts on those that arrive."""
         linear, own = sockets.linear, sent.attended
         beside = sockets.aside(lambda: self.moe.beside(own.residual_TD, own.normed_TD, linear))
+        mixture = self.moe.experts.mixture(linear) if sent.flight.at_home else None
+        if mixture is not None:
+            (x_TD, weight_TK), expert_TK = sent.flight.tensors, sent.flight.handle
+            return Computed(InFlight((mixture(x_TD, expert_TK, weight_TK, beside()),), None, at_home=True))
         arrived = sockets.exchange.finish_dispatch(sent.flight)
         rows_RD = self.moe.experts(arrived.rows_RD, arrived.ends_E, linear)
         return Computed(sockets.exchange.start_combine(rows_RD, arrived, beside()))

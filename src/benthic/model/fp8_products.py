@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.network import DeepSeek
+    from benthic.model.sockets import Mixture
     from benthic.model.split_linear import SplitLinear
 
 
@@ -142,6 +143,36 @@ class Fp8Products:
         ops.add_fp8_weight_gradient(sum_.into, Fp8(*dy), columns, ends_E, fresh=sum_.fresh)
         return sum_.into
 
+    def of_copies(self) -> Fp8Products:
+        """Tiles of tokens are copied, with a byte a value."""
+        return self
+
+    def spread(self, tokens: Kept, row_TK: Tensor) -> Kept:
+        """Row tiles of all copies."""
+        return ops.spread_fp8(Fp8(*tokens), row_TK, rows=row_TK.numel())
+
+    def keep_copies_gradient(self, dout_TD: Tensor, row_TK: Tensor, ends_E: Tensor) -> tuple[Kept, Kept]:
+        """Row tiles of all copies, and column tiles made of these.
+
+        Their scales are powers of two whatever `power_of_two` says: nothing but underflow is rounded twice.
+        """
+        tiles = Fp8(*ops.quantise_fp8_rows(dout_TD.contiguous(), power_of_two=True, by_column=True))
+        rows = ops.spread_fp8(tiles, row_TK, rows=row_TK.numel())
+        return rows, ops.retile_fp8(rows, ends_E, power_of_two=True)
+
+    def keep_weighted_gradient(
+        self, gate_up_RF2: Tensor, dhidden_RF: Tensor, weight_R: Tensor, ends_E: Tensor
+    ) -> tuple[Kept, Kept, Tensor]:
+        """Row and column tiles of SwiGLU's gradient, which is not written wide."""
+        return ops.weighted_swiglu_gradient_fp8_both(
+            gate_up_RF2, dhidden_RF, weight_R, ends_E, power_of_two=self.power_of_two
+        )
+
+    def weighted(self, hidden: Kept, weight_R: Tensor) -> Kept:
+        """The weights go into the scales, so that re-tiling multiplies by them."""
+        values, scale = hidden
+        return values, scale * weight_R[:, None]
+
 
 @dataclass(frozen=True)
 class MixedLinear(Linear):
@@ -163,6 +194,10 @@ class MixedLinear(Linear):
     def network(self, x_RD: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor | None = None) -> Tensor:
         """`down(swiglu(gate_up(x_RD)))`; both weights are narrow, or both wide."""
         return self._of(gate_up).network(x_RD, gate_up, down, ends_E)
+
+    def mixture(self, gate_up: Tensor, down: Tensor) -> Mixture | None:
+        """That of their socket."""
+        return self._of(gate_up).mixture(gate_up, down)
 
     def _of(self, weight: Tensor) -> SplitLinear:
         return self.fp8 if owner_of(weight) in self.narrow else self.wide

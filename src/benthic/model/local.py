@@ -143,7 +143,7 @@ class LocalExchange:
 
     def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
         """The rows stay where they are."""
-        return InFlight((x_TD, weight_TK), expert_TK)
+        return InFlight((x_TD, weight_TK), expert_TK, at_home=True)
 
     def finish_dispatch(self, flight: InFlight) -> Arrived:
         """Copy every token to each of its experts."""
@@ -154,12 +154,13 @@ class LocalExchange:
     def start_combine(self, rows_RD: Tensor, arrived: Arrived, beside: tuple[Tensor, ...] = ()) -> InFlight:
         """Nothing has to travel. Where autograd records, all is summed now: less is kept until combine."""
         if torch.is_grad_enabled():
-            return InFlight((ops.unpermute(rows_RD, arrived.handle, arrived.weight, beside),), None)
+            out_TD = ops.unpermute(rows_RD, arrived.handle, arrived.weight, beside)
+            return InFlight((out_TD,), None, at_home=True)
         return InFlight((rows_RD, arrived.weight, *beside), arrived.handle)
 
     def finish_combine(self, flight: InFlight) -> Tensor:
         """Sum each token's rows with their weights, in a fixed order."""
-        if flight.handle is None:
+        if flight.at_home:
             return flight.tensors[0]
         rows_RD, weight_TK, *beside = flight.tensors
         return ops.unpermute(rows_RD, flight.handle, weight_TK, tuple(beside))

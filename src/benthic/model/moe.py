@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.sockets import Linear as LinearSocket
+    from benthic.model.sockets import Mixture
     from benthic.spec.model import ModelConfig
 
 
@@ -99,6 +100,10 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, ends_E: Tensor, linear: LinearSocket) -> Tensor:
         """Each expert's SwiGLU network on its own rows."""
         return linear.network(rows_RD, self.gate_up.flatten(1, 2), self.down, ends_E)
+
+    def mixture(self, linear: LinearSocket) -> Mixture | None:
+        """The same with copying before it and summing behind it, where `linear` has that as one step."""
+        return linear.mixture(self.gate_up.flatten(1, 2), self.down)
 
 
 class Moe(nn.Module):

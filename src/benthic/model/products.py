@@ -95,6 +95,35 @@ class Products(Protocol):
         """
         ...
 
+    def of_copies(self) -> CopyProducts | None:
+        """These products for experts as one step (`benthic.model.mixture`); None: it would gain nothing."""
+        ...
+
+
+class CopyProducts(Products, Protocol):
+    """Products that read copies of tokens in the form that tokens have been brought into: `model.mixture`."""
+
+    def spread(self, tokens: Kept, row_TK: Tensor) -> Kept:
+        """What `keep_rows` gave for tokens, copied to the rows of all their copies."""
+        ...
+
+    def keep_copies_gradient(self, dout_TD: Tensor, row_TK: Tensor, ends_E: Tensor) -> tuple[Kept, Kept]:
+        """What `keep_gradient` has, of the gradient of a sum over copies that all weigh one."""
+        ...
+
+    def keep_weighted_gradient(
+        self, gate_up_RF2: Tensor, dhidden_RF: Tensor, weight_R: Tensor, ends_E: Tensor
+    ) -> tuple[Kept, Kept, Tensor]:
+        """`keep_hidden_gradient` of rows times a weight each, and the gradient of these, float32 [R].
+
+        `dhidden` is that of the weighted rows.
+        """
+        ...
+
+    def weighted(self, hidden: Kept, weight_R: Tensor) -> Kept:
+        """What `keep_hidden` gave, each row times a weight, for `weight_gradient`."""
+        ...
+
 
 @dataclass(frozen=True)
 class PlainProducts:
@@ -156,6 +185,9 @@ class PlainProducts:
         narrow = x_RI.dtype.itemsize < 4
         dtype = torch.float32 if self.wide_gradients and narrow else x_RI.dtype
         return ops.weight_gradient(dy_RO, x_RI, ends_E, dtype=dtype)
+
+    def of_copies(self) -> None:
+        """A copy is what a product reads."""
 
     def _cast(self, operand: Tensor) -> Tensor:
         return operand if self.dtype is None else operand.to(self.dtype)

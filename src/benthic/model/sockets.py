@@ -67,6 +67,16 @@ class Attend(Protocol):
         ...
 
 
+class Mixture(Protocol):
+    """Experts that are all here, whole: copies of tokens go to them and come back summed."""
+
+    def __call__(
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, beside: tuple[Tensor, ...]
+    ) -> Tensor:
+        """`sum_k weight_tk expert_k(x_t)`, added to the sum of `beside`: `out_TD`."""
+        ...
+
+
 class Linear(Protocol):
     """What precision a matrix product has: called for one weight, `grouped` for one weight per expert."""
 
@@ -83,6 +93,10 @@ class Linear(Protocol):
         hidden_RF = ops.swiglu(self.product(x_RD, gate_up, ends_E))
         return self.product(hidden_RF, down, ends_E)
 
+    def mixture(self, gate_up: Tensor, down: Tensor) -> Mixture | None:  # noqa: ARG002 (of some weights alone)
+        """These experts as one step with the copying before it and the summing behind it, if there is one."""
+        return None
+
     def product(self, x_RI: Tensor, weight: Tensor, ends_E: Tensor | None) -> Tensor:
         """The product of one weight, or with ends that of one weight per expert."""
         return self(x_RI, weight) if ends_E is None else self.grouped(x_RI, weight, ends_E)
@@ -95,10 +109,13 @@ class InFlight:
     Attributes:
         tensors: all through which gradients flow; whoever cuts the graph between two phases cuts these.
         handle: the exchange's own.
+        at_home: nothing travels. A dispatch then holds tokens and their weights, with `expert_TK` as its
+            handle, and all experts are here; a combine holds the sum itself.
     """
 
     tensors: tuple[Tensor, ...]
     handle: Any
+    at_home: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benthic.model.mixture import JoinedExperts
 from benthic.model.products import WeightGradients
 from benthic.model.sockets import Linear
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.model.products import Products
+    from benthic.model.sockets import Mixture
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class SplitLinear(Linear):
         """`down(swiglu(gate_up(x_RD)))`, in the dtype of x, as one step of autograd."""
         y_RD: Tensor = _Gated.apply(x_RD, gate_up, down, ends_E, self)
         return y_RD
+
+    def mixture(self, gate_up: Tensor, down: Tensor) -> Mixture | None:
+        """As one step of autograd, where products read copies in a form that tokens can be brought into."""
+        products = self.products.of_copies()
+        return None if products is None else JoinedExperts(gate_up, down, products, self.sink)
 
 
 class _Split(torch.autograd.Function):

@@ -96,6 +96,7 @@ class _Block:
         matmul = self.precision.matmul
         self.fp8 = matmul == "fp8"
         self.shares = not self.fp8 and _BYTES[matmul] == self.size
+        self.joined = self.fp8 and self.layout.ep_degree == 1  # experts are one step, see model.mixture
         self.noting = self.fp8 or self.precision.e5m6_attention or bool(self.again or config.offload)
 
     def tensors(self) -> Iterator[Kept]:
@@ -137,7 +138,7 @@ class _Block:
             if self.moe and "dispatch" not in again:
                 later.append("dispatch")  # the gate
             if self.moe and "expert_inputs" in again and "experts" not in again:
-                later += ["experts"] if self.layout.ep_degree == 1 else []
+                later += ["experts"] if self.layout.ep_degree == 1 and not self.joined else []
             if self.shares and tp == 1 and "experts" not in again:
                 later.append("experts")
         yield Kept("normed", self._wide(size), tuple(dict.fromkeys(later)))
@@ -212,11 +213,12 @@ class _Block:
     def _routed(self) -> Iterator[Kept]:
         model, top_k, phase = self.model, self.model.num_experts_per_tok, ("experts",)
         if "expert_inputs" in self.again:
-            yield from self._rows_arrived()
+            if not self.joined:  # there it starts from the tokens, as products read them
+                yield from self._rows_arrived()
         else:
             yield Kept("expert rows", top_k * self._row(model.hidden_size), phase)
         yield from self._gated("experts", model.moe_intermediate_size, top_k)
-        if "expert_outputs" not in self.again:
+        if "expert_outputs" not in self.again and not self.joined:
             yield Kept("expert outputs", top_k * self._wide(model.hidden_size), phase)
         maps = 2.0 * _INDEX * top_k
         if self.layout.ep_degree > 1:

@@ -62,7 +62,7 @@ class OwnExperts(LocalExchange):
 
     def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
         """Count experts from the own ones on; the rows stay where they are."""
-        return super().start_dispatch(x_TD, (expert_TK - self.first) % self.n_routed_experts, weight_TK)
+        return InFlight((x_TD, weight_TK), (expert_TK - self.first) % self.n_routed_experts)
 
     def finish_dispatch(self, flight: InFlight) -> Arrived:
         """Copy every token to each of its experts; the rows of those held elsewhere lie past the last end."""

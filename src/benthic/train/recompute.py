@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from benthic.model.mla import Attention
     from benthic.model.network import DeepSeek
     from benthic.model.norm import Norm
-    from benthic.model.products import Kept, Products, Sum
+    from benthic.model.products import CopyProducts, Kept, Products, Sum
     from benthic.model.rope import Angles
     from benthic.model.sockets import Arrived, Attend, Exchange, Linear, Sockets
     from benthic.train.config import PrecisionConfig, RunConfig
@@ -142,6 +142,41 @@ class _Products:
     def weight_gradient(self, dy: Kept, rows: Kept, ends_E: Tensor | None, sum_: Sum | None = None) -> Tensor:
         """As the products do."""
         return self.inner.weight_gradient(dy, rows, ends_E, sum_)
+
+    def of_copies(self) -> _CopyProducts | None:
+        """With copies that are made again of their tokens."""
+        inner = self.inner.of_copies()
+        return None if inner is None else _CopyProducts(inner, self.keeper, self.pieces, self.precision)
+
+
+@dataclass(frozen=True)
+class _CopyProducts(_Products):
+    """The same for experts as one step."""
+
+    inner: CopyProducts
+
+    def spread(self, tokens: Kept, row_TK: Tensor) -> Kept:
+        """Copies, which need not be kept beside what they are copies of."""
+        rows = self.inner.spread(tokens, row_TK)
+        if "expert_inputs" in self.pieces and self.keeper.running:
+            sources, places = [self.keeper.source(part) for part in tokens], self.keeper.source(row_TK)
+            again = Recipe(lambda: self.inner.spread(tuple(source() for source in sources), places()))
+            self.keeper.note_all(rows, again)
+        return rows
+
+    def keep_copies_gradient(self, dout_TD: Tensor, row_TK: Tensor, ends_E: Tensor) -> tuple[Kept, Kept]:
+        """As the products do."""
+        return self.inner.keep_copies_gradient(dout_TD, row_TK, ends_E)
+
+    def keep_weighted_gradient(
+        self, gate_up_RF2: Tensor, dhidden_RF: Tensor, weight_R: Tensor, ends_E: Tensor
+    ) -> tuple[Kept, Kept, Tensor]:
+        """As the products do."""
+        return self.inner.keep_weighted_gradient(gate_up_RF2, dhidden_RF, weight_R, ends_E)
+
+    def weighted(self, hidden: Kept, weight_R: Tensor) -> Kept:
+        """As the products do."""
+        return self.inner.weighted(hidden, weight_R)
 
 
 @dataclass(frozen=True)

@@ -35,5 +35,14 @@ def test_swiglu_in_fp8_is_one_pass_each_way_and_its_gradient_is_not_quantised_on
     assert moved("bf16", "swiglu_fp8", "swiglu_gradient_fp8_both", "quantise both", moe=moe) == 0
     outputs = model.num_attention_heads * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
     outputs += model.hidden_size + model.kv_lora_rank + model.qk_rope_head_dim  # of o and kv_a
-    outputs += model.hidden_size * (1 + routed if moe else 1)  # of what leaves networks, and of no gates
+    outputs += model.hidden_size  # of what leaves networks whose rows are tokens, and of no gates
     assert moved("fp8", "quantise both", moe=moe) == pytest.approx(4.0 * TOKENS * outputs)
+
+
+def test_in_fp8_tokens_are_quantised_before_they_are_copied_and_experts_outputs_are_not_read_again() -> None:
+    model = MOONLIGHT
+    copies = (1 + model.num_experts_per_tok) * TOKENS * model.hidden_size
+    assert moved("fp8", "spread_fp8", moe=True) == pytest.approx(2 * copies)
+    assert moved("fp8", "permute", "unpermute backward", moe=True) == 0
+    assert moved("bf16", "spread_fp8", moe=True) == 0
+    assert moved("bf16", "permute", "unpermute backward", moe=True) == pytest.approx(3 * 2 * copies)

@@ -236,6 +236,24 @@ def copies(bench: Bench) -> None:
     ]
     for name, run, count, moved in cases:
         _copy_lines(bench, name, f"{tokens} x {width}, {rows} copies", run, (count, width), moved)
+    _spread_lines(bench, row_AK, rows, width)
+
+
+def _spread_lines(bench: Bench, row_AK: torch.Tensor, rows: int, width: int) -> None:
+    """Row tiles of tokens to the rows of their copies: what they hold, and what they are copied to."""
+    tokens = row_AK.shape[0]
+    moved = (width + 4 * -(-width // 128)) * (tokens + rows)
+    operands = bench.sets(
+        lambda seed: ops.quantise_fp8_rows(bench.random(tokens, width, seed=seed), by_column=True), moved
+    )
+
+    def run(impl: str, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return ops.spread_fp8(ops.Fp8(values, scale), row_AK, rows=rows, impl=impl).values
+
+    for impl in implementations("spread_fp8", trying(run, *operands[0])):
+        error = relative(run(impl, *operands[0]).float(), run("reference", *operands[0]).float())
+        took = bench.time(partial(run, impl), operands)
+        bench.add("spread_fp8", f"{tokens} x {width}, {rows} copies", impl, took, moved, "TB/s", error)
 
 
 def _copy_lines(

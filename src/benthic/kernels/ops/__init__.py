@@ -22,9 +22,11 @@ from benthic.kernels.ops.by_row import (
 )
 from benthic.kernels.ops.copies import (
     GATHER_COPIES,
+    SPREAD_FP8,
     SUM_COPIES,
     SUM_COPIES_BACKWARD,
     gather_copies,
+    spread_fp8,
     sum_copies,
     sum_copies_backward,
 )
@@ -233,6 +235,7 @@ __all__ = [
     "spaced",
     "split_head_dims",
     "split_master",
+    "spread_fp8",
     "store_latent",
     "sum_copies",
     "sum_copies_backward",
@@ -278,6 +281,7 @@ OPS: tuple[Op, ...] = (
     PLACE_COPIES,
     HOME_SLOTS,
     GATHER_COPIES,
+    SPREAD_FP8,
     SUM_COPIES,
     SUM_COPIES_BACKWARD,
     GROUPED_LINEAR,

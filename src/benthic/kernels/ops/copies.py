@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from benthic.errors import ShapeError
 from benthic.kernels.table import Case, Implementation, Op, reference, triton_runs
+
+if TYPE_CHECKING:
+    from benthic.kernels.reference.fp8_linear import Fp8
 
 _TRITON = triton_runs(
     torch.bfloat16, torch.float16, torch.float32, reason="gathers, float32 sums in a fixed order, no atomics"
@@ -32,6 +37,18 @@ SUM_COPIES_BACKWARD = Op(
         Implementation("triton", _TRITON, "benthic.kernels.triton_permute:sum_copies_backward"),
         reference("benthic.kernels.reference.moe:sum_copies_backward"),
     ),
+)
+SPREAD_FP8 = Op(
+    "spread_fp8",
+    (
+        Implementation(
+            "triton",
+            triton_runs(torch.float8_e4m3fn, reason="a token is read once, and written as often as it goes"),
+            "benthic.kernels.triton_permute:spread_tiles",
+        ),
+        reference("benthic.kernels.reference.fp8_linear:spread"),
+    ),
+    trains=False,
 )
 
 
@@ -84,4 +101,24 @@ def sum_copies_backward(
         raise ShapeError(msg)
     case = Case(rows_RD.device.type, rows_RD.dtype)
     out: tuple[Tensor, Tensor] = SUM_COPIES_BACKWARD.choose(case, impl)(dout_AD, rows_RD, row_AK, weight_AK)
+    return out
+
+
+def spread_fp8(tiles: Fp8, row_AK: Tensor, *, rows: int, impl: str | None = None) -> Fp8:
+    """`out[row_ak] = tiles[a]`: row tiles of tokens, copied to the rows of their copies.
+
+    Shapes: values E4M3 [A, D], scale float32 [A, D / 128]; row_AK int64 [A, K], -1 for a copy that is
+    elsewhere. Returns: tiles of `rows` rows, scales column by column; rows that no copy goes to are
+    undefined. Not differentiable.
+    Raises: ShapeError when tokens disagree.
+    Cost: a byte a value is read for each token and written for each copy.
+    """
+    if row_AK.dim() != 2 or row_AK.shape[0] != tiles.values.shape[0]:
+        msg = (
+            f"spread_fp8: {tiles.values.shape[0]} tokens, but places of copies are {tuple(row_AK.shape)}; "
+            "expected [A, K]"
+        )
+        raise ShapeError(msg)
+    case = Case(tiles.values.device.type, tiles.values.dtype)
+    out: Fp8 = SPREAD_FP8.choose(case, impl)(tiles, row_AK, rows)
     return out

@@ -65,6 +65,19 @@ def turn(tiles: Fp8) -> Fp8:
     return Fp8(*(part.contiguous() for part in tiles.transposed()))
 
 
+def spread(tiles: Fp8, row_AK: Tensor, rows: int) -> Fp8:
+    """Row tiles of tokens, copied to the rows of their copies; rows of none are zeros."""
+    parts = []
+    for part in tiles:
+        source = part.view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part
+        out = source.new_zeros(rows, source.shape[1])
+        for row_A in row_AK.unbind(1):
+            here = row_A >= 0
+            out[row_A[here]] = source[here]
+        parts.append(out.view(part.dtype))
+    return Fp8(*parts)
+
+
 def padded_rows(rows: int, experts: int) -> int:
     """P: a multiple of 128 that holds every expert's rows padded, however they are divided."""
     return (-(-rows // TILE) if experts == 1 else rows // TILE + experts) * TILE

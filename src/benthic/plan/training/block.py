@@ -74,6 +74,11 @@ class Shape:
         return self.rows * self.seq_len / (self.tp * self.cp)
 
     @property
+    def joined(self) -> bool:
+        """Whether experts are one step with copying and summing: `benthic.model.mixture`."""
+        return self.products == "fp8" and self.ep == 1
+
+    @property
     def gathered(self) -> float:
         """Tokens whose heads and columns this rank computes: those of its tensor group."""
         return self.tokens * self.tp
@@ -225,21 +230,31 @@ def _routed(shape: Shape) -> Iterator[Step]:
     yield from _twice("router", MemoryBound(bytes=24.0 * tokens * model.n_routed_experts))
     yield from _exchange(shape)
     copies = 2.0 * size * (tokens + rows) * shape.skew
-    yield Step("F", "permutation", MemoryBound(bytes=copies, name="permute"))
+    narrow = MemoryBound(bytes=copies / 2, name="spread_fp8")
+    there = narrow if shape.joined else MemoryBound(bytes=copies, name="permute")
+    yield Step("F", "permutation", there)
     yield Step("I", "permutation", MemoryBound(bytes=copies, name="permute backward"))
     if again or "expert_inputs" in shape.again:
-        yield Step("I", "recomputation", MemoryBound(bytes=copies, name="permute"))
-    if shape.products == "fp8":
+        yield Step("I", "recomputation", there)
+    if shape.joined:  # tokens are brought into FP8, and so is the gradient of their sum
+        yield from _narrowed(shape, tokens * size)
+        yield _retiled(rows * size)
+        yield Step("I", "quantisation", MemoryBound(bytes=3.0 * tokens * size, name="quantise 1x128"))
+        yield Step("I", "permutation", narrow)
+        yield Step("I", "quantisation", MemoryBound(bytes=2.0 * rows * size, name="retile"))
+    elif shape.products == "fp8":
         yield from _narrowed(shape, rows * size)
     yield from _grouped(shape, 2 * ffn, size, again=again, gated=True)
     yield from _swiglu(shape, rows * shape.skew, ffn)
-    yield from _grouped(shape, size, ffn, again=again or "expert_outputs" in shape.again)
+    down = again or ("expert_outputs" in shape.again and not shape.joined)
+    yield from _grouped(shape, size, ffn, again=down, gated=shape.joined)
     yield Step("F", "permutation", MemoryBound(bytes=copies, name="unpermute"))
-    yield Step("I", "permutation", MemoryBound(bytes=2 * copies, name="unpermute backward"))
+    if not shape.joined:
+        yield Step("I", "permutation", MemoryBound(bytes=2 * copies, name="unpermute backward"))
 
 
 def _grouped(shape: Shape, n: float, k: float, *, again: bool, gated: bool = False) -> Iterator[Step]:
-    """A product of every expert here with its rows, and its two gradients; `gated`: in front of a SwiGLU."""
+    """A product of every expert here with its rows, and its two gradients; `gated`: these come in FP8."""
     model = shape.model
     rows = shape.tokens * model.num_experts_per_tok
     experts = model.n_routed_experts / shape.ep * (1.0 - shape.idle)

@@ -39,6 +39,8 @@ the host as long: forward and backward 0.15 ms on a host that takes 10 us for a 
 PROJECTION: Final = Calls(19, 4, 2).plus(Calls(input=CUT.input))
 DENSE_FP8: Final = Calls(34, 72, 50)
 MIXTURE_FP8: Final = Calls(42, 86, 68)
+JOINED: Final = Calls(2, 11)
+"""A mixture whose experts are one step, on top of FP8."""
 LOW_RANK_QUERY: Final = Calls(5, 8, 2)
 TENSOR: Final = Calls(22, 20, 0, 5, 5)
 CONTEXT: Final = Calls(7, 9, 0, 1, 1)
@@ -48,6 +50,8 @@ EXPERTS_NEAR: Final = Calls(67, 52)
 """Experts of ranks of one host, whose memory kernels write."""
 EXPERTS_FAR: Final = Calls(31, 8, 0, 4, 3)
 """By all-to-all."""
+SENT_FP8: Final = Calls(19, 25)
+"""Of rows that travel in FP8, packed and unpacked, and of the phase that is cut off for it."""
 SHARDED_SUMS: Final = Calls(2, 42, 0, 0, 3)
 """From ZeRO-2 on, for every block."""
 SHARDED_WEIGHTS: Final = Calls(3, CUT.input, 0, 3, 3)
@@ -66,11 +70,13 @@ def of_block(shape: Shape, *, moe: bool) -> Calls:
     parts = (
         (MIXTURE if moe else DENSE, True),
         (MIXTURE_FP8 if moe else DENSE_FP8, narrow),
+        (JOINED, moe and shape.joined),
         (LOW_RANK_QUERY, shape.model.q_lora_rank is not None),
         (TENSOR, shape.tp > 1),
         (CONTEXT, shape.cp > 1),
         (SHARED_BALANCE, moe and shape.tp * shape.cp > 1),
         (EXPERTS_NEAR if near else EXPERTS_FAR, apart),
+        (SENT_FP8, apart and narrow),
         (CUT.plus(CUT), apart and shape.cut),
         (ATTENTION_AGAIN, "attention" in shape.again),
         (EXPERTS_AGAIN if moe else MLP_AGAIN, "experts" in shape.again),
