@@ -42,14 +42,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--calls", action="store_true", help="make the calls in this process and list them")
     parser.add_argument("--small", action="store_true", help="a rehearsal: the calls that run on a CPU")
+    parser.add_argument("--only", nargs="+", default=[], metavar="OP", help="instead of all ops")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a tool may take")
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
     if words.calls or words.small:
-        calls = made(small=words.small)
+        calls = made(small=words.small, only=words.only)
         print(json.dumps(calls) if words.calls else "\n".join(calls))
         return
     program, command = sanitizer(), [sys.executable, __file__, "--calls"]
+    command += ["--only", *words.only] if words.only else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # so kernels are compiled
     calls = json.loads(done.stdout.splitlines()[-1])
     print(f"{len(calls)} calls of {len({call.split(':')[0] for call in calls})} ops", flush=True)
@@ -60,12 +62,12 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def made(*, small: bool) -> list[str]:
+def made(*, small: bool, only: list[str]) -> list[str]:
     """What was called."""
     import torch
     from sanitize_calls import make_calls
 
-    return make_calls("cuda" if torch.cuda.is_available() and not small else "cpu")
+    return make_calls("cuda" if torch.cuda.is_available() and not small else "cpu", only)
 
 
 def sanitizer() -> str:

@@ -16,7 +16,7 @@ from benthic.kernels import ops
 from benthic.kernels.ops import Fp8
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from torch import Tensor
 
@@ -33,11 +33,13 @@ class Call(NamedTuple):
     what: str = ""
 
 
-def make_calls(device: str) -> list[str]:
-    """Make every call that runs on a device; what ran, as "op: implementation (what of it)"."""
+def make_calls(device: str, only: Collection[str] = ()) -> list[str]:
+    """Make every call that runs on a device, or those of some ops: "op: implementation (what of it)"."""
     torch.manual_seed(0)
     made, done = Made(device), []
     for call in itertools.chain(*(family(made) for family in (attention, experts, fp8, by_row, updates))):
+        if only and call.op not in only:
+            continue
         *names, definition = [implementation.name for implementation in ops.IMPLEMENTATIONS[call.op]]
         ran = [name for name in names if runs(call, name)]
         if not ran and runs(call, definition):

@@ -30,7 +30,8 @@ def test_swiglu_in_fp8_is_one_pass_each_way_and_its_gradient_is_not_quantised_on
     model = MOONLIGHT
     shared, routed = model.n_shared_experts, model.num_experts_per_tok
     width = model.moe_intermediate_size * (shared + routed) if moe else model.intermediate_size
-    assert moved("fp8", "swiglu_gradient_fp8_both", moe=moe) == pytest.approx(10.0 * TOKENS * width)
+    names = ("swiglu_gradient_fp8_both", "weighted_swiglu_gradient_fp8_both")
+    assert moved("fp8", *names, moe=moe) == pytest.approx(10.0 * TOKENS * width)
     assert moved("fp8", "swiglu", "swiglu backward", moe=moe) == 0
     assert moved("bf16", "swiglu_fp8", "swiglu_gradient_fp8_both", "quantise both", moe=moe) == 0
     outputs = model.num_attention_heads * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)

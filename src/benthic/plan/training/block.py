@@ -245,7 +245,7 @@ def _routed(shape: Shape) -> Iterator[Step]:
     elif shape.products == "fp8":
         yield from _narrowed(shape, rows * size)
     yield from _grouped(shape, 2 * ffn, size, again=again, gated=True)
-    yield from _swiglu(shape, rows * shape.skew, ffn)
+    yield from _swiglu(shape, rows * shape.skew, ffn, weighted=shape.joined)
     down = again or ("expert_outputs" in shape.again and not shape.joined)
     yield from _grouped(shape, size, ffn, again=down, gated=shape.joined)
     yield Step("F", "permutation", MemoryBound(bytes=copies, name="unpermute"))
@@ -316,11 +316,14 @@ def _gradients_narrowed(shape: Shape, elements: float) -> Iterator[Step]:
         yield Step("I", "quantisation", MemoryBound(bytes=4.0 * elements, name="quantise both"))
 
 
-def _swiglu(shape: Shape, rows: float, width: float) -> Iterator[Step]:
-    """SwiGLU and its gradient; in FP8 each leaves as the products read it, the gradient along both dims."""
+def _swiglu(shape: Shape, rows: float, width: float, *, weighted: bool = False) -> Iterator[Step]:
+    """SwiGLU and its gradient; in FP8 each leaves as the products read it, the gradient along both dims.
+
+    `weighted`: each row's gradient is that of its product with a weight, which gets one too.
+    """
     values, fp8 = rows * width, shape.products == "fp8"
     once = MemoryBound(bytes=(5.0 if fp8 else 6.0) * values, name="swiglu_fp8" if fp8 else "swiglu")
-    gradient = "swiglu_gradient_fp8_both" if fp8 else "swiglu backward"
+    gradient = f"{'weighted_' * weighted}swiglu_gradient_fp8_both" if fp8 else "swiglu backward"
     yield Step("F", "SwiGLU", once)
     yield Step("I", "SwiGLU", MemoryBound(bytes=10.0 * values, name=gradient))
     if {"swiglu", "experts"} & shape.again:
