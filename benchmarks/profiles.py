@@ -48,7 +48,8 @@ OURS: Final = {
 NEWER: Final = {
     "kernels_fp8_h200": {"fp8_linear", "add_fp8_weight_gradient", "grouped_fp8_linear",
                          "add_grouped_fp8_weight_gradient"},
-    "kernels_rest_h200": {"quantise_fp8_both", "quantise 1x128", "quantise 128x128", "adamw"},
+    "kernels_fused_h200": {"quantise_fp8_both", "quantise 1x128", "quantise 128x128", "adamw", "swiglu_fp8",
+                           "swiglu_gradient_fp8_both", "weighted_swiglu_gradient_fp8_both", "spread_fp8"},
     "kernels_memory_bound_h200": {"rms_norm", "add_rms_norm", "swiglu", "rope"},
     "kernels_attention_h200": {"attention", "attention backward"},
     "experts_h200": {"grouped_linear"},
