@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -9,6 +10,8 @@ from benthic.spec import presets
 from benthic.spec.layout import Layout
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from benthic.spec.model import ModelConfig
 
 LAYOUTS: Final[dict[str, Layout]] = {
@@ -24,6 +27,19 @@ LAYOUTS: Final[dict[str, Layout]] = {
 KEPT_PAIRS: Final = 0.81
 """Share of causal pairs that document masks leave of the standard library's sources, in rows of 4,096 tokens
 of their own tokenizer of 4,096 words: 96 rows with 1.9 documents each."""
+FIRST: Final = 6
+"""Steps before those that are timed. Where experts are divided every microbatch brings other numbers of rows,
+and until most have come by memory is asked of the driver, and on a fresh machine kernels are compiled."""
+
+
+def timed(steps: int) -> slice:
+    """Which of so many steps count: all but the first six, and at least three if there are as many."""
+    return slice(max(0, min(FIRST, steps - 3)), None)
+
+
+def steady(seconds: Sequence[float]) -> float:
+    """The median of the steps that count."""
+    return statistics.median(seconds[timed(len(seconds))])
 
 
 def moonlight() -> ModelConfig:

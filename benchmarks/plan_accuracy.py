@@ -9,10 +9,10 @@ divided between them.
 
 Our own runs on H200, from `train_ranks.json`, `train_ranks_4_rows.json`, `train_full.json` and
 `train_gpu.json`: nothing is fitted to them, but the form of the model was chosen with all of them in view.
-Experts that no row came to, where microbatches have one row, were counted (`train_ranks_alone.json`): with a
-learning rate that leaps the gate learns faster than its biases. The host's launches were read from a run of
-its own, of rows too short for a GPU (`profiles.py`). No peak was fitted to: what phases need was read from
-what the trainer allocates without a GPU (`peaks.py`); the reserve was there before.
+Experts that no row came to were counted in each run. Steps are medians of those in which nothing is met for
+the first time (`moonlight_slices.steady`). The host's launches were read from a run of its own, of rows too
+short for a GPU (`profiles.py`). No peak was fitted to: what phases need was read from what the trainer
+allocates without a GPU (`peaks.py`); the reserve was there before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from moonlight_slices import KEPT_PAIRS, LAYOUTS, moonlight, moonlight_slice
+from moonlight_slices import KEPT_PAIRS, LAYOUTS, moonlight, moonlight_slice, steady
 from provenance import RESULTS, write_result
 
 from benthic.plan.cost import machine as machines
@@ -41,6 +41,7 @@ from benthic.spec.layout import Layout
 
 if TYPE_CHECKING:
     from benthic.plan.cost.machine import Machine, Measured
+    from benthic.spec.model import ModelConfig
 
 FASTER_GRADIENTS: Final = 1.2
 """DeepGEMM's pull request 95: its weight gradients over those before it."""
@@ -136,41 +137,45 @@ def ranks() -> list[Line]:
     """The slice of Moonlight on one and two GPUs, with one and with four rows a microbatch."""
     model, layouts = moonlight_slice(), {"1 rank": Layout(), **LAYOUTS}
     rows: list[Line] = []
-    files = (("train_ranks", 1, 8, "", idle()), ("train_ranks_4_rows", 4, 32, ", 4 rows", 0.0))
-    for file, many, step_rows, words, share in files:
+    files = (("train_ranks", 1, 8, ""), ("train_ranks_4_rows", 4, 32, ", 4 rows"))
+    for file, many, step_rows, words in files:
         train = Rows(local_batch_size=many, kept_pairs=KEPT_PAIRS)
         for row in results(file):
             one = Candidate(
-                model=model, layout=layouts[row["layout"]], train=train, rows=step_rows, idle=share
+                model=model, layout=layouts[row["layout"]], train=train, rows=step_rows, idle=idle(row, model)
             )
-            rows += both(f"slice, {row['layout']}{words}", one, row["step_seconds"], row["peak_bytes"])
+            rows += both(f"slice, {row['layout']}{words}", one, steady(row["seconds"]), row["peak_bytes"])
     return rows
 
 
-def idle() -> float:
-    """The share of experts without rows where microbatches have one: every layout trains the same rows."""
-    (row,) = results("train_ranks_alone")
+def idle(row: dict[str, Any], model: ModelConfig) -> float:
+    """The share of experts without rows, of which a run says how many each mixture had in a step."""
     empty = statistics.mean(without for _, without in row["busiest_and_empty_experts"])
-    return empty / moonlight_slice().n_routed_experts
+    return empty / model.n_routed_experts
 
 
 def whole() -> list[Line]:
-    """All of Moonlight on two GPUs."""
-    settings = dict(word.split("=") for word in record("train_full")["settings"]["set"])
-    (row,) = results("train_full")
-    one = Candidate(
-        model=moonlight(),
-        layout=LAYOUTS["ep2"],
-        train=Rows(local_batch_size=int(settings["train.local_batch_size"]), kept_pairs=KEPT_PAIRS),
-        rows=int(settings["train.global_batch_size"]),
-        recompute=tuple(settings.get("recompute", "attention,experts").split(",")),
-        optimizer=Updates(
-            store_param_remainders=settings.get("optimizer.store_param_remainders") == "true",
-        ),
-    )
-    rows = both("Moonlight, ep2", one, row["step_seconds"], row["peak_bytes"])
-    if record("train_full")["commit"] != record("train_ranks")["commit"]:  # steps of an older program
-        rows = [line for line in rows if line["what"] != "step, seconds"]
+    """All of Moonlight on two GPUs, in bfloat16 and in FP8."""
+    rows: list[Line] = []
+    for file, words, numbers in (
+        ("train_full", "", Numbers()),
+        ("train_full_fp8", ", FP8", PRECISIONS["fp8"]),
+    ):
+        settings = dict(word.split("=") for word in record(file)["settings"]["set"])
+        (row,) = results(file)
+        one = Candidate(
+            model=moonlight(),
+            layout=LAYOUTS["ep2"],
+            train=Rows(local_batch_size=int(settings["train.local_batch_size"]), kept_pairs=KEPT_PAIRS),
+            rows=int(settings["train.global_batch_size"]),
+            recompute=tuple(settings.get("recompute", "attention,experts").split(",")),
+            optimizer=Updates(
+                store_param_remainders=settings.get("optimizer.store_param_remainders") == "true",
+            ),
+            precision=numbers,
+            idle=idle(row, moonlight()),
+        )
+        rows += both(f"Moonlight, ep2{words}", one, steady(row["seconds"]), row["peak_bytes"])
     return rows
 
 

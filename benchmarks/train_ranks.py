@@ -5,8 +5,8 @@
 A slice of Moonlight's shape (one dense and three mixture layers of full width, vocabulary 32,768) in bfloat16
 with float32 masters, on the Python standard library's sources. Every layout trains the same rows from the
 same weights. One rank alone goes first; a layout agrees when every loss is within 1 %. Times are medians of
-all steps but the first two. `--layouts` alone trains one rank. With `--spans DIR` the slots that
-ranks measured are written for `benthic draw`.
+all steps but the first six (of few steps the last three). `--layouts` alone trains one rank. With
+`--spans DIR` the slots that ranks measured are written for `benthic draw`.
 `--full` trains all 27 layers, which no rank can hold alone,
 so its losses are compared with nothing. `--small` rehearses on gloo.
 """
@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import gc
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from moonlight_slices import LAYOUTS, moonlight, moonlight_slice
+from moonlight_slices import LAYOUTS, moonlight, moonlight_slice, steady, timed
 from provenance import write_result
 from stdlib_corpus import make_data
 
@@ -52,14 +51,11 @@ if TYPE_CHECKING:
     from benthic.spec.model import ModelConfig
 
 
-TIMED = 2
-"""Steps before those that are timed."""
-
-
 @dataclass(frozen=True)
 class Found:
     """What one layout came to on rank 0.
 
+    `retries`: how often no memory was left and the allocator gave back what it kept, which waits for the GPU.
     `loads`: of each mixture, the rows of the busiest expert over the mean, and experts without; both
     are means of the steps that are timed.
     """
@@ -67,6 +63,7 @@ class Found:
     losses: list[float]
     seconds: list[float]
     peak_bytes: int
+    retries: int
     spans: list[Span]
     loads: list[tuple[float, float]]
 
@@ -167,6 +164,7 @@ def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int)
     trainer = trainer_of(config, layout, data, mesh)
     trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device)
     losses, seconds, counts = [], [], []
+    before = torch.cuda.memory_stats().get("num_alloc_retries", 0) if config.device == "cuda" else 0
     for _ in range(steps):
         began = time.perf_counter()
         result = trainer.step()
@@ -174,14 +172,17 @@ def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int)
         seconds.append(time.perf_counter() - began)
         counts.append(list(result.counts.values()))
     spans = trainer.executor.pipeline.spans(steps)
-    peak = torch.cuda.max_memory_allocated() if config.device == "cuda" else 0
+    peak, retries = 0, 0
+    if config.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        retries = torch.cuda.memory_stats()["num_alloc_retries"] - before
     del trainer
     gc.collect()
     if config.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    loads = [load(torch.stack(of_steps).float()) for of_steps in zip(*counts[TIMED:], strict=True)]
-    return Found(losses, seconds, peak, spans, loads)
+    loads = [load(torch.stack(of_steps).float()) for of_steps in zip(*counts[timed(steps)], strict=True)]
+    return Found(losses, seconds, peak, retries, spans, loads)
 
 
 def load(rows_SE: torch.Tensor) -> tuple[float, float]:
@@ -193,7 +194,7 @@ def load(rows_SE: torch.Tensor) -> tuple[float, float]:
 def row(name: str, config: RunConfig, ranks: int, found: Found, alone: Found) -> dict[str, Any]:
     """One line of the table."""
     tokens = int(config.train.global_batch_size) * int(config.train.seq_len)
-    step = statistics.median(found.seconds[TIMED:])
+    step = steady(found.seconds)
     rate = flops.training(config.model, int(config.train.seq_len)).value * tokens / step / ranks
     off = max(abs(a / b - 1.0) for a, b in zip(found.losses, alone.losses, strict=True))
     print(
@@ -212,6 +213,7 @@ def row(name: str, config: RunConfig, ranks: int, found: Found, alone: Found) ->
         "tokens_per_second": tokens / step,
         "flops_per_second_per_gpu": rate,
         "peak_bytes": found.peak_bytes,
+        "allocation_retries": found.retries,
         "busiest_and_empty_experts": found.loads,
     }
 

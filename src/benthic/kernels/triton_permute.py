@@ -43,10 +43,9 @@ def _spread_tiles(
     scale = tl.load(scale_ptr + token * scale_stride + tile * tile_stride, mask=tile < tiles)
     for k in tl.static_range(TOP_K):
         row = tl.load(row_ptr + token * TOP_K + k)
-        here = row >= 0
-        tl.store(out_values_ptr + row * width + column, values, mask=here & (column < width))
+        tl.store(out_values_ptr + row * width + column, values, mask=column < tl.where(row >= 0, width, 0))
         at = row + tile.to(tl.int64) * out_tile_stride
-        tl.store(out_scale_ptr + at, scale, mask=here & (tile < tiles))
+        tl.store(out_scale_ptr + at, scale, mask=tile < tl.where(row >= 0, tiles, 0))
 
 
 @triton.jit

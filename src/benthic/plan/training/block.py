@@ -51,7 +51,8 @@ class Shape:
     """The sizes of one microbatch on one rank. `tokens` are its own, between the layers.
 
     `idle`: share of experts without a row, whose weights nothing reads. `cut`: the host calls a mixture in
-    phases, since slots overlap those of two microbatches.
+    phases, since slots overlap those of two microbatches. `fp8_swiglu`, `e5m6_attention`: what is kept of a
+    SwiGLU's input and of attention's output.
     """
 
     model: ModelConfig
@@ -67,6 +68,8 @@ class Shape:
     idle: float = 0.0
     kept_pairs: float | None = None
     cut: bool = False
+    fp8_swiglu: bool = False
+    e5m6_attention: bool = False
 
     @property
     def tokens(self) -> float:
@@ -168,6 +171,8 @@ def _attention(shape: Shape) -> Iterator[Step]:
         if again and not backward:
             yield Step("I", "recomputation", core)
     o_width = heads * model.v_head_dim
+    if shape.e5m6_attention:
+        yield from _twice("quantisation", MemoryBound(bytes=3.5 * wide * o_width, name="e5m6"))
     yield from _narrowed(shape, wide * o_width)
     yield from _product(shape, "attention products", wide, size, o_width, again=again)
     yield from _assembled(shape, wide * heads, again=again)
@@ -196,11 +201,19 @@ def _shared_tokens(shape: Shape, latent: int) -> Iterator[Step]:
     model, tokens = shape.model, shape.tokens
     if shape.tp > 1:
         q = model.q_lora_rank or model.hidden_size
-        moved = 2.0 * tokens * shape.tp * (latent + q + model.hidden_size)
-        yield from _twice("tensor parallelism", _collective(shape, "all-gather", moved, shape.tp))
+        yield from _tensor(shape, 2.0 * tokens * shape.tp * (latent + q + model.hidden_size))
     if shape.cp > 1:
         moved = 2.0 * tokens * shape.tp * shape.cp * latent
         yield from _twice("context parallelism", _collective(shape, "all-gather", moved, shape.cp))
+        seen = 1.0 + 0.5 / shape.cp  # a beginning of every row is expanded for both of a rank's pieces
+        yield from _twice("context parallelism", MemoryBound(bytes=2 * seen * moved))
+
+
+def _tensor(shape: Shape, moved: float) -> Iterator[Step]:
+    """What a tensor group gathers or sums, and lays out anew where a microbatch has several rows."""
+    yield from _twice("tensor parallelism", _collective(shape, "all-gather", moved, shape.tp))
+    if shape.rows > 1:
+        yield from _twice("tensor parallelism", MemoryBound(bytes=2 * moved))
 
 
 def _mlp(shape: Shape, width: int, name: str) -> Iterator[Step]:
@@ -217,8 +230,7 @@ def _mlp(shape: Shape, width: int, name: str) -> Iterator[Step]:
     last = again and name != "dense MLP"
     yield from _product(shape, name, tokens, model.hidden_size, columns, again=last)
     if shape.tp > 1:
-        moved = 2 * 2.0 * tokens * model.hidden_size
-        yield from _twice("tensor parallelism", _collective(shape, "all-gather", moved, shape.tp))
+        yield from _tensor(shape, 2 * 2.0 * tokens * model.hidden_size)
 
 
 def _routed(shape: Shape) -> Iterator[Step]:
@@ -328,6 +340,9 @@ def _swiglu(shape: Shape, rows: float, width: float, *, weighted: bool = False) 
     yield Step("I", "SwiGLU", MemoryBound(bytes=10.0 * values, name=gradient))
     if {"swiglu", "experts"} & shape.again:
         yield Step("I", "recomputation", once)
+    if shape.fp8_swiglu and "experts" not in shape.again:  # gates and ups are kept narrow
+        yield Step("F", "quantisation", MemoryBound(bytes=6.0 * values, name="quantise 1x128"))
+        yield Step("I", "quantisation", MemoryBound(bytes=6.0 * values, name="dequantise"))
     if fp8:
         yield _retiled(values)
 

@@ -122,6 +122,8 @@ def shape_of(candidate: Candidate, machine: Machine) -> Shape:
         skew=candidate.skew,
         idle=candidate.idle,
         kept_pairs=candidate.train.kept_pairs,
+        fp8_swiglu=candidate.precision.fp8_swiglu,
+        e5m6_attention=candidate.precision.e5m6_attention,
         cut=layout.ep_degree > 1 and schedules.BUILDERS[layout.schedule].pairs,
     )
 
