@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from allocations import Allocations, Keeping, on_meta, world, write_documents
 from moonlight_slices import LAYOUTS, moonlight_slice
-from peaks import FP8, Case
+from peaks import FP8, NARROW, V3, Case
 from provenance import write_result
 
 from benthic.parallel.mesh import Mesh
@@ -76,6 +76,7 @@ class Run:
 
 
 _SPLIT: Final = LAYOUTS["zb-h1"]
+PIECES: Final = ("norms", "up_projections", "swiglu")
 RUNS: Final[dict[str, Run]] = {
     "1 rank": Run(Layout()),
     "zb-h1": Run(_SPLIT),
@@ -88,11 +89,16 @@ RUNS: Final[dict[str, Run]] = {
     "prediction": Run(_SPLIT, {"num_nextn_predict_layers": 1}),
     "attention again": Run(_SPLIT, recompute=("attention",)),
     "experts again": Run(_SPLIT, recompute=("experts",)),
+    **{f"{piece} again": Run(_SPLIT, recompute=(piece,)) for piece in PIECES},
+    **{f"{piece} again, FP8": Run(_SPLIT, recompute=(piece,), precision=FP8) for piece in PIECES},
+    "narrow": Run(_SPLIT, precision=NARROW),
+    "as DeepSeek-V3": Run(_SPLIT, recompute=V3, precision=NARROW),
     "zero2": Run(Layout(dp_degree=2, zero_stage=2)),
     "zero3": Run(Layout(dp_degree=2, zero_stage=3)),
     "tp2": Run(LAYOUTS["tp2"]),
     "cp2": Run(LAYOUTS["cp2"]),
     "ep2": Run(LAYOUTS["ep2"]),
+    "ep2, as DeepSeek-V3": Run(LAYOUTS["ep2"], recompute=V3, precision=NARROW),
     "ep2, FP8": Run(LAYOUTS["ep2"], precision=FP8),
     "ep16": Run(Layout(dp_degree=16, ep_degree=16)),
 }

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from benthic.plan.training.block import Shape
 
 
@@ -59,6 +61,15 @@ SHARDED_WEIGHTS: Final = Calls(3, CUT.input, 0, 3, 3)
 ATTENTION_AGAIN: Final = Calls(input=73)
 EXPERTS_AGAIN: Final = Calls(input=44)
 MLP_AGAIN: Final = Calls(input=13)
+KEEPING: Final = (Calls(19, 17), Calls(26, 22))
+"""Of a block, dense or mixed, that does not keep all: what autograd saves is looked at, as in FP8 always."""
+NORMS_AGAIN: Final = (Calls(4, 21), Calls(4, 29))
+NORMS_AGAIN_FP8: Final = (Calls(4, 35), Calls(4, 41))
+UP_AGAIN: Final = (Calls(2, 33), Calls(2, 35))
+UP_AGAIN_FP8: Final = (Calls(2, 41), Calls(2, 41))
+SWIGLU_AGAIN: Final = (Calls(input=5), Calls(input=10))
+FP8_SWIGLU: Final = (Calls(4, 5), Calls(8, 10))
+E5M6: Final = Calls(6, 5)
 MESSAGE: Final = Calls(forward_collectives=1, input_collectives=1)
 """Between two pipeline ranks: one is sent or received for a forward, one for its backward."""
 
@@ -78,6 +89,7 @@ def of_block(shape: Shape, *, moe: bool) -> Calls:
         (EXPERTS_NEAR if near else EXPERTS_FAR, apart),
         (SENT_FP8, apart and narrow),
         (CUT.plus(CUT), apart and shape.cut),
+        *_pieces(shape, moe=moe),
         (ATTENTION_AGAIN, "attention" in shape.again),
         (EXPERTS_AGAIN if moe else MLP_AGAIN, "experts" in shape.again),
     )
@@ -85,6 +97,20 @@ def of_block(shape: Shape, *, moe: bool) -> Calls:
     for calls, made in parts:
         found = found.plus(calls) if made else found
     return found
+
+
+def _pieces(shape: Shape, *, moe: bool) -> Iterator[tuple[Calls, bool]]:
+    """What is not kept, or kept narrow, of phases that are not computed again as a whole."""
+    again, narrow = shape.again, shape.products == "fp8"
+    attention, experts = "attention" not in again, "experts" not in again
+    norms, up = "norms" in again and attention and experts, "up_projections" in again and attention
+    swiglu = "swiglu" in again and experts
+    yield KEEPING[moe], not narrow and (norms or up or swiglu or shape.e5m6_attention)
+    yield (NORMS_AGAIN_FP8 if narrow else NORMS_AGAIN)[moe], norms
+    yield (UP_AGAIN_FP8 if narrow else UP_AGAIN)[moe], up
+    yield SWIGLU_AGAIN[moe], swiglu
+    yield FP8_SWIGLU[moe], shape.fp8_swiglu and experts
+    yield E5M6, shape.e5m6_attention and attention
 
 
 def of_zero(stage: int) -> Calls:
