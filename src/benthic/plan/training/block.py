@@ -7,24 +7,22 @@ The phases are those of `benthic.model.block`; sizes with tensor and context par
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from benthic.plan.cost.ops import (
-    AllToAll,
     Attention,
     Collective,
     Gemm,
     GroupedGemm,
     MemoryBound,
-    PointToPoint,
 )
+from benthic.plan.training.travel import travel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benthic.plan.cost.ops import Dtype, Op
-    from benthic.spec.model import ModelConfig
+    from benthic.plan.training.shape import Shape
 
 Part = Literal["F", "I", "W"]
 
@@ -44,47 +42,6 @@ class Step(NamedTuple):
     name: str
     op: Op
     inside: Op | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The sizes of one microbatch on one rank. `tokens` are its own, between the layers.
-
-    `idle`: share of experts without a row, whose weights nothing reads. `cut`: the host calls a mixture in
-    phases, since slots overlap those of two microbatches. `fp8_swiglu`, `e5m6_attention`: what is kept of a
-    SwiGLU's input and of attention's output.
-    """
-
-    model: ModelConfig
-    rows: int
-    seq_len: int
-    tp: int
-    cp: int
-    ep: int
-    gpus_per_node: int
-    products: Dtype
-    again: frozenset[str]
-    skew: float = 1.0
-    idle: float = 0.0
-    kept_pairs: float | None = None
-    cut: bool = False
-    fp8_swiglu: bool = False
-    e5m6_attention: bool = False
-
-    @property
-    def tokens(self) -> float:
-        """Tokens of this rank between the layers."""
-        return self.rows * self.seq_len / (self.tp * self.cp)
-
-    @property
-    def joined(self) -> bool:
-        """Whether experts are one step with copying and summing: `benthic.model.mixture`."""
-        return self.products == "fp8" and self.ep == 1
-
-    @property
-    def gathered(self) -> float:
-        """Tokens whose heads and columns this rank computes: those of its tensor group."""
-        return self.tokens * self.tp
 
 
 def block(shape: Shape, *, moe: bool) -> Iterator[Step]:
@@ -378,36 +335,3 @@ def _exchange(shape: Shape) -> Iterator[Step]:
     out = size + 4.0 * math.ceil(size / 128) if shape.products == "fp8" else 2.0 * size
     yield from _twice("exchange", travel(shape, out))
     yield from _twice("exchange", travel(shape, 2.0 * size))
-
-
-def travel(shape: Shape, width: float) -> AllToAll:
-    """One way of the exchange: rows of `width` bytes, once a node by network, once a rank by NVLink."""
-    model, ep = shape.model, shape.ep
-    per_node = min(ep, shape.gpus_per_node)
-    nodes = math.ceil(ep / per_node)
-    ranks = distinct(model, ep)
-    network = shape.tokens * distinct(model, nodes) * width * (nodes - 1) / nodes if nodes > 1 else 0.0
-    nvlink = shape.tokens * ranks * width * (per_node - 1) / per_node
-    return AllToAll(nvlink=nvlink * shape.skew, network=network * shape.skew, ranks=ep)
-
-
-def distinct(model: ModelConfig, bins: int) -> float:
-    """How many of `bins` equal holders of all experts a token goes to, its experts drawn evenly.
-
-    b (1 - C(E - E/b, k)/C(E, k)) over the b holders and E experts that its groups allow; DeepSeek-V3 and 8
-    nodes: 3.63 of the 4 allowed.
-    """
-    if bins == 1:
-        return 1.0
-    share = model.topk_group / model.n_group if model.n_group > 1 else 1.0
-    experts = round(model.n_routed_experts * share)
-    reached = bins * share if bins >= model.n_group else float(bins)
-    here = max(1, round(experts / reached))
-    top_k = model.num_experts_per_tok
-    return reached * (1 - math.comb(max(experts - here, 0), top_k) / math.comb(experts, top_k))
-
-
-def hop(shape: Shape, *, network: bool) -> PointToPoint:
-    """A microbatch's activations, or their gradient, from one stage to the next."""
-    moved = 2.0 * shape.tokens * shape.model.hidden_size
-    return PointToPoint(bytes=moved, tier="network" if network else "nvlink")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from benthic.plan.training.block import Shape
+    from benthic.plan.training.shape import Shape
 
 
 class Calls(NamedTuple):

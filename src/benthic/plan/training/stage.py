@@ -15,7 +15,9 @@ from benthic.plan.cost.price import price
 from benthic.plan.cost.priced import Priced, Total, total
 from benthic.plan.cost.roofline import peak
 from benthic.plan.training import launches
-from benthic.plan.training.block import Shape, block, embedding, head, hop, projection
+from benthic.plan.training.block import block, embedding, head, projection
+from benthic.plan.training.shape import Shape
+from benthic.plan.training.travel import hop
 from benthic.sched.pipeline import schedules
 
 if TYPE_CHECKING:
