@@ -41,6 +41,7 @@ from benthic.kernels.gluon_fp8_tiles import (
 from benthic.kernels.gluon_sums import described, fetch, leave, new_slots
 from benthic.kernels.gluon_tiles import load, new_bars
 from benthic.kernels.host import cdiv
+from benthic.kernels.reference.fp8_linear import by_column
 from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
@@ -157,7 +158,7 @@ def _column_tiles(
 
 def _scales_of(scale, columns):
     """A descriptor of some columns' scales: chunk after chunk, as a line of numbers."""
-    line = scale.t().contiguous().view(-1)
+    line = by_column(scale).as_strided((scale.numel(),), (1,))
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     return TensorDescriptor(line, list(line.shape), [1], [columns], layout)
 

@@ -27,7 +27,8 @@ def linear(x: Fp8, weight: Fp8, ends_E: None, *, dtype: torch.dtype) -> Tensor: 
     if rows % 4:
         values, scale = (F.pad(t, (0, 0, 0, -rows % 4)) for t in (values, scale))
     padded = spaced(weight.scale)
-    padded = padded.as_strided((padded.shape[0], padded.stride(0)), padded.stride())
+    if padded.shape[1] % 4:  # what lies between its rows is part of it for cuBLAS
+        padded = padded.as_strided((padded.shape[0], padded.stride(0)), padded.stride())
     out: Tensor = F.scaled_mm(
         values,
         weight.values.contiguous().t(),
