@@ -161,6 +161,8 @@ def test_the_table_chooses_the_documented_kernels():
     assert chosen["grouped_linear (many rows)"] == chosen["grouped_input_gradient (many rows)"] == "gluon"
     assert (chosen["grouped_swiglu"], chosen["grouped_swiglu (many rows)"]) == ("two_ops", "gluon")
     assert chosen["grouped_swiglu (few rows)"] == "few_rows"
+    for op in ("grouped_linear", "grouped_swiglu"):
+        assert chosen[f"{op} (dozens of rows)"] == "gluon_mid"
     assert (chosen["fp8_linear"], chosen["fp8_linear (few rows)"]) == ("gluon_split", "few_rows")
     assert chosen["fp8_linear (many rows)"] == "cublas"
     of_fp8 = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.float8_e4m3fn)}

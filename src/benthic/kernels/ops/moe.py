@@ -41,8 +41,6 @@ _GATHERS = on(
     reason="gathers both ways, float32 sums, hand-written gradients",
 )
 _LOOP = on("cpu", reason="one product an expert that has rows: widths that grouped_mm refuses")
-
-
 _TRITON_ROWS = triton_runs(
     torch.bfloat16, torch.float16, torch.float32, reason="one gather each way, float32 sums, no atomics"
 )
@@ -76,8 +74,7 @@ def _grouped_mm_cuda(case: Case) -> Verdict:
     """The grouped product of torch: 492-660 TFLOP/s on an H200 (2.11) where ours makes 551-680."""
     if case.device != "cuda" or case.dtype != torch.bfloat16:
         return no(f"runs on cuda in bfloat16, not on {case.device} in {case.dtype}")
-    refusal = triton_refusal(case.device)
-    if refusal is not None:
+    if (refusal := triton_refusal(case.device)) is not None:
         return no(f"its spare rows are cleared by a Triton kernel, and {refusal}")
     return _aligned(case, "torch's CUTLASS kernel, and one that clears the rows it leaves unwritten")
 
@@ -102,8 +99,15 @@ def _gluon_first(case: Case) -> Verdict:
 def _gluon_swiglu(case: Case) -> Verdict:
     """`_gluon_first`, for weights in rows; nothing is kept for gradients."""
     verdict = inference_only(laid_out("rows", _gluon_first))(case)
-    reason = "our grouped product for Hopper: gates meet ups before half as much is written"
-    return yes(reason) if verdict.runs else verdict
+    return yes("gates meet ups, before half as much is written") if verdict.runs else verdict
+
+
+def _gluon_mid(case: Case) -> Verdict:
+    """`_gluon`, for some dozens of rows an expert and weights in rows; nothing is kept for gradients."""
+    verdict = inference_only(laid_out("rows", _gluon))(case)
+    if verdict.runs and case.fastest != "gluon_mid":
+        return no("is made for some dozens of rows an expert")
+    return yes("weights as the tall operand, on their way also between tiles") if verdict.runs else verdict
 
 
 def _aligned(case: Case, reason: str) -> Verdict:
@@ -124,8 +128,6 @@ _FEW_ROWS = inference_only(
     )
 )
 _TRITON_ROUTE = one_dtype(triton_runs(torch.float32, reason="one kernel, where torch takes a dozen"))
-
-
 _NATIVE = inference_only(native_runs("one call into C"))
 _NATIVE_ROUTE = inference_only(one_dtype(native_runs("one call into C")))
 _NATIVE_GROUPED = inference_only(
@@ -163,6 +165,7 @@ UNPERMUTE = Op(
 GROUPED_LINEAR = Op(
     "grouped_linear",
     (
+        Implementation("gluon_mid", _gluon_mid, "benthic.kernels.gluon_mid:grouped_linear"),
         Implementation("few_rows", _FEW_ROWS, "benthic.kernels.triton_few_rows:grouped_linear"),
         Implementation("gluon", _gluon_first, "benthic.kernels.gluon_grouped:grouped_linear"),
         Implementation("grouped_mm_cuda", _grouped_mm_cuda, "benthic.kernels.triton_moe:grouped_mm"),
@@ -177,6 +180,7 @@ GROUPED_LINEAR = Op(
 GROUPED_SWIGLU = Op(
     "grouped_swiglu",
     (
+        Implementation("gluon_mid", _gluon_mid, "benthic.kernels.gluon_mid:grouped_swiglu"),
         Implementation("few_rows", _FEW_ROWS, "benthic.kernels.triton_few_rows:grouped_swiglu"),
         Implementation("gluon", _gluon_swiglu, "benthic.kernels.gluon_grouped:grouped_swiglu"),
         Implementation(
@@ -191,6 +195,8 @@ GROUPED_SWIGLU = Op(
 )
 FEW_ROWS = 32
 """Rows an expert, on average, up to which `grouped_linear` is bound by reading weights."""
+MID_FROM, MID_ROWS = 17, 64
+"""Rows an expert, on average, between which `gluon_mid` comes first; by arithmetic, it was not timed."""
 MANY_ROWS = 256
 """Rows an expert, on average, from which tiles of 256 rows won wherever both were timed. On an H200 they give
 649 and 612 TFLOP/s with 256 rows for each of 32 experts, torch's 622 and 549; fewer rows were not timed."""
@@ -370,6 +376,7 @@ def _grouped_case(name: str, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, i
         grad=torch.is_grad_enabled() and (x_RI.requires_grad or weight_EOI.requires_grad),
         few=rows <= FEW_ROWS * experts,
         many=impl is not None or rows >= MANY_ROWS * experts,
+        fastest="gluon_mid" if impl is not None or MID_FROM * experts <= rows <= MID_ROWS * experts else "",
         layout="columns" if weight_EOI.stride(1) == 1 else "rows",
     )
 
