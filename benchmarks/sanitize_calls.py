@@ -35,6 +35,9 @@ class Call(NamedTuple):
 
 def make_calls(device: str, only: Collection[str] = ()) -> list[str]:
     """Make every call that runs on a device, or those of some ops: "op: implementation (what of it)"."""
+    if unknown := sorted(set(only) - set(ops.IMPLEMENTATIONS)):
+        msg = f"{unknown} are none of the {len(ops.IMPLEMENTATIONS)} ops; `benthic doctor` lists them."
+        raise SystemExit(msg)
     torch.manual_seed(0)
     made, done = Made(device), []
     for call in itertools.chain(*(family(made) for family in (attention, experts, fp8, by_row, updates))):

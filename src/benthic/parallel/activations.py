@@ -238,7 +238,11 @@ def keys_of(layout: Layout) -> float:
 
 
 def arrivals(model: ModelConfig, ranks: int) -> float:
-    """Ranks that a token goes to, if its experts are drawn evenly from those that its groups allow."""
+    """Ranks that a token goes to, if its experts are drawn evenly from those that its groups allow.
+
+    b (1 - C(E - E/b, k)/C(E, k)) over the b ranks and E experts that these allow; DeepSeek-V3 and 8 nodes:
+    3.63 of the 4 allowed.
+    """
     chosen = model.topk_group / model.n_group if model.n_group > 1 else 1.0
     experts = round(model.n_routed_experts * chosen)
     reached = ranks * chosen if ranks >= model.n_group else float(ranks)

@@ -128,7 +128,7 @@ def _attention(shape: Shape) -> Iterator[Step]:
         if again and not backward:
             yield Step("I", "recomputation", core)
     o_width = heads * model.v_head_dim
-    if shape.e5m6_attention:
+    if shape.e5m6_attention and not again:
         yield from _twice("quantisation", MemoryBound(bytes=3.5 * wide * o_width, name="e5m6"))
     yield from _narrowed(shape, wide * o_width)
     yield from _product(shape, "attention products", wide, size, o_width, again=again)
