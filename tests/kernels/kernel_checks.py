@@ -986,7 +986,10 @@ def test_rows_are_counted_as_a_stable_sort_would_place_them(dtype, tokens):
 
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts"),
-    [(0, 6, 8), (1, 6, 64), (1, 8, 256), (67, 3, 9), *([(64, 6, 64), (256, 8, 256)] if ON_GPU else [])],
+    [
+        *((0, 6, 8), (1, 6, 64), (1, 8, 256), (67, 3, 9), (67, 1, 9)),
+        *([(64, 6, 64), (256, 8, 256), (257, 6, 64), (341, 6, 64), (2048, 1, 8)] if ON_GPU else []),
+    ],
 )
 @pytest.mark.parametrize("spread", ["all", "some", "equal logits", "one"])
 def test_few_copies_are_sorted_and_gathered_as_many_are(dtype, spread, tokens, top_k, experts):

@@ -424,7 +424,11 @@ MEMORY_BOUND = [
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     *(
         ("triton_permute", "_permute_few", few | {"SLOTS": slots}, 16, ROUTES | {"slot_ptr": "*i64"})
-        for few in ({"TOP_K": 8, "COPIES": 2048, "WIDTH": 8192},)
+        for few in (
+            {"PART": 1, "TOP_K": 8, "TOKENS": 16, "WIDTH": 8192},
+            {"PART": 8, "TOP_K": 8, "TOKENS": 256, "WIDTH": 8192},
+            {"PART": 6, "TOP_K": 6, "TOKENS": 1024, "WIDTH": 2048},
+        )
         for slots in (False, True)
     ),
     *(
