@@ -174,6 +174,11 @@ def by_row(made: Made) -> Iterator[Call]:
     filters = ops.Filters(0 * one, (7 * one).long(), 0.9 * one, 7, some_top_k=True)
     for kept, what in ((None, ""), (filters, "filtered")):
         yield Call("draw_tokens", ops.draw_tokens, (made(5, 3001), 0.6 * one, seed, seed, kept), what=what)
+    yield Call("best_tokens", ops.best_tokens, (made(5, 5001),))
+    fed, home = made.zeros(2, 3, dtype=torch.int64), made.zeros(15, dtype=torch.int64)
+    lines = made.zeros(3, 3, dtype=torch.int64)
+    notes = ops.Notes(home[:8], home[8:10], home[10:12], torch.arange(2, device=made.device), lines)
+    yield Call("judge_greedy", ops.judge_greedy, (made(6, 5001), fed, notes))
     target = torch.randint(1000, (ROWS,), device=made.device)
     head = made(1000, WIDTH, grad=True)
     yield Call("linear_cross_entropy_sum", ops.linear_cross_entropy_sum, (x, head, target))

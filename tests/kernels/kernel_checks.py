@@ -1851,3 +1851,56 @@ def test_no_token_is_drawn_from_what_is_not_finite(dtype):
         found = drawn_alike(logits, temperature, filters).tolist()
         assert found[:3] == [-1, -1, -1]
         assert 0 <= found[3] < VOCAB
+
+
+@pytest.fixture
+def _small_best_pieces(monkeypatch):
+    if not ON_GPU:
+        monkeypatch.setattr(importlib.import_module("benthic.kernels.triton_best"), "PIECE", 256)
+
+
+@pytest.mark.usefixtures("_small_best_pieces")
+def test_the_best_token_is_the_first_of_the_greatest_and_none_where_that_is_not_finite(dtype):
+    logits = logits_of(9, 4, dtype=dtype, seed=2).clamp(-9, 9)
+    logits[0, 5], logits[0, VOCAB - 1], logits[0, 300] = 10, 10, 10
+    logits[1, 690:], logits[2, :] = 11, -5
+    logits[3, 400], logits[4, 3], logits[5], logits[6, 699] = torch.nan, torch.inf, -torch.inf, torch.nan
+    logits[6, 2] = torch.inf
+    logits[7], logits[7, 600:] = -0.0, 0.0
+    logits[8, :-1] = -torch.inf
+    found, exact = (ops.best_tokens(logits, impl=impl) for impl in ("triton", "reference"))
+    assert found.dtype == torch.int64
+    assert found.tolist() == exact.tolist()
+    assert found.tolist() == [5, 690, 0, -1, -1, -1, -1, 0, VOCAB - 1]
+    assert ops.best_tokens(logits[:0], impl="triton").shape == (0,)
+
+
+def judged(logits, fed, owner, impl):
+    """What is noted, between lines and numbers that nobody may write."""
+    sequences, queries = fed.shape
+    lines = torch.full((sequences + 3, queries + 1), -7, device=DEVICE)
+    home, newest, row = (
+        torch.full((n + 1,), -9, device=DEVICE) for n in (fed.numel() + sequences, *[sequences] * 2)
+    )
+    ops.judge_greedy(logits, fed, ops.Notes(home[:-1], newest[:-1], row[:-1], owner, lines[:, 1:]), impl=impl)
+    return [each.tolist() for each in (home, newest, row, lines)]
+
+
+@pytest.mark.usefixtures("_small_best_pieces")
+@pytest.mark.parametrize("queries", [1, 2, 4])
+def test_greedy_drafts_hold_up_to_the_first_that_is_not_the_best_token(dtype, queries):
+    logits = logits_of(6 * queries, 2, dtype=dtype, seed=5)
+    logits[2 * queries + min(1, queries - 1), 40] = torch.nan  # the row behind a draft that holds
+    fed = torch.randint(VOCAB, (6, queries), device=DEVICE)
+    best = logits.argmax(-1).view(6, queries)
+    for sequence in range(6):  # so many of its drafts hold, and after the first other one another would
+        fed[sequence, 1:] = best[sequence, :-1]
+        fed[sequence, sequence + 1 : sequence + 2] += 1
+    owner = torch.tensor([7, 3, 0, 5, 8, 1], device=DEVICE)
+    found, exact = (judged(logits, fed, owner, impl) for impl in ("triton", "reference"))
+    assert found == exact
+    held = found[0][6 * queries : -1]
+    assert held[:2] == [0, min(1, queries - 1)]
+    assert held[5] == queries - 1
+    assert found[1][2] == -1 or queries > 2
+    assert -9 not in found[0][:-1]

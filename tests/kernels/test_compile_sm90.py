@@ -368,6 +368,8 @@ BALANCE = {"factor": "fp32", "expert_ptr": "*i32", "count_ptr": "*i64"} | dict.f
     ("scores_ptr", "loads_ptr", "weighted_ptr", "found_ptr", "dloss_ptr", "dscores_ptr"), "*fp32"
 )
 
+BEST = dict.fromkeys(("token", "fed", "home", "newest", "row", "owner", "line"), "*i64")
+BEST = {f"{name}_ptr": kind for name, kind in BEST.items()} | {"best_ptr": "*fp32", "first_ptr": "*i32"}
 SAMPLED = dict.fromkeys(("seed_ptr", "position_ptr", "token_ptr"), "*i64") | {
     f"{name}_ptr": kind
     for kind, names in (
@@ -493,6 +495,15 @@ MEMORY_BOUND = [
             ("_conclude", {"MASS": True, "SPARE": 16, "PIECES": 64}),
             ("_settle", {"SPARE": 16, "PIECE": 4096, "PIECES": 64}),
             ("_draw", {"FILTERED": True, "SPARE": 16, "PIECE": 4096, "PIECES": 64}),
+        )
+    ),
+    *(
+        ("triton_best", kernel, constants, warps, BEST)
+        for kernel, constants, warps in (
+            ("_best_of_pieces", {"PIECE": 4096}, 4),
+            ("_choose", {"PIECES": 64}, 1),
+            ("_judge", {"QUERIES": 1, "PIECES": 64}, 1),
+            ("_judge", {"QUERIES": 4, "PIECES": 64}, 1),
         )
     ),
     ("triton_moe", "_zero_rows", {"ROWS": 32, "WIDTH": 128}, 4, {}),

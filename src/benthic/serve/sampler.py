@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
-from benthic.kernels.ops import Filters, draw_tokens
+from benthic.kernels.ops import Filters, best_tokens, draw_tokens
 from benthic.kernels.reference.sampling import NO_TOKEN
 from benthic.serve.grammar import GrammarMasks, accept
 from benthic.serve.messages import SamplingParams
@@ -214,6 +214,7 @@ class Sampler:
         zero = torch.zeros(1, dtype=torch.int64, device=self._device)
         for each in {dtype, torch.float32}:
             logits_SV = torch.zeros(1, self._vocab_size, dtype=each, device=self._device)
+            _greedy(logits_SV)
             for some in (None, filters):
                 draw_tokens(logits_SV, torch.ones(1, device=self._device), zero, zero, some)
 
@@ -307,8 +308,6 @@ class Sampler:
         Temperature and filters apply; penalties, biases and grammars do not, which costs acceptance at most.
         """
         batch = self._batch_for(request_ids)
-        if batch.all_greedy:
-            return logits_SV.argmax(-1)
         return _choose(logits_SV, batch, position_S).clamp(min=0)
 
     def _batch_for(self, request_ids: tuple[str, ...]) -> Batch:
@@ -347,8 +346,7 @@ def _greedy(logits_SV: Tensor) -> Tensor:
     thread.
     """
     if logits_SV.device.type != "cpu":
-        best_S, index_S = logits_SV.max(-1)
-        return torch.where(best_S.isfinite(), index_S, NO_TOKEN)
+        return best_tokens(logits_SV)
     values_SV = logits_SV.to(torch.float32).numpy()
     found_S = values_SV.argmax(-1)
     value_S = values_SV[np.arange(len(found_S)), found_S]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from benthic.kernels.reference.sampling import NO_TOKEN
+from benthic.kernels import ops
 from benthic.serve.attend import DecodeRows, StepLayout
 from benthic.serve.drafts import Verdict
 from benthic.serve.graphs import Graphs
@@ -282,13 +282,11 @@ class StepGraphs(Graphs):
         buffers.logits_TV[:rows].copy_(logits_TV)
         buffers.pre_norm_TD[:rows].copy_(hidden.pre_norm_TD)
         buffers.hidden_TD[:rows].copy_(hidden.hidden_TD)
-        best_T, drawn_T = logits_TV.max(-1)
-        drawn_SQ = torch.where(best_T.isfinite(), drawn_T, NO_TOKEN).view(size, self._queries)
-        fed_SQ = token_T.view(size, self._queries)
-        held_S1 = (drawn_SQ[:, :-1] == fed_SQ[:, 1:]).cumprod(1).sum(1, keepdim=True)
-        newest_S1 = drawn_SQ.gather(1, held_S1)
-        first_S = torch.arange(size, device=newest_S1.device) * self._queries
-        buffers.home_R[: rows + size].copy_(torch.cat((drawn_SQ.flatten(), held_S1.flatten())))
-        buffers.newest_S[:size].copy_(newest_S1.squeeze(1))
-        buffers.row_S[:size].copy_(first_S + held_S1.squeeze(1))
-        self.steps.fed_NF[:, 0].index_copy_(0, inputs.owner_S, newest_S1.squeeze(1).clamp(min=0))
+        notes = ops.Notes(
+            buffers.home_R[: rows + size],
+            buffers.newest_S[:size],
+            buffers.row_S[:size],
+            inputs.owner_S,
+            self.steps.fed_NF,
+        )
+        ops.judge_greedy(logits_TV, token_T.view(size, self._queries), notes)

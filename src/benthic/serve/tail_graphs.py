@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benthic.kernels import ops
 from benthic.model.network import Hidden
 from benthic.serve.attend import rows_behind
 from benthic.serve.graphs import Graphs
@@ -69,7 +70,7 @@ class TailGraphs(Graphs):
                 fed = previous_SD, tokens[-1], position_S
                 ahead = served.model.predict_ahead(0, *fed, served.sockets(slot_S, decode))
                 hidden_SD, previous_SD = ahead.hidden_TD, served.model.mtp_input(ahead)
-            tokens.append(served.logits(hidden_SD).argmax(-1))
+            tokens.append(ops.best_tokens(served.logits(hidden_SD)).clamp(min=0))
         steps.fed_NF[:, 1 : 1 + drafts].index_copy_(0, inputs.owner_S, torch.stack(tokens, dim=1))
 
     def _last(self, rows: int) -> Hidden:

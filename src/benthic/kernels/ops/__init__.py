@@ -152,12 +152,19 @@ from benthic.kernels.ops.routes import (
     place_copies,
     place_departures,
 )
-from benthic.kernels.ops.sampling import DRAW_TOKENS, draw_tokens
+from benthic.kernels.ops.sampling import (
+    BEST_TOKENS,
+    DRAW_TOKENS,
+    JUDGE_GREEDY,
+    best_tokens,
+    draw_tokens,
+    judge_greedy,
+)
 from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, ADAMW_SPLIT, adamw, adamw_fp8, adamw_split
 from benthic.kernels.reference.attention import Slots
 from benthic.kernels.reference.fp8_linear import Fp8, spaced
 from benthic.kernels.reference.moe import Permuted, Routing, RowMaps, added
-from benthic.kernels.reference.sampling import Filters
+from benthic.kernels.reference.sampling import Filters, Notes
 from benthic.kernels.reference.update import AdamWStep, join_master, split_master
 from benthic.kernels.table import Case, Implementation, Op
 
@@ -171,6 +178,7 @@ __all__ = [
     "Choice",
     "Filters",
     "Fp8",
+    "Notes",
     "Permuted",
     "Routing",
     "RowMaps",
@@ -187,6 +195,7 @@ __all__ = [
     "attention",
     "attention_of_parts",
     "balance_loss",
+    "best_tokens",
     "choose_ranks",
     "copy_blocks",
     "count_experts",
@@ -209,6 +218,7 @@ __all__ = [
     "home_slots",
     "join_head_dims",
     "join_master",
+    "judge_greedy",
     "linear",
     "linear_by_row",
     "linear_cross_entropy",
@@ -321,6 +331,8 @@ OPS: tuple[Op, ...] = (
     HEADS_LINEAR_BY_ROW,
     GROUPED_LINEAR_BY_ROW,
     MLA_BY_ROW,
+    BEST_TOKENS,
+    JUDGE_GREEDY,
     DRAW_TOKENS,
 )
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {op.name: op.implementations for op in OPS}

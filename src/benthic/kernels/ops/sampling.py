@@ -1,4 +1,4 @@
-"""The public op that draws tokens from logits, every row by settings of its own."""
+"""The public ops that take tokens from logits: the best ones, or drawn by every row's own settings."""
 
 from __future__ import annotations
 
@@ -20,8 +20,34 @@ from benthic.kernels.table import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from benthic.kernels.reference.sampling import Filters
+    from benthic.kernels.reference.sampling import Filters, Notes
 
+_BEST = inference_only(
+    triton_runs(
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        reason="logits read once, piece by piece, where torch takes a dozen kernels",
+    )
+)
+BEST_TOKENS = Op(
+    "best_tokens",
+    (
+        Implementation("triton", _BEST, "benthic.kernels.triton_best:best_tokens"),
+        reference("benthic.kernels.reference.sampling:best_tokens"),
+    ),
+    typical_dims=(163_840,),
+    trains=False,
+)
+JUDGE_GREEDY = Op(
+    "judge_greedy",
+    (
+        Implementation("triton", _BEST, "benthic.kernels.triton_best:judge_greedy"),
+        reference("benthic.kernels.reference.sampling:judge_greedy"),
+    ),
+    typical_dims=(163_840,),
+    trains=False,
+)
 DRAW_TOKENS = Op(
     "draw_tokens",
     (
@@ -73,11 +99,48 @@ def draw_tokens(
             f"but some are {wrong}"
         )
         raise ShapeError(msg)
-    case = Case(
+    out: Tensor = DRAW_TOKENS.choose(_case(logits_SV), impl)(
+        logits_SV, temperature_S, seed_S, position_S, filters
+    )
+    return out
+
+
+def best_tokens(logits_SV: Tensor, *, impl: str | None = None) -> Tensor:
+    """The token of each row's greatest logit, of equals the first.
+
+    Shapes: logits [S, V] float. Returns: int64 [S], `NO_TOKEN` where the greatest is not finite (a NaN is).
+    Raises: ShapeError unless there are two dims.
+    """
+    if logits_SV.dim() != 2:
+        msg = f"best_tokens: logits are {tuple(logits_SV.shape)}, but expected [S, V]"
+        raise ShapeError(msg)
+    out: Tensor = BEST_TOKENS.choose(_case(logits_SV), impl)(logits_SV)
+    return out
+
+
+def judge_greedy(logits_TV: Tensor, fed_SQ: Tensor, notes: Notes, *, impl: str | None = None) -> None:
+    """`best_tokens` of sequences with Q rows each, up to the first that the next row was not fed: in place.
+
+    Row q + 1 was fed a draft of what row q gives. The drafts before the first other one hold, and the row
+    behind them is its sequence's newest. Owners of sequences are distinct, or share a line that nobody reads.
+    Shapes: logits [T, V] float, T = S * Q; fed int64 [S, Q]; see `Notes`, with strides of 1 in its last dims.
+    Raises: ShapeError when they disagree.
+    """
+    (sequences, queries), rows = fed_SQ.shape, logits_TV.shape[0]
+    found = rows, *(len(each) for each in notes[:4])
+    if found != (sequences * queries, rows + sequences, sequences, sequences, sequences):
+        msg = (
+            f"judge_greedy: {sequences} sequences of {queries} rows, but logits, home, newest, row and owner "
+            f"have {found}"
+        )
+        raise ShapeError(msg)
+    JUDGE_GREEDY.choose(_case(logits_TV), impl)(logits_TV, fed_SQ, notes)
+
+
+def _case(logits_SV: Tensor) -> Case:
+    return Case(
         device_type(logits_SV),
         logits_SV.dtype,
         (logits_SV.shape[1],),
         grad=torch.is_grad_enabled() and logits_SV.requires_grad,
     )
-    out: Tensor = DRAW_TOKENS.choose(case, impl)(logits_SV, temperature_S, seed_S, position_S, filters)
-    return out

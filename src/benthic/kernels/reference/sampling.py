@@ -43,6 +43,43 @@ class Filters(NamedTuple):
     some_top_p: bool = True
 
 
+class Notes(NamedTuple):
+    """Where `judge_greedy` writes, int64 all: T rows of logits, S sequences, N lines of F tokens to feed.
+
+    Attributes:
+        home_R: [T + S]: the token of each row, then how many drafts of each sequence held.
+        newest_S: the token of each sequence's newest row.
+        row_S: which row that is.
+        owner_S: which line of `fed_NF` each sequence has; this one is read.
+        fed_NF: gets the newest token in its first column, 0 for `NO_TOKEN`.
+    """
+
+    home_R: Tensor
+    newest_S: Tensor
+    row_S: Tensor
+    owner_S: Tensor
+    fed_NF: Tensor
+
+
+def best_tokens(logits_SV: Tensor) -> Tensor:
+    """See `benthic.kernels.ops.best_tokens`."""
+    best_S, token_S = logits_SV.max(-1)
+    return torch.where(best_S.isfinite(), token_S, NO_TOKEN)
+
+
+def judge_greedy(logits_TV: Tensor, fed_SQ: Tensor, notes: Notes) -> None:
+    """See `benthic.kernels.ops.judge_greedy`."""
+    sequences, queries = fed_SQ.shape
+    drawn_SQ = best_tokens(logits_TV).view(sequences, queries)
+    held_S1 = (drawn_SQ[:, :-1] == fed_SQ[:, 1:]).cumprod(1).sum(1, keepdim=True)
+    newest_S = drawn_SQ.gather(1, held_S1).squeeze(1)
+    first_S = torch.arange(sequences, device=newest_S.device) * queries
+    notes.home_R.copy_(torch.cat((drawn_SQ.flatten(), held_S1.flatten())))
+    notes.newest_S.copy_(newest_S)
+    notes.row_S.copy_(first_S + held_S1.squeeze(1))
+    notes.fed_NF[:, 0].index_copy_(0, notes.owner_S, newest_S.clamp(min=0))
+
+
 def draw_tokens(
     logits_SV: Tensor, temperature_S: Tensor, seed_S: Tensor, position_S: Tensor, filters: Filters | None
 ) -> Tensor:
