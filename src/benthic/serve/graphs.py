@@ -28,6 +28,7 @@ import torch
 
 from benthic.model.network import Hidden
 from benthic.serve.attend import DecodeRows, StepLayout
+from benthic.serve.into import Into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,6 +116,12 @@ class Served:
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Scores of the next token for some rows."""
         return self.model.logits(hidden_SD, self.plugs.linear)
+
+    def logits_into(self, hidden_SD: Tensor, out_SV: Tensor) -> None:
+        """As `logits`, written there; by the product itself where that can."""
+        logits_SV = self.model.logits(hidden_SD, Into(self.plugs.linear, out_SV))
+        if logits_SV.data_ptr() != out_SV.data_ptr():
+            out_SV.copy_(logits_SV)
 
 
 class Graphs(abc.ABC):

@@ -278,8 +278,8 @@ class StepGraphs(Graphs):
         torch.index_select(self.steps.fed_NF.view(-1), 0, inputs.index_T, out=token_T)
         sockets = self.served.sockets(inputs.slot_T, self.decode_rows(size))
         hidden = self.served.model(token_T, inputs.position_T, sockets)
-        logits_TV = self.served.logits(hidden.hidden_TD)
-        buffers.logits_TV[:rows].copy_(logits_TV)
+        logits_TV = buffers.logits_TV[:rows]
+        self.served.logits_into(hidden.hidden_TD, logits_TV)
         buffers.pre_norm_TD[:rows].copy_(hidden.pre_norm_TD)
         buffers.hidden_TD[:rows].copy_(hidden.hidden_TD)
         notes = ops.Notes(
