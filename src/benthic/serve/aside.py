@@ -34,7 +34,8 @@ class SecondStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        # or it would wait for the last program of a product beside it to begin, and then hide behind nothing
+        self._stream = torch.cuda.Stream(device, priority=-1)
 
     def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
         """See `benthic.model.sockets.Aside`."""
