@@ -271,26 +271,39 @@ def test_gradients_of_attention_keep_their_products_in_flight_and_leave_in_whole
         assert order.count("1" + "e" * 32 + "10") == 2 * 2
 
 
+def assert_starts_soon(text):
+    """Nothing is read before the kernel ahead has ended, what needs no input is made before, and contexts are
+    added up without a barrier: the only one starts the groups.
+    """
+    before, after = text.split("ACQBULK")
+    started = before.rindex("USETMAXREG")
+    assert "UTMALDG" in before[started:]
+    assert not re.findall(r"\bLDG\b|\bSTG\b", before[started:])
+    assert after[: after.index("USETMAXREG")].count("BAR.SYNC") == 1
+
+
 @pytest.mark.parametrize("rows", gluon_mla.FORMS)
 def test_mla_decode_multiplies_pages_as_tall_operands_and_keeps_products_in_flight(rows, tmp_path):
-    constants = {"ROWS": rows, **gluon_mla.FORMS[rows], "LEAST": 2, "MANY": 256}
-    described = {"cache": descriptor(64, 64)}
+    constants = {"ROWS": rows, **gluon_mla.FORMS[rows], "LEAST": 2, "MANY": 256, "PDL": True}
+    described = {"cache": descriptor(64, 64), "few": descriptor(16, 64)}
     kernel = built(gluon_mla._decode, constants, described, gluon_mla.ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
-    assert text.count("UTMALDG") == 9
+    assert_starts_soon(text)
+    assert text.count("UTMALDG") == 1 + 9 + 9 * 4  # to wake TMA, a page, a page in boxes of 16 tokens
     assert text.count(f"HGMMA.64x{rows}x16") == (9 + 8) * 4  # in steps of 16 dims, or tokens
     assert text.count("WARPGROUP.DEPBAR") == 2  # one for scores, one for outputs: nothing waits in between
 
 
 @pytest.mark.parametrize("rows", gluon_mla_fp8.FORMS)
 def test_mla_decode_widens_an_fp8_cache_two_numbers_at_a_time(rows, tmp_path):
-    constants = {"ROWS": rows, **gluon_mla_fp8.FORMS[rows], "LEAST": 2, "MANY": 256}
+    constants = {"ROWS": rows, **gluon_mla_fp8.FORMS[rows], "LEAST": 2, "MANY": 256, "PDL": True}
     described = {"cache": descriptor(64, 64, "fp8e4nv")}
     kernel = built(gluon_mla_fp8._decode, constants, described, gluon_mla_fp8.ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
-    assert text.count("UTMALDG") == 9
+    assert_starts_soon(text)
+    assert text.count("UTMALDG") == 1 + 9
     assert text.count("HMUL2.BF16_V2") == 64 * 576 // 128 // 2
     # Loads, then stores of what they gave, a fence, and only then a place is given back to TMA.
     steps = re.findall(r"ld\.shared\.v4|st\.shared\.v4|fence\.proxy|mbarrier\.arrive\.s", kernel.asm["ptx"])

@@ -15,10 +15,11 @@ if importlib.util.find_spec("triton") is None:
 
 from benthic.kernels import gluon_mla_shares as module
 
-LEAST, MANY = module.LEAST_PAGES, 512
+LEAST, MANY = module.LEAST_PAGES, 1024
 CONTEXTS = st.one_of(
     st.lists(st.integers(0, 9000), min_size=1, max_size=40),
     st.lists(st.integers(4000, 4200), min_size=1, max_size=300),
+    st.lists(st.integers(0, 200), min_size=500, max_size=600),
     st.builds(lambda context, count: [context] * count, st.integers(0, 5000), st.integers(1, 300)),
 )
 
@@ -34,6 +35,7 @@ class Pointer(list):
 def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     language = SimpleNamespace(
         BlockedLayout=lambda *_: None,
+        SliceLayout=lambda *_: None,
         arange=lambda start, end, layout: np.arange(start, end),
         load=lambda found, mask=True, other=0: np.where(mask, found, other),
         associative_scan=lambda x, axis, add: np.cumsum(x, axis),
@@ -44,7 +46,7 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
         minimum=np.minimum,
     )
     monkeypatch.setattr(module, "gl", language)
-    for name in ("PAGE", "SLACK"):
+    for name in ("PAGE", "SLACK", "MOST_A_WARP"):
         monkeypatch.setattr(module, name, getattr(module, name).value)
     for name in ("pages_of", "begins_and_ends"):
         monkeypatch.setattr(module, name, getattr(module, name).fn)
@@ -53,8 +55,9 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
 def shares_of(contexts: list[int], shares: int) -> list[list[tuple[int, int, int]]]:
     """Of each share its `(sequence, first page, pages)`, as the kernels walk over it."""
     found, pointer = [], Pointer(contexts)
+    many = max(128, 2 ** (len(contexts) - 1).bit_length())
     for number in range(shares):
-        sequence, page, left = module.share_of.fn(pointer, len(contexts), number, shares, LEAST, MANY)
+        sequence, page, left = module.share_of.fn(pointer, len(contexts), number, shares, LEAST, many)
         parts = []
         while left > 0:
             _context, pages = module.pages_of(pointer, sequence, page, left)

@@ -17,19 +17,23 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from benthic.kernels.gluon_mla_rows import (
     AHEAD,
+    BOX,
     PIECES,
     TURNS,
+    boxes_of,
     launch,
     score,
     slot_of,
     sum_values,
+    wait,
     wait_until_used,
+    wake,
 )
-from benthic.kernels.gluon_mla_shares import PAGE, pages_of, share_of
+from benthic.kernels.gluon_mla_shares import PAGE, pages_of, pieces_of, share_of
 from benthic.kernels.gluon_tiles import LOG2E, load, new_bars
 
 FORMS = {16: {"RING": 25, "REGISTERS": 168}, 32: {"RING": 22, "REGISTERS": 216}}
@@ -39,7 +43,22 @@ ENTRY_REGISTERS = 168
 
 
 @gluon.jit
-def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING: gl.constexpr):
+def _load_piece(cache, few, token, tokens, column, bar, ring, slot):
+    """A piece of a page to its place; of a page that the context ends in, sixteen tokens at a time.
+
+    What lies wholly behind the context is not read: before the first token of the cache TMA finds zeros.
+    """
+    if tokens >= PAGE:
+        load(cache, [token, column], bar, ring.index(slot))
+    else:
+        boxes = boxes_of(ring)
+        for box in gl.static_range(PAGE // BOX):
+            begin = gl.where(box * BOX < tokens, token + box * BOX, -BOX)
+            load(few, [begin, column], bar, boxes.index(slot * (PAGE // BOX) + box))
+
+
+@gluon.jit
+def _produce(cache, few, table_ptr, context_ptr, stride_table, ring, bars, woken, share, RING: gl.constexpr):
     """Load the pages of a share, one after another, as places come free.
 
     The first pieces of a page take the places of the page three before, the last ones those of the page two
@@ -48,12 +67,13 @@ def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RIN
     full, _weighed, empty, _ending = bars
     sequence, page, left = share
     number, base = 0, 0
+    mbarrier.wait(woken, 0)
     while left > 0:
-        _context, pages = pages_of(context_ptr, sequence, page, left)
+        context, pages = pages_of(context_ptr, sequence, page, left)
         row_ptr = table_ptr + sequence.to(gl.int64) * stride_table + page
         coming = gl.load(row_ptr, mask=pages > 0, other=0)
         for i in range(pages):
-            token = coming * PAGE
+            token, tokens = coming * PAGE, context - (page + i) * PAGE
             coming = gl.load(row_ptr + i + 1, mask=i + 1 < pages, other=0)
             bar = full.index(number % TURNS)
             wait_until_used(empty, number - 3)
@@ -61,7 +81,7 @@ def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RIN
             for piece in gl.static_range(PIECES):
                 if piece == RING - 2 * PIECES:
                     wait_until_used(empty, number - 2)
-                load(cache, [token, piece * 64], bar, ring.index(slot_of(base, piece, RING)))
+                _load_piece(cache, few, token, tokens, piece * 64, bar, ring, slot_of(base, piece, RING))
             number += 1
             base = slot_of(base, PIECES, RING)
         sequence, page, left = sequence + 1, 0, left - pages
@@ -69,13 +89,13 @@ def _produce(cache, table_ptr, context_ptr, stride_table, ring, bars, share, RIN
 
 @gluon.jit(do_not_specialize=["sequences"])
 def _decode(
-    cache, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, lse_ptr, ends_ptr, out_ptr,
+    cache, few, latent_ptr, rope_ptr, table_ptr, context_ptr, part_ptr, lse_ptr, ends_ptr, out_ptr,
     stride_qs, stride_qq, stride_qh, stride_rs, stride_rq, stride_rh, stride_table,
     sequences, rows, heads, scale,
     ROWS: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr, LEAST: gl.constexpr, MANY: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: its share of all pages."""
-    share = share_of(context_ptr, sequences, gl.program_id(0), gl.num_programs(0), LEAST, MANY)
     dtype: gl.constexpr = cache.dtype
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], dtype)
     weights_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, ROWS], dtype)
@@ -87,7 +107,9 @@ def _decode(
     factors = gl.allocate_shared_memory(gl.float32, [ROWS], plain)
     ending = new_bars(2, 1)
     bars = (new_bars(TURNS, 1), new_bars(TURNS, 1), new_bars(TURNS, 1), (ending.index(0), ending.index(1)))
-    fence_async_shared()
+    woken = wake(cache, ring.index(RING - 1))
+    wait(PDL)
+    share = share_of(context_ptr, sequences, gl.program_id(0), gl.num_programs(0), LEAST, MANY)
     gl.warp_specialize([
         (score, (
             latent_ptr, rope_ptr, context_ptr, lse_ptr, ends_ptr, (stride_qs, stride_qq, stride_qh),
@@ -97,11 +119,12 @@ def _decode(
         (sum_values, (
             context_ptr, part_ptr, out_ptr, rows, ring, weights, alphas, factors, bars, share, ROWS, RING,
         )),
-        (_produce, (cache, table_ptr, context_ptr, stride_table, ring, bars, share, RING)),
-    ], [4, 1], [REGISTERS, 24])  # fmt: skip
+        (_produce, (cache, few, table_ptr, context_ptr, stride_table, ring, bars, woken, share, RING)),
+    ], [4, 1], [REGISTERS, 32])  # fmt: skip
 
 
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale):
     """See `benthic.kernels.ops.mla_decode`; launches follow from shapes, so a CUDA graph can hold them."""
     operands = q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S
-    return launch(_decode, FORMS, ENTRY_REGISTERS, *operands, scale)
+    descriptors = pieces_of(cache_PBW, 64), pieces_of(cache_PBW, 64, BOX.value)
+    return launch(_decode, descriptors, FORMS, ENTRY_REGISTERS, *operands, scale)

@@ -11,8 +11,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from benthic.kernels.gluon_mla_rows import AHEAD, PIECES, TURNS, launch, score, sum_values, wait_until_used
-from benthic.kernels.gluon_mla_shares import PAGE, pages_of, share_of
+from benthic.kernels.gluon_mla_rows import (
+    AHEAD,
+    PIECES,
+    TURNS,
+    launch,
+    score,
+    sum_values,
+    wait,
+    wait_until_used,
+    wake,
+)
+from benthic.kernels.gluon_mla_shares import PAGE, pages_of, pieces_of, share_of
 from benthic.kernels.gluon_tiles import LOG2E, load, meet, new_bars
 
 THIRD = gl.constexpr(3)
@@ -45,11 +55,12 @@ mul.rn.bf16x2 $1, high, scale;
 
 
 @gluon.jit
-def _produce(cache, table_ptr, context_ptr, stride_table, raw, bars, share, SLOTS: gl.constexpr):
+def _produce(cache, table_ptr, context_ptr, stride_table, raw, bars, woken, share, SLOTS: gl.constexpr):
     """Load the pages of a share, a third after another, as places come free."""
     filled, taken = bars
     sequence, page, left = share
     number = 0
+    mbarrier.wait(woken, 0)
     while left > 0:
         _context, pages = pages_of(context_ptr, sequence, page, left)
         row_ptr = table_ptr + sequence.to(gl.int64) * stride_table + page
@@ -102,10 +113,9 @@ def _decode(
     stride_qs, stride_qq, stride_qh, stride_rs, stride_rq, stride_rh, stride_table,
     sequences, rows, heads, scale,
     ROWS: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, WIDEN_REGISTERS: gl.constexpr,
-    LEAST: gl.constexpr, MANY: gl.constexpr,
+    LEAST: gl.constexpr, MANY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: its share of all pages."""
-    share = share_of(context_ptr, sequences, gl.program_id(0), gl.num_programs(0), LEAST, MANY)
     dtype: gl.constexpr = latent_ptr.dtype.element_ty
     pieces_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, 64], dtype)
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], dtype)
@@ -119,7 +129,9 @@ def _decode(
     factors = gl.allocate_shared_memory(gl.float32, [ROWS], plain)
     ending, raw_bars = new_bars(2, 1), (new_bars(SLOTS, 1), new_bars(SLOTS, 1))
     bars = (new_bars(TURNS, 1), new_bars(TURNS, 1), new_bars(TURNS, 1), (ending.index(0), ending.index(1)))
-    fence_async_shared()
+    woken = wake(cache, raw.index(SLOTS * THIRD - 1))
+    wait(PDL)
+    share = share_of(context_ptr, sequences, gl.program_id(0), gl.num_programs(0), LEAST, MANY)
     gl.warp_specialize([
         (score, (
             latent_ptr, rope_ptr, context_ptr, lse_ptr, ends_ptr, (stride_qs, stride_qq, stride_qh),
@@ -130,11 +142,11 @@ def _decode(
             context_ptr, part_ptr, out_ptr, rows, ring, weights, alphas, factors, bars, share, ROWS, RING,
         )),
         (_widen, (raw, ring, raw_bars, bars, share[2], SLOTS)),
-        (_produce, (cache, table_ptr, context_ptr, stride_table, raw, raw_bars, share, SLOTS)),
+        (_produce, (cache, table_ptr, context_ptr, stride_table, raw, raw_bars, woken, share, SLOTS)),
     ], [4, 4, 1], [REGISTERS, WIDEN_REGISTERS, 24])  # fmt: skip
 
 
 def mla_decode(q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, *, scale):
     """See `benthic.kernels.ops.mla_decode`; launches follow from shapes, so a CUDA graph can hold them."""
     operands = q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S
-    return launch(_decode, FORMS, ENTRY_REGISTERS, *operands, scale)
+    return launch(_decode, (pieces_of(cache_PBW, 64),), FORMS, ENTRY_REGISTERS, *operands, scale)

@@ -30,11 +30,11 @@ from benthic.kernels.gluon_mla_shares import (
     note,
     pages_of,
     parts_of,
-    pieces_of,
     rows_of,
 )
-from benthic.kernels.gluon_tiles import meet
+from benthic.kernels.gluon_tiles import load, meet, new_bars, view
 from benthic.kernels.host import cdiv
+from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.triton_tiles import multiprocessors
 
 PIECES = gl.constexpr(9)
@@ -44,6 +44,10 @@ TURNS = gl.constexpr(4)
 """Barriers of each kind; no more than three pages are in the ring, in whole or in part."""
 AHEAD = gl.constexpr(2)
 """Pages of weights that scores may be before outputs."""
+BOX = gl.constexpr(16)
+"""Tokens that are loaded at once of a page that a context ends in."""
+
+wait = gluon.jit(wait_for_inputs.fn)
 
 
 @gluon.jit
@@ -72,14 +76,42 @@ def _load_queries(
 
 
 @gluon.jit
+def boxes_of(ring):
+    """The ring as boxes of some tokens of a piece, one after another."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BOX, 64], ring.dtype)
+    return view(ring, ring.dtype, [ring.shape[0] * (PAGE // BOX), BOX, 64], layout)
+
+
+@gluon.jit
+def wake(cache, place):
+    """Load a block before the first token, so zeros: TMA has read its descriptor when the first page comes.
+
+    Returns the barrier to wait for before `place` is used. All barriers made before are ready for TMA.
+    """
+    woken = new_bars(1, 1)
+    fence_async_shared()
+    mbarrier.expect(woken.index(0), cache.block_type.nbytes)
+    load(cache, [-PAGE, 0], woken.index(0), place)
+    return woken.index(0)
+
+
+@gluon.jit
 def _clear_foreign_tokens(ring, base, tokens, RING: gl.constexpr):
-    """Zero what a page holds behind the context: weights there are 0, but 0 times NaN is not."""
+    """Zero what a page's last box holds behind the context: weights there are 0, but 0 times NaN is not.
+
+    Zeros were loaded behind the box.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = gl.arange(0, PAGE, layout=gl.SliceLayout(1, layout))
+    row = tokens // BOX * BOX + gl.arange(0, BOX, layout=gl.SliceLayout(1, layout))
+    boxes = boxes_of(ring)
+    places = [
+        boxes.index(slot_of(base, piece, RING) * (PAGE // BOX) + tokens // BOX)
+        for piece in (0, 1, 2, 3, 4, 5, 6, 7)
+    ]
+    values = [place.load(layout) for place in places]
     for piece in gl.static_range(VALUES):
-        place = ring.index(slot_of(base, piece, RING))
-        value = place.load(layout)
-        place.store(gl.where((row < tokens)[:, None], value, gl.zeros_like(value)))
+        zero = gl.zeros_like(values[piece])
+        places[piece].store(gl.where((row < tokens)[:, None], values[piece], zero))
     fence_async_shared()
     meet()
 
@@ -128,7 +160,7 @@ def score(
             for i in range(pages):
                 first = (page + i) * PAGE
                 mbarrier.wait(full.index(number % TURNS), (number // TURNS) & 1)
-                if CLEAR and first + PAGE > context:
+                if CLEAR and first + PAGE > context and context % BOX > 0:
                     _clear_foreign_tokens(ring, base, context - first, RING)
                 s = zero
                 for piece in gl.static_range(PIECES):
@@ -206,10 +238,14 @@ def sum_values(
         sequence, page, left = sequence + 1, 0, left - pages
 
 
-def launch(decode, forms, registers, q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, scale):
+def launch(
+    decode, descriptors, forms, registers,
+    q_latent_SQHC, q_rope_SQHr, cache_PBW, block_table_SP, context_S, scale,
+):  # fmt: skip
     """Run `decode` over the shares of all pages, then add up what it leaves in parts.
 
-    `forms` has its own constants for up to so many rows; `registers` are a thread's before groups divide it.
+    `descriptors` are of the cache, as `decode` loads it; `forms` has its own constants for up to so many
+    rows; `registers` are a thread's before groups divide it.
     """
     (q_latent_SQHC, by_latent), (q_rope_SQHr, by_rope) = rows_of(q_latent_SQHC), rows_of(q_rope_SQHr)
     sequences, queries, heads, _latent = q_latent_SQHC.shape
@@ -222,10 +258,11 @@ def launch(decode, forms, registers, q_latent_SQHC, q_rope_SQHr, cache_PBW, bloc
     programs = min(multiprocessors(device), cdiv(pages, LEAST_PAGES))
     part, lse, ends, many = parts_of(sequences, programs, padded, device)
     decode[(programs,)](
-        pieces_of(cache_PBW, 64), q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, lse, ends, out,
+        *descriptors, q_latent_SQHC, q_rope_SQHr, block_table_SP, context_S, part, lse, ends, out,
         *by_latent, *by_rope, block_table_SP.stride(0),
         sequences, rows, heads, scale,
         ROWS=padded, **forms[padded], LEAST=LEAST_PAGES, MANY=many, num_warps=4, maxnreg=registers,
+        **early(device, sequences * queries),
     )  # fmt: skip
     add_up((part, lse, ends), context_S, out, programs)
     return out

@@ -35,6 +35,8 @@ PAGE = gl.constexpr(64)
 LATENT = gl.constexpr(512)
 SLACK = gl.constexpr(16)
 """A share may be longer by one of so many pages when nothing, or less, is cut then."""
+MOST_A_WARP = gl.constexpr(512)
+"""Contexts that a warp adds up alone: sixteen a thread."""
 LEAST_PAGES = 2
 """Of a share: parts of single pages would cost more to combine than they save."""
 
@@ -46,27 +48,34 @@ def _add(a, b):
 
 @gluon.jit
 def share_of(context_ptr, sequences, number, shares, LEAST: gl.constexpr, MANY: gl.constexpr):
-    """The pages of a share: the sequence and page where they begin, and their number (none: 0 or less)."""
-    layout: gl.constexpr = gl.BlockedLayout([MANY // 128], [32], [4], [0])
-    index = gl.arange(0, MANY, layout=layout)
+    """The pages of a share: the sequence and page where they begin, and their number (none: 0 or less).
+
+    Each of four warps adds up all contexts, so that no sum waits for other warps; of more than `MOST_A_WARP`
+    it has a quarter.
+    """
+    WARPS: gl.constexpr = 1 if MANY <= MOST_A_WARP else 4
+    layout: gl.constexpr = gl.BlockedLayout([MANY // 32 // WARPS, 1], [32, 1], [WARPS, 4 // WARPS], [1, 0])
+    index = gl.arange(0, MANY, layout=gl.SliceLayout(1, layout))[:, None]
     context = gl.load(context_ptr + index, mask=index < sequences, other=0)
     pages = (context + PAGE - 1) // PAGE
     end = gl.associative_scan(pages, 0, _add)
     total, longest = gl.sum(pages, axis=0), gl.max(pages, axis=0)
     length = gl.maximum((total + shares - 1) // shares, LEAST)
     first = number * length
-    before = gl.max(gl.where(end <= first, end, 0), axis=0)
-    passed = gl.sum(gl.where(end <= first, 1, 0), axis=0)
+    before = gl.max(gl.where(end <= first[None, :], end, 0), axis=0)
+    passed = gl.sum(gl.where(end <= first[None, :], 1, 0), axis=0)
     # Alike: `group` sequences a share, or `parts` shares a sequence; one of the two is 1.
     group = (sequences + shares - 1) // shares
     parts = gl.maximum(gl.minimum(shares // sequences, longest // LEAST), 1)
     alike = group * ((longest + parts - 1) // parts) <= length + length // SLACK
     sequence = number // parts * group
-    own = gl.sum(gl.where((index >= sequence) & (index < sequence + group), pages, 0), axis=0)
+    begun = index >= sequence[None, :]
+    own = gl.sum(gl.where(begun & (index < sequence[None, :] + group), pages, 0), axis=0)
     step = gl.maximum((own + parts - 1) // parts, LEAST)
     page = number % parts * step
     left = gl.where(alike, gl.minimum(step, own - page), gl.minimum(length, total - first))
-    return gl.where(alike, sequence, passed), gl.where(alike, page, first - before), left
+    sequence, page = gl.where(alike, sequence, passed), gl.where(alike, page, first - before)
+    return gl.max(sequence, axis=0), gl.max(page, axis=0), gl.max(left, axis=0)
 
 
 @gluon.jit
@@ -212,6 +221,6 @@ def rows_of(x_SQHd):
     return x_SQHd, [x_SQHd.stride(dim) if x_SQHd.shape[dim] > 1 else 0 for dim in range(3)]
 
 
-def pieces_of(cache_PBW, width):
-    """A descriptor of blocks of a page's tokens by `width` dims."""
-    return blocks_of(cache_PBW.flatten(0, 1), 64, width)
+def pieces_of(cache_PBW, width, tokens=64):
+    """A descriptor of blocks of a page's tokens, or some of them, by `width` dims."""
+    return blocks_of(cache_PBW.flatten(0, 1), tokens, width)
