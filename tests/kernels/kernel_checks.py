@@ -1774,6 +1774,7 @@ def _small_pieces(monkeypatch):
         monkeypatch.setattr(sample, "PIECE", 512)
         monkeypatch.setattr(sample, "STRETCH", 256)
         monkeypatch.setitem(sample.SPARE_BITS, torch.float32, 16)
+        monkeypatch.setattr(importlib.import_module("benthic.kernels.triton_best"), "PIECE", 256)
 
 
 def logits_of(rows, scale, *, dtype, seed=0):
@@ -1853,13 +1854,7 @@ def test_no_token_is_drawn_from_what_is_not_finite(dtype):
         assert 0 <= found[3] < VOCAB
 
 
-@pytest.fixture
-def _small_best_pieces(monkeypatch):
-    if not ON_GPU:
-        monkeypatch.setattr(importlib.import_module("benthic.kernels.triton_best"), "PIECE", 256)
-
-
-@pytest.mark.usefixtures("_small_best_pieces")
+@pytest.mark.usefixtures("_small_pieces")
 def test_the_best_token_is_the_first_of_the_greatest_and_none_where_that_is_not_finite(dtype):
     logits = logits_of(9, 4, dtype=dtype, seed=2).clamp(-9, 9)
     logits[0, 5], logits[0, VOCAB - 1], logits[0, 300] = 10, 10, 10
@@ -1886,7 +1881,7 @@ def judged(logits, fed, owner, impl):
     return [each.tolist() for each in (home, newest, row, lines)]
 
 
-@pytest.mark.usefixtures("_small_best_pieces")
+@pytest.mark.usefixtures("_small_pieces")
 @pytest.mark.parametrize("queries", [1, 2, 4])
 def test_greedy_drafts_hold_up_to_the_first_that_is_not_the_best_token(dtype, queries):
     logits = logits_of(6 * queries, 2, dtype=dtype, seed=5)

@@ -23,6 +23,7 @@ from benthic.kernels import (
     gluon_attention_forward,
     gluon_key_gradients,
     gluon_query_gradient,
+    gluon_queue,
     gluon_tiles,
 )
 from benthic.kernels.reference.attention import attention
@@ -137,6 +138,7 @@ def language(monkeypatch):
         gluon_attention_forward,
         gluon_key_gradients,
         gluon_query_gradient,
+        gluon_queue,
         gluon_tiles,
     )
     own = {
@@ -294,7 +296,7 @@ def run(language, q, k, v, queries, keys, *, widths, causal, apart, is_list, pro
         with lock:
             return number(next(given))
 
-    gluon_attention_forward._taken = taken
+    gluon_attention_forward.taken = taken
     language.num_programs = lambda _axis: programs
     for program in range(programs):
         language.program_id = lambda _axis, program=program: number(program)

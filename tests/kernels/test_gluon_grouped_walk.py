@@ -6,6 +6,7 @@ Layouts are left out; loads, barriers, which rows are multiplied and where sums 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from gluon_threads import Pointer, Tiles, in_python, specialize
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from benthic.kernels import gluon_fp8_tiles, gluon_grouped, gluon_tiles
+from benthic.kernels import gluon_fp8_tiles, gluon_grouped, gluon_queue, gluon_tiles
 from benthic.kernels.reference import moe
 
 
@@ -79,14 +80,18 @@ def language(monkeypatch):
         convert_layout=lambda x, _layout: x, warp_specialize=specialize,
         allocate_shared_memory=lambda dtype, shape, _: Tiles(torch.full(shape, torch.nan, dtype=dtype)),
         NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
+        SwizzledSharedLayout=lambda *_: None, int32=torch.float64,
     )  # fmt: skip
     in_python(
         monkeypatch,
-        (gluon_grouped, gluon_fp8_tiles, gluon_tiles),
+        (gluon_grouped, gluon_fp8_tiles, gluon_queue, gluon_tiles),
         gl=found,
         load=load,
         unload=unload,
         view=view,
+        taken=next,
+        write_number=lambda numbers, at, value: numbers.index(at).data.fill_(value),
+        read_number=lambda numbers, at: int(numbers.index(at).data),
         warpgroup_mma=lambda x, weight, sums, is_async: sums + x.data @ weight.data,
     )
     return found
@@ -127,13 +132,15 @@ def run(language, sizes, spare, dims, *, turned, gated):
     out, written = torch.full_like(exact, torch.nan), torch.zeros(exact.shape, dtype=torch.int64)
     laid = weight if turned else weight.transpose(1, 2).contiguous()
     n_tiles = math.ceil(n_dim / 128)
-    for programs in (1, 3):
+    for programs, queued in ((1, 1), (3, 1), (3, 0)):
+        counter = itertools.count()
         language.num_programs = lambda _axis, programs=programs: programs
         for program in range(programs if rows else 0):
             language.program_id = lambda _axis, program=program: program
             gluon_grouped._rows_times_experts(
                 Described(x, 64), Described(laid, 64), Described(out, 64 if gated else 128, written),
-                Pointer(out, written=written), Pointer(ends), rows, len(sizes), n_dim, k_dim, n_tiles,
+                Pointer(out, written=written), Pointer(ends), counter, queued,
+                rows, len(sizes), n_dim, k_dim, n_tiles,
                 TURNED=turned, GATED=gated, REGISTERS=0, FEW_REGISTERS=0,
             )  # fmt: skip
         torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)

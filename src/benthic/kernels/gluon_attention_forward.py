@@ -26,35 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from benthic.kernels.gluon_attention_blocks import clear_foreign_values, scores_of, walk, weights_of
+from benthic.kernels.gluon_queue import read_number, taken, write_number
 from benthic.kernels.gluon_tiles import LOG2E, bounds_of, load, new_bars
 from benthic.kernels.relaunch import remembered
 
 FACTS = gl.constexpr(7)
 """Of a tile: its blocks of keys (0: no more tiles), how many of them are cut, the sequence's keys, the tile's
 first row, rows from there to the sequence's end, the head, and the last key that the first row sees."""
-
-
-@gluon.jit
-def _taken(counter_ptr):
-    """The next number, once for the warp that calls this."""
-    return gl.inline_asm_elementwise(
-        "{.reg .pred p; .reg .b32 l, v; mov.u32 l, %laneid; mov.u32 v, 0; setp.eq.u32 p, l, 0;"
-        " @p atom.relaxed.gpu.global.add.u32 v, [$1], 1; shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff;}",
-        "=r,l", [counter_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _tell(facts, fact: gl.constexpr, value):
-    """Write one fact, by a single warp."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    facts.index(fact).store(gl.full([1], 0, gl.int32, layout=layout) + value)
-
-
-@gluon.jit
-def _told(facts, fact: gl.constexpr):
-    """Read one fact, by a group of four warps."""
-    return gl.max(facts.index(fact).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
 
 
 @gluon.jit
@@ -110,9 +88,9 @@ def _consume_tiles(
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
     met, given = 0, 0
     mbarrier.wait(query_full, 0)
-    blocks, cut, keys = _told(facts, 0), _told(facts, 1), _told(facts, 2)
-    first, left, head = _told(facts, 3), _told(facts, 4), _told(facts, 5)
-    last_seen = _last_seen(_told(facts, 6), keys, group, SCORES, CAUSAL)
+    blocks, cut, keys = read_number(facts, 0), read_number(facts, 1), read_number(facts, 2)
+    first, left, head = read_number(facts, 3), read_number(facts, 4), read_number(facts, 5)
+    last_seen = _last_seen(read_number(facts, 6), keys, group, SCORES, CAUSAL)
     queries = queries_1.index(group), queries_2.index(group)
     q_1, q_2 = queries
     if blocks > 0:
@@ -143,9 +121,9 @@ def _consume_tiles(
             given += 1
             mbarrier.wait(query_full, given & 1)
             old_m, old_total, old_first, old_left, old_head = m, total, first, left, head
-            blocks, cut, keys = _told(facts, 0), _told(facts, 1), _told(facts, 2)
-            first, left, head = _told(facts, 3), _told(facts, 4), _told(facts, 5)
-            last_seen = _last_seen(_told(facts, 6), keys, group, SCORES, CAUSAL)
+            blocks, cut, keys = read_number(facts, 0), read_number(facts, 1), read_number(facts, 2)
+            first, left, head = read_number(facts, 3), read_number(facts, 4), read_number(facts, 5)
+            last_seen = _last_seen(read_number(facts, 6), keys, group, SCORES, CAUSAL)
             mbarrier.wait(value_full.index(last), ((end - 1) // STAGES) & 1)
             if blocks > 0:
                 mbarrier.wait(key_full.index(after), (end // STAGES) & 1)
@@ -299,13 +277,13 @@ def _produce_tiles(
         last_row, of_keys = start_k, head // GROUPS
         if loaded > 0:
             _wait_for_place(key_empty, met, STAGES)
-            _tell(facts, 0, blocks)
-            _tell(facts, 1, cut)
-            _tell(facts, 2, keys)
-            _tell(facts, 3, first)
-            _tell(facts, 4, left)
-            _tell(facts, 5, head)
-            _tell(facts, 6, seen)
+            write_number(facts, 0, blocks)
+            write_number(facts, 1, cut)
+            write_number(facts, 2, keys)
+            write_number(facts, 3, first)
+            write_number(facts, 4, left)
+            write_number(facts, 5, head)
+            write_number(facts, 6, seen)
             mbarrier.arrive(query_full, count=1)
             _load_queries(descriptors, queries_1, queries_2, query_full, first, head, strides, D_2, FIRST_2)
             _load_blocks(
@@ -316,7 +294,7 @@ def _produce_tiles(
             _blank(out_ptr, lse_ptr, first, left, head, tokens, HEADS, V, BLOCK_M)
         number = total
         if total > gl.num_programs(0):
-            number = gl.num_programs(0) + _taken(counter_ptr)
+            number = gl.num_programs(0) + taken(counter_ptr)
         blocks, cut, keys, first, left, head, seen, start_k = _tile_of(
             gl.minimum(number, total - 1), starts_q_ptr, starts_k_ptr, tiles_ptr, tiles, BLOCK_M, BLOCK_N,
             HEADS, TOGETHER, CAUSAL, LISTED,
@@ -327,7 +305,7 @@ def _produce_tiles(
         )  # fmt: skip
         met += loaded
     _wait_for_place(key_empty, met, STAGES)
-    _tell(facts, 0, 0)
+    write_number(facts, 0, 0)
     mbarrier.arrive(query_full, count=2)
 
 

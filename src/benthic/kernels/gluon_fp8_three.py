@@ -5,8 +5,9 @@
 
 Each group has 64 rows and all columns in one product, so that the left operand is read once from shared
 memory; while a group promotes, the two others multiply. Scales are loaded a chunk ahead, those of a tile
-before the last one is written. A tile leaves through shared memory by TMA, unless another expert's rows or
-nobody's lie in it: then its threads write what is theirs.
+before the last one is written. A group without rows in an expert's last tile multiplies nothing;
+programs take tiles from a counter (`gluon_queue`), since such tiles cost less. A tile leaves through shared
+memory by TMA, unless another expert's rows or nobody's lie in it: then its threads write what is theirs.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from benthic.kernels.gluon_fp8_tiles import (
     one_end,
     tiles_of,
 )
+from benthic.kernels.gluon_queue import counter_of, following, new_queue, tell, told
 from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars, unload
 from benthic.kernels.host import cdiv
 from benthic.kernels.relaunch import remembered
@@ -55,22 +57,34 @@ def _find(tile, place, ends_ptr, rows, experts, n_tiles):
 
 
 @gluon.jit
-def _produce(x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_tiles, n_tiles):
-    """Load chunk after chunk of this program's tiles as places in the ring come free."""
+def _produce(
+    x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr, queued,
+    rows, experts, n_dim, k_tiles, n_tiles,
+):  # fmt: skip
+    """Take tiles, and load chunk after chunk of them as places in the ring come free."""
+    OF_ROWS: gl.constexpr = x.block_type.nbytes
+    OF_WEIGHT: gl.constexpr = weight.block_type.nbytes
     full, empty = bars
-    tile, number = gl.program_id(0), 0
+    tile, turn, number = gl.program_id(0), 0, 0
     place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
-    while at[0] < experts:
-        for chunk in range(k_tiles):
+    while at[0] <= experts:
+        tell(queue, turn, tile)
+        expert, row, end, column = at
+        parts = gl.minimum((end - row + PART - 1) // PART, GROUPS)
+        for chunk in range(gl.where(expert < experts, k_tiles, 0)):
             stage, bar = number % STAGES, full.index(number % STAGES)
             mbarrier.wait(empty.index(stage), (number // STAGES) & 1 ^ 1)
-            mbarrier.expect(bar, GROUPS * x.block_type.nbytes + weight.block_type.nbytes)
             for part in gl.static_range(GROUPS):
-                load(x, [at[1] + part * PART, chunk * CHUNK], bar, x_ring.index(GROUPS * stage + part))
-            load(weight, [at[0] * n_dim + at[3], chunk * CHUNK], bar, weight_ring.index(stage))
+                mbarrier.expect(bar, (part + 1) * OF_ROWS + OF_WEIGHT, pred=parts == part + 1)
+            for part in gl.static_range(GROUPS):
+                at_row = row + part * PART
+                load(x, [at_row, chunk * CHUNK], bar, x_ring.index(GROUPS * stage + part), pred=part < parts)
+            load(weight, [expert * n_dim + column, chunk * CHUNK], bar, weight_ring.index(stage))
             number += 1
-        tile += gl.num_programs(0)
+        tile = following(tile, counter_ptr, queued)
+        turn += 1
         place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
+    tell(queue, turn, tile)
 
 
 @gluon.jit
@@ -107,34 +121,38 @@ def _write(sums, at, group, out, out_tile, out_ptr, n_dim):
 
 @gluon.jit
 def _multiply(
-    group, x_ring, weight_ring, bars, scales, out, out_tile, out_ptr, ends_ptr,
+    group, x_ring, weight_ring, bars, queue, scales, out, out_tile, out_ptr, ends_ptr,
     rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
 ):  # fmt: skip
-    """The 64 rows of a group, tile after tile."""
+    """The 64 rows of a group, tile after tile; nothing is multiplied where a tile has none for the group."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TALL_COLUMNS, 32])
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
     full, empty = bars
     zero = gl.zeros([PART, TALL_COLUMNS], gl.float32, layout=SUMS)
-    tile, number = gl.program_id(0), 0
-    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    turn, number = 0, 0
+    place, at = _find(told(queue, 0), (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
     x_at, w_at = _scales_at(at, group, scales, rows, experts, k_tiles, scale_tiles, stride_scale, BY_ROW)
     x_scale, w_scale = gl.load(x_at), gl.load(w_at)
     while at[0] <= experts:
-        sums = zero
-        for chunk in range(gl.where(at[0] < experts, k_tiles, 0)):
-            stage = number % STAGES
-            mbarrier.wait(full.index(stage), (number // STAGES) & 1)
-            x_tile, weight_tile = x_ring.index(GROUPS * stage + group), weight_ring.index(stage)
-            part = warpgroup_mma(x_tile, weight_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-            scale, following = x_scale * w_scale, gl.minimum(chunk + 1, k_tiles - 1)
-            x_scale, w_scale = gl.load(x_at + following * stride_tile), gl.load(w_at + following)
-            part = warpgroup_mma_wait(0, deps=[part])
-            mbarrier.arrive(empty.index(stage), count=1)
-            sums += part * scale[:, None]
-            number += 1
-        written = at
-        tile += gl.num_programs(0)
-        place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
+        sums, last = zero, number + gl.where(at[0] < experts, k_tiles, 0)
+        if at[1] + group * PART < at[2]:
+            for chunk in range(last - number):
+                stage = (number + chunk) % STAGES
+                mbarrier.wait(full.index(stage), ((number + chunk) // STAGES) & 1)
+                x_tile, weight_tile = x_ring.index(GROUPS * stage + group), weight_ring.index(stage)
+                part = warpgroup_mma(x_tile, weight_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+                scale, ahead = x_scale * w_scale, gl.minimum(chunk + 1, k_tiles - 1)
+                x_scale, w_scale = gl.load(x_at + ahead * stride_tile), gl.load(w_at + ahead)
+                part = warpgroup_mma_wait(0, deps=[part])
+                mbarrier.arrive(empty.index(stage), count=1)
+                sums += part * scale[:, None]
+        else:
+            for chunk in range(number, last):
+                mbarrier.wait(full.index(chunk % STAGES), (chunk // STAGES) & 1)
+                mbarrier.arrive(empty.index(chunk % STAGES), count=1)
+        written, number = at, last
+        turn += 1
+        place, at = _find(told(queue, turn), place, ends_ptr, rows, experts, n_tiles)
         x_at, w_at = _scales_at(at, group, scales, rows, experts, k_tiles, scale_tiles, stride_scale, BY_ROW)
         x_scale, w_scale = gl.load(x_at), gl.load(w_at)
         _write(sums, written, group, out, out_tile, out_ptr, n_dim)
@@ -142,34 +160,35 @@ def _multiply(
 
 
 @remembered
-@gluon.jit(do_not_specialize=["rows"])
+@gluon.jit(do_not_specialize=["queued", "rows"])
 def _rows_times_blocks(
-    x, weight, out, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr,
+    x, weight, out, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr, counter_ptr, queued,
     rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program a multiprocessor: every so manieth tile of all experts."""
+    """One program a multiprocessor: it takes tiles of all experts from the counter, or every so-manieth."""
     x_ring = gl.allocate_shared_memory(x.dtype, [GROUPS * STAGES, PART, CHUNK], x.layout)
     weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, TALL_COLUMNS, CHUNK], weight.layout)
     out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, PART, TALL_COLUMNS], out.layout)
-    bars = (new_bars(STAGES, 1), new_bars(STAGES, GROUPS))
+    bars, queue = (new_bars(STAGES, 1), new_bars(STAGES, GROUPS)), new_queue(GROUPS)
     scales = (x_scale_ptr, weight_scale_ptr)
     fence_async_shared()
     gl.warp_specialize([
         (_multiply, (
-            0, x_ring, weight_ring, bars, scales, out, out_tiles.index(0), out_ptr, ends_ptr,
+            0, x_ring, weight_ring, bars, queue, scales, out, out_tiles.index(0), out_ptr, ends_ptr,
             rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
         )),
         (_multiply, (
-            1, x_ring, weight_ring, bars, scales, out, out_tiles.index(1), out_ptr, ends_ptr,
+            1, x_ring, weight_ring, bars, queue, scales, out, out_tiles.index(1), out_ptr, ends_ptr,
             rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
         )),
         (_multiply, (
-            2, x_ring, weight_ring, bars, scales, out, out_tiles.index(2), out_ptr, ends_ptr,
+            2, x_ring, weight_ring, bars, queue, scales, out, out_tiles.index(2), out_ptr, ends_ptr,
             rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
         )),
         (_produce, (
-            x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_tiles, n_tiles,
+            x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr, queued,
+            rows, experts, n_dim, k_tiles, n_tiles,
         )),
     ], [4, 4, 1], [REGISTERS, REGISTERS, FEW_REGISTERS])  # fmt: skip
 
@@ -188,8 +207,8 @@ def linear(x, weight, ends_E, *, dtype):
         _rows_times_blocks[(programs,)](
             tiles_of(x.values), tiles_of(values.flatten(0, -2), TALL_COLUMNS.value),
             blocks_of(out_RN, PART.value, TALL_COLUMNS.value), x.scale, scale, out_RN, ends,
-            rows, experts, n_dim, cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2],
-            *x.scale.stride(),
+            *counter_of(ends, most_tiles, programs),
+            rows, experts, n_dim, cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2], *x.scale.stride(),
             REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, maxnreg=TALL_ENTRY_REGISTERS,
         )  # fmt: skip

@@ -10,9 +10,10 @@ all behind the expert's end, so an expert's last tile costs what its rows cost.
 
 With SwiGLU a tile's columns are 64 gates and the 64 ups that belong to them, and 64 columns are written.
 
-There is one program a multiprocessor. All parts walk over the tiles of all experts by themselves, from ends
-that lie on the device, so the next tile is loaded while the last one is written. Sums leave through shared
-memory: by TMA, or where another expert's rows follow, by threads that write what is theirs.
+There is one program a multiprocessor, which takes tile after tile from a counter (`gluon_queue`). All parts
+find a tile among those of all experts by themselves, from ends that lie on the device, so the next tile is
+loaded while the last one is written. Sums leave through shared memory: by TMA, or where another expert's rows
+follow, by threads that write what is theirs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benthic.kernels.gluon_fp8_tiles import corner, expert_of
+from benthic.kernels.gluon_queue import counter_of, following, new_queue, tell, told
 from benthic.kernels.gluon_tiles import layout_of, load, meet, new_bars, take_context, unload, view
 from benthic.kernels.grouped_mm import GroupedMm
 from benthic.kernels.host import cdiv
@@ -63,19 +65,20 @@ def _find(tile, place, ends_ptr, rows, experts, n_tiles):
 
 @gluon.jit
 def _produce(
-    x, weight, x_ring, weight_ring, bars, ends_ptr, rows, experts, n_dim, k_dim, n_tiles,
-    TURNED: gl.constexpr, GATED: gl.constexpr,
+    x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr, queued,
+    rows, experts, n_dim, k_dim, n_tiles, TURNED: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """Load chunk after chunk of this program's tiles as places in the ring come free."""
+    """Take tiles, and load chunk after chunk of them as places in the ring come free."""
     HALVES: gl.constexpr = ROWS // HALF
     BYTES: gl.constexpr = x.block_type.nbytes  # a weight's blocks have as many
     full, empty = bars
-    tile, number = gl.program_id(0), 0
+    tile, turn, number = gl.program_id(0), 0, 0
     place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
-    while at[0] < experts:
+    while at[0] <= experts:
+        tell(queue, turn, tile)
         expert, row, end, column = at
         halves = gl.minimum((end - row + HALF - 1) // HALF, HALVES)
-        for k in range(0, k_dim, CHUNK):
+        for k in range(0, gl.where(expert < experts, k_dim, 0), CHUNK):
             stage, bar = number % STAGES, full.index(number % STAGES)
             mbarrier.wait(empty.index(stage), (number // STAGES) & 1 ^ 1)
             for i in gl.static_range(HALVES):
@@ -89,8 +92,10 @@ def _produce(
                 else:
                     load(weight, [expert * k_dim + k, first], bar, weight_ring.index(2 * stage + i))
             number += 1
-        tile += gl.num_programs(0)
+        tile = following(tile, counter_ptr, queued)
+        turn += 1
         place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
+    tell(queue, turn, tile)
 
 
 @gluon.jit
@@ -157,15 +162,15 @@ def _write(sums, row, end, column, out, out_tile, out_ptr, width, GATED: gl.cons
 
 @gluon.jit
 def _multiply(
-    group, x_ring, weight_ring, bars, out, out_tile, out_ptr, ends_ptr,
+    group, x_ring, weight_ring, bars, queue, out, out_tile, out_ptr, ends_ptr,
     rows, experts, n_dim, k_dim, n_tiles,
     TURNED: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """The rows of a group, tile after tile."""
     SHARE: gl.constexpr = 2 if GATED else 1  # columns of the weight for one that is written
     full, empty = bars
-    tile, number = gl.program_id(0), 0
-    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    turn, number = 0, 0
+    place, at = _find(told(queue, 0), (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
     while at[0] <= experts:
         expert, row, end, column = at
         column, width = column // SHARE, n_dim // SHARE
@@ -184,37 +189,37 @@ def _multiply(
                 mbarrier.wait(full.index(number % STAGES), (number // STAGES) & 1)
                 mbarrier.arrive(empty.index(number % STAGES), count=1)
                 number += 1
-        tile += gl.num_programs(0)
-        place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
+        turn += 1
+        place, at = _find(told(queue, turn), place, ends_ptr, rows, experts, n_tiles)
     tma.store_wait(0)
 
 
 @remembered
-@gluon.jit(do_not_specialize=["rows", "experts", "n_tiles"])
+@gluon.jit(do_not_specialize=["queued", "rows", "experts", "n_tiles"])
 def _rows_times_experts(
-    x, weight, out, out_ptr, ends_ptr, rows, experts, n_dim, k_dim, n_tiles,
+    x, weight, out, out_ptr, ends_ptr, counter_ptr, queued, rows, experts, n_dim, k_dim, n_tiles,
     TURNED: gl.constexpr, GATED: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program a multiprocessor: every so manieth tile of all experts.
+    """One program a multiprocessor, which takes tiles of all experts from the counter, or every so-manieth.
 
     TURNED: weights are [E, N, K]; GATED: their first rows are gates, the others ups.
     """
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * ROWS // HALF, HALF, CHUNK], x.layout)
     weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES * 2, HALF, CHUNK], weight.layout)
     out_tiles = gl.allocate_shared_memory(out.dtype, [2, HALF, out.block_type.shape[1]], out.layout)
-    bars = (new_bars(STAGES, 1), new_bars(STAGES, 2))
+    bars, queue = (new_bars(STAGES, 1), new_bars(STAGES, 2)), new_queue(2)
     fence_async_shared()
     gl.warp_specialize([
         (_multiply, (
-            0, x_ring, weight_ring, bars, out, out_tiles.index(0), out_ptr, ends_ptr,
+            0, x_ring, weight_ring, bars, queue, out, out_tiles.index(0), out_ptr, ends_ptr,
             rows, experts, n_dim, k_dim, n_tiles, TURNED, GATED,
         )),
         (_multiply, (
-            1, x_ring, weight_ring, bars, out, out_tiles.index(1), out_ptr, ends_ptr,
+            1, x_ring, weight_ring, bars, queue, out, out_tiles.index(1), out_ptr, ends_ptr,
             rows, experts, n_dim, k_dim, n_tiles, TURNED, GATED,
         )),
         (_produce, (
-            x, weight, x_ring, weight_ring, bars, ends_ptr,
+            x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr, queued,
             rows, experts, n_dim, k_dim, n_tiles, TURNED, GATED,
         )),
     ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
@@ -244,14 +249,16 @@ def _launch(out, x_RK, weight, ends_E, *, turned, gated):
     rows, k_dim = x_RK.shape
     experts, n_dim = weight.shape[0], weight.shape[1 if turned else 2]
     n_tiles = cdiv(n_dim, COLUMNS.value)
-    programs = min(multiprocessors(x_RK.device), (rows // ROWS.value + experts + 1) * n_tiles)
+    tiles = (rows // ROWS.value + experts + 1) * n_tiles
+    programs = min(multiprocessors(x_RK.device), tiles)
     if rows:
         take_context(x_RK.device)
         _rows_times_experts[(programs,)](
             _described(_loadable(x_RK), CHUNK.value),
             _described(weight, CHUNK.value),
             _described(out, COLUMNS.value // (2 if gated else 1)),
-            out, ends_E, rows, experts, n_dim, k_dim, n_tiles, TURNED=turned, GATED=gated,
+            out, ends_E, *counter_of(ends_E, tiles, programs),
+            rows, experts, n_dim, k_dim, n_tiles, TURNED=turned, GATED=gated,
             REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, maxnreg=ENTRY_REGISTERS,
         )  # fmt: skip
