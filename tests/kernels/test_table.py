@@ -106,23 +106,21 @@ def test_the_cheap_device_type_is_the_real_one():
 
 
 @pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")
-def test_tiles_of_256_rows_come_first_for_many_rows_an_expert_alone():
+def test_tiles_of_256_rows_come_first_but_for_few_rows_an_expert():
     plain = Case("cuda", torch.bfloat16, (2048, 1408))
     for op in (GROUPED_LINEAR, GROUPED_INPUT_GRADIENT):
         for grad in (False, True):
             case = plain._replace(grad=grad)
-            assert op.select(case)[0].name == "grouped_mm_cuda"
-            assert op.select(case._replace(many=True))[0].name == "gluon"
-            assert op.select(case._replace(many=True, dims=(2048, 1416)))[0].name == "grouped_mm_cuda"
+            assert op.select(case)[0].name == "gluon"
+            assert op.select(case._replace(dims=(2048, 1416)))[0].name == "grouped_mm_cuda"
     assert GROUPED_LINEAR.select(plain._replace(few=True))[0].name == "few_rows"
 
 
 @pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")
-def test_swiglu_goes_with_the_product_of_many_rows_where_nothing_is_kept_for_gradients():
-    many = Case("cuda", torch.bfloat16, (2048, 1408), many=True)
+def test_swiglu_goes_with_the_product_where_nothing_is_kept_for_gradients():
+    many = Case("cuda", torch.bfloat16, (2048, 1408))
     assert GROUPED_SWIGLU.select(many)[0].name == "gluon"
     for other in (
-        many._replace(many=False),
         many._replace(grad=True),
         many._replace(dims=(2048, 1376)),  # 32 gates more than a multiple of 64: a tile's ups would differ
         many._replace(layout="columns"),
@@ -137,7 +135,7 @@ def test_swiglu_goes_with_the_product_of_few_rows_where_nothing_is_kept_for_grad
     few = Case("cuda", torch.bfloat16, (2048, 1408), few=True)
     for case in (few, few._replace(dtype=torch.float16), few._replace(dims=(2048, 1376))):
         assert GROUPED_SWIGLU.select(case)[0].name == "few_rows"
-    for other in (few._replace(few=False), few._replace(grad=True), few._replace(dtype=torch.float64)):
+    for other in (few._replace(grad=True), few._replace(dtype=torch.float64)):
         assert GROUPED_SWIGLU.select(other)[0].name == "two_ops"
 
 
@@ -159,15 +157,13 @@ def test_the_gradient_of_swiglu_is_quantised_as_it_is_computed_where_squares_are
         assert op.select(other)[0].name == "two_ops"
 
 
-@pytest.mark.parametrize(("rows", "many"), [(511, False), (512, True)])
-def test_rows_are_many_from_256_an_expert(rows, many, monkeypatch):
+@pytest.mark.parametrize(("rows", "few"), [(64, True), (65, False)])
+def test_rows_are_few_up_to_32_an_expert(rows, few, monkeypatch):
     cases, choose = [], Op.choose
     monkeypatch.setattr(Op, "choose", lambda op, case, impl: (cases.append(case), choose(op, case, impl))[1])
     x, weight = torch.zeros(rows, 64), torch.zeros(2, 64, 64)
-    ends = torch.tensor([3, rows], dtype=torch.int32)
-    ops.grouped_linear(x, weight, ends)
-    ops.grouped_input_gradient(x, weight, ends)
-    assert [case.many for case in cases] == [many, many]
+    ops.grouped_linear(x, weight, torch.tensor([3, rows], dtype=torch.int32))
+    assert [case.few for case in cases] == [few]
 
 
 @pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from benthic.kernels.gluon_attention_blocks import clear_foreign_values, scores_of, walk, weights_of
-from benthic.kernels.gluon_queue import read_number, taken, write_number
+from benthic.kernels.gluon_queue import answered, asked, read_number, write_number
 from benthic.kernels.gluon_tiles import LOG2E, bounds_of, load, new_bars
 from benthic.kernels.relaunch import remembered
 
@@ -294,7 +294,7 @@ def _produce_tiles(
             _blank(out_ptr, lse_ptr, first, left, head, tokens, HEADS, V, BLOCK_M)
         number = total
         if total > gl.num_programs(0):
-            number = gl.num_programs(0) + taken(counter_ptr)
+            number = gl.num_programs(0) + answered(asked(counter_ptr, 1))
         blocks, cut, keys, first, left, head, seen, start_k = _tile_of(
             gl.minimum(number, total - 1), starts_q_ptr, starts_k_ptr, tiles_ptr, tiles, BLOCK_M, BLOCK_N,
             HEADS, TOGETHER, CAUSAL, LISTED,

@@ -38,7 +38,7 @@ from benthic.kernels.gluon_fp8_tiles import (
     one_end,
     tiles_of,
 )
-from benthic.kernels.gluon_queue import counter_of, following, new_queue, tell, told
+from benthic.kernels.gluon_queue import AHEAD, asked, counter_of, following, new_queue, tell, told
 from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars, unload
 from benthic.kernels.host import cdiv
 from benthic.kernels.relaunch import remembered
@@ -71,7 +71,8 @@ def _produce(
         tell(queue, turn, tile)
         expert, row, end, column = at
         parts = gl.minimum((end - row + PART - 1) // PART, GROUPS)
-        for chunk in range(gl.where(expert < experts, k_tiles, 0)):
+        chunks, answer = gl.where(expert < experts, k_tiles, 0), 0
+        for chunk in range(chunks):
             stage, bar = number % STAGES, full.index(number % STAGES)
             mbarrier.wait(empty.index(stage), (number // STAGES) & 1 ^ 1)
             for part in gl.static_range(GROUPS):
@@ -81,7 +82,11 @@ def _produce(
                 load(x, [at_row, chunk * CHUNK], bar, x_ring.index(GROUPS * stage + part), pred=part < parts)
             load(weight, [expert * n_dim + column, chunk * CHUNK], bar, weight_ring.index(stage))
             number += 1
-        tile = following(tile, counter_ptr, queued)
+            if chunk == gl.maximum(chunks - AHEAD, 0):
+                answer = asked(counter_ptr, queued)
+        if chunks == 0:
+            answer = asked(counter_ptr, queued)
+        tile = following(tile, answer, queued)
         turn += 1
         place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
     tell(queue, turn, tile)

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benthic.kernels.gluon_fp8_tiles import corner, expert_of
-from benthic.kernels.gluon_queue import counter_of, following, new_queue, tell, told
+from benthic.kernels.gluon_queue import AHEAD, asked, counter_of, following, new_queue, tell, told
 from benthic.kernels.gluon_tiles import layout_of, load, meet, new_bars, take_context, unload, view
 from benthic.kernels.grouped_mm import GroupedMm
 from benthic.kernels.host import cdiv
@@ -78,7 +78,8 @@ def _produce(
         tell(queue, turn, tile)
         expert, row, end, column = at
         halves = gl.minimum((end - row + HALF - 1) // HALF, HALVES)
-        for k in range(0, gl.where(expert < experts, k_dim, 0), CHUNK):
+        last, answer = gl.where(expert < experts, k_dim, 0), 0
+        for k in range(0, last, CHUNK):
             stage, bar = number % STAGES, full.index(number % STAGES)
             mbarrier.wait(empty.index(stage), (number // STAGES) & 1 ^ 1)
             for i in gl.static_range(HALVES):
@@ -92,7 +93,11 @@ def _produce(
                 else:
                     load(weight, [expert * k_dim + k, first], bar, weight_ring.index(2 * stage + i))
             number += 1
-        tile = following(tile, counter_ptr, queued)
+            if k == gl.maximum(last - AHEAD * CHUNK, 0):
+                answer = asked(counter_ptr, queued)
+        if last == 0:
+            answer = asked(counter_ptr, queued)
+        tile = following(tile, answer, queued)
         turn += 1
         place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
     tell(queue, turn, tile)

@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """How programs of a Gluon kernel share tiles of unequal cost: each takes the next one when it needs one.
 
-The warp that loads takes a tile's number from a counter and tells it to the groups that multiply, through
-shared memory. Every so-manieth tile for each program would be worse than it looks: where experts have two
-tiles of rows each, a full one and a half one, every second program gets all that are full.
+The warp that loads asks a counter for a tile's number while it still loads the tile before, and tells it to
+the groups that multiply, through shared memory. Every so-manieth tile for each program would be worse than it
+looks: where experts have two tiles of rows each, a full one and a half one, every second program gets all
+that are full.
 """
 
 from __future__ import annotations
@@ -15,17 +16,32 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from benthic.kernels.gluon_tiles import new_bars
 
+AHEAD = gl.constexpr(3)
+"""Chunks before a tile's end at which the next one is asked for: an answer takes about as long."""
 TURNS = gl.constexpr(2)
 """Numbers that may have been told and not been read by all."""
 
 
 @gluon.jit
-def taken(counter_ptr):
-    """The next number, once for the warp that calls this."""
+def asked(counter_ptr, queued):
+    """Ask for the next number if `queued` is 1, for the warp that calls this, which goes on meanwhile.
+
+    The first lane asks. Each has an address of its own, as it were: for a single one the assembler would add
+    up what lanes ask for, in code that waits for the answer.
+    """
     return gl.inline_asm_elementwise(
-        "{.reg .pred p; .reg .b32 l, v; mov.u32 l, %laneid; mov.u32 v, 0; setp.eq.u32 p, l, 0;"
-        " @p atom.relaxed.gpu.global.add.u32 v, [$1], 1; shfl.sync.idx.b32 $0, v, 0, 31, 0xffffffff;}",
-        "=r,l", [counter_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
+        "{.reg .pred p; .reg .b32 l; .reg .b64 a; mov.u32 l, %laneid; mad.wide.u32 a, l, 4, $1;"
+        " mov.u32 $0, 0; setp.lt.s32 p, l, $2; @p atom.relaxed.gpu.global.add.u32 $0, [a], 1;}",
+        "=&r,l,r", [counter_ptr.to(gl.int64), queued], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def answered(answer):
+    """Wait for it: the first lane has the number."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;",
+        "=r,r", [answer], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -69,12 +85,12 @@ def told(queue, turn):
 
 
 @gluon.jit
-def following(tile, counter_ptr, queued):
+def following(tile, answer, queued):
     """The next tile of a program: the next of all if there is a counter, else every so-manieth."""
-    following = tile + gl.num_programs(0)
+    tile += gl.num_programs(0)
     if queued > 0:
-        following = gl.num_programs(0) + taken(counter_ptr)
-    return following
+        tile = gl.num_programs(0) + answered(answer)
+    return tile
 
 
 def counter_of(ends_E, tiles, programs):

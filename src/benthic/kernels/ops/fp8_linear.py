@@ -93,9 +93,10 @@ cuBLAS takes 13 to 25, and no better at 32."""
 SPLIT_ROWS = 128
 """Rows of a product with one weight up to which `gluon_split` runs: it is bound by reading the weight, which
 later row tiles read again."""
-MANY_ROWS = 384
-"""Rows a weight, on average, from which tiles of 192 rows win. On an H200 they give 779 TFLOP/s and those of
-128 rows 1,006 with 256 rows for each of 32 experts, 977 and 909 with 384 for each of 64."""
+MANY_ROWS = 192
+"""Rows a weight, on average, from which tiles of 192 rows win where experts have rows as routers give them.
+On an H200 they give 683 TFLOP/s and those of 128 rows 652 with 192 for each of 64 experts, 782 and 694 with
+256 for each of 32, 497 and 505 with 96; where all of 32 have 256, 831 and 883."""
 MANY_VALUES = 1 << 24
 """To quantise, from which kernels with TMA save more than their launch costs the host: 8 us of 53 at twice as
 many both ways, 40 of 264 at 200 million."""

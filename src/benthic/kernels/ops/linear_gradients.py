@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benthic.errors import ShapeError
-from benthic.kernels.ops.moe import GROUPED_LINEAR, MANY_ROWS
+from benthic.kernels.ops.moe import GROUPED_LINEAR
 from benthic.kernels.table import (
     Case,
     Implementation,
@@ -102,8 +102,7 @@ def grouped_input_gradient(
             f"{weight_EOI.shape[1]} in {weight_EOI.dtype}"
         )
         raise ShapeError(msg)
-    many = impl is not None or dy_RO.shape[0] >= MANY_ROWS * weight_EOI.shape[0]
-    case = Case(dy_RO.device.type, dy_RO.dtype, (weight_EOI.shape[1], weight_EOI.shape[2]), many=many)
+    case = Case(dy_RO.device.type, dy_RO.dtype, (weight_EOI.shape[1], weight_EOI.shape[2]))
     out: Tensor = GROUPED_INPUT_GRADIENT.choose(case, impl)(dy_RO, weight_EOI.transpose(1, 2), ends_E)
     return out
 

@@ -93,15 +93,9 @@ def _gluon(case: Case) -> Verdict:
     return yes("our grouped product for Hopper: 551-680 TFLOP/s on an H200 where torch's makes 492-660")
 
 
-def _gluon_first(case: Case) -> Verdict:
-    """`_gluon`, where there are rows enough for tiles of 256."""
-    verdict = _gluon(case)
-    return no("is made for many rows an expert") if verdict.runs and not case.many else verdict
-
-
 def _gluon_swiglu(case: Case) -> Verdict:
-    """`_gluon_first`, for weights in rows; nothing is kept for gradients."""
-    verdict = inference_only(laid_out("rows", _gluon_first))(case)
+    """`_gluon`, for weights in rows; nothing is kept for gradients."""
+    verdict = inference_only(laid_out("rows", _gluon))(case)
     reason = "our grouped product for Hopper: gates meet ups before half as much is written"
     return yes(reason) if verdict.runs else verdict
 
@@ -164,7 +158,7 @@ GROUPED_LINEAR = Op(
     "grouped_linear",
     (
         Implementation("few_rows", _FEW_ROWS, "benthic.kernels.triton_few_rows:grouped_linear"),
-        Implementation("gluon", _gluon_first, "benthic.kernels.gluon_grouped:grouped_linear"),
+        Implementation("gluon", _gluon, "benthic.kernels.gluon_grouped:grouped_linear"),
         Implementation("grouped_mm_cuda", _grouped_mm_cuda, "benthic.kernels.triton_moe:grouped_mm"),
         Implementation("native", _NATIVE_GROUPED, "benthic.kernels.native_ops:grouped_linear"),
         Implementation("grouped_mm", _grouped_mm_cpu, "benthic.kernels.torch_moe:grouped_mm"),
@@ -190,10 +184,8 @@ GROUPED_SWIGLU = Op(
     trains=False,
 )
 FEW_ROWS = 32
-"""Rows an expert, on average, up to which `grouped_linear` is bound by reading weights."""
-MANY_ROWS = 256
-"""Rows an expert, on average, from which tiles of 256 rows won wherever both were timed. On an H200 they give
-649 and 612 TFLOP/s with 256 rows for each of 32 experts, torch's 622 and 549; fewer rows were not timed."""
+"""Rows an expert, on average, up to which `few_rows` reads weights faster than tiles of 256 rows: on an H200
+3.8 and 3.7 TB/s with 24 rows for each of 64 experts where those read 3.7 and 3.6, and 3.1 and 3.5 with 48."""
 
 FEW_COPIES = 2048
 """Copies up to which each of them counts those before it sooner than a sort in two passes ends."""
@@ -320,7 +312,7 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, *, impl: st
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
     Cost: 2 R I O FLOPs forward, twice that backward.
     """
-    case = _grouped_case("grouped_linear", x_RI, weight_EOI, ends_E, impl)
+    case = _grouped_case("grouped_linear", x_RI, weight_EOI, ends_E)
     out: Tensor = GROUPED_LINEAR.choose(case, impl)(x_RI, weight_EOI, ends_E)
     return out
 
@@ -332,7 +324,7 @@ def grouped_swiglu(x_RI: Tensor, weight_EGI: Tensor, ends_E: Tensor, *, impl: st
     rounded to the operands' dtype before SwiGLU, also where they are not written.
     Raises: ShapeError when operands disagree or 2F is odd; BackendError when `impl` cannot run.
     """
-    case = _grouped_case("grouped_swiglu", x_RI, weight_EGI, ends_E, impl)
+    case = _grouped_case("grouped_swiglu", x_RI, weight_EGI, ends_E)
     inner, both = case.dims
     if both % 2:
         msg = f"grouped_swiglu: outputs are gates and ups, so they must be even, not {both}"
@@ -348,7 +340,7 @@ def two_ops(x_RI: Tensor, weight_EGI: Tensor, ends_E: Tensor) -> Tensor:
     return swiglu(grouped_linear(x_RI, weight_EGI, ends_E))
 
 
-def _grouped_case(name: str, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, impl: str | None) -> Case:
+def _grouped_case(name: str, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Case:
     """The case of a product of experts whose operands fit."""
     if x_RI.shape[1] != weight_EOI.shape[2] or x_RI.dtype != weight_EOI.dtype:
         msg = (
@@ -369,7 +361,6 @@ def _grouped_case(name: str, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, i
         (weight_EOI.shape[2], weight_EOI.shape[1]),
         grad=torch.is_grad_enabled() and (x_RI.requires_grad or weight_EOI.requires_grad),
         few=rows <= FEW_ROWS * experts,
-        many=impl is not None or rows >= MANY_ROWS * experts,
         layout="columns" if weight_EOI.stride(1) == 1 else "rows",
     )
 
