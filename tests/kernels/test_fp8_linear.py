@@ -271,6 +271,8 @@ def test_operands_that_disagree_are_refused_with_both_shapes():
         ops.add_fp8_weight_gradient(made(8, 9), *tiles)
     with pytest.raises(ShapeError, match=r"the sum is \(8, 8\) in torch.bfloat16"):
         ops.add_fp8_weight_gradient(made(8, 8).bfloat16(), *tiles)
+    with pytest.raises(ShapeError, match="squares are of gradients that are written; give fresh"):
+        ops.add_fp8_weight_gradient(made(8, 8), *tiles, squares=True)
     with pytest.raises(ShapeError, match="cut from a matrix; got 3 dims"):
         ops.quantise_fp8_both(made(2, 4, 8))
     with pytest.raises(ShapeError, match="must be even, not 7"):

@@ -39,7 +39,7 @@ def load(pointer: Pointer, mask: int = 1, other: int | None = None) -> int | Non
 
 
 MODULES = (gluon_fp8, gluon_fp8_three, gluon_fp8_three_gradient, gluon_fp8_tiles, gluon_grouped)
-SHARED = ("expert_of", "corner", "chunks_of")
+SHARED = ("expert_of", "corner", "chunks_of", "end_of")
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch
 from benthic import collector
 from benthic.cli.settings import apply
 from benthic.errors import CheckpointError, NumericsError
+from benthic.kernels import ops
 from benthic.model.local import packed_sockets, plain_linear
 from benthic.model.network import DeepSeek
 from benthic.model.products import WeightGradients
@@ -232,9 +233,37 @@ def test_the_norm_is_that_of_the_gradients_in_memory(
         norm = run.step().grad_norm
         read = torch.cat([gradient.flatten().double() for gradient in run.gradients().values()])
         assert norm == pytest.approx(float(read.norm()), rel=1e-6)
-        given = {name.split(".moe.")[1] for bucket in run.buckets for name in bucket._squares}
-        kept = weights == "bfloat16" and rows == 1
-        assert given == ({"experts.gate_up", "experts.down"} if kept else set())
+        given = {name for bucket in run.buckets for name in bucket._squares}
+        matrices = {name for name, param in run.model.named_parameters() if param.dim() > 1}
+        of_fp8 = (".experts.", ".shared.", ".mlp.", ".attn.")
+        parts = {"float32": (), "bfloat16": (".experts.",), "fp8": of_fp8}
+        kept = {name for name in matrices if any(part in name for part in parts[weights])}
+        assert given == (kept if rows == 1 else set())
+
+
+def test_fp8_copies_are_made_behind_the_update_and_not_in_the_next_forward_pass(
+    trainer: Make, nano: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, made, seen = trainer(apply(nano, ["precision.matmul=fp8"])), [], []
+    quantise, execute = ops.quantise_fp8_weight, run.executor.run
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(1)
+        return quantise(*args, **kwargs)
+
+    def executed(*args: Any) -> Any:
+        outcome = execute(*args)
+        seen.append(len(made))
+        return outcome
+
+    monkeypatch.setattr(ops, "quantise_fp8_weight", counted)
+    monkeypatch.setattr(run.executor, "run", executed)
+    for _ in range(3):
+        run.step()
+    first = seen[0]
+    assert first > 0
+    assert seen == [first, 2 * first, 3 * first]  # those made behind an update; none in the passes after it
+    assert len(made) == 4 * first
 
 
 def test_gradient_that_is_not_finite_stops_the_step_by_name(trainer: Make, nano: RunConfig) -> None:

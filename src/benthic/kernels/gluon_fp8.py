@@ -40,6 +40,7 @@ from benthic.kernels.gluon_fp8_tiles import (
     PRODUCER_REGISTERS,
     ROWS,
     corner,
+    end_of,
     expert_of,
     start,
     tiles_of,
@@ -94,7 +95,7 @@ def _produce(x, wide, narrow, rings, bars, ends_ptr, sizes, TAIL: gl.constexpr):
     rows, experts, n_dim, k_tiles, n_tiles, tiles, whole, share = sizes
     step, number = 0, 0
     tile, first, last = _piece(step, k_tiles, tiles, whole, share, TAIL)
-    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    place, at = _find(tile, (0, 0, 0, end_of(ends_ptr, 0, experts, rows)), ends_ptr, rows, experts, n_tiles)
     while at[0] < experts:
         expert, row, _end, column, beside = at
         for chunk in range(first, last):
@@ -196,7 +197,7 @@ def _multiply(
     zero = gl.zeros([PART, PART], gl.float32, layout=SUMS)
     step, number = 0, 0
     tile, first, last = _piece(step, k_tiles, tiles, whole, share, TAIL)
-    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    place, at = _find(tile, (0, 0, 0, end_of(ends_ptr, 0, experts, rows)), ends_ptr, rows, experts, n_tiles)
     places = _scales_at(at, group, scales, rows, experts, k_tiles, BY_ROW)
     x_scale, wide_scale, scale = _scales_of(places, first, scales[4])
     while at[0] <= experts:
@@ -271,9 +272,8 @@ def linear(x, weight, ends_E, *, dtype):
     whole, share = tail(tiles, k_tiles, processors) if ends_E is None else (0, 0)
     programs = min(processors, tiles if ends_E is None else (rows // ROWS.value + experts + 1) * n_tiles)
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=device)
-    if ends_E is None:  # behind the end, what says that a program's sums are ready
-        ends_E = torch.full((1 + 2 * programs if share else 1,), rows, dtype=torch.int32, device=device)
-    if share:
+    if share:  # behind a single weight's end, what says that a program's sums are ready
+        ends_E = torch.full((1 + 2 * programs,), rows, dtype=torch.int32, device=device)
         parts = torch.empty(2 * programs, PART.value, COLUMNS.value, dtype=torch.float32, device=device)
     if rows:
         blocks = values.flatten(0, -2)

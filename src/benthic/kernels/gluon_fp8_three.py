@@ -34,8 +34,8 @@ from benthic.kernels.gluon_fp8_tiles import (
     TALL_REGISTERS,
     TALL_ROWS,
     corner,
+    end_of,
     expert_of,
-    one_end,
     tiles_of,
 )
 from benthic.kernels.gluon_queue import AHEAD, asked, counter_of, following, new_queue, tell, told
@@ -66,7 +66,7 @@ def _produce(
     OF_WEIGHT: gl.constexpr = weight.block_type.nbytes
     full, empty = bars
     tile, turn, number = gl.program_id(0), 0, 0
-    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    place, at = _find(tile, (0, 0, 0, end_of(ends_ptr, 0, experts, rows)), ends_ptr, rows, experts, n_tiles)
     while at[0] <= experts:
         tell(queue, turn, tile)
         expert, row, end, column = at
@@ -86,7 +86,7 @@ def _produce(
                 answer = asked(counter_ptr, queued)
         if chunks == 0:
             answer = asked(counter_ptr, queued)
-        tile = following(tile, answer, queued)
+        tile = following(tile, answer, counter_ptr, queued)
         turn += 1
         place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
     tell(queue, turn, tile)
@@ -135,7 +135,8 @@ def _multiply(
     full, empty = bars
     zero = gl.zeros([PART, TALL_COLUMNS], gl.float32, layout=SUMS)
     turn, number = 0, 0
-    place, at = _find(told(queue, 0), (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    first = (0, 0, 0, end_of(ends_ptr, 0, experts, rows))
+    place, at = _find(told(queue, 0), first, ends_ptr, rows, experts, n_tiles)
     x_at, w_at = _scales_at(at, group, scales, rows, experts, k_tiles, scale_tiles, stride_scale, BY_ROW)
     x_scale, w_scale = gl.load(x_at), gl.load(w_at)
     while at[0] <= experts:
@@ -203,16 +204,15 @@ def linear(x, weight, ends_E, *, dtype):
     values, scale = weight.values.contiguous(), weight.scale.contiguous()
     rows, k_dim = x.values.shape
     n_dim = values.shape[-2]
-    ends = one_end(rows, values.device) if ends_E is None else ends_E
-    experts, n_tiles = ends.shape[0], cdiv(n_dim, TALL_COLUMNS.value)
+    experts, n_tiles = 1 if ends_E is None else ends_E.shape[0], cdiv(n_dim, TALL_COLUMNS.value)
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
     most_tiles = (rows // TALL_ROWS.value + experts + 1) * n_tiles
     programs = min(multiprocessors(values.device), most_tiles)
     if rows:
         _rows_times_blocks[(programs,)](
             tiles_of(x.values), tiles_of(values.flatten(0, -2), TALL_COLUMNS.value),
-            blocks_of(out_RN, PART.value, TALL_COLUMNS.value), x.scale, scale, out_RN, ends,
-            *counter_of(ends, most_tiles, programs),
+            blocks_of(out_RN, PART.value, TALL_COLUMNS.value), x.scale, scale, out_RN, ends_E,
+            *counter_of(ends_E, most_tiles, programs),
             rows, experts, n_dim, cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2], *x.scale.stride(),
             REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, maxnreg=TALL_ENTRY_REGISTERS,

@@ -35,13 +35,14 @@ from benthic.kernels.gluon_fp8_tiles import (
     TALL_ROWS,
     chunks_of,
     corner,
-    one_end,
+    end_of,
     tiles_of,
 )
 from benthic.kernels.gluon_sums import described, fetch, leave, new_slots
 from benthic.kernels.gluon_tiles import load, new_bars
 from benthic.kernels.host import cdiv
 from benthic.kernels.reference.fp8_linear import by_column
+from benthic.kernels.reference.moe import squares_of
 from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
@@ -64,14 +65,14 @@ def _corner(tile, o_dim, o_tiles, i_tiles):
 
 @gluon.jit
 def _produce(
-    dy, x, dy_scale, x_scale, rings, bars, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,
+    dy, x, dy_scale, x_scale, rings, bars, ends_ptr, padded, o_dim, i_dim, tiles, o_tiles, i_tiles,
 ):  # fmt: skip
     """Load chunk after chunk of this program's tiles as places in the ring come free."""
     dy_ring, x_ring, dy_scales, x_scales = rings
     full, empty = bars
     of_rows: gl.constexpr = GROUPS * (dy.block_type.nbytes + dy_scale.block_type.nbytes)
     of_columns: gl.constexpr = x.block_type.nbytes + x_scale.block_type.nbytes
-    place = (0, 0, 0, gl.load(ends_ptr))
+    place = (0, 0, 0, end_of(ends_ptr, 0, 1, padded))
     number = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, row, column = _corner(tile, o_dim, o_tiles, i_tiles)
@@ -91,8 +92,9 @@ def _produce(
 
 @gluon.jit
 def _multiply(
-    group, rings, slots, bars, out, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,
-    ADD: gl.constexpr, FETCH: gl.constexpr,
+    group, rings, slots, bars, out, out_ptr, squares_ptr, ends_ptr,
+    padded, o_dim, i_dim, tiles, o_tiles, i_tiles,
+    ADD: gl.constexpr, FETCH: gl.constexpr, SQUARES: gl.constexpr,
 ):  # fmt: skip
     """The 64 rows of a group, tile after tile."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TALL_COLUMNS, 32])
@@ -101,7 +103,7 @@ def _multiply(
     dy_ring, x_ring, dy_scales, x_scales = rings
     full, empty = bars
     zero = gl.zeros([PART, TALL_COLUMNS], gl.float32, layout=SUMS)
-    place = (0, 0, 0, gl.load(ends_ptr))
+    place = (0, 0, 0, end_of(ends_ptr, 0, 1, padded))
     number = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, row, column = _corner(tile, o_dim, o_tiles, i_tiles)
@@ -123,17 +125,24 @@ def _multiply(
             mbarrier.arrive(empty.index(stage), count=1)
             number += 1
         if (chunks > 0) | (not ADD):
-            leave(sums, slots, group, out, expert, row, column, SLOTS, ADD, False, False)
+            squares = leave(sums, slots, group, out, expert, row, column, SLOTS, ADD, False, SQUARES)
+            if SQUARES:
+                gl.store(squares_ptr + GROUPS * tile + group, gl.sum(squares, axis=0))
     tma.store_wait(0)
 
 
 @remembered
-@gluon.jit(do_not_specialize=["tiles", "o_tiles", "i_tiles"])
+@gluon.jit(do_not_specialize=["padded", "tiles", "o_tiles", "i_tiles"])
 def _column_tiles(
-    dy, x, dy_scale, x_scale, out, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles,
-    ADD: gl.constexpr, FETCH: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
+    dy, x, dy_scale, x_scale, out, out_ptr, squares_ptr, ends_ptr,
+    padded, o_dim, i_dim, tiles, o_tiles, i_tiles,
+    ADD: gl.constexpr, FETCH: gl.constexpr, SQUARES: gl.constexpr,
+    REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program a multiprocessor: every so manieth tile of all experts."""
+    """One program a multiprocessor: every so manieth tile of all experts.
+
+    SQUARES, where nothing is added: three numbers a tile.
+    """
     dy_ring = gl.allocate_shared_memory(dy.dtype, [GROUPS * STAGES, PART, CHUNK], dy.layout)
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, TALL_COLUMNS, CHUNK], x.layout)
     dy_scales = gl.allocate_shared_memory(gl.float32, [GROUPS * STAGES, PART], dy_scale.layout)
@@ -144,15 +153,20 @@ def _column_tiles(
     fence_async_shared()
     gl.warp_specialize([
         (_multiply, (
-            0, rings, slots, bars, out, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD, FETCH,
+            0, rings, slots, bars, out, out_ptr, squares_ptr, ends_ptr,
+            padded, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD, FETCH, SQUARES,
         )),
         (_multiply, (
-            1, rings, slots, bars, out, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD, FETCH,
+            1, rings, slots, bars, out, out_ptr, squares_ptr, ends_ptr,
+            padded, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD, FETCH, SQUARES,
         )),
         (_multiply, (
-            2, rings, slots, bars, out, out_ptr, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD, FETCH,
+            2, rings, slots, bars, out, out_ptr, squares_ptr, ends_ptr,
+            padded, o_dim, i_dim, tiles, o_tiles, i_tiles, ADD, FETCH, SQUARES,
         )),
-        (_produce, (dy, x, dy_scale, x_scale, rings, bars, ends_ptr, o_dim, i_dim, tiles, o_tiles, i_tiles)),
+        (_produce, (
+            dy, x, dy_scale, x_scale, rings, bars, ends_ptr, padded, o_dim, i_dim, tiles, o_tiles, i_tiles,
+        )),
     ], [4, 4, 1], [REGISTERS, REGISTERS, FEW_REGISTERS])  # fmt: skip
 
 
@@ -172,29 +186,32 @@ def weight_gradient(dy, x, ends_E, *, dtype):
     return out
 
 
-def add_weight_gradient(into, dy, x, ends_E, *, fresh):
+def add_weight_gradient(into, dy, x, ends_E, *, fresh, squares=False):
     """See `benthic.kernels.ops.add_fp8_weight_gradient`; every sum is added once."""
-    _launch(into, dy, x, ends_E, add=not fresh)
+    return _launch(into, dy, x, ends_E, add=not fresh, squares=squares)
 
 
-def _launch(out, dy, x, ends_E, *, add):
+def _launch(out, dy, x, ends_E, *, add, squares=False):
+    """Launch; the squares of every group's part of a tile, if asked for."""
     (o_dim, padded), i_dim = dy.values.shape, x.values.shape[0]
     if not padded:
         if not add:
             out.zero_()
-        return
-    ends = one_end(padded, out.device) if ends_E is None else ends_E
-    experts, o_tiles, i_tiles = ends.shape[0], cdiv(o_dim, TALL_ROWS.value), cdiv(i_dim, TALL_COLUMNS.value)
+        return squares_of(out) if squares else None
+    experts = 1 if ends_E is None else ends_E.shape[0]
+    o_tiles, i_tiles = cdiv(o_dim, TALL_ROWS.value), cdiv(i_dim, TALL_COLUMNS.value)
     tiles = experts * o_tiles * i_tiles
     programs = min(multiprocessors(out.device), tiles)
     sums, parts_of_sums = described(out.view(experts, o_dim, i_dim))
+    parts = torch.empty(GROUPS.value * tiles, dtype=torch.float32, device=out.device) if squares else None
     _column_tiles[(programs,)](
         tiles_of(dy.values), tiles_of(x.values, TALL_COLUMNS.value),
         _scales_of(dy.scale, PART.value), _scales_of(x.scale, TALL_COLUMNS.value),
-        parts_of_sums, sums, ends, o_dim, i_dim, tiles, o_tiles, i_tiles,
-        ADD=add, FETCH=add and padded < FETCHED_ROWS * experts,
+        parts_of_sums, sums, parts, ends_E, padded, o_dim, i_dim, tiles, o_tiles, i_tiles,
+        ADD=add, FETCH=add and padded < FETCHED_ROWS * experts, SQUARES=squares,
         REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4, maxnreg=TALL_ENTRY_REGISTERS,
     )  # fmt: skip
     if sums.data_ptr() != out.data_ptr():
         out.copy_(sums.view(out.shape))
+    return parts

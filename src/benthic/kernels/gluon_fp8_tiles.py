@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
@@ -30,6 +29,15 @@ TALL_ENTRY_REGISTERS = 128
 
 
 @gluon.jit
+def end_of(ends_ptr, expert, experts, rows):
+    """Where an expert's rows end; a single one without ends has all."""
+    end = rows
+    if ends_ptr is not None:
+        end = gl.load(ends_ptr + expert, mask=expert < experts, other=rows)
+    return end
+
+
+@gluon.jit
 def expert_of(tile, place, ends_ptr, rows, experts, n_tiles, ROWS: gl.constexpr):
     """Go on from an earlier tile's expert to that of `tile`, `experts` for rows that belong to none.
 
@@ -42,7 +50,7 @@ def expert_of(tile, place, ends_ptr, rows, experts, n_tiles, ROWS: gl.constexpr)
         first += tiles
         expert += 1
         start = end
-        end = gl.load(ends_ptr + expert, mask=expert < experts, other=rows)
+        end = end_of(ends_ptr, expert, experts, rows)
         tiles = (end - start + ROWS - 1) // ROWS * n_tiles
     return expert, first, start, end
 
@@ -70,7 +78,8 @@ def chunks_of(expert, place, ends_ptr):
         first += chunks
         before += 1
         start_row = end
-        end = gl.load(ends_ptr + before)
+        if ends_ptr is not None:
+            end = gl.load(ends_ptr + before)
         chunks = (end - start_row + CHUNK - 1) // CHUNK
     return (before, first, start_row, end), chunks
 
@@ -84,8 +93,3 @@ def start(x_tile, weight_ring, place, zero):
 def tiles_of(values_RK, rows=PART.value):
     """A descriptor of blocks of some rows by a chunk; zeros lie behind the last row and the last dim."""
     return blocks_of(values_RK, rows, CHUNK.value)
-
-
-def one_end(rows, device):
-    """The ends of a single expert that owns all rows."""
-    return torch.full((1,), rows, dtype=torch.int32, device=device)

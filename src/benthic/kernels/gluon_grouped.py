@@ -97,7 +97,7 @@ def _produce(
                 answer = asked(counter_ptr, queued)
         if last == 0:
             answer = asked(counter_ptr, queued)
-        tile = following(tile, answer, queued)
+        tile = following(tile, answer, counter_ptr, queued)
         turn += 1
         place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
     tell(queue, turn, tile)

@@ -29,11 +29,14 @@ def asked(counter_ptr, queued):
     The first lane asks. Each has an address of its own, as it were: for a single one the assembler would add
     up what lanes ask for, in code that waits for the answer.
     """
-    return gl.inline_asm_elementwise(
-        "{.reg .pred p; .reg .b32 l; .reg .b64 a; mov.u32 l, %laneid; mad.wide.u32 a, l, 4, $1;"
-        " mov.u32 $0, 0; setp.lt.s32 p, l, $2; @p atom.relaxed.gpu.global.add.u32 $0, [a], 1;}",
-        "=&r,l,r", [counter_ptr.to(gl.int64), queued], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    answer = 0
+    if counter_ptr is not None:
+        answer = gl.inline_asm_elementwise(
+            "{.reg .pred p; .reg .b32 l; .reg .b64 a; mov.u32 l, %laneid; mad.wide.u32 a, l, 4, $1;"
+            " mov.u32 $0, 0; setp.lt.s32 p, l, $2; @p atom.relaxed.gpu.global.add.u32 $0, [a], 1;}",
+            "=&r,l,r", [counter_ptr.to(gl.int64), queued], dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return answer
 
 
 @gluon.jit
@@ -85,16 +88,19 @@ def told(queue, turn):
 
 
 @gluon.jit
-def following(tile, answer, queued):
+def following(tile, answer, counter_ptr, queued):
     """The next tile of a program: the next of all if there is a counter, else every so-manieth."""
     tile += gl.num_programs(0)
-    if queued > 0:
-        tile = gl.num_programs(0) + answered(answer)
+    if counter_ptr is not None:  # noqa: SIM102 (known to the compiler, as the other is not)
+        if queued > 0:
+            tile = gl.num_programs(0) + answered(answer)
     return tile
 
 
 def counter_of(ends_E, tiles, programs):
-    """A counter at 0 and 1; somewhere allowed and 0 where each tile may have a program, or all are alike."""
-    if ends_E.shape[0] == 1 or tiles <= programs:
+    """A counter at 0 and 1; another number and 0 where each tile may have a program; None for equal tiles."""
+    if ends_E is None:
+        return None, 0
+    if tiles <= programs:
         return ends_E, 0
     return torch.zeros(1, dtype=torch.int32, device=ends_E.device), 1

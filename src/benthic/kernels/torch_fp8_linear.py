@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.functional import ScalingType
 
 from benthic.kernels.reference.fp8_linear import by_column, spaced
+from benthic.kernels.reference.moe import squares_of
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +57,13 @@ def weight_gradient(dy: Fp8, x: Fp8, ends_E: None, *, dtype: torch.dtype) -> Ten
     return out
 
 
-def add_weight_gradient(into: Tensor, dy: Fp8, x: Fp8, ends_E: None, *, fresh: bool) -> None:
+def add_weight_gradient(
+    into: Tensor, dy: Fp8, x: Fp8, ends_E: None, *, fresh: bool, squares: bool = False
+) -> Tensor | None:
     """See `benthic.kernels.ops.add_fp8_weight_gradient`; cuBLAS writes, a second kernel adds."""
     gradient = weight_gradient(dy, x, ends_E, dtype=into.dtype)
     if fresh:
         into.copy_(gradient)
     else:
         into.add_(gradient)
+    return squares_of(into) if squares else None

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.reference.fp8_linear import TILE, by_column
+from benthic.kernels.reference.moe import squares_of
 from benthic.kernels.table import triton_interprets
 from benthic.kernels.triton_tiles import find_tile, groups, product_of_chunk
 
@@ -135,9 +136,10 @@ def weight_gradient(dy, x, ends_E, *, dtype):
     return out
 
 
-def add_weight_gradient(into, dy, x, ends_E, *, fresh):
+def add_weight_gradient(into, dy, x, ends_E, *, fresh, squares=False):
     """See `benthic.kernels.ops.add_fp8_weight_gradient`."""
     _write_gradient(into, dy, x, ends_E, add=not fresh)
+    return squares_of(into) if squares else None
 
 
 def _write_gradient(out, dy, x, ends_E, *, add):

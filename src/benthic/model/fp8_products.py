@@ -47,6 +47,7 @@ def fp8_parameters(model: DeepSeek) -> dict[str, Tensor]:
 class Copy(NamedTuple):
     """FP8 tiles of a weight as it was at a version of its parameter, and those of the transposed weight."""
 
+    weight: Tensor
     version: int
     tiles: Fp8
     turned: Fp8
@@ -54,7 +55,7 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class RunningWeights:
-    """FP8 copies of weights, made when first multiplied and again when their parameter has changed.
+    """FP8 copies of weights, made when first multiplied and again once their parameter has changed.
 
     So each is quantised once per optimizer step, however many microbatches read it, and laid out once more
     for the input's gradient: products in FP8 read both operands along the dim that they sum over. Cost: 2
@@ -81,9 +82,23 @@ class RunningWeights:
                     "bytes of it are here. Acquire its bucket first."
                 )
                 raise ScheduleError(message)
-            tiles = ops.quantise_fp8_weight(weight.detach(), power_of_two=self.power_of_two)
-            held = self._held[key] = Copy(version, tiles, ops.turn_fp8(tiles))
+            held = self._held[key] = self._copy_of(weight.detach(), version)
         return held
+
+    def renew(self) -> None:
+        """Make copies of what has changed now, but for parameters in shards.
+
+        In the next forward pass a GPU would wait for the host, who has four calls more for every product
+        there; behind an update it is busy.
+        """
+        for key, held in self._held.items():
+            version = key[0]._version  # noqa: SLF001
+            if version != held.version and held.weight.untyped_storage().nbytes():
+                self._held[key] = self._copy_of(held.weight, version)
+
+    def _copy_of(self, weight: Tensor, version: int) -> Copy:
+        tiles = ops.quantise_fp8_weight(weight, power_of_two=self.power_of_two)
+        return Copy(weight, version, tiles, ops.turn_fp8(tiles))
 
     def bytes_of(self, param: Tensor) -> int:
         """Bytes held for views of `param`, scales included."""
@@ -108,7 +123,7 @@ class Fp8Products:
 
     def keep_weight(self, weight: Tensor) -> Kept:
         """Block tiles for both products, made once per step."""
-        _, tiles, turned = self.weights.of(weight)
+        _, _, tiles, turned = self.weights.of(weight)
         return *tiles, *turned
 
     def keep_gradient(self, dy_RO: Tensor, ends_E: Tensor | None) -> tuple[Kept, Kept]:
@@ -140,7 +155,10 @@ class Fp8Products:
         columns = ops.retile_fp8(Fp8(*rows), ends_E, power_of_two=self.power_of_two)
         if sum_ is None:
             return ops.fp8_weight_gradient(Fp8(*dy), columns, ends_E)
-        ops.add_fp8_weight_gradient(sum_.into, Fp8(*dy), columns, ends_E, fresh=sum_.fresh)
+        take, operands = sum_.squares, (sum_.into, Fp8(*dy), columns, ends_E)
+        parts = ops.add_fp8_weight_gradient(*operands, fresh=sum_.fresh, squares=take is not None)
+        if take is not None and parts is not None:
+            take(parts)
         return sum_.into
 
     def of_copies(self) -> Fp8Products:
@@ -198,6 +216,10 @@ class MixedLinear(Linear):
     def mixture(self, gate_up: Tensor, down: Tensor) -> Mixture | None:
         """That of their socket."""
         return self._of(gate_up).mixture(gate_up, down)
+
+    def renew(self) -> None:
+        """FP8 copies."""
+        self.running.renew()
 
     def _of(self, weight: Tensor) -> SplitLinear:
         return self.fp8 if owner_of(weight) in self.narrow else self.wide

@@ -97,6 +97,10 @@ class Linear(Protocol):
         """These experts as one step with the copying before it and the summing behind it, if there is one."""
         return None
 
+    def renew(self) -> None:
+        """Weights have changed: make anew what is kept of them, before somebody waits for it."""
+        return  # most sockets keep nothing
+
     def product(self, x_RI: Tensor, weight: Tensor, ends_E: Tensor | None) -> Tensor:
         """The product of one weight, or with ends that of one weight per expert."""
         return self(x_RI, weight) if ends_E is None else self.grouped(x_RI, weight, ends_E)

@@ -118,10 +118,10 @@ class Trainer:
         )
         self._reader = ReadAhead(self.batches, self.local_rows)
         sink = WeightGradients()
-        linear = linear_socket(config.precision, sink, self.stages.models.values())
+        self._linear = linear_socket(config.precision, sink, self.stages.models.values())
         exchange = build_exchange(config, self.table, self.mesh.expert)
         self.executor = Executor(
-            model, self.table, self.stages, self.mesh, self.device, linear, exchange, sink
+            model, self.table, self.stages, self.mesh, self.device, self._linear, exchange, sink
         )
         self.buckets = tuple(self.stages.all_buckets)
         for bucket in self.buckets:
@@ -173,6 +173,7 @@ class Trainer:
             self.optimizer.step(lr=lr, scale=clip_factor(sums.norm, self.config.train.max_norm))
             for bucket in self.buckets:
                 bucket.publish(rounded=True)
+            self._linear.renew()
             self._balance(outcome.counts)
         return self._advance(step, sums, outcome.counts, lr)
 

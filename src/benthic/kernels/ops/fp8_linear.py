@@ -323,12 +323,16 @@ def add_fp8_weight_gradient(
     ends_E: Tensor | None = None,
     *,
     fresh: bool = False,
+    squares: bool = False,
     impl: str | None = None,
-) -> None:
+) -> Tensor | None:
     """`into += dy^T x`: what `fp8_weight_gradient` gives, added in float32; with `fresh`, written.
 
+    With `squares`, gives parts [P] of the sum of squares of all of `into`, which a norm adds instead of
+    reading `into`; only with `fresh`. Without, None.
     Shapes: dy of [O, P], x of [I, P]; into float32 [O, I], or [E, O, I] with ends.
-    Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
+    Raises: ShapeError when operands disagree, or for squares without `fresh`; BackendError when `impl` cannot
+    run.
     Cost: 2 P O I FLOPs; `into` is read and written once, but twice by "cublas".
     """
     _check_padded("add_fp8_weight_gradient", dy, x)
@@ -340,11 +344,15 @@ def add_fp8_weight_gradient(
             f"{tuple(into.shape)} in {into.dtype}; give a float32 sum of the weight's shape"
         )
         raise ShapeError(msg)
+    if squares and not fresh:
+        msg = "add_fp8_weight_gradient: squares are of gradients that are written; give fresh"
+        raise ShapeError(msg)
     op = ADD_FP8_WEIGHT_GRADIENT if ends_E is None else ADD_GROUPED_FP8_WEIGHT_GRADIENT
     layout: Literal["rows", "strided"] = "rows" if into.is_contiguous() else "strided"
     dims = (TILE, _odd_one(dy.values.shape[0], x.values.shape[0]))
     case = Case(x.values.device.type, into.dtype, dims, layout=layout)
-    op.choose(case, impl)(into, dy, x, ends_E, fresh=fresh)
+    parts: Tensor | None = op.choose(case, impl)(into, dy, x, ends_E, fresh=fresh, squares=squares)
+    return parts
 
 
 def _check_padded(op: str, dy: Fp8, x: Fp8) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benthic.kernels.reference.fp8 import dequantise, quantise
+from benthic.kernels.reference.moe import squares_of
 
 TILE = 128
 
@@ -121,10 +122,13 @@ def weight_gradient(dy: Fp8, x: Fp8, ends_E: Tensor | None, *, dtype: torch.dtyp
     return out_EOI
 
 
-def add_weight_gradient(into: Tensor, dy: Fp8, x: Fp8, ends_E: Tensor | None, *, fresh: bool) -> None:
+def add_weight_gradient(
+    into: Tensor, dy: Fp8, x: Fp8, ends_E: Tensor | None, *, fresh: bool, squares: bool = False
+) -> Tensor | None:
     """`into += dy^T x` in float32; with `fresh`, `into = dy^T x`."""
     gradient = weight_gradient(dy, x, ends_E, dtype=into.dtype)
     into.copy_(gradient if fresh else into + gradient)
+    return squares_of(into) if squares else None
 
 
 def _product(a: Fp8, b: Fp8) -> Tensor:
