@@ -334,11 +334,16 @@ def test_mla_decode_of_many_rows_sums_values_while_scores_are_computed(heads, tm
 OF_64, OF_128 = descriptor(64, 128, "fp8e4nv"), descriptor(128, 128, "fp8e4nv")
 
 
-@pytest.mark.parametrize("tail", [False, True], ids=["whole tiles", "divided tail"])
+@pytest.mark.parametrize(
+    ("tail", "ends"),
+    [(False, True), (False, False), (True, True)],
+    ids=["experts", "one weight", "one whose tail is divided"],
+)
 @pytest.mark.parametrize(("dtype", "out"), [("bf16", gl.bfloat16), ("fp32", gl.float32)])
-def test_fp8_products_promote_one_part_while_the_next_is_multiplied(dtype, out, tail, tmp_path):
+def test_fp8_products_promote_one_part_while_the_next_is_multiplied(dtype, out, tail, ends, tmp_path):
     layout = gl.NVMMASharedLayout.get_default_for([64, 128], out)
     constants = {"OUT_LAYOUT": layout, "TOGETHER": 8, "TAIL": tail}
+    constants |= {} if ends else {"ends_ptr": None}
     constants |= {"REGISTERS": gluon_fp8.CONSUMER_REGISTERS, "FEW_REGISTERS": gluon_fp8.PRODUCER_REGISTERS}
     types = {"x": OF_64, "wide": OF_128, "narrow": OF_64, "out_ptr": f"*{dtype}"}
     kernel = built(gluon_fp8._rows_times_blocks, constants, types, gluon_fp8.ENTRY_REGISTERS)
@@ -374,10 +379,12 @@ def assert_wide(text, *, squares=False):
     assert text.count("FFMA R") == 3 * 64 or squares
 
 
-def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma(tmp_path):
+@pytest.mark.parametrize("ends", [True, False], ids=["experts", "one weight"])
+def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma(ends, tmp_path):
     types = {"x": OF_64, "weight": OF_128, "out": descriptor(64, 128)}
+    constants = THREE_GROUPS | ({} if ends else {"ends_ptr": None, "counter_ptr": None})
     kernel = gluon_fp8_three._rows_times_blocks
-    kernel = built(kernel, THREE_GROUPS, types, gluon_fp8_tiles.TALL_ENTRY_REGISTERS)
+    kernel = built(kernel, constants, types, gluon_fp8_tiles.TALL_ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)
     assert_wide(text)
@@ -385,18 +392,20 @@ def test_fp8_products_of_three_groups_are_wide_and_leave_by_tma(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("out", "add", "fetch", "squares"),
+    ("out", "add", "fetch", "squares", "ends"),
     [
-        ("fp32", True, True, False),
-        ("fp32", True, False, False),
-        ("fp32", False, False, False),
-        ("fp32", False, False, True),
-        ("bf16", False, False, False),
+        ("fp32", True, True, False, True),
+        ("fp32", True, False, False, True),
+        ("fp32", True, False, False, False),
+        ("fp32", False, False, False, True),
+        ("fp32", False, False, True, True),
+        ("fp32", False, False, True, False),
+        ("bf16", False, False, False, True),
     ],
     ids=str,
 )
 def test_fp8_weight_gradients_are_wide_and_leave_by_tma_while_the_next_tile_is_multiplied(
-    out, add, fetch, squares, tmp_path
+    out, add, fetch, squares, ends, tmp_path
 ):
     module = gluon_fp8_three_gradient
     expert, rows, columns = gluon_sums.box(turned=False)
@@ -404,6 +413,7 @@ def test_fp8_weight_gradients_are_wide_and_leave_by_tma_while_the_next_tile_is_m
     types |= {"out": descriptor(rows, columns, out, expert), "out_ptr": f"*{out}"}
     constants = {"ADD": add, "FETCH": fetch, "SQUARES": squares} | THREE_GROUPS
     constants |= {} if squares else {"squares_ptr": None}
+    constants |= {} if ends else {"ends_ptr": None}
     kernel = built(module._column_tiles, constants, types, gluon_fp8_tiles.TALL_ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)
     text = tool(kernel, "-sass", tmp_path)

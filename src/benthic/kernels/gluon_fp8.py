@@ -276,9 +276,8 @@ def linear(x, weight, ends_E, *, dtype):
         ends_E = torch.full((1 + 2 * programs,), rows, dtype=torch.int32, device=device)
         parts = torch.empty(2 * programs, PART.value, COLUMNS.value, dtype=torch.float32, device=device)
     if rows:
-        blocks = values.flatten(0, -2)
         _rows_times_blocks[(programs,)](
-            tiles_of(x.values), tiles_of(blocks, WIDE.value), tiles_of(blocks), x.scale, scale, out_RN, parts,
+            tiles_of(x.values), tiles_of(values, WIDE.value), tiles_of(values), x.scale, scale, out_RN, parts,
             ends_E, rows, experts, n_dim, k_tiles, n_tiles, tiles, whole, share, scale.shape[-2],
             *x.scale.stride(),
             OUT_LAYOUT=layout_of(PART.value, WIDE.value, dtype), TOGETHER=gcd(n_dim, 8), TAIL=share > 0,

@@ -210,7 +210,7 @@ def linear(x, weight, ends_E, *, dtype):
     programs = min(multiprocessors(values.device), most_tiles)
     if rows:
         _rows_times_blocks[(programs,)](
-            tiles_of(x.values), tiles_of(values.flatten(0, -2), TALL_COLUMNS.value),
+            tiles_of(x.values), tiles_of(values, TALL_COLUMNS.value),
             blocks_of(out_RN, PART.value, TALL_COLUMNS.value), x.scale, scale, out_RN, ends_E,
             *counter_of(ends_E, most_tiles, programs),
             rows, experts, n_dim, cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2], *x.scale.stride(),

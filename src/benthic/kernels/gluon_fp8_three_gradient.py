@@ -172,9 +172,8 @@ def _column_tiles(
 
 def _scales_of(scale, columns):
     """A descriptor of some columns' scales: chunk after chunk, as a line of numbers."""
-    line = by_column(scale).as_strided((scale.numel(),), (1,))
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(line, list(line.shape), [1], [columns], layout)
+    return TensorDescriptor(by_column(scale), [scale.numel()], [1], [columns], layout)
 
 
 def weight_gradient(dy, x, ends_E, *, dtype):
@@ -202,7 +201,7 @@ def _launch(out, dy, x, ends_E, *, add, squares=False):
     o_tiles, i_tiles = cdiv(o_dim, TALL_ROWS.value), cdiv(i_dim, TALL_COLUMNS.value)
     tiles = experts * o_tiles * i_tiles
     programs = min(multiprocessors(out.device), tiles)
-    sums, parts_of_sums = described(out.view(experts, o_dim, i_dim))
+    sums, parts_of_sums = described(out)
     parts = torch.empty(GROUPS.value * tiles, dtype=torch.float32, device=out.device) if squares else None
     _column_tiles[(programs,)](
         tiles_of(dy.values), tiles_of(x.values, TALL_COLUMNS.value),
@@ -212,6 +211,6 @@ def _launch(out, dy, x, ends_E, *, add, squares=False):
         REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4, maxnreg=TALL_ENTRY_REGISTERS,
     )  # fmt: skip
-    if sums.data_ptr() != out.data_ptr():
-        out.copy_(sums.view(out.shape))
+    if sums is not out:
+        out.copy_(sums)
     return parts

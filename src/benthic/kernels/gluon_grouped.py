@@ -27,11 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benthic.kernels.gluon_fp8_tiles import corner, expert_of
 from benthic.kernels.gluon_queue import AHEAD, asked, counter_of, following, new_queue, tell, told
-from benthic.kernels.gluon_tiles import layout_of, load, meet, new_bars, take_context, unload, view
+from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars, take_context, unload, view
 from benthic.kernels.grouped_mm import GroupedMm
 from benthic.kernels.host import cdiv
 from benthic.kernels.relaunch import remembered
@@ -259,9 +258,9 @@ def _launch(out, x_RK, weight, ends_E, *, turned, gated):
     if rows:
         take_context(x_RK.device)
         _rows_times_experts[(programs,)](
-            _described(_loadable(x_RK), CHUNK.value),
-            _described(weight, CHUNK.value),
-            _described(out, COLUMNS.value // (2 if gated else 1)),
+            blocks_of(_loadable(x_RK), HALF.value, CHUNK.value),
+            blocks_of(weight, HALF.value, CHUNK.value),
+            blocks_of(out, HALF.value, COLUMNS.value // (2 if gated else 1)),
             out, ends_E, *counter_of(ends_E, tiles, programs),
             rows, experts, n_dim, k_dim, n_tiles, TURNED=turned, GATED=gated,
             REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
@@ -275,10 +274,3 @@ def _loadable(x_RK):
     steps = x_RK.stride(0) % 8 == 0 and x_RK.stride(0) >= x_RK.shape[1]
     aligned = x_RK.stride(1) == 1 and steps and x_RK.data_ptr() % 16 == 0
     return x_RK if aligned else x_RK.contiguous()
-
-
-def _described(x, columns):
-    """A descriptor of blocks of 64 rows of a matrix, or of some below one another; zeros lie behind them."""
-    width, stride = x.shape[-1], x.stride(-2)
-    layout = layout_of(HALF.value, columns, x.dtype)
-    return TensorDescriptor(x, [x.numel() // width, width], [stride, 1], [HALF.value, columns], layout)

@@ -105,12 +105,15 @@ def box(turned):
     return [1, PART.value, HEIGHT.value] if turned else [1, HEIGHT.value, PART.value]
 
 
-def described(out_EOI, *, turned=False):
-    """Where sums leave to, and a descriptor of it; TMA leaves out what stands over an expert's edge.
+def described(out, *, turned=False):
+    """Where sums leave to, [E, O, I] or [O, I], and a descriptor; TMA leaves out what stands over an edge.
 
     It writes where 16 bytes begin: a tensor that lies otherwise is copied, and to be copied back.
     """
     expert, rows, columns = block = box(turned)
-    sums_EOI = out_EOI if out_EOI.data_ptr() % 16 == 0 else out_EOI.clone()
-    layout = layout_of(rows, columns, out_EOI.dtype, expert)
-    return sums_EOI, TensorDescriptor(sums_EOI, list(sums_EOI.shape), list(sums_EOI.stride()), block, layout)
+    sums = out if out.data_ptr() % 16 == 0 else out.clone()
+    layout = layout_of(rows, columns, out.dtype, expert)
+    shape, strides = list(sums.shape), list(sums.stride())
+    if len(shape) == 2:
+        shape, strides = [1, *shape], [shape[0] * strides[0], *strides]
+    return sums, TensorDescriptor(sums, shape, strides, block, layout)

@@ -170,10 +170,13 @@ def rows_of(x_THd, rows, width):
     return TensorDescriptor(x_THd, shape, [x_THd.stride(0), 1], [rows, width], layout)
 
 
-def blocks_of(x_RD, rows, columns):
-    """A descriptor of blocks of a matrix with unit stride along a row; zeros lie behind its ends."""
-    layout = layout_of(rows, columns, x_RD.dtype)
-    return TensorDescriptor(x_RD, list(x_RD.shape), list(x_RD.stride()), [rows, columns], layout)
+def blocks_of(x, rows, columns):
+    """A descriptor of blocks of a matrix, or of some below one another, whose rows have unit stride.
+
+    Zeros lie behind its ends.
+    """
+    width, layout = x.shape[-1], layout_of(rows, columns, x.dtype)
+    return TensorDescriptor(x, [x.numel() // width, width], [x.stride(-2), 1], [rows, columns], layout)
 
 
 @functools.cache
