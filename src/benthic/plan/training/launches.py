@@ -39,8 +39,8 @@ CUT: Final = Calls(8, 8)
 """Of a cut between two phases. Torch dispatches nothing for it backward, but another run of autograd takes
 the host as long: forward and backward 0.15 ms on a host that takes 10 us for a call."""
 PROJECTION: Final = Calls(19, 4, 2).plus(Calls(input=CUT.input))
-DENSE_FP8: Final = Calls(28, 64, 32)
-MIXTURE_FP8: Final = Calls(36, 78, 46)
+DENSE_FP8: Final = Calls(28, 64, 14)
+MIXTURE_FP8: Final = Calls(36, 76, 22)
 JOINED: Final = Calls(2, 11)
 """A mixture whose experts are one step, on top of FP8."""
 LOW_RANK_QUERY: Final = Calls(5, 8, 2)
