@@ -425,7 +425,7 @@ MEMORY_BOUND = [
     ),
     ("triton_permute", "_gather_copies", {"TOP_K": 8, "WIDTH": 8192}, 16, {}),
     *(
-        ("triton_permute", "_permute_few", few | {"SLOTS": slots}, 16, ROUTES | {"slot_ptr": "*i64"})
+        ("triton_permute_few", "_permute_few", few | {"SLOTS": slots}, 16, ROUTES | {"slot_ptr": "*i64"})
         for few in (
             {"PART": 1, "TOP_K": 8, "TOKENS": 16, "WIDTH": 8192},
             {"PART": 8, "TOP_K": 8, "TOKENS": 256, "WIDTH": 8192},

@@ -16,9 +16,7 @@ from benthic.kernels.reference.moe import Permuted, RowMaps, followed
 from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_counting_sort import sort_copies
 from benthic.kernels.triton_e4m3 import empty_tiles
-
-APART = 128
-"""Copies up to which each has a program, on a multiprocessor of its own: so it has the shortest way."""
+from benthic.kernels.triton_tiles import unit_stride
 
 
 @remembered
@@ -50,77 +48,6 @@ def _spread_tiles(
         tl.store(out_values_ptr + row * width + column, values, mask=column < tl.where(row >= 0, width, 0))
         at = row + tile.to(tl.int64) * out_tile_stride
         tl.store(out_scale_ptr + at, scale, mask=tile < tl.where(row >= 0, tiles, 0))
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _permute_few(
-    x_ptr, expert_ptr, slot_ptr, out_ptr, row_ptr, copy_ptr, ends_ptr, tokens, experts, width, stride,
-    PART: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A copy goes after those of lower experts and the earlier ones of its own.
-
-    A program takes PART copies of a token; those after the tokens' find the ends of PART experts each. Every
-    program reads all experts, and counts for each of its own how many keys (expert, then copy) lie below.
-    With SLOTS, tokens without one have the experts of the first token.
-    """
-    wait_for_inputs(PDL)
-    parts: tl.constexpr = TOP_K // PART
-    own, token, column = tl.program_id(0) // parts, tl.arange(0, TOKENS), tl.arange(0, WIDTH)
-    here, kept, own_absent, absent = own < tokens, token < tokens, False, False
-    place = tl.program_id(0) * PART
-    if SLOTS:
-        own_absent = tl.load(slot_ptr + own, mask=here, other=0) < 0
-        absent = tl.load(slot_ptr + token, mask=kept, other=0) < 0
-    x = tl.load(x_ptr + own.to(tl.int64) * stride + column, mask=column < tl.where(here, width, 0))
-    first_K, expert_KT, bounds = (), (), ()
-    for k in tl.static_range(TOP_K):  # all are asked for before one of them is used
-        first_K += (tl.load(expert_ptr + k, mask=tokens > 0, other=0),)
-        expert_KT += (tl.load(expert_ptr + token * TOP_K + k, mask=kept, other=0),)
-    for i in tl.static_range(PART):
-        expert = tl.load(expert_ptr + place + i, mask=here, other=0)
-        if SLOTS:
-            first = tl.load(expert_ptr + place - own * TOP_K + i, mask=here, other=0)
-            expert = tl.where(own_absent, first, expert)
-        above = (place - tokens * TOP_K + i + 1) * (TOP_K * TOKENS)
-        bounds += (tl.where(here, expert * (TOP_K * TOKENS) + place + i, above),)
-    keys = _keys(expert_KT, first_K, absent, kept, token, TOP_K, TOKENS, SLOTS)
-    for k in tl.static_range(0, PART, 2):
-        both = _two_counts(keys, bounds[k], bounds[min(k + 1, PART - 1)], k + 1 < PART, TOP_K)
-        for i in tl.static_range(k, min(k + 2, PART)):
-            count = (both >> (16 * (i - k))) & 65535
-            if here:
-                tl.store(out_ptr + count.to(tl.int64) * width + column, x, mask=column < width)
-                tl.store(row_ptr + place + i, count.to(tl.int64))
-                tl.store(copy_ptr + count, (place + i).to(tl.int64))
-            else:
-                end = place - tokens * TOP_K + i
-                tl.store(ends_ptr + end, count, mask=end < experts)
-
-
-@triton.jit
-def _keys(
-    expert_KT, first_K, absent, kept, token, TOP_K: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr
-):
-    """Numbers that order copies by expert, and those of one expert as they come."""
-    keys = ()
-    for k in tl.static_range(TOP_K):
-        expert = expert_KT[k]
-        if SLOTS:
-            expert = tl.where(absent, first_K[k], expert)
-        keys += (tl.where(kept, (expert * TOKENS + token) * TOP_K + k, 2147483647),)
-    return keys
-
-
-@triton.jit
-def _two_counts(keys, bound_0, bound_1, TWO: tl.constexpr, TOP_K: tl.constexpr):
-    """How many keys lie below each of two bounds, the second count in the word's upper half."""
-    counts = tl.zeros_like(keys[0])
-    for i in tl.static_range(TOP_K):
-        counts += tl.where(keys[i] < bound_0, 1, 0)
-        if TWO:
-            counts += tl.where(keys[i] < bound_1, 65536, 0)
-    return tl.sum(counts, axis=0)
 
 
 @remembered
@@ -263,7 +190,7 @@ def permute(x_TD, expert_TK, num_experts, slot_T=None):
 
 def spread_tiles(tiles, row_AK, rows):
     """See `benthic.kernels.ops.spread_fp8`."""
-    values, scale = _unit_stride(tiles.values), tiles.scale
+    values, scale = unit_stride(tiles.values), tiles.scale
     (tokens, top_k), width = row_AK.shape, values.shape[1]
     out = empty_tiles(rows, width, values.device)
     if tokens and width:
@@ -275,33 +202,6 @@ def spread_tiles(tiles, row_AK, rows):
             num_warps=_warps(padded),
         )  # fmt: skip
     return out
-
-
-def permute_few(x_TD, expert_TK, num_experts, slot_T=None):
-    """See `benthic.kernels.ops.permute`: sorting and gathering in one kernel. Computes no gradients."""
-    x_TD, expert_TK = _unit_stride(x_TD), expert_TK.to(torch.int32).contiguous()
-    (tokens, top_k), width, device = expert_TK.shape, x_TD.shape[1], x_TD.device
-    copies = tokens * top_k
-    rows_RD = torch.empty(copies, width, dtype=x_TD.dtype, device=device)
-    row_TK = torch.empty(expert_TK.shape, dtype=torch.int64, device=device)
-    copy_R = torch.empty(copies, dtype=torch.int64, device=device)
-    ends_E = torch.empty(num_experts, dtype=torch.int32, device=device)
-    padded, part = next_power_of_2(width), 1 if copies <= APART else top_k
-    _permute_few[(copies // part + cdiv(num_experts, part),)](
-        x_TD, expert_TK, expert_TK if slot_T is None else slot_T.contiguous(),
-        rows_RD, row_TK, copy_R, ends_E, tokens, num_experts, width, x_TD.stride(0),
-        PART=part, TOP_K=top_k, TOKENS=_tokens_counted(tokens), WIDTH=padded, SLOTS=slot_T is not None,
-        num_warps=min(16, max(4, padded // 256)), **early(device, copies),
-    )  # fmt: skip
-    return Permuted(rows_RD, ends_E, RowMaps(row_TK, copy_R))
-
-
-def _tokens_counted(tokens):
-    """Tokens for which `_permute_few` is compiled: few numbers of them, each four times the one before."""
-    counted = 4
-    while counted < tokens:
-        counted *= 4
-    return counted
 
 
 def row_maps(expert_TK, num_experts):
@@ -317,7 +217,7 @@ def unpermute(rows_RD, maps, weight_TK, beside=()):
 
 def gather_copies(x_AD, copy_R, ends_E, top_k):
     """See `benthic.kernels.ops.gather_copies`."""
-    x_AD = _unit_stride(x_AD)
+    x_AD = unit_stride(x_AD)
     rows, width = copy_R.shape[0], x_AD.shape[1]
     out = torch.empty(rows, width, dtype=x_AD.dtype, device=x_AD.device)
     if out.numel():
@@ -331,12 +231,12 @@ def gather_copies(x_AD, copy_R, ends_E, top_k):
 
 def sum_copies(rows_RD, row_AK, weight_AK):
     """See `benthic.kernels.ops.sum_copies`."""
-    return _summed(_unit_stride(rows_RD), weight_AK, row_AK, few=row_AK.shape[0] > FEW_ROWS)
+    return _summed(unit_stride(rows_RD), weight_AK, row_AK, few=row_AK.shape[0] > FEW_ROWS)
 
 
 def sum_copies_backward(dout_AD, rows_RD, row_AK, weight_AK):
     """See `benthic.kernels.ops.sum_copies_backward`."""
-    rows_RD = _unit_stride(rows_RD)
+    rows_RD = unit_stride(rows_RD)
     width, padded = rows_RD.shape[1], next_power_of_2(rows_RD.shape[1])
     drows = torch.empty(rows_RD.shape, dtype=rows_RD.dtype, device=rows_RD.device)
     dweight = torch.empty(weight_AK.shape, dtype=weight_AK.dtype, device=rows_RD.device)
@@ -346,10 +246,6 @@ def sum_copies_backward(dout_AD, rows_RD, row_AK, weight_AK):
             TOP_K=row_AK.shape[1], WIDTH=padded, num_warps=_warps(padded),
         )  # fmt: skip
     return drows, dweight
-
-
-def _unit_stride(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _warps(padded):
@@ -363,7 +259,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x_TD, row_TK):
         """Save where the copies went."""
         ctx.save_for_backward(row_TK)
-        x_TD = _unit_stride(x_TD)
+        x_TD = unit_stride(x_TD)
         width, padded = x_TD.shape[1], next_power_of_2(x_TD.shape[1])
         out = torch.empty(row_TK.numel(), width, dtype=x_TD.dtype, device=x_TD.device)
         if out.numel():
@@ -377,7 +273,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, drows_RD):
         """Sum the gradients of a token's copies."""
         (row_TK,) = ctx.saved_tensors
-        return _summed(_unit_stride(drows_RD), None, row_TK), None
+        return _summed(unit_stride(drows_RD), None, row_TK), None
 
 
 def _summed(rows_RD, weight_TK, row_TK, beside=(), *, few=False):
@@ -400,7 +296,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RD, weight_TK, row_TK, *beside):
         """Save rows and weights."""
-        rows_RD, weight_TK, row_TK = _unit_stride(rows_RD), weight_TK.contiguous(), row_TK.contiguous()
+        rows_RD, weight_TK, row_TK = unit_stride(rows_RD), weight_TK.contiguous(), row_TK.contiguous()
         ctx.save_for_backward(rows_RD, weight_TK, row_TK)
         ctx.beside = len(beside)
         return _summed(rows_RD, weight_TK, row_TK, [each.contiguous() for each in beside])

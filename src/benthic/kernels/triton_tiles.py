@@ -71,6 +71,11 @@ def product_of_chunk(a, b, EMULATE: tl.constexpr):
         return tl.dot(a, b)
 
 
+def unit_stride(x):
+    """`x`, copied if elements of a row lie apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def multiprocessors(device):
     """Multiprocessors of a GPU; 1 where there is none, as under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -248,8 +248,7 @@ class Trainer:
 
     def _advance(self, step: int, sums: Sums, counts: dict[int, Tensor], lr: float) -> StepResult:
         tokens = self.rows * number(self.config.train.seq_len)
-        self.steps_done, self.tokens = step, self.tokens + tokens
-        self.position += self.rows
+        self.steps_done, self.tokens, self.position = step, self.tokens + tokens, self.position + self.rows
         main, *ahead = (max(1, count) for count in self._targets)
         return StepResult(
             step=step,

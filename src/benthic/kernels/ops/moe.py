@@ -140,7 +140,7 @@ PERMUTE = Op(
     (
         Implementation("native", _NATIVE, "benthic.kernels.native_ops:permute"),
         Implementation("torch", _GATHERS, "benthic.kernels.torch_moe:permute"),
-        Implementation("few_copies", _FEW_COPIES, "benthic.kernels.triton_permute:permute_few"),
+        Implementation("few_copies", _FEW_COPIES, "benthic.kernels.triton_permute_few:permute_few"),
         Implementation("triton", _TRITON_ROWS, "benthic.kernels.triton_permute:permute"),
         reference("benthic.kernels.reference.moe:permute"),
     ),
