@@ -148,3 +148,55 @@ def run(language, sizes, spare, dims, *, turned, gated):
         assert (written == 1).all()
         written.zero_()
         out.fill_(torch.nan)
+
+
+class Launches:
+    """In place of a kernel: what its operands say is multiplied, by the definition."""
+
+    def __getitem__(self, grid):
+        return self.run
+
+    def run(
+        self, x, weight, out, out_ptr, ends, _counter, _queued, rows, experts, n_dim, k_dim, _n_tiles, **how
+    ):
+        assert (x.shape, x.strides, out.shape[0]) == ([rows, k_dim], [x.base.stride(0), 1], rows)
+        table = weight.base.as_strided(weight.shape, weight.strides)
+        turned = how["TURNED"]
+        table = table.view(experts, n_dim, k_dim) if turned else table.view(experts, k_dim, n_dim).mT
+        out_ptr.copy_((moe.grouped_swiglu if how["GATED"] else moe.grouped_linear)(x.base, table, ends))
+        self.turned = turned
+
+
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("padded", [0, 8])
+def test_weights_are_described_as_they_lie(monkeypatch, upright, gated, padded):
+    launches = Launches()
+    monkeypatch.setattr(gluon_grouped, "_rows_times_experts", launches)
+    monkeypatch.setattr(gluon_grouped, "multiprocessors", lambda _device: 132)
+    monkeypatch.setattr(gluon_grouped, "take_context", lambda _device: None)
+    dims = (3, 128 + padded, 64) if upright else (3, 64, 128 + padded)
+    weight = torch.randn(dims).bfloat16()
+    weight = weight[:, :128].mT if upright else weight[..., :128]
+    x, ends = torch.randn(50, 128).bfloat16(), torch.tensor([7, 7, 40], dtype=torch.int32)
+    found = gluon_grouped.multiply(x, weight, ends, gated=gated)
+    exact = (moe.grouped_swiglu if gated else moe.grouped_linear)(x, weight, ends)
+    torch.testing.assert_close(found, exact, rtol=0, atol=0)
+    assert launches.turned == (gated or not upright or padded > 0)
+
+
+def test_gradients_meet_the_products_of_the_definition(monkeypatch):
+    monkeypatch.setattr(gluon_grouped, "_rows_times_experts", Launches())
+    monkeypatch.setattr(gluon_grouped, "multiprocessors", lambda _device: 132)
+    monkeypatch.setattr(gluon_grouped, "take_context", lambda _device: None)
+    ends = torch.tensor([7, 7, 50], dtype=torch.int32)
+    found = []
+    for product in (gluon_grouped.grouped_linear, moe.grouped_linear):
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(shape, generator=generator) for shape in ((50, 128), (3, 64, 128)))
+        x, weight = (each.bfloat16().requires_grad_() for each in (x, weight))
+        out = product(x, weight, ends)
+        out.backward(torch.randn(out.shape, generator=generator).bfloat16())
+        found.append((out, x.grad, weight.grad))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=2e-2, atol=2e-2)

@@ -18,6 +18,7 @@ follow, by threads that write what is theirs.
 
 from __future__ import annotations
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -231,27 +232,26 @@ def _rows_times_experts(
 
 def grouped_linear(x_RI, weight_EOI, ends_E):
     """See `benthic.kernels.ops.grouped_linear`; the gradient of weights is the library's product."""
-    return GroupedMm.apply(x_RI, weight_EOI, ends_E, multiply)
+    if torch.is_grad_enabled() and (x_RI.requires_grad or weight_EOI.requires_grad):
+        return GroupedMm.apply(x_RI, weight_EOI, ends_E, _multiply_turned)
+    return multiply(x_RI, weight_EOI, ends_E)
 
 
 def grouped_swiglu(x_RI, weight_EGI, ends_E):
     """See `benthic.kernels.ops.grouped_swiglu`; for weights in rows."""
-    out_RF = x_RI.new_empty(x_RI.shape[0], weight_EGI.shape[1] // 2)
-    return _launch(out_RF, x_RI, weight_EGI.contiguous(), ends_E, turned=True, gated=True)
+    return multiply(x_RI, weight_EGI, ends_E, gated=True)
 
 
-def multiply(x_RK, weight_EKN, ends_E):
-    """`out[r] = x[r] @ weight[expert of r]`; the weight's dims may lie in either order."""
-    out_RN = x_RK.new_empty(x_RK.shape[0], weight_EKN.shape[2])
-    turned = weight_EKN.stride(2) != 1
-    weight = (weight_EKN.transpose(1, 2) if turned else weight_EKN).contiguous()
-    return _launch(out_RN, x_RK, weight, ends_E, turned=turned, gated=False)
+def _multiply_turned(x_RK, weight_EKN, ends_E):
+    return multiply(x_RK, weight_EKN.transpose(1, 2), ends_E)
 
 
-def _launch(out, x_RK, weight, ends_E, *, turned, gated):
-    """Fill `out`; the weight is [E, N, K] if turned, else [E, K, N]."""
-    rows, k_dim = x_RK.shape
-    experts, n_dim = weight.shape[0], weight.shape[1 if turned else 2]
+def multiply(x_RK, weight_ENK, ends_E, *, gated=False):
+    """`out[r] = x[r] @ weight[expert of r].T`, with SwiGLU if gated; a weight's dims lie in either order."""
+    (rows, k_dim), (experts, n_dim, _) = x_RK.shape, weight_ENK.shape
+    upright = not gated and weight_ENK.stride() == (n_dim * k_dim, 1, n_dim)
+    weight = weight_ENK if upright else weight_ENK.contiguous()
+    out = x_RK.new_empty(rows, n_dim // 2 if gated else n_dim)
     n_tiles = cdiv(n_dim, COLUMNS.value)
     tiles = (rows // ROWS.value + experts + 1) * n_tiles
     programs = min(multiprocessors(x_RK.device), tiles)
@@ -259,10 +259,10 @@ def _launch(out, x_RK, weight, ends_E, *, turned, gated):
         take_context(x_RK.device)
         _rows_times_experts[(programs,)](
             blocks_of(_loadable(x_RK), HALF.value, CHUNK.value),
-            blocks_of(weight, HALF.value, CHUNK.value),
+            blocks_of(weight, HALF.value, CHUNK.value, turned=upright),
             blocks_of(out, HALF.value, COLUMNS.value // (2 if gated else 1)),
             out, ends_E, *counter_of(ends_E, tiles, programs),
-            rows, experts, n_dim, k_dim, n_tiles, TURNED=turned, GATED=gated,
+            rows, experts, n_dim, k_dim, n_tiles, TURNED=not upright, GATED=gated,
             REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, maxnreg=ENTRY_REGISTERS,
         )  # fmt: skip

@@ -170,13 +170,14 @@ def rows_of(x_THd, rows, width):
     return TensorDescriptor(x_THd, shape, [x_THd.stride(0), 1], [rows, width], layout)
 
 
-def blocks_of(x, rows, columns):
+def blocks_of(x, rows, columns, *, turned=False):
     """A descriptor of blocks of a matrix, or of some below one another, whose rows have unit stride.
 
-    Zeros lie behind its ends.
+    Zeros lie behind its ends. `turned`: of the transposed matrices.
     """
-    width, layout = x.shape[-1], layout_of(rows, columns, x.dtype)
-    return TensorDescriptor(x, [x.numel() // width, width], [x.stride(-2), 1], [rows, columns], layout)
+    (row, column), layout = ((-1, -2) if turned else (-2, -1)), layout_of(rows, columns, x.dtype)
+    width = x.shape[column]
+    return TensorDescriptor(x, [x.numel() // width, width], [x.stride(row), 1], [rows, columns], layout)
 
 
 @functools.cache
