@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,16 +33,23 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def sent_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """Tensors of the host on `device`, as `sent`, in one copy of which they are parts (16 bytes aligned)."""
     sizes = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
     packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for part, tensor in zip(packed.split(sizes), tensors, strict=True):
-        _like(part, tensor).copy_(tensor)
-    parts = packed.to(device, non_blocking=True).split(sizes)
-    return [_like(part, tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    memory = packed.numpy()  # what numpy does costs the host less than operators
+    for start, tensor in zip(starts, tensors, strict=True):
+        own = np.ascontiguousarray(tensor.numpy()).reshape(-1)
+        memory[start : start + tensor.nbytes] = own.view(np.uint8)
+    there = packed.to(device, non_blocking=True)
+    in_dtype = {dtype: there.view(dtype) for dtype in {tensor.dtype for tensor in tensors}}
+    return [
+        in_dtype[tensor.dtype].as_strided(tensor.shape, _strides(tensor.shape), start // tensor.itemsize)
+        for start, tensor in zip(starts, tensors, strict=True)
+    ]
 
 
-def _like(bytes_: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The first of some bytes in the dtype and shape of a tensor."""
-    return bytes_[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Of a tensor that lies in order."""
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 @dataclass(frozen=True, kw_only=True)
