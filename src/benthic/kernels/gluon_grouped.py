@@ -18,7 +18,6 @@ follow, by threads that write what is theirs.
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -232,18 +231,12 @@ def _rows_times_experts(
 
 def grouped_linear(x_RI, weight_EOI, ends_E):
     """See `benthic.kernels.ops.grouped_linear`; the gradient of weights is the library's product."""
-    if torch.is_grad_enabled() and (x_RI.requires_grad or weight_EOI.requires_grad):
-        return GroupedMm.apply(x_RI, weight_EOI, ends_E, _multiply_turned)
-    return multiply(x_RI, weight_EOI, ends_E)
+    return GroupedMm.apply(x_RI, weight_EOI, ends_E, multiply)
 
 
 def grouped_swiglu(x_RI, weight_EGI, ends_E):
     """See `benthic.kernels.ops.grouped_swiglu`; for weights in rows."""
     return multiply(x_RI, weight_EGI, ends_E, gated=True)
-
-
-def _multiply_turned(x_RK, weight_EKN, ends_E):
-    return multiply(x_RK, weight_EKN.transpose(1, 2), ends_E)
 
 
 def multiply(x_RK, weight_ENK, ends_E, *, gated=False):

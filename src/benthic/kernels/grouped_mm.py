@@ -24,10 +24,10 @@ class GroupedMm(torch.autograd.Function):
         ends_E: Tensor,
         multiply: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Save the operands; `multiply` takes rows, weights [E, K, N] and ends; no rows past these."""
+        """Save the operands; `multiply` takes rows [R, K], weights [E, N, K] in either order, and ends."""
         ctx.save_for_backward(x_RI, weight_EOI, ends_E)
         ctx.multiply = multiply
-        return multiply(x_RI, weight_EOI.transpose(1, 2), ends_E)
+        return multiply(x_RI, weight_EOI, ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -36,7 +36,7 @@ class GroupedMm(torch.autograd.Function):
         dy_RO = grads[0].contiguous()
         dx_RI = dweight_EOI = None
         if ctx.needs_input_grad[0]:
-            dx_RI = ctx.multiply(dy_RO, weight_EOI, ends_E)
+            dx_RI = ctx.multiply(dy_RO, weight_EOI.transpose(1, 2), ends_E)
         if ctx.needs_input_grad[1]:
             dweight_EOI = F.grouped_mm(dy_RO.t(), x_RI, offs=ends_E)
         return dx_RI, dweight_EOI, None, None

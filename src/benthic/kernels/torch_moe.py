@@ -59,8 +59,8 @@ def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return out_RO
 
 
-def _library_product(x_RK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
-    return zero_tail(F.grouped_mm(x_RK, weight_EKN, offs=ends_E), ends_E)
+def _library_product(x_RK: Tensor, weight_ENK: Tensor, ends_E: Tensor) -> Tensor:
+    return zero_tail(F.grouped_mm(x_RK, weight_ENK.transpose(1, 2), offs=ends_E), ends_E)
 
 
 def loop(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

@@ -122,8 +122,8 @@ def grouped_mm(x_RI, weight_EOI, ends_E):
     return GroupedMm.apply(x_RI, weight_EOI, ends_E, _library_product)
 
 
-def _library_product(x_RK, weight_EKN, ends_E):
-    return zero_tail(F.grouped_mm(x_RK, weight_EKN, offs=ends_E), ends_E)
+def _library_product(x_RK, weight_ENK, ends_E):
+    return zero_tail(F.grouped_mm(x_RK, weight_ENK.transpose(1, 2), offs=ends_E), ends_E)
 
 
 def zero_tail(rows_RD, ends_E):
