@@ -349,3 +349,23 @@ def test_sums_that_begin_at_no_16_bytes_are_copied_for_tma_and_back(monkeypatch,
     module.add_weight_gradient(into, dy, x, ends, fresh=fresh)
     assert (into == 1).all()
     assert [(call["ADD"], call["FETCH"]) for call in launched] == [(not fresh, not fresh)]
+
+
+@pytest.mark.parametrize("squares", [False, True])
+def test_a_single_gradient_is_described_as_that_of_one_expert(monkeypatch, squares):
+    module, launched = gluon_fp8_three_gradient, []
+    monkeypatch.setattr(module, "_column_tiles", {(1,): lambda *operands, **_: launched.append(operands)})
+    monkeypatch.setattr(module, "multiprocessors", lambda _device: 132)
+    dy, x = (ops.quantise_fp8_columns(torch.randn(300, width)) for width in (48, 32))
+    into = torch.zeros(48, 64)[:, :32]
+    parts = module.add_weight_gradient(into, dy, x, None, fresh=True, squares=squares)
+    ((_, _, dy_scale, x_scale, described, sums, given, ends, padded, *dims),) = launched
+    assert sums is into
+    assert (described.shape, described.strides) == ([1, 48, 32], [48 * 64, 64, 1])
+    assert (ends, padded, dims) == (None, 384, [48, 32, 1, 1, 1])
+    for scale, own, block in ((dy_scale, dy, 64), (x_scale, x, 128)):
+        assert (scale.shape, scale.block_shape) == ([own.scale.numel()], [block])
+        line = scale.base.as_strided(scale.shape, scale.strides)
+        assert torch.equal(line, own.scale.t().reshape(-1))
+    assert parts is given
+    assert (parts is None) != squares
