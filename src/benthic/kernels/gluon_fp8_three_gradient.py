@@ -126,7 +126,7 @@ def _multiply(
             number += 1
         if (chunks > 0) | (not ADD):
             squares = leave(sums, slots, group, out, expert, row, column, SLOTS, ADD, False, SQUARES)
-            if SQUARES:
+            if SQUARES:  # what stands over an edge is 0 times another scale, which is finite
                 gl.store(squares_ptr + GROUPS * tile + group, gl.sum(squares, axis=0))
     tma.store_wait(0)
 

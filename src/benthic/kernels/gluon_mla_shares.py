@@ -223,4 +223,4 @@ def rows_of(x_SQHd):
 
 def pieces_of(cache_PBW, width, tokens=64):
     """A descriptor of blocks of a page's tokens, or some of them, by `width` dims."""
-    return blocks_of(cache_PBW.flatten(0, 1), tokens, width)
+    return blocks_of(cache_PBW, tokens, width)

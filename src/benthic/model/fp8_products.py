@@ -155,11 +155,9 @@ class Fp8Products:
         columns = ops.retile_fp8(Fp8(*rows), ends_E, power_of_two=self.power_of_two)
         if sum_ is None:
             return ops.fp8_weight_gradient(Fp8(*dy), columns, ends_E)
-        take, operands = sum_.squares, (sum_.into, Fp8(*dy), columns, ends_E)
-        parts = ops.add_fp8_weight_gradient(*operands, fresh=sum_.fresh, squares=take is not None)
-        if take is not None and parts is not None:
-            take(parts)
-        return sum_.into
+        into, fresh, wanted = sum_.into, sum_.fresh, sum_.squares is not None
+        sum_.give(ops.add_fp8_weight_gradient(into, Fp8(*dy), columns, ends_E, fresh=fresh, squares=wanted))
+        return into
 
     def of_copies(self) -> Fp8Products:
         """Tiles of tokens are copied, with a byte a value."""

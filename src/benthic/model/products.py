@@ -43,6 +43,11 @@ class Sum(NamedTuple):
     fresh: bool = False
     squares: Callable[[Tensor], None] | None = None
 
+    def give(self, parts: Tensor | None) -> None:
+        """Hand parts of the sum of squares on, if a product had them and somebody asked."""
+        if self.squares is not None and parts is not None:
+            self.squares(parts)
+
 
 class Products(Protocol):
     """In what numbers the three products are computed, and what is kept between forward and backward.
@@ -177,11 +182,9 @@ class PlainProducts:
         """`dy^T x`."""
         (dy_RO,), (x_RI,) = dy, rows
         if sum_ is not None:
-            take, wanted = sum_.squares, sum_.squares is not None and ends_E is not None
-            parts = ops.add_weight_gradient(sum_.into, dy_RO, x_RI, ends_E, fresh=sum_.fresh, squares=wanted)
-            if take is not None and parts is not None:
-                take(parts)
-            return sum_.into
+            into, fresh, wanted = sum_.into, sum_.fresh, sum_.squares is not None and ends_E is not None
+            sum_.give(ops.add_weight_gradient(into, dy_RO, x_RI, ends_E, fresh=fresh, squares=wanted))
+            return into
         narrow = x_RI.dtype.itemsize < 4
         dtype = torch.float32 if self.wide_gradients and narrow else x_RI.dtype
         return ops.weight_gradient(dy_RO, x_RI, ends_E, dtype=dtype)
