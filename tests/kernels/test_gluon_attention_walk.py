@@ -293,7 +293,7 @@ def run(language, q, k, v, queries, keys, *, widths, causal, apart, is_list, pro
     given, lock = iter(range(total if total > programs else 0)), threading.Lock()
     programs = min(programs, total)
 
-    def asked(_counter, _queued):
+    def asked(_counter):
         with lock:
             return number(next(given))
 

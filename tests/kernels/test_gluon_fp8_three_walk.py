@@ -119,7 +119,7 @@ def products(language, x, weight, ends, out, written, *, programs, counter):
         gluon_fp8_three._rows_times_blocks(
             Described(x.values.float(), 64, 128), Described(weight.values.float().flatten(0, 1), 128, 128),
             Described(out, 64, 128, written=written), Pointer(x.scale), Pointer(weight.scale.contiguous()),
-            Pointer(out, written=written), known, counter, int(counter is not None),
+            Pointer(out, written=written), known, counter,
             len(out), experts, n_dim, math.ceil(k_dim / 128), math.ceil(n_dim / 128), weight.scale.shape[-2],
             *x.scale.stride(), REGISTERS=0, FEW_REGISTERS=0,
         )  # fmt: skip

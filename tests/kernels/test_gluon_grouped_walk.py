@@ -89,7 +89,7 @@ def language(monkeypatch):
         load=load,
         unload=unload,
         view=view,
-        asked=lambda counter, queued: next(counter) if queued else 0,
+        asked=lambda counter: 0 if counter is None else next(counter),
         answered=lambda answer: answer,
         write_number=lambda numbers, at, value: numbers.index(at).data.fill_(value),
         read_number=lambda numbers, at: int(numbers.index(at).data),
@@ -133,14 +133,14 @@ def run(language, sizes, spare, dims, *, turned, gated):
     out, written = torch.full_like(exact, torch.nan), torch.zeros(exact.shape, dtype=torch.int64)
     laid = weight if turned else weight.transpose(1, 2).contiguous()
     n_tiles = math.ceil(n_dim / 128)
-    for programs, queued in ((1, 1), (3, 1), (3, 0)):
-        counter = itertools.count()
+    for programs, queued in ((1, True), (3, True), (3, False)):
+        counter = itertools.count() if queued else None
         language.num_programs = lambda _axis, programs=programs: programs
         for program in range(programs if rows else 0):
             language.program_id = lambda _axis, program=program: program
             gluon_grouped._rows_times_experts(
                 Described(x, 64), Described(laid, 64), Described(out, 64 if gated else 128, written),
-                Pointer(out, written=written), Pointer(ends), counter, queued,
+                Pointer(out, written=written), Pointer(ends), counter,
                 rows, len(sizes), n_dim, k_dim, n_tiles,
                 TURNED=turned, GATED=gated, REGISTERS=0, FEW_REGISTERS=0,
             )  # fmt: skip
@@ -156,9 +156,7 @@ class Launches:
     def __getitem__(self, grid):
         return self.run
 
-    def run(
-        self, x, weight, out, out_ptr, ends, _counter, _queued, rows, experts, n_dim, k_dim, _n_tiles, **how
-    ):
+    def run(self, x, weight, out, out_ptr, ends, _counter, rows, experts, n_dim, k_dim, _n_tiles, **how):
         assert (x.shape, x.strides, out.shape[0]) == ([rows, k_dim], [x.base.stride(0), 1], rows)
         table = weight.base.as_strided(weight.shape, weight.strides)
         turned = how["TURNED"]

@@ -294,7 +294,7 @@ def _produce_tiles(
             _blank(out_ptr, lse_ptr, first, left, head, tokens, HEADS, V, BLOCK_M)
         number = total
         if total > gl.num_programs(0):
-            number = gl.num_programs(0) + answered(asked(counter_ptr, 1))
+            number = gl.num_programs(0) + answered(asked(counter_ptr))
         blocks, cut, keys, first, left, head, seen, start_k = _tile_of(
             gl.minimum(number, total - 1), starts_q_ptr, starts_k_ptr, tiles_ptr, tiles, BLOCK_M, BLOCK_N,
             HEADS, TOGETHER, CAUSAL, LISTED,

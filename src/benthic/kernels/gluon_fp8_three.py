@@ -38,13 +38,15 @@ from benthic.kernels.gluon_fp8_tiles import (
     expert_of,
     tiles_of,
 )
-from benthic.kernels.gluon_queue import AHEAD, asked, counter_of, following, new_queue, tell, told
+from benthic.kernels.gluon_queue import AHEAD, asked, hand_on, new_counter, new_queue, told
 from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars, unload
 from benthic.kernels.host import cdiv
 from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
 STAGES = gl.constexpr(4)
+QUEUED_ROWS = 1024
+"""Rows an expert, on average, from which the last of its tiles matters less than what a queue costs each."""
 
 
 @gluon.jit
@@ -58,7 +60,7 @@ def _find(tile, place, ends_ptr, rows, experts, n_tiles):
 
 @gluon.jit
 def _produce(
-    x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr, queued,
+    x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr,
     rows, experts, n_dim, k_tiles, n_tiles,
 ):  # fmt: skip
     """Take tiles, and load chunk after chunk of them as places in the ring come free."""
@@ -68,7 +70,6 @@ def _produce(
     tile, turn, number = gl.program_id(0), 0, 0
     place, at = _find(tile, (0, 0, 0, end_of(ends_ptr, 0, experts, rows)), ends_ptr, rows, experts, n_tiles)
     while at[0] <= experts:
-        tell(queue, turn, tile)
         expert, row, end, column = at
         parts = gl.minimum((end - row + PART - 1) // PART, GROUPS)
         chunks, answer = gl.where(expert < experts, k_tiles, 0), 0
@@ -83,13 +84,12 @@ def _produce(
             load(weight, [expert * n_dim + column, chunk * CHUNK], bar, weight_ring.index(stage))
             number += 1
             if chunk == gl.maximum(chunks - AHEAD, 0):
-                answer = asked(counter_ptr, queued)
+                answer = asked(counter_ptr)
         if chunks == 0:
-            answer = asked(counter_ptr, queued)
-        tile = following(tile, answer, counter_ptr, queued)
+            answer = asked(counter_ptr)
+        tile = hand_on(queue, turn, tile, answer, counter_ptr)
         turn += 1
         place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
-    tell(queue, turn, tile)
 
 
 @gluon.jit
@@ -126,7 +126,7 @@ def _write(sums, at, group, out, out_tile, out_ptr, n_dim):
 
 @gluon.jit
 def _multiply(
-    group, x_ring, weight_ring, bars, queue, scales, out, out_tile, out_ptr, ends_ptr,
+    group, x_ring, weight_ring, bars, queue, scales, out, out_tile, out_ptr, ends_ptr, counter_ptr,
     rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
 ):  # fmt: skip
     """The 64 rows of a group, tile after tile; nothing is multiplied where a tile has none for the group."""
@@ -134,9 +134,8 @@ def _multiply(
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
     full, empty = bars
     zero = gl.zeros([PART, TALL_COLUMNS], gl.float32, layout=SUMS)
-    turn, number = 0, 0
-    first = (0, 0, 0, end_of(ends_ptr, 0, experts, rows))
-    place, at = _find(told(queue, 0), first, ends_ptr, rows, experts, n_tiles)
+    tile, turn, number = gl.program_id(0), 0, 0
+    place, at = _find(tile, (0, 0, 0, end_of(ends_ptr, 0, experts, rows)), ends_ptr, rows, experts, n_tiles)
     x_at, w_at = _scales_at(at, group, scales, rows, experts, k_tiles, scale_tiles, stride_scale, BY_ROW)
     x_scale, w_scale = gl.load(x_at), gl.load(w_at)
     while at[0] <= experts:
@@ -157,8 +156,9 @@ def _multiply(
                 mbarrier.wait(full.index(chunk % STAGES), (chunk // STAGES) & 1)
                 mbarrier.arrive(empty.index(chunk % STAGES), count=1)
         written, number = at, last
+        tile = told(queue, turn, tile, counter_ptr)
         turn += 1
-        place, at = _find(told(queue, turn), place, ends_ptr, rows, experts, n_tiles)
+        place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
         x_at, w_at = _scales_at(at, group, scales, rows, experts, k_tiles, scale_tiles, stride_scale, BY_ROW)
         x_scale, w_scale = gl.load(x_at), gl.load(w_at)
         _write(sums, written, group, out, out_tile, out_ptr, n_dim)
@@ -166,9 +166,9 @@ def _multiply(
 
 
 @remembered
-@gluon.jit(do_not_specialize=["queued", "rows"])
+@gluon.jit(do_not_specialize=["rows"])
 def _rows_times_blocks(
-    x, weight, out, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr, counter_ptr, queued,
+    x, weight, out, x_scale_ptr, weight_scale_ptr, out_ptr, ends_ptr, counter_ptr,
     rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
     REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -181,19 +181,22 @@ def _rows_times_blocks(
     fence_async_shared()
     gl.warp_specialize([
         (_multiply, (
-            0, x_ring, weight_ring, bars, queue, scales, out, out_tiles.index(0), out_ptr, ends_ptr,
-            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
+            0, x_ring, weight_ring, bars, queue, scales, out, out_tiles.index(0), out_ptr,
+            ends_ptr, counter_ptr, rows, experts, n_dim, k_tiles, n_tiles,
+            scale_tiles, stride_scale, stride_tile,
         )),
         (_multiply, (
-            1, x_ring, weight_ring, bars, queue, scales, out, out_tiles.index(1), out_ptr, ends_ptr,
-            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
+            1, x_ring, weight_ring, bars, queue, scales, out, out_tiles.index(1), out_ptr,
+            ends_ptr, counter_ptr, rows, experts, n_dim, k_tiles, n_tiles,
+            scale_tiles, stride_scale, stride_tile,
         )),
         (_multiply, (
-            2, x_ring, weight_ring, bars, queue, scales, out, out_tiles.index(2), out_ptr, ends_ptr,
-            rows, experts, n_dim, k_tiles, n_tiles, scale_tiles, stride_scale, stride_tile,
+            2, x_ring, weight_ring, bars, queue, scales, out, out_tiles.index(2), out_ptr,
+            ends_ptr, counter_ptr, rows, experts, n_dim, k_tiles, n_tiles,
+            scale_tiles, stride_scale, stride_tile,
         )),
         (_produce, (
-            x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr, queued,
+            x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr,
             rows, experts, n_dim, k_tiles, n_tiles,
         )),
     ], [4, 4, 1], [REGISTERS, REGISTERS, FEW_REGISTERS])  # fmt: skip
@@ -208,11 +211,12 @@ def linear(x, weight, ends_E, *, dtype):
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
     most_tiles = (rows // TALL_ROWS.value + experts + 1) * n_tiles
     programs = min(multiprocessors(values.device), most_tiles)
+    queued = ends_E is not None and most_tiles > programs and rows < QUEUED_ROWS * experts
     if rows:
         _rows_times_blocks[(programs,)](
             tiles_of(x.values), tiles_of(values, TALL_COLUMNS.value),
             blocks_of(out_RN, PART.value, TALL_COLUMNS.value), x.scale, scale, out_RN, ends_E,
-            *counter_of(ends_E, most_tiles, programs),
+            new_counter(values.device) if queued else None,
             rows, experts, n_dim, cdiv(k_dim, CHUNK.value), n_tiles, scale.shape[-2], *x.scale.stride(),
             REGISTERS=TALL_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, maxnreg=TALL_ENTRY_REGISTERS,

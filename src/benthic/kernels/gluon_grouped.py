@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from benthic.kernels.gluon_fp8_tiles import corner, expert_of
-from benthic.kernels.gluon_queue import AHEAD, asked, counter_of, following, new_queue, tell, told
+from benthic.kernels.gluon_queue import AHEAD, asked, hand_on, new_counter, new_queue, told
 from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars, take_context, unload, view
 from benthic.kernels.grouped_mm import GroupedMm
 from benthic.kernels.host import cdiv
@@ -64,7 +64,7 @@ def _find(tile, place, ends_ptr, rows, experts, n_tiles):
 
 @gluon.jit
 def _produce(
-    x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr, queued,
+    x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr,
     rows, experts, n_dim, k_dim, n_tiles, TURNED: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Take tiles, and load chunk after chunk of them as places in the ring come free."""
@@ -74,7 +74,6 @@ def _produce(
     tile, turn, number = gl.program_id(0), 0, 0
     place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
     while at[0] <= experts:
-        tell(queue, turn, tile)
         expert, row, end, column = at
         halves = gl.minimum((end - row + HALF - 1) // HALF, HALVES)
         last, answer = gl.where(expert < experts, k_dim, 0), 0
@@ -93,13 +92,12 @@ def _produce(
                     load(weight, [expert * k_dim + k, first], bar, weight_ring.index(2 * stage + i))
             number += 1
             if k == gl.maximum(last - AHEAD * CHUNK, 0):
-                answer = asked(counter_ptr, queued)
+                answer = asked(counter_ptr)
         if last == 0:
-            answer = asked(counter_ptr, queued)
-        tile = following(tile, answer, counter_ptr, queued)
+            answer = asked(counter_ptr)
+        tile = hand_on(queue, turn, tile, answer, counter_ptr)
         turn += 1
         place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
-    tell(queue, turn, tile)
 
 
 @gluon.jit
@@ -166,15 +164,15 @@ def _write(sums, row, end, column, out, out_tile, out_ptr, width, GATED: gl.cons
 
 @gluon.jit
 def _multiply(
-    group, x_ring, weight_ring, bars, queue, out, out_tile, out_ptr, ends_ptr,
+    group, x_ring, weight_ring, bars, queue, out, out_tile, out_ptr, ends_ptr, counter_ptr,
     rows, experts, n_dim, k_dim, n_tiles,
     TURNED: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """The rows of a group, tile after tile."""
     SHARE: gl.constexpr = 2 if GATED else 1  # columns of the weight for one that is written
     full, empty = bars
-    turn, number = 0, 0
-    place, at = _find(told(queue, 0), (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    tile, turn, number = gl.program_id(0), 0, 0
+    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
     while at[0] <= experts:
         expert, row, end, column = at
         column, width = column // SHARE, n_dim // SHARE
@@ -193,15 +191,16 @@ def _multiply(
                 mbarrier.wait(full.index(number % STAGES), (number // STAGES) & 1)
                 mbarrier.arrive(empty.index(number % STAGES), count=1)
                 number += 1
+        tile = told(queue, turn, tile, counter_ptr)
         turn += 1
-        place, at = _find(told(queue, turn), place, ends_ptr, rows, experts, n_tiles)
+        place, at = _find(tile, place, ends_ptr, rows, experts, n_tiles)
     tma.store_wait(0)
 
 
 @remembered
-@gluon.jit(do_not_specialize=["queued", "rows", "experts", "n_tiles"])
+@gluon.jit(do_not_specialize=["rows", "experts", "n_tiles"])
 def _rows_times_experts(
-    x, weight, out, out_ptr, ends_ptr, counter_ptr, queued, rows, experts, n_dim, k_dim, n_tiles,
+    x, weight, out, out_ptr, ends_ptr, counter_ptr, rows, experts, n_dim, k_dim, n_tiles,
     TURNED: gl.constexpr, GATED: gl.constexpr, REGISTERS: gl.constexpr, FEW_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor, which takes tiles of all experts from the counter, or every so-manieth.
@@ -215,15 +214,15 @@ def _rows_times_experts(
     fence_async_shared()
     gl.warp_specialize([
         (_multiply, (
-            0, x_ring, weight_ring, bars, queue, out, out_tiles.index(0), out_ptr, ends_ptr,
+            0, x_ring, weight_ring, bars, queue, out, out_tiles.index(0), out_ptr, ends_ptr, counter_ptr,
             rows, experts, n_dim, k_dim, n_tiles, TURNED, GATED,
         )),
         (_multiply, (
-            1, x_ring, weight_ring, bars, queue, out, out_tiles.index(1), out_ptr, ends_ptr,
+            1, x_ring, weight_ring, bars, queue, out, out_tiles.index(1), out_ptr, ends_ptr, counter_ptr,
             rows, experts, n_dim, k_dim, n_tiles, TURNED, GATED,
         )),
         (_produce, (
-            x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr, queued,
+            x, weight, x_ring, weight_ring, bars, queue, ends_ptr, counter_ptr,
             rows, experts, n_dim, k_dim, n_tiles, TURNED, GATED,
         )),
     ], [4, 1], [REGISTERS, FEW_REGISTERS])  # fmt: skip
@@ -254,7 +253,7 @@ def multiply(x_RK, weight_ENK, ends_E, *, gated=False):
             blocks_of(_loadable(x_RK), HALF.value, CHUNK.value),
             blocks_of(weight, HALF.value, CHUNK.value, turned=upright),
             blocks_of(out, HALF.value, COLUMNS.value // (2 if gated else 1)),
-            out, ends_E, *counter_of(ends_E, tiles, programs),
+            out, ends_E, new_counter(x_RK.device) if tiles > programs else None,
             rows, experts, n_dim, k_dim, n_tiles, TURNED=not upright, GATED=gated,
             REGISTERS=CONSUMER_REGISTERS, FEW_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4, maxnreg=ENTRY_REGISTERS,

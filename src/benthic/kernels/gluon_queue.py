@@ -23,8 +23,8 @@ TURNS = gl.constexpr(2)
 
 
 @gluon.jit
-def asked(counter_ptr, queued):
-    """Ask for the next number if `queued` is 1, for the warp that calls this, which goes on meanwhile.
+def asked(counter_ptr):
+    """Ask for the next number, for the warp that calls this, which goes on meanwhile.
 
     The first lane asks. Each has an address of its own, as it were: for a single one the assembler would add
     up what lanes ask for, in code that waits for the answer.
@@ -33,8 +33,8 @@ def asked(counter_ptr, queued):
     if counter_ptr is not None:
         answer = gl.inline_asm_elementwise(
             "{.reg .pred p; .reg .b32 l; .reg .b64 a; mov.u32 l, %laneid; mad.wide.u32 a, l, 4, $1;"
-            " mov.u32 $0, 0; setp.lt.s32 p, l, $2; @p atom.relaxed.gpu.global.add.u32 $0, [a], 1;}",
-            "=&r,l,r", [counter_ptr.to(gl.int64), queued], dtype=gl.int32, is_pure=False, pack=1,
+            " mov.u32 $0, 0; setp.eq.u32 p, l, 0; @p atom.relaxed.gpu.global.add.u32 $0, [a], 1;}",
+            "=&r,l", [counter_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     return answer
 
@@ -69,38 +69,33 @@ def new_queue(GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def tell(queue, turn, tile):
-    """Tell the groups the number of a tile, the program's `turn`-th."""
-    numbers, full, empty = queue
-    mbarrier.wait(empty.index(turn % TURNS), (turn // TURNS) & 1 ^ 1)
-    write_number(numbers, turn % TURNS, tile)
-    mbarrier.arrive(full.index(turn % TURNS), count=1)
+def hand_on(queue, turn, tile, answer, counter_ptr):
+    """The next tile of a program, its `turn`-th after the first, told to the groups.
 
-
-@gluon.jit
-def told(queue, turn):
-    """Wait for it."""
-    numbers, full, empty = queue
-    mbarrier.wait(full.index(turn % TURNS), (turn // TURNS) & 1)
-    tile = read_number(numbers, turn % TURNS)
-    mbarrier.arrive(empty.index(turn % TURNS), count=1)
-    return tile
-
-
-@gluon.jit
-def following(tile, answer, counter_ptr, queued):
-    """The next tile of a program: the next of all if there is a counter, else every so-manieth."""
+    That is the next of all; without a counter it is every so-manieth, which groups know by themselves.
+    """
     tile += gl.num_programs(0)
-    if counter_ptr is not None:  # noqa: SIM102 (known to the compiler, as the other is not)
-        if queued > 0:
-            tile = gl.num_programs(0) + answered(answer)
+    if counter_ptr is not None:
+        tile = gl.num_programs(0) + answered(answer)
+        numbers, full, empty = queue
+        mbarrier.wait(empty.index(turn % TURNS), (turn // TURNS) & 1 ^ 1)
+        write_number(numbers, turn % TURNS, tile)
+        mbarrier.arrive(full.index(turn % TURNS), count=1)
     return tile
 
 
-def counter_of(ends_E, tiles, programs):
-    """A counter at 0 and 1; another number and 0 where each tile may have a program; None for equal tiles."""
-    if ends_E is None:
-        return None, 0
-    if tiles <= programs:
-        return ends_E, 0
-    return torch.zeros(1, dtype=torch.int32, device=ends_E.device), 1
+@gluon.jit
+def told(queue, turn, tile, counter_ptr):
+    """The same for a group, which waits for it."""
+    tile += gl.num_programs(0)
+    if counter_ptr is not None:
+        numbers, full, empty = queue
+        mbarrier.wait(full.index(turn % TURNS), (turn // TURNS) & 1)
+        tile = read_number(numbers, turn % TURNS)
+        mbarrier.arrive(empty.index(turn % TURNS), count=1)
+    return tile
+
+
+def new_counter(device):
+    """A counter at 0."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
