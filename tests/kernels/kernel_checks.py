@@ -220,10 +220,11 @@ def test_rope_and_norm_write_into_one_layers_slots_what_store_latent_does(
     latent, key = made(tokens, 160 + width, dtype=dtype, seed=1).detach().split((160, width), -1)
     operands = query, key, 300 * latent, 300 * made(160, dtype=dtype, seed=2).detach(), 1e-6
     angles = angle.cos(), angle.sin()
-    slots = torch.randperm(9 * 7, generator=torch.Generator().manual_seed(0))[:tokens].to(DEVICE)
+    pages = tokens // 7 + 2
+    slots = torch.randperm(pages * 7, generator=torch.Generator().manual_seed(0))[:tokens].to(DEVICE)
     slots[1::3] = -1
     cached = torch.float8_e4m3fn if kept == "E4M3" else dtype
-    caches = [torch.full((3, 9, 7, 160 + width), torch.nan, device=DEVICE).to(cached) for _ in range(2)]
+    caches = [torch.full((3, pages, 7, 160 + width), torch.nan, device=DEVICE).to(cached) for _ in range(2)]
     apart = ops.rope_and_norm(*operands, *angles, impl="triton")
     ops.store_latent(caches[0][1], apart[2], apart[1], slots, impl="triton")
     once = ops.rope_norm_store(*operands, *angles, ops.Slots(caches[1][1], slots, alone), impl="triton")

@@ -154,13 +154,11 @@ def test_the_table_chooses_the_documented_kernels():
     assert chosen["rms_norm"] == "triton"
     assert chosen["mla_decode"] == "gluon_wide"
     assert chosen["mla_decode (few rows)"] == "gluon"
-    assert chosen["grouped_linear"] == chosen["grouped_input_gradient"] == "grouped_mm_cuda"
+    assert chosen["grouped_linear"] == chosen["grouped_input_gradient"] == "gluon"
     assert chosen["grouped_linear (few rows)"] == "few_rows"
     assert chosen["linear"] == "torch"
     assert chosen["linear (few rows)"] == "few_rows"
-    assert chosen["grouped_linear (many rows)"] == chosen["grouped_input_gradient (many rows)"] == "gluon"
-    assert (chosen["grouped_swiglu"], chosen["grouped_swiglu (many rows)"]) == ("two_ops", "gluon")
-    assert chosen["grouped_swiglu (few rows)"] == "few_rows"
+    assert (chosen["grouped_swiglu"], chosen["grouped_swiglu (few rows)"]) == ("gluon", "few_rows")
     assert (chosen["fp8_linear"], chosen["fp8_linear (few rows)"]) == ("gluon_split", "few_rows")
     assert chosen["fp8_linear (many rows)"] == "cublas"
     of_fp8 = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.float8_e4m3fn)}

@@ -86,6 +86,23 @@ def test_phases_of_two_microbatches_may_be_interleaved(name):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
+class Noted:
+    """Side work at once, and what happened in order."""
+
+    def __init__(self, order):
+        self.order = order
+
+    def moment(self):
+        self.order.append("moment")
+        return len(self.order)
+
+    def __call__(self, work, since=None):
+        result = work()
+        self.order.append("started" if since is None else "started at it")
+        assert since is None or self.order[since - 1] == "moment"
+        return lambda: self.order.append("taken") or result
+
+
 def attended_at_once(forward, x_TD, angles, sockets):
     return forward(x_TD, angles, replace(sockets, aside=at_once))
 
@@ -96,17 +113,14 @@ def test_a_latent_is_started_before_its_query_and_taken_when_it_is_needed(grad):
     tokens_T, positions_T, _, sockets = packed(model.config)
     exact = model(tokens_T, positions_T, sockets).hidden_TD
 
-    def aside(work):
-        result = work()
-        order.append("started")
-        return lambda: order.append("taken") or result
-
     for block in model.blocks:
         query = block.attn.query
         block.attn.query = lambda *rows, inner=query: order.append("query") or inner(*rows)
-        block.experts = lambda sent, given, inner=block.experts: inner(sent, replace(given, aside=at_once))
+        for phase in ("dispatch", "experts"):
+            inner = getattr(block, phase)
+            setattr(block, phase, lambda x, given, inner=inner: inner(x, replace(given, aside=at_once)))
     with torch.set_grad_enabled(grad):
-        found = model(tokens_T, positions_T, replace(sockets, aside=aside)).hidden_TD
+        found = model(tokens_T, positions_T, replace(sockets, aside=Noted(order))).hidden_TD
     torch.testing.assert_close(found, exact)
     of_layer = ["started", "taken", "query"] if grad else ["started", "query", "taken"]
     assert order == of_layer * len(model.blocks)
@@ -117,17 +131,13 @@ def test_shared_experts_are_started_before_routed_ones_and_taken_after_them():
     tokens_T, positions_T, _, sockets = packed(model.config)
     exact = model(tokens_T, positions_T, sockets).hidden_TD
 
-    def aside(work):
-        order.append("started")
-        result = work()
-        return lambda: order.append("taken") or result
-
     for block in model.blocks:
         block.attn.forward = partial(attended_at_once, block.attn.forward)
         if hasattr(block, "moe"):
-            forward = block.moe.experts.forward
+            gate, forward = block.moe.gate.forward, block.moe.experts.forward
+            block.moe.gate.forward = lambda *rows, inner=gate: order.append("gate") or inner(*rows)
             block.moe.experts.forward = lambda *rows, inner=forward: order.append("routed") or inner(*rows)
-    found = model(tokens_T, positions_T, replace(sockets, aside=aside)).hidden_TD
+    found = model(tokens_T, positions_T, replace(sockets, aside=Noted(order))).hidden_TD
     assert torch.equal(found, exact)
     mixtures = sum(hasattr(block, "moe") for block in model.blocks)
-    assert order == ["started", "routed", "taken"] * mixtures
+    assert order == ["moment", "gate", "started at it", "routed", "taken"] * mixtures

@@ -20,6 +20,7 @@ def test_a_cpu_works_at_once():
     taken = at_once(lambda: done.append(1) or "result")
     assert done == [1]
     assert taken() == taken() == "result"
+    assert at_once(lambda: 5, at_once.moment())() == 5
 
 
 def test_steps_with_prompts_work_at_once():
@@ -43,14 +44,15 @@ def test_a_graph_of_two_streams_gives_the_same_bits_over_two_hundred_inputs():
     x = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
     weights = [torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16) / 32 for _ in range(4)]
     second = SecondStream(x.device)
-    assert second(lambda: 3)() == 3  # outside a capture
+    assert second(lambda: 3)() == second(lambda: 3, second.moment())() == 3  # outside a capture
 
     def forward(aside):
         y = x
-        for _ in range(6):
-            beside = aside(lambda y=y: torch.tanh(y @ weights[0]) @ weights[1])
-            own = torch.tanh(y @ weights[2]) @ weights[3]
-            y = torch.tanh(own + beside())
+        for early in (True, False, True) * 2:
+            since = aside.moment() if early else None
+            before = torch.tanh(y @ weights[2])
+            beside = aside(lambda y=y: torch.tanh(y @ weights[0]) @ weights[1], since)
+            y = torch.tanh(before @ weights[3] + beside())
         return y
 
     graphs = []

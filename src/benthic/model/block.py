@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import nn
 
@@ -41,11 +41,12 @@ class Attended:
 
 @dataclass(frozen=True)
 class Sent:
-    """After dispatch: rows are on their way to their experts."""
+    """After dispatch: rows are on their way to their experts, `since` when shared ones may run beside."""
 
     attended: Attended
     routing: Routing
     flight: InFlight
+    since: Any
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,15 @@ class MoeBlock(Block[Sent, Computed]):
 
     def dispatch(self, attended: Attended, sockets: Sockets) -> Sent:
         """Gate in float32, then send each row with its weights to the chosen experts."""
-        normed_TD = attended.normed_TD
+        normed_TD, since = attended.normed_TD, sockets.aside.moment()
         routing = self.moe.gate(normed_TD)
         flight = sockets.exchange.start_dispatch(normed_TD, routing.expert_TK, routing.weight_TK)
-        return Sent(attended, routing, flight)
+        return Sent(attended, routing, flight, since)
 
     def experts(self, sent: Sent, sockets: Sockets) -> Computed:
         """Shared experts on this rank's own tokens while rows travel; routed experts on those that arrive."""
         linear, own = sockets.linear, sent.attended
-        beside = sockets.aside(lambda: self.moe.beside(own.residual_TD, own.normed_TD, linear))
+        beside = sockets.aside(lambda: self.moe.beside(own.residual_TD, own.normed_TD, linear), sent.since)
         mixture = self.moe.experts.mixture(linear) if sent.flight.at_home else None
         if mixture is not None:
             (x_TD, weight_TK), expert_TK = sent.flight.tensors, sent.flight.handle

@@ -172,15 +172,34 @@ class Exchange(Protocol):
 class Aside(Protocol):
     """When work happens that nothing depends on until its result is taken; results are the same."""
 
-    def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Start `work`; what is returned takes its result, and is called before any operand is given up."""
+    def moment(self) -> Any:
+        """Now, for work that is known later: it may begin beside what comes in between.
+
+        No result of earlier side work may be given up in between.
+        """
+        ...
+
+    def __call__(self, work: Callable[[], T], since: Any = None) -> Callable[[], T]:
+        """Start `work`, from a moment on or from now on.
+
+        What is returned takes its result, and is called before any operand is given up.
+        """
         ...
 
 
-def at_once(work: Callable[[], T]) -> Callable[[], T]:
+class AtOnce:
     """Work first, then whatever follows."""
-    result = work()
-    return lambda: result
+
+    def moment(self) -> None:
+        """Work begins when it is given."""
+
+    def __call__(self, work: Callable[[], T], since: None = None) -> Callable[[], T]:  # noqa: ARG002
+        """See `Aside`."""
+        result = work()
+        return lambda: result
+
+
+at_once = AtOnce()
 
 
 @dataclass(frozen=True)

@@ -30,18 +30,23 @@ class SecondStream:
     """Runs work on a stream of its own while a CUDA graph is recorded, at once otherwise.
 
     Memory that the work takes belongs to that stream. What it reads and returns may be given up after the
-    result was taken: the next work starts behind everything that came before it.
+    result was taken: the next work starts behind everything that came before it, or before its moment.
     """
 
     def __init__(self, device: torch.device) -> None:
         # or it would wait for the last program of a product beside it to begin, and then hide behind nothing
         self._stream = torch.cuda.Stream(device, priority=-1)
 
-    def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
+    def moment(self) -> torch.cuda.Event | None:
+        """See `benthic.model.sockets.Aside`."""
+        capturing = torch.cuda.is_current_stream_capturing()
+        return torch.cuda.current_stream().record_event() if capturing else None
+
+    def __call__(self, work: Callable[[], T], since: torch.cuda.Event | None = None) -> Callable[[], T]:
         """See `benthic.model.sockets.Aside`."""
         if not torch.cuda.is_current_stream_capturing():
             return at_once(work)
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_event(since or torch.cuda.current_stream().record_event())
         with torch.cuda.stream(self._stream):
             result = work()
 

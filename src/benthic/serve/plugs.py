@@ -36,9 +36,9 @@ class Plugs:
 
     def sockets(self, cache: LatentCache, layout: StepLayout) -> Sockets:
         """For one step against a cache. Where all rows decode, those that pad them follow the first."""
-        aside, exchange = at_once, self.exchange
-        if layout.prefill is None:
-            aside = self.aside
-            if isinstance(exchange, LocalExchange):
-                exchange = exchange.padded(layout.slot_T)
-        return Sockets(self.attend(cache, layout), exchange, self.linear, aside)
+        exchange = self.exchange
+        if layout.prefill is not None:
+            return Sockets(self.attend(cache, layout), exchange, self.linear)
+        if isinstance(exchange, LocalExchange):
+            exchange = exchange.padded(layout.slot_T)
+        return Sockets(self.attend(cache, layout), exchange, self.linear, self.aside)

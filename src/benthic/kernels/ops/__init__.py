@@ -372,7 +372,7 @@ def _variants(op: Op, plain: Case) -> list[tuple[str, Case]]:
         variants.append(("weights in columns", plain._replace(layout="columns")))
     if op in (MLA_DECODE, LINEAR, GROUPED_LINEAR, GROUPED_SWIGLU, FP8_LINEAR, GROUPED_FP8_LINEAR):
         variants.append(("few rows", plain._replace(few=True)))
-    if op in (GROUPED_LINEAR, GROUPED_SWIGLU, GROUPED_INPUT_GRADIENT, FP8_LINEAR, GROUPED_FP8_LINEAR):
+    if op in (FP8_LINEAR, GROUPED_FP8_LINEAR):
         variants.append(("many rows", plain._replace(many=True)))
     if op.trains:
         variants.append(("training", plain._replace(grad=True)))
