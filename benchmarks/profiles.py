@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 RESULTS: Final = Path(__file__).parent / "results"
 PROFILES: Final = Path(cost.__file__).parent / "profiles"
 OURS: Final = {
-    "cudnn", "triton", "gluon", "gluon_wide", "gluon_three", "gluon_split", "grouped_mm_cuda", "chunked",
-    "torch", "cublas",
+    "cudnn", "triton", "gluon", "gluon_wide", "gluon_three", "gluon_split", "gluon_dozens",
+    "grouped_mm_cuda", "chunked", "torch", "cublas",
 }  # fmt: skip
 NEWER: Final = {
     "kernels_fp8_h200": {"fp8_linear", "add_fp8_weight_gradient", "grouped_fp8_linear",

@@ -558,6 +558,46 @@ def test_grouped_swiglu_in_gluon_has_the_bits_of_both_ops(dtype, sizes, dims, sp
         assert torch.equal(found, ops.swiglu(ops.grouped_linear(x, weight, ends, impl="gluon")))
 
 
+DOZENS = {
+    "like experts": (24, 31, 17, 32, 30, 19, 27),
+    "uneven": (31, 0, 1, 33, 200, 64, 0),
+    "none": (0, 0, 0),
+    "full": (64, 128, 96, 32),
+}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="Gluon needs a GPU")
+@pytest.mark.parametrize("spare", [0, 35])
+@pytest.mark.parametrize("dims", [(64, 128), (1408, 640), (2048, 2816), (1408, 2048)], ids=str)
+@pytest.mark.parametrize("name", DOZENS)
+def test_products_of_dozens_of_rows_an_expert(dtype, name, dims, spare):
+    """With rows that belong to nobody NaN, rows beside others, in a graph, and the same bits each time."""
+    if dtype != torch.bfloat16:
+        pytest.skip("bfloat16 alone")
+    dozens, sizes = importlib.import_module("benthic.kernels.gluon_dozens"), DOZENS[name]
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+    x = made(sum(sizes) + spare, dims[0], dtype=dtype, seed=2).detach()
+    x[sum(sizes) :] = torch.nan
+    weight = made(len(sizes), dims[1], dims[0], dtype=dtype, seed=1).detach()
+    sums = dozens.multiply(x, weight, ends, gated=False)
+    close(sums, ops.grouped_linear(x.double(), weight.double(), ends, impl="reference"), dtype)
+    assert not sums[sum(sizes) :].any()
+    found = dozens.multiply(torch.cat([x, x], dim=1)[:, dims[0] :], weight, ends, gated=True)
+    assert torch.equal(found, ops.swiglu(sums, impl="triton"))
+    if not len(x):
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = [dozens.multiply(x, weight, ends, gated=gated) for gated in (False, True)]
+    for _ in range(20):
+        recorded[0].fill_(torch.nan), recorded[1].fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(recorded[0], sums)
+        assert torch.equal(recorded[1], found)
+    assert torch.equal(ops.grouped_linear(x, weight, ends, impl="gluon_dozens"), sums)
+    assert torch.equal(ops.grouped_swiglu(x, weight, ends, impl="gluon_dozens"), found)
+
+
 @pytest.mark.parametrize("last_first", [False, True])
 @pytest.mark.parametrize(
     "lengths",

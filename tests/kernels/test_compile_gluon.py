@@ -21,6 +21,7 @@ from benthic.kernels import (
     gluon_attention,
     gluon_attention_backward,
     gluon_attention_forward,
+    gluon_dozens,
     gluon_expert_gradient,
     gluon_fp8,
     gluon_fp8_retile,
@@ -508,3 +509,30 @@ def test_products_of_experts_have_one_in_flight_and_leave_by_tma(turned, gated, 
     assert text.count("UTMALDG") == 4 + 2  # halves of rows and of columns
     assert "UTMASTG" in text
     assert text.count("MUFU.EX2") == (2 * (2 + 1) * 32 if gated else 0)  # 64 x 64 over 128 threads
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "swiglu"])
+def test_products_of_dozens_of_rows_are_waited_for_once_a_chunk_and_have_their_first_weights_ahead(
+    gated, early, tmp_path
+):
+    module, own, count = gluon_dozens, 64 if gated else 128, gluon_dozens.TOGETHER
+    rows, box = module.ROWS.value, module.BOX.value
+    types = {"x": descriptor(box, 64), "weight": descriptor(64, 64)}
+    out = gl.NVMMASharedLayout.get_default_for([rows, own], gl.bfloat16)
+    constants = {"GATED": gated, "COUNT": count, "OUT_LAYOUT": out, "PDL": early}
+    constants |= {"REGISTERS": module.CONSUMER_REGISTERS, "FEW_REGISTERS": module.PRODUCER_REGISTERS}
+    kernel = built(module._experts_times_rows, constants, types, module.ENTRY_REGISTERS)
+    assert_fits(kernel, tmp_path)
+    text = tool(kernel, "-sass", tmp_path)
+    products = re.findall(r"HGMMA\S*", text)
+    # two groups have 128 of the weight's rows each, four times 16 dims of a chunk
+    assert products == [f"HGMMA.64x{rows}x16.F32.BF16"] * (2 * 2 * 4)
+    assert sum("gsb0" in product for product in re.findall(r"HGMMA.*", text)) == 2  # the last of a chunk
+    assert text.count("MUFU.EX2") == (2 * 64 * rows // 128 if gated else 0)
+    assert text.count("STSM.16.MT88.4") == 2 * own * rows // 1024  # sums are turned round
+    assert set(re.findall(r"STG\S*", text)) == {"STG.E.128"}  # and leave in whole sectors
+    ahead = ["UTMALDG"] * (4 * module.STAGES.value) + ["ACQBULK"] if early else []
+    loads = ["UTMALDG"] * (count * (4 + rows // box))
+    order = re.findall(r"UTMALDG|ACQBULK", text)
+    assert order in (ahead + loads, loads + ahead)  # the assembler puts either part first

@@ -159,6 +159,8 @@ def test_the_table_chooses_the_documented_kernels():
     assert chosen["linear"] == "torch"
     assert chosen["linear (few rows)"] == "few_rows"
     assert (chosen["grouped_swiglu"], chosen["grouped_swiglu (few rows)"]) == ("gluon", "few_rows")
+    for op in ("grouped_linear", "grouped_swiglu"):
+        assert chosen[f"{op} (dozens of rows)"] == "gluon_dozens"
     assert (chosen["fp8_linear"], chosen["fp8_linear (few rows)"]) == ("gluon_split", "few_rows")
     assert chosen["fp8_linear (many rows)"] == "cublas"
     of_fp8 = {choice.op: choice.implementation for choice in ops.explain("cuda", torch.float8_e4m3fn)}

@@ -140,6 +140,38 @@ def test_swiglu_goes_with_the_product_of_few_rows_where_nothing_is_kept_for_grad
 
 
 @pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")
+@pytest.mark.parametrize("op", [GROUPED_LINEAR, GROUPED_SWIGLU], ids=lambda op: op.name)
+def test_weights_of_experts_with_dozens_of_rows_are_streamed_where_nothing_is_kept_for_gradients(op):
+    dozens = Case("cuda", torch.bfloat16, (2048, 1408), fastest="gluon_dozens")
+    for few in (False, True):
+        assert op.select(dozens._replace(few=few))[0].name == "gluon_dozens"
+        for other in (
+            dozens._replace(fastest=""),
+            dozens._replace(grad=True),
+            dozens._replace(dims=(2048, 1376)),
+            dozens._replace(dims=(2080, 1408)),
+            dozens._replace(layout="columns"),
+            dozens._replace(dtype=torch.float16),
+            dozens._replace(device="cpu", dtype=torch.float32),
+        ):
+            assert op.select(other._replace(few=few))[0].name != "gluon_dozens"
+
+
+@pytest.mark.parametrize(("rows", "dozens"), [(33, ""), (34, "gluon_dozens"), (64, "gluon_dozens"), (65, "")])
+def test_rows_are_dozens_from_17_to_32_an_expert(rows, dozens, monkeypatch):
+    cases, choose = [], Op.choose
+    monkeypatch.setattr(Op, "choose", lambda op, case, impl: (cases.append(case), choose(op, case, impl))[1])
+    x, weight = torch.zeros(rows, 64), torch.zeros(2, 128, 64)
+    ends = torch.tensor([3, rows], dtype=torch.int32)
+    ops.grouped_linear(x, weight, ends)
+    ops.grouped_swiglu(x, weight, ends)
+    fastest = {case.fastest for case in cases if len(case.dims) == 2}
+    assert fastest == {"gluon_dozens" if dozens else ""}
+    ops.grouped_linear(x, weight, ends, impl="reference")
+    assert cases[-1].fastest == "reference"  # and so any may be asked for
+
+
+@pytest.mark.skipif(hopper_refusal() is not None, reason="another GPU than Hopper is here")
 @pytest.mark.parametrize("op", [SWIGLU_GRADIENT_FP8_BOTH, WEIGHTED_SWIGLU_GRADIENT_FP8_BOTH])
 def test_the_gradient_of_swiglu_is_quantised_as_it_is_computed_where_squares_are_gates_or_ups(op):
     case = Case("cuda", torch.bfloat16, (1408,), many=True)

@@ -83,16 +83,33 @@ class Attention(nn.Module, ABC):
     def query(self, compressed_TX: Tensor, linear: LinearSocket) -> Tensor:
         """All heads' queries before rotation: `[tokens, heads * (n + r)]`."""
 
+    @property
+    @abstractmethod
+    def first(self) -> Linear:
+        """What the hidden state is multiplied by on its way to queries."""
+
+    @abstractmethod
+    def after_first(self, product_TX: Tensor, linear: LinearSocket) -> Tensor:
+        """From that product to what `query` gives."""
+
     def forward(self, x_TD: Tensor, angles: Angles, sockets: Sockets) -> Tensor:
         """Attend from every row of the normed `x_TD`: `[tokens, hidden_size]`, residual not yet added."""
         linear = sockets.linear
-        latent = sockets.aside(lambda: self.kv_a(x_TD, linear))
-        compressed_TX = self.compress_query(x_TD, linear)
         if torch.is_grad_enabled():
-            out_THv = self.meet(compressed_TX, latent(), angles, sockets)
-        else:  # nothing is computed again, so the query's product does not wait for the latent
-            out_THv = self._attend(self.query(compressed_TX, linear), latent(), angles, sockets)
+            latent = sockets.aside(lambda: self.kv_a(x_TD, linear))
+            out_THv = self.meet(self.compress_query(x_TD, linear), latent(), angles, sockets)
+        else:
+            out_THv = self._attend(*self._query_and_latent(x_TD, sockets), angles, sockets)
         return self.o(out_THv.flatten(1), linear)
+
+    def _query_and_latent(self, x_TD: Tensor, sockets: Sockets) -> tuple[Tensor, Tensor]:
+        """Where nothing is computed again: products of the hidden state side by side, or as one."""
+        linear = sockets.linear
+        both = linear.together(x_TD, (self.first.weight, self.kv_a.weight))
+        if both is not None:
+            return self.after_first(both[0], linear), both[1]
+        latent = sockets.aside(lambda: self.kv_a(x_TD, linear))
+        return self.query(self.compress_query(x_TD, linear), linear), latent()
 
     def meet(self, compressed_TX: Tensor, kv_TCr: Tensor, angles: Angles, sockets: Sockets) -> Tensor:
         """From the compressed query and the unnormed latent with its key to the attention's output."""
@@ -149,6 +166,15 @@ class DirectAttention(Attention):
         """`W^Q h`."""
         return self.q(compressed_TX, linear)
 
+    @property
+    def first(self) -> Linear:
+        """`W^Q`."""
+        return self.q
+
+    def after_first(self, product_TX: Tensor, linear: LinearSocket) -> Tensor:  # noqa: ARG002 (nothing to do)
+        """The queries themselves."""
+        return product_TX
+
 
 class LowRankAttention(Attention):
     """Queries through a latent of their own, eq. (6)-(9) (DeepSeek-V2, V3, Kimi-K2)."""
@@ -166,6 +192,15 @@ class LowRankAttention(Attention):
     def query(self, compressed_TX: Tensor, linear: LinearSocket) -> Tensor:
         """`W^UQ norm(c)`."""
         return self.q_b(self.q_a_norm(compressed_TX), linear)
+
+    @property
+    def first(self) -> Linear:
+        """`W^DQ`."""
+        return self.q_a
+
+    def after_first(self, product_TX: Tensor, linear: LinearSocket) -> Tensor:
+        """The same."""
+        return self.query(product_TX, linear)
 
 
 def attention_for(config: ModelConfig, layer: int) -> Attention:

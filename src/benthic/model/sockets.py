@@ -88,6 +88,10 @@ class Linear(Protocol):
         """Each expert's rows times its own `weight_OI.T`; rows past `ends_E[-1]` come out as zero."""
         ...
 
+    def together(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:  # noqa: ARG002
+        """The products of `x` with each weight by a single one, if the weights lie in memory as one does."""
+        return None
+
     def network(self, x_RD: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor | None = None) -> Tensor:
         """`down(swiglu(gate_up(x_RD)))`: of `[2F, D]` and `[D, F]`, or with ends of such for each expert."""
         hidden_RF = ops.swiglu(self.product(x_RD, gate_up, ends_E))

@@ -16,7 +16,7 @@ from benthic.kernels.native import build_refusal
 from benthic.kernels.native_ops import linear as native_linear
 from benthic.model.local import plain_linear
 from benthic.model.sockets import Linear
-from benthic.serve.few_rows import FewRowsLinear
+from benthic.serve.few_rows import FewRowsLinear, join_latents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,11 +58,13 @@ class ColumnLinear(Linear):
 def fastest_linear(model: DeepSeek) -> Linear:
     """The `linear` socket for serving this model where it is.
 
-    On a CPU in float32, with a C compiler, its weights are laid out anew; on a GPU in bfloat16 the table of
-    kernels is asked for products of few rows; elsewhere it is `plain_linear`.
+    On a CPU in float32, with a C compiler, its weights are laid out anew; on a GPU in bfloat16 latents' weights
+    are put behind queries', and the table of kernels is asked for products of few rows; elsewhere it is
+    `plain_linear`.
     """
     weight = model.head_weight()
     if weight.is_cuda and weight.dtype == torch.bfloat16:
+        join_latents(model)
         return FewRowsLinear()
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or build_refusal() is not None:
         return plain_linear

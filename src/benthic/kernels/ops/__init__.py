@@ -374,6 +374,8 @@ def _variants(op: Op, plain: Case) -> list[tuple[str, Case]]:
         variants.append(("few rows", plain._replace(few=True)))
     if op in (FP8_LINEAR, GROUPED_FP8_LINEAR):
         variants.append(("many rows", plain._replace(many=True)))
+    if op in (GROUPED_LINEAR, GROUPED_SWIGLU):
+        variants.append(("dozens of rows", plain._replace(fastest="gluon_dozens")))
     if op.trains:
         variants.append(("training", plain._replace(grad=True)))
     return variants

@@ -100,6 +100,14 @@ def _gluon_swiglu(case: Case) -> Verdict:
     return yes(reason) if verdict.runs else verdict
 
 
+def _gluon_dozens(case: Case) -> Verdict:
+    """`_gluon`, for some dozens of rows an expert and weights in rows; nothing is kept for gradients."""
+    verdict = inference_only(laid_out("rows", _gluon))(case)
+    if verdict.runs and case.fastest != "gluon_dozens":
+        return no("is made for some dozens of rows an expert")
+    return yes("weights as the tall operand, on their way also between tiles") if verdict.runs else verdict
+
+
 def _aligned(case: Case, reason: str) -> Verdict:
     if any(width * case.dtype.itemsize % 16 for width in case.dims):
         return no(f"needs rows of a multiple of 16 bytes, not {case.dims} elements of {case.dtype.itemsize}")
@@ -157,6 +165,7 @@ UNPERMUTE = Op(
 GROUPED_LINEAR = Op(
     "grouped_linear",
     (
+        Implementation("gluon_dozens", _gluon_dozens, "benthic.kernels.gluon_dozens:grouped_linear"),
         Implementation("few_rows", _FEW_ROWS, "benthic.kernels.triton_few_rows:grouped_linear"),
         Implementation("gluon", _gluon, "benthic.kernels.gluon_grouped:grouped_linear"),
         Implementation("grouped_mm_cuda", _grouped_mm_cuda, "benthic.kernels.triton_moe:grouped_mm"),
@@ -171,6 +180,7 @@ GROUPED_LINEAR = Op(
 GROUPED_SWIGLU = Op(
     "grouped_swiglu",
     (
+        Implementation("gluon_dozens", _gluon_dozens, "benthic.kernels.gluon_dozens:grouped_swiglu"),
         Implementation("few_rows", _FEW_ROWS, "benthic.kernels.triton_few_rows:grouped_swiglu"),
         Implementation("gluon", _gluon_swiglu, "benthic.kernels.gluon_grouped:grouped_swiglu"),
         Implementation(
@@ -186,6 +196,8 @@ GROUPED_SWIGLU = Op(
 FEW_ROWS = 32
 """Rows an expert, on average, up to which `few_rows` reads weights faster than tiles of 256 rows: on an H200
 3.8 and 3.7 TB/s with 24 rows for each of 64 experts where those read 3.7 and 3.6, and 3.1 and 3.5 with 48."""
+DOZENS_FROM = 17
+"""Rows an expert, on average, from which and up to `FEW_ROWS` `gluon_dozens` comes first."""
 
 FEW_COPIES = 2048
 """Copies up to which each of them counts those before it sooner than a sort in two passes ends."""
@@ -312,7 +324,7 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, *, impl: st
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
     Cost: 2 R I O FLOPs forward, twice that backward.
     """
-    case = _grouped_case("grouped_linear", x_RI, weight_EOI, ends_E)
+    case = _grouped_case("grouped_linear", x_RI, weight_EOI, ends_E, impl)
     out: Tensor = GROUPED_LINEAR.choose(case, impl)(x_RI, weight_EOI, ends_E)
     return out
 
@@ -324,7 +336,7 @@ def grouped_swiglu(x_RI: Tensor, weight_EGI: Tensor, ends_E: Tensor, *, impl: st
     rounded to the operands' dtype before SwiGLU, also where they are not written.
     Raises: ShapeError when operands disagree or 2F is odd; BackendError when `impl` cannot run.
     """
-    case = _grouped_case("grouped_swiglu", x_RI, weight_EGI, ends_E)
+    case = _grouped_case("grouped_swiglu", x_RI, weight_EGI, ends_E, impl)
     inner, both = case.dims
     if both % 2:
         msg = f"grouped_swiglu: outputs are gates and ups, so they must be even, not {both}"
@@ -340,7 +352,7 @@ def two_ops(x_RI: Tensor, weight_EGI: Tensor, ends_E: Tensor) -> Tensor:
     return swiglu(grouped_linear(x_RI, weight_EGI, ends_E))
 
 
-def _grouped_case(name: str, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Case:
+def _grouped_case(name: str, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, impl: str | None) -> Case:
     """The case of a product of experts whose operands fit."""
     if x_RI.shape[1] != weight_EOI.shape[2] or x_RI.dtype != weight_EOI.dtype:
         msg = (
@@ -355,12 +367,14 @@ def _grouped_case(name: str, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -
         )
         raise ShapeError(msg)
     rows, experts = x_RI.shape[0], weight_EOI.shape[0]
+    dozens = DOZENS_FROM * experts <= rows <= FEW_ROWS * experts
     return Case(
         device_type(x_RI),
         x_RI.dtype,
         (weight_EOI.shape[2], weight_EOI.shape[1]),
         grad=torch.is_grad_enabled() and (x_RI.requires_grad or weight_EOI.requires_grad),
         few=rows <= FEW_ROWS * experts,
+        fastest=impl or ("gluon_dozens" if dozens else ""),
         layout="columns" if weight_EOI.stride(1) == 1 else "rows",
     )
 
