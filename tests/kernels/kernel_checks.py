@@ -558,6 +558,19 @@ def test_grouped_swiglu_in_gluon_has_the_bits_of_both_ops(dtype, sizes, dims, sp
         assert torch.equal(found, ops.swiglu(ops.grouped_linear(x, weight, ends, impl="gluon")))
 
 
+@pytest.mark.skipif(not ON_GPU, reason="Gluon needs a GPU")
+@pytest.mark.parametrize("dims", [(64, 128), (1408, 640), (2048, 5632)], ids=str)
+@pytest.mark.parametrize("rows", [1, 255, 700, 4096])
+def test_linear_swiglu_has_the_bits_of_one_expert(dtype, rows, dims):
+    if dtype != torch.bfloat16:
+        pytest.skip("bfloat16 alone")
+    x, weight = made(rows, dims[0], dtype=dtype, seed=2).detach(), made(*dims[::-1], dtype=dtype).detach()
+    ends = torch.full((1,), rows, device=DEVICE, dtype=torch.int32)
+    found = ops.linear_swiglu(x, weight, impl="gluon")
+    assert torch.equal(found, ops.grouped_swiglu(x, weight[None], ends, impl="gluon"))
+    close(found, ops.linear_swiglu(x.double(), weight.double(), impl="reference"), dtype)
+
+
 DOZENS = {
     "like experts": (24, 31, 17, 32, 30, 19, 27),
     "uneven": (31, 0, 1, 33, 200, 64, 0),

@@ -488,15 +488,16 @@ def test_weight_gradients_of_experts_have_a_product_in_flight_and_leave_or_are_a
 
 
 @pytest.mark.parametrize(
-    ("turned", "gated"),
-    [(True, False), (False, False), (True, True)],
-    ids=["output", "input gradient", "output with SwiGLU"],
+    ("turned", "gated", "ends"),
+    [(True, False, True), (False, False, True), (True, True, True), (True, True, False)],
+    ids=["output", "input gradient", "output with SwiGLU", "of one weight"],
 )
-def test_products_of_experts_have_one_in_flight_and_leave_by_tma(turned, gated, tmp_path):
+def test_products_of_experts_have_one_in_flight_and_leave_by_tma(turned, gated, ends, tmp_path):
     described = {"x": descriptor(64, 64), "weight": descriptor(64, 64)}
     described["out"] = descriptor(64, 64 if gated else 128)
     constants = {"TURNED": turned, "GATED": gated, "REGISTERS": gluon_grouped.CONSUMER_REGISTERS}
     constants["FEW_REGISTERS"] = gluon_grouped.PRODUCER_REGISTERS
+    constants |= {} if ends else {"ends_ptr": None}
     kernel = gluon_grouped._rows_times_experts
     kernel = built(kernel, constants, described, gluon_grouped.ENTRY_REGISTERS)
     assert_fits(kernel, tmp_path)

@@ -361,6 +361,22 @@ def test_grouped_swiglu_has_the_bits_of_both_ops(columns, dtype):
     assert not found[45:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_swiglu_has_the_bits_of_both_ops_and_the_definitions_gradients(dtype):
+    x, weight = made(50, 16), made(24, 16, seed=1)
+    compare(
+        lambda x, w, impl: ops.linear_swiglu(x, w, impl=impl), [x, weight], impls=("two_ops", "reference")
+    )
+    x, weight = (each.detach().to(dtype) for each in (x, weight))
+    found = ops.linear_swiglu(x, weight)
+    assert found.shape == (50, 12)
+    assert torch.equal(found, ops.swiglu(ops.linear(x, weight)))
+    with pytest.raises(ShapeError, match=r"linear_swiglu: rows \(50, 16\) and a weight \(24, 15\)"):
+        ops.linear_swiglu(x, weight[:, 1:])
+    with pytest.raises(ShapeError, match="must be even, not 23"):
+        ops.linear_swiglu(x, weight[1:])
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 10, 100])
 def test_linear_cross_entropy_and_its_gradients_equal_the_definition(chunk):
     target = torch.randint(0, 50, (TOKENS,), generator=torch.Generator().manual_seed(0))

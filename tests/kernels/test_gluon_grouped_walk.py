@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from benthic.kernels import gluon_fp8_tiles, gluon_grouped, gluon_queue, gluon_tiles
-from benthic.kernels.reference import moe
+from benthic.kernels.reference import linear, moe
 
 
 class Described:
@@ -122,7 +122,12 @@ def test_gates_meet_their_own_ups(language, sizes, spare, width):
     run(language, sizes, spare, (320, 2 * width), turned=True, gated=True)
 
 
-def run(language, sizes, spare, dims, *, turned, gated):
+@pytest.mark.parametrize("rows", [1, 63, 256, 700])
+def test_one_weight_without_ends_has_all_rows(language, rows):
+    run(language, (rows,), 0, (192, 384), turned=True, gated=True, given=False)
+
+
+def run(language, sizes, spare, dims, *, turned, gated, given=True):
     k_dim, n_dim = dims
     generator = torch.Generator().manual_seed(0)
     ends, rows = torch.tensor(sizes).cumsum(0), sum(sizes) + spare
@@ -140,7 +145,7 @@ def run(language, sizes, spare, dims, *, turned, gated):
             language.program_id = lambda _axis, program=program: program
             gluon_grouped._rows_times_experts(
                 Described(x, 64), Described(laid, 64), Described(out, 64 if gated else 128, written),
-                Pointer(out, written=written), Pointer(ends), counter,
+                Pointer(out, written=written), Pointer(ends) if given else None, counter,
                 rows, len(sizes), n_dim, k_dim, n_tiles,
                 TURNED=turned, GATED=gated, REGISTERS=0, FEW_REGISTERS=0,
             )  # fmt: skip
@@ -161,6 +166,7 @@ class Launches:
         table = weight.base.as_strided(weight.shape, weight.strides)
         turned = how["TURNED"]
         table = table.view(experts, n_dim, k_dim) if turned else table.view(experts, k_dim, n_dim).mT
+        ends = torch.tensor([rows]) if ends is None else ends
         out_ptr.copy_((moe.grouped_swiglu if how["GATED"] else moe.grouped_linear)(x.base, table, ends))
         self.turned = turned
 
@@ -181,6 +187,15 @@ def test_weights_are_described_as_they_lie(monkeypatch, upright, gated, padded):
     exact = (moe.grouped_swiglu if gated else moe.grouped_linear)(x, weight, ends)
     torch.testing.assert_close(found, exact, rtol=0, atol=0)
     assert launches.turned == (gated or not upright or padded > 0)
+
+
+def test_swiglu_of_one_weight_is_that_of_an_expert_with_all_rows(monkeypatch):
+    monkeypatch.setattr(gluon_grouped, "_rows_times_experts", Launches())
+    monkeypatch.setattr(gluon_grouped, "multiprocessors", lambda _device: 132)
+    monkeypatch.setattr(gluon_grouped, "take_context", lambda _device: None)
+    x, weight = torch.randn(50, 64).bfloat16(), torch.randn(128, 64).bfloat16()
+    exact = linear.linear_swiglu(x, weight)
+    torch.testing.assert_close(gluon_grouped.linear_swiglu(x, weight), exact, rtol=1e-2, atol=1e-2)
 
 
 def test_gradients_meet_the_products_of_the_definition(monkeypatch):

@@ -116,6 +116,10 @@ def grouped_swiglu(made, impl):
     return ops.grouped_swiglu(made(TOKENS, WIDTH), made(EXPERTS, 32, WIDTH), ends, impl=impl)
 
 
+def linear_swiglu(made, impl):
+    return ops.linear_swiglu(made(TOKENS, WIDTH), made(32, WIDTH), impl=impl)
+
+
 def grouped_linear_by_row(made, impl):
     ends = integers(1, 1, 4, TOKENS)
     return ops.grouped_linear_by_row(made(TOKENS, WIDTH), made(EXPERTS, 32, WIDTH), ends, impl=impl)
@@ -163,6 +167,7 @@ CALLS = {
     "grouped_linear": grouped_linear,
     "grouped_linear in columns": lambda made, impl: grouped_linear(made, impl, columns=True),
     "grouped_swiglu": grouped_swiglu,
+    "linear_swiglu": linear_swiglu,
     "linear": lambda made, impl: ops.linear(made(TOKENS, WIDTH), made(9, WIDTH), impl=impl),
     "linear_by_row": lambda made, impl: ops.linear_by_row(made(TOKENS, WIDTH), made(9, WIDTH), impl=impl),
     "heads_linear_by_row": lambda made, impl: ops.heads_linear_by_row(

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from benthic.kernels.gluon_fp8_tiles import corner, expert_of
+from benthic.kernels.gluon_fp8_tiles import corner, end_of, expert_of
 from benthic.kernels.gluon_queue import AHEAD, asked, hand_on, new_counter, new_queue, told
 from benthic.kernels.gluon_tiles import blocks_of, load, meet, new_bars, take_context, unload, view
 from benthic.kernels.grouped_mm import GroupedMm
@@ -72,7 +72,7 @@ def _produce(
     BYTES: gl.constexpr = x.block_type.nbytes  # a weight's blocks have as many
     full, empty = bars
     tile, turn, number = gl.program_id(0), 0, 0
-    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    place, at = _find(tile, (0, 0, 0, end_of(ends_ptr, 0, experts, rows)), ends_ptr, rows, experts, n_tiles)
     while at[0] <= experts:
         expert, row, end, column = at
         halves = gl.minimum((end - row + HALF - 1) // HALF, HALVES)
@@ -172,7 +172,7 @@ def _multiply(
     SHARE: gl.constexpr = 2 if GATED else 1  # columns of the weight for one that is written
     full, empty = bars
     tile, turn, number = gl.program_id(0), 0, 0
-    place, at = _find(tile, (0, 0, 0, gl.load(ends_ptr)), ends_ptr, rows, experts, n_tiles)
+    place, at = _find(tile, (0, 0, 0, end_of(ends_ptr, 0, experts, rows)), ends_ptr, rows, experts, n_tiles)
     while at[0] <= experts:
         expert, row, end, column = at
         column, width = column // SHARE, n_dim // SHARE
@@ -238,8 +238,16 @@ def grouped_swiglu(x_RI, weight_EGI, ends_E):
     return multiply(x_RI, weight_EGI, ends_E, gated=True)
 
 
+def linear_swiglu(x_RI, weight_GI):
+    """See `benthic.kernels.ops.linear_swiglu`: one expert that has all rows."""
+    return multiply(x_RI, weight_GI[None], None, gated=True)
+
+
 def multiply(x_RK, weight_ENK, ends_E, *, gated=False):
-    """`out[r] = x[r] @ weight[expert of r].T`, with SwiGLU if gated; a weight's dims lie in either order."""
+    """`out[r] = x[r] @ weight[expert of r].T`, with SwiGLU if gated; a weight's dims lie in either order.
+
+    Without ends a single expert has all rows.
+    """
     (rows, k_dim), (experts, n_dim, _) = x_RK.shape, weight_ENK.shape
     upright = not gated and weight_ENK.stride() == (n_dim * k_dim, 1, n_dim)
     weight = weight_ENK if upright else weight_ENK.contiguous()

@@ -58,9 +58,9 @@ class ColumnLinear(Linear):
 def fastest_linear(model: DeepSeek) -> Linear:
     """The `linear` socket for serving this model where it is.
 
-    On a CPU in float32, with a C compiler, its weights are laid out anew; on a GPU in bfloat16 latents' weights
-    are put behind queries', and the table of kernels is asked for products of few rows; elsewhere it is
-    `plain_linear`.
+    On a CPU in float32, with a C compiler, its weights are laid out anew; on a GPU in bfloat16 latents'
+    weights are put behind queries', and the table of kernels is asked for products of few rows; elsewhere it
+    is `plain_linear`.
     """
     weight = model.head_weight()
     if weight.is_cuda and weight.dtype == torch.bfloat16:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benthic.kernels import ops
-from benthic.kernels.ops.linear import FEW_MULTIPLIED
+from benthic.kernels.ops.linear import FEW_MULTIPLIED, MANY_MULTIPLIED
 from benthic.model.local import PlainLinear
 from benthic.model.mla import Attention
 
@@ -35,9 +35,11 @@ class FewRowsLinear(PlainLinear):
         return None if joined is None else self(x, joined).split([each.shape[0] for each in weights], -1)
 
     def network(self, x_RD: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor | None = None) -> Tensor:
-        """See `benthic.model.sockets.Linear`; experts' gates and ups are multiplied with SwiGLU in one."""
+        """See `benthic.model.sockets.Linear`; those of experts and of many rows have SwiGLU inside."""
         if ends_E is None:
-            return super().network(x_RD, gate_up, down)
+            if x_RD.shape[0] < MANY_MULTIPLIED:
+                return super().network(x_RD, gate_up, down)
+            return self(ops.linear_swiglu(x_RD, gate_up), down)
         return self.grouped(ops.grouped_swiglu(x_RD, gate_up, ends_E), down, ends_E)
 
 

@@ -140,6 +140,23 @@ def _grouped_swiglu_lines(
         bench.add("grouped_swiglu", shape, impl, seconds, work, "TFLOP/s", error)
 
 
+def _linear_swiglu_lines(bench: Bench, rows: int, width: int, out: int) -> None:
+    """The same of one weight."""
+
+    def make(seed: int) -> tuple[torch.Tensor, ...]:
+        return bench.random(rows, width, seed=seed), bench.random(out, width, seed=seed + 1)
+
+    def run(impl: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return ops.linear_swiglu(x, weight, impl=impl)
+
+    operands = bench.sets(make, (rows * (width + out) + out * width) * bench.dtype.itemsize)
+    for impl in implementations("linear_swiglu", trying(run, *operands[0])):
+        error = relative(run(impl, *operands[0]), run("reference", *operands[0]))
+        seconds = bench.time(partial(run, impl), operands)
+        work = 2 * rows * width * out
+        bench.add("linear_swiglu", f"{rows} ({width}->{out})", impl, seconds, work, "TFLOP/s", error)
+
+
 def experts(bench: Bench) -> None:
     """Grouped products at the shapes of V3 and Moonlight, with permute and unpermute.
 
@@ -160,6 +177,10 @@ def experts(bench: Bench) -> None:
     if not bench.small:
         _grouped_swiglu_lines(bench, 8, 4096, 7168, 4096)
         _grouped_swiglu_lines(bench, 64, 6, 2048, 2816)
+    for shared in (
+        ((64, 64, 32),) if bench.small else ((2048, 2048, 5632), (4096, 2048, 5632), (16384, 2048, 5632))
+    ):
+        _linear_swiglu_lines(bench, *shared)
     tokens, width, top_k = (64, 64, 2) if bench.small else (16384, 7168, 8)
     expert = torch.rand(tokens, 64, device=bench.device).topk(top_k).indices.to(torch.int32)
     weight = torch.rand(tokens, top_k, device=bench.device)

@@ -98,7 +98,7 @@ from benthic.kernels.ops.heads import (
     join_head_dims,
     split_head_dims,
 )
-from benthic.kernels.ops.linear import LINEAR, linear
+from benthic.kernels.ops.linear import LINEAR, LINEAR_SWIGLU, linear, linear_swiglu
 from benthic.kernels.ops.linear_gradients import (
     GROUPED_INPUT_GRADIENT,
     GROUPED_WEIGHT_GRADIENT,
@@ -223,6 +223,7 @@ __all__ = [
     "linear_by_row",
     "linear_cross_entropy",
     "linear_cross_entropy_sum",
+    "linear_swiglu",
     "mla_by_row",
     "mla_decode",
     "permute",
@@ -271,6 +272,7 @@ OPS: tuple[Op, ...] = (
     SPLIT_HEAD_DIMS,
     HEADS_LINEAR,
     LINEAR,
+    LINEAR_SWIGLU,
     ROPE_BOTH,
     ROPE_AND_NORM,
     ATTENTION,
@@ -372,7 +374,7 @@ def _variants(op: Op, plain: Case) -> list[tuple[str, Case]]:
         variants.append(("weights in columns", plain._replace(layout="columns")))
     if op in (MLA_DECODE, LINEAR, GROUPED_LINEAR, GROUPED_SWIGLU, FP8_LINEAR, GROUPED_FP8_LINEAR):
         variants.append(("few rows", plain._replace(few=True)))
-    if op in (FP8_LINEAR, GROUPED_FP8_LINEAR):
+    if op in (LINEAR_SWIGLU, FP8_LINEAR, GROUPED_FP8_LINEAR):
         variants.append(("many rows", plain._replace(many=True)))
     if op in (GROUPED_LINEAR, GROUPED_SWIGLU):
         variants.append(("dozens of rows", plain._replace(fastest="gluon_dozens")))

@@ -1,4 +1,4 @@
-"""Public op of a plain product of rows with a weight, as decode steps need it."""
+"""Public ops of a plain product of rows with a weight: as decode steps need it, and with SwiGLU behind it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benthic.errors import ShapeError
+from benthic.kernels.ops.norm import swiglu
 from benthic.kernels.table import (
     Case,
     Implementation,
     Op,
     Verdict,
+    anywhere,
     device_type,
+    gluon_refusal,
     inference_only,
     no,
     on,
@@ -20,6 +23,7 @@ from benthic.kernels.table import (
     reference,
     triton_runs,
     with_few_rows,
+    yes,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ FEW_MULTIPLIED: Final = 8
 """Rows that the narrow side of one matrix instruction takes."""
 OUTPUTS: Final = 4096
 """On an H200 2,048 and 3,072 outputs take 4.3 and 5.5 us (library 6.1 and 6.2), 5,632 of them 10.7 (8.6)."""
+MANY_MULTIPLIED: Final = 4096
+"""Rows from which tiles of 256 x 128 leave few multiprocessors without one in the last turn."""
 
 
 def _few_rows(case: Case) -> Verdict:
@@ -43,6 +49,19 @@ def _few_rows(case: Case) -> Verdict:
     dtypes = narrow if case.device == "cuda" else (*narrow, torch.float32)
     reason = "all weights on their way before rows are there"
     return triton_runs(*dtypes, reason=reason, dot=True)(case)
+
+
+def _gluon(case: Case) -> Verdict:
+    """One expert that has all rows."""
+    if case.device != "cuda" or case.dtype != torch.bfloat16:
+        return no(f"runs on cuda in bfloat16, not on {case.device} in {case.dtype}")
+    if (refusal := gluon_refusal(case)) is not None:
+        return no(refusal)
+    if any(width % 64 for width in case.dims):
+        return no(f"needs widths of a multiple of 64, which a step of its products has, not {case.dims}")
+    if not case.many:
+        return no("is made for many rows")
+    return yes("our product of experts for Hopper: gates meet ups before half as much is written")
 
 
 LINEAR = Op(
@@ -64,6 +83,23 @@ LINEAR = Op(
     trains=False,
 )
 
+LINEAR_SWIGLU = Op(
+    "linear_swiglu",
+    (
+        Implementation(
+            "gluon", inference_only(one_dtype(_gluon)), "benthic.kernels.gluon_grouped:linear_swiglu"
+        ),
+        Implementation(
+            "two_ops",
+            anywhere("linear, then swiglu: see the lines of these"),
+            "benthic.kernels.ops.linear:two_ops",
+        ),
+        reference("benthic.kernels.reference.linear:linear_swiglu"),
+    ),
+    typical_dims=(5632, 2048),
+    trains=False,
+)
+
 
 def linear(x_TI: Tensor, weight_OI: Tensor, *, impl: str | None = None) -> Tensor:
     """`y = x W^T` in one dtype, summed in float32 on a GPU.
@@ -72,18 +108,43 @@ def linear(x_TI: Tensor, weight_OI: Tensor, *, impl: str | None = None) -> Tenso
     ended: it must be one that no kernel launched early writes (`benthic.kernels.launch`), as parameters are.
     Raises: ShapeError when operands disagree; BackendError when `impl` cannot run.
     """
+    y_TO: Tensor = LINEAR.choose(_case("linear", x_TI, weight_OI, impl), impl)(x_TI, weight_OI)
+    return y_TO
+
+
+def linear_swiglu(x_TI: Tensor, weight_GI: Tensor, *, impl: str | None = None) -> Tensor:
+    """`silu(gate) * up`, where gate and up are the halves of `x W^T`, rounded before SwiGLU.
+
+    Shapes: x [T, I], weight [2F, I] with all gates first -> [T, F].
+    Raises: ShapeError when operands disagree or 2F is odd; BackendError when `impl` cannot run.
+    """
+    case = _case("linear_swiglu", x_TI, weight_GI, impl)
+    if case.dims[0] % 2:
+        msg = f"linear_swiglu: outputs are gates and ups, so they must be even, not {case.dims[0]}"
+        raise ShapeError(msg)
+    out_TF: Tensor = LINEAR_SWIGLU.choose(case, impl)(x_TI, weight_GI)
+    return out_TF
+
+
+def two_ops(x_TI: Tensor, weight_GI: Tensor) -> Tensor:
+    """See `linear_swiglu`; the table is asked for each of the two."""
+    return swiglu(linear(x_TI, weight_GI))
+
+
+def _case(name: str, x_TI: Tensor, weight_OI: Tensor, impl: str | None) -> Case:
+    """The case of a product whose operands fit."""
     if x_TI.dim() != 2 or weight_OI.dim() != 2 or x_TI.shape[1] != weight_OI.shape[1]:
         msg = (
-            f"linear: rows {tuple(x_TI.shape)} and a weight {tuple(weight_OI.shape)}; expected [T, I], [O, I]"
+            f"{name}: rows {tuple(x_TI.shape)} and a weight {tuple(weight_OI.shape)}; expected [T, I], [O, I]"
         )
         raise ShapeError(msg)
-    case = Case(
+    rows = x_TI.shape[0]
+    return Case(
         device_type(x_TI),
         x_TI.dtype,
         tuple(weight_OI.shape),
         grad=torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad),
         mixed=weight_OI.dtype is not x_TI.dtype,
-        few=x_TI.shape[0] <= FEW_MULTIPLIED,
+        few=rows <= FEW_MULTIPLIED,
+        many=impl is not None or rows >= MANY_MULTIPLIED,
     )
-    y_TO: Tensor = LINEAR.choose(case, impl)(x_TI, weight_OI)
-    return y_TO

@@ -1,8 +1,10 @@
-"""The definition of a plain product."""
+"""The definitions of a plain product, and of one with SwiGLU behind it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from benthic.kernels.reference.norm import swiglu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -11,3 +13,8 @@ if TYPE_CHECKING:
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """See `benthic.kernels.ops.linear`."""
     return x_TI @ weight_OI.t()
+
+
+def linear_swiglu(x_TI: Tensor, weight_GI: Tensor) -> Tensor:
+    """See `benthic.kernels.ops.linear_swiglu`."""
+    return swiglu(linear(x_TI, weight_GI))
