@@ -593,7 +593,8 @@ def test_products_of_dozens_of_rows_an_expert(dtype, name, dims, spare):
     x[sum(sizes) :] = torch.nan
     weight = made(len(sizes), dims[1], dims[0], dtype=dtype, seed=1).detach()
     sums = dozens.multiply(x, weight, ends, gated=False)
-    close(sums, ops.grouped_linear(x.double(), weight.double(), ends, impl="reference"), dtype)
+    if sum(sizes):
+        close(sums, ops.grouped_linear(x.double(), weight.double(), ends, impl="reference"), dtype)
     assert not sums[sum(sizes) :].any()
     found = dozens.multiply(torch.cat([x, x], dim=1)[:, dims[0] :], weight, ends, gated=True)
     assert torch.equal(found, ops.swiglu(sums, impl="triton"))

@@ -8,7 +8,7 @@ from small_engine import NANO
 
 from benthic.model.local import LocalExchange, plain_linear
 from benthic.model.sockets import at_once
-from benthic.serve.aside import SecondStream, aside_for
+from benthic.serve.aside import MANY_ROWS, SecondStream, aside_for
 from benthic.serve.attend import DecodeRows, PrefillRows, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
 from benthic.serve.plugs import Plugs
@@ -20,7 +20,7 @@ def test_a_cpu_works_at_once():
     taken = at_once(lambda: done.append(1) or "result")
     assert done == [1]
     assert taken() == taken() == "result"
-    assert at_once(lambda: 5, at_once.moment())() == 5
+    assert at_once(lambda: 5, at_once.moment(500))() == 5
 
 
 def test_steps_with_prompts_work_at_once():
@@ -44,12 +44,12 @@ def test_a_graph_of_two_streams_gives_the_same_bits_over_two_hundred_inputs():
     x = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
     weights = [torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16) / 32 for _ in range(4)]
     second = SecondStream(x.device)
-    assert second(lambda: 3)() == second(lambda: 3, second.moment())() == 3  # outside a capture
+    assert second(lambda: 3)() == second(lambda: 3, second.moment(500))() == 3  # outside a capture
 
     def forward(aside):
         y = x
         for early in (True, False, True) * 2:
-            since = aside.moment() if early else None
+            since = aside.moment(MANY_ROWS if early else MANY_ROWS - 1)
             before = torch.tanh(y @ weights[2])
             beside = aside(lambda y=y: torch.tanh(y @ weights[0]) @ weights[1], since)
             y = torch.tanh(before @ weights[3] + beside())

@@ -150,10 +150,8 @@ class MoeBlock(Block[Sent, Computed]):
 
     def dispatch(self, attended: Attended, sockets: Sockets) -> Sent:
         """Gate in float32, then send each row with its weights to the chosen experts."""
-        normed_TD, gate = attended.normed_TD, self.moe.gate
-        logits_TE = gate.logits(normed_TD, gate.weight)
-        since = sockets.aside.moment()  # earlier, shared experts would fill the GPU before the gate's product
-        routing = gate.choose(logits_TE)
+        normed_TD, since = attended.normed_TD, sockets.aside.moment(attended.normed_TD.shape[0])
+        routing = self.moe.gate(normed_TD)
         flight = sockets.exchange.start_dispatch(normed_TD, routing.expert_TK, routing.weight_TK)
         return Sent(attended, routing, flight, since)
 

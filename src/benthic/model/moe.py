@@ -42,13 +42,9 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route every row of the normed `x_TD`; logits, scores and weights are float32."""
-        return self.choose(self.logits(x_TD, self.weight))
-
-    def choose(self, logits_TE: Tensor) -> Routing:
-        """Route rows by their logits."""
         config = self.config
         return ops.route(
-            logits_TE,
+            self.logits(x_TD, self.weight),
             self.bias,
             scoring_func=config.scoring_func,
             topk_method=config.topk_method,

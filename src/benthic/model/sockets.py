@@ -176,8 +176,8 @@ class Exchange(Protocol):
 class Aside(Protocol):
     """When work happens that nothing depends on until its result is taken; results are the same."""
 
-    def moment(self) -> Any:
-        """Now, for work that is known later: it may begin beside what comes in between.
+    def moment(self, rows: int) -> Any:
+        """Now, for work on so many rows that is known later: it may begin beside what comes in between.
 
         No result of earlier side work may be given up in between.
         """
@@ -194,7 +194,7 @@ class Aside(Protocol):
 class AtOnce:
     """Work first, then whatever follows."""
 
-    def moment(self) -> None:
+    def moment(self, rows: int) -> None:
         """Work begins when it is given."""
 
     def __call__(self, work: Callable[[], T], since: None = None) -> Callable[[], T]:  # noqa: ARG002
