@@ -8,8 +8,9 @@ import pytest
 import torch
 from small_engine import NANO, prompts, random_model, request, serve, small_engine
 
+from benthic.model.joined import as_one, latent_pairs, lay_together
 from benthic.model.local import plain_linear
-from benthic.serve.few_rows import FewRowsLinear, join_latents, joined_weight
+from benthic.serve.few_rows import FewRowsLinear
 
 CONFIGS = pytest.mark.parametrize(
     "config", [replace(NANO, q_lora_rank=None), replace(NANO, q_lora_rank=24)], ids=["direct", "low rank"]
@@ -19,16 +20,16 @@ CONFIGS = pytest.mark.parametrize(
 @CONFIGS
 def test_weights_that_were_joined_keep_their_values_and_are_one(config) -> None:
     model, twin = random_model(config), random_model(config)
-    assert joined_weight(pair(twin)) is None
+    assert as_one(pair(twin)) is None
     join_latents(model)
     for (name, joined), kept in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(joined, kept), name
     for block in model.blocks:
         weights = block.attn.first.weight, block.attn.kv_a.weight
-        assert torch.equal(joined_weight(weights), torch.cat(weights))
-    assert joined_weight(pair(model)[::-1]) is None
-    assert joined_weight((pair(model)[0], pair(twin)[1])) is None
-    assert joined_weight((pair(model)[0].t(), pair(model)[1])) is None
+        assert torch.equal(as_one(weights), torch.cat(weights))
+    assert as_one(pair(model)[::-1]) is None
+    assert as_one((pair(model)[0], pair(twin)[1])) is None
+    assert as_one((pair(model)[0].t(), pair(model)[1])) is None
 
 
 @pytest.mark.parametrize("rows", [1, 5, 300])
@@ -76,6 +77,11 @@ def test_a_server_gives_the_same_tokens_with_one_product_a_layer_less(config, mo
     products = answers[1] - answers[3]
     assert products > 0
     assert products % len(random_model(config).blocks) == 0
+
+
+def join_latents(model) -> None:
+    for weights in latent_pairs(model):
+        lay_together(weights)
 
 
 def pair(model) -> tuple[torch.Tensor, torch.Tensor]:

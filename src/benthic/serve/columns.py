@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from benthic.kernels import ops
 from benthic.kernels.native import build_refusal
 from benthic.kernels.native_ops import linear as native_linear
+from benthic.model.joined import latent_pairs, lay_together
 from benthic.model.local import plain_linear
 from benthic.model.sockets import Linear
-from benthic.serve.few_rows import FewRowsLinear, join_latents
+from benthic.serve.few_rows import FewRowsLinear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,8 @@ def fastest_linear(model: DeepSeek) -> Linear:
     """
     weight = model.head_weight()
     if weight.is_cuda and weight.dtype == torch.bfloat16:
-        join_latents(model)
+        for weights in latent_pairs(model):
+            lay_together(weights)
         return FewRowsLinear()
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or build_refusal() is not None:
         return plain_linear
