@@ -53,10 +53,15 @@ NEWER: Final = {
     "kernels_memory_bound_h200": {"rms_norm", "add_rms_norm", "swiglu", "rope"},
     "kernels_attention_h200": {"attention", "attention backward"},
     "experts_h200": {"grouped_linear"},
+    "experts_counter_h200": {"grouped_linear"},
 }  # fmt: skip
 """Ops of later files than `kernels_h200.json`, whose kernels took the place of those there."""
+FORWARD_ALONE: Final = {"experts_counter_h200"}
+"""Files that timed gradients of experts' rows and weights together, for which another has them apart."""
 FEW_ROWS: Final = 64
 """Rows an expert below which `benthic calibrate` measured the kernels that decode, at more sizes."""
+FEW_ROWS_KERNEL: Final = 32
+"""Rows an expert above which `calibrate_h200.json` has torch's product, in whose place ours runs now."""
 MANY_ROWS: Final = 1024
 """Rows an expert below which many experts' products were measured with rows as routing gives them alone.
 
@@ -127,7 +132,7 @@ def main() -> None:
     write("h100", list(sound(h100.points)), h100.source, {})
     write(
         "h200",
-        [*kernels(), *libraries, *more],
+        [*kernels(), *libraries, *(point for point in more if not replaced(point.op))],
         f"{source}; {HOST}",
         {**host_of_operators(), **host_of_collectives()},
     )
@@ -156,6 +161,13 @@ def even(op: Op) -> bool:
     if not isinstance(op, GroupedGemm) or op.dtype == "fp8" or op.gradient:
         return False
     return op.experts >= 32 and FEW_ROWS <= op.rows / op.experts < MANY_ROWS
+
+
+def replaced(op: Op) -> bool:
+    """Whether `calibrate_h200.json` has it by a kernel that does not run for it any more."""
+    if not isinstance(op, GroupedGemm) or op.dtype == "fp8" or op.gradient:
+        return False
+    return FEW_ROWS_KERNEL < op.rows / op.experts < FEW_ROWS
 
 
 def write(name: str, points: list[Measured], source: str, overheads: dict[str, float]) -> Profile:
@@ -204,16 +216,22 @@ def kernels() -> Iterator[Measured]:
     """Our kernels, each as the fastest implementation that may be chosen, of the newest file that has it."""
     found: dict[Op, Measured] = {}
     for file in ("kernels_h200", *NEWER):
-        record = json.loads((RESULTS / f"{file}.json").read_text())
-        rows = [row for row in record["rows"] if row["implementation"] in OURS and wanted(row["op"], file)]
-        source = f"{file}.json, commit {record['commit']}"
-        found |= {op: Measured(op, taken, source) for op, taken in fastest(rows).items()}
+        found |= kernels_of(file)
     yield from found.values()
+
+
+def kernels_of(file: str) -> dict[Op, Measured]:
+    """Those that one file has the say about."""
+    record = json.loads((RESULTS / f"{file}.json").read_text())
+    rows = [row for row in record["rows"] if row["implementation"] in OURS and wanted(row["op"], file)]
+    source = f"{file}.json, commit {record['commit']}"
+    return {op: Measured(op, taken, source) for op, taken in fastest(rows).items()}
 
 
 def wanted(op: str, file: str) -> bool:
     """Whether a file has the say about an op."""
-    return file not in NEWER or op.removesuffix(" backward") in NEWER[file]
+    both = file not in FORWARD_ALONE
+    return file not in NEWER or (op.removesuffix(" backward") if both else op) in NEWER[file]
 
 
 def fastest(rows: list[dict[str, Any]]) -> dict[Op, float]:

@@ -26,7 +26,7 @@ from benthic.plan.serving.steps import StepLoad
 from benthic.spec import presets
 
 RUN = CliRunner(env={"COLUMNS": "100", "TERM": "dumb"})
-MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "serve_gpu.json"
+MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "serve_gpu_bf16.json"
 PLAIN = PricedStep(presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h200"))
 
 
@@ -159,12 +159,13 @@ def test_experts_that_nobody_chose_are_not_read():
     assert PLAIN.operations.experts(1000.0)[0].experts == pytest.approx(64.0)
 
 
-def test_measured_decode_steps_in_bf16_are_foretold_from_the_others_within_five_percent():
+def test_measured_decode_steps_in_bf16_are_foretold_from_those_around_them_within_five_percent():
+    """And the first and the last, which have others on one side alone, within 15."""
     steps = [each for each in read_measured(MEASURED, "bf16") if not each.load.prefill_tokens]
     assert [each.load.decodes for each in steps] == [1, 8, 32, 64, 256, 512]
-    errors = [abs(error) for error in left_out("benthic", PLAIN, steps)]
-    assert statistics.median(errors) <= 0.05
-    assert max(errors) <= 0.1
+    first, *between, last = (abs(error) for error in left_out("benthic", PLAIN, steps))
+    assert max(between) <= 0.05
+    assert max(first, last) <= 0.15
 
 
 def test_recorded_steps_with_prompts_are_foretold_from_the_others_within_a_tenth():
