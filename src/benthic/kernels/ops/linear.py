@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benthic.errors import ShapeError
+from benthic.kernels.ops.moe import gluon_experts
 from benthic.kernels.ops.norm import swiglu
 from benthic.kernels.table import (
     Case,
@@ -15,7 +16,6 @@ from benthic.kernels.table import (
     Verdict,
     anywhere,
     device_type,
-    gluon_refusal,
     inference_only,
     no,
     on,
@@ -53,15 +53,10 @@ def _few_rows(case: Case) -> Verdict:
 
 def _gluon(case: Case) -> Verdict:
     """One expert that has all rows."""
-    if case.device != "cuda" or case.dtype != torch.bfloat16:
-        return no(f"runs on cuda in bfloat16, not on {case.device} in {case.dtype}")
-    if (refusal := gluon_refusal(case)) is not None:
-        return no(refusal)
-    if any(width % 64 for width in case.dims):
-        return no(f"needs widths of a multiple of 64, which a step of its products has, not {case.dims}")
-    if not case.many:
+    verdict = gluon_experts(case)
+    if verdict.runs and not case.many:
         return no("is made for many rows")
-    return yes("our product of experts for Hopper: gates meet ups before half as much is written")
+    return yes("gates meet ups before half as much is written") if verdict.runs else verdict
 
 
 LINEAR = Op(

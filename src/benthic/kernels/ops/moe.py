@@ -82,7 +82,7 @@ def _grouped_mm_cuda(case: Case) -> Verdict:
     return _aligned(case, "torch's CUTLASS kernel, and one that clears the rows it leaves unwritten")
 
 
-def _gluon(case: Case) -> Verdict:
+def gluon_experts(case: Case) -> Verdict:
     """Tiles by TMA, products by wgmma; the gradient of weights is the library's, in bfloat16."""
     if case.device != "cuda" or case.dtype != torch.bfloat16:
         return no(f"runs on cuda in bfloat16, not on {case.device} in {case.dtype}")
@@ -94,15 +94,15 @@ def _gluon(case: Case) -> Verdict:
 
 
 def _gluon_swiglu(case: Case) -> Verdict:
-    """`_gluon`, for weights in rows; nothing is kept for gradients."""
-    verdict = inference_only(laid_out("rows", _gluon))(case)
+    """`gluon_experts`, for weights in rows; nothing is kept for gradients."""
+    verdict = inference_only(laid_out("rows", gluon_experts))(case)
     reason = "our grouped product for Hopper: gates meet ups before half as much is written"
     return yes(reason) if verdict.runs else verdict
 
 
 def _gluon_dozens(case: Case) -> Verdict:
-    """`_gluon`, for some dozens of rows an expert and weights in rows; nothing is kept for gradients."""
-    verdict = inference_only(laid_out("rows", _gluon))(case)
+    """`gluon_experts`, for some dozens of rows an expert and weights in rows; keeps nothing for gradients."""
+    verdict = inference_only(laid_out("rows", gluon_experts))(case)
     if verdict.runs and case.fastest != "gluon_dozens":
         return no("is made for some dozens of rows an expert")
     return yes("weights as the tall operand, on their way also between tiles") if verdict.runs else verdict
@@ -167,7 +167,7 @@ GROUPED_LINEAR = Op(
     (
         Implementation("gluon_dozens", _gluon_dozens, "benthic.kernels.gluon_dozens:grouped_linear"),
         Implementation("few_rows", _FEW_ROWS, "benthic.kernels.triton_few_rows:grouped_linear"),
-        Implementation("gluon", _gluon, "benthic.kernels.gluon_grouped:grouped_linear"),
+        Implementation("gluon", gluon_experts, "benthic.kernels.gluon_grouped:grouped_linear"),
         Implementation("grouped_mm_cuda", _grouped_mm_cuda, "benthic.kernels.triton_moe:grouped_mm"),
         Implementation("native", _NATIVE_GROUPED, "benthic.kernels.native_ops:grouped_linear"),
         Implementation("grouped_mm", _grouped_mm_cpu, "benthic.kernels.torch_moe:grouped_mm"),
