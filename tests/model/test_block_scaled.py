@@ -118,8 +118,33 @@ def test_rows_quantised_as_they_are_computed_give_the_same_logits_to_the_bit(
     before = len(quantised)
     linear = quantise_as_computed(model, scales)
     assert torch.equal(logits(model, linear), exact)
+    assert len(linear.joined) == (0 if first_rows(config) % 128 else config.num_hidden_layers)
     saved = 5 if q_lora_rank else 4  # in a layer: rows of q, kv_a and q_b, and of the network those of two
     assert before - (len(quantised) - before) == saved * config.num_hidden_layers
+
+
+def first_rows(config):
+    return config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 256])
+def test_latents_are_multiplied_with_queries_as_one_where_those_are_whole_blocks(q_lora_rank):
+    config = replace(WHOLE, q_lora_rank=q_lora_rank, num_attention_heads=2, qk_nope_head_dim=112)
+    config = replace(config, qk_rope_head_dim=16)
+    model = random_model(config)
+    scales = narrow(model)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exact = logits(model, block_scaled_linear(model, scales))
+    linear = quantise_as_computed(model, scales)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    assert len(linear.joined) == config.num_hidden_layers
+    found = logits(model, linear)
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
+    attention = model.blocks[0].attn
+    weights, x = (attention.first.weight, attention.kv_a.weight), torch.randn(7, config.hidden_size)
+    for product, weight in zip(linear.together(x, weights), weights, strict=True):
+        torch.testing.assert_close(product, linear(x, weight))
+    assert linear.together(x, weights[::-1]) is None
 
 
 def noting(function, seen):

@@ -112,5 +112,9 @@ def test_fp8_rows_quantised_as_they_are_computed_give_the_same_bits(q_lora_rank)
     sockets = replace(sockets, linear=block_scaled_linear(model, scales))
     with torch.no_grad():
         exact = model(tokens_T, positions_T, sockets).hidden_TD
-        quantise_as_computed(model, scales)
-        assert torch.equal(model(tokens_T, positions_T, sockets).hidden_TD, exact)
+        linear = quantise_as_computed(model, scales)
+        apart = replace(sockets, linear=replace(linear, joined={}))
+        assert torch.equal(model(tokens_T, positions_T, apart).hidden_TD, exact)
+        assert len(linear.joined) == config.num_hidden_layers
+        found = model(tokens_T, positions_T, replace(sockets, linear=linear)).hidden_TD
+        assert float((found - exact).norm() / exact.norm()) < 0.02

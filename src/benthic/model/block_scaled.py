@@ -8,7 +8,7 @@ Moonlight's weights and 0.2 % of DeepSeek-V3's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from benthic.kernels import ops
 from benthic.kernels.ops import Fp8
 from benthic.model.checkpoint import assemble, open_checkpoint
 from benthic.model.fp8_products import fp8_parameters
+from benthic.model.joined import latent_pairs, lay_together
 from benthic.model.local import plain_linear
 from benthic.model.network import DeepSeek
 from benthic.model.part import Part
@@ -69,10 +70,12 @@ class BlockScaledLinear(Linear):
         parts: block tiles by the address of their parameter. Several where the matrices that a parameter
             stacks (gate and up) end inside a block: each then has a product of its own.
         narrow_hidden: SwiGLU quantises what it computes, where the product behind it is in FP8.
+        joined: block tiles of several weights that lie behind one another, by the address of the first.
     """
 
     parts: Mapping[int, tuple[Fp8, ...]]
     narrow_hidden: bool = False
+    joined: Mapping[int, Fp8] = field(default_factory=dict)
 
     def __call__(self, x: Tensor | NarrowRows, weight: Tensor) -> Tensor:
         """`x_..I @ weight_OI.T`, in the dtype of x."""
@@ -83,6 +86,11 @@ class BlockScaledLinear(Linear):
             return plain_linear(x, weight)
         y_RO = _product(x.reshape(-1, x.shape[-1]), parts, None)
         return y_RO.view(*x.shape[:-1], -1)
+
+    def together(self, x: Tensor | NarrowRows, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """See `benthic.model.sockets.Linear`."""
+        tiles = self.joined.get(weights[0].data_ptr())
+        return None if tiles is None else _product(x, (tiles,), None).split([len(w) for w in weights], -1)
 
     def grouped(self, rows_RI: Tensor | NarrowRows, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         """Each expert's rows times its own `weight_OI.T`, in the dtype of the rows."""
@@ -124,6 +132,18 @@ def block_scaled_linear(model: DeepSeek, scales: Scales) -> BlockScaledLinear:
             for name, own in tiles.items()
         }
     )
+
+
+def join_latents(model: DeepSeek, scales: Scales) -> dict[int, Fp8]:
+    """Queries' first weights with latents', where the former are whole blocks: `BlockScaledLinear.joined`."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    joined = {}
+    for pair in latent_pairs(model):
+        own = [scales[names[id(weight)]] for weight in pair if names[id(weight)] in scales]
+        if len(own) == len(pair) and len(pair[0]) % FP8_BLOCK == 0:
+            values = lay_together(pair)
+            joined[values.data_ptr()] = Fp8(values, _read_in_place(torch.cat(own)))
+    return joined
 
 
 def _read_in_place(scale: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def latent_pairs(model: DeepSeek) -> Iterator[tuple[nn.Parameter, nn.Parameter]]
 
 def lay_together(weights: Sequence[nn.Parameter]) -> Tensor:
     """Move weights of one width and dtype behind one another; returns all of them as one, by rows."""
-    both = torch.cat([weight.data for weight in weights])
+    both = torch.cat([weight.data.view(torch.uint8) for weight in weights]).view(weights[0].dtype)
     for weight, part in zip(weights, both.split([each.shape[0] for each in weights]), strict=True):
         weight.data = part
     return both

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from benthic.kernels import ops
 from benthic.model.block import Block, DenseBlock
-from benthic.model.block_scaled import NarrowRows, block_scaled_linear
+from benthic.model.block_scaled import NarrowRows, block_scaled_linear, join_latents
 from benthic.model.mla import LowRankAttention
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def quantise_as_computed(model: DeepSeek, scales: Scales) -> BlockScaledLinear:
     for name, module in model.named_modules():
         if isinstance(module, Block):
             _norms(module, name, scales)
-    return replace(block_scaled_linear(model, scales), narrow_hidden=True)
+    joined = join_latents(model, scales)  # moves weights, whose addresses the socket knows
+    return replace(block_scaled_linear(model, scales), narrow_hidden=True, joined=joined)
 
 
 def _norms(block: Block, name: str, scales: Scales) -> None:
