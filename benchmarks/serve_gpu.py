@@ -65,7 +65,10 @@ class Sizes:
     prompts: tuple[tuple[int, int], ...] = ((1, 128), (1, 512), (1, 2048), (1, 4096), (4, 4096), (16, 4096))
     context: int = 1024
     batches: tuple[int, ...] = (1, 8, 32, 64, 256, 512)
-    beside: tuple[tuple[int, int], ...] = ((512, 64), (2048, 64), (128, 0), (512, 0), (2048, 0), (4096, 0))
+    beside: tuple[tuple[int, int], ...] = (
+        *((512, 64), (2048, 64), (512, 384)),
+        *((128, 0), (512, 0), (2048, 0), (4096, 0)),
+    )
     steps: int = 48
     budget: int = 16384
     repeats: int = 3
