@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +30,15 @@ class Barrier:
             turn.notify_all()
 
 
+class Values(torch.Tensor):
+    """Values in registers: they have Triton's type, and adding to a name gives it others."""
+
+    type = SimpleNamespace(layout=None)
+
+    def __iadd__(self, more):
+        return self + more
+
+
 class Tiles:
     """Shared memory: tiles one after another."""
 
@@ -48,7 +59,7 @@ class Tiles:
         self.data.copy_(values)
 
     def load(self, _layout):
-        return self.data.clone()
+        return self.data.clone().as_subclass(Values)
 
 
 class Pointer:
@@ -63,31 +74,94 @@ class Pointer:
         return Pointer(self.data, self.at + more, self.written)
 
 
-class Described:
-    """A matrix whose squares are loaded; zeros lie behind its ends."""
+class Numbers(NamedTuple):
+    """Some numbers and a place among them."""
 
-    def __init__(self, data):
-        self.data, self.dtype, self.layout = data, data.dtype, None
-        self.block_type = SimpleNamespace(nbytes=TILE * TILE * data.itemsize)
+    data: list[int]
+    at: int = 0
+
+    def __add__(self, more):
+        return Numbers(self.data, self.at + more)
+
+
+def take(pointer, *, mask=True, other=None):
+    """What lies at a place, a whole number as Python's."""
+    if not mask:
+        return other
+    found = pointer.data[pointer.at]
+    return found if isinstance(found, torch.Tensor) and found.is_floating_point() else int(found)
+
+
+def take_all(pointer, *, mask=True, other=0):
+    """What lies at the places that a mask names: others are not read, not even beyond the end."""
+    at, mask = torch.as_tensor(pointer.at), torch.as_tensor(mask)
+    return torch.where(mask, pointer.data[torch.where(mask, at, 0)], torch.as_tensor(other))
+
+
+def put(pointer, values, *, mask=True):
+    """Write what a mask names, and count it."""
+    at = torch.as_tensor(pointer.at)
+    mask, values = (torch.as_tensor(each).expand(at.shape) for each in (mask, values))
+    with turn:
+        pointer.data[at[mask]] = values[mask]
+        pointer.written.view(-1).index_add_(0, at[mask], torch.ones_like(at[mask]))
+
+
+class Described:
+    """A tensor whose blocks are loaded or stored, where those began, and how often each place was written."""
+
+    def __init__(self, data, *block, written=None):
+        self.data, self.dtype, self.layout, self.loaded, self.written = data, data.dtype, None, [], written
+        self.block_type = SimpleNamespace(shape=list(block), nbytes=math.prod(block) * data.itemsize)
+
+
+def places(corner, shape):
+    return tuple(slice(int(at), int(at) + size) for at, size in zip(corner, shape, strict=True))
 
 
 def load(described, corner, bar, tile, *, pred=True):
+    """A whole block; zeros lie behind the ends."""
     if pred:
-        row, column = (int(each) for each in corner)
-        part = described.data[row : row + TILE, column : column + TILE]
-        block = torch.zeros(TILE, TILE, dtype=part.dtype)
-        block[: part.shape[0], : part.shape[1]] = part
-        tile.store(block)
+        assert list(tile.shape) == described.block_type.shape
+        described.loaded.append(tuple(int(at) for at in corner))
+        part = described.data[places(corner, tile.shape)]
+        tile.data.zero_()
+        tile.data[places([0] * part.ndim, part.shape)] = part
         bar.came(size=-described.block_type.nbytes)
 
 
-def tile_scale(amax, power_of_two):
+def unload(described, corner, tile):
+    """What stands over the edge is left out."""
+    place = places(corner, tile.shape)
+    part = described.data[place]
+    part.copy_(tile.data[places([0] * part.ndim, part.shape)])
+    described.written[place] += 1
+
+
+def unload_whole(described, corner, tile):
+    assert len(described.data[places(corner, tile.shape)]) == 64, "whole parts alone leave by TMA"
+    unload(described, corner, tile)
+
+
+def _tile_scale(amax, power_of_two):
     scale = amax.clamp(min=1e-4) / 448.0
     return torch.exp2(torch.ceil(torch.log2(scale))) if power_of_two else scale
 
 
+QUOTIENTS = {
+    "tile_scale": _tile_scale,
+    "inverse_of": lambda scale: 1.0 / scale,
+    "quotient": lambda x, by, _inverse: x / by,
+}
+
+
 def where(condition, *either):
-    return torch.where(torch.as_tensor(condition), *(torch.as_tensor(each) for each in either))
+    return torch.where(*(torch.as_tensor(each) for each in (condition, *either))).as_subclass(Values)
+
+
+def of_tensors(function):
+    """A function of two tensors that takes numbers too."""
+    return lambda left, right: function(torch.as_tensor(left), torch.as_tensor(right)).as_subclass(Values)
 
 
 def _wait(bar, parity, *, pred=True):
@@ -128,6 +202,48 @@ def specialize(parts, *_settings):
         thread.join()
     if failed:
         raise failed[0]
+
+
+def _memory(dtype, shape, _layout):
+    """Shared memory that nobody has written yet."""
+    return Tiles(torch.full(shape, torch.nan if dtype.is_floating_point else -1).to(dtype))
+
+
+LAYOUTS = ("Blocked", "DistributedLinear", "NVMMADistributed", "Slice", "SwizzledShared")
+COMMON = {f"{name}Layout": lambda *_: None for name in LAYOUTS} | {
+    "load": take, "store": put, "where": lambda condition, left, right: left if condition else right,
+    "minimum": min, "maximum": max, "exp": torch.exp, "abs": torch.abs,
+    "sum": lambda x, axis: x.sum(axis), "max": lambda x, axis: x.amax(axis),
+    "arange": lambda start, end, layout=None: torch.arange(start, end).as_subclass(Values),
+    "zeros": lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype).as_subclass(Values),
+    "zeros_like": torch.zeros_like, "reshape": torch.reshape, "permute": torch.permute,
+    "split": lambda x: x.unbind(-1), "convert_layout": lambda x, _layout: x, "multiple_of": lambda x, _: x,
+    "static_range": range, "warp_specialize": specialize, "allocate_shared_memory": _memory,
+    "NVMMASharedLayout": SimpleNamespace(get_default_for=lambda *_: None),
+    "float32": torch.float32, "int32": torch.int32, "int64": torch.int64,
+}  # fmt: skip
+
+
+def gluon_language(**own):
+    """What stands for the Gluon language: what is common, and what a test adds or has otherwise."""
+    return SimpleNamespace(**(COMMON | own))
+
+
+def each_program(language, count, number=int):
+    """Be one program of a launch after the other."""
+    language.num_programs = lambda _axis: count
+    for program in range(count):
+        language.program_id = lambda _axis, program=program: number(program)
+        yield program
+
+
+QUEUE = {
+    "asked": lambda counter: 0 if counter is None else next(counter),
+    "answered": lambda answer: answer,
+    "write_number": lambda numbers, at, value: numbers.index(at).data.fill_(value),
+    "read_number": lambda numbers, at: int(numbers.index(at).data),
+}
+"""What programs ask for their next tile: an iterator, or nothing."""
 
 
 def in_python(monkeypatch, modules, **own):

@@ -9,11 +9,22 @@ from __future__ import annotations
 import importlib.util
 import threading
 import time
-from types import SimpleNamespace
 
+import gluon_threads
 import pytest
 import torch
-from gluon_threads import Pointer, Tiles, in_python, specialize, turn
+from gluon_threads import (
+    Described,
+    Pointer,
+    Tiles,
+    Values,
+    each_program,
+    gluon_language,
+    in_python,
+    of_tensors,
+    take_all,
+    where,
+)
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -31,40 +42,17 @@ from benthic.kernels.reference.attention import attention
 HEADS, GROUPS, KEYS, VALUE = 4, 2, 32, 64
 
 
-class Values(torch.Tensor):
-    """A tensor with the type of Triton's."""
-
-    type = SimpleNamespace(layout=None)
-
-
-class Memory(Tiles):
-    """Shared memory whose values have the type of Triton's."""
-
-    def load(self, layout):
-        return super().load(layout).as_subclass(Values)
-
-
-class Described:
-    """A matrix whose blocks are loaded, with zeros behind its ends."""
-
-    layout = None
-
-    def __init__(self, data, rows, columns):
-        self.data, self.dtype = data.reshape(len(data), -1), data.dtype
-        self.block_type = SimpleNamespace(nbytes=rows * columns * data.itemsize)
+def heads_of(data, rows, columns):
+    return Described(data.detach().flatten(1), rows, columns)
 
 
 def load(described, corner, bar, tile):
     """Lands some time later."""
     row, column = (int(at) for at in corner)
-    rows, columns = tile.data.shape
 
     def land():
-        time.sleep((row * 7 + column * 3 + rows) % 11 / 1e4)
-        part = described.data[row : row + rows, column : column + columns]
-        tile.data.zero_()
-        tile.data[: len(part)] = part
-        bar.came(size=-described.block_type.nbytes)
+        time.sleep((row * 7 + column * 3 + len(tile.data)) % 11 / 1e4)
+        gluon_threads.load(described, (row, column), bar, tile)
 
     threading.Thread(target=land).start()
 
@@ -77,7 +65,7 @@ class Product:
         self.left, self.right, self.sums = left, right, sums if use_acc else sums * 0
 
     def done(self):
-        left = getattr(self.left, "data", self.left) if isinstance(self.left, Memory) else self.left
+        left = getattr(self.left, "data", self.left) if isinstance(self.left, Tiles) else self.left
         return done(self.sums) + (left @ self.right.data).as_subclass(Values)
 
 
@@ -90,48 +78,18 @@ def wait_for_products(_left, deps):
     return found[0] if len(found) == 1 else found
 
 
-def take(pointer, mask=None, other=None):
-    """A number, or those of a tensor of places."""
-    if mask is None:
-        return number(int(pointer.data[pointer.at]))
-    found = pointer.data[torch.where(mask, pointer.at, 0)]
-    return torch.where(mask, found, torch.tensor(other)).as_subclass(Values)
-
-
-def put(pointer, values, mask):
-    at, mask = torch.as_tensor(pointer.at), torch.as_tensor(mask)
-    mask, values = mask.expand(at.shape), torch.as_tensor(values).expand(at.shape)
-    with turn:
-        pointer.data[at[mask]] = values[mask].as_subclass(torch.Tensor)
-        pointer.written.view(-1).index_add_(0, at[mask], torch.ones_like(at[mask]))
-
-
 def number(value):
     return torch.tensor(value).as_subclass(Values)
 
 
 @pytest.fixture
 def language(monkeypatch):
-    either = lambda condition, left, right: torch.where(  # noqa: E731
-        torch.as_tensor(condition), torch.as_tensor(left), torch.as_tensor(right)
-    ).as_subclass(Values)
-    found = SimpleNamespace(
-        load=take, store=put, where=either,
-        float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
-        minimum=lambda x, y: torch.minimum(torch.as_tensor(x), torch.as_tensor(y)).as_subclass(Values),
-        maximum=lambda x, y: torch.maximum(torch.as_tensor(x), torch.as_tensor(y)).as_subclass(Values),
-        max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
-        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype).as_subclass(Values),
-        zeros_like=torch.zeros_like,
+    found = gluon_language(
+        load=lambda pointer, **masked: take_all(pointer, **masked).as_subclass(Values),
+        minimum=of_tensors(torch.minimum), maximum=of_tensors(torch.maximum), where=where,
+        exp2=torch.exp2, log2=torch.log2,
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype).as_subclass(Values),
-        arange=lambda start, end, layout: torch.arange(start, end).as_subclass(Values),
-        convert_layout=lambda x, _layout: x, warp_specialize=specialize, static_assert=lambda _: None,
-        allocate_shared_memory=lambda dtype, shape, _: Memory(
-            torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype)
-        ),
-        NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
-        DotOperandLayout=lambda **_: None, SwizzledSharedLayout=lambda *_: None,
-        DistributedLinearLayout=lambda *_: None,
+        DotOperandLayout=lambda **_: None, static_assert=lambda _: None,
     )  # fmt: skip
     modules = (
         gluon_attention_blocks,
@@ -238,7 +196,7 @@ def test_gradients_are_those_of_the_definition(language, queries, keys, causal, 
     q, k, v = (x.detach() for x in leaves)
     dq, dk, dv = (Pointer(x, written=torch.zeros(x.shape, dtype=torch.int64)) for x in found)
     terms = [Pointer(x.detach().T.contiguous()) for x in (lse, (out * dout).sum(-1))]
-    rows, blocks = [Described(x, 64, 64) for x in (q, q, dout)], [Described(x, 64, 64) for x in (k, k, v)]
+    rows, blocks = [heads_of(x, 64, 64) for x in (q, q, dout)], [heads_of(x, 64, 64) for x in (k, k, v)]
     rest = (*terms, *map(Pointer, starts), None, width, VALUE, width, VALUE, sum(queries), 0.1)
     constants = {
         "GROUPS": GROUPS, "D_1": 64, "D_2": width - 64, "V": VALUE, "STAGES": 3, "CAUSAL": causal,
@@ -298,12 +256,10 @@ def run(language, q, k, v, queries, keys, *, widths, causal, apart, is_list, pro
             return number(next(given))
 
     gluon_attention_forward.asked = asked
-    language.num_programs = lambda _axis: programs
-    for program in range(programs):
-        language.program_id = lambda _axis, program=program: number(program)
+    for _ in each_program(language, programs, number):
         gluon_attention_forward.attention_forward(
-            Described(q_1, 64, d_1), Described(q_2, 64, d_2), Described(k_1, KEYS, d_1),
-            Described(k_2, KEYS, d_2), Described(v, KEYS, VALUE), Pointer(out, written=written[0]),
+            heads_of(q_1, 64, d_1), heads_of(q_2, 64, d_2), heads_of(k_1, KEYS, d_1),
+            heads_of(k_2, KEYS, d_2), heads_of(v, KEYS, VALUE), Pointer(out, written=written[0]),
             Pointer(lse, written=written[1]), Pointer(starts_q), Pointer(starts_k), Pointer(tiles), None,
             q_1.shape[2], q_2.shape[2], k_1.shape[2], k_2.shape[2], VALUE, sum(queries), high, total, 0.1,
             HEADS=HEADS, GROUPS=GROUPS, D_1=d_1, D_2=d_2, V=VALUE, BLOCK_M=128, BLOCK_N=KEYS, STAGES=2,

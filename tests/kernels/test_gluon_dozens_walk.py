@@ -6,11 +6,10 @@ Layouts are left out; loads, barriers, what a program multiplies and where it wr
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_threads import Pointer, Tiles, in_python, specialize
+from gluon_threads import Described, Pointer, Tiles, each_program, gluon_language, in_python, load
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,35 +19,6 @@ if importlib.util.find_spec("triton") is None:
 from benthic.kernels import gluon_dozens, gluon_fp8_tiles
 from benthic.kernels.host import cdiv
 from benthic.kernels.reference import moe
-
-
-class Described:
-    """A matrix whose blocks are loaded, and where those begin; zeros lie behind its ends."""
-
-    def __init__(self, data, rows):
-        self.data, self.dtype, self.layout, self.loaded = data, data.dtype, None, []
-        self.block_type = SimpleNamespace(shape=[rows, 64], nbytes=rows * 64 * data.itemsize)
-
-
-def load(described, corner, bar, tile, *, pred=True):
-    if pred:
-        row, column = corner
-        described.loaded.append((row, column))
-        part = described.data[row : row + tile.shape[0], column : column + 64]
-        assert tile.shape == tuple(described.block_type.shape)
-        tile.data.zero_()
-        tile.data[: part.shape[0], : part.shape[1]] = part
-        bar.came(size=-described.block_type.nbytes)
-
-
-def take(pointer, *, mask=True, other=None):
-    return int(pointer.data[pointer.at]) if mask else other
-
-
-def put(pointer, values, mask):
-    at = pointer.at[mask]
-    pointer.data[at] = values[mask]
-    pointer.written.index_add_(0, at, torch.ones_like(at))
 
 
 class Row(int):
@@ -63,16 +33,7 @@ class Row(int):
 
 @pytest.fixture
 def language(monkeypatch):
-    found = SimpleNamespace(
-        load=take, store=put, exp=torch.exp, float32=torch.float32, int64=None, static_range=range,
-        minimum=min, maximum=max, where=lambda condition, left, right: left if condition else right,
-        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-        arange=lambda start, end, layout: torch.arange(start, end),
-        reshape=torch.reshape, permute=torch.permute, split=lambda x: x.unbind(-1),
-        convert_layout=lambda x, _layout: x, multiple_of=lambda x, _: x, warp_specialize=specialize,
-        allocate_shared_memory=lambda dtype, shape, _: Tiles(torch.full(shape, torch.nan, dtype=dtype)),
-        NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
-    )  # fmt: skip
+    found = gluon_language()
     write = gluon_dozens._write.fn
     in_python(
         monkeypatch,
@@ -102,10 +63,8 @@ def run(language, operands, sizes, programs, *, gated, early=True):
     width, own = (n_dim // 2, 64) if gated else (n_dim, 128)
     n_tiles = cdiv(width, 2 * own)
     out = Pointer(torch.full((rows, width), torch.nan))
-    boxes, blocks = Described(x, gluon_dozens.BOX), Described(weight.flatten(0, 1), 64)
-    language.num_programs = lambda _axis: programs
-    for program in range(programs):
-        language.program_id = lambda _axis, program=program: program
+    boxes, blocks = Described(x, gluon_dozens.BOX, 64), Described(weight.flatten(0, 1), 64, 64)
+    for _ in each_program(language, programs):
         gluon_dozens._experts_times_rows(
             boxes, blocks, out, Pointer(torch.tensor(sizes).cumsum(0)), rows, experts, n_dim,
             cdiv(k_dim, 128) * 2, n_tiles, gluon_dozens.whole(experts * n_tiles, programs),

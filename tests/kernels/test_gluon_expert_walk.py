@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
+from gluon_threads import Numbers, gluon_language
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,23 +15,9 @@ if importlib.util.find_spec("triton") is None:
 from benthic.kernels import gluon_expert_gradient as kernel
 
 
-class Pointer(NamedTuple):
-    """Some numbers and a place among them."""
-
-    numbers: list[int]
-    at: int = 0
-
-    def __add__(self, more: int) -> Pointer:
-        return Pointer(self.numbers, self.at + more)
-
-
-def load(pointer: Pointer, mask: int = 1, other: int | None = None) -> int | None:
-    return pointer.numbers[pointer.at] if mask else other
-
-
 @pytest.fixture(autouse=True)
 def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "gl", SimpleNamespace(load=load, minimum=min))
+    monkeypatch.setattr(kernel, "gl", gluon_language())
     for name in ("LEFT", "RIGHT", "BAND"):
         monkeypatch.setattr(kernel, name, getattr(kernel, name).value)
 
@@ -65,6 +50,6 @@ def test_tiles_of_a_moment_share_their_columns(number) -> None:
 
 
 def test_an_expert_owns_the_rows_from_the_end_of_the_one_before() -> None:
-    ends = Pointer([0, 20, 20, 60])
+    ends = Numbers([0, 20, 20, 60])
     found = [kernel._rows_of.fn(ends, expert) for expert in range(4)]
     assert found == [(0, 0), (0, 20), (20, 20), (20, 60)]

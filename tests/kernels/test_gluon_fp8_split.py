@@ -6,11 +6,10 @@ In Python layouts are left out; loads, barriers, what a program multiplies and w
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_threads import Pointer, Tiles, in_python, specialize
+from gluon_threads import Described, Pointer, each_program, gluon_language, in_python, load, take_all, unload
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,52 +54,12 @@ def test_no_rows_launch_nothing():
     assert module.linear(none, weight, None, dtype=torch.bfloat16).shape == (0, 72)
 
 
-class Described:
-    """A matrix whose blocks are loaded and stored; behind its ends are zeros."""
-
-    def __init__(self, pointer, shape, block):
-        self.pointer, self.data = pointer, pointer.data.view(shape)
-        self.dtype, self.layout = torch.float32, None
-        self.block_type = SimpleNamespace(shape=block, nbytes=block[0] * block[1])
-
-    def load(self, corner, bar, tile):
-        part = self.data[tuple(slice(a, a + n) for a, n in zip(corner, tile.shape, strict=True))]
-        tile.data.zero_()
-        tile.data[: part.shape[0], : part.shape[1]] = part
-        bar.came(size=-self.block_type.nbytes)
-
-    def unload(self, corner, tile):
-        place = tuple(slice(a, a + n) for a, n in zip(corner, tile.shape, strict=True))
-        part = self.data[place]
-        part.copy_(tile.data[: part.shape[0], : part.shape[1]])
-        self.pointer.written.view(self.data.shape)[place] += 1
-
-
-def take(pointer, mask=None, other=None):
-    if not isinstance(pointer.at, torch.Tensor):
-        return pointer.data[pointer.at]
-    at = pointer.at if mask is None else torch.where(mask, pointer.at, 0)
-    return pointer.data[at] if mask is None else torch.where(mask, pointer.data[at], other)
-
-
-def put(pointer, values, mask):
-    mask = mask.expand(values.shape)
-    at = pointer.at.expand(values.shape)[mask]
-    pointer.data[at] = values[mask].to(pointer.data.dtype)
-    pointer.written.index_add_(0, at, torch.ones_like(at))
-
-
 @pytest.fixture
 def language(monkeypatch):
-    found = SimpleNamespace(
-        load=take, store=put, float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
+    found = gluon_language(
+        load=take_all,
         minimum=lambda a, b: torch.clamp(a, max=b) if isinstance(a, torch.Tensor) else min(a, b),
-        where=lambda condition, left, right: left if condition else right,
-        zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
-        arange=lambda start, end, layout=None: torch.arange(start, end), warp_specialize=specialize,
-        allocate_shared_memory=lambda _, shape, __: Tiles(torch.full(shape, torch.nan)),
-        NVMMADistributedLayout=lambda *_: None, SliceLayout=lambda *_: None,
-    )  # fmt: skip
+    )
 
     def product(x, weight, zero, *, use_acc, is_async):
         assert not use_acc
@@ -112,8 +71,8 @@ def language(monkeypatch):
         (module, gluon_fp8_tiles),
         gl=found,
         tl=found,
-        load=Described.load,
-        unload=Described.unload,
+        load=load,
+        unload=unload,
         wait_for_inputs=lambda _: None,
         _wait=lambda _: None,
         warpgroup_mma=product,
@@ -137,12 +96,12 @@ def test_every_chunk_is_multiplied_once_and_sums_meet_in_their_tile(
     programs = cdiv(tiles * k_tiles, share)
     out = Pointer(torch.full((rows, n_dim), torch.nan))
     parts = Pointer(torch.full((2 * programs * groups * tall * 64,), torch.nan))
-    for program in range(programs):
-        language.program_id = lambda _axis, program=program: program
+    described = Described(out.data.view(rows, n_dim), tall, 64, written=out.written.view(rows, n_dim))
+    for _ in each_program(language, programs):
         module._shares(
-            Described(Pointer(x), x.shape, [tall, 128]), Described(Pointer(weight), weight.shape, [64, 128]),
-            Described(out, (rows, n_dim), [tall, 64]), parts, Pointer(x_scale), Pointer(weight_scale),
-            rows, n_dim, tiles * k_tiles, share, k_tiles, m_tiles, *x_scale.stride(), *weight_scale.stride(),
+            Described(x, tall, 128), Described(weight, 64, 128), described, parts, Pointer(x_scale),
+            Pointer(weight_scale), rows, n_dim, tiles * k_tiles, share, k_tiles, m_tiles,
+            *x_scale.stride(), *weight_scale.stride(),
             ROWS=tall, GROUPS=groups, STAGES=3, PDL=True, REGISTERS=0, FEW_REGISTERS=0,
         )  # fmt: skip
     assert parts.written.max() <= 1

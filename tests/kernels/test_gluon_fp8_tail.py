@@ -6,11 +6,10 @@ In Python layouts are left out; loads, barriers, what a program multiplies and h
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_threads import Pointer, Tiles, in_python, specialize
+from gluon_threads import Described, Pointer, each_program, gluon_language, in_python, load, take
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,10 +94,7 @@ def test_pieces_of_all_programs_are_all_chunks_and_a_begun_tile_is_the_next_prog
 
 def pieces_of(program, programs, k_tiles, tiles, whole, share):
     """The kernel's own function until it is behind the last tile."""
-    language = SimpleNamespace(
-        program_id=lambda _: program, num_programs=lambda _: programs, minimum=min, maximum=max,
-        where=lambda condition, left, right: left if condition else right,
-    )  # fmt: skip
+    language = gluon_language(program_id=lambda _: program, num_programs=lambda _: programs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "gl", language)
         for step in range(tiles + 1):
@@ -106,20 +102,6 @@ def pieces_of(program, programs, k_tiles, tiles, whole, share):
             if piece[0] >= tiles:
                 return
             yield piece
-
-
-class Described:
-    """A matrix whose blocks are loaded; behind its ends are zeros."""
-
-    def __init__(self, data, rows):
-        self.data, self.dtype, self.layout = data, torch.float32, None
-        self.block_type = SimpleNamespace(nbytes=rows * 128)
-
-    def load(self, corner, bar, tile):
-        part = self.data[tuple(slice(a, a + n) for a, n in zip(corner, tile.shape, strict=True))]
-        tile.data.zero_()
-        tile.data[: part.shape[0], : part.shape[1]] = part
-        bar.came(size=-self.block_type.nbytes)
 
 
 class Scalar(int):
@@ -150,17 +132,9 @@ def of_two(function, of_tensors):
     )
 
 
-def take(pointer, mask=True, other=None):  # noqa: FBT002 (Triton's own)
-    if not mask:
-        return Scalar(other)
-    return Scalar(pointer.data[pointer.at]) if pointer.data.dtype == torch.int64 else pointer.data[pointer.at]
-
-
-def put(pointer, values, mask=None):
-    mask = torch.ones(values.shape, dtype=torch.bool) if mask is None else mask.expand(values.shape)
-    at = pointer.at.expand(values.shape)[mask]
-    pointer.data[at] = values[mask].to(pointer.data.dtype)
-    pointer.written.index_add_(0, at, torch.ones_like(at))
+def number(pointer, *, mask=True, other=None):
+    found = take(pointer, mask=mask, other=other)
+    return Scalar(found) if isinstance(found, int) else found
 
 
 def raised(pointer, by, *, sem, scope):
@@ -172,22 +146,18 @@ def raised(pointer, by, *, sem, scope):
 
 @pytest.fixture
 def language(monkeypatch):
-    found = SimpleNamespace(
-        load=take, store=put, atomic_add=raised, float32=torch.float32, int64=torch.int64, static_range=range,
-        minimum=of_two(min, torch.minimum), maximum=of_two(max, torch.maximum), multiple_of=lambda x, _: x,
-        where=lambda condition, left, right: left if condition else right,
-        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-        arange=lambda start, end, layout: torch.arange(start, end),
-        convert_layout=lambda x, _layout: x, warp_specialize=specialize,
-        allocate_shared_memory=lambda dtype, shape, _: Tiles(torch.full(shape, torch.nan, dtype=dtype)),
-        NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
-    )  # fmt: skip
+    found = gluon_language(
+        load=number,
+        atomic_add=raised,
+        minimum=of_two(min, torch.minimum),
+        maximum=of_two(max, torch.maximum),
+    )
 
     def product(x, weight, zero, *, use_acc, is_async):
         assert (use_acc, is_async) == (False, True)
         return zero + x.data @ weight.data
 
-    in_python(monkeypatch, (module, gluon_fp8_tiles), gl=found, load=Described.load, warpgroup_mma=product)
+    in_python(monkeypatch, (module, gluon_fp8_tiles), gl=found, load=load, warpgroup_mma=product)
     return found
 
 
@@ -206,11 +176,9 @@ def run(language, operands, ends, programs, whole, share):
     n_dim = len(weight) // experts
     out = Pointer(torch.full((rows, n_dim), torch.nan))
     parts, n_tiles = Pointer(torch.full((2 * programs * 64 * 192,), torch.nan)), cdiv(n_dim, 192)
-    language.num_programs = lambda _axis: programs
-    for program in range(programs):
-        language.program_id = lambda _axis, program=program: Scalar(program)
+    for _ in each_program(language, programs, Scalar):
         module._rows_times_blocks(
-            Described(x, 64), Described(weight, 128), Described(weight, 64), Pointer(x_scale),
+            Described(x, 64, 128), Described(weight, 128, 128), Described(weight, 64, 128), Pointer(x_scale),
             Pointer(weight_scale), out, parts, Pointer(ends), rows, experts, n_dim, cdiv(k_dim, 128), n_tiles,
             cdiv(rows, 128) * n_tiles, whole, share, weight_scale.shape[1], *x_scale.stride(),
             OUT_LAYOUT=None, TOGETHER=4, TAIL=share > 0, REGISTERS=0, FEW_REGISTERS=0,

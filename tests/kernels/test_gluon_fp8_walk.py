@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
+from gluon_threads import Numbers, gluon_language
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,29 +21,13 @@ from benthic.kernels import (
 )
 
 SIZES = st.lists(st.integers(0, 5000), min_size=1, max_size=9)
-
-
-class Pointer(NamedTuple):
-    """Some numbers and a place among them."""
-
-    numbers: list[int]
-    at: int = 0
-
-    def __add__(self, more: int) -> Pointer:
-        return Pointer(self.numbers, self.at + more)
-
-
-def load(pointer: Pointer, mask: int = 1, other: int | None = None) -> int | None:
-    return pointer.numbers[pointer.at] if mask else other
-
-
 MODULES = (gluon_fp8, gluon_fp8_three, gluon_fp8_three_gradient, gluon_fp8_tiles, gluon_grouped)
 SHARED = ("expert_of", "corner", "chunks_of", "end_of")
 
 
 @pytest.fixture(autouse=True)
 def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    language = SimpleNamespace(load=load, minimum=min, maximum=max)
+    language = gluon_language()
     for module in MODULES:
         monkeypatch.setattr(module, "gl", language)
         for name, constant in vars(module).copy().items():
@@ -61,7 +44,7 @@ def ends_of(sizes: list[int]) -> list[int]:
 def found(module, tile, place, ends, rows, n_tiles):
     """The place to go on from, and expert, first row, end and first column of a tile."""
     experts = len(ends)
-    place, at = module._find.fn(tile, place, Pointer(ends), rows, experts, n_tiles)
+    place, at = module._find.fn(tile, place, Numbers(ends), rows, experts, n_tiles)
     if module is gluon_fp8:  # 128 columns of one scale, and 64 before or behind them
         wide, narrow = at[3:]
         assert wide % 128 == 0
@@ -110,7 +93,7 @@ def test_every_tile_of_a_weight_sums_the_chunks_of_its_expert(sizes, o_dim, i_di
         place = (0, 0, 0, ends[0])
         for tile in range(program, tiles, min(programs, tiles)):
             expert, row, column = module._corner.fn(tile, o_dim, o_tiles, i_tiles)
-            place, count = module.chunks_of(expert, place, Pointer(ends))
+            place, count = module.chunks_of(expert, place, Numbers(ends))
             assert (place[1], count) == (sum(chunks[:expert]), chunks[expert])
             seen.add((expert, row, column))
     assert len(seen) == tiles

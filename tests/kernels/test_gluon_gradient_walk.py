@@ -14,7 +14,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_threads import in_python, specialize
+from gluon_threads import (
+    Described,
+    Pointer,
+    Tiles,
+    Values,
+    each_program,
+    gluon_language,
+    in_python,
+    load,
+    of_tensors,
+    places,
+    where,
+)
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -30,36 +42,7 @@ from benthic.kernels import (
 from benthic.kernels.reference import fp8_linear, moe
 
 
-class Values(torch.Tensor):
-    """Numbers in registers: adding to a name gives it others."""
-
-    def __iadd__(self, more):
-        return self + more
-
-
-class Memory:
-    """Shared memory: tiles one after another."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def index(self, at):
-        return Memory(self.data[at])
-
-    def permute(self, order):
-        return Memory(self.data.permute(order))
-
-    def slice(self, first, size, dim=0):
-        return Memory(self.data.narrow(dim, first, size))
-
-    def load(self, _layout):
-        return self.data.clone()
-
-    def store(self, values):
-        self.data.copy_(values)
-
-
-class Slot(Memory):
+class Slot(Tiles):
     """Shared memory of sums that leave."""
 
     def __init__(self, data, tma):
@@ -72,37 +55,6 @@ class Slot(Memory):
     def store(self, values):
         self.tma.note("s")
         super().store(values)
-
-
-class Described:
-    """A tensor whose blocks are loaded; behind its ends are zeros."""
-
-    def __init__(self, data, *block):
-        self.data, self.dtype, self.layout = data, data.dtype, None
-        self.block_type = SimpleNamespace(shape=list(block), nbytes=math.prod(block) * data.itemsize)
-
-
-def places(data, corner, block):
-    """Those of a block that lie in a tensor."""
-    return tuple(slice(int(a), max(min(int(a) + n, end), int(a)))
-                 for a, n, end in zip(corner, block, data.shape, strict=True))  # fmt: skip
-
-
-def load(described, corner, bar, tile):
-    part = described.data[places(described.data, corner, tile.data.shape)]
-    tile.data.zero_()
-    tile.data[tuple(slice(n) for n in part.shape)] = part
-    bar.came(size=-described.block_type.nbytes)
-
-
-class Pointer:
-    """A tensor and places in it."""
-
-    def __init__(self, data, at=0):
-        self.data, self.at = data.view(-1), at
-
-    def __add__(self, more):
-        return Pointer(self.data, self.at + more)
 
 
 class Product:
@@ -136,9 +88,10 @@ class Leaving:
         waiting = self.of_thread().on_their_way
         while len(waiting) > most:
             corner, slot, adds = waiting.pop(0)
-            place = places(self.into, corner, slot.data.shape)
-            part = slot.data[tuple(slice(s.stop - s.start) for s in place)]
-            self.into[place] = self.into[place] + part if adds else part
+            place = places(corner, slot.data.shape)
+            before = self.into[place]
+            part = slot.data[places((0, 0, 0), before.shape)]
+            self.into[place] = before + part if adds else part
             self.written[place] += 1
             slot.data.fill_(torch.nan)
 
@@ -171,33 +124,13 @@ def numbers(*bounds):
     return (torch.tensor(number).as_subclass(Values) for number in range(*bounds))
 
 
-def take(pointer, *, mask=True, other=None):
-    return int(pointer.data[int(pointer.at)]) if mask else other
-
-
-def put(pointer, value):
-    pointer.data[int(pointer.at)] = value
-
-
 BOXES = [gluon_sums.box(turned) for turned in (False, True)]
 MODULES = (gluon_expert_gradient, gluon_fp8_three_gradient, gluon_fp8_tiles, gluon_sums, gluon_tiles)
 
 
 @pytest.fixture
 def language(monkeypatch):
-    found = SimpleNamespace(
-        load=take, store=put, float32=torch.float32, int32=torch.int32, int64=torch.int64, static_range=range,
-        minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
-        maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
-        where=torch.where, zeros_like=torch.zeros_like, sum=lambda x, axis: x.sum(axis),
-        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype).as_subclass(Values),
-        arange=lambda start, end, layout: torch.arange(start, end),
-        reshape=torch.reshape, permute=torch.permute, split=lambda x: x.unbind(-1),
-        convert_layout=lambda x, _layout: x, warp_specialize=specialize,
-        allocate_shared_memory=lambda dtype, shape, _: Memory(torch.full(shape, torch.nan).to(dtype)),
-        NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
-        NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *_: None),
-    )  # fmt: skip
+    found = gluon_language(where=where, minimum=of_tensors(torch.minimum), maximum=of_tensors(torch.maximum))
     in_python(monkeypatch, MODULES, gl=found, load=load, warpgroup_mma=multiply)
     for module in MODULES[:2]:
         monkeypatch.setattr(module, "range", numbers, raising=False)
@@ -239,15 +172,6 @@ SIZES = [(1, 0, 63, 64, 65), (127, 128, 129), (0, 0), (0, 300, 0), (200, 3), (30
 WIDTHS = [(208, 144), (192, 128), (16, 272), (400, 48)]
 
 
-def programs_of(language, tiles):
-    for programs in (1, 3):
-        language.num_programs = lambda _axis, programs=programs: programs
-        yield (
-            programs,
-            [lambda _axis, program=program: program for program in range(programs if tiles else 0)],
-        )
-
-
 def sums(shape, generator, *, add):
     return torch.randn(shape, generator=generator) if add else torch.full(shape, torch.nan)
 
@@ -283,10 +207,10 @@ def test_fp8_gradients_are_summed_by_chunks_and_leave_beside_the_next_product(
     tiles = len(sizes) * o_tiles * i_tiles
     lines = [Described(part.scale.t().reshape(-1), block) for part, block in ((dy, 64), (x, 128))]
     known = Pointer(ends) if len(sizes) > 1 else None  # a single one has all rows
-    for _programs, ids in programs_of(language, tiles):
+    for programs in (1, 3):
         before = sums(exact.shape, generator, add=add)
         tma, squares = leaving(before.clone(), slots), torch.full((3 * tiles,), torch.nan)
-        for language.program_id in ids:
+        for _ in each_program(language, programs if tiles else 0):
             module._column_tiles(
                 Described(dy.values.float(), 64, 128), Described(x.values.float(), 128, 128), *lines,
                 Described(tma.into, *BOXES[False]), Pointer(tma.into), Pointer(squares), known,
@@ -313,10 +237,10 @@ def test_gradients_are_summed_by_rows_and_leave_beside_the_next_product(
     left, right = (x, dy) if turned else (dy, x)
     left_tiles, right_tiles = math.ceil(left.shape[1] / 128), math.ceil(right.shape[1] / 256)
     tiles = len(sizes) * left_tiles * right_tiles
-    for _programs, ids in programs_of(language, tiles):
+    for programs in (1, 3):
         before = sums(exact.shape, generator, add=add)
         tma, parts = leaving(before.clone(), module.SLOTS), torch.full((2 * tiles,), torch.nan)
-        for language.program_id in ids:
+        for _ in each_program(language, programs if tiles else 0):
             module._expert_gradient(
                 Described(left, 64, 64), Described(right, 64, 256), Described(tma.into, *BOXES[turned]),
                 Pointer(tma.into), Pointer(parts), Pointer(ends), left.shape[1] // 8, right.shape[1] // 8,

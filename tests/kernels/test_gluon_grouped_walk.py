@@ -12,44 +12,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_threads import Pointer, Tiles, in_python, specialize
+from gluon_threads import (
+    QUEUE,
+    Described,
+    Pointer,
+    Tiles,
+    each_program,
+    gluon_language,
+    in_python,
+    load,
+    unload_whole,
+)
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from benthic.kernels import gluon_fp8_tiles, gluon_grouped, gluon_queue, gluon_tiles
 from benthic.kernels.reference import linear, moe
-
-
-class Described:
-    """A matrix whose blocks are loaded and stored, and how often each element was."""
-
-    def __init__(self, data, columns, written=None):
-        self.data, self.dtype, self.layout, self.written = (
-            data.view(-1, data.shape[-1]),
-            data.dtype,
-            None,
-            written,
-        )
-        self.block_type = SimpleNamespace(shape=[64, columns], nbytes=64 * columns * data.itemsize)
-
-
-def load(described, corner, bar, tile, *, pred=True):
-    if pred:
-        row, column = corner
-        part = described.data[row : row + 64, column : column + 64]
-        block = torch.zeros(64, 64)
-        block[: part.shape[0], : part.shape[1]] = part
-        tile.store(block)
-        bar.came(size=-described.block_type.nbytes)
-
-
-def unload(described, corner, tile):
-    row, column = corner
-    part = described.data[row : row + 64, column : column + tile.shape[1]]
-    assert len(part) == 64, "whole halves alone leave by TMA"
-    part.copy_(tile.data[:, : part.shape[1]])
-    described.written[row : row + 64, column : column + tile.shape[1]] += 1
 
 
 def view(ring, _dtype, shape, _layout):
@@ -59,40 +38,17 @@ def view(ring, _dtype, shape, _layout):
     return SimpleNamespace(index=lambda at: Tiles(torch.cat(tuple(ring.data[2 * at : 2 * at + 2]), dim=1)))
 
 
-def take(pointer, *, mask=True, other=None):
-    return int(pointer.data[pointer.at]) if mask else other
-
-
-def put(pointer, values, mask):
-    at = pointer.at[mask]
-    pointer.data[at] = values[mask]
-    pointer.written.view(-1).index_add_(0, at, torch.ones_like(at))
-
-
 @pytest.fixture
 def language(monkeypatch):
-    found = SimpleNamespace(
-        load=take, store=put, exp=torch.exp, float32=torch.float32, int64=torch.int64, static_range=range,
-        minimum=min, maximum=max, where=lambda condition, left, right: left if condition else right,
-        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-        arange=lambda start, end, layout: torch.arange(start, end),
-        reshape=torch.reshape, permute=torch.permute, split=lambda x: x.unbind(-1),
-        convert_layout=lambda x, _layout: x, warp_specialize=specialize,
-        allocate_shared_memory=lambda dtype, shape, _: Tiles(torch.full(shape, torch.nan, dtype=dtype)),
-        NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
-        SwizzledSharedLayout=lambda *_: None, int32=torch.float64,
-    )  # fmt: skip
+    found = gluon_language(int32=torch.float64)
     in_python(
         monkeypatch,
         (gluon_grouped, gluon_fp8_tiles, gluon_queue, gluon_tiles),
+        **QUEUE,
         gl=found,
         load=load,
-        unload=unload,
+        unload=unload_whole,
         view=view,
-        asked=lambda counter: 0 if counter is None else next(counter),
-        answered=lambda answer: answer,
-        write_number=lambda numbers, at, value: numbers.index(at).data.fill_(value),
-        read_number=lambda numbers, at: int(numbers.index(at).data),
         warpgroup_mma=lambda x, weight, sums, is_async: sums + x.data @ weight.data,
     )
     return found
@@ -140,11 +96,10 @@ def run(language, sizes, spare, dims, *, turned, gated, given=True):
     n_tiles = math.ceil(n_dim / 128)
     for programs, queued in ((1, True), (3, True), (3, False)):
         counter = itertools.count() if queued else None
-        language.num_programs = lambda _axis, programs=programs: programs
-        for program in range(programs if rows else 0):
-            language.program_id = lambda _axis, program=program: program
+        for _ in each_program(language, programs if rows else 0):
             gluon_grouped._rows_times_experts(
-                Described(x, 64), Described(laid, 64), Described(out, 64 if gated else 128, written),
+                Described(x, 64, 64), Described(laid.flatten(0, 1), 64, 64),
+                Described(out, 64, 64 if gated else 128, written=written),
                 Pointer(out, written=written), Pointer(ends) if given else None, counter,
                 rows, len(sizes), n_dim, k_dim, n_tiles,
                 TURNED=turned, GATED=gated, REGISTERS=0, FEW_REGISTERS=0,

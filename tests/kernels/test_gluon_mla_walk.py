@@ -61,18 +61,7 @@ def loaded(pointer, *, mask=True, other=0):
 
 @pytest.fixture(autouse=True)
 def in_python(monkeypatch):
-    gl = SimpleNamespace(
-        load=loaded,
-        int64=torch.int64,
-        static_range=range,
-        where=gluon_threads.where,
-        minimum=min,
-        arange=lambda start, end, layout: torch.arange(start, end),
-        zeros_like=torch.zeros_like,
-        BlockedLayout=lambda *_: None,
-        SliceLayout=lambda *_: None,
-        NVMMASharedLayout=SimpleNamespace(get_default_for=lambda *_: None),
-    )
+    gl = gluon_threads.gluon_language(load=loaded, where=gluon_threads.where)
     own = {
         "gl": gl,
         "load": load,

@@ -10,23 +10,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_threads import TILE, Described, Pointer, Tiles, in_python, load, tile_scale, where
+from gluon_threads import (
+    QUOTIENTS,
+    TILE,
+    Described,
+    Pointer,
+    each_program,
+    gluon_language,
+    in_python,
+    load,
+    take_all,
+    where,
+)
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from benthic.kernels import gluon_fp8_retile, gluon_fp8_tiles, ops
 from benthic.kernels.reference.fp8_linear import padded_rows
-
-
-def take(pointer, *, mask=True, other=0):
-    at, mask = torch.as_tensor(pointer.at), torch.as_tensor(mask)
-    return torch.where(mask, pointer.data[torch.where(mask, at, 0)], torch.as_tensor(other))
-
-
-def put(pointer, values, mask):
-    pointer.data[pointer.at[mask]] = values[mask]
-    pointer.written.index_add_(0, pointer.at[mask], torch.ones_like(pointer.at[mask]))
 
 
 def unload(out, corner, block):
@@ -44,28 +45,18 @@ def packed(x):
     return values.view(-1, 4, TILE).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
 
 
-def memory(dtype, shape, _layout):
-    return Tiles(torch.full(shape, 77 if dtype == torch.int32 else torch.nan, dtype=dtype))
-
-
 @pytest.fixture
 def language(monkeypatch):
-    found = SimpleNamespace(
-        load=take, store=put, where=where, abs=torch.abs, max=lambda x, axis: x.amax(axis),
-        arange=lambda start, end, layout: torch.arange(start, end), allocate_shared_memory=memory,
-        float32=torch.float32, int32=torch.int32, int64=torch.int64,
-    )  # fmt: skip
+    found = gluon_language(load=take_all, where=where)
     in_python(
         monkeypatch,
         (gluon_fp8_retile, gluon_fp8_tiles),
+        **QUOTIENTS,
         gl=found,
         load=load,
         unload=unload,
         packed=packed,
         _values=lambda square: square.load(None).float(),
-        quotient=lambda x, by, _inverse: x / by,
-        tile_scale=tile_scale,
-        inverse_of=lambda scale: 1.0 / scale,
     )
     return found
 
@@ -79,12 +70,11 @@ def run(language, rows, ends, *, programs, power_of_two):
     out = SimpleNamespace(data=words, written=torch.zeros_like(words), layout=None)
     scale = Pointer(torch.full((width * padded // TILE,), torch.nan))
     in_scale = rows.scale.t().contiguous()
-    language.num_programs = lambda _axis: programs
-    for program in range(min(programs, squares)):
-        language.program_id = lambda _axis, program=program: torch.tensor(program)
+    for _ in each_program(language, min(programs, squares), torch.tensor):
         gluon_fp8_retile._retile_squares(
-            Described(rows.values), Pointer(in_scale), out, scale, Pointer(words if ends is None else ends),
-            count, experts, torch.tensor(width), n_tiles, squares, 1, count, width,
+            Described(rows.values, TILE, TILE), Pointer(in_scale), out, scale,
+            Pointer(words if ends is None else ends), count, experts,
+            torch.tensor(width), n_tiles, squares, 1, count, width,
             HAS_ENDS=ends is not None, POWER_OF_TWO=power_of_two,
         )  # fmt: skip
     assert (scale.written == 1).all()

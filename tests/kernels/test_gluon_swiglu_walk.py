@@ -7,11 +7,23 @@ what in shared memory are not.
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
 
 import pytest
 import torch
-from gluon_threads import TILE, Described, Pointer, Tiles, in_python, load, tile_scale, where
+from gluon_threads import (
+    QUOTIENTS,
+    TILE,
+    Described,
+    Pointer,
+    Tiles,
+    Values,
+    each_program,
+    gluon_language,
+    in_python,
+    load,
+    take_all,
+    where,
+)
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -21,29 +33,6 @@ from benthic.kernels.reference import norm
 from benthic.kernels.reference.fp8_linear import padded_rows
 
 
-class Part(torch.Tensor):
-    """A tensor in registers, which has a layout."""
-
-    type = SimpleNamespace(layout=None)
-
-
-def take(pointer, *, mask=True, other=None):
-    """Nothing is read where a mask says so, not even beyond the end."""
-    at, mask = torch.as_tensor(pointer.at), torch.as_tensor(mask)
-    mask = mask.expand(at.shape)
-    data = pointer.data if pointer.data.is_floating_point() else pointer.data.long()
-    found = torch.full(at.shape, 0 if other is None else other, dtype=data.dtype)
-    found[mask] = data[at[mask]]
-    return found
-
-
-def put(pointer, values, mask):
-    mask = mask.expand(values.shape)
-    at = pointer.at.expand(values.shape)[mask]
-    pointer.data[at] = values[mask]
-    pointer.written.index_add_(0, at, torch.ones_like(at))
-
-
 def words_of(x, by, _inverse):
     values = (x / by[None, :]).to(torch.float8_e4m3fn).view(torch.uint8)
     return values.view(-1, 4, TILE).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
@@ -51,30 +40,21 @@ def words_of(x, by, _inverse):
 
 @pytest.fixture
 def language(monkeypatch):
-    found = SimpleNamespace(
-        load=take, store=put, where=where, zeros_like=torch.zeros_like, abs=torch.abs, static_range=range,
-        max=lambda x, axis: x.amax(axis).as_subclass(Part), sum=lambda x, axis: x.sum(axis),
-        join=lambda a, b: torch.stack((a, b), -1), SwizzledSharedLayout=lambda *_: None,
-        split=lambda x: x.unbind(-1), convert_layout=lambda x, _layout: x,
-        arange=lambda start, end, layout: torch.arange(start, end), num_warps=lambda: 8,
-        allocate_shared_memory=lambda dtype, shape, _: Tiles(torch.full(shape, torch.nan, dtype=dtype)),
-        BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None, maximum=torch.maximum,
-        minimum=lambda a, b: min(int(a), int(b)),
-        float32=torch.float32, int32=torch.int32, int64=torch.int64, float8e4nv=torch.float8_e4m3fn,
+    found = gluon_language(
+        load=take_all, where=where, minimum=lambda a, b: min(int(a), int(b)), maximum=torch.maximum,
+        join=lambda a, b: torch.stack((a, b), -1), num_warps=lambda: 8, float8e4nv=torch.float8_e4m3fn,
     )  # fmt: skip
     in_python(
         monkeypatch,
         (gluon_fp8_swiglu, gluon_fp8_parts, gluon_fp8_tiles),
+        **QUOTIENTS,
         gl=found,
         load=load,
         view=lambda tiles, dtype, shape, _layout: Tiles(tiles.data.view(dtype).view(shape)),
-        wide=lambda x: x.float().as_subclass(Part),
+        wide=lambda x: x.float().as_subclass(Values),
         larger=lambda a, b: torch.where(a.abs() >= b.abs(), a, b),
         largest_of_rows=lambda x: x.abs().float().amax(1),
         words_of=words_of,
-        quotient=lambda x, by, _inverse: x / by,
-        tile_scale=tile_scale,
-        inverse_of=lambda scale: 1.0 / scale,
         _sigmoid=torch.sigmoid,
     )
     return found
@@ -90,14 +70,12 @@ def run(language, gate_up, dy, weight, ends, *, programs, power_of_two):
     by_row, by_column = Pointer(values[0].view(torch.float8_e4m3fn)), Pointer(values[1].view(torch.int32))
     row_scale, column_scale = (Pointer(scale) for scale in scales)
     parts = Pointer(torch.full((n_tiles * rows,), torch.nan))
-    language.num_programs = lambda _axis: programs
-    for program in range(min(programs, squares)):
-        language.program_id = lambda _axis, program=program: torch.tensor(program)
+    for _ in each_program(language, min(programs, squares), torch.tensor):
         gluon_fp8_swiglu._swiglu_squares(
-            Described(gate_up), Described(dy), by_row, row_scale, by_column, column_scale,
-            Pointer(values[0] if ends is None else ends), None if weight is None else Pointer(weight), parts,
-            rows, experts, torch.tensor(width), padded // 4, n_tiles,
-            squares, rows, 2 * width,
+            Described(gate_up, TILE, TILE), Described(dy, TILE, TILE), by_row, row_scale, by_column,
+            column_scale, Pointer(values[0] if ends is None else ends),
+            None if weight is None else Pointer(weight), parts, rows, experts, torch.tensor(width),
+            padded // 4, n_tiles, squares, rows, 2 * width,
             HAS_ENDS=ends is not None, POWER_OF_TWO=power_of_two, WEIGHTED=weight is not None,
         )  # fmt: skip
     for pointer in (by_row, by_column, row_scale, column_scale):
