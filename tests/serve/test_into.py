@@ -12,10 +12,10 @@ from benthic.kernels import ops
 from benthic.model.block_scaled import BlockScaledLinear
 from benthic.model.local import LocalExchange, PlainLinear, plain_linear
 from benthic.serve.cache import CacheLayout, LatentCache
-from benthic.serve.few_rows import FewRowsLinear
 from benthic.serve.graphs import Served
 from benthic.serve.into import Into, by_library
 from benthic.serve.plugs import Plugs
+from benthic.serve.table_linear import TableLinear
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Doubled(PlainLinear):
 def test_the_librarys_products_are_written_where_they_are_wanted_and_others_are_what_they_were():
     x, weight = torch.randn(9, 24), torch.randn(40, 24)
     out, own = torch.full((9, 40), torch.nan), Doubled()
-    for linear in (plain_linear, FewRowsLinear(), BlockScaledLinear({})):
+    for linear in (plain_linear, TableLinear(), BlockScaledLinear({})):
         out.fill_(torch.nan)
         assert Into(linear, out)(x, weight).data_ptr() == out.data_ptr()
         assert torch.equal(out, linear(x, weight))
@@ -49,7 +49,7 @@ def test_products_that_have_kernels_of_their_own_are_not_the_librarys():
     narrow = BlockScaledLinear({weight.data_ptr(): (ops.quantise_fp8_weight(weight),)})
     assert not by_library(narrow, x, weight)
     assert by_library(narrow, x, weight.clone())
-    assert not by_library(FewRowsLinear(), x, weight)
+    assert not by_library(TableLinear(), x, weight)
     assert not by_library(plain_linear, x[None], weight)
 
 

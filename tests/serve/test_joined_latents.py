@@ -10,7 +10,7 @@ from small_engine import NANO, prompts, random_model, request, serve, small_engi
 
 from benthic.model.joined import as_one, latent_pairs, lay_together
 from benthic.model.local import plain_linear
-from benthic.serve.few_rows import FewRowsLinear
+from benthic.serve.table_linear import TableLinear
 
 CONFIGS = pytest.mark.parametrize(
     "config", [replace(NANO, q_lora_rank=None), replace(NANO, q_lora_rank=24)], ids=["direct", "low rank"]
@@ -34,17 +34,17 @@ def test_weights_that_were_joined_keep_their_values_and_are_one(config) -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 300])
 def test_both_products_are_one_where_the_weights_are(rows, monkeypatch) -> None:
-    model, calls, multiply = random_model(), [], FewRowsLinear.__call__
+    model, calls, multiply = random_model(), [], TableLinear.__call__
     x = torch.randn(rows, NANO.hidden_size)
-    assert FewRowsLinear().together(x, pair(model)) is None
+    assert TableLinear().together(x, pair(model)) is None
     assert plain_linear.together(x, pair(model)) is None
     join_latents(model)
     monkeypatch.setattr(
-        FewRowsLinear,
+        TableLinear,
         "__call__",
         lambda self, x, weight: calls.append(weight.shape) or multiply(self, x, weight),
     )
-    for found, weight in zip(FewRowsLinear().together(x, pair(model)), pair(model), strict=True):
+    for found, weight in zip(TableLinear().together(x, pair(model)), pair(model), strict=True):
         torch.testing.assert_close(found, x @ weight.t())
     assert calls == [(sum(weight.shape[0] for weight in pair(model)), NANO.hidden_size)]
 
@@ -63,9 +63,9 @@ def test_a_server_gives_the_same_tokens_with_one_product_a_layer_less(config, mo
 
     def joined(model):
         join_latents(model)
-        return counted(FewRowsLinear())
+        return counted(TableLinear())
 
-    for fastest in (lambda model: counted(FewRowsLinear()), joined):
+    for fastest in (lambda model: counted(TableLinear()), joined):
         calls.clear()
         monkeypatch.setattr("benthic.serve.build.fastest_linear", fastest)
         engine = small_engine(random_model(config), enforce_eager=True)

@@ -12,8 +12,8 @@ from benthic.kernels import native, ops
 from benthic.model.local import plain_linear
 from benthic.sched.plans import Prefill, StepPlan, TableWrite
 from benthic.serve.columns import ColumnLinear, fastest_linear
-from benthic.serve.few_rows import FewRowsLinear
 from benthic.serve.steps import StepBuilder
+from benthic.serve.table_linear import TableLinear
 from benthic.serve.tapes import SEEN_BEFORE, DecodeTapes
 
 needs_compiler = pytest.mark.skipif(native.build_refusal() is not None, reason=str(native.build_refusal()))
@@ -128,8 +128,8 @@ def test_products_of_few_rows_ask_the_table_and_others_do_not(
     asked, linear = [], ops.linear
     monkeypatch.setattr(ops, "linear", lambda x, weight: (asked.append(len(x)), linear(x, weight))[1])
     x, weight = torch.randn(rows, 24), torch.randn(40, 24)
-    torch.testing.assert_close(FewRowsLinear()(x, weight), x @ weight.t())
-    torch.testing.assert_close(FewRowsLinear()(x[None], weight), (x @ weight.t())[None])
+    torch.testing.assert_close(TableLinear()(x, weight), x @ weight.t())
+    torch.testing.assert_close(TableLinear()(x[None], weight), (x @ weight.t())[None])
     assert asked == ([rows] if rows <= 8 else [])
 
 
@@ -152,7 +152,7 @@ def test_experts_swiglu_goes_with_their_product_where_the_socket_has_both_and_to
     with torch.inference_mode():
         expected = experts(rows_RD, ends_E, plain_linear)
         assert not asked
-        assert torch.equal(experts(rows_RD, ends_E, FewRowsLinear()), expected)
+        assert torch.equal(experts(rows_RD, ends_E, TableLinear()), expected)
         width = NANO.moe_intermediate_size
         assert asked == [(NANO.n_routed_experts, 2 * width, NANO.hidden_size)]
 

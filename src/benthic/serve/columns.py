@@ -17,7 +17,7 @@ from benthic.kernels.native_ops import linear as native_linear
 from benthic.model.joined import latent_pairs, lay_together
 from benthic.model.local import plain_linear
 from benthic.model.sockets import Linear
-from benthic.serve.few_rows import FewRowsLinear
+from benthic.serve.table_linear import TableLinear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ def fastest_linear(model: DeepSeek) -> Linear:
     if weight.is_cuda and weight.dtype == torch.bfloat16:
         for weights in latent_pairs(model):
             lay_together(weights)
-        return FewRowsLinear()
+        return TableLinear()
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or build_refusal() is not None:
         return plain_linear
     lay_out(model)

@@ -11,7 +11,7 @@ from benthic.kernels.ops.linear import FEW_MULTIPLIED, OUTPUTS
 from benthic.model.block_scaled import BlockScaledLinear
 from benthic.model.local import PlainLinear
 from benthic.model.sockets import Linear
-from benthic.serve.few_rows import FewRowsLinear
+from benthic.serve.table_linear import TableLinear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,6 @@ def by_library(linear: Linear, x: Tensor, weight: Tensor) -> bool:
         return False
     if isinstance(linear, BlockScaledLinear):
         return weight.data_ptr() not in linear.parts
-    if isinstance(linear, FewRowsLinear):
+    if isinstance(linear, TableLinear):
         return x.shape[0] > FEW_MULTIPLIED or (weight.is_cuda and weight.shape[0] > OUTPUTS)
     return type(linear) is PlainLinear

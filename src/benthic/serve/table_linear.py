@@ -1,4 +1,4 @@
-"""Products on a GPU as the table of kernels says: those of few rows, and experts' with SwiGLU."""
+"""Products on a GPU as the table of kernels says: of few rows, of two weights at once, with SwiGLU inside."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FewRowsLinear(PlainLinear):
-    """Products of up to `FEW_MULTIPLIED` rows by `ops.linear`, others as `plain_linear`."""
+class TableLinear(PlainLinear):
+    """The `linear` socket for bfloat16 on a GPU, where nothing is kept for gradients."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`x_..I @ weight_OI.T`."""
+        """`x_..I @ weight_OI.T`: up to `FEW_MULTIPLIED` rows by `ops.linear`, others as `plain_linear`."""
         if x.dim() == 2 and x.shape[0] <= FEW_MULTIPLIED:
             return ops.linear(x, weight)
         return super().__call__(x, weight)
@@ -28,7 +28,7 @@ class FewRowsLinear(PlainLinear):
         return None if joined is None else self(x, joined).split([each.shape[0] for each in weights], -1)
 
     def network(self, x_RD: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor | None = None) -> Tensor:
-        """See `benthic.model.sockets.Linear`; those of experts and of many rows have SwiGLU inside."""
+        """See `benthic.model.sockets.Linear`; with SwiGLU inside the product, of experts and of many rows."""
         if ends_E is None:
             if x_RD.shape[0] < MANY_MULTIPLIED:
                 return super().network(x_RD, gate_up, down)
