@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 turn = threading.Condition()
+_thread = threading.local()
 TILE = 128
 
 
@@ -130,12 +131,27 @@ def load(described, corner, bar, tile, *, pred=True):
         bar.came(size=-described.block_type.nbytes)
 
 
+def _leaving():
+    """What this thread has told TMA to write and not waited for."""
+    if not hasattr(_thread, "leaving"):
+        _thread.leaving = []
+    return _thread.leaving
+
+
 def unload(described, corner, tile):
-    """What stands over the edge is left out."""
-    place = places(corner, tile.shape)
-    part = described.data[place]
-    part.copy_(tile.data[places([0] * part.ndim, part.shape)])
-    described.written[place] += 1
+    """TMA reads shared memory as late as it may. What stands over the edge is left out."""
+    _leaving().append((described, corner, tile))
+
+
+def store_wait(most):
+    """Until no more than `most` are on their way; what stood in shared memory is of no use then."""
+    while len(_leaving()) > most:
+        described, corner, tile = _leaving().pop(0)
+        place = places(corner, tile.shape)
+        part = described.data[place]
+        part.copy_(tile.data[places([0] * part.ndim, part.shape)])
+        described.written[place] += 1
+        tile.data.fill_(torch.nan)
 
 
 def unload_whole(described, corner, tile):
@@ -192,6 +208,7 @@ def specialize(parts, *_settings):
     def run(part, operands):
         try:
             getattr(part, "fn", part)(*operands)
+            assert not _leaving(), "shared memory is given up while TMA reads it"
         except BaseException as error:  # noqa: BLE001 (told to the test below)
             failed.append(error)
 
@@ -253,7 +270,7 @@ def in_python(monkeypatch, modules, **own):
         "mbarrier": SimpleNamespace(wait=_wait, expect=_expect, arrive=_arrive),
         "meet": lambda: None,
         "fence_async_shared": lambda: None,
-        "tma": SimpleNamespace(store_wait=lambda _: None),
+        "tma": SimpleNamespace(store_wait=store_wait),
         "warpgroup_mma_wait": lambda _, deps: deps[0],
     } | own
     for module in modules:
