@@ -92,8 +92,8 @@ class Noted:
     def __init__(self, order):
         self.order = order
 
-    def moment(self, rows):
-        assert rows == 15
+    def moment(self, rows_an_expert):
+        assert rows_an_expert == 15 * BASE.num_experts_per_tok / BASE.n_routed_experts
         self.order.append("moment")
         return len(self.order)
 

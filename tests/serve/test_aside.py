@@ -6,9 +6,10 @@ import pytest
 import torch
 from small_engine import NANO
 
+from benthic.kernels.ops.moe import DOZENS_FROM
 from benthic.model.local import LocalExchange, plain_linear
 from benthic.model.sockets import at_once
-from benthic.serve.aside import MANY_ROWS, SecondStream, aside_for
+from benthic.serve.aside import SecondStream, aside_for
 from benthic.serve.attend import DecodeRows, PrefillRows, StepLayout
 from benthic.serve.cache import CacheLayout, LatentCache
 from benthic.serve.plugs import Plugs
@@ -49,7 +50,7 @@ def test_a_graph_of_two_streams_gives_the_same_bits_over_two_hundred_inputs():
     def forward(aside):
         y = x
         for early in (True, False, True) * 2:
-            since = aside.moment(MANY_ROWS if early else MANY_ROWS - 1)
+            since = aside.moment(DOZENS_FROM if early else DOZENS_FROM - 1)
             before = torch.tanh(y @ weights[2])
             beside = aside(lambda y=y: torch.tanh(y @ weights[0]) @ weights[1], since)
             y = torch.tanh(before @ weights[3] + beside())

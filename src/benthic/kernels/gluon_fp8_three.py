@@ -45,8 +45,6 @@ from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
 STAGES = gl.constexpr(4)
-QUEUED_ROWS = 1024
-"""Rows an expert, on average, from which the last of its tiles matters less than what a queue costs each."""
 
 
 @gluon.jit
@@ -211,7 +209,7 @@ def linear(x, weight, ends_E, *, dtype):
     out_RN = torch.empty(rows, n_dim, dtype=dtype, device=values.device)
     most_tiles = (rows // TALL_ROWS.value + experts + 1) * n_tiles
     programs = min(multiprocessors(values.device), most_tiles)
-    queued = ends_E is not None and most_tiles > programs and rows < QUEUED_ROWS * experts
+    queued = ends_E is not None and most_tiles > programs
     if rows:
         _rows_times_blocks[(programs,)](
             tiles_of(x.values), tiles_of(values, TALL_COLUMNS.value),

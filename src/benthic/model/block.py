@@ -150,7 +150,9 @@ class MoeBlock(Block[Sent, Computed]):
 
     def dispatch(self, attended: Attended, sockets: Sockets) -> Sent:
         """Gate in float32, then send each row with its weights to the chosen experts."""
-        normed_TD, since = attended.normed_TD, sockets.aside.moment(attended.normed_TD.shape[0])
+        normed_TD, config = attended.normed_TD, self.moe.gate.config
+        copies = len(normed_TD) * config.num_experts_per_tok
+        since = sockets.aside.moment(copies / config.n_routed_experts)
         routing = self.moe.gate(normed_TD)
         flight = sockets.exchange.start_dispatch(normed_TD, routing.expert_TK, routing.weight_TK)
         return Sent(attended, routing, flight, since)

@@ -176,10 +176,11 @@ class Exchange(Protocol):
 class Aside(Protocol):
     """When work happens that nothing depends on until its result is taken; results are the same."""
 
-    def moment(self, rows: int) -> Any:
-        """Now, for work on so many rows that is known later: it may begin beside what comes in between.
+    def moment(self, rows_an_expert: float) -> Any:
+        """Now, for shared experts' work that is known later: it may begin beside what comes in between.
 
-        No result of earlier side work may be given up in between.
+        `rows_an_expert`, on average, decide whether that pays. No result of earlier side work may be given
+        up in between.
         """
         ...
 
@@ -194,7 +195,7 @@ class Aside(Protocol):
 class AtOnce:
     """Work first, then whatever follows."""
 
-    def moment(self, rows: int) -> None:
+    def moment(self, rows_an_expert: float) -> None:
         """Work begins when it is given."""
 
     def __call__(self, work: Callable[[], T], since: None = None) -> Callable[[], T]:  # noqa: ARG002

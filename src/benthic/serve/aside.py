@@ -7,10 +7,11 @@ waits between streams cost the host more than they save where it launches kernel
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from benthic.kernels.ops.moe import DOZENS_FROM
 from benthic.model.sockets import at_once
 
 if TYPE_CHECKING:
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from benthic.model.sockets import Aside
 
 T = TypeVar("T")
-
-MANY_ROWS: Final = 176
-"""Rows from which experts' products hold whole multiprocessors (with 64 experts and top 6): shared experts
-then begin beside the gate, though they delay it. With fewer rows there is room for them beside experts."""
 
 
 def aside_for(device: torch.device) -> Aside:
@@ -41,9 +38,13 @@ class SecondStream:
         # or it would wait for the last program of a product beside it to begin, and then hide behind nothing
         self._stream = torch.cuda.Stream(device, priority=-1)
 
-    def moment(self, rows: int) -> torch.cuda.Event | None:
-        """See `benthic.model.sockets.Aside`."""
-        early = rows >= MANY_ROWS and torch.cuda.is_current_stream_capturing()
+    def moment(self, rows_an_expert: float) -> torch.cuda.Event | None:
+        """See `benthic.model.sockets.Aside`.
+
+        With dozens of rows and more, experts' products hold whole multiprocessors: shared experts then begin
+        beside the gate, though they delay it. With fewer there is room for them beside experts.
+        """
+        early = rows_an_expert >= DOZENS_FROM and torch.cuda.is_current_stream_capturing()
         return torch.cuda.current_stream().record_event() if early else None
 
     def __call__(self, work: Callable[[], T], since: torch.cuda.Event | None = None) -> Callable[[], T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benthic.kernels import ops
-from benthic.kernels.ops.linear import FEW_MULTIPLIED, MANY_MULTIPLIED
+from benthic.kernels.ops.linear import FEW_MULTIPLIED
 from benthic.model.joined import as_one
 from benthic.model.local import PlainLinear
 
@@ -30,7 +30,5 @@ class TableLinear(PlainLinear):
     def network(self, x_RD: Tensor, gate_up: Tensor, down: Tensor, ends_E: Tensor | None = None) -> Tensor:
         """See `benthic.model.sockets.Linear`; with SwiGLU inside the product, of experts and of many rows."""
         if ends_E is None:
-            if x_RD.shape[0] < MANY_MULTIPLIED:
-                return super().network(x_RD, gate_up, down)
             return self(ops.linear_swiglu(x_RD, gate_up), down)
         return self.grouped(ops.grouped_swiglu(x_RD, gate_up, ends_E), down, ends_E)

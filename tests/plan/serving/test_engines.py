@@ -26,7 +26,8 @@ from benthic.plan.serving.steps import StepLoad
 from benthic.spec import presets
 
 RUN = CliRunner(env={"COLUMNS": "100", "TERM": "dumb"})
-MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "serve_gpu_bf16.json"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+MEASURED, BEFORE = RESULTS / "serve_gpu_bf16.json", RESULTS / "serve_gpu.json"
 PLAIN = PricedStep(presets.get("moonlight-16b-a3b"), ServingLayout(), machines.get("h200"))
 
 
@@ -159,7 +160,15 @@ def test_experts_that_nobody_chose_are_not_read():
     assert PLAIN.operations.experts(1000.0)[0].experts == pytest.approx(64.0)
 
 
-def test_measured_decode_steps_in_bf16_are_foretold_from_those_around_them_within_five_percent():
+def test_decode_steps_of_a_program_before_are_foretold_from_the_others_within_five_percent():
+    steps = [each for each in read_measured(BEFORE, "bf16") if not each.load.prefill_tokens]
+    assert [each.load.decodes for each in steps] == [1, 8, 32, 64, 256, 512]
+    errors = [abs(error) for error in left_out("benthic", PLAIN, steps)]
+    assert statistics.median(errors) <= 0.05
+    assert max(errors) <= 0.1
+
+
+def test_todays_decode_steps_are_foretold_from_those_around_them_within_five_percent():
     """And the first and the last, which have others on one side alone, within 15."""
     steps = [each for each in read_measured(MEASURED, "bf16") if not each.load.prefill_tokens]
     assert [each.load.decodes for each in steps] == [1, 8, 32, 64, 256, 512]

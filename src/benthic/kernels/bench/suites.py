@@ -133,11 +133,22 @@ def _grouped_swiglu_lines(
         return ops.grouped_swiglu(x, weight, ends, impl=impl)
 
     operands = bench.sets(make, (rows + out) * count * width * bench.dtype.itemsize)
-    for impl in implementations("grouped_swiglu", trying(run, *operands[0])):
+    shape, work = f"{count}x{rows} ({width}->{out}){word}", 2 * count * rows * width * out
+    _product_lines(bench, "grouped_swiglu", shape, run, operands, work)
+
+
+def _product_lines(
+    bench: Bench,
+    op: str,
+    shape: str,
+    run: Callable[..., Any],
+    operands: list[tuple[torch.Tensor, ...]],
+    work: float,
+) -> None:
+    """A line for each way to compute a product of inference, beside its definition."""
+    for impl in implementations(op, trying(run, *operands[0])):
         error = relative(run(impl, *operands[0]), run("reference", *operands[0]))
-        seconds = bench.time(partial(run, impl), operands)
-        shape, work = f"{count}x{rows} ({width}->{out}){word}", 2 * count * rows * width * out
-        bench.add("grouped_swiglu", shape, impl, seconds, work, "TFLOP/s", error)
+        bench.add(op, shape, impl, bench.time(partial(run, impl), operands), work, "TFLOP/s", error)
 
 
 def _linear_swiglu_lines(bench: Bench, rows: int, width: int, out: int) -> None:
@@ -150,11 +161,7 @@ def _linear_swiglu_lines(bench: Bench, rows: int, width: int, out: int) -> None:
         return ops.linear_swiglu(x, weight, impl=impl)
 
     operands = bench.sets(make, (rows * (width + out) + out * width) * bench.dtype.itemsize)
-    for impl in implementations("linear_swiglu", trying(run, *operands[0])):
-        error = relative(run(impl, *operands[0]), run("reference", *operands[0]))
-        seconds = bench.time(partial(run, impl), operands)
-        work = 2 * rows * width * out
-        bench.add("linear_swiglu", f"{rows} ({width}->{out})", impl, seconds, work, "TFLOP/s", error)
+    _product_lines(bench, "linear_swiglu", f"{rows} ({width}->{out})", run, operands, 2 * rows * width * out)
 
 
 def experts(bench: Bench) -> None:
@@ -177,10 +184,9 @@ def experts(bench: Bench) -> None:
     if not bench.small:
         _grouped_swiglu_lines(bench, 8, 4096, 7168, 4096)
         _grouped_swiglu_lines(bench, 64, 6, 2048, 2816)
-    for shared in (
-        ((64, 64, 32),) if bench.small else ((2048, 2048, 5632), (4096, 2048, 5632), (16384, 2048, 5632))
-    ):
-        _linear_swiglu_lines(bench, *shared)
+    shared = (64, 32) if bench.small else (2048, 5632)
+    for rows in (64,) if bench.small else (2048, 4096, 16384):
+        _linear_swiglu_lines(bench, rows, *shared)
     tokens, width, top_k = (64, 64, 2) if bench.small else (16384, 7168, 8)
     expert = torch.rand(tokens, 64, device=bench.device).topk(top_k).indices.to(torch.int32)
     weight = torch.rand(tokens, top_k, device=bench.device)
