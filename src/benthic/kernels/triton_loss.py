@@ -10,7 +10,7 @@ from benthic.kernels.chunked_loss import GradientsInForward, Making, chunk_of
 from benthic.kernels.host import next_power_of_2
 from benthic.kernels.relaunch import remembered
 
-_ROOM = {"cpu": 64 << 20, "cuda": 1 << 30}
+_ROOM = {"cpu": 64 << 20, "cuda": 600 << 20}
 
 
 @remembered

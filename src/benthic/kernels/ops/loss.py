@@ -128,7 +128,7 @@ def linear_cross_entropy_sum(  # noqa: PLR0913 (the loss, and where its gradient
     Shapes: as `linear_cross_entropy`; `into` like the weight and at least as wide. With it, and where
     autograd records, the gradient of the weight is added to `into` by this call (the definition does so in
     backward), or with `fresh` written whatever it held, and autograd gets none; backward must then start from
-    the loss with 1, or the gradient of hidden is NaN. `chunk`: 64 MiB of logits on a CPU, 1 GiB on a GPU.
+    the loss with 1, or the gradient of hidden is NaN. `chunk`: 64 MiB of logits on a CPU, 600 MiB on a GPU.
     Returns: two scalars, float32 (float64 operands: float64).
     Raises: ShapeError when operands disagree.
     Cost: 6 T V D FLOPs with gradients, 2 T V D without; memory `chunk * V`, and the weight's gradient in

@@ -28,7 +28,7 @@ Part = Literal["F", "I", "W"]
 
 _SUM: Final = 8.0
 """Bytes of an element of an FP32 sum, read and written."""
-LOGITS: Final = 2**30
+LOGITS: Final = 600 * 2**20
 """Bytes of one chunk of logits on a GPU (`kernels.ops.linear_cross_entropy_sum`)."""
 
 
