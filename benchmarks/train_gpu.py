@@ -75,8 +75,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, parts = (512, ("json", "email")) if words.small else (32768, (".",))
         data = make_data(Path(folder), vocabulary, parts=parts)
-        rows = [apart(name, data, words) for name in names]
-    write_result("train_gpu", rows, out=words.out, steps=words.steps, lr=words.lr, model=model_of(words).name)
+        rows: list[dict[str, Any]] = []
+        for name in names:  # written each time, so that a run that is cut off keeps what it has
+            rows.append(apart(name, data, words))
+            said = {"steps": words.steps, "lr": words.lr, "model": model_of(words).name}
+            write_result("train_gpu", rows, out=words.out, **said)
 
 
 def parse() -> argparse.Namespace:
