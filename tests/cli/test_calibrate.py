@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from spawn import spawn
+from typer.testing import CliRunner
 
-from benthic.cli import calibration_kernels, plan_words
+from benthic.cli import (
+    calibration,
+    calibration_host,
+    calibration_kernels,
+    calibration_ranks,
+    main,
+    plan_words,
+)
 from benthic.cli.calibration import ON_CPU, Sizes, _fp8_products, calibrate, errors, machine_of
 from benthic.errors import BackendError, ConfigError
+from benthic.parallel import start
 from benthic.plan.cost import machine as machines
 from benthic.plan.cost.machine import Machine, Measured, Profile
 from benthic.plan.cost.ops import Gemm, GroupedGemm, MemoryBound
 from benthic.plan.cost.price import price
+from benthic.plan.training import launches
+from benthic.spec import presets
 
 FEW = Sizes(
     rows=(16, 32, 64, 128),
@@ -128,3 +143,85 @@ def test_a_profile_of_a_machine_without_known_peaks_plans_no_gpu(tmp_path):
                 plan_words.machine_of("h100", 8, path)
         else:
             assert plan_words.machine_of("h100", 8, path).profiles[0].hardware == name
+
+
+NANO = dataclasses.replace(
+    presets.get("nano"), num_hidden_layers=3, vocab_size=512, bos_token_id=0, eos_token_id=1
+)
+FEW_STEPS = calibration_host.Sizes(NANO, seq_len=16, microbatches=2, warm=1, steps=2)
+
+
+def test_the_host_is_timed_by_slots_and_the_planners_count_of_calls():
+    ticks = itertools.count()
+    found = calibration_host.overheads("cpu", FEW_STEPS, clock=lambda: float(next(ticks)))
+    calls = FEW_STEPS.calls
+    assert calls.forward > 200
+    assert found == {
+        "host operator forward": pytest.approx(1.0 / calls.forward),
+        "host operator input": pytest.approx(1.0 / (calls.input + calls.weight)),
+        "host operator weight": pytest.approx(1.0 / (calls.input + calls.weight)),
+    }, "a slot lasts from one mark to the next"
+
+
+def test_slots_that_are_timed_hold_the_blocks_of_the_model():
+    model = calibration_host.ON_GPU.model
+    dense, mixed = launches.DENSE, launches.MIXTURE
+    ends = launches.STAGE.plus(launches.EMBEDDING).plus(launches.HEAD)
+    assert calibration_host.ON_GPU.calls == ends.plus(dense).plus(mixed).plus(mixed)
+    assert model.kv_lora_rank == presets.get("moonlight-16b-a3b").kv_lora_rank, "kernels of the full width"
+
+
+def everyone(rank: int, folder: str) -> None:
+    own = Profile(hardware="h200", source="alone", overheads={"host operator input": 9.0})
+    ranks = calibration_ranks.Ranks("cpu", per_node=1 if folder.endswith("apart") else 2)
+    host = {"host operator forward": 1.0 + rank, "host operator input": 2.0 - rank}
+    found = calibration_ranks.together(ranks, own if rank == 0 else None, host, sizes=(2**10, 2**12))
+    assert (found is None) == (rank > 0)
+    if found is not None:
+        (Path(folder) / "profile.json").write_text(found.as_json())
+
+
+@pytest.mark.parametrize("hosts", ["together", "apart"])
+def test_ranks_measure_their_links_and_the_slowest_of_them_counts(tmp_path, hosts):
+    folder = tmp_path / hosts
+    folder.mkdir()
+    spawn(everyone, 2, str(folder))
+    profile = machines.read(folder / "profile.json")
+    tier = {"together": "nvlink", "apart": "network"}[hosts]
+    kinds = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "send")
+    assert {kind: len(points) for kind, points in profile.kinds.items()} == {f"{k} {tier}": 2 for k in kinds}
+    assert profile.overheads == {"host operator forward": 2.0, "host operator input": 2.0}
+    assert all(one.seconds > 1e-9 for one in profile.points)
+    machine = machines.get("h200", gpus_per_node=2 if hosts == "together" else 1, profile=profile)
+    for one in profile.points:
+        assert price(one.op, machine).provenance == "measured"
+    whole, sent = (profile.kinds[f"{kind} {tier}"][0].op for kind in ("all-gather", "all-to-all"))
+    assert (whole.bytes, sum(sent.traffic)) == (2**10, 2**9), "half of it stays"
+
+
+def test_what_a_profile_of_ones_own_does_not_know_of_its_host_a_shipped_one_says():
+    own = Profile(hardware="h200", source="", overheads={"host operator forward": 1e-6})
+    machine, shipped = machines.get("h200", profile=own), machines.get("h200")
+    assert machine.overhead("host operator forward") == 1e-6
+    assert machine.overhead("host collective") == shipped.overhead("host collective") > 0.0
+    assert machines.get("h800").overhead("host collective") == 0.0, "not of other hardware"
+
+
+def test_the_command_under_a_launcher_asks_every_rank_and_writes_once(tmp_path, monkeypatch):
+    asked = []
+    own = Profile(hardware="a host", source="a test")
+    monkeypatch.setattr(calibration, "calibrate", lambda device: own)
+    monkeypatch.setattr(calibration_ranks.Ranks, "meet", lambda self: asked.append(self.per_node))
+    monkeypatch.setattr(calibration_ranks, "together", lambda ranks, own, host: asked.append(host) or own)
+    monkeypatch.setattr(start, "joined", lambda *_args, **_options: contextlib.nullcontext())
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["calibrate", "--device", "cpu", "--out", str(tmp_path / "profile.json")]
+    done = CliRunner().invoke(main.app, words)
+    assert done.exit_code == 0, done.output
+    assert asked == [2, {}]
+    assert machines.read(tmp_path / "profile.json").source == "a test"
+    monkeypatch.setenv("RANK", "3")
+    done = CliRunner().invoke(main.app, [*words[:-1], str(tmp_path / "other.json")])
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "other.json").exists()

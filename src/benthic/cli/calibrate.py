@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
 from benthic import units
+from benthic.cli.train import launched
+
+if TYPE_CHECKING:
+    from benthic.parallel.start import Launch
+    from benthic.plan.cost.machine import Profile
+
+_TIMEOUT_S: Final = 600.0
+"""For what the other ranks wait while the first one measures alone."""
 
 
 def calibrate(
@@ -16,19 +26,45 @@ def calibrate(
         Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")
     ] = "auto",
 ) -> None:
-    """Time products and streams of this machine, in under two minutes, and say how well they foretell others.
+    """Time this machine's operations, in under two minutes, and say how well they foretell others.
+
+    Products, experts, streams of memory; on a GPU attention, decoding and what the host takes for a call;
+    under torchrun the links between all ranks, and the host while all of them call.
 
     Example: benthic calibrate --out profile.json; benthic plan train tiny ... --profile profile.json
+    Example: torchrun --nproc-per-node 2 -m benthic calibrate --out profile.json
     """
     import torch  # noqa: PLC0415 (the other commands start without it)
 
-    from benthic.cli.calibration import calibrate as measure  # noqa: PLC0415
-    from benthic.cli.calibration import errors  # noqa: PLC0415
+    from benthic.cli.calibration import errors, refuse_without_gpu  # noqa: PLC0415
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    profile = measure(found if device == "auto" else device)
+    device = found if device == "auto" else device
+    refuse_without_gpu(device)
+    profile = _measured(device, launched(os.environ))
+    if profile is None:
+        return
     out.write_text(profile.as_json(), encoding="utf-8")
     for kind, error in errors(profile).items():
         count = len(profile.kinds[kind])
         typer.echo(f"{kind:<28} {count:3} points, left out one by one: median error {units.percent(error)}")
+    for name, seconds in profile.overheads.items():
+        typer.echo(f"{name:<28} {units.seconds(seconds)} a call")
     typer.echo(f"wrote {out}: {profile.hardware}, {profile.source}")
+
+
+def _measured(device: str, launch: Launch) -> Profile | None:
+    """What all ranks measure; the first one has the profile."""
+    from benthic.cli import calibration_host, calibration_ranks  # noqa: PLC0415 (see calibrate)
+    from benthic.cli.calibration import calibrate as measure  # noqa: PLC0415
+    from benthic.parallel.start import joined  # noqa: PLC0415
+
+    with joined(launch, device, timeout_s=_TIMEOUT_S):
+        profile = measure(device) if launch.leads else None
+        if launch.ranks == 1:
+            host = calibration_host.overheads(device) if device == "cuda" else {}
+            return None if profile is None else replace(profile, overheads=host)
+        ranks = calibration_ranks.Ranks(device, int(os.environ.get("LOCAL_WORLD_SIZE", launch.ranks)))
+        ranks.meet()
+        host = calibration_host.overheads(device) if device == "cuda" else {}
+        return calibration_ranks.together(ranks, profile, host)

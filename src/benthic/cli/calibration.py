@@ -128,9 +128,7 @@ def calibrate(
     Raises:
         BackendError: "cuda" was asked for and there is none.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        message = "device=cuda, but torch sees 0 CUDA GPUs. Calibrate with --device cpu."
-        raise BackendError(message)
+    refuse_without_gpu(device)
     chosen = sizes or (ON_GPU if device == "cuda" else ON_CPU)
     launched = Stopwatch(device, clock)
     watch = GraphStopwatch(device, clock) if device == "cuda" else launched
@@ -144,6 +142,13 @@ def calibrate(
         attention = calibration_kernels.attention(device, kernels)
         points += [Measured(op, launched.seconds(call), source) for op, call in attention]
     return Profile(hardware=_name(device), source=source, points=tuple(points))
+
+
+def refuse_without_gpu(device: str) -> None:
+    """Raises: BackendError: "cuda" was asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        message = "device=cuda, but torch sees 0 CUDA GPUs. Calibrate with --device cpu."
+        raise BackendError(message)
 
 
 def errors(profile: Profile) -> dict[str, float]:

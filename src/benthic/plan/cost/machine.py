@@ -108,8 +108,12 @@ class Machine:
         return min((floor(one.op, self.hardware) / one.seconds for one in found), default=1.0)
 
     def overhead(self, name: str) -> float:
-        """Seconds that the first profile gives, whose software it is; 0 if that does not know `name`."""
-        return self.profiles[0].overheads.get(name, 0.0) if self.profiles else 0.0
+        """Seconds of the first profile of this hardware that knows `name`; 0 if none does.
+
+        A profile of one's own that was measured on one GPU knows no collective.
+        """
+        own = (one.overheads for one in self.profiles if one.hardware == self.name)
+        return next((known[name] for known in own if name in known), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
