@@ -12,9 +12,10 @@ Our own runs on H200, from `train_ranks.json`, `train_ranks_4_rows.json`, `train
 with older runs of all of them in view. With one row a microbatch on two GPUs, and with all of Moonlight in
 FP8, a step waits for its host, and hosts differ: those have a second file, of a quicker one.
 Experts that no row came to were counted in each run. Steps are medians of those in which nothing is met for
-the first time (`moonlight_slices.steady`). The host's launches were read from a run of its own, of rows too
-short for a GPU (`profiles.py`). No peak was fitted to: what phases need was read from what the trainer
-allocates without a GPU (`peaks.py`); the reserve was there before.
+the first time (`moonlight_slices.steady`). What the host takes for a call was read from a run of its own, of
+rows too short for a GPU (`profiles.py`), but where `train_ranks.py` measured it before its steps. No peak was
+fitted to: what phases need was read from what the trainer allocates without a GPU (`peaks.py`); the reserve
+was there before.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ def ranks() -> list[Line]:
             one = Candidate(
                 model=model, layout=layouts[row["layout"]], train=train, rows=step_rows, idle=idle(row, model)
             )
-            rows += both(f"slice, {row['layout']}{words}", one, steady(row["seconds"]), row["peak_bytes"])
+            run = f"slice, {row['layout']}{words}"
+            rows += both(run, one, steady(row["seconds"]), row["peak_bytes"], file)
     return rows
 
 
@@ -184,7 +186,7 @@ def whole() -> list[Line]:
             precision=numbers,
             idle=idle(row, moonlight()),
         )
-        rows += both(f"Moonlight, ep2{words}", one, steady(row["seconds"]), row["peak_bytes"])
+        rows += both(f"Moonlight, ep2{words}", one, steady(row["seconds"]), row["peak_bytes"], file)
     return rows
 
 
@@ -203,19 +205,28 @@ def one_gpu() -> list[Line]:
             train = Rows(local_batch_size=count)
             one = Candidate(model=model, layout=Layout(), train=train, rows=4, precision=numbers)
             seconds = one.step_tokens / row["tokens_per_second"]
-            rows += both(f"6 layers, {row['who'].removeprefix('benthic ')}", one, seconds, row["peak_bytes"])
+            run = f"6 layers, {row['who'].removeprefix('benthic ')}"
+            rows += both(run, one, seconds, row["peak_bytes"], "train_gpu")
     return rows
 
 
-def both(run: str, one: Candidate, seconds: float, peak: float) -> list[Line]:
+def both(run: str, one: Candidate, seconds: float, peak: float, file: str) -> list[Line]:
     """Step and peak of the first rank, which measured both."""
-    found = step(one, machines.get("h200"))
+    found = step(one, machine_of(file))
     first = memory(one, found.timeline.table)[0]
     size = first.total - first.terms["exchange"]  # which torch does not count
     return [
         line(run, "step, seconds", found.seconds, seconds),
         line(run, "peak, bytes", size, peak),
     ]
+
+
+def machine_of(file: str) -> Machine:
+    """H200s; with what the host of the run takes for a call, if that was measured before its steps."""
+    machine = machines.get("h200")
+    own, *others = machine.profiles
+    own = dataclasses.replace(own, overheads={**own.overheads, **record(file)["settings"].get("host", {})})
+    return dataclasses.replace(machine, profiles=(own, *others))
 
 
 def line(run: str, what: str, predicted: float, measured: float, *, blind: bool = True) -> Line:

@@ -33,6 +33,7 @@ from moonlight_slices import LAYOUTS, moonlight, moonlight_slice, steady, timed
 from provenance import write_result
 from stdlib_corpus import make_data
 
+from benthic.cli import calibration_host
 from benthic.cli.settings import apply
 from benthic.parallel.exchange_choice import spots_of
 from benthic.parallel.mesh import Mesh
@@ -81,13 +82,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = shared_data(Path(folder), rank, small=words.small)
         config = configured(words, device)
+        host = {} if words.small else calibration_host.overheads(device)  # while all ranks call, as in a step
         alone = None
         if rank == 0 and not words.full:
             alone = train(config, Layout(), data, Mesh.of(Layout(), 0), words.steps)
         dist.barrier()
         rows = [row("1 rank", config, 1, alone, alone)] if alone else []
         if rows:
-            write(rows, words, config)
+            write(rows, words, config, host)
         for name in words.layouts:
             layout = LAYOUTS[name]
             found = train(config, layout, data, Mesh.of(layout, rank), words.steps)
@@ -96,14 +98,17 @@ def main() -> None:
                 (words.spans / f"{name}-rank-{rank}.jsonl").write_text(write_spans(found.spans))
             if rank == 0:  # after each layout, so that one that fails costs only itself
                 rows.append(row(name, config, ranks, found, alone or found))
-                write(rows, words, config)
+                write(rows, words, config, host)
     dist.destroy_process_group()
 
 
-def write(rows: list[dict[str, Any]], words: argparse.Namespace, config: RunConfig) -> None:
-    """What is known so far."""
+def write(
+    rows: list[dict[str, Any]], words: argparse.Namespace, config: RunConfig, host: dict[str, float]
+) -> None:
+    """What is known so far; `host` is what its host takes for a call."""
     about = "train_full" if words.full else "train_ranks"
-    write_result(about, rows, out=words.out, steps=words.steps, config=config.model.name, set=words.set)
+    said = {"steps": words.steps, "config": config.model.name, "set": words.set, "host": host}
+    write_result(about, rows, out=words.out, **said)
 
 
 def parse(about: str) -> argparse.Namespace:

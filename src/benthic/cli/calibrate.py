@@ -39,9 +39,9 @@ def calibrate(
     from benthic.cli.calibration import errors, refuse_without_gpu  # noqa: PLC0415
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = found if device == "auto" else device
-    refuse_without_gpu(device)
-    profile = _measured(device, launched(os.environ))
+    chosen = found if device == "auto" else device
+    refuse_without_gpu(chosen)
+    profile = _measured(chosen, launched(os.environ))
     if profile is None:
         return
     out.write_text(profile.as_json(), encoding="utf-8")

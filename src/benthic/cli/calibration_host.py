@@ -43,7 +43,10 @@ _SPLITS: Final = ("train", "held_out")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What trains: a model, tokens of a row, microbatches of a step, steps that are timed after `warm` ones."""
+    """What trains: a model, tokens of a row, microbatches of a step, and how many steps are timed.
+
+    warm: steps before those.
+    """
 
     model: ModelConfig
     seq_len: int = 256

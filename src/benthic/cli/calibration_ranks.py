@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 import torch.distributed as dist
 
+from benthic.parallel import collectives
+from benthic.parallel.mesh import Group
 from benthic.plan.cost.machine import Measured
 from benthic.plan.cost.ops import AllToAll, Collective, PointToPoint
 
@@ -57,6 +59,11 @@ class Ranks:
     def count(self) -> int:
         """All of them."""
         return dist.get_world_size()
+
+    @property
+    def group(self) -> Group:
+        """All of them, as collectives ask for them."""
+        return Group(tuple(range(self.count)), self.here, dist.group.WORLD)
 
     def meet(self) -> None:
         """Wait for all."""
@@ -145,11 +152,11 @@ def _calls(ranks: Ranks, size: int) -> Calls:
     yield sent, lambda: dist.all_to_all_single(other, whole)
     yield (
         Collective(name="all-gather", bytes=moved, ranks=n, per_node=near),
-        lambda: dist.all_gather_into_tensor(whole, share),
+        lambda: collectives.gather(whole, share, ranks.group),
     )
     yield (
         Collective(name="reduce-scatter", bytes=moved, ranks=n, per_node=near),
-        lambda: dist.reduce_scatter_tensor(share, whole),
+        lambda: collectives.reduce_scatter(share, whole, ranks.group),
     )
     yield Collective(name="all-reduce", bytes=moved, ranks=n, per_node=near), lambda: dist.all_reduce(whole)
     if near > 1:
