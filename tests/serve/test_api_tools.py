@@ -21,7 +21,8 @@ from benthic.serve.chat_parts import (
     joined,
 )
 from benthic.serve.launch import answer_formats
-from benthic.serve.tools import AnswerFormats, Manner, ToolPlan
+from benthic.serve.protocol_requests import ChatBody
+from benthic.serve.tools import AnswerFormats, Manner, ToolPlan, plan_tools
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,6 +124,43 @@ def test_required_calls_are_a_list_of_known_functions(client: openai.OpenAI) -> 
     content, calls, reason = streamed(client, **required)
     assert (content, reason) == ("", "tool_calls")
     assert calls == {0: [call.function.name, call.function.arguments]}
+
+
+def test_required_calls_follow_pointers_into_their_own_schemas(client: openai.OpenAI) -> None:
+    """As pydantic writes models: every tool has `$defs` of the same names."""
+
+    def pointing(name: str, *values: str) -> dict[str, Any]:
+        made = tool(name, x={"$ref": "#/$defs/Side"})
+        made["function"]["parameters"]["$defs"] = {"Side": {"enum": list(values)}}
+        return made
+
+    tools = [pointing("f", "left", "right"), pointing("g", "up", "down")]
+    allowed = {"f": ("left", "right"), "g": ("up", "down")}
+    seen = set()
+    for seed in range(12):
+        answer = chat(client, tools=tools, tool_choice="required", parallel_tool_calls=False, seed=seed)
+        (call,) = answer.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments)["x"] in allowed[call.function.name]
+        seen.add(call.function.name)
+    assert seen == {"f", "g"}
+
+
+def test_pointers_of_a_tool_lead_to_where_its_schema_is() -> None:
+    tree = tool("g", child={"$ref": "#"})
+    body = ChatBody.model_validate({"messages": USER, "tools": [tool("f"), tree], "tool_choice": "required"})
+    grammar = plan_tools(body, AnswerFormats(), grammar=None, prompt_text="").grammar
+    assert grammar is not None
+    (part,) = json.loads(grammar)["grammars"]
+    parameters = part["json_schema"]["items"]["anyOf"][1]["properties"]["parameters"]
+    assert parameters["properties"] == {"child": {"$ref": "#/items/anyOf/1/properties/parameters"}}
+
+
+def test_a_schema_nested_too_deeply_is_refused(client: openai.OpenAI) -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(400):
+        schema = {"type": "object", "properties": {"x": schema}}
+    with pytest.raises(openai.BadRequestError, match="recursion limit"):
+        chat(client, tools=[tool("f", x=schema)], tool_choice="required")
 
 
 def test_earlier_calls_and_their_results_reach_the_template(client: openai.OpenAI) -> None:

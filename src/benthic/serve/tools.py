@@ -141,7 +141,8 @@ def plan_tools(
     if not tools:
         msg = "tool_choice is required, but there are 0 tools"
         raise api_errors.invalid(msg, param="tool_choice")
-    schema = {"type": "array", "minItems": 1, "items": {"anyOf": [_call_schema(tool) for tool in tools]}}
+    each = [_call_schema(tool, place) for place, tool in enumerate(tools)]
+    schema = {"type": "array", "minItems": 1, "items": {"anyOf": each}}
     if body.parallel_tool_calls is False:
         schema["maxItems"] = 1
     return bound("some", None, _compiled(schema))
@@ -164,16 +165,33 @@ def _named(tools: Sequence[Tool], name: str) -> Tool:
     raise api_errors.invalid(msg, param="tool_choice")
 
 
-def _call_schema(tool: Tool) -> dict[str, Any]:
+def _call_schema(tool: Tool, place: int) -> dict[str, Any]:
+    """A call of the tool at `place`; its schema's own pointers (`#/$defs/..`) lead to where they now are."""
+    parameters = _moved(
+        tool.function.parameters or ANY_ARGUMENTS, f"#/items/anyOf/{place}/properties/parameters"
+    )
     return {
         "type": "object",
         "properties": {
             "name": {"const": tool.function.name},
-            "parameters": tool.function.parameters or ANY_ARGUMENTS,
+            "parameters": parameters,
         },
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
+
+
+def _moved(schema: dict[str, Any], root: str) -> dict[str, Any]:
+    """A copy whose `$ref`s into itself start at `root`."""
+
+    def lead(found: dict[str, Any]) -> dict[str, Any]:
+        pointer = found.get("$ref")
+        if isinstance(pointer, str) and (pointer == "#" or pointer.startswith("#/")):
+            return found | {"$ref": root + pointer[1:]}
+        return found
+
+    moved: dict[str, Any] = json.loads(json.dumps(schema), object_hook=lead)
+    return moved
 
 
 def _compiled(schema: dict[str, Any]) -> str:
