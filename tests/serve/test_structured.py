@@ -66,7 +66,7 @@ def test_the_same_schema_by_every_name_is_the_same_grammar() -> None:
     [
         ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
         ({"guided_json": {"type": "wrong"}}, "guided_json", "Invalid type: wrong"),
-        ({"guided_json": "{"}, "guided_json", "is not a json"),
+        ({"guided_json": "{"}, "guided_json", "is not a JSON schema that"),
         ({"guided_grammar": "start: missing"}, "guided_grammar", "missing"),
         ({"guided_regex": "\ud800"}, "guided_regex", ""),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "one answer"),

@@ -66,7 +66,8 @@ def compile_form(form: Form) -> str:
     except (ValueError, RecursionError) as error:
         problem = str(error)
     if problem and not problem.startswith("WARNING"):
-        msg = f"{form.field} is not a {form.kind} that can be followed: {problem[:300]}"
+        kind = "JSON schema" if form.kind == "json" else form.kind
+        msg = f"{form.field} is not a {kind} that can be followed: {problem[:300]}"
         raise api_errors.invalid(msg, param=form.field)
     return grammar
 
