@@ -95,6 +95,7 @@ def test_an_absurd_value_is_a_400_that_names_the_field_and_the_bound(
         (b"[1]", "JSON object"),
         (b"null", "JSON object"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "too many digits"),
         (b'{"model": "fake", "prompt": "a", "temperature": NaN}', "finite"),
         (b'{"model": "fake"}', "prompt is missing"),
     ],

@@ -174,6 +174,8 @@ def of_http(error: HTTPException) -> ApiError:
         return invalid(f"the body is not valid UTF-8 (at byte {cause.start})", code="bad_json")
     if isinstance(cause, RecursionError):
         return invalid("the body is nested too deeply", code="bad_json")
+    if isinstance(cause, ValueError):  # of Python's reader: a whole number of more than 4,300 digits
+        return invalid("the body holds a number with too many digits", code="bad_json")
     return ApiError(error.status_code, str(error.detail), allow=(error.headers or {}).get("Allow"))
 
 
