@@ -192,6 +192,8 @@ def test_ranks_that_cannot_be_are_refused_with_the_flags() -> None:
         prefill_ranks=2,
     )
 
+    refused("--kv-nixl moves blocks between servers, but", prefill=0, decode=0, kv_nixl=True)
+
     def unlike(engine: EngineOptions, **sides: object) -> None:
         Fleet(checkpoint=Path(), engine=engine, options=FleetOptions(prefill=2, decode=1, **sides))
 

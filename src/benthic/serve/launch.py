@@ -114,6 +114,12 @@ def check_instances(  # noqa: PLR0913 (one flag each)
             "Start servers with --kv-port on the nodes instead, or leave out the ranks."
         )
         raise ConfigError(msg)
+    if kv_nixl and kv_port is None and not (prefill or decode):
+        msg = (
+            "--kv-nixl moves blocks between servers, but this one exchanges none. Give --kv-port, or "
+            "--prefill and --decode, or leave it out."
+        )
+        raise ConfigError(msg)
     if kv_nixl and options.host_cache_gib:
         msg = (
             f"--host-cache-gib {options.host_cache_gib}, but --kv-nixl writes blocks without waiting for "
