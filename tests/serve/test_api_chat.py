@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 import openai
@@ -221,3 +222,18 @@ def test_a_wrong_value_inside_a_field_is_named_with_its_place(
 def test_values_of_unsupported_fields_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:
     harmless = {"response_format": {"type": "text"}, "tool_choice": "none", "parallel_tool_calls": True}
     assert chat(client, max_tokens=1, **harmless).choices
+
+
+def test_special_tokens_beside_those_of_the_template_are_added_where_asked_for(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, folder)
+    config = {"bos_token": "<bos>", "add_bos_token": True, "chat_template": "{{ messages[0].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with fake_server(folder, tmp_path / "log") as begun:
+        counts = [
+            chat(begun.client(), max_tokens=1, extra_body=fields).usage.prompt_tokens
+            for fields in ({}, {"add_special_tokens": False}, {"add_special_tokens": True})
+        ]
+    assert counts == [2, 2, 3]

@@ -141,7 +141,7 @@ def response_routes(service: Service) -> APIRouter:
 
 async def make_chat(service: Service, body: ChatBody) -> ChatJob:
     """A chat, its prompt rendered. Raises: ApiError 400, TemplateRenderError."""
-    prompt = await render_prompt(service, body)
+    prompt = await render_prompt(service, body, add_special_tokens=bool(body.add_special_tokens))
     return ChatJob(service, body, prompt, await service.tool_plan(body, prompt))
 
 

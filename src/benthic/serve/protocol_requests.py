@@ -315,6 +315,7 @@ class ChatBody(SamplingBody, TemplateBody):
         None,
         description="False bounds tool_choice=required to one call; what the model does freely is its own.",
     )
+    add_special_tokens: bool | None = Field(None, description="Beside the template's. Default false.")
     echo: bool | None = Field(None, description="Only false: a conversation is not echoed.")
 
     @model_validator(mode="after")
