@@ -114,6 +114,10 @@ class EngineDeadError(ServeError):
     """The engine process ended; requests in flight are lost."""
 
 
+class ServerClosingError(EngineDeadError):
+    """The server was told to stop, and requests in flight had no time left."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Say which known name is nearest to `name`, or list them all when none is near."""
     known = tuple(known)

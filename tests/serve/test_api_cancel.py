@@ -95,6 +95,7 @@ def test_sigterm_refuses_new_requests_finishes_the_others_and_exits_with_zero(
                     await asyncio.sleep(0.01)
                 late = await http.post("/v1/completions", json=body)
                 assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+                assert late.json()["error"]["code"] == "shutting_down"
                 assert (await http.get("/health")).status_code == 503
                 events = [line async for line in lines if line]
             assert events[-1] == "data: [DONE]"
@@ -121,8 +122,10 @@ def test_a_drain_that_takes_too_long_or_a_second_signal_ends_requests_with_an_er
                     await asyncio.sleep(0.01)
                 running.process.send_signal(signal.SIGINT)
             answer = await whole
-            assert answer.status_code == 500
-            assert "shutting down" in answer.json()["error"]["message"]
+            assert answer.status_code == 503
+            error = answer.json()["error"]
+            assert error["code"] == "shutting_down", "no engine has died"
+            assert "shutting down" in error["message"]
             assert time.monotonic() - began < 15  # of the 25 that it would take
 
     drain_s = 0.5 if how == "late" else 60

@@ -192,7 +192,11 @@ def test_ranks_that_cannot_be_are_refused_with_the_flags() -> None:
         prefill_ranks=2,
     )
 
-    refused("--kv-nixl moves blocks between servers, but", prefill=0, decode=0, kv_nixl=True)
+    alone = {"prefill": 0, "decode": 0}
+    refused("--kv-nixl moves blocks between servers, but", **alone, kv_nixl=True)
+    refused("--prefill-policy shortest_queue chooses among", **alone, prefill_policy="shortest_queue")
+    refused("--local-prefill-tokens 0 is about prompts that would move", **alone, local_tokens=0)
+    refused("--kv-host 1.2.3.4 is where others reach --kv-port", **alone, kv_host="1.2.3.4")
 
     def unlike(engine: EngineOptions, **sides: object) -> None:
         Fleet(checkpoint=Path(), engine=engine, options=FleetOptions(prefill=2, decode=1, **sides))

@@ -14,7 +14,7 @@ import fake_engine
 import pytest
 from processes import wait_gone
 
-from benthic.errors import AdmissionError, EngineDeadError
+from benthic.errors import AdmissionError, EngineDeadError, ServerClosingError
 from benthic.serve.client import EngineClient, set_within
 from benthic.serve.messages import Generate, SamplingParams
 
@@ -206,7 +206,7 @@ def test_closing_leaves_no_process_and_no_files_and_fails_what_was_in_flight() -
         task = asyncio.create_task(tokens_of(client, request("a", max_tokens=100_000)))
         await wait_until(lambda: client.stats.num_running == 1)
         await client.close()
-        with pytest.raises(EngineDeadError, match="shutting down"):
+        with pytest.raises(ServerClosingError, match="shutting down"):
             await task
         assert not Path(f"/proc/{client.pid}").exists()
         assert not client._pipes.folder.exists()

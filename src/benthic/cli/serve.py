@@ -68,11 +68,11 @@ def serve(  # noqa: PLR0913 (one flag each)
     decode: flags.Decode = 0,
     prefill_tensor_parallel_size: flags.PrefillTensorParallelSize = None,
     decode_tensor_parallel_size: flags.DecodeTensorParallelSize = None,
-    prefill_policy: flags.PrefillPolicy = "prefix_affinity",
-    local_prefill_tokens: flags.LocalPrefillTokens = 0,
+    prefill_policy: flags.PrefillPolicy = None,
+    local_prefill_tokens: flags.LocalPrefillTokens = None,
     replan: flags.Replan = None,
     cluster: flags.Cluster = None,
-    kv_host: flags.KvHost = "127.0.0.1",
+    kv_host: flags.KvHost = None,
     kv_port: flags.KvPort = None,
     kv_nixl: flags.KvNixl = False,
     disable_log_requests: flags.DisableLogRequests = False,
@@ -146,6 +146,9 @@ def serve(  # noqa: PLR0913 (one flag each)
         options,
         prefill=prefill,
         decode=decode,
+        prefill_policy=prefill_policy,
+        local_tokens=local_prefill_tokens,
+        kv_host=kv_host,
         kv_port=kv_port,
         kv_nixl=kv_nixl,
         replan=replan,
@@ -158,8 +161,8 @@ def serve(  # noqa: PLR0913 (one flag each)
         spread = FleetOptions(
             prefill=prefill,
             decode=decode,
-            prefill_policy=prefill_policy,
-            local_tokens=local_prefill_tokens,
+            prefill_policy=prefill_policy or "prefix_affinity",
+            local_tokens=local_prefill_tokens or 0,
             replan_s=replan,
             prefill_ranks=prefill_tensor_parallel_size,
             decode_ranks=decode_tensor_parallel_size,
@@ -174,9 +177,8 @@ def serve(  # noqa: PLR0913 (one flag each)
         launch.check_division(engine, config)
     build = functools.partial(launch.load_engine, folder, options) if fleet is None else fleet
     if kv_port is not None:
-        build = functools.partial(
-            load_instance, folder, options, f"tcp://{kv_host}:{kv_port}", Seat(), nixl=kv_nixl
-        )
+        reached = f"tcp://{kv_host or '127.0.0.1'}:{kv_port}"
+        build = functools.partial(load_instance, folder, options, reached, Seat(), nixl=kv_nixl)
     if warm_up_only:
         raise typer.Exit(server.run_warm_up(build, answering))
     tokenizer = Tokenizer.from_folder(folder)

@@ -285,11 +285,16 @@ PrefillTensorParallelSize = Annotated[
 DecodeTensorParallelSize = Annotated[
     int | None, typer.Option(min=1, help="The same of one that decodes.", rich_help_panel=FLEET)
 ]
-PrefillPolicy = Annotated[str, typer.Option(help="prefix_affinity or shortest_queue.", rich_help_panel=FLEET)]
+PrefillPolicy = Annotated[
+    str | None,
+    typer.Option(help="prefix_affinity (the default) or shortest_queue.", rich_help_panel=FLEET),
+]
 LocalPrefillTokens = Annotated[
-    int,
+    int | None,
     typer.Option(
-        min=0, help="Prompts with at most so many new tokens skip the transfer.", rich_help_panel=FLEET
+        min=0,
+        help="Prompts with at most so many new tokens skip the transfer; by default none do.",
+        rich_help_panel=FLEET,
     ),
 ]
 Replan = Annotated[
@@ -309,7 +314,10 @@ Cluster = Annotated[
         rich_help_panel=FLEET,
     ),
 ]
-KvHost = Annotated[str, typer.Option(help="Where other servers reach --kv-port.", rich_help_panel=FLEET)]
+KvHost = Annotated[
+    str | None,
+    typer.Option(help="Where other servers reach --kv-port; 127.0.0.1.", rich_help_panel=FLEET),
+]
 KvPort = Annotated[
     int | None,
     typer.Option(

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
-from benthic.errors import AdmissionError, BenthicError, EngineDeadError, OverloadedError, ServeError
+from benthic.errors import (
+    AdmissionError,
+    BenthicError,
+    EngineDeadError,
+    OverloadedError,
+    ServeError,
+    ServerClosingError,
+)
 from benthic.serve.chat_template import TemplateRenderError
 from benthic.serve.protocol_requests import CompletionBody
 from benthic.serve.protocol_responses import ErrorBody, ErrorDetail
@@ -104,6 +111,11 @@ def overloaded(message: str) -> ApiError:
     return ApiError(503, message, code="overloaded", retry_after_s=RETRY_AFTER_S)
 
 
+def closing(message: str) -> ApiError:
+    """503: the server was told to stop."""
+    return ApiError(503, message, code="shutting_down", retry_after_s=RETRY_AFTER_S)
+
+
 def of(error: BenthicError) -> ApiError:
     """The answer that an error of ours deserves."""
     if isinstance(error, ApiError):
@@ -112,6 +124,8 @@ def of(error: BenthicError) -> ApiError:
         return _refused(_without_name(str(error)))
     if isinstance(error, OverloadedError):
         return overloaded(_without_name(str(error)))
+    if isinstance(error, ServerClosingError):
+        return closing(str(error))
     if isinstance(error, TemplateRenderError):
         return invalid(str(error), param="messages")
     code = "engine_dead" if isinstance(error, EngineDeadError) else None

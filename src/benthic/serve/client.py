@@ -13,7 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from benthic.errors import AdmissionError, EngineDeadError, OverloadedError
+from benthic.errors import AdmissionError, EngineDeadError, OverloadedError, ServerClosingError
 from benthic.serve.messages import Abort, Delta, Drain, Fatal, Generate, Ready, Rejected, Stats
 from benthic.serve.process import Pipes, Reply, Request, as_pipe, start_engine, watch_end
 from benthic.serve.streams import Aborter, EngineStream, Streams
@@ -222,7 +222,7 @@ class EngineClient:
             logger.warning("the engine did not leave within %.1f s; killing it", timeout_s)
             self._process.kill()
             await asyncio.to_thread(self._process.join)
-        self._die("the server is shutting down")
+        self._die("the server is shutting down", ServerClosingError)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -303,7 +303,7 @@ class EngineClient:
         why = f": {reason}" if reason else ""
         return f"the engine process (pid {self._process.pid}) {how}{why}"
 
-    def _die(self, cause: str) -> None:
+    def _die(self, cause: str, kind: type[EngineDeadError] = EngineDeadError) -> None:
         """Fail everything in flight, once."""
         if self._death is not None:
             return
@@ -311,7 +311,7 @@ class EngineClient:
         self._dead.set()
         if self._ready.done() and not self._closing:
             logger.error("%s; %d requests in flight are lost", cause, len(self._streams))
-        error = EngineDeadError(cause)
+        error = kind(cause)
         if not self._ready.done():
             self._ready.set_exception(EngineDeadError(self._fatal or cause))
             self._ready.exception()  # marked as seen: `wait_ready` may never be called

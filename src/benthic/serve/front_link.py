@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import zmq
 
-from benthic.errors import AdmissionError, BenthicError, EngineDeadError, OverloadedError
+from benthic.serve.front_messages import FAILURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from benthic.errors import BenthicError
     from benthic.serve.front_messages import FailureName, Seat, ToFront
     from benthic.serve.messages import Delta
     from benthic.serve.streams import EngineStream
@@ -85,8 +86,4 @@ class FrontLink:
 
 def failure_of(error: BenthicError) -> FailureName:
     """What kind of error a front raises in its place."""
-    if isinstance(error, AdmissionError):
-        return "admission"
-    if isinstance(error, OverloadedError):
-        return "overloaded"
-    return "engine" if isinstance(error, EngineDeadError) else "other"
+    return next((name for name, kind in FAILURES.items() if isinstance(error, kind)), "other")

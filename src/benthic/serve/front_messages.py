@@ -11,15 +11,17 @@ from typing import Final, Literal
 
 import msgspec
 
-from benthic.errors import AdmissionError, EngineDeadError, OverloadedError, ServeError
+from benthic.errors import AdmissionError, EngineDeadError, OverloadedError, ServeError, ServerClosingError
 from benthic.sched.routing import Role  # noqa: TC001 (msgspec reads annotations)
 from benthic.serve.journal import Entry, PhaseName  # noqa: TC001 (msgspec reads annotations)
 from benthic.serve.messages import Abort, Delta, Generate, Ready, Stats
 
-FailureName = Literal["admission", "overloaded", "engine", "other"]
+FailureName = Literal["admission", "overloaded", "closing", "engine", "other"]
+# A kind of error before what it is a kind of.
 FAILURES: Final[dict[FailureName, type[ServeError]]] = {
     "admission": AdmissionError,
     "overloaded": OverloadedError,
+    "closing": ServerClosingError,
     "engine": EngineDeadError,
     "other": ServeError,
 }

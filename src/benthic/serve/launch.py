@@ -17,6 +17,8 @@ from benthic.spec import hf
 from benthic.spec.shard import Shard
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from benthic.serve.options import EngineOptions
     from benthic.serve.process import EngineLike
     from benthic.serve.tokenizer import Tokenizer
@@ -80,6 +82,9 @@ def check_instances(  # noqa: PLR0913 (one flag each)
     *,
     prefill: int,
     decode: int,
+    prefill_policy: str | None = None,
+    local_tokens: int | None = None,
+    kv_host: str | None = None,
     kv_port: int | None,
     kv_nixl: bool = False,
     replan: float | None = None,
@@ -92,8 +97,22 @@ def check_instances(  # noqa: PLR0913 (one flag each)
     Raises:
         ConfigError: naming the flags.
     """
+    both = "Give both"
     if not (prefill or decode):
-        _refuse_without_fleet(replan, cluster, prefill_ranks, decode_ranks)
+        _refuse_without_fleet(
+            {
+                "replan": (
+                    replan,
+                    "moves instances between prefill and decode",
+                    f"{both}, 3 together at least",
+                ),
+                "cluster": (cluster, "places the instances of a fleet", "Give --decode at least"),
+                "prefill-tensor-parallel-size": (prefill_ranks, "is about instances that prefill", both),
+                "decode-tensor-parallel-size": (decode_ranks, "is about instances that decode", both),
+                "prefill-policy": (prefill_policy, "chooses among instances that prefill", both),
+                "local-prefill-tokens": (local_tokens, "is about prompts that would move", both),
+            }
+        )
     elif kv_port is not None:
         msg = (
             f"--kv-port {kv_port} makes one engine part of others' fleets, but --prefill {prefill} and "
@@ -114,6 +133,9 @@ def check_instances(  # noqa: PLR0913 (one flag each)
             "Start servers with --kv-port on the nodes instead, or leave out the ranks."
         )
         raise ConfigError(msg)
+    if kv_host is not None and kv_port is None:
+        msg = f"--kv-host {kv_host} is where others reach --kv-port, which is not given. Give it too."
+        raise ConfigError(msg)
     if kv_nixl and kv_port is None and not (prefill or decode):
         msg = (
             "--kv-nixl moves blocks between servers, but this one exchanges none. Give --kv-port, or "
@@ -128,16 +150,11 @@ def check_instances(  # noqa: PLR0913 (one flag each)
         raise ConfigError(msg)
 
 
-def _refuse_without_fleet(
-    replan: float | None, cluster: str | None, prefill_ranks: int | None, decode_ranks: int | None
-) -> None:
-    """Raises: ConfigError for what is about the instances of a fleet where none are started."""
-    given = {
-        "replan": (replan, "moves instances between prefill and decode", "Give both, 3 together at least"),
-        "cluster": (cluster, "places the instances of a fleet", "Give --decode at least"),
-        "prefill-tensor-parallel-size": (prefill_ranks, "is about instances that prefill", "Give both"),
-        "decode-tensor-parallel-size": (decode_ranks, "is about instances that decode", "Give both"),
-    }
+def _refuse_without_fleet(given: Mapping[str, tuple[object, str, str]]) -> None:
+    """Raises: ConfigError for flags about the instances of a fleet where none are started.
+
+    given: by flag its value, what it does, and what to do.
+    """
     for flag, (value, what, remedy) in given.items():
         if value is not None:
             shown = f"{value:g}" if isinstance(value, float) else value

@@ -11,7 +11,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from benthic.errors import EngineDeadError
+from benthic.errors import EngineDeadError, ServerClosingError
 from benthic.serve.api_errors import ApiError
 from benthic.serve.fleet_routes import InstanceCard, InstanceList
 from benthic.serve.front_messages import (
@@ -160,7 +160,7 @@ class RemoteClient:
         """Fail what is in flight here; the engines go on for other fronts."""
         for request_id in self._streams:
             self.post(Abort(request_id=request_id))
-        self.die("the server is shutting down")
+        self.die("the server is shutting down", ServerClosingError)
 
     # --- beside that
 
@@ -195,12 +195,12 @@ class RemoteClient:
         active = msgspec.Raw(self._encode(self._journal.own))
         self.post(Report(census=self._census, counts=counts, active=active))
 
-    def die(self, cause: str) -> None:
+    def die(self, cause: str, kind: type[EngineDeadError] = EngineDeadError) -> None:
         """Fail everything in flight, once."""
         if self._death is not None:
             return
         self._death = cause
-        error = EngineDeadError(cause)
+        error = kind(cause)
         self._streams.fail(error)
         for answer in self._questions.values():
             if not answer.done():

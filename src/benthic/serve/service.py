@@ -136,7 +136,7 @@ class Service:
         """Raises: ApiError 503 while draining, loading, silent or dead."""
         if self.draining:
             msg = "the server is shutting down and takes no new requests"
-            raise api_errors.overloaded(msg)
+            raise api_errors.closing(msg)
         trouble = self.client.trouble
         if trouble is not None:
             raise api_errors.ApiError(503, trouble, code="engine_unavailable")
