@@ -97,6 +97,9 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
     from benthic.plan.training.run import Failures  # noqa: PLC0415
     from benthic.plan.training.space import Question, refuse_degrees  # noqa: PLC0415
 
+    if measured and perfetto is None:
+        message = f"{len(measured)} files of --measured, but 0 of --perfetto. Say where to write the trace."
+        raise ConfigError(message)
     config, machine = config_of(model), machine_of(gpu, gpus_per_node, profile)
     refuse_rows_beyond(config, seq_len, f"--seq-len {seq_len}")
     question = Question(
@@ -166,12 +169,8 @@ def written_files(
     """Write what was asked for: the page, and the predicted step as a trace beside the measured one.
 
     Raises:
-        ConfigError: a measured run without a trace to write it to.
         ScheduleError: the measured run is of another table than the plan's best.
     """
-    if measured and perfetto is None:
-        message = f"{len(measured)} files of --measured, but 0 of --perfetto. Say where to write the trace."
-        raise ConfigError(message)
     written = []
     if page is not None:
         from benthic.plan.training.report import report  # noqa: PLC0415

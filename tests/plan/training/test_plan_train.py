@@ -219,6 +219,14 @@ def test_rows_a_microbatch_and_remainders_may_be_asked_for():
         (["--gpus", "8", "--precision", "fp9"], "Did you mean 'fp8'"),
         (["--gpus", "8", "--schedule", "dualpip"], "Did you mean 'dualpipe'"),
         (["--gpus", "8", "--tokens", "many"], "no number of tokens"),
+        (["--gpus", "8", "--tokens", "1e400"], "tokens = inf, but it must be finite"),
+        (["--gpus", "8", "--skew", "inf"], "skew = inf, but it must be finite"),
+        (["--gpus", "8", "--usd-per-gpu-hour", "inf"], "usd_per_gpu_hour = inf"),
+        (["--gpus", "8", "--gpu-mtbf-hours", "nan"], "all must be finite"),
+        (["--gpus", "8", "--gpu-mtbf-hours", "inf"], "all must be finite"),
+        (["--gpus", "8", "--checkpoint-seconds", "inf"], "all must be finite"),
+        (["--gpus", "8", "--restart-seconds", "nan"], "all must be finite"),
+        (["--gpus", "8", "--measured", "spans.jsonl"], "1 files of --measured, but 0 of --perfetto"),
     ],
 )
 def test_impossible_questions_are_refused_with_the_reason(words, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -71,8 +72,12 @@ def plan(
     """Search, and say what the best layout comes to.
 
     Raises:
-        ConfigError: nothing runs, or nothing fits; the message names the nearest that does.
+        ConfigError: nothing runs, or nothing fits, for which the message names the nearest that does; or the
+            price is none.
     """
+    if not 0.0 <= usd_per_gpu_hour < math.inf:
+        message = f"usd_per_gpu_hour = {usd_per_gpu_hour}, but a price is finite and not below 0."
+        raise ConfigError(message)
     began = time.perf_counter()
     found = search(question, space, keep=keep)
     if not found.best:

@@ -24,10 +24,12 @@ class Failures:
     restart_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.gpu_mtbf_hours <= 0 or min(self.checkpoint_seconds, self.restart_seconds) < 0:
+        values = self.gpu_mtbf_hours, self.checkpoint_seconds, self.restart_seconds
+        if not (all(map(math.isfinite, values)) and values[0] > 0 and min(values) >= 0):
             message = (
                 f"gpu_mtbf_hours = {self.gpu_mtbf_hours}, checkpoint_seconds = {self.checkpoint_seconds}, "
-                f"restart_seconds = {self.restart_seconds}: the first must be above 0, the others not below."
+                f"restart_seconds = {self.restart_seconds}: all must be finite, the first above 0, the "
+                "others not below."
             )
             raise ConfigError(message)
 

@@ -45,6 +45,12 @@ class Question:
     skew: float = 1.0
     kept_pairs: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, value, least in (("skew", self.skew, 1.0), ("tokens", self.tokens, 0.0)):
+            if not least <= value < math.inf:
+                message = f"{name} = {value}, but it must be finite and not below {least:g}."
+                raise ConfigError(message)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
