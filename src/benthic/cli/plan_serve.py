@@ -79,8 +79,8 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
     from benthic.plan.serving.tables import as_dict, tables  # noqa: PLC0415
     from benthic.spec.objectives import Objectives  # noqa: PLC0415
 
-    if rate is not None and not rate > 0.0:
-        msg = f"--rate {rate} requests/s need nothing. Give a rate above 0, or leave it out."
+    if rate is not None and not 0.0 < rate < math.inf:
+        msg = f"--rate {rate} requests/s cannot be answered. Give a finite rate above 0, or leave it out."
         raise ConfigError(msg)
     config = config_of(model)
     if trace is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,10 +61,11 @@ def bound_of(name: str, value: float | None) -> float | None:
     """Seconds of a target.
 
     Raises:
-        ConfigError: they are not above 0.
+        ConfigError: they are not above 0, or infinite.
     """
-    if value is not None and not value > 0.0:
-        msg = f"--{name} {value} s can never be kept; give seconds above 0, such as --{name} 0.5"
+    if value is not None and not 0.0 < value < math.inf:
+        how = "is always kept; leave it out for any time, or" if value == math.inf else "can never be kept;"
+        msg = f"--{name} {value} s {how} give seconds above 0, such as --{name} 0.5"
         raise ConfigError(msg)
     return value
 

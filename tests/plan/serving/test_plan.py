@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benthic.cli import main
-from benthic.errors import BenthicError, ConfigError, UnknownFieldError
+from benthic.errors import BenthicError, ConfigError, DataError, UnknownFieldError
 from benthic.plan.cost import machine as machines
 from benthic.plan.serving.candidates import Slice, candidates
 from benthic.plan.serving.demand import Fixed
@@ -310,6 +310,8 @@ def test_the_command_prints_json_and_refuses_what_makes_no_sense(tmp_path):
     for extra in (
         ["--isl", "9000"],
         ["--rate", "-1"],
+        ["--rate", "inf"],
+        ["--ttft", "inf"],
         ["--usd-per-gpu-hour", "-1"],
         ["--tpot", "-1"],
         ["--kv-cache-dtype", "int4"],
@@ -331,6 +333,17 @@ def test_the_command_replays_a_trace(tmp_path):
     assert (found["requests"], found["refused"], found["attainment"]) == (30, 0, 1.0)
     assert "30 requests" in RUN.invoke(main.app, words).output
     assert RUN.invoke(main.app, [*words[:4], "nowhere.csv", *words[5:]]).exception
+
+
+def test_answers_of_one_token_have_no_tpot_and_a_trace_that_is_no_text_is_refused(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:00.000000,300,1\n")
+    words = ["plan", "replay", "moonlight-16b-a3b", "--trace", str(trace), "--hardware", "h200"]
+    assert re.search(r"TPOT +P50 -  P90 -  P99 -\n", RUN.invoke(main.app, words).output)
+    assert json.loads(RUN.invoke(main.app, [*words, "--json"]).output)["tpot_p50_s"] is None
+    trace.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="is no text"):
+        RUN.invoke(main.app, words, catch_exceptions=False)
 
 
 def test_the_command_prints_worked_examples_of_serving():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from benthic import units
@@ -33,7 +34,7 @@ def read_trace(path: Path) -> Trace:
     """A trace by its file's ending: Azure's `.csv`, Mooncake's `.jsonl`.
 
     Raises:
-        DataError: no such file, another ending, or a line that is no request; its number is named.
+        DataError: no such file, another ending, no text, or a line that is no request; its number is named.
     """
     readers = {".csv": read_azure, ".jsonl": read_mooncake}
     if path.suffix not in readers:
@@ -42,8 +43,12 @@ def read_trace(path: Path) -> Trace:
     if not path.is_file():
         msg = f"there is no trace {path}"
         raise DataError(msg)
-    with path.open(encoding="utf-8") as lines:
-        return readers[path.suffix](lines)
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return readers[path.suffix](lines)
+    except UnicodeDecodeError as error:
+        msg = f"{path} is no text: {error}. A trace is Azure's .csv or Mooncake's .jsonl in UTF-8."
+        raise DataError(msg) from error
 
 
 def play_recording(  # noqa: PLR0913 (one argument per choice)
@@ -141,6 +146,11 @@ def as_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  prompt tokens cached {units.percent(hits)}"
     yield f"  preemptions          {found['preemptions']}"
     for name in ("ttft", "tpot", "e2e"):
-        times = [f"P{share} {units.seconds(found[f'{name}_p{share}_s'])}" for share in (50, 90, 99)]
+        times = [f"P{share} {_seconds(found[f'{name}_p{share}_s'])}" for share in (50, 90, 99)]
         yield f"  {name.upper():20} {'  '.join(times)}"
     yield f"  in target            {units.percent(found['attainment'])}"
+
+
+def _seconds(value: float) -> str:
+    """A time; a dash where no request has it, as no answer of one token has a TPOT."""
+    return "-" if math.isnan(value) else units.seconds(value)
