@@ -150,6 +150,17 @@ def test_a_model_that_does_not_fit_says_what_it_needs():
         question(drafts=1)
 
 
+@pytest.mark.parametrize(("output", "budget"), [(1, 8192), (10, 8192), (500, 4096)])
+def test_without_a_bound_on_tpot_a_batch_still_fits_its_budget_of_tokens(output, budget):
+    asked = question(
+        gpus=1,
+        lengths=Fixed(prompt_tokens=4000, output_tokens=output),
+        targets=Targets(objectives=Objectives()),
+    )
+    (option,) = options(asked)
+    assert option.doing_both(budget).rate > 0.0
+
+
 def test_every_layout_divides_heads_and_experts():
     assert list(ServingLayout(tp_degree=3).problems(V3))
     with pytest.raises(ConfigError, match="experts"):

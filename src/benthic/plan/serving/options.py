@@ -220,12 +220,14 @@ class Option:
         )
 
     def _largest_batch(self, seconds: Callable[[float], float]) -> int:
+        """That keeps TPOT, if there is a bound; `seconds` are infinite for batches that cannot run."""
         bound = self.question.targets.objectives.tpot_s
         within = math.inf if bound is None else _SLACK * bound * self.question.tokens_per_step
         low, high = 0, self.sequences + 1
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if seconds(middle) <= within else (low, middle)
+            took = seconds(middle)
+            low, high = (middle, high) if took <= within and took < math.inf else (low, middle)
         return low
 
     def _prefill_load(self, prompt: float) -> StepLoad:
