@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benthic.cli import main
-from benthic.errors import ScheduleError, UnknownFieldError
+from benthic.errors import ConfigError, ScheduleError, UnknownFieldError
 from benthic.plan.schedule import number
 from benthic.sched.pipeline.schedules import BUILDERS, build
 from benthic.sched.pipeline.simulate import Costs, simulate
@@ -51,6 +51,20 @@ def test_impossible_numbers_are_refused_by_the_option(args):
     result = RUN.invoke(main.app, ["draw", "schedule", "1f1b", *args])
     assert result.exit_code == 2
     assert args[0] in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "cost", "message"),
+    [
+        ("--forward-cost", "inf", "finite"),
+        ("--transfer-cost", "inf", "finite"),
+        ("--input-cost", "5", "more than the whole backward's 2.0"),
+        ("--weight-cost", "5", "more than the whole backward's 2.0"),
+    ],
+)
+def test_costs_that_cannot_be_drawn_are_refused_by_the_option(option, cost, message):
+    with pytest.raises(ConfigError, match=f"{option} {float(cost)} .*{message}"):
+        RUN.invoke(main.app, ["draw", "schedule", "zb-h1", option, cost], catch_exceptions=False)
 
 
 def test_an_unknown_schedule_is_named_with_its_neighbour():

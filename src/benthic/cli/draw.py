@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from benthic.errors import ConfigError
 from benthic.plan.compare import side_by_side, simulate_share
 from benthic.plan.draw_html import draw_html
 from benthic.plan.draw_svg import draw_svg
@@ -167,9 +169,29 @@ def _costs(
     overlap: float | None,
     transfer: float | None,
 ) -> Costs | None:
-    """Costs as asked for; None if none were."""
-    if {forward, backward, input_, weight, overlap, transfer} == {None}:
+    """Costs as asked for; None if none were.
+
+    Raises:
+        ConfigError: one is not finite, or a part of the backward costs more than the whole of it.
+    """
+    named = {
+        "forward": forward, "backward": backward, "input": input_,
+        "weight": weight, "overlap": overlap, "transfer": transfer,
+    }  # fmt: skip
+    for name, cost in named.items():
+        if cost is not None and not math.isfinite(cost):
+            message = f"--{name}-cost {cost} cannot be drawn. Give a finite cost."
+            raise ConfigError(message)
+    if set(named.values()) == {None}:
         return None
+    whole = 2.0 if backward is None else backward
+    for name, part, rest in (("input", input_, weight), ("weight", weight, input_)):
+        if part is not None and rest is None and part > whole:
+            message = (
+                f"--{name}-cost {part} is more than the whole backward's {whole}. "
+                f"Raise --backward-cost, or lower --{name}-cost."
+            )
+            raise ConfigError(message)
     return Costs(
         forward=1.0 if forward is None else forward,
         backward=2.0 if backward is None else backward,
