@@ -23,7 +23,7 @@ from benthic.plan.serving.layout import ServingLayout, check, memory_of
 from benthic.plan.serving.options import Question, most_of, options
 from benthic.plan.serving.page import draw_page
 from benthic.plan.serving.priced import Echo, Engine, PricedStep
-from benthic.plan.serving.search import capacity, plan_serving
+from benthic.plan.serving.search import at_rate, capacity, plan_serving
 from benthic.plan.serving.steps import StepLoad
 from benthic.plan.serving.tables import as_dict
 from benthic.plan.serving.workers import mapped
@@ -295,6 +295,14 @@ def test_a_worker_hands_on_what_went_wrong_and_says_when_it_died():
         list(mapped(fails, [1, 2, 3], 2))
     with pytest.raises(BenthicError, match="ended with code 3 and 0 results"):
         list(mapped(lambda _: os._exit(3), [1, 2], 2))
+
+
+def test_twice_what_the_phases_bear_is_simulated_long_enough_to_fail():
+    lengths = Fixed(prompt_tokens=2000, output_tokens=200)
+    targets = Targets(objectives=Objectives(ttft_s=1.0, tpot_s=0.02))
+    asked = question(gpus=4, lengths=lengths, targets=targets)
+    (apart,) = [c for c in candidates(asked, options(asked)) if c.name == "3 x 1 GPU -> 1 x 1 GPU"][:1]
+    assert at_rate(apart, 2.0 * apart.rate).attainment < 0.5
 
 
 def test_a_slice_holds_both_phases_nearly_in_proportion():

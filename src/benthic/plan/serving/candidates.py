@@ -32,7 +32,7 @@ Strategy = Literal["together", "apart", "distserve-1", "distserve-2"]
 
 MOST_LANES: Final = 4
 """Ranks of each phase that are simulated; a larger deployment is simulated as a slice of it."""
-_FEWEST_REQUESTS, _MOST_REQUESTS = 160, 600
+_FEWEST_REQUESTS, _MOST_REQUESTS = 160, 2500
 _WARM_UP: Final = 0.2
 _FRONT_BUSY: Final = 0.5
 _LINK_SHARE: Final = 0.8
