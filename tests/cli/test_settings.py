@@ -34,6 +34,13 @@ def test_settings_reach_every_type_of_field() -> None:
     assert config.optimizer.moment_dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("word", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize("field", ["train.max_norm", "optimizer.weight_decay", "train.timeout_s"])
+def test_numbers_that_are_not_finite_are_refused(field: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}={word}: '{word}' is not a finite number"):
+        apply(recipes.nano_test(), [f"{field}={word}"])
+
+
 def test_all_wrong_settings_are_reported_at_once() -> None:
     wrong = [
         "train.lrr=2",

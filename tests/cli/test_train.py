@@ -306,7 +306,7 @@ def test_python_stdlib_is_a_corpus(tmp_path: Path) -> None:
         ),
         (
             ("train", "nano_test", "--run", "x", "--data", "x", "--set", "train.lr=fast"),
-            "'fast' is not a number",
+            "'fast' is not a finite number",
         ),
         (("data", "build", "nowhere", "--tokenizer", "x", "--out", "y"), "has no tokenizer.json"),
         (("data", "tokenizer", "nowhere", "--out", "y"), "nowhere does not exist"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -30,7 +31,13 @@ def describe(kind: Any) -> str:
         return " or ".join(repr(value) for value in get_args(kind))
     if _is_union(kind):
         return " or ".join(describe(part) for part in get_args(kind))
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "none"}
+    names = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a finite number",
+        str: "text",
+        type(None): "none",
+    }
     if kind is Curve:
         return "a number or a curve such as 0.3@10T,0.1"
     if get_origin(kind) is tuple:
@@ -158,8 +165,8 @@ def _read_scalar(kind: Any, word: str) -> Any:
     try:
         if kind is int:
             return int(word.replace("_", ""))
-        if kind is float:
-            return float(word)
+        if kind is float and math.isfinite(number := float(word)):
+            return number
     except ValueError:
         pass
     msg = f"{word!r} is not {describe(kind)}."
