@@ -298,6 +298,8 @@ def _loop_problems(loop: LoopConfig, model: ModelConfig) -> Iterator[str]:
             f"train.global_batch_size={whole} is no multiple of train.local_batch_size={local}. "
             f"Set it to {max(1, whole // local) * local} or {(whole // local + 1) * local}."
         )
+    if not -(2**63) <= loop.seed < 2**64:
+        yield f"train.seed={loop.seed} does not fit into 64 bits. Set it between 0 and {2**64 - 1}."
     if not 0.0 < loop.lr < 1.0:
         yield f"train.lr={loop.lr} is not between 0 and 1. AdamW wants something like 3e-4."
     if loop.warmup_steps > loop.steps:
