@@ -278,6 +278,14 @@ def test_run_folder_in_use_is_not_overwritten(run: Path, data: Path) -> None:
     assert "already holds step 4. Pass --resume to go on" in message
 
 
+@pytest.mark.parametrize("text", ['{"config": {', "[]", "{}", '{"config": {"trian": 1}}'])
+def test_damaged_config_of_a_run_is_named_with_the_remedy(tmp_path: Path, text: str) -> None:
+    (tmp_path / "resolved.json").write_text(text)
+    message = refusal("train", "--run", tmp_path, "--resume")
+    assert f"{tmp_path / 'resolved.json'} cannot be read: " in message
+    assert "Name the recipe and its --set settings beside --resume" in message
+
+
 def test_python_stdlib_is_a_corpus(tmp_path: Path) -> None:
     words = ("data", "tokenizer", "--python-stdlib", "--include", "json", "--vocab-size", "400")
     assert re.match(r"400 tokens from \d documents", succeed(*words, "--out", tmp_path))

@@ -239,7 +239,11 @@ def _config(recipe: str | None, run: Path | None, *, resume: bool) -> RunConfig:
     if not file.is_file():
         message = f"{run} has no resolved.json, so there is nothing to resume. Name a recipe to start."
         raise CheckpointError(message)
-    config: RunConfig = from_json(RunConfig, json.loads(file.read_text(encoding="utf-8"))["config"])
+    try:
+        config: RunConfig = from_json(RunConfig, json.loads(file.read_text(encoding="utf-8"))["config"])
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: JSON, UTF-8 and ConfigError too
+        message = f"{file} cannot be read: {error}. Name the recipe and its --set settings beside --resume."
+        raise CheckpointError(message) from error
     return config
 
 
