@@ -11,6 +11,7 @@ import torch
 from benthic.cli.settings import apply
 from benthic.errors import BackendError, CheckpointError, ConfigError, NumericsError
 from benthic.train import checkpoint
+from benthic.train.data.build import BuildOptions, build
 from benthic.train.hardware import detect
 from benthic.train.run import Resume, Run, prepare
 from benthic.train.speed import Meter, console_line
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benthic.train.config import RunConfig
+    from benthic.train.data.documents import Corpus
+    from benthic.train.data.tokenizer import Tokenizer
     from benthic.train.hardware import HardwareFacts
     from benthic.train.speed import Speed
 
@@ -158,6 +161,23 @@ def test_resuming_nothing_says_so_and_starts(made: Callable[..., tuple[Run, List
     run, listener = made(resume=True)
     assert any("no checkpoint in" in note and "starting at step 0" in note for note in listener.notes)
     assert run.trainer.steps_done == 0
+
+
+def test_data_that_holds_nothing_out_is_noted_at_the_start(
+    corpus: Corpus, words: Tokenizer, facts: HardwareFacts, nano: RunConfig, tmp_path: Path
+) -> None:
+    build(corpus, words, tmp_path / "all", BuildOptions(held_out=0.0))
+    listener = Listener()
+    prepare(
+        tmp_path / "run",
+        nano,
+        tmp_path / "all",
+        facts,
+        listener,
+        resume=Resume(wanted=False),
+        should_stop=lambda: False,
+    )
+    assert any("nothing is evaluated. Build it with --held-out" in note for note in listener.notes)
 
 
 def test_console_line_names_the_quantities_in_order(nano: RunConfig, facts: HardwareFacts) -> None:

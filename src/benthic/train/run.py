@@ -381,6 +381,8 @@ def _describe(resolved: Resolved, trainer: Trainer, meta: Meta, watcher: Watcher
         f"{trainer.rows * number(config.train.seq_len):,} tokens = {tokens:,}, "
         f"{tokens / available:.2f} epochs of {available:,}"
     )
+    if meta.splits["held_out"].tokens == 0:
+        watcher.note("the data holds no document out: nothing is evaluated. Build it with --held-out.")
 
 
 def _watchdog(folder: Path, trainer: Trainer) -> Watchdog:
