@@ -13,6 +13,8 @@ from benthic.train.failures import Failures
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pytest
+
 
 def refused() -> RuntimeError:
     return RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
@@ -68,7 +70,9 @@ def wait_for(ready: object) -> None:
         time.sleep(0.005)
 
 
-def test_watchdog_barks_once_something_takes_longer_than_it_may(tmp_path: Path) -> None:
+def test_watchdog_barks_once_something_takes_longer_than_it_may(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hands, ends = Hands(), []
     report = tmp_path / "logs" / "stuck-rank-3.txt"
     dog = Watchdog(0.2, report, lambda: "rank 3: waits for 1F0", clock=hands, end=ends.append)
@@ -86,6 +90,8 @@ def test_watchdog_barks_once_something_takes_longer_than_it_may(tmp_path: Path) 
     assert text.startswith("step 6 has taken 0.4 s; train.stuck_s=0.2.\nrank 3: waits for 1F0\n")
     assert "test_watchdog_barks_once" in text  # the stack of the thread that hangs
     assert "flight recorder" in text
+    said = f"error: step 6 has taken 0.4 s; train.stuck_s=0.2. Where this rank stands: {report}.\n"
+    assert capsys.readouterr().err == said
 
 
 def test_watchdog_that_is_off_or_at_rest_has_nothing_to_say(tmp_path: Path) -> None:

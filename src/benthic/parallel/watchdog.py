@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 import threading
 from dataclasses import dataclass, field
 from time import monotonic
@@ -89,6 +90,9 @@ class Watchdog:
             file.write(f"\ncollectives (torch's flight recorder):\n{flight_record()}\n")
             file.flush()
             os.fsync(file.fileno())
+        first = next(self._lines(what, since))
+        sys.stderr.write(f"error: {first} Where this rank stands: {self.report}.\n")
+        sys.stderr.flush()
         if not self._over.wait(2 * self.interval_s + 1.0):
             self.end(STUCK)
 
