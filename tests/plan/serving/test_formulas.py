@@ -127,6 +127,20 @@ def test_a_goodput_search_finds_the_edge_and_says_when_there_is_none():
         find_goodput(run, targets, start=0.0)
 
 
+@pytest.mark.parametrize("objectives", [Objectives(), Objectives(tpot_s=0.5)])
+def test_where_nothing_bounds_waiting_a_rate_at_which_waits_grow_fails(objectives):
+    def run(rate: float) -> Outcome:  # a second each, in turn
+        waits = [max(0.0, i * (1.0 - 1.0 / rate)) for i in range(600)]
+        served = [Served(i / rate, 1, 2, 1.0 + w, 0.1, 2.0 + w, 0, 0, "a", "a") for i, w in enumerate(waits)]
+        return Outcome(served=tuple(served), refused=0, end_s=1.0, groups=())
+
+    found = find_goodput(run, Targets(objectives=objectives), start=0.3, precision=0.01)
+    assert found.rate == pytest.approx(1.0, rel=0.02)
+    late = Targets(objectives=Objectives(ttft_s=100.0))
+    assert find_goodput(run, late, start=0.3, precision=0.01).rate > 1.1, "a target says how long"
+    assert not Outcome(served=(), refused=0, end_s=0.0, groups=()).falls_behind
+
+
 def test_joint_attainment_wants_both_targets_of_one_request():
     rows = [(0.1, 0.1), (0.1, 0.9), (0.9, 0.1), (0.1, 0.1)]
     served = [Served(0.0, 1, 2, ttft, tpot, 1.0, 0, 0, "a", "a") for ttft, tpot in rows]

@@ -77,6 +77,8 @@ def find_goodput(
 ) -> Goodput:
     """Double or halve from `start` until a passing and a failing rate are known, then halve the gap.
 
+    Where no target bounds how long a request may wait, a rate fails at which waits grow.
+
     Args:
         run: simulates a rate.
         targets: what must be kept.
@@ -91,9 +93,13 @@ def find_goodput(
         raise ConfigError(msg)
     trials: dict[float, Trial] = {}
 
+    bounds = targets.objectives
+    queues = bounds.ttft_s is None and bounds.e2e_s is None
+
     def passes(rate: float) -> bool:
-        trials[rate] = trial_of(rate, run(rate), targets)
-        return trials[rate].attainment >= targets.attainment
+        outcome = run(rate)
+        trials[rate] = trial_of(rate, outcome, targets)
+        return trials[rate].attainment >= targets.attainment and not (queues and outcome.falls_behind)
 
     low, high = _bracket(passes, min(start, most), start / 1000.0 if least is None else least, most)
     while low > 0.0 and high < math.inf and high - low > precision * high:

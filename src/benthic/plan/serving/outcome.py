@@ -79,6 +79,19 @@ class Outcome:
         return replace(self, served=self.served[count:])
 
     @property
+    def falls_behind(self) -> bool:
+        """Whether the last third of the requests waited twice as long for a first token as the first third.
+
+        Medians: a queue that grows all the time makes five times of it, one that only varies seldom two.
+        """
+        third = len(self.served) // 3
+        early, late = (
+            quantile([each.ttft_s for each in part], 0.5)
+            for part in (self.served[:third], self.served[len(self.served) - third :])
+        )
+        return third > 0 and late > 2.0 * early
+
+    @property
     def steps(self) -> int:
         """Steps of all instances."""
         return sum([group.steps for group in self.groups])
