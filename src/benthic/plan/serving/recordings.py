@@ -95,7 +95,7 @@ def play_recording(  # noqa: PLR0913 (one argument per choice)
     batching = BatchingConfig(
         num_blocks=blocks,
         block_size=_BLOCK_SIZE,
-        max_model_len=1 << 20,
+        max_model_len=model.max_position_embeddings,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         counted=True,

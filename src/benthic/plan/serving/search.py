@@ -229,8 +229,9 @@ def _nearest(question: Question, choices: Sequence[Option]) -> str:
         return " ".join(missed)
     sizes = f"{question.gpus} {question.machine.name}"
     return (
-        f"no deployment on {sizes} keeps {str(objectives) or 'any time'} for {question.targets.attainment:.0%} of the requests "
-        f"at any rate; a request alone gets ttft {ttft:.3g} s ({first}) and tpot {tpot:.3g} s ({fastest}). "
+        f"no deployment on {sizes} keeps {str(objectives) or 'any time'} for "
+        f"{question.targets.attainment:.0%} of the requests at any rate; "
+        f"a request alone gets ttft {ttft:.3g} s ({first}) and tpot {tpot:.3g} s ({fastest}). "
         "Relax the tighter target or give more GPUs."
     )
 
