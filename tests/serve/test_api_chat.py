@@ -183,6 +183,8 @@ def test_without_a_template_chat_is_refused_and_completions_work(
         ({"extra_body": {"echo": True}}, "echo"),
         ({"extra_body": {"regex": "a+"}}, "regex"),
         ({"extra_body": {"thinking": {"type": "enabled"}}}, "thinking"),
+        ({"extra_body": {"max_new_tokens": 3}}, "max_new_tokens"),
+        ({"extra_body": {"separate_reasoning": False}}, "separate_reasoning"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"messages": []}, "messages"),

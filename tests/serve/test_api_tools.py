@@ -174,6 +174,13 @@ def test_earlier_calls_and_their_results_reach_the_template(client: openai.OpenA
     assert longer > chat(client, max_tokens=1).usage.prompt_tokens + len("result") // 2
 
 
+def test_earlier_thoughts_reach_the_template_where_they_are_given() -> None:
+    message = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}
+    body = ChatBody.model_validate({"messages": [*USER, message, *USER]})
+    assert body.messages[1].as_template_input() == message
+    assert "reasoning_content" not in body.messages[0].as_template_input()
+
+
 def test_reasoning_is_a_field_of_its_own(client: openai.OpenAI) -> None:
     options = {"max_tokens": 12, "seed": 2, "tools": openai.omit}
     thinking = {"extra_body": {"chat_template_kwargs": {"think": True}, "ignore_eos": True}}

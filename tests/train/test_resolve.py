@@ -129,13 +129,14 @@ def test_every_contradiction_is_reported_at_once_with_its_numbers(
             "precision.matmul=float32",
             "checkpoint.every=-1",
             "train.seed=99999999999999999999",
+            "train.final_lr=5",
         ],
     )
     with pytest.raises(ConfigError) as caught:
         resolve(config, facts, read_meta(dataset))
     message = str(caught.value)
     for words in (
-        "10 settings cannot be used",
+        "11 settings cannot be used",
         "train.seq_len=512 exceeds model.max_position_embeddings=256",
         "train.global_batch_size=8 is no multiple of train.local_batch_size=3. Set it to 6 or 9",
         "train.lr=-1.0",
@@ -146,6 +147,7 @@ def test_every_contradiction_is_reported_at_once_with_its_numbers(
         "precision.weights=bfloat16 with precision.matmul=float32",
         "checkpoint.every=-1",
         "train.seed=99999999999999999999 does not fit into 64 bits",
+        "train.final_lr=5.0 is the last rate over train.lr",
     ):
         assert words in message
 

@@ -31,7 +31,7 @@ def calibrate(
     Products, experts, streams of memory; on a GPU attention, decoding and what the host takes for a call;
     under torchrun the links between all ranks, and the host while all of them call.
 
-    Example: benthic calibrate --out profile.json; benthic plan train tiny ... --profile profile.json
+    Example: benthic calibrate --out profile.json; benthic plan train MODEL --profile profile.json ...
     Example: torchrun --nproc-per-node 2 -m benthic calibrate --out profile.json
     """
     import torch  # noqa: PLC0415 (the other commands start without it)

@@ -191,14 +191,14 @@ def show(found: Plan, model: str, *, as_json: bool) -> None:
     from benthic.plan.training.plan import as_dict  # noqa: PLC0415 (see cli.plan)
     from benthic.plan.training.text import lines  # noqa: PLC0415
 
+    words = [f"--set {name}={typed(value)}" for name, value in found.best.candidate.settings().items()]
+    command = f"benthic train RECIPE --model {shlex.quote(model)} {' '.join(words)}"
     if as_json:
-        typer.echo(json.dumps(as_dict(found), indent=2))
+        typer.echo(json.dumps(as_dict(found) | {"command": command}, indent=2))
         return
     console = Console(highlight=False)
     for line in lines(found):
         console.print(line, markup=False) if isinstance(line, str) else console.print(line)
-    words = [f"--set {name}={typed(value)}" for name, value in found.best.candidate.settings().items()]
-    command = f"benthic train RECIPE --model {shlex.quote(model)} {' '.join(words)}"
     console.print(
         f"to train so, with the learning rate of a recipe:\n{command}", soft_wrap=True, markup=False
     )

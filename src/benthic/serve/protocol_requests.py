@@ -61,13 +61,17 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "lora_path": (),
+    "max_new_tokens": (),
+    "min_new_tokens": (),
     "modalities": (["text"],),
+    "no_stop_trim": (False,),
     "prediction": (),
     "prompt_embeds": (),
     "reasoning_effort": (),
     "regex": (),
     "repetition_detection": (),
     "return_hidden_states": (False,),
+    "separate_reasoning": (True,),
     "stop_regex": ([],),
     "suffix": ("",),
     "thinking": (),
@@ -85,6 +89,8 @@ INSTEAD: dict[str, str] = {
     "functions": "Send tools.",
     "function_call": "Send tool_choice.",
     "json_schema": "Send response_format or structured_outputs.",
+    "max_new_tokens": "Send max_tokens.",
+    "min_new_tokens": "Send min_tokens.",
     "reasoning_effort": "Send what the chat template reads as chat_template_kwargs.",
     "regex": "Send structured_outputs with a regex.",
     "thinking": 'Send chat_template_kwargs, as {"thinking": true}.',
@@ -239,6 +245,9 @@ class ChatMessage(BaseModel):
     name: Text | None = None
     tool_calls: list[CalledTool] | None = Field(None, description="Of an assistant's earlier turn.")
     tool_call_id: Text | None = Field(None, description="Which call a tool's message answers.")
+    reasoning_content: Text | None = Field(
+        None, description="Of an assistant's earlier turn, for chat templates that show it."
+    )
     prefix: bool | None = Field(
         None, description="Of an assistant's last message: go on with it, in DeepSeek's words."
     )
@@ -259,6 +268,7 @@ class ChatMessage(BaseModel):
             "name": self.name,
             "tool_calls": [call.model_dump() for call in self.tool_calls or ()] or None,
             "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
         }
         given = {key: value for key, value in others.items() if value is not None}
         return {"role": self.role, "content": text, **given}

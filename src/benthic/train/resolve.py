@@ -302,6 +302,8 @@ def _loop_problems(loop: LoopConfig, model: ModelConfig) -> Iterator[str]:
         yield f"train.seed={loop.seed} does not fit into 64 bits. Set it between 0 and {2**64 - 1}."
     if not 0.0 < loop.lr < 1.0:
         yield f"train.lr={loop.lr} is not between 0 and 1. AdamW wants something like 3e-4."
+    if loop.final_lr > 1.0:
+        yield f"train.final_lr={loop.final_lr} is the last rate over train.lr. Set it to 1 or less."
     if loop.warmup_steps > loop.steps:
         yield f"train.warmup_steps={loop.warmup_steps} exceeds train.steps={loop.steps}. Shorten the warm-up."
     if (loop.schedule == "curve") != (loop.lr_curve is not None):

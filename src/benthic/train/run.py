@@ -381,6 +381,8 @@ def _describe(resolved: Resolved, trainer: Trainer, meta: Meta, watcher: Watcher
         f"{trainer.rows * number(config.train.seq_len):,} tokens = {tokens:,}, "
         f"{tokens / available:.2f} epochs of {available:,}"
     )
+    if number(config.train.seq_len) > available:
+        watcher.note(f"a row of {config.train.seq_len} tokens holds all {available:,} of the data and more")
     if meta.splits["held_out"].tokens == 0:
         watcher.note("the data holds no document out: nothing is evaluated. Build it with --held-out.")
 
