@@ -22,6 +22,7 @@ from benthic.cli.plan_words import (
     config_of,
     dtype_of,
     machine_of,
+    refuse_no_folder,
     refuse_rows_beyond,
 )
 from benthic.errors import ConfigError
@@ -82,6 +83,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
     if rate is not None and not 0.0 < rate < math.inf:
         msg = f"--rate {rate} requests/s cannot be answered. Give a finite rate above 0, or leave it out."
         raise ConfigError(msg)
+    refuse_no_folder(report)
     config = config_of(model)
     if trace is None:
         refuse_rows_beyond(config, isl + osl, f"--isl {isl} + --osl {osl}")

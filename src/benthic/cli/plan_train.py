@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.console import Console
 
-from benthic.cli.plan_words import config_of, machine_of, refuse_rows_beyond
+from benthic.cli.plan_words import config_of, machine_of, refuse_no_folder, refuse_rows_beyond
 from benthic.cli.settings import typed
 from benthic.errors import ConfigError, UnknownFieldError
 from benthic.spec import hardware
@@ -100,6 +100,7 @@ def train(  # noqa: PLR0913, PLR0917 (one argument per option)
     if measured and perfetto is None:
         message = f"{len(measured)} files of --measured, but 0 of --perfetto. Say where to write the trace."
         raise ConfigError(message)
+    refuse_no_folder(page, perfetto)
     config, machine = config_of(model), machine_of(gpu, gpus_per_node, profile)
     refuse_rows_beyond(config, seq_len, f"--seq-len {seq_len}")
     question = Question(

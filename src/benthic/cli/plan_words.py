@@ -57,6 +57,18 @@ def machine_of(name: str, gpus_per_node: int, profile: Path | None) -> Machine:
     return machine
 
 
+def refuse_no_folder(*files: Path | None) -> None:
+    """Refuse to plan what could not be written.
+
+    Raises:
+        ConfigError: a file's folder is not there.
+    """
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            msg = f"{file} cannot be written: there is no folder {file.parent}. Make it first."
+            raise ConfigError(msg)
+
+
 def bound_of(name: str, value: float | None) -> float | None:
     """Seconds of a target.
 

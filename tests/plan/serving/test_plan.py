@@ -150,6 +150,18 @@ def test_a_model_that_does_not_fit_says_what_it_needs():
         question(drafts=1)
 
 
+def test_where_a_steps_share_of_prompts_does_not_fit_requests_are_served_one_by_one():
+    def asked(**targets):
+        lengths = Fixed(prompt_tokens=7000, output_tokens=1)
+        return question(gpus=1, lengths=lengths, targets=Targets(objectives=Objectives(**targets)))
+
+    (option,) = options(asked())
+    assert option.doing_both(2048).rate == pytest.approx(1.0 / option.prompt_s)
+    (late,) = options(asked(ttft_s=0.5 * option.prompt_s))
+    assert late.doing_both(2048).rate == 0.0
+    assert plan_serving(asked(ttft_s=5.0)).best.rate > 0.0
+
+
 @pytest.mark.parametrize(("output", "budget"), [(1, 8192), (10, 8192), (500, 4096)])
 def test_without_a_bound_on_tpot_a_batch_still_fits_its_budget_of_tokens(output, budget):
     asked = question(

@@ -145,6 +145,8 @@ def test_the_command_writes_the_foretold_step_and_refuses_a_run_with_nowhere_to_
     assert f"wrote {trace}" in done.output, done.output
     slots = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
     assert {event["tid"] for event in slots} == {0, 1}
+    nowhere = RUN.invoke(command.app, [*words, "--report", str(tmp_path / "none" / "page.html")])
+    assert f"there is no folder {tmp_path / 'none'}" in str(nowhere.exception)
     refused = RUN.invoke(command.app, [*words, "--measured", str(spans)])
     assert "1 files of --measured, but 0 of --perfetto" in str(refused.exception)
     assert "ZeRO has stages 1 to 3" in str(RUN.invoke(command.app, [*words, "--zero", "4"]).exception)

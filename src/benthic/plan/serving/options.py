@@ -180,7 +180,8 @@ class Option:
         """Each step decodes a batch and computes the prompts of as many new requests as it ends, on average.
 
         Prompts come at random. The first of a step is cheaper than others, for its rows ride where the
-        weights are read anyway, so what counts is how many the rank with the most has.
+        weights are read anyway, so what counts is how many the rank with the most has. Where the share of a
+        single sequence does not fit into a step, requests are served one by one.
         """
         prompt, output = self.question.lengths.mean
         bound = self.question.targets.objectives.ttft_s
@@ -211,7 +212,17 @@ class Option:
             return sum([share * beside(prompts) for prompts, share in enumerate(shares) if share > 1e-3])
 
         batch = self._largest_batch(mixed_s)
-        return Estimate(0.0 if batch < 1 else self._decoded(batch, mixed_s(batch)), budget)
+        return Estimate(self._one_by_one() if batch < 1 else self._decoded(batch, mixed_s(batch)), budget)
+
+    def _one_by_one(self) -> float:
+        """Requests a second of ranks that prefill one, then decode it; 0 where it misses a target alone."""
+        objectives, each = self.question.targets.objectives, self.question.tokens_per_step
+        token = self.decode_s(1) / each
+        late = objectives.ttft_s is not None and self.prompt_s > objectives.ttft_s
+        if late or (objectives.tpot_s is not None and token > _SLACK * objectives.tpot_s):
+            return 0.0
+        output = self.question.lengths.mean[1]
+        return self.layout.dp_degree / (self.prompt_s + max(0.0, output - 1.0) * token)
 
     def _decoded(self, batch: float, step_s: float) -> float:
         output = self.question.lengths.mean[1]
