@@ -420,6 +420,7 @@ def test_the_config_is_read_in_the_words_of_vllm():
         ("[]", "is a list"),
         ('{"method": "mtp"}', "lacks 'num_speculative_tokens'"),
         ('{"method": "eagle", "num_speculative_tokens": 1}', "method = 'eagle', but only mtp"),
+        ('{"method": "eagle", "model": "a"}', "method = 'eagle', but only mtp"),
         ('{"method": "mtp", "num_speculative_token": 1}', "Did you mean num_speculative_tokens"),
         ('{"method": "mtp", "num_speculative_tokens": "2"}', "'2' is not int"),
         ('{"method": "mtp", "num_speculative_tokens": 0}', "num_speculative_tokens = 0"),

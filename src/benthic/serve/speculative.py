@@ -66,13 +66,13 @@ def parse(text: str) -> Speculative:
     if not isinstance(given, dict):
         msg = f"--speculative-config is a {type(given).__name__}, not an object: {text!r}"
         raise ConfigError(msg)
+    method = given.get("method")
+    if isinstance(method, str) and method not in METHODS:  # before fields that only others have
+        msg = f"--speculative-config: method = {method!r}, but only {', '.join(METHODS)} draft here."
+        raise ConfigError(msg)
     _check_names(given)
     _check_types(given)
-    method = METHODS.get(given["method"])
-    if method is None:
-        msg = f"--speculative-config: method = {given['method']!r}, but only {', '.join(METHODS)} draft here."
-        raise ConfigError(msg)
-    return Speculative(**{**given, "method": method})
+    return Speculative(**{**given, "method": METHODS[given["method"]]})
 
 
 def _check_names(given: dict[str, Any]) -> None:
