@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FLEET: Final = "1 colocated"
-STARTS: Final = {"prefill-heavy": 14.0, "balanced": 28.0, "decode-heavy": 46.0}
+STARTS: Final = {"prefill-heavy": 16.0, "balanced": 32.0, "decode-heavy": 50.0}
 """Requests a second at which the search for goodput begins: 97 % of what a GPU of two bore."""
 STEP: Final = 1.1
 MOST: Final = 4
