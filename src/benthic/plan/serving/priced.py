@@ -143,6 +143,11 @@ class Rank(NamedTuple):
     half_s: float
 
 
+def _slowest(ranks: Sequence[Rank]) -> Rank:
+    """The most of everything that a rank does; a flag is set if it is for one of them."""
+    return ranks[0] if len(ranks) == 1 else Rank(*map(max, zip(*ranks, strict=True)))
+
+
 @dataclass(eq=False)
 class PricedStep:
     """A `StepTime` for instances of one layout on one kind of machine.
@@ -197,18 +202,17 @@ class PricedStep:
 
     def together(self, ranks: Sequence[Rank]) -> float:
         """Seconds of a step of all ranks; their tokens spread over all experts."""
-        engine = self.engine
+        engine, most = self.engine, _slowest(ranks)
         mean = sum([rank.tokens for rank in ranks]) / len(ranks)
         products, exchanges = self._experts(mean)
-        device = products + exchanges + max([rank.whole_s for rank in ranks])
+        device = products + exchanges + most.whole_s
         if self.layout.overlap:
             products, exchanges = self._experts(mean / 2.0)
-            products += max([rank.half_s for rank in ranks])
+            products += most.half_s
             device = min(device, 2.0 * max(products, exchanges))
-        prompts = any(rank.prompts for rank in ranks)
-        rows = max([rank.tokens for rank in ranks])
-        share = self._share(rows, decodes=any(rank.decodes for rank in ranks), prompts=prompts)
-        if not prompts:
+        rows = most.tokens
+        share = self._share(rows, decodes=most.decodes, prompts=most.prompts)
+        if not most.prompts:
             kernels = engine.stretch * device
             return share * max(kernels + engine.graph_layer_s * self._layers, kernels / 2.0)
         device *= engine.prompt_stretch
