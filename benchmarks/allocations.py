@@ -16,7 +16,6 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -30,7 +29,7 @@ from benthic.parallel.exchange import AllToAllExchange
 from benthic.parallel.exchange_memory import PeerMemory
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.setup import number
-from benthic.train.data.shards import Meta, ShardWriter, TokenShards, read_meta, write_meta
+from benthic.train.data.shards import TokenShards, read_meta, write_made_up
 from benthic.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -234,23 +233,8 @@ def on_meta(config: RunConfig) -> Iterator[Allocations]:
 
 def write_documents(folder: Path) -> Path:
     """Documents of 500 to 5,000 tokens: rows of 4,096 hold two on average."""
-    folder.mkdir(parents=True)
     lengths = random.Random(7)  # noqa: S311 (sizes, not secrets)
-    splits = {}
-    for split in ("train", "held_out"):
-        writer = ShardWriter(folder, split, np.dtype("<u2"), 400_000)
-        for _ in range(100):
-            count = lengths.randint(500, 5000)
-            writer.add([0, *[2] * count, 1], count)
-        splits[split] = writer.close()
-    meta = Meta(
-        vocab_size=3,
-        dtype="<u2",
-        bos_token_id=0,
-        eos_token_id=1,
-        tokenizer_sha256="",
-        splits=splits,
-        source={},
-    )
-    write_meta(folder, meta)
-    return folder
+    documents = {
+        split: [[2] * lengths.randint(500, 5000) for _ in range(100)] for split in ("train", "held_out")
+    }
+    return write_made_up(folder, documents, vocab_size=3, shard_tokens=400_000)

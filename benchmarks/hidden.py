@@ -167,11 +167,13 @@ def line(row: dict[str, Any]) -> str:
     """One line of the table."""
     if row["hidden_fraction"] is None:
         return f"{row['layout']:<14} {row['exchange']:<11} no kernels were traced"
+    moved = ""
+    if row["transfer_hidden_fraction"] is not None:  # of a stream of our own
+        share = 100 * row["transfer_hidden_fraction"]
+        moved = f"; transfer {1e3 * row['transfer_seconds']:6.1f} ms, {share:5.1f} % of it hidden"
     return (
         f"{row['layout']:<14} {row['exchange']:<11} step {1e3 * row['device_seconds']:7.1f} ms, exchange "
-        f"{1e3 * row['exchange_seconds']:6.1f} ms, {100 * row['hidden_fraction']:5.1f} % of it hidden; "
-        f"transfer {1e3 * row['transfer_seconds']:6.1f} ms, "
-        f"{100 * (row['transfer_hidden_fraction'] or 0.0):5.1f} % hidden"
+        f"{1e3 * row['exchange_seconds']:6.1f} ms, {100 * row['hidden_fraction']:5.1f} % of it hidden{moved}"
     )
 
 

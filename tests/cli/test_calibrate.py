@@ -173,7 +173,8 @@ def test_slots_that_are_timed_hold_the_blocks_of_the_model():
 
 def everyone(rank: int, folder: str) -> None:
     own = Profile(hardware="h200", source="alone", overheads={"host operator input": 9.0})
-    ranks = calibration_ranks.Ranks("cpu", per_node=1 if folder.endswith("apart") else 2)
+    per_node = 1 if folder.endswith("apart") else 2
+    ranks = calibration_ranks.Ranks(calibration.Stopwatch("cpu"), per_node)
     host = {"host operator forward": 1.0 + rank, "host operator input": 2.0 - rank}
     found = calibration_ranks.together(ranks, own if rank == 0 else None, host, sizes=(2**10, 2**12))
     assert (found is None) == (rank > 0)

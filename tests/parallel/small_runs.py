@@ -6,11 +6,9 @@ import dataclasses
 import random
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from benthic.spec import presets
 from benthic.train import recipes
-from benthic.train.data.shards import Meta, ShardWriter, write_meta
+from benthic.train.data.shards import write_made_up
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,28 +20,12 @@ VOCAB = 320
 
 def write_documents(folder: Path) -> Path:
     """Documents of 2 to 60 random tokens, so that rows hold several and some go on in the next row."""
-    folder.mkdir(parents=True)
     rng = random.Random(7)  # noqa: S311 (a corpus, not a secret)
-    splits = {}
-    for split in ("train", "held_out"):
-        writer = ShardWriter(folder, split, np.dtype("<u2"), 4000)
-        for _ in range(200):
-            tokens = [rng.randrange(2, VOCAB) for _ in range(rng.randint(0, 58))]
-            writer.add([0, *tokens, 1], len(tokens))
-        splits[split] = writer.close()
-    write_meta(
-        folder,
-        Meta(
-            vocab_size=VOCAB,
-            dtype="<u2",
-            bos_token_id=0,
-            eos_token_id=1,
-            tokenizer_sha256="",
-            splits=splits,
-            source={},
-        ),
-    )
-    return folder
+    documents = {
+        split: [[rng.randrange(2, VOCAB) for _ in range(rng.randint(0, 58))] for _ in range(200)]
+        for split in ("train", "held_out")
+    }
+    return write_made_up(folder, documents, vocab_size=VOCAB, shard_tokens=4000)
 
 
 def small_run(*, layers: int = 3, steps: int = 2, rows: int = 2, microbatches: int = 4) -> RunConfig:

@@ -56,6 +56,7 @@ def calibrate(
 def _measured(device: str, launch: Launch) -> Profile | None:
     """What all ranks measure; the first one has the profile."""
     from benthic.cli import calibration_host, calibration_ranks  # noqa: PLC0415 (see calibrate)
+    from benthic.cli.calibration import Stopwatch  # noqa: PLC0415
     from benthic.cli.calibration import calibrate as measure  # noqa: PLC0415
     from benthic.parallel.start import joined  # noqa: PLC0415
 
@@ -64,7 +65,8 @@ def _measured(device: str, launch: Launch) -> Profile | None:
         if launch.ranks == 1:
             host = calibration_host.overheads(device) if device == "cuda" else {}
             return None if profile is None else replace(profile, overheads=host)
-        ranks = calibration_ranks.Ranks(device, int(os.environ.get("LOCAL_WORLD_SIZE", launch.ranks)))
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", launch.ranks))
+        ranks = calibration_ranks.Ranks(Stopwatch(device), per_node)
         ranks.meet()
         host = calibration_host.overheads(device) if device == "cuda" else {}
         return calibration_ranks.together(ranks, profile, host)

@@ -80,19 +80,21 @@ class Stopwatch:
     def seconds(self, call: Callable[[], object]) -> float:
         """Of one call; several are timed together where one is short."""
         call()
-        once = self._time(call, 1)
+        once = self.time(call, 1)
         count = max(1, min(50, int(2e-3 / max(once, 1e-7))))
-        return statistics.median(self._time(call, count) / count for _ in range(_REPEATS))
+        return statistics.median(self.time(call, count) / count for _ in range(_REPEATS))
 
-    def _time(self, call: Callable[[], object], count: int) -> float:
-        self._wait()
+    def time(self, call: Callable[[], object], count: int) -> float:
+        """Of so many calls, all of them."""
+        self.wait()
         start = self.clock()
         for _ in range(count):
             call()
-        self._wait()
+        self.wait()
         return max(self.clock() - start, 1e-9)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -113,7 +115,7 @@ class GraphStopwatch(Stopwatch):
             for _ in range(count):
                 call()
         graph.replay()
-        return statistics.median(self._time(graph.replay, 1) / count for _ in range(_REPEATS))
+        return statistics.median(self.time(graph.replay, 1) / count for _ in range(_REPEATS))
 
 
 def calibrate(

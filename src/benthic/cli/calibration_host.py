@@ -27,7 +27,7 @@ from benthic.plan.training.stage import shape_of
 from benthic.spec import presets
 from benthic.spec.layout import Layout
 from benthic.train.config import LogConfig, LoopConfig, RunConfig
-from benthic.train.data.shards import Meta, ShardWriter, TokenShards, read_meta, write_meta
+from benthic.train.data.shards import TokenShards, read_meta, write_made_up
 from benthic.train.hardware import detect
 from benthic.train.resolve import resolve
 from benthic.train.trainer import Trainer
@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
     from benthic.plan.training.launches import Calls
     from benthic.spec.model import ModelConfig
-
-_SPLITS: Final = ("train", "held_out")
+    from benthic.train.data.shards import Split
 
 
 @dataclass(frozen=True)
@@ -123,24 +122,9 @@ def _trainer(device: str, sizes: Sizes, data: Path) -> Trainer:
 
 
 def _documents(folder: Path, sizes: Sizes) -> Path:
-    """Random tokens, a document a row."""
-    folder.mkdir(parents=True)
-    random, splits = np.random.default_rng(0), {}
+    """Random tokens, a document a row and more."""
+    random = np.random.default_rng(0)
     rows = 2 * sizes.microbatches * (sizes.warm + sizes.steps)
-    for split in _SPLITS:
-        writer = ShardWriter(folder, split, np.dtype("<u2"), shard_tokens=1 << 20)
-        for _ in range(rows):
-            ids = random.integers(2, sizes.model.vocab_size, sizes.seq_len).tolist()
-            writer.add([*ids, 1], text_bytes=sizes.seq_len)
-        splits[split] = writer.close()
-    meta = Meta(
-        vocab_size=sizes.model.vocab_size,
-        dtype="<u2",
-        bos_token_id=0,
-        eos_token_id=1,
-        tokenizer_sha256="",
-        splits=splits,
-        source={},
-    )
-    write_meta(folder, meta)
-    return folder
+    ids = random.integers(2, sizes.model.vocab_size, (rows, sizes.seq_len)).tolist()
+    documents: dict[Split, list[list[int]]] = {"train": ids, "held_out": ids[:1]}
+    return write_made_up(folder, documents, vocab_size=sizes.model.vocab_size, shard_tokens=1 << 20)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, replace
-from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -22,6 +21,7 @@ from benthic.plan.cost.ops import AllToAll, Collective, PointToPoint
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from benthic.cli.calibration import Stopwatch
     from benthic.plan.cost.machine import Profile
     from benthic.plan.cost.ops import Op
 
@@ -43,12 +43,16 @@ _LAUNCHES: Final = 100
 class Ranks:
     """The ranks of the default process group, `per_node` of them on every host.
 
-    device: "cuda" or "cpu"; rank i of a host has its GPU i.
+    watch: of "cuda" or "cpu"; rank i of a host has its GPU i.
     """
 
-    device: str
+    watch: Stopwatch
     per_node: int
-    clock: Callable[[], float] = perf_counter
+
+    @property
+    def device(self) -> str:
+        """What all ranks measure."""
+        return self.watch.device
 
     @property
     def here(self) -> int:
@@ -81,29 +85,20 @@ class Ranks:
         took = []
         for _ in range(_REPEATS):
             dist.barrier()
-            self._wait()
-            start = self.clock()
-            for _ in range(times):
-                call()
-            self._wait()
-            took.append((self.clock() - start) / times)
-        return max(1e-9, statistics.median(took))
+            took.append(self.watch.time(call, times) / times)
+        return statistics.median(took)
 
     def launch(self, call: Callable[[], object]) -> float:
         """Seconds until a call has been handed to the GPU."""
         for _ in range(_LAUNCHES):
             call()
-        self._wait()
-        start = self.clock()
+        self.watch.wait()
+        start = self.watch.clock()
         for _ in range(_LAUNCHES):
             call()
-        took = (self.clock() - start) / _LAUNCHES
-        self._wait()
+        took = (self.watch.clock() - start) / _LAUNCHES
+        self.watch.wait()
         return took
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 def links(ranks: Ranks, source: str, sizes: Sequence[int] | None = None) -> list[Measured]:

@@ -194,7 +194,7 @@ def _costs(
             raise ConfigError(message)
     return Costs(
         forward=1.0 if forward is None else forward,
-        backward=2.0 if backward is None else backward,
+        backward=whole,
         input=input_,
         weight=weight,
         overlap=None if overlap is None else lambda _forward, _backward: overlap,

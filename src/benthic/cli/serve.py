@@ -161,11 +161,10 @@ def serve(  # noqa: PLR0913 (one flag each)
         spread = FleetOptions(
             prefill=prefill,
             decode=decode,
-            prefill_policy=prefill_policy or "prefix_affinity",
-            local_tokens=local_prefill_tokens or 0,
             replan_s=replan,
             prefill_ranks=prefill_tensor_parallel_size,
             decode_ranks=decode_tensor_parallel_size,
+            **words.given(prefill_policy=prefill_policy, local_tokens=local_prefill_tokens),
         )
         fleet = Fleet(checkpoint=folder, engine=options, options=spread, cluster=cluster, nixl=kv_nixl)
     elif data_parallel_size > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benthic.errors import ConfigError
 
@@ -112,3 +112,8 @@ def traces_endpoint(given: str | None) -> str | None:
         )
         raise ConfigError(msg)
     return given
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those that were given; the others have their defaults where they are read."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benthic.kernels import triton_loss
 from benthic.kernels.chunked_loss import chunk_of as chunk_of_the_loss
 from benthic.plan.training import phases
 from benthic.plan.training.block import LOGITS
@@ -64,6 +65,7 @@ def test_measured_peaks_are_foretold_within_eight_percent_and_never_short():
 @pytest.mark.parametrize("tokens", [1, 100, 4096, 16384])
 @pytest.mark.parametrize("vocabulary", [512, 32768, 163840])
 def test_logits_are_cut_as_the_loss_cuts_them(tokens, vocabulary):
+    assert triton_loss._ROOM["cuda"] == LOGITS
     assert phases.chunk_of(tokens, vocabulary, 2) == chunk_of_the_loss(tokens, vocabulary, 2, LOGITS)
 
 

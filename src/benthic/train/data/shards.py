@@ -218,6 +218,30 @@ def write_meta(folder: Path, meta: Meta) -> None:
     (folder / "meta.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def write_made_up(
+    folder: Path, documents: dict[Split, list[list[int]]], *, vocab_size: int, shard_tokens: int
+) -> Path:
+    """A dataset of ids that no tokenizer made, in a new folder; 0 begins documents and 1 ends them."""
+    folder.mkdir(parents=True)
+    splits: dict[str, SplitInfo] = {}
+    for split, each in documents.items():
+        writer = ShardWriter(folder, split, np.dtype("<u2"), shard_tokens)
+        for ids in each:
+            writer.add([0, *ids, 1], len(ids))
+        splits[split] = writer.close()
+    meta = Meta(
+        vocab_size=vocab_size,
+        dtype="<u2",
+        bos_token_id=0,
+        eos_token_id=1,
+        tokenizer_sha256="",
+        splits=splits,
+        source={},
+    )
+    write_meta(folder, meta)
+    return folder
+
+
 def read_meta(folder: Path) -> Meta:
     """Read `meta.json`.
 
