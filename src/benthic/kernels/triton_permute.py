@@ -89,13 +89,41 @@ def _sum_rows(
         acc = _sum_of_few_rows(*sources, WEIGHTED, TOP_K, WIDTH)
     else:
         acc = sum_of_rows(*sources, WEIGHTED, TOP_K, WIDTH)
-    if BESIDE > 0:  # every sum is rounded, as by kernels of their own
+    tl.store(out_ptr + at, _home(acc, beside1_ptr, beside2_ptr, at, kept, dtype, BESIDE), mask=kept)
+
+
+@remembered
+@triton.jit
+def _sum_and_norm(
+    rows_ptr, weight_ptr, row_ptr, norm_ptr, normed_ptr, out_ptr, beside1_ptr, beside2_ptr,
+    width, stride, eps,
+    BESIDE: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """All columns of a token, as `_sum_rows`, and their norm; its weight is there before the rows are."""
+    column = tl.arange(0, WIDTH)
+    kept = column < width
+    norm = tl.load(norm_ptr + column, mask=kept, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    acc = sum_of_rows(rows_ptr, weight_ptr, row_ptr, token, column, width, stride, True, TOP_K, WIDTH)
+    at, dtype = token * width + column, out_ptr.dtype.element_ty
+    out = _home(acc, beside1_ptr, beside2_ptr, at, kept, dtype, BESIDE)
+    tl.store(out_ptr + at, out, mask=kept)
+    x = tl.where(kept, out.to(tl.float32), 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
+    tl.store(normed_ptr + at, (x * rstd * norm).to(dtype), mask=kept)
+
+
+@triton.jit
+def _home(acc, beside1_ptr, beside2_ptr, at, kept, dtype: tl.constexpr, BESIDE: tl.constexpr):
+    """A sum of rows added to BESIDE tensors; every sum is rounded, as by kernels of their own."""
+    if BESIDE > 0:
         beside = tl.load(beside1_ptr + at, mask=kept, other=0.0).to(tl.float32)
         if BESIDE > 1:
             beside += tl.load(beside2_ptr + at, mask=kept, other=0.0).to(tl.float32)
             beside = beside.to(dtype).to(tl.float32)
         acc = beside + acc.to(dtype).to(tl.float32)
-    tl.store(out_ptr + at, acc.to(dtype), mask=kept)
+    return acc.to(dtype)
 
 
 @triton.jit
@@ -213,6 +241,24 @@ def row_maps(expert_TK, num_experts):
 def unpermute(rows_RD, maps, weight_TK, beside=()):
     """See `benthic.kernels.ops.unpermute`."""
     return _WeightedSum.apply(rows_RD, weight_TK, maps.row_TK, *beside)
+
+
+def unpermute_norm(rows_RD, maps, weight_TK, beside, norm_D, eps):
+    """See `benthic.kernels.ops.unpermute_norm`."""
+    rows_RD, row_TK = unit_stride(rows_RD), maps.row_TK.contiguous()
+    (tokens, top_k), width = row_TK.shape, rows_RD.shape[1]
+    normed_TD, out_TD = (
+        torch.empty(tokens, width, dtype=rows_RD.dtype, device=rows_RD.device) for _ in range(2)
+    )
+    padded, beside = next_power_of_2(width), [each.contiguous() for each in beside]
+    if tokens:
+        _sum_and_norm[(tokens,)](
+            rows_RD, weight_TK.contiguous(), row_TK, norm_D.contiguous(), normed_TD, out_TD,
+            *beside, *[out_TD] * (2 - len(beside)), width, rows_RD.stride(0), eps,
+            BESIDE=len(beside), TOP_K=top_k, WIDTH=padded, num_warps=min(16, max(1, padded // 256)),
+            **early(out_TD.device, tokens),
+        )  # fmt: skip
+    return normed_TD, out_TD
 
 
 def gather_copies(x_AD, copy_R, ends_E, top_k):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from benthic.model.moe import Routing
     from benthic.model.rope import Angles
-    from benthic.model.sockets import Sockets
+    from benthic.model.sockets import Sockets, Stream
     from benthic.spec.model import ModelConfig
 
 PHASES = ("attention", "dispatch", "experts", "combine")
@@ -83,7 +83,7 @@ class Block(nn.Module, ABC, Generic[SentT, ComputedT]):
         self.attn = attention_for(config, layer)
         self.ffn_norm = Norm(config.hidden_size, config.rms_norm_eps)
 
-    def attention(self, x_TD: Tensor, angles: Angles, sockets: Sockets) -> Attended:
+    def attention(self, x_TD: Stream, angles: Angles, sockets: Sockets) -> Attended:
         """Attend, add to the residual stream, and norm for what follows."""
         normed_TD, x_TD = self.attn_norm.with_input(x_TD)
         attended_TD = self.attn(normed_TD, angles, sockets)
@@ -106,12 +106,16 @@ class Block(nn.Module, ABC, Generic[SentT, ComputedT]):
     def routing(self, sent: SentT) -> Routing | None:
         """The routing that dispatch chose; None for a dense layer."""
 
-    def forward(self, x_TD: Tensor, angles: Angles, sockets: Sockets) -> tuple[Tensor, Routing | None]:
+    def leave(self, computed: ComputedT, sockets: Sockets) -> Stream:
+        """As `combine`, but sums may be left to the norm that follows."""
+        return self.combine(computed, sockets)
+
+    def forward(self, x_TD: Stream, angles: Angles, sockets: Sockets) -> tuple[Stream, Routing | None]:
         """The four phases in order: the residual stream after this layer, and how tokens were routed."""
         attended = self.attention(x_TD, angles, sockets)
         sent = self.dispatch(attended, sockets)
         computed = self.experts(sent, sockets)
-        return self.combine(computed, sockets), self.routing(sent)
+        return self.leave(computed, sockets), self.routing(sent)
 
 
 class DenseBlock(Block[Attended, Expanded]):
@@ -172,6 +176,12 @@ class MoeBlock(Block[Sent, Computed]):
     def combine(self, computed: Computed, sockets: Sockets) -> Tensor:
         """Sum the weighed rows that come home, eq. (12)."""
         return sockets.exchange.finish_combine(computed.flight)
+
+    def leave(self, computed: Computed, sockets: Sockets) -> Stream:
+        """The rows as they are, where `sockets` say so."""
+        if sockets.late is None or computed.flight.at_home:
+            return self.combine(computed, sockets)
+        return sockets.late(computed.flight)
 
     def routing(self, sent: Sent) -> Routing:
         """The gate's choice."""

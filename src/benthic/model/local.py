@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benthic.kernels import ops
 from benthic.kernels.tile_lists import TileLists
-from benthic.model.sockets import Arrived, InFlight, LatentUp, Linear, Sockets
+from benthic.model.sockets import Arrived, InFlight, LatentUp, LateSum, Linear, Sockets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,10 +160,12 @@ class LocalExchange:
 
     def finish_combine(self, flight: InFlight) -> Tensor:
         """Sum each token's rows with their weights, in a fixed order."""
-        if flight.at_home:
-            return flight.tensors[0]
+        return flight.tensors[0] if flight.at_home else self.late(flight).summed()
+
+    def late(self, flight: InFlight) -> LateSum:
+        """The same for `Sockets.late`, where autograd does not record."""
         rows_RD, weight_TK, *beside = flight.tensors
-        return ops.unpermute(rows_RD, flight.handle, weight_TK, tuple(beside))
+        return LateSum(rows_RD, flight.handle, weight_TK, tuple(beside))
 
 
 def packed_sockets(

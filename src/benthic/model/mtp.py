@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from benthic.model.moe import Routing
     from benthic.model.rope import Angles
-    from benthic.model.sockets import Sockets
+    from benthic.model.sockets import Sockets, Stream
     from benthic.spec.model import ModelConfig
 
 
@@ -43,7 +43,7 @@ class Mtp(nn.Module):
 
     def forward(
         self, embedded_TD: Tensor, previous_TD: Tensor, angles: Angles, sockets: Sockets
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> tuple[Stream, Routing | None]:
         """The block's output before `norm`, and its routing."""
         x_TD, routing = self.block(self.project(embedded_TD, previous_TD, sockets), angles, sockets)
         return x_TD, routing

@@ -13,6 +13,7 @@ from benthic.kernels import ops
 from benthic.model.block import Block, DenseBlock
 from benthic.model.block_scaled import NarrowRows, block_scaled_linear
 from benthic.model.mla import LowRankAttention
+from benthic.model.sockets import summed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from benthic.model.block_scaled import BlockScaledLinear, Scales
     from benthic.model.network import DeepSeek
     from benthic.model.norm import Norm
+    from benthic.model.sockets import Stream
 
 
 def quantise_as_computed(model: DeepSeek, scales: Scales) -> BlockScaledLinear:
@@ -63,9 +65,14 @@ def _normed(norm: Norm) -> Callable[[Tensor], NarrowRows]:
     return lambda x_TD: NarrowRows(ops.rms_norm_fp8(x_TD, norm.weight, norm.eps), x_TD.dtype)
 
 
-def _normed_with_input(norm: Norm) -> Callable[[Tensor], tuple[NarrowRows, Tensor]]:
+def _normed_with_input(norm: Norm) -> Callable[[Stream], tuple[NarrowRows, Tensor]]:
     normed = _normed(norm)
-    return lambda x_TD: (normed(x_TD), x_TD)
+
+    def with_input(x_TD: Stream) -> tuple[NarrowRows, Tensor]:
+        stream_TD = summed(x_TD)
+        return normed(stream_TD), stream_TD
+
+    return with_input
 
 
 def _normed_sum(norm: Norm) -> Callable[[Tensor, Tensor], tuple[NarrowRows, Tensor]]:

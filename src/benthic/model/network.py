@@ -18,6 +18,7 @@ from benthic.model.mtp import Mtp
 from benthic.model.norm import Norm
 from benthic.model.part import Part
 from benthic.model.rope import Rotary
+from benthic.model.sockets import LateSum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from benthic.model.block import Block
     from benthic.model.moe import Routing
     from benthic.model.sockets import Linear as LinearSocket
-    from benthic.model.sockets import Sockets
+    from benthic.model.sockets import Sockets, Stream
     from benthic.spec.model import ModelConfig
 
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 class Passed:
     """What a run of layers leaves: the residual stream, and each mixture layer's routing by layer index."""
 
-    x_TD: Tensor
+    x_TD: Stream
     routing: tuple[tuple[int, Routing], ...]
 
 
@@ -96,7 +97,7 @@ class DeepSeek(nn.Module):
             raise ShapeError(message)
         return self.finish(self.run_layers(self.embed(tokens_T), positions_T, sockets))
 
-    def run_layers(self, x_TD: Tensor, positions_T: Tensor, sockets: Sockets) -> Passed:
+    def run_layers(self, x_TD: Stream, positions_T: Tensor, sockets: Sockets) -> Passed:
         """Pass the residual stream through the layers of this part."""
         angles = self.rotary(positions_T)
         routing: list[tuple[int, Routing]] = []
@@ -108,7 +109,7 @@ class DeepSeek(nn.Module):
 
     def finish(self, passed: Passed) -> Hidden:
         """Apply the final norm."""
-        return Hidden(passed.x_TD, self.norm(passed.x_TD), passed.routing)
+        return _ended(passed.x_TD, self.norm, passed.routing)
 
     def head_weight(self) -> Tensor:
         """The output head's matrix `[vocab_size, hidden_size]`: its own, or the embedding's when tied."""
@@ -135,4 +136,12 @@ class DeepSeek(nn.Module):
         module = self.mtp_module(depth)
         x_TD, routing = module(self.embed(tokens_T), previous_TD, self.rotary(positions_T), sockets)
         routed = () if routing is None else ((module.block.layer, routing),)
-        return Hidden(x_TD, module.norm(x_TD), routed)
+        return _ended(x_TD, module.norm, routed)
+
+
+def _ended(x_TD: Stream, norm: Norm, routing: tuple[tuple[int, Routing], ...]) -> Hidden:
+    """A residual stream before and after its last norm."""
+    if isinstance(x_TD, LateSum):
+        hidden_TD, x_TD = x_TD.normed(norm.weight, norm.eps)
+        return Hidden(x_TD, hidden_TD, routing)
+    return Hidden(x_TD, norm(x_TD), routing)

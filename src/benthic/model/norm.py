@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from benthic.kernels import ops
+from benthic.model.sockets import LateSum
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from benthic.model.sockets import Stream
 
 LATENT_NORM_EPS = 1e-6
 """The norms of the two latents use this epsilon whatever `rms_norm_eps` says: the released code of every
@@ -30,8 +33,10 @@ class Norm(nn.Module):
         """Normalise the last dim; the dtype of `x` is kept."""
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def with_input(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """`(norm(x), x)`, whose gradients are added in one pass over memory."""
+    def with_input(self, x_TD: Stream) -> tuple[Tensor, Tensor]:
+        """`(norm(x), x)`, whose gradients are added in one pass over memory; x may have to be summed."""
+        if isinstance(x_TD, LateSum):
+            return x_TD.normed(self.weight, self.eps)
         return ops.add_rms_norm(x_TD, None, self.weight, self.eps)
 
     def after_adding(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ R routed rows (sorted by expert), F ffn, V vocabulary; I and O are the in and ou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from benthic.kernels import ops
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benthic.kernels.ops import Slots
+    from benthic.kernels.reference.moe import RowMaps
 
 T = TypeVar("T")
 
@@ -127,6 +128,38 @@ class InFlight:
 
 
 @dataclass(frozen=True)
+class LateSum:
+    """A residual stream that the norm behind it sums, in one pass: see `benthic.kernels.ops.unpermute_norm`.
+
+    Attributes:
+        rows_RD: experts' rows, each with its token's place in `maps` and its weight.
+        beside: what they are added to.
+    """
+
+    rows_RD: Tensor
+    maps: RowMaps
+    weight_TK: Tensor
+    beside: tuple[Tensor, ...]
+
+    def summed(self) -> Tensor:
+        """The stream itself."""
+        return ops.unpermute(self.rows_RD, self.maps, self.weight_TK, self.beside)
+
+    def normed(self, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Its norm, and the stream itself."""
+        return ops.unpermute_norm(self.rows_RD, self.maps, self.weight_TK, self.beside, weight_D, eps)
+
+
+Stream: TypeAlias = "Tensor | LateSum"
+"""A residual stream, [tokens, hidden_size]."""
+
+
+def summed(stream_TD: Stream) -> Tensor:
+    """The residual stream, summed where it is not yet."""
+    return stream_TD.summed() if isinstance(stream_TD, LateSum) else stream_TD
+
+
+@dataclass(frozen=True)
 class Arrived:
     """Rows at this rank's experts.
 
@@ -209,9 +242,13 @@ at_once = AtOnce()
 
 @dataclass(frozen=True)
 class Sockets:
-    """The three choices that a forward pass is given, and when a block's side work happens."""
+    """The three choices that a forward pass is given, and when a block's side work happens.
+
+    `late` makes of a combine's flight what the next norm sums; None: a block ends with its sum.
+    """
 
     attend: Attend
     exchange: Exchange
     linear: Linear
     aside: Aside = at_once
+    late: Callable[[InFlight], LateSum] | None = None

@@ -266,12 +266,13 @@ def plugs_for(model: DeepSeek, options: EngineOptions, scales: Scales | None, ra
 
     Raises: ConfigError as `invariant_linear`.
     """
-    config = model.config
+    config, device = model.config, model.head_weight().device
     return Plugs(
         linear=linear_socket(model, options, scales),
         exchange=LocalExchange(config.n_routed_experts) if rank is None else rank.exchange(config),
         attend=InvariantAttend if options.batch_invariant else PagedAttend,
-        aside=aside_for(model.head_weight().device) if rank is None else at_once,
+        aside=aside_for(device) if rank is None else at_once,
+        late=rank is None and device.type == "cuda" and not options.batch_invariant,
     )
 
 

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 class Plugs:
     """How matrices are multiplied, how rows reach experts, and what makes a step's attention.
 
-    `aside` is for steps without prompts: the rows of others fill a GPU.
+    `aside` is for steps without prompts: the rows of others fill a GPU. With `late` a mixture's last sum is
+    made by the norm behind it, where all experts are here.
     """
 
     linear: Linear
     exchange: Exchange
     attend: MakeAttend = PagedAttend
     aside: Aside = at_once
+    late: bool = False
 
     @classmethod
     def fastest(cls, model: DeepSeek) -> Plugs:
@@ -36,9 +38,10 @@ class Plugs:
 
     def sockets(self, cache: LatentCache, layout: StepLayout) -> Sockets:
         """For one step against a cache. Where all rows decode, those that pad them follow the first."""
-        exchange = self.exchange
+        exchange, attend = self.exchange, self.attend(cache, layout)
+        late = exchange.late if self.late and isinstance(exchange, LocalExchange) else None
         if layout.prefill is not None:
-            return Sockets(self.attend(cache, layout), exchange, self.linear)
+            return Sockets(attend, exchange, self.linear, late=late)
         if isinstance(exchange, LocalExchange):
             exchange = exchange.padded(layout.slot_T)
-        return Sockets(self.attend(cache, layout), exchange, self.linear, self.aside)
+        return Sockets(attend, exchange, self.linear, self.aside, late)

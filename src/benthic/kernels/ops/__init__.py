@@ -160,6 +160,7 @@ from benthic.kernels.ops.sampling import (
     draw_tokens,
     judge_greedy,
 )
+from benthic.kernels.ops.unpermute_norm import UNPERMUTE_NORM, unpermute_norm
 from benthic.kernels.ops.update import ADAMW, ADAMW_FP8, ADAMW_SPLIT, adamw, adamw_fp8, adamw_split
 from benthic.kernels.reference.attention import Slots
 from benthic.kernels.reference.fp8_linear import Fp8, spaced
@@ -256,6 +257,7 @@ __all__ = [
     "swiglu_gradient_fp8_both",
     "turn_fp8",
     "unpermute",
+    "unpermute_norm",
     "weight_gradient",
     "weighted_swiglu_gradient",
     "weighted_swiglu_gradient_fp8_both",
@@ -288,6 +290,7 @@ OPS: tuple[Op, ...] = (
     COUNT_EXPERTS,
     PERMUTE,
     UNPERMUTE,
+    UNPERMUTE_NORM,
     CHOOSE_RANKS,
     PLACE_DEPARTURES,
     PLACE_COPIES,

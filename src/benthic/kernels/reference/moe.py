@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benthic.kernels.reference.norm import swiglu, wide
+from benthic.kernels.reference.norm import rms_norm, swiglu, wide
 
 
 class Routing(NamedTuple):
@@ -123,6 +123,19 @@ def unpermute(rows_RD: Tensor, maps: RowMaps, weight_TK: Tensor, beside: tuple[T
     acc = wide(rows_RD.dtype)
     rows_TKD = rows_RD[maps.row_TK].to(acc)
     return added((rows_TKD * weight_TK.to(acc).unsqueeze(-1)).sum(dim=1).to(rows_RD.dtype), beside)
+
+
+def unpermute_norm(
+    rows_RD: Tensor,
+    maps: RowMaps,
+    weight_TK: Tensor,
+    beside: tuple[Tensor, ...],
+    norm_D: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The norm of what `unpermute` gives, and that."""
+    out_TD = unpermute(rows_RD, maps, weight_TK, beside)
+    return rms_norm(out_TD, norm_D, eps), out_TD
 
 
 def added(out_TD: Tensor, beside: tuple[Tensor, ...]) -> Tensor:
