@@ -1246,6 +1246,33 @@ def test_rows_that_come_home_are_added_to_what_is_beside_them(dtype, count):
     assert torch.equal(run(rows, weight, *beside, impl="triton"), apart)
 
 
+@pytest.mark.parametrize("width", [*WIDTHS, 48])
+@pytest.mark.parametrize("count", [0, 1, 2])
+@torch.no_grad()
+def test_a_sum_that_is_normed_where_it_is_made_is_that_of_two_ops(dtype, count, width):
+    maps = ops.permute(made(TOKENS, 4, dtype=dtype), routed(TOKENS, 5, 3), 6, impl="reference").maps
+    rows, weight = made(TOKENS * 3, width, dtype=dtype), made(TOKENS, 3, dtype=torch.float32, seed=1)
+    beside = tuple(made(TOKENS, width, dtype=dtype, seed=2 + index) for index in range(count))
+    norm = made(width, dtype=dtype, seed=7)
+
+    def run(impl, of=slice(None)):
+        own = type(maps)(maps.row_TK[of], maps.copy_R)
+        ops_of = rows, own, weight[of], tuple(each[of] for each in beside), norm, 1e-6
+        return ops.unpermute_norm(*ops_of, impl=impl)
+
+    normed, summed = run("triton")
+    apart = ops.unpermute(rows, maps, weight, beside, impl="triton")
+    assert torch.equal(summed, apart), "bits of the sum alone"
+    double = [each.double() for each in (rows, weight, norm)]
+    exact = ops.unpermute_norm(
+        double[0], maps, double[1], tuple(each.double() for each in beside), double[2], 1e-6, impl="reference"
+    )
+    close(normed, ops.rms_norm(apart.double(), norm.double(), 1e-6, impl="reference"), dtype)
+    close(summed, exact[1], dtype)
+    for few, all_of in zip(run("triton", slice(5, 6)), (normed, summed), strict=True):
+        assert torch.equal(few[0], all_of[5]), "whatever else is in the batch"
+
+
 def absent(tokens, top_k):
     """Rows of copies of which some are elsewhere (-1); also how many rows there are, three of them unused."""
     here = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(3)) < 0.6

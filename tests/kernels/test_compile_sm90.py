@@ -445,6 +445,16 @@ MEMORY_BOUND = [
         for few in (False, True)
     ),
     *(
+        (
+            "triton_permute",
+            "_sum_and_norm",
+            {"BESIDE": beside, "TOP_K": top_k, "WIDTH": width},
+            min(16, width // 256),
+            {"row_ptr": "*i64", "weight_ptr": "*fp32", "eps": "fp32"},
+        )
+        for beside, top_k, width in ((2, 6, 2048), (1, 8, 8192))
+    ),
+    *(
         ("triton_route", "_route", {"SIGMOID": True, "BIASED": True, "NORMALISE": True} | gate, 4, GATE)
         for gate in (
             {"GROUPS": 1, "KEPT": 1, "BEST": 2, "TOP_K": 6, "CHOSEN": 8, "WIDTH": 64},
@@ -723,7 +733,7 @@ def test_all_weights_of_a_product_are_on_their_way_before_it_waits_and_nothing_e
 def test_a_kernel_launched_early_touches_no_memory_before_it_has_waited(
     module, kernel, constants, warps, overrides, tmp_path
 ):
-    """But weights of the gate, which nothing writes during a step."""
+    """But weights of the gate and of norms, which nothing writes during a step."""
     if kernel == "_few_rows_of_blocks":
         overrides = dict.fromkeys(("x_ptr", "weight_ptr"), "*fp8e4nv")
     built = compiled(module, kernel, constants | {"PDL": True}, warps=warps, overrides=overrides)
@@ -731,7 +741,7 @@ def test_a_kernel_launched_early_touches_no_memory_before_it_has_waited(
     ptx = built.asm["ptx"]
     before, after = re.split(r"griddepcontrol\.wait\s*;", ptx)
     assert not re.search(r"\b(st|red|atom)\.|cp\.async", before)
-    assert ("ld.global" in before) == (kernel == "_gate")
+    assert ("ld.global" in before) == (kernel in ("_gate", "_sum_and_norm"))
     assert "griddepcontrol.launch_dependents" in before
     assert "ld.global" in after or "cp.async" in after
     plain = compiled(module, kernel, constants, warps=warps, overrides=overrides)

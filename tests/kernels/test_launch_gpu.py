@@ -52,7 +52,8 @@ class Layer:
         rows, ends, maps = ops.permute(normed, routing.expert_TK, EXPERTS)
         hidden = ops.grouped_swiglu(rows, self.up, ends, impl=gated)
         rows = ops.grouped_linear(hidden, self.down, ends, impl="few_rows")
-        summed = ops.unpermute(rows, maps, routing.weight_TK, (total, normed))
+        late = rows, maps, routing.weight_TK, (total, normed)
+        summed = ops.unpermute(*late) if gated == "two_ops" else ops.unpermute_norm(*late, self.norm, 1e-6)[0]
         return ops.linear(summed, self.mix, impl=self.product)
 
     def run(self):

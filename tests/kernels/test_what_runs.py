@@ -104,6 +104,13 @@ def unpermute(made, impl):
     return ops.unpermute(made(TOKENS * 2, WIDTH), maps, made(TOKENS, 2), impl=impl)
 
 
+def unpermute_norm(made, impl):
+    row_TK = torch.arange(TOKENS * 2).view(TOKENS, 2)
+    maps = ops.RowMaps(row_TK, row_TK.flatten())
+    rows, weight = made(TOKENS * 2, WIDTH), made(TOKENS, 2)
+    return ops.unpermute_norm(rows, maps, weight, (), made(WIDTH), 1e-6, impl=impl)[0]
+
+
 def grouped_linear(made, impl, *, columns=False):
     weight = made(EXPERTS, 32, WIDTH)
     if columns:
@@ -164,6 +171,7 @@ CALLS = {
     "gate_logits": lambda made, impl: ops.gate_logits(made(TOKENS, WIDTH), made(EXPERTS, WIDTH), impl=impl),
     "permute": permute,
     "unpermute": unpermute,
+    "unpermute_norm": unpermute_norm,
     "grouped_linear": grouped_linear,
     "grouped_linear in columns": lambda made, impl: grouped_linear(made, impl, columns=True),
     "grouped_swiglu": grouped_swiglu,

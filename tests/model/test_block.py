@@ -142,3 +142,34 @@ def test_shared_experts_are_started_before_routed_ones_and_taken_after_them():
     assert torch.equal(found, exact)
     mixtures = sum(hasattr(block, "moe") for block in model.blocks)
     assert order == ["moment", "gate", "started at it", "routed", "taken"] * mixtures
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sums_that_are_left_to_the_norm_behind_them_are_the_same_to_the_bit(variant):
+    """Streams through the network, its last norm and a prediction module."""
+    model = random_model(replace(VARIANTS[variant], num_nextn_predict_layers=1))
+    tokens_T, positions_T, _, sockets = packed(model.config)
+    made = []
+
+    def late(flight):
+        made.append(flight)
+        return sockets.exchange.late(flight)
+
+    found = []
+    with torch.no_grad():
+        for each in (sockets, replace(sockets, late=late)):
+            hidden = model(tokens_T, positions_T, each)
+            ahead = model.predict_ahead(0, model.mtp_input(hidden), tokens_T, positions_T, each)
+            found.append((hidden.pre_norm_TD, hidden.hidden_TD, ahead.pre_norm_TD, ahead.hidden_TD))
+    assert len(made) == sum(map(model.config.is_moe, range(model.config.num_hidden_layers + 1)))
+    for here, there in zip(*found, strict=True):
+        assert torch.equal(here, there)
+
+
+def test_where_autograd_records_a_block_ends_with_its_sum():
+    model = random_model(BASE)
+    tokens_T, positions_T, _, sockets = packed(model.config)
+    first = next(block for block in model.blocks if block.sends)
+    x_TD, angles = model.embed(tokens_T), model.rotary(positions_T)
+    out, _ = first(x_TD, angles, replace(sockets, late=sockets.exchange.late))
+    assert isinstance(out, torch.Tensor)

@@ -37,6 +37,19 @@ def test_steps_with_prompts_work_at_once():
     assert plugs.sockets(cache, StepLayout(numbers, decode, prefill)).aside is at_once
 
 
+def test_sums_are_left_to_norms_where_all_experts_are_here_and_it_was_asked_for():
+    numbers = torch.zeros(2, dtype=torch.int32)
+    cache = LatentCache(CacheLayout.of(NANO, block_size=4, dtype=torch.float32), 1, torch.device("cpu"))
+    here, layout = LocalExchange(NANO.n_routed_experts), StepLayout(numbers, None, None)
+
+    def late(exchange, *, asked):
+        return Plugs(plain_linear, exchange, late=asked).sockets(cache, layout).late
+
+    assert late(here, asked=True) is not None
+    assert late(here, asked=False) is None
+    assert late(object(), asked=True) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @torch.inference_mode()

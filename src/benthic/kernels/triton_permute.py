@@ -106,7 +106,8 @@ def _sum_and_norm(
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     acc = sum_of_rows(rows_ptr, weight_ptr, row_ptr, token, column, width, stride, True, TOP_K, WIDTH)
-    at, dtype = token * width + column, out_ptr.dtype.element_ty
+    at = token * width + column
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     out = _home(acc, beside1_ptr, beside2_ptr, at, kept, dtype, BESIDE)
     tl.store(out_ptr + at, out, mask=kept)
     x = tl.where(kept, out.to(tl.float32), 0.0)

@@ -60,14 +60,16 @@ def unpermute_norm(
 ) -> tuple[Tensor, Tensor]:
     """`(norm(out_TD), out_TD)` of what `unpermute` gives: see there, and `rms_norm`.
 
-    Shapes: as for `unpermute`; norm_D [D] weighs the norm, which takes sums as they are stored. Not
-    differentiable.
+    Shapes: as for `unpermute`; norm_D [D] weighs the norm, which takes sums as they are stored.
+    Differentiable as two ops.
     Raises: ShapeError when rows and the norm's weight disagree, or as `unpermute`.
     """
     if norm_D.shape != rows_RD.shape[1:]:
         msg = f"unpermute_norm: rows have {rows_RD.shape[1]} columns but the norm {tuple(norm_D.shape)}"
         raise ShapeError(msg)
-    found: tuple[Tensor, Tensor] = UNPERMUTE_NORM.choose(Case(device_type(rows_RD), rows_RD.dtype), impl)(
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (rows_RD, weight_TK, norm_D, *beside))
+    case = Case(device_type(rows_RD), rows_RD.dtype, grad=grad)
+    found: tuple[Tensor, Tensor] = UNPERMUTE_NORM.choose(case, impl)(
         rows_RD, maps, weight_TK, beside, norm_D, eps
     )
     return found
