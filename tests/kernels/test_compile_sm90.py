@@ -806,12 +806,12 @@ EXCHANGE = [
     ),
     (
         "_push_sums",
-        {"WEIGHTED": True, "DWEIGHT": False, "TOP_K": 8, "TOP_K_PAD": 8, "WIDTH": 8192},
+        {"WEIGHTED": True, "DWEIGHT": False, "TOP_K": 8, "TOP_K_PAD": 8, "FEW": True, "WIDTH": 1024},
         {"weight_ptr": "*fp32", "dweight_ptr": "*fp32"},
     ),
     (
         "_push_sums",
-        {"WEIGHTED": False, "DWEIGHT": True, "TOP_K": 8, "TOP_K_PAD": 8, "WIDTH": 1024},
+        {"WEIGHTED": False, "DWEIGHT": True, "TOP_K": 8, "TOP_K_PAD": 8, "FEW": False, "WIDTH": 1024},
         {"weight_ptr": "*fp32", "dweight_ptr": "*fp32"},
     ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from unittest import mock
 
 import pytest
 import spawn as launcher
@@ -13,6 +14,7 @@ from routings import PER_RANK, ROUTINGS, batches
 from spawn import spawn
 
 from benthic.errors import BackendError, ConfigError, ShapeError
+from benthic.kernels import triton_exchange
 from benthic.parallel.exchange_memory import PeerMemory
 from benthic.parallel.exchange_nvlink import NvlinkExchange
 
@@ -27,6 +29,8 @@ def every_routing(rank, ranks, folder):
     same = functools.partial(check_same_bits, shared, rank, ranks, dtype=torch.float32, most=5, device="cpu")
     same(names=ROUTINGS[:1], width=1100, exact_rows=True)  # in two pieces
     same(names=ROUTINGS[:1], width=20, copies=True)
+    with mock.patch.object(triton_exchange, "FEW_TOKENS", 2):  # as with hundreds of tokens
+        same(names=ROUTINGS[:2], width=1100)
     if ranks == 2:
         names = ("half the experts empty", "one expert takes every token", "a rank without tokens")
         overlap = functools.partial(

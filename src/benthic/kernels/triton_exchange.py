@@ -14,7 +14,7 @@ import triton.language as tl
 
 from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.relaunch import remembered
-from benthic.kernels.triton_permute import sum_of_rows
+from benthic.kernels.triton_permute import sum_of_few_rows, sum_of_rows
 
 FEW_TOKENS = 256
 """Up to so many tokens a row is cut into several programs, since there are too few rows to fill a GPU."""
@@ -59,9 +59,12 @@ def _push_tokens(
 def _push_sums(
     rows_ptr, weight_ptr, row_ptr, dweight_ptr, rows_table, dweight_table, rank, slots, max_tokens, width,
     stride, WEIGHTED: tl.constexpr, DWEIGHT: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
-    WIDTH: tl.constexpr,
+    FEW: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the copies of each token with some here goes to slot (rank, t) of the token's own rank."""
+    """The sum of the copies of each token with some here goes to slot (rank, t) of the token's own rank.
+
+    FEW: only rows that are here are asked for, in pairs, and not all at once; the bits are the same.
+    """
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     k = tl.arange(0, TOP_K_PAD)
     for s in range(tl.program_id(0), slots, tl.num_programs(0)):
@@ -69,9 +72,11 @@ def _push_sums(
         row = tl.load(row_ptr + arrived * TOP_K + k, mask=k < TOP_K, other=-1)
         if tl.max(row, axis=0) >= 0:
             home, slot = arrived // max_tokens, rank * max_tokens + arrived % max_tokens
-            acc = sum_of_rows(
-                rows_ptr, weight_ptr, row_ptr, arrived, column, width, stride, WEIGHTED, TOP_K, WIDTH
-            )
+            sources = rows_ptr, weight_ptr, row_ptr, arrived, column, width, stride
+            if FEW:
+                acc = sum_of_few_rows(*sources, WEIGHTED, TOP_K, WIDTH)
+            else:
+                acc = sum_of_rows(*sources, WEIGHTED, TOP_K, WIDTH)
             out = tl.load(rows_table + home).to(tl.pointer_type(rows_ptr.dtype.element_ty))
             out = tl.multiple_of(out, 16) + slot * width
             tl.store(out + column, acc.to(rows_ptr.dtype.element_ty), mask=column < width)
@@ -145,15 +150,15 @@ def push_sums(rows_RD, row_AK, weight_AK, dweight_AK, tables, *, rank, max_token
     gradients `[n * max_tokens, K]` float32.
     """
     slots, top_k = row_AK.shape
-    width = rows_RD.shape[1]
-    size, chunks = _chunks(width, max_tokens)
+    width, few = rows_RD.shape[1], max_tokens > FEW_TOKENS
+    size, chunks = _chunks(width, FEW_TOKENS)  # parts of rows: sums wait for memory three times
     rows_table, dweight_table = tables
-    _push_sums[(min(slots, PROGRAMS), chunks)](
+    _push_sums[(slots if few else min(slots, PROGRAMS), chunks)](
         rows_RD, row_AK if weight_AK is None else weight_AK, row_AK,
         row_AK if dweight_AK is None else dweight_AK, rows_table, dweight_table,
         rank, slots, max_tokens, width, rows_RD.stride(0),
         WEIGHTED=weight_AK is not None, DWEIGHT=dweight_AK is not None, TOP_K=top_k,
-        TOP_K_PAD=next_power_of_2(top_k), WIDTH=size, num_warps=_warps(size),
+        TOP_K_PAD=next_power_of_2(top_k), FEW=few, WIDTH=size, num_warps=_warps(size),
     )  # fmt: skip
 
 

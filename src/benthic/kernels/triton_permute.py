@@ -86,7 +86,7 @@ def _sum_rows(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     sources = rows_ptr, weight_ptr, row_ptr, token, column, width, stride
     if FEW:
-        acc = _sum_of_few_rows(*sources, WEIGHTED, TOP_K, WIDTH)
+        acc = sum_of_few_rows(*sources, WEIGHTED, TOP_K, WIDTH)
     else:
         acc = sum_of_rows(*sources, WEIGHTED, TOP_K, WIDTH)
     tl.store(out_ptr + at, _home(acc, beside1_ptr, beside2_ptr, at, kept, dtype, BESIDE), mask=kept)
@@ -145,7 +145,7 @@ def sum_of_rows(
 
 
 @triton.jit
-def _sum_of_few_rows(
+def sum_of_few_rows(
     rows_ptr, weight_ptr, row_ptr, token, column, width, stride,
     WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
