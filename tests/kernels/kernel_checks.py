@@ -1380,6 +1380,10 @@ def test_fp8_rows_come_back(dtype):
     values, scale = ops.quantise_fp8_rows(made(50, 300, dtype=torch.float32).detach(), impl="reference")
     results = [ops.dequantise_fp8_rows(values, scale, dtype=dtype, impl=i) for i in ("triton", "reference")]
     assert torch.equal(*results)
+    wire = torch.cat((values.view(torch.uint8), scale.view(torch.uint8)), dim=1)  # as rows travel
+    parts = wire[:, :300].view(values.dtype), wire[:, 300:].view(torch.float32)
+    assert not any(part.is_contiguous() for part in parts)
+    assert torch.equal(ops.dequantise_fp8_rows(*parts, dtype=dtype, impl="triton"), results[1])
 
 
 def fp8_rows(x):

@@ -636,7 +636,16 @@ MEMORY_BOUND = [
         for stochastic in (False, True)
     ),
     ("triton_turn", "_turn_bytes", {"SIDE": 32}, 4, {"from_ptr": "*i32", "to_ptr": "*i32"}),
-    ("triton_fp8", "_dequantise", {"ROWS": 16, "COLUMNS": 256}, 4, {"values_ptr": "*fp8e4nv"}),
+    *(
+        (
+            "triton_fp8",
+            "_dequantise",
+            {"TILE_M": height, "TILE_N": 128, "ROWS": 32, "TILE": 128},
+            4,
+            {"values_ptr": "*fp8e4nv"},
+        )
+        for height in (1, 128)
+    ),
 ]
 
 

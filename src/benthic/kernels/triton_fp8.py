@@ -11,7 +11,7 @@ from benthic.kernels.launch import early, wait_for_inputs
 from benthic.kernels.reference.fp8_linear import TILE, Fp8, padded_rows
 from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_e4m3 import row_block, scaled, tile_scale
-from benthic.kernels.triton_tiles import find_tile, groups
+from benthic.kernels.triton_tiles import find_tile, groups, unit_stride
 
 
 @remembered
@@ -86,20 +86,23 @@ def _quantise_columns(
     tl.store(scale_ptr + tile.to(tl.int64) * columns + column, scale, mask=column_kept)
 
 
-@triton.jit
+@remembered
+@triton.jit(do_not_specialize=["rows"])
 def _dequantise(
-    values_ptr, scale_ptr, out_ptr, rows, columns, tiles, tile_m, tile_n,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    values_ptr, scale_ptr, out_ptr, rows, columns, stride, scale_stride,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    place = row[:, None] * columns + column[None, :]
-    values = tl.load(values_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.load(
-        scale_ptr + (row // tile_m)[:, None] * tiles + (column // tile_n)[None, :], mask=mask, other=0.0
-    )
-    tl.store(out_ptr + place, (values * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    """Some rows of one column of tiles, with one scale a row."""
+    tiles = tl.cdiv(columns, TILE_N)
+    tile = tl.program_id(0) % tiles  # neighbours lie side by side in memory
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    within = tl.arange(0, TILE)
+    column = tile * TILE_N + within
+    mask = (row < rows)[:, None] & ((column < columns) & (within < TILE_N))[None, :]
+    scale = tl.load(scale_ptr + row // TILE_M * scale_stride + tile, mask=row < rows, other=0.0)
+    values = tl.load(values_ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    out = values.to(tl.float32) * scale[:, None]
+    tl.store(out_ptr + row[:, None] * columns + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def quantise(x_MN, tile_m, tile_n, *, power_of_two, by_column=False):
@@ -129,13 +132,14 @@ def quantise(x_MN, tile_m, tile_n, *, power_of_two, by_column=False):
 
 def dequantise(values_MN, scale, tile_m, tile_n, *, dtype):
     """See `benthic.kernels.reference.fp8.dequantise`."""
-    values_MN, scale = values_MN.contiguous(), scale.contiguous()
+    values_MN, scale = unit_stride(values_MN), unit_stride(scale)
     rows, columns = values_MN.shape
     out = torch.empty(rows, columns, dtype=dtype, device=values_MN.device)
     if out.numel():
-        _dequantise[(cdiv(rows, 16), cdiv(columns, 256))](
-            values_MN, scale, out, rows, columns, scale.shape[1], tile_m, tile_n, ROWS=16, COLUMNS=256
-        )
+        _dequantise[(cdiv(rows, 32) * scale.shape[1],)](
+            values_MN, scale, out, rows, columns, values_MN.stride(0), scale.stride(0),
+            TILE_M=tile_m, TILE_N=tile_n, ROWS=32, TILE=next_power_of_2(tile_n), num_warps=4,
+        )  # fmt: skip
     return out
 
 

@@ -133,7 +133,7 @@ class Mailbox:
         """
         for slots, sent in zip(self._mine[peer], (rows_TW, side_TW), strict=True):
             if sent is not None:
-                slots[: len(sent)].copy_(sent)
+                (slots if len(sent) == len(slots) else slots[: len(sent)]).copy_(sent)
 
     def raise_full(self) -> None:
         """Everything that this rank writes in this transfer is written."""

@@ -34,8 +34,10 @@ class Wire:
         """Rows as they were, but for the rounding to FP8."""
         if not self.fp8:
             return wire
-        values = wire[:, :width].clone().view(torch.float8_e4m3fn)
-        scale = wire[:, width:].clone().view(torch.float32)  # a copy, since the bytes may not be aligned
+        values, scale = wire[:, :width], wire[:, width:]
+        if width % 4:  # scales would begin between words
+            scale = scale.clone()
+        values, scale = values.view(torch.float8_e4m3fn), scale.view(torch.float32)
         return ops.dequantise_fp8_rows(values, scale, dtype=dtype)
 
 

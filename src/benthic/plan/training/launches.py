@@ -48,11 +48,11 @@ TENSOR: Final = Calls(22, 20, 0, 5, 5)
 CONTEXT: Final = Calls(7, 9, 0, 1, 1)
 SHARED_BALANCE: Final = Calls(forward_collectives=1)
 """A mixture's counts, summed over the ranks that share a row."""
-EXPERTS_NEAR: Final = Calls(67, 52)
+EXPERTS_NEAR: Final = Calls(62, 48)
 """Experts of ranks of one host, whose memory kernels write."""
 EXPERTS_FAR: Final = Calls(31, 8, 0, 4, 3)
 """By all-to-all."""
-SENT_FP8: Final = Calls(19, 25)
+SENT_FP8: Final = Calls(17, 23)
 """Of rows that travel in FP8, packed and unpacked, and of the phase that is cut off for it."""
 SHARDED_SUMS: Final = Calls(2, 42, 0, 0, 3)
 """From ZeRO-2 on, for every block."""
