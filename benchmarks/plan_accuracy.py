@@ -154,7 +154,7 @@ def ranks() -> list[Line]:
                 model=model, layout=layouts[row["layout"]], train=train, rows=step_rows, idle=idle(row, model)
             )
             run = f"slice, {row['layout']}{words}"
-            rows += both(run, one, steady(row["seconds"]), row["peak_bytes"], file)
+            rows += both(run, one, steady(row["seconds"]), row["peak_bytes"], host(file, row))
     return rows
 
 
@@ -186,7 +186,9 @@ def whole() -> list[Line]:
             precision=numbers,
             idle=idle(row, moonlight()),
         )
-        rows += both(f"Moonlight, ep2{words}", one, steady(row["seconds"]), row["peak_bytes"], file)
+        rows += both(
+            f"Moonlight, ep2{words}", one, steady(row["seconds"]), row["peak_bytes"], host(file, row)
+        )
     return rows
 
 
@@ -206,13 +208,13 @@ def one_gpu() -> list[Line]:
             one = Candidate(model=model, layout=Layout(), train=train, rows=4, precision=numbers)
             seconds = one.step_tokens / row["tokens_per_second"]
             run = f"6 layers, {row['who'].removeprefix('benthic ')}"
-            rows += both(run, one, seconds, row["peak_bytes"], "train_gpu")
+            rows += both(run, one, seconds, row["peak_bytes"], {})
     return rows
 
 
-def both(run: str, one: Candidate, seconds: float, peak: float, file: str) -> list[Line]:
-    """Step and peak of the first rank, which measured both."""
-    found = step(one, machine_of(file))
+def both(run: str, one: Candidate, seconds: float, peak: float, calls: dict[str, float]) -> list[Line]:
+    """Step and peak of the first rank, which measured both; `calls`: what the run's host takes for them."""
+    found = step(one, machine_of(calls))
     first = memory(one, found.timeline.table)[0]
     size = first.total - first.terms["exchange"]  # which torch does not count
     return [
@@ -221,11 +223,17 @@ def both(run: str, one: Candidate, seconds: float, peak: float, file: str) -> li
     ]
 
 
-def machine_of(file: str) -> Machine:
-    """H200s; with what the host of the run takes for a call, if that was measured before its steps."""
+def host(file: str, row: Line) -> dict[str, float]:
+    """Seconds of a call, if they were measured before the run's steps; `{}` otherwise."""
+    found: dict[str, float] = row.get("host") or record(file)["settings"].get("host", {})
+    return found
+
+
+def machine_of(calls: dict[str, float]) -> Machine:
+    """H200s; with what a host takes for a call where it is known."""
     machine = machines.get("h200")
     own, *others = machine.profiles
-    own = dataclasses.replace(own, overheads={**own.overheads, **record(file)["settings"].get("host", {})})
+    own = dataclasses.replace(own, overheads={**own.overheads, **calls})
     return dataclasses.replace(machine, profiles=(own, *others))
 
 

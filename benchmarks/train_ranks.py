@@ -58,7 +58,7 @@ class Found:
 
     `retries`: how often no memory was left and the allocator gave back what it kept, which waits for the GPU.
     `loads`: of each mixture, the rows of the busiest expert over the mean, and experts without; both
-    are means of the steps that are timed.
+    are means of the steps that are timed. `host`: seconds of the host for a call, just before.
     """
 
     losses: list[float]
@@ -67,6 +67,7 @@ class Found:
     retries: int
     spans: list[Span]
     loads: list[tuple[float, float]]
+    host: dict[str, float]
 
 
 def main() -> None:
@@ -82,14 +83,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = shared_data(Path(folder), rank, small=words.small)
         config = configured(words, device)
-        host = {} if words.small else calibration_host.overheads(device)  # while all ranks call, as in a step
         alone = None
         if rank == 0 and not words.full:
             alone = train(config, Layout(), data, Mesh.of(Layout(), 0), words.steps)
         dist.barrier()
         rows = [row("1 rank", config, 1, alone, alone)] if alone else []
         if rows:
-            write(rows, words, config, host)
+            write(rows, words, config)
         for name in words.layouts:
             layout = LAYOUTS[name]
             found = train(config, layout, data, Mesh.of(layout, rank), words.steps)
@@ -98,16 +98,14 @@ def main() -> None:
                 (words.spans / f"{name}-rank-{rank}.jsonl").write_text(write_spans(found.spans))
             if rank == 0:  # after each layout, so that one that fails costs only itself
                 rows.append(row(name, config, ranks, found, alone or found))
-                write(rows, words, config, host)
+                write(rows, words, config)
     dist.destroy_process_group()
 
 
-def write(
-    rows: list[dict[str, Any]], words: argparse.Namespace, config: RunConfig, host: dict[str, float]
-) -> None:
-    """What is known so far; `host` is what its host takes for a call."""
+def write(rows: list[dict[str, Any]], words: argparse.Namespace, config: RunConfig) -> None:
+    """What is known so far."""
     about = "train_full" if words.full else "train_ranks"
-    said = {"steps": words.steps, "config": config.model.name, "set": words.set, "host": host}
+    said = {"steps": words.steps, "config": config.model.name, "set": words.set}
     write_result(about, rows, out=words.out, **said)
 
 
@@ -165,7 +163,9 @@ def trainer_of(config: RunConfig, layout: Layout, data: Path, mesh: Mesh) -> Tra
 
 
 def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int) -> Found:
-    """Some steps on one layout."""
+    """Some steps on one layout, after what its host takes for a call has been measured."""
+    host = calibration_host.overheads(config.device) if config.device == "cuda" else {}
+    free()
     trainer = trainer_of(config, layout, data, mesh)
     trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device)
     losses, seconds, counts = [], [], []
@@ -182,12 +182,17 @@ def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int)
         peak = torch.cuda.max_memory_allocated()
         retries = torch.cuda.memory_stats()["num_alloc_retries"] - before
     del trainer
+    free()
+    loads = [load(torch.stack(of_steps).float()) for of_steps in zip(*counts[timed(steps)], strict=True)]
+    return Found(losses, seconds, peak, retries, spans, loads, host)
+
+
+def free() -> None:
+    """What an earlier model has held."""
     gc.collect()
-    if config.device == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    loads = [load(torch.stack(of_steps).float()) for of_steps in zip(*counts[timed(steps)], strict=True)]
-    return Found(losses, seconds, peak, retries, spans, loads)
 
 
 def load(rows_SE: torch.Tensor) -> tuple[float, float]:
@@ -220,6 +225,7 @@ def row(name: str, config: RunConfig, ranks: int, found: Found, alone: Found) ->
         "peak_bytes": found.peak_bytes,
         "allocation_retries": found.retries,
         "busiest_and_empty_experts": found.loads,
+        "host": found.host,
     }
 
 

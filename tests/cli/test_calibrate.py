@@ -20,7 +20,7 @@ from benthic.cli import (
     main,
     plan_words,
 )
-from benthic.cli.calibration import ON_CPU, Sizes, _fp8_products, calibrate, errors, machine_of
+from benthic.cli.calibration import ON_CPU, Share, Sizes, _fp8_products, calibrate, errors, machine_of
 from benthic.errors import BackendError, ConfigError
 from benthic.parallel import start
 from benthic.plan.cost import machine as machines
@@ -57,6 +57,27 @@ def test_a_profile_of_this_cpu_is_read_by_the_planner(tmp_path):
         "memory rms_norm",
         "memory swiglu",
     }
+
+
+def test_ranks_share_all_points():
+    whole = calibrate("cpu", sizes=FEW).points
+    shares = [calibrate("cpu", sizes=FEW, share=Share(rank, 3)).points for rank in range(3)]
+    ops = [one.op for share in shares for one in share]
+    assert len(ops) == len(set(ops))
+    assert set(ops) == {one.op for one in whole}
+    kinds = {one.op.kind for one in whole}
+    assert {one.op.kind for one in shares[0]} == kinds, "the first has some of every kind"
+
+
+@pytest.mark.parametrize(("seconds", "each"), [(0.0, 1), (1e9, 2)])
+def test_when_time_is_up_every_other_point_of_a_kind_is_left_out(seconds, each):
+    told = []
+    share = Share(seconds=seconds)
+    profile = calibrate("cpu", sizes=FEW, share=share, tell=lambda *words: told.append(words))
+    counts = {kind: len(points) for kind, points in profile.kinds.items()}
+    assert counts.pop("gemm fp32") == 4 * each
+    assert set(counts.values()) == {each}
+    assert told[-1] == ("", 9 * each, 18), "who is told learns how many were left out"
 
 
 def test_left_out_points_of_a_smooth_machine_are_foretold():
@@ -172,11 +193,12 @@ def test_slots_that_are_timed_hold_the_blocks_of_the_model():
 
 
 def everyone(rank: int, folder: str) -> None:
-    own = Profile(hardware="h200", source="alone", overheads={"host operator input": 9.0})
+    point = Measured(MemoryBound(bytes=1.0 + rank), 1.0)
+    own = Profile(hardware="h200", source="alone", points=(point,), overheads={"host operator input": 9.0})
     per_node = 1 if folder.endswith("apart") else 2
     ranks = calibration_ranks.Ranks(calibration.Stopwatch("cpu"), per_node)
     host = {"host operator forward": 1.0 + rank, "host operator input": 2.0 - rank}
-    found = calibration_ranks.together(ranks, own if rank == 0 else None, host, sizes=(2**10, 2**12))
+    found = calibration_ranks.together(ranks, own, host, sizes=(2**10, 2**12))
     assert (found is None) == (rank > 0)
     if found is not None:
         (Path(folder) / "profile.json").write_text(found.as_json())
@@ -190,7 +212,12 @@ def test_ranks_measure_their_links_and_the_slowest_of_them_counts(tmp_path, host
     profile = machines.read(folder / "profile.json")
     tier = {"together": "nvlink", "apart": "network"}[hosts]
     kinds = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "send")
-    assert {kind: len(points) for kind, points in profile.kinds.items()} == {f"{k} {tier}": 2 for k in kinds}
+    copies = [one.op.bytes for one in profile.kinds["memory copy"]]
+    assert copies == [1.0, 2.0], "what each rank has measured"
+    assert {kind: len(points) for kind, points in profile.kinds.items()} == {
+        "memory copy": 2,
+        **{f"{k} {tier}": 2 for k in kinds},
+    }
     assert profile.overheads == {"host operator forward": 2.0, "host operator input": 2.0}
     assert all(one.seconds > 1e-9 for one in profile.points)
     machine = machines.get("h200", gpus_per_node=2 if hosts == "together" else 1, profile=profile)
@@ -211,7 +238,7 @@ def test_what_a_profile_of_ones_own_does_not_know_of_its_host_a_shipped_one_says
 def test_the_command_under_a_launcher_asks_every_rank_and_writes_once(tmp_path, monkeypatch):
     asked = []
     own = Profile(hardware="a host", source="a test")
-    monkeypatch.setattr(calibration, "calibrate", lambda device: own)
+    monkeypatch.setattr(calibration, "calibrate", lambda device, **_: own)
     monkeypatch.setattr(calibration_ranks.Ranks, "meet", lambda self: asked.append(self.per_node))
     monkeypatch.setattr(calibration_ranks, "together", lambda ranks, own, host: asked.append(host) or own)
     monkeypatch.setattr(start, "joined", lambda *_args, **_options: contextlib.nullcontext())

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
+from rich.console import Console
 
 from benthic import units
 from benthic.cli.train import launched
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from benthic.parallel.start import Launch
     from benthic.plan.cost.machine import Profile
 
 _TIMEOUT_S: Final = 600.0
-"""For what the other ranks wait while the first one measures alone."""
+"""For what a rank waits while another one measures."""
+_POINTS_S: Final = 70.0
+"""After so long every other point must do: links, host and starting take the rest of two minutes."""
 
 
 def calibrate(
@@ -54,19 +61,42 @@ def calibrate(
 
 
 def _measured(device: str, launch: Launch) -> Profile | None:
-    """What all ranks measure; the first one has the profile."""
+    """What all ranks measure; the first one has the profile. GPUs share the points, a CPU has them alone."""
     from benthic.cli import calibration_host, calibration_ranks  # noqa: PLC0415 (see calibrate)
-    from benthic.cli.calibration import Stopwatch  # noqa: PLC0415
+    from benthic.cli.calibration import Share, Stopwatch  # noqa: PLC0415
     from benthic.cli.calibration import calibrate as measure  # noqa: PLC0415
     from benthic.parallel.start import joined  # noqa: PLC0415
 
+    own = None
     with joined(launch, device, timeout_s=_TIMEOUT_S):
-        profile = measure(device) if launch.leads else None
+        if device == "cuda" or launch.leads:
+            ranks = launch.ranks if device == "cuda" else 1
+            share = Share(launch.rank if ranks > 1 else 0, ranks, _POINTS_S)
+            with _progress(shown=launch.leads) as tell:
+                own = measure(device, share=share, tell=tell)
         if launch.ranks == 1:
             host = calibration_host.overheads(device) if device == "cuda" else {}
-            return None if profile is None else replace(profile, overheads=host)
+            return None if own is None else replace(own, overheads=host)
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", launch.ranks))
-        ranks = calibration_ranks.Ranks(Stopwatch(device), per_node)
-        ranks.meet()
+        group = calibration_ranks.Ranks(Stopwatch(device), per_node)
+        group.meet()
         host = calibration_host.overheads(device) if device == "cuda" else {}
-        return calibration_ranks.together(ranks, profile, host)
+        return calibration_ranks.together(group, own, host)
+
+
+@contextlib.contextmanager
+def _progress(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A line that says what is measured, where somebody looks; and one at the end."""
+    began, last = perf_counter(), (0, 0)
+    with Console(stderr=True, quiet=not shown).status("measuring") as status:
+
+        def tell(kind: str, measured: int, known: int) -> None:
+            nonlocal last
+            last = measured, known
+            status.update(f"measuring {kind}: {measured} points, {units.seconds(perf_counter() - began)}")
+
+        yield tell
+    if shown:
+        measured, known = last
+        left = f", {known - measured} left out for time" if measured < known else ""
+        typer.echo(f"{measured} points in {units.seconds(perf_counter() - began)}{left}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter, sleep
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from benthic.cli.calibration_kernels import Kernels
     from benthic.plan.cost.ops import Dtype, Op
     from benthic.spec.hardware import Hardware
+
+    Calls = Iterator[tuple[Op, Callable[[], object]]]
 
 _REPEATS: Final = 7
 _HOST: Final = "a host"
@@ -118,14 +122,35 @@ class GraphStopwatch(Stopwatch):
         return statistics.median(self.time(graph.replay, 1) / count for _ in range(_REPEATS))
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several equal devices measures, and for how long.
+
+    rank, ranks: every rank takes another share of each kind's points. seconds: half of the points of every
+    kind are measured, the others (which lie between) while it is earlier than this.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    seconds: float = math.inf
+
+    def takes(self, number: int, half: int) -> bool:
+        """Whether this rank measures the so-manieth point of a kind in this half."""
+        return number % 2 == half and number // 2 % self.ranks == self.rank
+
+
 def calibrate(
     device: str,
     *,
     sizes: Sizes | None = None,
     kernels: Kernels | None = calibration_kernels.ON_GPU,
     clock: Callable[[], float] = perf_counter,
+    share: Share = Share(),
+    tell: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Profile:
-    """Time products, grouped products, streams and, on a GPU, our own `kernels`: under two minutes.
+    """Time products, grouped products, streams and, on a GPU, our own `kernels`.
+
+    Tells the kind of each point before it is measured, how many have been, and how many are known of.
 
     Raises:
         BackendError: "cuda" was asked for and there is none.
@@ -135,15 +160,40 @@ def calibrate(
     launched = Stopwatch(device, clock)
     watch = GraphStopwatch(device, clock) if device == "cuda" else launched
     source = f"benthic calibrate, torch {torch.__version__}, {_threads(device)}"
-    points = [Measured(op, watch.seconds(call), source) for op, call in _calls(device, chosen)]
+    rooms: list[tuple[Stopwatch, Callable[[], Calls]]] = [(watch, partial(_calls, device, chosen))]
     if device == "cuda" and kernels is not None:
-        for calls in (calibration_kernels.gradients, calibration_kernels.tiles, calibration_kernels.decoding):
-            points += [Measured(op, watch.seconds(call), source) for op, call in calls(device, kernels)]
-        points += [Measured(op, seconds, source) for op, seconds in _sustained(launched)]
+        own = (calibration_kernels.gradients, calibration_kernels.tiles, calibration_kernels.decoding)
+        rooms += [(watch, partial(room, device, kernels)) for room in own]
         # a backward pass runs on the stream of its forward pass, which is not one that captures
-        attention = calibration_kernels.attention(device, kernels)
-        points += [Measured(op, launched.seconds(call), source) for op, call in attention]
+        rooms.append((launched, partial(calibration_kernels.attention, device, kernels)))
+    points = [Measured(op, seconds, source) for op, seconds in _measured(rooms, share, clock, tell)]
+    if device == "cuda" and share.rank == 0:
+        points += [Measured(op, seconds, source) for op, seconds in _sustained(launched)]
     return Profile(hardware=_name(device), source=source, points=tuple(points))
+
+
+def _measured(
+    rooms: Sequence[tuple[Stopwatch, Callable[[], Calls]]],
+    share: Share,
+    clock: Callable[[], float],
+    tell: Callable[[str, int, int], None],
+) -> list[tuple[Op, float]]:
+    """This rank's share of all points, in their order."""
+    until, mine = clock() + share.seconds, 0
+    found: dict[tuple[int, int], tuple[Op, float]] = {}
+    for half, (room, (watch, calls)) in itertools.product(range(2), enumerate(rooms)):
+        seen: Counter[str] = Counter()
+        for number, (op, call) in enumerate(calls()):
+            if half and clock() >= until:
+                break
+            at = seen[op.kind]
+            seen[op.kind] += 1
+            mine += half == 0 and (share.takes(at, 0) or share.takes(at, 1))
+            if share.takes(at, half):
+                tell(op.kind, len(found), mine)
+                found[room, number] = op, watch.seconds(call)
+    tell("", len(found), mine)
+    return [found[place] for place in sorted(found)]
 
 
 def refuse_without_gpu(device: str) -> None:
@@ -206,7 +256,7 @@ def _threads(device: str) -> str:
     return torch.cuda.get_device_name(0) if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
-def _calls(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], object]]]:
+def _calls(device: str, sizes: Sizes) -> Calls:
     """What is timed, each with its operands ready."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     yield from _products(device, sizes, dtype, "bf16" if device == "cuda" else "fp32")
@@ -239,9 +289,7 @@ def _copies(device: str, num_bytes: float) -> int:
     return -(-_COLD_BYTES // int(num_bytes)) if device == "cuda" else 1
 
 
-def _products(
-    device: str, sizes: Sizes, dtype: torch.dtype, word: Dtype
-) -> Iterator[tuple[Op, Callable[[], object]]]:
+def _products(device: str, sizes: Sizes, dtype: torch.dtype, word: Dtype) -> Calls:
     for n, k in sizes.weights:
         copies = _copies(device, n * k * dtype.itemsize)
         weights = [torch.randn(n, k, device=device, dtype=dtype).t() for _ in range(copies)]
@@ -259,7 +307,7 @@ def _products(
             yield op, _in_turn(ops.grouped_linear, rows, stacks, ends)
 
 
-def _fp8_products(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], object]]]:
+def _fp8_products(device: str, sizes: Sizes) -> Calls:
     """Our own kernels on operands that are narrow already; quantising is measured apart."""
     wide = torch.bfloat16
     for n, k in sizes.weights:
@@ -285,7 +333,7 @@ def _fp8_products(device: str, sizes: Sizes) -> Iterator[tuple[Op, Callable[[], 
             yield op, _in_turn(ops.fp8_linear, rows, stacks, ends, dtype=wide)
 
 
-def _sums(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op, Callable[[], object]]]:
+def _sums(device: str, sizes: Sizes, dtype: torch.dtype) -> Calls:
     """Gradients added to float32 sums, as a backward pass does it."""
     for size in sizes.bytes:
         gradient = torch.randn(max(1, size // 10), device=device, dtype=dtype)
@@ -294,7 +342,7 @@ def _sums(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op, C
         yield MemoryBound(bytes=moved, name="accumulate"), partial(total.add_, gradient)
 
 
-def _streams(device: str, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Op, Callable[[], object]]]:
+def _streams(device: str, sizes: Sizes, dtype: torch.dtype) -> Calls:
     width = 1024
     weight = torch.ones(width, device=device, dtype=dtype)
     for size in sizes.bytes:

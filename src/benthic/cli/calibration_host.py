@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 class Sizes:
     """What trains: a model, tokens of a row, microbatches of a step, and how many steps are timed.
 
-    warm: steps before those.
+    warm: steps before those. Together some seconds, for a host that has waited begins slowly.
     """
 
     model: ModelConfig
     seq_len: int = 256
     microbatches: int = 4
-    warm: int = 3
-    steps: int = 5
+    warm: int = 6
+    steps: int = 18
 
     @property
     def calls(self) -> Calls:

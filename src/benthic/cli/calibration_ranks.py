@@ -6,6 +6,7 @@ takes the slowest. What the host takes for a call is measured on all at once too
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -121,7 +122,7 @@ def collective(ranks: Ranks) -> dict[str, float]:
 def together(
     ranks: Ranks, own: Profile | None, host: dict[str, float], sizes: Sequence[int] | None = None
 ) -> Profile | None:
-    """The profile of the rank that has one, with links, and with `host` as it is for the slowest rank.
+    """The first rank's profile with the points of all, with links, and `host` as it is for the slowest rank.
 
     On a CPU the host waits for its collectives, so nothing is said of launching them.
     """
@@ -130,9 +131,12 @@ def together(
     known = dict(zip(host, ranks.slowest(list(host.values())), strict=True)) if host else {}
     if ranks.device == "cuda":
         known |= collective(ranks)
-    if own is None:
+    shares: list[Sequence[Measured]] = [()] * ranks.count
+    dist.all_gather_object(shares, own.points if own else ())
+    if own is None or ranks.here > 0:
         return None
-    return replace(own, points=(*own.points, *points), overheads={**own.overheads, **known})
+    everyone = tuple(itertools.chain(*shares, points))
+    return replace(own, points=everyone, overheads={**own.overheads, **known})
 
 
 def _calls(ranks: Ranks, size: int) -> Calls:
