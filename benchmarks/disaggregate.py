@@ -206,8 +206,7 @@ def serve_all(
     if not works:
         return
     prefill, decode = FLEETS[fleet]
-    serve = server_words(model, small=words.small, fronts=words.fronts)
-    serve += ["--prefill", prefill, "--decode", decode]
+    serve = server_words(model, small=words.small, fronts=words.fronts) + fleet_words(fleet)
     if words.late_planning_ms is not None:
         serve += ["--late-planning-ms", str(words.late_planning_ms)]
     if words.record is not None:
@@ -234,6 +233,14 @@ def server_words(model: Path, *, small: bool, fronts: int) -> list[str]:
     words = [str(model), *DUMMY, *QUIET, "--no-enable-prefix-caching", "--api-server-count", str(fronts)]
     words += ["--max-num-seqs", "8" if small else str(SEQUENCES), "--gpu-memory-utilization", "0.85"]
     return [*words, "--max-num-batched-tokens", "256" if small else "4096"]
+
+
+def fleet_words(fleet: str) -> list[str]:
+    """How many instances of each kind; nothing for a single server, which is no fleet."""
+    if fleet not in FLEETS:
+        return []
+    prefill, decode = FLEETS[fleet]
+    return ["--prefill", prefill, "--decode", decode]
 
 
 def climb(rates: Sequence[float], offer: Callable[[float], list[Row]]) -> list[Row]:

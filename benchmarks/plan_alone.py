@@ -1,6 +1,6 @@
-"""Latencies and goodput of one server under load, foretold beside what `served_alone.py` measured.
+"""Latencies and goodput of one server or fleet under load, foretold beside what `served_alone.py` measured.
 
-The same requests, drawn alike, meet a simulated instance at the rates that were served: the live scheduler's
+The same requests, drawn alike, meet simulated instances at the rates that were served: the live scheduler's
 own decisions, the engine that ships or one that `benthic plan engine` fitted to steps of that machine, and
 nothing fitted to the runs. The foretold goodput comes from a walk of its own over the rates, by the rules of
 `served_alone.py`, which knows none of the runs. Errors are medians over the rates that kept their targets and
@@ -61,10 +61,10 @@ def main() -> None:
 
 
 def fleet_of(record: Row, engine: str, hardware: str) -> Fleet:
-    """The instance that a record's settings describe."""
+    """The instances that a record's settings describe."""
     settings = record["settings"]
     return Fleet(
-        FLEET,
+        settings.get("fleet", FLEET),
         engines.get(engine),
         machines.get(hardware),
         float(settings["seconds"]),
@@ -80,12 +80,14 @@ def all_rows(record: Row, fleet: Fleet) -> list[Row]:
     for work in served_alone.works_of(small=small):
         runs = [run for run in record["rows"]["runs"] if run["workload"] == work.name]
         rows += [
-            beside(work.name, FLEET, run, fleet.trial(work.name, run["rate"], run["seed"])) for run in runs
+            beside(work.name, fleet.name, run, fleet.trial(work.name, run["rate"], run["seed"]))
+            for run in runs
         ]
         if runs:
-            told = foretold(fleet, work.name, served_alone.starts(work, small=small), seeds)
+            first = served_alone.starts(work, fleet.name, small=small)
+            told = foretold(fleet, work.name, first, seeds)
             rows.append(goodputs(work.name, told, runs))
-    return [*rows, *summary(rows)]
+    return [*rows, *summary(fleet.name, rows)]
 
 
 def foretold(fleet: Fleet, name: str, first: tuple[float, float], seeds: int) -> list[Row]:
@@ -124,9 +126,9 @@ def merged(runs: list[Row]) -> list[Row]:
     return [{"rate": rate, "attainment": share} for rate, share in plan_fleets.by_rate(runs)]
 
 
-def summary(rows: list[Row]) -> list[Row]:
+def summary(fleet: str, rows: list[Row]) -> list[Row]:
     """Median errors of latencies and of goodput, each with its goal and whether it is met."""
-    found = [{**row, "of": row["rates"]} for row in errors(FLEET, rows)]
+    found = [{**row, "of": row["rates"]} for row in errors(fleet, rows)]
     off = [row["error"] for row in rows if row.get("error") is not None]
     found.append(
         {

@@ -1,12 +1,14 @@
-"""One server on one GPU under load: latencies and goodput that the planner was fitted to none of.
+"""One server or fleet under load: latencies and goodput that the planner was fitted to none of.
 
-The server, the workloads, the targets and the client of `disaggregate.py`, but a single `benthic serve` with
-nothing in front of it. Each workload is offered about half of what an instance of `2 colocated` bore in
-`disaggregate.json`, then a little less than that, and from there rates a tenth apart, upwards while targets
-are met or downwards until they are: so goodput lies between two rates a tenth apart, after three or four
-runs. `plan_alone.py` walks the same way by simulation and compares.
+The servers, the workloads, the targets and the client of `disaggregate.py`: a single `benthic serve` with
+nothing in front of it, or with `--fleet` one of the fleets. Each workload is offered about half of what the
+same bore in `disaggregate.json`, then a little less than that, and from there rates a tenth apart, upwards
+while targets are met or downwards until they are: so goodput lies between two rates a tenth apart, after
+three or four runs. `plan_alone.py` walks the same way by simulation and compares; with an engine that was
+fitted to single steps of the same machine nothing else than the planner is compared.
 
     python benchmarks/served_alone.py                       # one GPU, four minutes
+    python benchmarks/served_alone.py --fleet 1P1D --out b.json    # two GPUs, five minutes
     python benchmarks/served_alone.py --small               # tiny, on a CPU: a rehearsal
     python benchmarks/served_alone.py --until 238 --out a.json   # no run that would end later; every run is
     python benchmarks/served_alone.py --until 238 --out a.json   # kept, and none repeated on the same commit
@@ -29,6 +31,7 @@ from disaggregate import (
     Found,
     Workload,
     attained,
+    fleet_words,
     goodput,
     loaded,
     server_words,
@@ -41,8 +44,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FLEET: Final = "1 colocated"
-STARTS: Final = {"prefill-heavy": 16.0, "balanced": 32.0, "decode-heavy": 50.0}
-"""Requests a second at which the search for goodput begins: 97 % of what a GPU of two bore."""
+STARTS: Final = {
+    FLEET: {"prefill-heavy": 16.0, "balanced": 32.0, "decode-heavy": 50.0},
+    "1P1D": {"prefill-heavy": 23.0, "balanced": 47.0, "decode-heavy": 89.0},
+    "2 colocated": {"prefill-heavy": 32.0, "balanced": 63.0, "decode-heavy": 99.0},
+}
+"""Requests a second at which the search for goodput begins: 97 % of what the same, or one of two, bore."""
 STEP: Final = 1.1
 MOST: Final = 4
 """Rates of a workload at most."""
@@ -57,10 +64,10 @@ class OutOfTimeError(Exception):
 
 
 def main() -> None:
-    """One server meets every workload."""
+    """One server, or one fleet, meets every workload."""
     began = time.monotonic()
     words = parse()
-    settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "fleet": FLEET}
+    settings = {"small": words.small, "seconds": words.seconds, "seeds": words.seeds, "fleet": words.fleet}
     settings |= {"max_num_seqs": SEQUENCES, "prefix_caching": False, "fronts": words.fronts}
     settings |= {"clients": words.clients}
     found = Found.at(words.out, settings, "served_alone")
@@ -68,20 +75,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         model = make_folder(Path(temporary) / "model", shape(small=words.small))
         log = Path(temporary) / "server.log"
-        with serving(server_words(model, small=words.small, fronts=words.fronts), log) as server:
+        serve = server_words(model, small=words.small, fronts=words.fronts) + fleet_words(words.fleet)
+        with serving(serve, log) as server:
             print(f"up after {time.monotonic() - began:.0f} s", flush=True)
             offers = Offers(words, found, server.port, began)
             for work in works:
                 try:
                     rows = walk(
-                        starts(work, small=words.small),
+                        starts(work, words.fleet, small=words.small),
                         lambda rate, work=work: offers(work, rate),
                         half_last=work.spans > 1,
                     )
                 except OutOfTimeError:
                     print(f"{work.name}: no time is left for the next rate", flush=True)
                     continue
-                found.finish(FLEET, work.name)
+                found.finish(words.fleet, work.name)
                 print(f"{work.name}: {goodput(rows):.2f} requests/s", flush=True)
         warned = [line for line in log.read_text().splitlines() if "WARNING" in line or "ERROR" in line]
         print(f"{len(warned)} warnings", *warned[:5], sep="\n  ", flush=True)
@@ -92,6 +100,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [work.name for work in WORKLOADS]
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--fleet", choices=list(STARTS), default=FLEET)
     parser.add_argument("--seconds", type=float, default=10.0, help="arrivals of one run last so long")
     parser.add_argument("--seeds", type=int, default=1, help="runs at every rate")
     parser.add_argument("--fronts", type=int, default=4, help="processes that answer HTTP")
@@ -109,9 +118,9 @@ def works_of(*, small: bool) -> tuple[Workload, ...]:
     return SMALL if small else WORKLOADS
 
 
-def starts(work: Workload, *, small: bool) -> tuple[float, float]:
-    """Half load, and the rate at which the search for goodput begins, of one instance."""
-    start = max(work.rates) / 2 if small else STARTS[work.name]
+def starts(work: Workload, fleet: str = FLEET, *, small: bool) -> tuple[float, float]:
+    """Half load, and the rate at which the search for goodput begins."""
+    start = max(work.rates) / 2 if small else STARTS[fleet][work.name]
     return start / 2, start
 
 
@@ -151,13 +160,13 @@ class Offers:
         return [self._run(work, rate, seed) for seed in range(self.words.seeds)]
 
     def _run(self, work: Workload, rate: float, seed: int) -> Row:
-        kept = self.found.run(FLEET, work.name, rate, seed)
+        kept = self.found.run(self.words.fleet, work.name, rate, seed)
         if kept is not None:
             return kept
         ends = time.monotonic() - self.began + self.words.seconds * work.spans + AROUND_S
         if self.words.until is not None and ends > self.words.until:
             raise OutOfTimeError
-        return self.found.add(loaded(FLEET, self.port, work, rate, seed, self.words))
+        return self.found.add(loaded(self.words.fleet, self.port, work, rate, seed, self.words))
 
 
 if __name__ == "__main__":

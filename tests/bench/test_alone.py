@@ -57,13 +57,20 @@ def test_rates_of_one_server_are_a_tenth_apart_where_its_targets_break():
     assert walked(15.0, half_last=True) == [14.0, 15.4, 7.0]
 
 
-def test_one_server_begins_near_what_one_of_two_bore():
+@pytest.mark.parametrize(
+    ("fleet", "like", "gpus"),
+    [(served_alone.FLEET, "2 colocated", 1), ("1P1D", "1P1D", 2), ("2 colocated", "2 colocated", 2)],
+)
+def test_rates_begin_near_what_the_same_or_one_of_two_bore(fleet, like, gpus):
     found = disaggregate.json.loads((plan_alone.RESULTS / "disaggregate.json").read_text())
     for name, work in WORKS.items():
-        bore = found["rows"]["summary"][name]["requests_per_second_per_gpu"]["2 colocated"]
-        half, start = served_alone.starts(work, small=False)
-        assert start == pytest.approx(bore, rel=0.1)
+        bore = found["rows"]["summary"][name]["requests_per_second_per_gpu"][like]
+        half, start = served_alone.starts(work, fleet, small=False)
+        assert start == pytest.approx(gpus * bore, rel=0.1)
         assert half == start / 2
+
+
+def test_a_rehearsal_begins_where_it_is_told_to():
     small = served_alone.works_of(small=True)[0]
     assert served_alone.starts(small, small=True) == (max(small.rates) / 4, max(small.rates) / 2)
 
@@ -78,11 +85,11 @@ def test_no_run_begins_that_would_end_too_late_and_none_is_repeated(monkeypatch,
     monkeypatch.setattr(served_alone, "loaded", loaded)
     monkeypatch.setattr(served_alone.time, "monotonic", lambda: 150.0)
     found = disaggregate.Found.at(tmp_path / "a.json", {}, "served_alone")
-    words = argparse.Namespace(seconds=10.0, seeds=2, until=90.0)
+    words = argparse.Namespace(fleet="1P1D", seconds=10.0, seeds=2, until=90.0)
     offers = served_alone.Offers(words, found, 8000, began=100.0)
     assert len(offers(WORKS["decode-heavy"], 20.0)) == 2, "50 s gone, 20 of arrivals, 10 around: 80"
     offers(WORKS["decode-heavy"], 20.0)
-    assert served == [("1 colocated", 8000, 20.0, 0), ("1 colocated", 8000, 20.0, 1)]
+    assert served == [("1P1D", 8000, 20.0, 0), ("1P1D", 8000, 20.0, 1)]
     late = replace(offers, began=85.0)
     with pytest.raises(served_alone.OutOfTimeError):
         late(WORKS["decode-heavy"], 30.0)
@@ -111,7 +118,15 @@ def test_every_run_is_foretold_at_its_rate_and_goodput_by_a_walk_of_its_own(monk
     assert [each["rate"] for each in told] == [14.0] * 2 + [23.14] * 2 + [25.45] * 2 + [28.0] * 2
 
 
-def test_one_instance_is_one_instance():
+def test_what_is_simulated_is_what_was_served():
+    apart = RECORD | {"settings": RECORD["settings"] | {"fleet": "1P1D"}}
+    fleet = plan_alone.fleet_of(apart, "benthic", "h200")
+    rows = plan_alone.all_rows(apart | {"rows": {"runs": [run(9.0, 1.0), run(30.0, 0.5)]}}, fleet)
+    specs = plan_alone.plan_fleets.specs(fleet.name, fleet.engine, fleet.machine, fleet.sequences)
+    assert [spec.role for spec in specs] == ["prefill", "decode"]
+    assert [each["of"] for each in rows if "what" in each][:4] == [1] * 4
+    assert disaggregate.fleet_words("1P1D") == ["--prefill", "1", "--decode", "1"]
+    assert disaggregate.fleet_words(served_alone.FLEET) == []
     fleet = plan_alone.fleet_of(RECORD, "benthic", "h200")
     specs = plan_alone.plan_fleets.specs(fleet.name, fleet.engine, fleet.machine, fleet.sequences)
     assert [spec.role for spec in specs] == ["decode"]
@@ -134,11 +149,11 @@ def test_goodput_is_that_of_the_whole_server_and_a_bound_is_no_error():
 def test_medians_stand_beside_their_goals():
     rows = [row("a", 11.0), row("b", 10.5), row("c", 8.0), row("d", 99.0, 0.5), row("e", 99.0, late=True)]
     rows += [{"error": -0.02}, {"error": 0.3}, {"error": None}]
-    found = {each["what"]: each for each in plan_alone.summary(rows)}
+    found = {each["what"]: each for each in plan_alone.summary(served_alone.FLEET, rows)}
     assert [found[name]["of"] for name in (*LATENCIES, "goodput")] == [3, 3, 3, 3, 2]
     assert found["ttft_p50_ms"]["median_size"] == pytest.approx(0.1)
     assert [found[name]["met"] for name in (*LATENCIES, "goodput")] == [True, True, False, False, False]
     assert found["goodput"]["largest_size"] == 0.3
-    nothing = plan_alone.summary([])
+    nothing = plan_alone.summary(served_alone.FLEET, [])
     assert [each["met"] for each in nothing] == [None] * 5
     assert "nothing compared" in plan_alone.sentence(nothing[0])
