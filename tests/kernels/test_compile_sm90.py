@@ -211,6 +211,30 @@ def test_the_product_of_few_rows_uses_wgmma_without_spills(rows, fp8, tmp_path):
         assert re.search(r"cp\.async\.ca\.shared\.global \[.*, 0x4", built.asm["ptx"])
 
 
+@pytest.mark.parametrize(("rows", "experts"), [(256, 64), (512, 64), (256, 256), (512, 256)])
+def test_the_gates_product_uses_wgmma_without_spills_and_loads_ahead(rows, experts, tmp_path):
+    module = importlib.import_module("benthic.kernels.triton_gate")
+    block, padded, warps, stages = module.tiles(torch.bfloat16, rows, experts)
+    assert rows // block == module.PROGRAMS, "what a product of 128 programs leaves of a Hopper"
+    constants = {"ROWS": block, "EXPERTS": padded, "WIDTH": 128, "WHOLE": True, "PRECISION": "ieee"}
+    for early in (False, True):
+        built = compiled(
+            "triton_gate",
+            "_gate_tiles",
+            constants | {"PDL": early},
+            warps=warps,
+            stages=stages,
+            overrides={"out_ptr": "*fp32"},
+        )
+        used = resources(built, tmp_path)
+        assert_fits(used)
+        assert used.wgmma > 0
+        assert used.shared >= 128 * 1024 if padded == 64 else 64 * 1024
+        assert "cp.async.cg" in built.asm["ptx"]
+        before = built.asm["ptx"].split("griddepcontrol.wait")[0]
+        assert not early or not re.search(r"ld\.global|cp\.async|st\.", before)
+
+
 def programs_of(used):
     """Programs of four warps that a multiprocessor has room for."""
     return min(65536 // (128 * used.registers), 227 * 1024 // (used.shared + 1024))

@@ -256,7 +256,7 @@ def unpermute_norm(rows_RD, maps, weight_TK, beside, norm_D, eps):
         _sum_and_norm[(tokens,)](
             rows_RD, weight_TK.contiguous(), row_TK, norm_D.contiguous(), normed_TD, out_TD,
             *beside, *[out_TD] * (2 - len(beside)), width, rows_RD.stride(0), eps,
-            BESIDE=len(beside), TOP_K=top_k, WIDTH=padded, num_warps=min(16, max(1, padded // 256)),
+            BESIDE=len(beside), TOP_K=top_k, WIDTH=padded, num_warps=min(16, max(1, padded // 128)),
             **early(out_TD.device, tokens),
         )  # fmt: skip
     return normed_TD, out_TD
