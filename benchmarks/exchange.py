@@ -2,8 +2,9 @@
 
 Every line is one direction, started and finished at once, with DeepSeek-V3's row and experts: 4096 tokens a
 rank (training, prefill) and 128 (decode); over NVLink with rows written by kernels and by copy engines. What
-can be captured is timed from a CUDA graph too, "rows alone" without the copies to each expert. First all
-exchanges must give the same bits. Bytes are those that have to leave a rank for others by what the routing
+can be captured is timed from a CUDA graph too, "rows alone" without the copies to each expert; alone, which
+counts the launch of a graph and how far apart two hosts start theirs, and eight in a row. First all exchanges
+must give the same bits. Bytes are those that have to leave a rank for others by what the routing
 really chose; copies that nobody asked for are not counted. Slowest rank of each repeat, median over repeats.
 `--small --device cpu` rehearses on gloo.
 """
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+
+IN_A_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ def rows_alone(exchange: Any, batch: Batch) -> None:
     flight.trip.release(flight.moving)
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """The same work from a CUDA graph."""
+def captured(call: Callable[[], Any], times: int = 1) -> Callable[[], None]:
+    """The same work, some times in a row, from a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -123,7 +127,8 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        for _ in range(times):
+            call()
     return graph.replay
 
 
@@ -144,7 +149,10 @@ def lines(
     copies = batch.leaving(exchange.per_rank, dist.get_rank())
     home = copies * 2 * width
     out = copies * (width + 4 * -(-width // 128)) if fp8 else home
-    work: list[tuple[str, Callable[[], Any], int]] = [("dispatch", dispatch, out), ("combine", combine, home)]
+    work: list[tuple[str, Callable[[], Any], int, int]] = [
+        ("dispatch", dispatch, out, 1),
+        ("combine", combine, home, 1),
+    ]
     if name.startswith("nvlink"):
         dispatch()
         for what, call, size in (
@@ -152,10 +160,12 @@ def lines(
             ("dispatch, rows alone", lambda: rows_alone(exchange, batch), out),
             ("combine", combine, home),
         ):
-            work.append((f"{what}, CUDA graph", captured(call), size))
+            work.append((f"{what}, CUDA graph", captured(call), size, 1))
+            in_a_row = captured(call, IN_A_ROW)
+            work.append((f"{what}, eight in a row, CUDA graph", in_a_row, size, IN_A_ROW))
     rows = []
-    for what, call, size in work:
-        taken = seconds(call, device, repeats)
+    for what, call, size, times in work:
+        taken = seconds(call, device, repeats) / times
         wire = "fp8 out, bf16 home" if fp8 else "bf16"
         rows.append(Row(name, what, len(batch.x), wire, taken * 1e6, size / taken / 1e9))
         if dist.get_rank() == 0:
