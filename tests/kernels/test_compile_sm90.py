@@ -876,19 +876,25 @@ def test_rows_are_pushed_to_peers_in_16_byte_stores_without_spills(kernel, const
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_sums_at_home_leave_room_for_the_pushes_that_they_wait_for(ranks, dtype, dweight, tmp_path):
     exchange = importlib.import_module("benthic.kernels.triton_exchange")
-    programs, warps = exchange.HOME_PROGRAMS, exchange.HOME_WARPS
     constants = SUMS | {"DWEIGHT": dweight, "RANKS": ranks, "TOKENS": exchange.HOME_TOKENS}
     types = {"expert_ptr": "*i32", "side_ptr": "*fp32"} | EXCHANGE_TYPES
-    built = compiled("triton_exchange", "_sum_home", constants, warps=warps, overrides=types, dtype=dtype)
+    built = compiled(
+        "triton_exchange",
+        "_sum_home",
+        constants,
+        warps=exchange.HOME_WARPS,
+        overrides=types,
+        dtype=dtype,
+    )
     used = resources(built, tmp_path)
     assert_fits(used)
     ptx = built.asm["ptx"]
     assert re.search(r"ld\.global\.v4\.b32", ptx)
     assert re.search(r"st\.global\.v4\.b32", ptx)
     assert len(re.findall(r"\.global\S*\.acquire", ptx)) >= ranks
-    multiprocessors, registers, of_a_push = 132, 64 << 10, 64 * 64
-    here = -(-programs // multiprocessors)
-    assert here * warps * 32 * used.registers + 4 * of_a_push <= registers
+    each, registers, of_a_push = exchange.HOME_WARPS * 32 * used.registers, 64 << 10, 64 * 64
+    assert exchange.HOME_PROGRAMS * each + 4 * of_a_push <= registers  # spread evenly
+    assert registers // each > exchange.HOME_PROGRAMS  # packed: whole multiprocessors are left
 
 
 @pytest.mark.parametrize(("kernel", "order"), [("_raise_flags", "release"), ("_await_flags", "acquire")])

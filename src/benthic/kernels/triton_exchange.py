@@ -17,6 +17,7 @@ import triton.language as tl
 from benthic.kernels.host import cdiv, next_power_of_2
 from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_permute import sum_of_few_rows, sum_of_rows
+from benthic.kernels.triton_tiles import multiprocessors
 
 PART = 1024
 """Most columns of a sum that a program makes. All tokens' first columns leave first, then their next ones."""
@@ -27,13 +28,15 @@ FEW_TOKENS = 256
 PROGRAMS = 1024
 """Programs that share many rows; each takes every 1024th."""
 
-HOME_PROGRAMS = 256
-"""Programs that sum at home and wait there: too few to fill a GPU, so that pushes always find room on it."""
+HOME_PROGRAMS = 2
+"""Programs a multiprocessor that sum at home and wait there: too few to fill a GPU (three find room on one
+multiprocessor), so that the pushes that they wait for always find room."""
 
 HOME_TOKENS = 4
 """Tokens of which each of them asks for a part at a time: a warp asks for 2 KiB of bf16 from every rank."""
 
 HOME_WARPS = 4
+"""Of each of them."""
 
 
 class Signals(NamedTuple):
@@ -297,7 +300,8 @@ def sum_home(rows_SD, dweight_SK, expert_TK, signals, *, rank, ranks, per_rank, 
     given = dweight_SK is not None
     dweight_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=rows_SD.device) if given else None
     size, _ = _part(width)
-    _sum_home[(max(1, min(HOME_PROGRAMS, cdiv(tokens, HOME_TOKENS))),)](
+    most = HOME_PROGRAMS * multiprocessors(rows_SD.device)
+    _sum_home[(max(1, min(most, cdiv(tokens, HOME_TOKENS))),)](
         rows_SD, dweight_SK if given else rows_SD, expert_TK, out_TD, dweight_TK if given else out_TD,
         signals.flags_table, signals.read, signals.full, signals.free,
         tokens, rank, max_tokens, width, per_rank,
