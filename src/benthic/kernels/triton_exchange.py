@@ -84,8 +84,10 @@ def _push_tokens(
                 weight = tl.load(weight_ptr + token * TOP_K + k, mask=k < mine, other=0)
                 tl.store(choice + k, expert, mask=k < TOP_K)
                 tl.store(choice + TOP_K + k, weight, mask=k < TOP_K)
-    if RAISES and _is_last(count_ptr, tl.num_programs(0) * tl.num_programs(1)):
-        _raise_all(flags_table, full + rank, RANKS)
+    if RAISES:
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        if _is_last(count_ptr, programs):
+            _raise_all(flags_table, full + rank, RANKS)
 
 
 @remembered
@@ -185,9 +187,9 @@ def _experts_of(
 def _is_last(count_ptr, programs):
     """Whether all others were here before: what they read and wrote is over then. The count is 0 again."""
     tl.debug_barrier()  # an atomic orders what its own thread did; others of this program may be behind
-    last = tl.atomic_add(count_ptr, 1) == programs - 1
+    last = tl.atomic_add(count_ptr, 1, sem="release") == programs - 1
     if last:
-        tl.atomic_xchg(count_ptr, 0)
+        tl.atomic_xchg(count_ptr, 0, sem="acq_rel")  # acquires what all released
     return last
 
 
