@@ -51,7 +51,7 @@ def every_routing(rank, ranks, folder):
 
 def as_many(tokens=2, programs=2):
     """As with hundreds of tokens: home in parts of 8 columns, by few programs that take few tokens."""
-    tiny = {"FEW_TOKENS": 2, "PART": 8, "HOME_TOKENS": tokens, "HOME_PROGRAMS": programs}
+    tiny = {"FEW_TOKENS": 2, "PART": 8, "HOME_TOKENS": tokens, "multiprocessors": lambda _: 2 * programs}
     return mock.patch.multiple(triton_exchange, **tiny)
 
 

@@ -28,14 +28,15 @@ FEW_TOKENS = 256
 PROGRAMS = 1024
 """Programs that share many rows; each takes every 1024th."""
 
-HOME_PROGRAMS = 2
-"""Programs a multiprocessor that sum at home and wait there: too few to fill a GPU (three find room on one
-multiprocessor), so that the pushes that they wait for always find room."""
+HOME_SHARE = 2
+"""One of so many multiprocessors sums at home and waits there. Beside another kernel one finds no room, whatever
+registers are left, where it wants the memory of a multiprocessor divided otherwise: with two small programs on
+every one of them the pushes that they waited for never began."""
 
-HOME_TOKENS = 4
-"""Tokens of which each of them asks for a part at a time: a warp asks for 2 KiB of bf16 from every rank."""
+HOME_TOKENS = 8
+"""Tokens of which each program asks for a part at a time: a warp asks for 2 KiB of bf16 from every rank."""
 
-HOME_WARPS = 4
+HOME_WARPS = 8
 """Of each of them."""
 
 
@@ -302,7 +303,7 @@ def sum_home(rows_SD, dweight_SK, expert_TK, signals, *, rank, ranks, per_rank, 
     given = dweight_SK is not None
     dweight_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=rows_SD.device) if given else None
     size, _ = _part(width)
-    most = HOME_PROGRAMS * multiprocessors(rows_SD.device)
+    most = multiprocessors(rows_SD.device) // HOME_SHARE
     _sum_home[(max(1, min(most, cdiv(tokens, HOME_TOKENS))),)](
         rows_SD, dweight_SK if given else rows_SD, expert_TK, out_TD, dweight_TK if given else out_TD,
         signals.flags_table, signals.read, signals.full, signals.free,

@@ -15,8 +15,8 @@ alike) and for recomputed phases, which read kept arrivals and start nothing.
 
 Where kernels write the rows of many tokens, they raise the flags themselves, and the computing stream waits
 for flags beside its own push, for whose end it waits behind them: what waits there is one program, or, where
-sums come home part by part, so few (`triton_exchange.HOME_PROGRAMS`) that a push finds room on the GPU
-however late it begins. Kernels that must not run at once, as some profilers have it for those of a CUDA
+sums come home part by part, so few (`triton_exchange.HOME_SHARE`) that a push has half of the GPU, however
+late it begins. Kernels that must not run at once, as some profilers have it for those of a CUDA
 graph, would be the end of that; launched one by one they run in the order of launches, in which the push is
 first.
 """
