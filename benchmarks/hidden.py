@@ -117,7 +117,7 @@ def streams_of(ran: list[Ran]) -> set[int]:
         stream
         for stream, names in streams.items()
         if all(name.startswith(PUSHING) for name in names)
-        and any(name.startswith(("_push_", "_raise_")) for name in names)
+        and any(name.startswith("_raise_") for name in names)
     }
 
 

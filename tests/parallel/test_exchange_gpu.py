@@ -71,13 +71,8 @@ def large(rank, copies):
 
 def graph(rank, copies):
     """A captured dispatch and combine replays with other tokens and other choices, between plain ones."""
-    for max_tokens in (64, 700):  # sums at home behind and beside their push
-        replays(rank, copies, max_tokens)
-
-
-def replays(rank, copies, max_tokens):
-    width = 2048
-    size = size_for(RANKS, dtype=torch.bfloat16, width=width, max_tokens=max_tokens, copies=copies)
+    width = 1024
+    size = size_for(RANKS, dtype=torch.bfloat16, width=width, max_tokens=64, copies=copies)
     exchange = NvlinkExchange.on(dist.group.WORLD, size, torch.device("cuda", rank))
     weight = expert_weights(RANKS, dtype=torch.bfloat16, width=width, device="cuda")
     weight = weight[rank * PER_RANK : (rank + 1) * PER_RANK]

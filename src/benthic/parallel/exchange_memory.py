@@ -1,13 +1,9 @@
 """Memory of every rank that every rank of one host can write, divided into mailboxes.
 
 A mailbox takes one transfer: a slot of rows and a slot of side words for every token of every rank, so that
-both ends know where a token goes without counting, and flags from each peer: *full* for each part of rows,
-raised by the writer, and *free*, raised by the reader. A flag is raised by one side and taken down by the
-other, so nothing has to be reset between transfers, and a captured CUDA graph may run again.
-
-Flags are raised and awaited by kernels of their own, the first part's standing for all, or by the kernels
-that write and read the rows (`Mailbox.signals`). Either way a writer writes when all ranks have freed what it
-writes to, so every full flag that it raises was taken down: readers take theirs down before they free.
+both ends know where a token goes without counting, and two flags a peer: *full*, raised by the writer, and
+*free*, raised by the reader. A flag is raised by one side and taken down by the other, so nothing has to be
+reset between transfers, and a captured CUDA graph may run again.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ import torch
 
 from benthic.errors import BackendError
 from benthic.kernels import triton_exchange
-from benthic.kernels.triton_exchange import Signals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,16 +72,11 @@ class PeerMemory:
 
 @dataclass(frozen=True)
 class Shape:
-    """Words of each slot of a mailbox, and how many slots: tokens of a rank times ranks; parts of a row."""
+    """Words of each slot of a mailbox, and how many slots: tokens of a rank times ranks."""
 
     slots: int
     row_words: int
     side_words: int
-    parts: int = 1
-
-    def flags(self, ranks: int) -> int:
-        """Words of flags: full for each part from each rank, free from each rank."""
-        return (self.parts + 1) * ranks
 
     @property
     def words(self) -> int:
@@ -101,7 +91,6 @@ class Mailbox:
         rows: int32 `[slots, row_words]`, what was written here.
         side: int32 `[slots, side_words]`.
         tables: int64 addresses by rank of both.
-        signals: its flags, for kernels that write or read it and raise them.
     """
 
     def __init__(self, memory: PeerMemory, shape: Shape, start: int, flags: int) -> None:
@@ -120,9 +109,7 @@ class Mailbox:
         self._views: dict[tuple[str, torch.dtype], Tensor] = {}
         self._memory = memory
         self._flags_table = _table(memory, 0)
-        self._full, self._free = flags, flags + shape.parts * memory.ranks
-        pushed, read = torch.zeros(2, shape.parts, dtype=torch.int32, device=memory.words.device)
-        self.signals = Signals(self._flags_table, pushed, read, self._full, self._free)
+        self._full, self._free = flags, flags + memory.ranks
         self.raise_free()
 
     def rows_in(self, dtype: torch.dtype) -> Tensor:
@@ -197,23 +184,19 @@ class Mailboxes:
 
 def words_needed(kinds: list[Shape], ranks: int, in_flight: int) -> int:
     """Words of each rank for `in_flight` mailboxes of each kind with their flags."""
-    return _flag_words(kinds, ranks, in_flight) + in_flight * sum(shape.words for shape in kinds)
+    return _aligned(2 * ranks * in_flight * len(kinds)) + in_flight * sum(shape.words for shape in kinds)
 
 
 def mailboxes(memory: PeerMemory, kinds: list[Shape], in_flight: int) -> Iterator[list[Mailbox]]:
     """`in_flight` mailboxes of each kind; flags lie before all of them."""
-    start, flags = _flag_words(kinds, memory.ranks, in_flight), 0
+    start, flags = _aligned(2 * memory.ranks * in_flight * len(kinds)), 0
     for shape in kinds:
         boxes = []
         for _ in range(in_flight):
             boxes.append(Mailbox(memory, shape, start, flags))
             start += shape.words
-            flags += shape.flags(memory.ranks)
+            flags += 2 * memory.ranks
         yield boxes
-
-
-def _flag_words(kinds: list[Shape], ranks: int, in_flight: int) -> int:
-    return _aligned(in_flight * sum(shape.flags(ranks) for shape in kinds))
 
 
 def _aligned(words: int) -> int:

@@ -12,29 +12,21 @@ where a transfer is started, and every rank freed it where it finished the trans
 Both streams launch in that order and wait for earlier events alone, so the first wait that is not over has
 all that it needs. That holds for any number of mailboxes, for pairs of microbatches (all ranks alternate
 alike) and for recomputed phases, which read kept arrivals and start nothing.
-
-Where kernels write the rows of many tokens, they raise the flags themselves, and the computing stream waits
-for flags beside its own push, for whose end it waits behind them: what waits there is one program, or, where
-sums come home part by part, so few (`triton_exchange.HOME_SHARE`) that a push has half of the GPU, however
-late it begins. Kernels that must not run at once, as some profilers have it for those of a CUDA
-graph, would be the end of that; launched one by one they run in the order of launches, in which the push is
-first.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
-from benthic.errors import ConfigError, ShapeError
+from benthic.errors import BackendError, ConfigError, ShapeError
 from benthic.kernels import ops, triton_exchange
 from benthic.parallel import exchange_trip
 from benthic.parallel.exchange import experts_per_rank
 from benthic.parallel.exchange_memory import Mailboxes, PeerMemory, mailboxes
-from benthic.parallel.exchange_moving import Moving
 from benthic.parallel.exchange_routes import Arrivals, arrivals
 from benthic.parallel.exchange_stream import push_stream
 from benthic.parallel.exchange_trip import Here, Trip, check_choice
@@ -52,12 +44,6 @@ if TYPE_CHECKING:
     from benthic.parallel.exchange_stream import Inputs, Pushed
 
     Part = tuple[Tensor, Tensor | None]
-
-SUMS_IN_PARTS: Final = True
-"""Sums at home begin while others are still coming, where kernels push them and tokens are many."""
-
-FLAGS_WITH_ROWS: Final = True
-"""There the last program that writes rows for experts raises their flags, which is awaited beside it."""
 
 
 class NvlinkExchange:
@@ -81,8 +67,6 @@ class NvlinkExchange:
         self.per_rank = experts_per_rank(size.n_routed_experts, memory.ranks)
         self.wire = Wire(size.fp8)
         self.copies = size.copied(memory.ranks)
-        many = not self.copies and size.max_tokens > triton_exchange.FEW_TOKENS
-        self.sums_in_parts, self.flags_with_rows = many and SUMS_IN_PARTS, many and FLAGS_WITH_ROWS
         self.stream = push_stream(memory.words.device)
         if memory.words.numel() < size.words(memory.ranks):
             msg = (
@@ -133,6 +117,47 @@ class NvlinkExchange:
             raise ShapeError(msg)
 
 
+class _Moving:
+    """A transfer in a mailbox, which is None when it is over; `here` are its tokens if they were kept.
+
+    `count` is how many rows arrive for the experts here, once the host has waited; whoever counted them has
+    awaited the mailbox.
+    """
+
+    def __init__(
+        self, box: Mailbox, pushed: Pushed, *, dweight: bool = False, count: Tensor | None = None
+    ) -> None:
+        self.box: Mailbox | None = box
+        self.dweight = dweight
+        self.here: Here | None = None
+        self._pushed = pushed
+        self._count = count
+
+    def opened(self) -> Mailbox:
+        """The mailbox, full.
+
+        Raises:
+            BackendError: the transfer is over.
+        """
+        if self.box is None:
+            msg = (
+                "this dispatch was finished before and its mailbox is in use again. To recompute the "
+                "experts' phase, build the exchange with keep_arrivals=True."
+            )
+            raise BackendError(msg)
+        self._pushed.join()
+        if self._count is None:
+            self.box.await_full()
+        return self.box
+
+    def rows(self, most: int) -> int:
+        """How many rows there are, `most` where nobody counted; the host waits for the number."""
+        if self._count is None:
+            return most
+        self._pushed.wait()
+        return int(self._count)
+
+
 class _Sums(NamedTuple):
     """What goes home: each arrived token's copies are summed with their weights."""
 
@@ -153,14 +178,14 @@ class _Sums(NamedTuple):
         return sums.view(torch.int32), None if self.dweight_AK is None else self.dweight_AK.view(torch.int32)
 
 
-class _NvlinkTrip(Trip[Moving]):
+class _NvlinkTrip(Trip[_Moving]):
     """One dispatch and its combine through mailboxes."""
 
     def __init__(self, exchange: NvlinkExchange, expert_TK: Tensor) -> None:
         self._exchange = exchange
         self._expert_TK = expert_TK
 
-    def send_out(self, x_TD: Tensor, weight_TK: Tensor | None = None) -> Moving:
+    def send_out(self, x_TD: Tensor, weight_TK: Tensor | None = None) -> _Moving:
         """Wait until the peers have read their mailboxes; write rows, and in the forward pass choices."""
         exchange = self._exchange
         box = exchange.out.take()
@@ -171,8 +196,8 @@ class _NvlinkTrip(Trip[Moving]):
             box.put(exchange.rank, None, side)  # first, since the other stream counts it
             pushed = self._copied(box, lambda _: (rows_TW, side), count)
             box.put(exchange.rank, rows_TW, None)
-            return Moving(box, pushed, count=count)
-        inputs, flags = (rows_TW, self._expert_TK, weight_TK), exchange.flags_with_rows
+            return _Moving(box, pushed, count=count)
+        inputs = (rows_TW, self._expert_TK, weight_TK)
         push = functools.partial(
             triton_exchange.push_tokens,
             *inputs,
@@ -180,11 +205,10 @@ class _NvlinkTrip(Trip[Moving]):
             rank=exchange.rank,
             max_tokens=exchange.size.max_tokens,
             per_rank=exchange.per_rank,
-            signals=box.signals if flags else None,
         )
-        return Moving(box, self._pushed(box, push, inputs, count, flags=flags), count=count, flags=flags)
+        return _Moving(box, self._pushed(box, push, inputs, count), count=count)
 
-    def receive(self, moving: Moving) -> Here:
+    def receive(self, moving: _Moving) -> Here:
         """Wait; sort copies by local expert."""
         if moving.here is not None:
             return moving.here
@@ -195,11 +219,11 @@ class _NvlinkTrip(Trip[Moving]):
             moving.here = here._replace(x_AD=here.x_AD.clone())
         return here
 
-    def receive_gradient(self, moving: Moving) -> Tensor:
+    def receive_gradient(self, moving: _Moving) -> Tensor:
         """Wait."""
         return self._rows(moving.opened())
 
-    def release(self, moving: Moving) -> None:
+    def release(self, moving: _Moving) -> None:
         """Tell the peers that the mailbox may be written again."""
         if moving.box is not None:
             moving.box.raise_free()
@@ -208,7 +232,7 @@ class _NvlinkTrip(Trip[Moving]):
 
     def send_home(
         self, rows_RD: Tensor, row_AK: Tensor, weight_AK: Tensor | None, dweight_AK: Tensor | None
-    ) -> Moving:
+    ) -> _Moving:
         """Sum and write in one kernel, or sum for each rank and copy."""
         exchange, most = self._exchange, self._exchange.size.max_tokens
         box = exchange.home.take()
@@ -221,72 +245,36 @@ class _NvlinkTrip(Trip[Moving]):
             rows, side = (table[exchange.rank : exchange.rank + 1] for table in box.tables)
             push(*whole.of(exchange.rank, most), (rows, side))
         else:
-            flags = exchange.sums_in_parts
-            signals = box.signals if flags else None
-            pushed = self._pushed(box, lambda: push(*whole, box.tables, signals=signals), whole, flags=flags)
-        return Moving(box, pushed, dweight=dweight_AK is not None)
+            pushed = self._pushed(box, lambda: push(*whole, box.tables), whole)
+        return _Moving(box, pushed, dweight=dweight_AK is not None)
 
-    def receive_home(self, moving: Moving) -> tuple[Tensor, Tensor | None]:
+    def receive_home(self, moving: _Moving) -> tuple[Tensor, Tensor | None]:
         """Wait; sum over ranks; pick each weight's gradient from the rank of its expert."""
-        if self._exchange.sums_in_parts:
-            box = moving.filling()
-            summed = self._sum_parts(box, dweight=moving.dweight)
-            moving.join()
-        else:
-            box = moving.opened()
-            summed = self._sum_all(box, dweight=moving.dweight)
-            box.raise_free()
-        self._exchange.home.give(box)
-        moving.box = None
-        return summed
-
-    def _sum_parts(self, box: Mailbox, *, dweight: bool) -> tuple[Tensor, Tensor | None]:
-        """Wait for each part on the device and sum it; tell the peers that the mailbox was read."""
-        exchange = self._exchange
-        out_TD, dweight_TK = triton_exchange.sum_home(
-            box.rows_in(exchange.size.dtype),
-            box.side_in(torch.float32) if dweight else None,
-            self._expert_TK,
-            box.signals,
-            rank=exchange.rank,
-            ranks=exchange.ranks,
-            per_rank=exchange.per_rank,
-            max_tokens=exchange.size.max_tokens,
-        )
-        return out_TD, dweight_TK
-
-    def _sum_all(self, box: Mailbox, *, dweight: bool) -> tuple[Tensor, Tensor | None]:
-        """The same of a full mailbox."""
         size = self._exchange.size
+        box = moving.opened()
         slot_Tn, dweight_TK = ops.home_slots(
             self._expert_TK,
-            box.side_in(torch.float32) if dweight else None,
+            box.side_in(torch.float32) if moving.dweight else None,
             per_rank=self._exchange.per_rank,
             ranks=self._exchange.ranks,
             max_tokens=size.max_tokens,
         )
-        return ops.sum_copies(box.rows_in(size.dtype), slot_Tn), dweight_TK
+        out_TD = ops.sum_copies(box.rows_in(size.dtype), slot_Tn)
+        box.raise_free()
+        self._exchange.home.give(box)
+        moving.box = None
+        return out_TD, dweight_TK
 
     def _pushed(
-        self,
-        box: Mailbox,
-        write: Callable[[], None],
-        inputs: Inputs,
-        count: Tensor | None = None,
-        *,
-        flags: bool = False,
+        self, box: Mailbox, write: Callable[[], None], inputs: Inputs, count: Tensor | None = None
     ) -> Pushed:
-        """Write into every rank's mailbox between its flags; await and count what comes.
-
-        With `flags`, what writes raises them.
-        """
+        """Write into every rank's mailbox between its flags; await and count what comes."""
         rank, experts = self._exchange.rank, self._exchange.per_rank
 
         def push() -> None:
             box.await_free()
             write()
-            if not flags:
-                box.raise_full()
+            box.raise_full()
             if count is not None:
                 box.await_full()
                 here = triton_exchange.count_copies(box.side, first=rank * experts, experts=experts)
@@ -327,7 +315,7 @@ class _NvlinkTrip(Trip[Moving]):
         wire = box.rows_in(torch.uint8 if size.fp8 else size.dtype)
         return self._exchange.wire.unpack(wire, size.hidden_size, size.dtype)
 
-    def _sorted(self, expert_AK: Tensor, moving: Moving) -> Arrivals:
+    def _sorted(self, expert_AK: Tensor, moving: _Moving) -> Arrivals:
         """Where each copy lies among the experts' rows."""
         exchange, experts = self._exchange, self._exchange.per_rank
         most = expert_AK.shape[0] * min(exchange.size.top_k, experts)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from benthic.errors import ConfigError
-from benthic.kernels import triton_exchange
 from benthic.parallel.exchange_memory import Shape, words_needed
 
 if TYPE_CHECKING:
@@ -68,8 +67,7 @@ class Size:
             )
             raise ConfigError(msg)
         slots = ranks * self.max_tokens
-        parts = triton_exchange.parts_of(self.hidden_size)
-        return [Shape(slots, out // 4, 2 * self.top_k), Shape(slots, row // 4, self.top_k, parts)]
+        return [Shape(slots, out // 4, 2 * self.top_k), Shape(slots, row // 4, self.top_k)]
 
     def words(self, ranks: int) -> int:
         """Words of memory that each rank shares with the others."""
