@@ -1202,21 +1202,6 @@ def test_gate_logits(dtype):
     assert torch.equal(few[0][3:9], few[2])
 
 
-@pytest.mark.parametrize(("rows", "experts", "width"), [(70, 10, 96), (65, 64, 256), (300, 160, 136)])
-def test_gate_logits_of_hundreds_of_rows(dtype, rows, experts, width):
-    x = made(rows + 2, width + 8, dtype=dtype).detach()
-    weight = made(experts + 2, width, dtype=dtype, seed=1).detach()
-    x[rows:], x[:, width:], weight[experts:] = torch.nan, torch.nan, torch.nan
-    x, weight = x[:rows, :width], weight[:experts]
-    exact = torch.nn.functional.linear(x.double(), weight.double())
-    found = ops.gate_logits(x, weight, impl="tiles")
-    close(found, exact, torch.float32)
-    assert torch.equal(ops.gate_logits(x[:66], weight, impl="tiles"), found[:66]), (
-        "tiles of 64 or of 128 rows"
-    )
-    assert ops.gate_logits(x[:66], weight.t().contiguous().t(), impl="tiles").equal(found[:66])
-
-
 def test_gate_gradients(dtype):
     x, weight = made(70, 96, dtype=dtype).detach(), made(16, 96, dtype=dtype, seed=1).detach()
     sizes = torch.logspace(-6, 0, 70, device=DEVICE)[:, None]

@@ -49,29 +49,12 @@ def _gate_of_few(case: Case) -> Verdict:
     )(case)
 
 
-def _gate_of_hundreds(case: Case) -> Verdict:
-    """Few programs with all experts each; neither for rows that `few_rows` takes nor for those of prompts."""
-    if case.few or case.many:
-        return no("is made for some hundreds of rows")
-    if case.dims[0] > 256:
-        return no(f"has columns for up to 256 experts, not {case.dims[0]}")
-    return triton_runs(
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-        reason="a few programs, which begin beside a product of shared experts",
-        dot=True,
-    )(case)
-
-
 _GATE_OF_FEW = inference_only(one_dtype(with_few_rows(_gate_of_few)))
-_GATE_OF_HUNDREDS = inference_only(one_dtype(_gate_of_hundreds))
 
 GATE_LOGITS = Op(
     "gate_logits",
     (
         Implementation("few_rows", _GATE_OF_FEW, "benthic.kernels.triton_few_rows:gate_logits"),
-        Implementation("tiles", _GATE_OF_HUNDREDS, "benthic.kernels.triton_gate:gate_logits"),
         Implementation("mm_wide", inference_only(_mm_wide), "benthic.kernels.torch_moe:gate_logits"),
         reference("benthic.kernels.reference.moe:gate_logits"),
     ),
@@ -89,8 +72,6 @@ GATE_GRADIENTS = Op(
 
 FEW_GATED = 64
 """Rows up to which the gate's product waits for its weights and not for arithmetic."""
-GATED_BESIDE = 512
-"""Rows up to which few programs keep up with the product of shared experts that runs beside the gate's."""
 
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor, *, impl: str | None = None) -> Tensor:
@@ -104,9 +85,8 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor, *, impl: str | None = None) -> 
         raise ShapeError(msg)
     mixed = x_TD.dtype is not weight_ED.dtype
     grad = torch.is_grad_enabled() and (x_TD.requires_grad or weight_ED.requires_grad)
-    few, many = x_TD.shape[0] <= FEW_GATED, x_TD.shape[0] > GATED_BESIDE
-    dims = tuple(weight_ED.shape)
-    case = Case(device_type(x_TD), x_TD.dtype, dims, grad=grad, mixed=mixed, few=few, many=many)
+    few, dims = x_TD.shape[0] <= FEW_GATED, tuple(weight_ED.shape)
+    case = Case(device_type(x_TD), x_TD.dtype, dims, grad=grad, mixed=mixed, few=few)
     logits_TE: Tensor = GATE_LOGITS.choose(case, impl)(x_TD, weight_ED)
     return logits_TE
 
