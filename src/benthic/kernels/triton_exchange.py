@@ -64,14 +64,15 @@ def _push_sums(
     """The sum of the copies of each token with some here goes to slot (rank, t) of the token's own rank.
 
     FEW: only rows that are here are asked for, in pairs, and not all at once; the bits are the same.
+    Ranks take turns, so that links are busy from the first token to the last.
     """
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    k = tl.arange(0, TOP_K_PAD)
+    k, ranks = tl.arange(0, TOP_K_PAD), slots // max_tokens
     for s in range(tl.program_id(0), slots, tl.num_programs(0)):
-        arrived = tl.cast(s, tl.int64)
+        home, token = tl.cast(s, tl.int64) % ranks, tl.cast(s, tl.int64) // ranks
+        arrived, slot = home * max_tokens + token, rank * max_tokens + token
         row = tl.load(row_ptr + arrived * TOP_K + k, mask=k < TOP_K, other=-1)
         if tl.max(row, axis=0) >= 0:
-            home, slot = arrived // max_tokens, rank * max_tokens + arrived % max_tokens
             sources = rows_ptr, weight_ptr, row_ptr, arrived, column, width, stride
             if FEW:
                 acc = sum_of_few_rows(*sources, WEIGHTED, TOP_K, WIDTH)
