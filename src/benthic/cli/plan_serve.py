@@ -29,6 +29,7 @@ from benthic.errors import ConfigError
 
 if TYPE_CHECKING:
     from benthic.plan.serving.demand import Lengths
+    from benthic.spec.model import ModelConfig
 
 Weights = Annotated[str, typer.Option(help="auto, fp8 or bf16.")]
 Cache = Annotated[str, typer.Option("--kv-cache-dtype", help="bf16 or fp8.")]
@@ -91,7 +92,7 @@ def serve(  # noqa: PLR0913, PLR0917 (one argument per option)
         model=config,
         machine=machine_of(hardware, gpus_per_node, profile),
         gpus=gpus,
-        lengths=_lengths(trace, isl, osl),
+        lengths=_lengths(config, trace, isl, osl),
         targets=Targets(
             objectives=Objectives(ttft_s=bound_of("ttft", ttft), tpot_s=bound_of("tpot", tpot)),
             attainment=attainment,
@@ -180,13 +181,22 @@ def replay(  # noqa: PLR0913, PLR0917 (one argument per option)
         typer.echo(line)
 
 
-def _lengths(trace: Path | None, isl: int, osl: int) -> Lengths:
+def _lengths(config: ModelConfig, trace: Path | None, isl: int, osl: int) -> Lengths:
+    """Of requests that the model has positions for: a server refuses the others, and so they cost nothing."""
     from benthic.plan.serving.demand import Fixed, Resampled  # noqa: PLC0415 (see cli.plan)
     from benthic.plan.serving.recordings import read_trace  # noqa: PLC0415
 
     if trace is None:
         return Fixed(prompt_tokens=isl, output_tokens=osl)
-    return Resampled(tuple([(each.prompt_tokens, each.output_tokens) for each in read_trace(trace)]))
+    most, asks = config.max_position_embeddings, read_trace(trace)
+    found = [(each.prompt_tokens, each.output_tokens) for each in asks]
+    kept = [lengths for lengths in found if sum(lengths) <= most]
+    if not kept:
+        refuse_rows_beyond(config, min(map(sum, found)), f"the shortest of {len(found)} requests of {trace}")
+    if len(kept) < len(found):
+        left = f"{len(found) - len(kept)} of {len(found)} requests of {trace}"
+        typer.echo(f"left out: {left} have more than the {most} positions of {config.name}", err=True)
+    return Resampled(tuple(kept))
 
 
 def _finite(value: Any) -> Any:

@@ -366,6 +366,24 @@ def test_the_command_replays_a_trace(tmp_path):
     assert RUN.invoke(main.app, [*words[:4], "nowhere.csv", *words[5:]]).exception
 
 
+def test_requests_of_a_trace_that_no_server_takes_are_not_planned_for(tmp_path):
+    trace = tmp_path / "trace.csv"
+    lines = [f"2023-11-16 18:15:{second:02d}.000000,{tokens},8" for second, tokens in ((0, 300), (1, 8185))]
+    words = ["plan", "serve", "moonlight-16b-a3b", "--gpus", "1", "--hardware", "h200", "--trace", str(trace)]
+    alone = ["plan", "serve", "moonlight-16b-a3b", "--gpus", "1", "--hardware", "h200"]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    done = RUN.invoke(main.app, [*words, "--json"])
+    assert f"left out: 1 of 2 requests of {trace} have more than the 8192 positions" in done.stderr
+    kept = json.loads(done.stdout)["answers"][0]
+    fixed = json.loads(RUN.invoke(main.app, [*alone, "--isl", "300", "--osl", "8", "--json"]).stdout)[
+        "answers"
+    ][0]
+    assert kept["goodput"] == pytest.approx(fixed["goodput"], rel=0.01)
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", lines[1]]))
+    with pytest.raises(ConfigError, match=r"the shortest of 1 requests .* is 8193 tokens, but .* has 8192"):
+        RUN.invoke(main.app, words, catch_exceptions=False)
+
+
 def test_answers_of_one_token_have_no_tpot_and_a_trace_that_is_no_text_is_refused(tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:00.000000,300,1\n")
