@@ -115,7 +115,7 @@ class GraphStopwatch(Stopwatch):
             return launched
         count = max(16, int(2e-3 / launched))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread looks after NCCL
             for _ in range(count):
                 call()
         graph.replay()
