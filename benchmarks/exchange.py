@@ -3,7 +3,7 @@
 Every line is one direction, started and finished at once, with DeepSeek-V3's row and experts: 4096 tokens a
 rank (training, prefill) and 128 (decode); over NVLink with rows written by kernels and by copy engines. What
 can be captured is timed from a CUDA graph too, "rows alone" without the copies to each expert; alone, which
-counts the launch of a graph and how far apart two hosts start theirs, and eight in a row. First all exchanges
+counts the launch of a graph and how far apart two ranks start theirs, and 8 in a row. First all exchanges
 must give the same bits. Bytes are those that have to leave a rank for others by what the routing
 really chose; copies that nobody asked for are not counted. Slowest rank of each repeat, median over repeats.
 `--small --device cpu` rehearses on gloo.
@@ -160,9 +160,8 @@ def lines(
             ("dispatch, rows alone", lambda: rows_alone(exchange, batch), out),
             ("combine", combine, home),
         ):
-            work.append((f"{what}, CUDA graph", captured(call), size, 1))
-            in_a_row = captured(call, IN_A_ROW)
-            work.append((f"{what}, eight in a row, CUDA graph", in_a_row, size, IN_A_ROW))
+            for times, how in ((1, ""), (IN_A_ROW, f", {IN_A_ROW} in a row")):
+                work.append((f"{what}{how}, CUDA graph", captured(call, times), size, times))
     rows = []
     for what, call, size, times in work:
         taken = seconds(call, device, repeats) / times

@@ -190,7 +190,7 @@ def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int)
 def free() -> None:
     """What an earlier model has held."""
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

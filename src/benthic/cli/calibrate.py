@@ -72,7 +72,7 @@ def _measured(device: str, launch: Launch) -> Profile | None:
         if device == "cuda" or launch.leads:
             ranks = launch.ranks if device == "cuda" else 1
             share = Share(launch.rank if ranks > 1 else 0, ranks, _POINTS_S)
-            with _progress(shown=launch.leads) as tell:
+            with _progress(shown=launch.leads, ranks=ranks) as tell:
                 own = measure(device, share=share, tell=tell)
         if launch.ranks == 1:
             host = calibration_host.overheads(device) if device == "cuda" else {}
@@ -85,8 +85,8 @@ def _measured(device: str, launch: Launch) -> Profile | None:
 
 
 @contextlib.contextmanager
-def _progress(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A line that says what is measured, where somebody looks; and one at the end."""
+def _progress(*, shown: bool, ranks: int) -> Iterator[Callable[[str, int, int], None]]:
+    """A line that says what this rank measures, where somebody looks; and one at the end."""
     began, last = perf_counter(), (0, 0)
     with Console(stderr=True, quiet=not shown).status("measuring") as status:
 
@@ -99,4 +99,5 @@ def _progress(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     if shown:
         measured, known = last
         left = f", {known - measured} left out for time" if measured < known else ""
-        typer.echo(f"{measured} points in {units.seconds(perf_counter() - began)}{left}")
+        whose = f"the first of {ranks} GPUs: " if ranks > 1 else ""
+        typer.echo(f"{whose}{measured} points in {units.seconds(perf_counter() - began)}{left}")

@@ -126,17 +126,17 @@ class GraphStopwatch(Stopwatch):
 class Share:
     """What one of several equal devices measures, and for how long.
 
-    rank, ranks: every rank takes another share of each kind's points. seconds: half of the points of every
-    kind are measured, the others (which lie between) while it is earlier than this.
+    rank, ranks: every rank takes other pairs of each kind's points. seconds: the first of every pair is
+    measured, the second ones (which lie between) while it is earlier than this.
     """
 
     rank: int = 0
     ranks: int = 1
     seconds: float = math.inf
 
-    def takes(self, number: int, half: int) -> bool:
-        """Whether this rank measures the so-manieth point of a kind in this half."""
-        return number % 2 == half and number // 2 % self.ranks == self.rank
+    def has(self, number: int) -> bool:
+        """Whether this rank measures the so-manieth point of a kind."""
+        return number // 2 % self.ranks == self.rank
 
 
 def calibrate(
@@ -160,20 +160,20 @@ def calibrate(
     launched = Stopwatch(device, clock)
     watch = GraphStopwatch(device, clock) if device == "cuda" else launched
     source = f"benthic calibrate, torch {torch.__version__}, {_threads(device)}"
-    rooms: list[tuple[Stopwatch, Callable[[], Calls]]] = [(watch, partial(_calls, device, chosen))]
+    groups: list[tuple[Stopwatch, Callable[[], Calls]]] = [(watch, partial(_calls, device, chosen))]
     if device == "cuda" and kernels is not None:
         own = (calibration_kernels.gradients, calibration_kernels.tiles, calibration_kernels.decoding)
-        rooms += [(watch, partial(room, device, kernels)) for room in own]
+        groups += [(watch, partial(calls, device, kernels)) for calls in own]
         # a backward pass runs on the stream of its forward pass, which is not one that captures
-        rooms.append((launched, partial(calibration_kernels.attention, device, kernels)))
-    points = [Measured(op, seconds, source) for op, seconds in _measured(rooms, share, clock, tell)]
+        groups.append((launched, partial(calibration_kernels.attention, device, kernels)))
+    points = [Measured(op, seconds, source) for op, seconds in _measured(groups, share, clock, tell)]
     if device == "cuda" and share.rank == 0:
         points += [Measured(op, seconds, source) for op, seconds in _sustained(launched)]
     return Profile(hardware=_name(device), source=source, points=tuple(points))
 
 
 def _measured(
-    rooms: Sequence[tuple[Stopwatch, Callable[[], Calls]]],
+    groups: Sequence[tuple[Stopwatch, Callable[[], Calls]]],
     share: Share,
     clock: Callable[[], float],
     tell: Callable[[str, int, int], None],
@@ -181,17 +181,19 @@ def _measured(
     """This rank's share of all points, in their order."""
     until, mine = clock() + share.seconds, 0
     found: dict[tuple[int, int], tuple[Op, float]] = {}
-    for half, (room, (watch, calls)) in itertools.product(range(2), enumerate(rooms)):
+    for half, (group, (watch, calls)) in itertools.product(range(2), enumerate(groups)):
         seen: Counter[str] = Counter()
         for number, (op, call) in enumerate(calls()):
             if half and clock() >= until:
                 break
             at = seen[op.kind]
             seen[op.kind] += 1
-            mine += half == 0 and (share.takes(at, 0) or share.takes(at, 1))
-            if share.takes(at, half):
+            if not share.has(at):
+                continue
+            mine += half == 0
+            if at % 2 == half:
                 tell(op.kind, len(found), mine)
-                found[room, number] = op, watch.seconds(call)
+                found[group, number] = op, watch.seconds(call)
     tell("", len(found), mine)
     return [found[place] for place in sorted(found)]
 
