@@ -32,7 +32,8 @@ from benthic.model.products import WeightGradients
 from benthic.parallel.mesh import Mesh
 from benthic.train.config import LoopConfig, PrecisionConfig, RunConfig
 from benthic.train.precision import linear_socket
-from benthic.train.trainer import build_stages, table_of
+from benthic.train.rows import table_of
+from benthic.train.trainer import build_stages
 
 if TYPE_CHECKING:
     from collections.abc import Callable

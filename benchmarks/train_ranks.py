@@ -92,7 +92,7 @@ def main() -> None:
             write(rows, words, config)
         for name in words.layouts:
             layout = LAYOUTS[name]
-            found = train(config, layout, data, Mesh.of(layout, rank), words.steps)
+            found = train(config, layout, data, Mesh.of(layout, rank), words.steps, spans=bool(words.spans))
             if words.spans:
                 words.spans.mkdir(parents=True, exist_ok=True)
                 (words.spans / f"{name}-rank-{rank}.jsonl").write_text(write_spans(found.spans))
@@ -162,12 +162,14 @@ def trainer_of(config: RunConfig, layout: Layout, data: Path, mesh: Mesh) -> Tra
     return Trainer(resolved, TokenShards(data, meta, "train"), mesh)
 
 
-def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int) -> Found:
+def train(
+    config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int, *, spans: bool = False
+) -> Found:
     """Some steps on one layout, after what its host takes for a call has been measured."""
     host = calibration_host.overheads(config.device) if config.device == "cuda" else {}
     free()
     trainer = trainer_of(config, layout, data, mesh)
-    trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device)
+    trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device) if spans else None
     losses, seconds, counts = [], [], []
     before = torch.cuda.memory_stats().get("num_alloc_retries", 0) if config.device == "cuda" else 0
     for _ in range(steps):
@@ -176,7 +178,7 @@ def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int)
         losses.append(result.loss)
         seconds.append(time.perf_counter() - began)
         counts.append(list(result.counts.values()))
-    spans = trainer.executor.pipeline.spans(steps)
+    measured = trainer.executor.pipeline.spans(steps)
     peak, retries = 0, 0
     if config.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -184,7 +186,7 @@ def train(config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int)
     del trainer
     free()
     loads = [load(torch.stack(of_steps).float()) for of_steps in zip(*counts[timed(steps)], strict=True)]
-    return Found(losses, seconds, peak, retries, spans, loads, host)
+    return Found(losses, seconds, peak, retries, measured, loads, host)
 
 
 def free() -> None:

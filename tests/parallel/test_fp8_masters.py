@@ -18,9 +18,10 @@ from benthic.parallel.buckets import Bucket
 from benthic.parallel.footprint import footprints
 from benthic.parallel.mesh import Mesh
 from benthic.spec.layout import Layout
-from benthic.train.trainer import Trainer, rows_at, table_of
+from benthic.train.rows import rows_at, table_of
 
 if TYPE_CHECKING:
+    from benthic.train.trainer import Trainer
     from benthic.train.config import RunConfig
 
 STEPS = 2

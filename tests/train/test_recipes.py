@@ -21,7 +21,8 @@ from benthic.train.data.shards import Meta, SplitInfo
 from benthic.train.fields import flatten
 from benthic.train.hardware import HardwareFacts
 from benthic.train.resolve import resolve
-from benthic.train.trainer import learning_rate, planned_tokens, rows_at, table_of
+from benthic.train.rows import planned_tokens, rows_at, table_of
+from benthic.train.trainer import learning_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

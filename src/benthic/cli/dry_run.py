@@ -19,7 +19,7 @@ from benthic.spec.parameters import parameters
 from benthic.train.data.shards import Meta
 from benthic.train.hardware import HardwareFacts
 from benthic.train.resolve import resolve
-from benthic.train.trainer import planned_tokens, rows_at, table_of
+from benthic.train.rows import planned_tokens, rows_at, table_of
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -33,7 +33,7 @@ class Turn(Protocol):
 class Making(NamedTuple):
     """How losses and gradients are made: see `benthic.kernels.ops.linear_cross_entropy_sum`."""
 
-    factor: float
+    factor: float | Tensor
     ignore_index: int
     chunk: int
     wanted: Wanted
@@ -101,7 +101,10 @@ def _one_chunk(
     if dlogits is not None and dhidden is not None:
         torch.mm(dlogits, weight_VD, out=dhidden)
     if dlogits is not None and dweight_VD is not None and making.wanted.weight:
-        add_product(dweight_VD, dlogits.t(), hidden, factor=making.factor, fresh=making.fresh)
+        factor = making.factor
+        if isinstance(factor, torch.Tensor):  # products take numbers of the host alone
+            hidden, factor = torch.mul(hidden, factor.view(1), out=torch.empty_like(hidden)), 1.0
+        add_product(dweight_VD, dlogits.t(), hidden, factor=factor, fresh=making.fresh)
     return loss_t
 
 

@@ -52,17 +52,27 @@ class Copy(NamedTuple):
     tiles: Fp8
     turned: Fp8
 
+    def renewed(self, other: Copy) -> Copy:
+        """What another copy of the same weight holds, where this one is."""
+        for own, new in zip((*self.tiles, *self.turned), (*other.tiles, *other.turned), strict=True):
+            own.copy_(new)
+        return self._replace(version=other.version)
 
-@dataclass(frozen=True)
+
+@dataclass
 class RunningWeights:
     """FP8 copies of weights, made when first multiplied and again once their parameter has changed.
 
     So each is quantised once per optimizer step, however many microbatches read it, and laid out once more
     for the input's gradient: products in FP8 read both operands along the dim that they sum over. Cost: 2
     bytes per weight and 8 per 128 x 128 tile.
+
+    Attributes:
+        recorded: a recorded step makes all copies itself, and reads them where it made them.
     """
 
     power_of_two: bool = False
+    recorded: bool = False
     _held: dict[tuple[Tensor, torch.Size, int], Copy] = field(default_factory=dict, repr=False)
 
     def of(self, weight: Tensor) -> Copy:
@@ -82,7 +92,8 @@ class RunningWeights:
                     "bytes of it are here. Acquire its bucket first."
                 )
                 raise ScheduleError(message)
-            held = self._held[key] = self._copy_of(weight.detach(), version)
+            fresh = self._copy_of(weight.detach(), version)
+            held = self._held[key] = fresh if held is None or not self.recorded else held.renewed(fresh)
         return held
 
     def renew(self) -> None:
@@ -91,10 +102,15 @@ class RunningWeights:
         In the next forward pass a GPU would wait for the host, who has four calls more for every product
         there; behind an update it is busy.
         """
-        for key, held in self._held.items():
+        for key, held in () if self.recorded else self._held.items():
             version = key[0]._version  # noqa: SLF001
             if version != held.version and held.weight.untyped_storage().nbytes():
                 self._held[key] = self._copy_of(held.weight, version)
+
+    def forget(self, *, recorded: bool) -> None:
+        """Every copy. Those that a recorded step makes are its own: they stay where it writes them."""
+        self.recorded = recorded
+        self._held.clear()
 
     def _copy_of(self, weight: Tensor, version: int) -> Copy:
         tiles = ops.quantise_fp8_weight(weight, power_of_two=self.power_of_two)
@@ -218,6 +234,10 @@ class MixedLinear(Linear):
     def renew(self) -> None:
         """FP8 copies."""
         self.running.renew()
+
+    def recorded(self, *, begin: bool) -> None:
+        """FP8 copies."""
+        self.running.forget(recorded=begin)
 
     def _of(self, weight: Tensor) -> SplitLinear:
         return self.fp8 if owner_of(weight) in self.narrow else self.wide

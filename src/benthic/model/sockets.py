@@ -106,6 +106,13 @@ class Linear(Protocol):
         """Weights have changed: make anew what is kept of them, before somebody waits for it."""
         return  # most sockets keep nothing
 
+    def recorded(self, *, begin: bool) -> None:  # noqa: ARG002 (see there)
+        """Recorded steps make what is kept of weights themselves from here on: forget it, and leave theirs.
+
+        Not `begin`: there is no such step any more.
+        """
+        return  # most sockets keep nothing
+
     def product(self, x_RI: Tensor, weight: Tensor, ends_E: Tensor | None) -> Tensor:
         """The product of one weight, or with ends that of one weight per expert."""
         return self(x_RI, weight) if ends_E is None else self.grouped(x_RI, weight, ends_E)

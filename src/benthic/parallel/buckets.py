@@ -291,8 +291,12 @@ class Bucket:
             self._shard.copy_(self.kept)
         if not self.gathered and self.group.size > 1:
             gather(self._flat, self._shard.clone(), self.group)
+        self.changed()
+
+    def changed(self) -> None:
+        """Copies made of the weights serve no longer."""
         self._current = False
-        # The parameters are views that know nothing of this; copies made of them go by their version.
+        # The parameters are views that know nothing of an update; copies made of them go by their version.
         torch.autograd.graph.increment_version(list(self.params.values()))
 
 

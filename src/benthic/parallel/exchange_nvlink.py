@@ -1,7 +1,7 @@
 """The exchange between GPUs of one host: rows are written into peers' memory, and waited for there.
 
 The host waits only where it asks how many rows came (`Size.exact_rows`), as a trainer does, and then for the
-rows alone, not for what else was launched.
+rows alone, not for what else was launched; and not at all while there is `room` for a known number.
 
 What writes into peers' memory runs on a stream of its own, from an event of the computing stream on; the
 computing stream waits for it where it opens the mailbox, and nowhere else. Nothing waits for ever: all ranks
@@ -27,7 +27,7 @@ from benthic.kernels import ops, triton_exchange
 from benthic.parallel import exchange_trip
 from benthic.parallel.exchange import experts_per_rank
 from benthic.parallel.exchange_memory import Mailboxes, PeerMemory, mailboxes
-from benthic.parallel.exchange_routes import Arrivals, arrivals
+from benthic.parallel.exchange_routes import Arrivals, Room, arrivals
 from benthic.parallel.exchange_stream import push_stream
 from benthic.parallel.exchange_trip import Here, Trip, check_choice
 from benthic.parallel.exchange_wire import Wire, pack_choice, unpack_choice
@@ -57,10 +57,17 @@ class NvlinkExchange:
     (`Size.copies`). Calls come from one stream, or from streams that wait for each other.
     Cost: `in_flight * n * max_tokens` rows of memory each way.
 
+    Attributes:
+        room: for how many rows arriving tokens are laid out, instead of asking; None: as `size` says.
+        most_rows: the most that were counted in one dispatch.
+
     Raises:
         ConfigError: experts do not divide by ranks, a row is not a whole number of words, or the memory is
             too small.
     """
+
+    room: Room | None = None
+    most_rows: int = 0
 
     def __init__(self, memory: PeerMemory, size: Size) -> None:
         self.size, self.rank, self.ranks = size, memory.rank, memory.ranks
@@ -190,7 +197,8 @@ class _NvlinkTrip(Trip[_Moving]):
         exchange = self._exchange
         box = exchange.out.take()
         rows_TW = exchange.wire.pack(x_TD).view(torch.int32)
-        count = self._uncounted(box) if exchange.size.exact_rows and weight_TK is not None else None
+        asked = exchange.size.exact_rows and exchange.room is None and weight_TK is not None
+        count = self._uncounted(box) if asked else None
         if exchange.copies:
             side = None if weight_TK is None else self._choices(weight_TK)
             box.put(exchange.rank, None, side)  # first, since the other stream counts it
@@ -320,4 +328,8 @@ class _NvlinkTrip(Trip[_Moving]):
         exchange, experts = self._exchange, self._exchange.per_rank
         most = expert_AK.shape[0] * min(exchange.size.top_k, experts)
         found = arrivals(expert_AK, first=exchange.rank * experts, experts=experts, rows=most)
-        return found._replace(copy_R=found.copy_R[: moving.rows(most)])
+        if exchange.room is not None:
+            return found.within(exchange.room)
+        rows = moving.rows(most)
+        exchange.most_rows = max(exchange.most_rows, rows)
+        return found._replace(copy_R=found.copy_R[:rows])

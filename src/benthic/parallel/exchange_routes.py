@@ -40,6 +40,18 @@ class Departures(NamedTuple):
     slot_Tn: Tensor
 
 
+class Room(NamedTuple):
+    """How many rows may arrive where the host must not wait for their number, as in a recorded step.
+
+    Attributes:
+        rows: of this rank's experts together, for one dispatch.
+        over: int64 scalar, to which every dispatch that brought more adds 1: what was computed then is wrong.
+    """
+
+    rows: int
+    over: Tensor
+
+
 class Arrivals(NamedTuple):
     """Where the copies of the tokens that arrived lie among the rows sorted by local expert.
 
@@ -53,6 +65,12 @@ class Arrivals(NamedTuple):
     ends_E: Tensor
     row_AK: Tensor
     copy_R: Tensor
+
+    def within(self, room: Room) -> Arrivals:
+        """The first `room.rows` rows; that there were more is noted, and copies beyond are left out."""
+        room.over.add_(self.ends_E[-1] > room.rows)
+        inside_AK = self.row_AK.masked_fill(self.row_AK >= room.rows, -1)
+        return Arrivals(self.ends_E.clamp(max=room.rows), inside_AK, self.copy_R[: room.rows])
 
 
 def choice(expert_TK: Tensor, *, per_rank: int, ranks: int) -> Choice:

@@ -60,7 +60,8 @@ class GroupLinks:
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Start sending; the tensor is kept until it has left."""
-        self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
+        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):  # may not ask then
+            self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
         tensor = tensor.contiguous()
         work = dist.isend(tensor, group=self.group, group_dst=to)
         if work is not None:

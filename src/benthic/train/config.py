@@ -63,6 +63,8 @@ class LoopConfig:
     seed: of the initial weights.
     threads: CPU threads of one process ("auto": torch's choice, and one beside a GPU); part of what makes a
         run repeatable.
+    cuda_graph: launch all of a step before its update as one CUDA graph, from the third step of a size on,
+        so that no step waits for its host. "auto": where that is possible.
     timeout_s: a collective that takes longer ends the run.
     stuck_s: a step (evaluation, save) that takes longer ends the run, after every rank has written what it
         is in the middle of to `RUN/logs/stuck-rank-N.txt`; must be below `timeout_s` to come first. 0: never.
@@ -84,6 +86,7 @@ class LoopConfig:
     max_norm: float = 1.0
     seed: int = 0
     threads: int | Auto = "auto"
+    cuda_graph: bool | Auto = "auto"
     timeout_s: float = 600.0
     stuck_s: float = 0.0
     spike_factor: float = 0.0

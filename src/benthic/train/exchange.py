@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -12,7 +12,10 @@ from benthic.parallel.exchange import AllToAllExchange
 from benthic.parallel.setup import expanded, number
 
 if TYPE_CHECKING:
+    from typing import TypeGuard
+
     from benthic.model.sockets import Exchange
+    from benthic.parallel.exchange_routes import Room
     from benthic.parallel.mesh import Group
     from benthic.sched.pipeline.table import Table
     from benthic.train.config import RunConfig
@@ -51,6 +54,24 @@ def build_exchange(config: RunConfig, table: Table, group: Group) -> Exchange:
         keep_arrivals=bool(expanded(config.recompute) & {"experts", "expert_inputs"}),
     )
     return NvlinkExchange.on(group.handle, size, torch.device(config.device))
+
+
+@runtime_checkable
+class AsksForRows(Protocol):
+    """An exchange whose host asks how many rows came, unless there is `room` for a fixed number."""
+
+    room: Room | None
+    most_rows: int
+
+
+def asks_for_rows(exchange: Exchange) -> TypeGuard[AsksForRows]:
+    """Whether it is one."""
+    return isinstance(exchange, AsksForRows)
+
+
+def room_of(exchange: Exchange) -> Room | None:
+    """For how many rows an exchange has room, if their number is fixed."""
+    return exchange.room if asks_for_rows(exchange) else None
 
 
 def overlaps(table: Table) -> bool:

@@ -19,7 +19,7 @@ from benthic.parallel.pipeline import TableExecutor
 from benthic.parallel.tokens import TokenShare
 from benthic.train.data.microbatch import sent
 from benthic.train.evaluate import Scores
-from benthic.train.exchange import overlaps
+from benthic.train.exchange import overlaps, room_of
 from benthic.train.losses import Objective, Tally, total
 from benthic.train.scoring import Scored, rounds
 from benthic.train.stage import ModelStage, Task
@@ -43,12 +43,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Sums over all microbatches of a step and all ranks, as `losses.Tally`; gradients are in the buckets."""
+    """Sums over all microbatches of a step and all ranks, as `losses.Tally`; gradients are in the buckets.
+
+    `over` counts dispatches for which an exchange had no room: if there were any, the rest is wrong.
+    """
 
     main: Tensor
     mtp: tuple[Tensor, ...]
     balance: Tensor
+    over: Tensor
     counts: dict[int, Tensor]
+
+    def kept(self) -> Outcome:
+        """A copy, which the next replay of a recorded step does not overwrite."""
+        main, *mtp, balance, over = torch.stack([self.main, *self.mtp, self.balance, self.over]).unbind()
+        counts = torch.stack(list(self.counts.values())).unbind() if self.counts else ()
+        return Outcome(main, tuple(mtp), balance, over, dict(zip(self.counts, counts, strict=True)))
+
+
+class Placed(NamedTuple):
+    """This rank's tokens of a microbatch on its device.
+
+    `positions_T` are those from which attention asks; `attend` is there if ranks share a row's attention.
+    """
+
+    batch: Microbatch
+    positions_T: Tensor
+    attend: ContextAttend | None = None
 
 
 class Sums(NamedTuple):
@@ -58,13 +79,15 @@ class Sums(NamedTuple):
     mtp: tuple[float, ...]
     balance: float
     norm: float
+    over: int = 0
 
     @classmethod
     def of(cls, outcome: Outcome, norm: Tensor) -> Sums:
         """Wait once for the device; what is queued behind this is not waited for."""
-        found = torch.stack([outcome.main, *outcome.mtp, outcome.balance, norm.to(outcome.main.dtype)])
-        main, *mtp, balance, length = found.tolist()
-        return cls(main, tuple(mtp), balance, length)
+        wide = norm.to(outcome.main.dtype)
+        found = torch.stack([outcome.main, *outcome.mtp, outcome.balance, wide, outcome.over])
+        main, *mtp, balance, length, over = found.tolist()
+        return cls(main, tuple(mtp), balance, length, int(over))
 
 
 class Executor:
@@ -93,7 +116,7 @@ class Executor:
         sink: WeightGradients,
     ) -> None:
         self.config, self.mesh, self.device, self.linear = config, mesh, device, linear
-        self._exchange, self._sink = exchange, sink
+        self.exchange, self._sink = exchange, sink
         self.tally = Tally()
         paired = overlaps(table) and mesh.layout.ep_degree > 1
         self._stages = {
@@ -127,10 +150,19 @@ class Executor:
 
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Outcome:
         """Add the gradient of the weighted loss of every microbatch to this rank's parameters."""
+        return self.run_placed([self.place(each) for each in batch], weights)
+
+    def run_placed(self, placed: Sequence[Placed], weights: Weights) -> Outcome:
+        """`run` of microbatches that are on the device, without any copy from or to the host."""
         self.tally.clear()
-        self._take([self._task(each, self._objective(each, weights)) for each in batch])
+        self._take([self._task(each, self._objective(each.batch, weights)) for each in placed])
         self.pipeline.run()
         return self._outcome()
+
+    @property
+    def timed(self) -> bool:
+        """Whether slots or the attention of blocks are measured."""
+        return self.pipeline.stopwatch is not None or any(s.pace is not None for s in self._stages.values())
 
     @torch.no_grad()
     def score(self, batches: Iterator[Microbatch]) -> Scores:
@@ -139,7 +171,7 @@ class Executor:
         each = self.pipeline.table.microbatches
         for batch in rounds(batches, mesh.layout.dp_degree, mesh.place.dp, each):
             found = [Scored() for _ in batch]
-            tasks = [self._task(m, objective) for m, objective in zip(batch, found, strict=True)]
+            tasks = [self._task(self.place(m), score) for m, score in zip(batch, found, strict=True)]
             self._take(tasks)
             self.pipeline.run(forward_only=True)
             for task, scored in zip(tasks, found, strict=True):
@@ -164,17 +196,23 @@ class Executor:
         mean = self._mean if shards > 1 else None
         return Objective(weights, self.tally, batch.rows, shards, mean, self._sink)
 
-    def _task(self, batch: Microbatch, objective: Objective | Scored) -> Task:
+    def place(self, batch: Microbatch) -> Placed:
         """This rank's part of a microbatch, whose tokens are on the host still."""
         mesh = self.mesh
+        if mesh.tokens.size == 1:
+            own = batch.to(self.device)
+            return Placed(own, own.positions_T)
         share = TokenShare.of(mesh.layout, mesh.place, rows=batch.rows, seq_len=batch.seq_len)
-        shared = mesh.tokens.size > 1
-        own = (batch.take(share.stream()) if shared else batch).to(self.device)
-        positions_T = sent(batch.positions_T[share.attention()], self.device) if shared else own.positions_T
-        attend: Attend = PackedAttend(own.cu_seqlens, own.max_seqlen)
+        attend = None
         if mesh.context.size > 1:
             attend = ContextAttend.of(share, batch.cu_seqlens.tolist(), mesh.context, self.device)
-        return Task(own, positions_T, Sockets(attend, self._exchange, self.linear), objective)
+        own = batch.take(share.stream()).to(self.device)
+        return Placed(own, sent(batch.positions_T[share.attention()], self.device), attend)
+
+    def _task(self, placed: Placed, objective: Objective | Scored) -> Task:
+        own = placed.batch
+        attend: Attend = placed.attend or PackedAttend(own.cu_seqlens, own.max_seqlen)
+        return Task(own, placed.positions_T, Sockets(attend, self.exchange, self.linear), objective)
 
     def _mean(self, f_SE: Tensor) -> Tensor:
         """Over the ranks that share the tokens of a row, each with equally many."""
@@ -187,7 +225,9 @@ class Executor:
         depths = range(config.num_nextn_predict_layers)
         like = torch.zeros((), device=self.device)
         found = [tally.main, *(tally.mtp.get(depth, []) for depth in depths), tally.balance]
-        sums = torch.stack([total(terms, like) for terms in found]).double()
+        room = room_of(self.exchange)
+        over = like if room is None else room.over
+        sums = torch.stack([*(total(terms, like).double() for terms in found), over.double()])
         layers = [i for i in range(config.num_hidden_layers + len(depths)) if config.is_moe(i)]
         empty = torch.zeros(config.n_routed_experts, dtype=torch.int64, device=self.device)
         counts = torch.stack([tally.counts.get(i, empty) for i in layers]) if layers else empty[None]
@@ -196,8 +236,9 @@ class Executor:
             dist.all_reduce(counts, group=self.mesh.world.handle)
         return Outcome(
             main=sums[0],
-            mtp=tuple(sums[1:-1]),
-            balance=sums[-1],
+            mtp=tuple(sums[1:-2]),
+            balance=sums[-2],
+            over=sums[-1],
             counts=dict(zip(layers, counts, strict=True)) if layers else {},
         )
 

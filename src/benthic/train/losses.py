@@ -30,10 +30,12 @@ class Weights:
 
     main: 1 / main targets of the global batch. mtp: the same for each depth, times λ / depths.
     balance: α / rows of the global batch.
+
+    A step that is recorded has the first two as float32 scalars on its device, for targets differ in number.
     """
 
-    main: float
-    mtp: tuple[float, ...]
+    main: float | Tensor
+    mtp: tuple[float | Tensor, ...]
     balance: float
 
 
@@ -95,7 +97,7 @@ class Objective:
         return loss
 
     def _cross_entropy(
-        self, model: DeepSeek, hidden: Hidden, target_T: Tensor, weight: float
+        self, model: DeepSeek, hidden: Hidden, target_T: Tensor, weight: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """`weight` times the sum of `-log p(target)` over the targets, and that sum alone; float32."""
         head_VD = model.head_weight()

@@ -84,7 +84,35 @@ def resolve(
         heading = f"{len(problems)} settings cannot be used:" if len(problems) > 1 else ""
         raise ConfigError("\n".join([*([heading] if heading else []), *problems]))
     config = _exchange(config, spots, choices.append)
+    config = _cuda_graph(config, choices.append)
     return Resolved(config, tuple(choices))
+
+
+def _cuda_graph(config: RunConfig, note: Callable[[Choice], None]) -> RunConfig:
+    """Whether steps are recorded; the exchange is known.
+
+    Raises:
+        ConfigError: they are to be, but cannot.
+    """
+    asked, refusal = config.train.cuda_graph, _unrecordable(config)
+    if asked is True and refusal:
+        msg = f"train.cuda_graph=true, but {refusal}. Set it to auto or false."
+        raise ConfigError(msg)
+    if asked != "auto":
+        return config
+    note(Choice("train.cuda_graph", not refusal, refusal or "one launch a step, whatever the host does"))
+    return replace(config, train=replace(config.train, cuda_graph=not refusal))
+
+
+def _unrecordable(config: RunConfig) -> str:
+    """Why the host must stay in a step; empty: it need not."""
+    if config.device != "cuda":
+        return f"device={config.device} has no CUDA graphs"
+    if config.exchange.kind == "all_to_all":
+        return "exchange.kind=all_to_all asks the device how many rows travel"
+    if config.layout.cp_degree > 1:
+        return f"layout.cp_degree={config.layout.cp_degree} cuts documents on the host"
+    return ""
 
 
 def _layout(config: RunConfig, ranks: int, note: Callable[[Choice], None]) -> RunConfig:

@@ -32,9 +32,10 @@ from benthic.train.measure import Measures
 from benthic.train.precision import DTYPES
 from benthic.train.records import EVALUATIONS, Records
 from benthic.train.resolve import resolve
+from benthic.train.rows import planned_tokens
 from benthic.train.sample import sample
 from benthic.train.speed import Meter, console_line
-from benthic.train.trainer import Trainer, planned_tokens
+from benthic.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,13 +13,10 @@ from benthic import collector
 from benthic.errors import CheckpointError, ConfigError
 from benthic.model.block import MoeBlock
 from benthic.model.products import WeightGradients
-from benthic.parallel.buckets import global_norm
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.setup import number
 from benthic.parallel.stages import build
 from benthic.parallel.tensor import divide_products
-from benthic.sched.pipeline import schedules
-from benthic.sched.pipeline.check import check
 from benthic.spec.parameters import parameters
 from benthic.train.balance import update_bias
 from benthic.train.checkpoint import Saved
@@ -36,6 +33,8 @@ from benthic.train.numerics import check_gradients, check_losses
 from benthic.train.optimizer import AdamW
 from benthic.train.precision import keep_weights, linear_socket
 from benthic.train.recompute import recompute
+from benthic.train.recording import Direct, Recorded
+from benthic.train.rows import rows_at, table_of
 from benthic.train.spikes import Spikes
 
 if TYPE_CHECKING:
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from benthic.train.data.microbatch import Microbatch
     from benthic.train.data.shards import TokenShards
     from benthic.train.losses import Weights
+    from benthic.train.recording import Computation
 
 # What decides the numbers of a run; the rest of the config, its layout too, may change on resuming.
 _FIXED = (
@@ -126,6 +126,8 @@ class Trainer:
         self.buckets = tuple(self.stages.all_buckets)
         for bucket in self.buckets:
             bucket.collect(sink)
+        direct = Direct(self.executor, self.buckets, self.mesh)
+        self._computation: Computation = Recorded(direct) if loop.cuda_graph is True else direct
         self.optimizer = optimizer_of(config, self.buckets)
         self._biases = router_biases(self.stages.models.values())
         self._data = fingerprint(shards)
@@ -157,15 +159,14 @@ class Trainer:
         """
         self._resize()
         step, batch = self.steps_done + 1, self._read()
-        for bucket in self.buckets:
-            bucket.zero()
         self._targets = total_of(targets_of(batch), self.mesh.data, self.device)
         weights = self._weights()
-        outcome = self.executor.run(batch, weights)
-        for bucket in self.buckets:
-            bucket.settle()
+        found = self._computation.run(batch, weights)
         self._reader.read(self._starts(self.position + self.rows))  # while a GPU is busy
-        sums = Sums.of(outcome, global_norm(self.buckets, self.mesh.world))
+        sums = Sums.of(*found)
+        if sums.over:
+            found = self._computation.again(batch, weights)
+            sums = Sums.of(*found)
         check_losses(step, sums, self.executor, batch, weights)
         check_gradients(step, sums.norm, self.gradients)
         lr = learning_rate(self.config.train, step, self.tokens)
@@ -174,8 +175,8 @@ class Trainer:
             for bucket in self.buckets:
                 bucket.publish(rounded=True)
             self._linear.renew()
-            self._balance(outcome.counts)
-        return self._advance(step, sums, outcome.counts, lr)
+            self._balance(found.outcome.counts)
+        return self._advance(step, sums, found.outcome.counts, lr)
 
     def gradients(self) -> dict[str, Tensor]:
         """What this rank updates with, by parameter: its pieces of the summed gradients, float32 and flat."""
@@ -277,56 +278,6 @@ class Trainer:
             message = "these settings decide the numbers of a run and have changed:\n" + "\n".join(lines)
             msg = f"{message}\nSet them back, or start a new run."
             raise CheckpointError(msg)
-
-
-def rows_at(config: RunConfig, tokens: int) -> int:
-    """Rows of the step that starts after `tokens` tokens.
-
-    A curve's value is rounded down to whole microbatches on every data rank, as many as the schedule can
-    divide.
-
-    Raises:
-        ConfigError: that leaves none.
-    """
-    loop, layout = config.train, config.layout
-    if loop.batch_curve is None:
-        return number(loop.global_batch_size)
-    microbatches = schedules.unit(layout.schedule, layout.pp_degree)
-    unit = layout.dp_degree * number(loop.local_batch_size) * microbatches
-    wanted = int(loop.batch_curve.at(tokens))
-    if wanted < unit:
-        message = (
-            f"train.batch_curve wants {wanted} rows after {tokens} tokens, but layout.dp_degree="
-            f"{layout.dp_degree}, train.local_batch_size={loop.local_batch_size} and schedule "
-            f"{layout.schedule!r} take multiples of {unit}. Start with {unit} or more."
-        )
-        raise ConfigError(message)
-    return wanted // unit * unit
-
-
-def planned_tokens(config: RunConfig) -> int:
-    """Tokens of the whole run."""
-    seq_len, seen = number(config.train.seq_len), 0
-    if config.train.batch_curve is None:
-        return config.train.steps * rows_at(config, 0) * seq_len
-    for _ in range(config.train.steps):
-        seen += rows_at(config, seen) * seq_len
-    return seen
-
-
-def table_of(config: RunConfig, rows: int) -> Table:
-    """The pipeline schedule of a step of `rows` rows.
-
-    Raises:
-        ConfigError: the schedule does not exist for these numbers.
-    """
-    layout, loop = config.layout, config.train
-    microbatches = rows // (layout.dp_degree * number(loop.local_batch_size))
-    table = schedules.build(
-        layout.schedule, layout.pp_degree, microbatches, virtual_stages=layout.virtual_stages
-    )
-    check(table)
-    return table
 
 
 def build_stages(config: RunConfig, table: Table, mesh: Mesh) -> Stages:

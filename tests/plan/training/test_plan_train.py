@@ -31,7 +31,7 @@ from benthic.spec import presets
 from benthic.spec.layout import Layout
 from benthic.train import recipes
 from benthic.train.resolve import resolve
-from benthic.train.trainer import rows_at
+from benthic.train.rows import rows_at
 
 RUN = CliRunner()
 V3 = Candidate(

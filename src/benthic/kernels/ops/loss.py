@@ -114,7 +114,7 @@ def linear_cross_entropy_sum(  # noqa: PLR0913 (the loss, and where its gradient
     weight_VD: Tensor,
     target_T: Tensor,
     *,
-    factor: float = 1.0,
+    factor: float | Tensor = 1.0,
     ignore_index: int = -100,
     chunk: int | None = None,
     into_VD: Tensor | None = None,
@@ -123,7 +123,8 @@ def linear_cross_entropy_sum(  # noqa: PLR0913 (the loss, and where its gradient
 ) -> tuple[Tensor, Tensor]:
     """`factor * sum_t -log softmax(W h_t)[target_t]`, and the sum itself, which has no gradient.
 
-    The factor is known before the backward pass, so gradients are made while a chunk's logits are there.
+    The factor is known before the backward pass, so gradients are made while a chunk's logits are there. As a
+    float32 scalar on the device, which a CUDA graph may find changed, it costs a rounding of hidden.
 
     Shapes: as `linear_cross_entropy`; `into` like the weight and at least as wide. With it, and where
     autograd records, the gradient of the weight is added to `into` by this call (the definition does so in

@@ -36,7 +36,7 @@ def linear_cross_entropy_sum(  # noqa: PLR0913 (the loss, and where its gradient
     weight_VD: Tensor,
     target_T: Tensor,
     *,
-    factor: float,
+    factor: float | Tensor,
     ignore_index: int,
     chunk: int | None,
     into_VD: Tensor | None,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from benthic.errors import ShapeError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -89,12 +91,29 @@ class Microbatch:
             target_KT=self.target_KT[:, index_T],
         )
 
+    def padded(self, sequences: int) -> Microbatch:
+        """As one of so many sequences, of which any may be a row long: the last ones are empty.
+
+        Raises:
+            ShapeError: it has more.
+        """
+        missing = sequences + 1 - self.cu_seqlens.numel()
+        if missing < 0:
+            msg = f"{self.cu_seqlens.numel() - 1} sequences cannot be padded to {sequences}"
+            raise ShapeError(msg)
+        end = self.cu_seqlens[-1:].expand(missing)
+        starts = torch.cat([self.cu_seqlens, end])
+        return dataclasses.replace(self, cu_seqlens=starts, max_seqlen=self.seq_len)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What a device is sent."""
+        return self.tokens_T, self.positions_T, self.cu_seqlens, self.ahead_KT, self.target_KT
+
     def to(self, device: torch.device) -> Microbatch:
         """The same on `device`."""
         if self.tokens_T.device == device:
             return self
-        here = (self.tokens_T, self.positions_T, self.cu_seqlens, self.ahead_KT, self.target_KT)
-        tokens_T, positions_T, cu_seqlens, ahead_KT, target_KT = sent_together(here, device)
+        tokens_T, positions_T, cu_seqlens, ahead_KT, target_KT = sent_together(self.tensors(), device)
         return dataclasses.replace(
             self,
             tokens_T=tokens_T,

@@ -1,0 +1,230 @@
+"""How a step computes: kernel by kernel, or as one CUDA graph, for which no host is too slow.
+
+What is recorded is everything between the batch and the update: forward and backward of all microbatches
+through the pipeline table, transfers and sums between ranks, the gradients' norm. What differs from step to
+step lies in memory that the graph reads: tokens, where documents begin, the weights of the losses. How many
+rows come to the experts of a rank is not known before: there is room for somewhat more than have come so
+far, and a step that brings more still is computed again, kernel by kernel, and recorded anew.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist  # noqa: TID251 (ranks replay together or not at all)
+
+from benthic.errors import ConfigError
+from benthic.parallel.buckets import global_norm
+from benthic.parallel.exchange_routes import Room
+from benthic.train.data.microbatch import sent
+from benthic.train.exchange import asks_for_rows, room_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from benthic.parallel.buckets import Bucket
+    from benthic.parallel.mesh import Mesh
+    from benthic.sched.pipeline.table import Table
+    from benthic.train.data.microbatch import Microbatch
+    from benthic.train.executor import Executor, Outcome, Placed
+    from benthic.train.losses import Weights
+
+SPARE: Final = 16
+"""There is room for a sixteenth more rows than the most that have come; spare ones are zeros."""
+
+
+class Found(NamedTuple):
+    """Losses and counts of a step and the 2-norm of its gradients, which are in the buckets."""
+
+    outcome: Outcome
+    norm: Tensor
+
+
+class Computation(Protocol):
+    """What a step is before its update."""
+
+    def run(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
+        """Clear the gradients, compute them, sum them over the ranks."""
+        ...
+
+    def again(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
+        """The same for a step for which there was not enough room."""
+        ...
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The host launches every kernel."""
+
+    executor: Executor
+    buckets: Sequence[Bucket]
+    mesh: Mesh
+
+    def run(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
+        """See `Computation`."""
+        return self.placed([self.executor.place(each) for each in batch], weights)
+
+    again = run
+
+    def placed(self, batch: Sequence[Placed], weights: Weights) -> Found:
+        """`run` of what is on the device: nothing comes from the host or goes there."""
+        room = room_of(self.executor.exchange)
+        if room is not None:
+            room.over.zero_()
+        for bucket in self.buckets:
+            bucket.zero()
+        outcome = self.executor.run_placed(batch, weights)
+        for bucket in self.buckets:
+            bucket.settle()
+        return Found(outcome, global_norm(self.buckets, self.mesh.world))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What two steps must share to run as one graph."""
+
+    table: Table
+    sequences: int
+    rows: tuple[int, ...]
+    balance: float
+
+    def like(self, other: Shape | None) -> bool:
+        """Tables are compared by identity: a trainer has one until its steps change their size."""
+        return other is not None and self.table is other.table and replace(self, table=other.table) == other
+
+
+@dataclass
+class Tape:
+    """One recorded step: the memory that it reads, and its graph and what that leaves, once there is one."""
+
+    shape: Shape
+    batch: list[Placed]
+    factors: Tensor
+    weights: Weights
+    room: Room | None
+    graph: torch.cuda.CUDAGraph | None = None
+    found: Found | None = None
+
+    def fill(self, batch: Sequence[Placed], weights: Weights) -> None:
+        """Lay another step's operands where the graph reads."""
+        here = [tensor for each in self.batch for tensor in (*each.batch.tensors(), each.positions_T)]
+        there = [tensor for each in batch for tensor in (*each.batch.tensors(), each.positions_T)]
+        torch._foreach_copy_(here, there)
+        self.factors.copy_(_factors(weights, self.factors.device))
+
+
+class Recorded:
+    """Steps as CUDA graphs.
+
+    The first step of a shape is launched kernel by kernel, and rows are counted; the second too, with the
+    operands of a graph, so that all that is met for the first time is met outside of one; the third is
+    recorded. Steps that are measured slot by slot are launched kernel by kernel.
+
+    Memory: that of a step, which belongs to its graph from then on.
+    """
+
+    def __init__(self, direct: Direct) -> None:
+        self.direct = direct
+        self._seen: Shape | None = None
+        self._tape: Tape | None = None
+        self._sequences = 0
+
+    def run(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
+        """See `Computation`.
+
+        Raises:
+            ConfigError: the step cannot be recorded; the error says why.
+        """
+        if self.direct.executor.timed:
+            return self.direct.run(batch, weights)
+        shape = self._shape(batch, weights)
+        if not shape.like(self._seen):
+            self._forget()
+            self._seen = shape
+            return self.direct.run(batch, weights)
+        placed = [self.direct.executor.place(each.padded(shape.sequences)) for each in batch]
+        if self._tape is None:
+            self._tape = self._begin(shape, placed, weights)
+            with self._fixed(self._tape.room):
+                return self.direct.placed(self._tape.batch, self._tape.weights)
+        self._tape.fill(placed, weights)
+        if self._tape.graph is None:
+            self._record(self._tape)
+        return _replayed(self._tape)
+
+    def again(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
+        """See `Computation`; what is recorded had too little room."""
+        self._forget()
+        return self.direct.run(batch, weights)
+
+    def _shape(self, batch: Sequence[Microbatch], weights: Weights) -> Shape:
+        """Of this step on all ranks: their numbers of documents differ."""
+        most = max(max(each.cu_seqlens.numel() - 1, 2 * each.rows) for each in batch)
+        self._sequences = max(self._sequences, 1 << (self._most(most) - 1).bit_length())
+        rows = tuple(each.rows for each in batch)
+        return Shape(self.direct.executor.pipeline.table, self._sequences, rows, weights.balance)
+
+    def _most(self, number: int) -> int:
+        world = self.direct.mesh.world
+        if world.handle is None:
+            return number
+        found = torch.tensor(number, device=self.direct.executor.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=world.handle)
+        return int(found)
+
+    def _begin(self, shape: Shape, placed: list[Placed], weights: Weights) -> Tape:
+        executor = self.direct.executor
+        factors = _factors(weights, executor.device).clone()
+        main, *mtp = factors.unbind()
+        room, exchange = None, executor.exchange
+        if asks_for_rows(exchange):
+            rows = exchange.most_rows + exchange.most_rows // SPARE + 1
+            room = Room(rows, torch.zeros((), dtype=torch.int64, device=executor.device))
+        return Tape(shape, placed, factors, replace(weights, main=main, mtp=tuple(mtp)), room)
+
+    @contextmanager
+    def _fixed(self, room: Room | None) -> Iterator[None]:
+        exchange = self.direct.executor.exchange
+        if not asks_for_rows(exchange):
+            yield
+            return
+        exchange.room = room
+        try:
+            yield
+        finally:
+            exchange.room = None
+
+    def _record(self, tape: Tape) -> None:
+        """Copies of weights are made inside, as if all had just been updated."""
+        for bucket in self.direct.buckets:
+            bucket.changed()
+        self.direct.executor.linear.recorded(begin=True)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Of this thread alone: others look after NCCL.
+            with self._fixed(tape.room), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                tape.found = self.direct.placed(tape.batch, tape.weights)
+        except Exception as error:
+            message = f"a step could not be recorded as a CUDA graph: {error}. Set train.cuda_graph=false."
+            raise ConfigError(message) from error
+        tape.graph = graph
+
+    def _forget(self) -> None:
+        self._seen = self._tape = None
+        self.direct.executor.linear.recorded(begin=False)
+
+
+def _factors(weights: Weights, device: torch.device) -> Tensor:
+    """The weights of the main loss and of every MTP depth."""
+    return sent(torch.tensor([weights.main, *weights.mtp], dtype=torch.float32), device)
+
+
+def _replayed(tape: Tape) -> Found:
+    assert tape.graph is not None and tape.found is not None, "nothing is recorded"  # noqa: S101, PT018
+    tape.graph.replay()
+    return Found(tape.found.outcome.kept(), tape.found.norm.clone())
