@@ -165,10 +165,15 @@ def trainer_of(config: RunConfig, layout: Layout, data: Path, mesh: Mesh) -> Tra
 def train(
     config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int, *, spans: bool = False
 ) -> Found:
-    """Some steps on one layout, after what its host takes for a call has been measured."""
-    host = calibration_host.overheads(config.device) if config.device == "cuda" else {}
-    free()
+    """Some steps on one layout; what its host takes for a call is measured before, if it launches kernels."""
     trainer = trainer_of(config, layout, data, mesh)
+    host = {}
+    if config.device == "cuda" and not trainer.recorded:
+        del trainer
+        free()
+        host = calibration_host.overheads(config.device)
+        free()
+        trainer = trainer_of(config, layout, data, mesh)
     trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device) if spans else None
     losses, seconds, counts = [], [], []
     before = torch.cuda.memory_stats().get("num_alloc_retries", 0) if config.device == "cuda" else 0
@@ -183,6 +188,7 @@ def train(
     if config.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
         retries = torch.cuda.memory_stats()["num_alloc_retries"] - before
+    trainer.close()
     del trainer
     free()
     loads = [load(torch.stack(of_steps).float()) for of_steps in zip(*counts[timed(steps)], strict=True)]

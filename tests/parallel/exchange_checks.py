@@ -28,6 +28,7 @@ def every_routing(rank, ranks, folder):
     shared = memory(folder, rank, ranks)
     same = functools.partial(check_same_bits, shared, rank, ranks, dtype=torch.float32, most=5, device="cpu")
     same(names=ROUTINGS[:1], width=1100, exact_rows=True)  # in two pieces
+    same(names=ROUTINGS[:1], width=20, exact_rows=True, fixed=True)
     same(names=ROUTINGS[:1], width=20, copies=True)
     with mock.patch.object(triton_exchange, "FEW_TOKENS", 2):  # as with hundreds of tokens
         same(names=ROUTINGS[:2], width=1100)

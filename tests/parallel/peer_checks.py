@@ -17,6 +17,7 @@ from benthic.kernels import ops
 from benthic.parallel.exchange import AllToAllExchange
 from benthic.parallel.exchange_memory import PeerMemory
 from benthic.parallel.exchange_nvlink import NvlinkExchange
+from benthic.parallel.exchange_routes import Room
 from benthic.parallel.exchange_size import Size
 
 NAMES = ("output", "gradient of tokens", "gradient of weights", "gradient at the experts")
@@ -60,14 +61,21 @@ def same_bits(ours, theirs, label):
         assert torch.equal(mine, other), f"{label}, {name}: {(mine.float() - other.float()).abs().max()}"
 
 
-def check_same_bits(memory_for, rank, ranks, *, names, dtype, width, device, most=64, **options):
-    """Outputs and all gradients over several routings through one exchange, mailboxes being used again."""
+def check_same_bits(memory_for, rank, ranks, *, names, dtype, width, device, most=64, fixed=False, **options):
+    """Outputs and all gradients over several routings through one exchange, mailboxes being used again.
+
+    With `fixed` the host learns of no number of rows, and there is room for all copies but a few.
+    """
     size = size_for(ranks, dtype=dtype, width=width, **({"max_tokens": most} | options))
     fast = NvlinkExchange(memory_for(size.words(ranks)), size)
     plain = AllToAllExchange(None, ranks * PER_RANK, fp8=size.fp8)
+    if fixed:
+        over = torch.zeros((), dtype=torch.int64, device=device)
+        fast.room = Room(ranks * size.max_tokens * min(TOP_K, PER_RANK) - 3 * (ranks > 1), over)
     for name in names:
         batch = batches(name, ranks, dtype=dtype, width=width, most=most, device=device)[rank]
         same_bits(through_factors(fast, batch), through_factors(plain, batch), (rank, name, dtype, options))
+    assert fast.room is None or not fast.room.over
 
 
 def check_overlap_and_recomputation(

@@ -83,7 +83,9 @@ def kept_by_a_chunk(trainer: Trainer) -> int:
     without += (SEGMENTS,) if trainer.mesh.context.size > 1 else ()
     executor, batch, memory = trainer.executor, trainer._read(), LiveMemory(without)
     weights = Weights(main=1.0, mtp=(1.0,), balance=1.0)
-    executor._take([executor._task(each, executor._objective(each, weights)) for each in batch])
+    executor._take(
+        [executor._task(executor.place(each), executor._objective(each, weights)) for each in batch]
+    )
     chunks, sizes = [], [0]
     with memory:
         for microbatch in range(2):

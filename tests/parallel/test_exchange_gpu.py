@@ -34,6 +34,7 @@ def bits(rank):
         same(names=ROUTINGS, dtype=dtype, width=256, max_tokens=700)  # rows in one piece
         same(names=ROUTINGS[:4], dtype=dtype, width=7168)
         same(names=ROUTINGS[:4], dtype=dtype, width=2048, exact_rows=True)
+        same(names=ROUTINGS[:1], dtype=dtype, width=2048, exact_rows=True, fixed=True)
         same(names=ROUTINGS[:4], dtype=dtype, width=2048, fp8=True)
         same(names=ROUTINGS, dtype=dtype, width=256, copies=True)
         same(names=ROUTINGS[:4], dtype=dtype, width=2048, exact_rows=True, copies=True)

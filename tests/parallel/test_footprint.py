@@ -17,8 +17,8 @@ from benthic.spec.layout import Layout
 from benthic.train.rows import rows_at, table_of
 
 if TYPE_CHECKING:
-    from benthic.train.trainer import Trainer
     from benthic.train.config import RunConfig
+    from benthic.train.trainer import Trainer
 
 LAYOUTS = (
     Layout(pp_degree=2, dp_degree=2, ep_degree=2),

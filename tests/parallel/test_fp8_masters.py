@@ -21,8 +21,8 @@ from benthic.spec.layout import Layout
 from benthic.train.rows import rows_at, table_of
 
 if TYPE_CHECKING:
-    from benthic.train.trainer import Trainer
     from benthic.train.config import RunConfig
+    from benthic.train.trainer import Trainer
 
 STEPS = 2
 LAYOUTS = (

@@ -96,3 +96,28 @@ def test_evaluation_on_a_gpu_finds_the_loss_of_the_cpu(on_gpu: Callable[..., Tra
     gpu = score()
     run.model.to("cpu")
     assert gpu == pytest.approx(score(), rel=1e-3)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "fp8"])
+def test_a_step_that_is_one_graph_finds_what_its_kernels_do(
+    weights: str, on_gpu: Callable[..., Trainer]
+) -> None:
+    numbers = [f"precision.weights={weights}", f"precision.matmul={weights}", "train.global_batch_size=8"]
+    one = on_gpu(*numbers, "train.lr=1e-4")
+    other = on_gpu(*numbers, "train.lr=1e-4", "train.cuda_graph=false")
+    assert one.recorded
+    assert not other.recorded
+    pairs = [(one.step(), other.step()) for _ in range(8)]
+    for mine, theirs in pairs:
+        assert (mine.loss, mine.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=1e-2)
+        assert mine.mtp == pytest.approx(theirs.mtp, rel=1e-2)
+        mine_E, theirs_E = (torch.stack(list(each.counts.values())).sum(1) for each in (mine, theirs))
+        assert torch.equal(mine_E, theirs_E)
+    one.close()
+
+
+def test_scoring_between_replays_changes_nothing(on_gpu: Callable[..., Trainer]) -> None:
+    run, other = on_gpu("train.lr=1e-4"), on_gpu("train.lr=1e-4")
+    assert losses(run, 5) == pytest.approx(losses(other, 5), rel=1e-5)
+    run.executor.score(iter(run._read()))
+    assert losses(run, 4) == pytest.approx(losses(other, 4), rel=1e-5)

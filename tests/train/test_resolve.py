@@ -51,10 +51,44 @@ def test_resolved_config_has_no_auto_left_and_every_choice_has_a_reason(
         "train.local_batch_size",
         "train.global_batch_size",
         "train.threads",
+        "train.cuda_graph",
         "exchange.kind",
         "exchange.fp8",
     }
     assert all(choice.reason for choice in resolved.choices)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "said"),
+    [
+        ((), 1, ""),
+        (("layout.dp_degree=2", "layout.ep_degree=2"), 2, ""),
+        (
+            ("layout.dp_degree=2", "layout.ep_degree=2", "exchange.kind=all_to_all"),
+            2,
+            "asks the device how many",
+        ),
+        (("layout.cp_degree=2",), 2, "cp_degree=2 cuts documents"),
+        (("offload=attention",), 1, "offload=attention brings activations"),
+        (("device=cpu",), 1, "device=cpu has no CUDA graphs"),
+    ],
+    ids=str,
+)
+def test_steps_are_cuda_graphs_unless_the_host_is_needed(
+    settings: tuple[str, ...], ranks: int, said: str, dataset: Path, facts: HardwareFacts
+) -> None:
+    device = "cpu" if "device=cpu" in settings else "cuda"
+    found, meta = dataclasses.replace(facts, device=device), read_meta(dataset)
+    config = apply(recipes.nano_test(), ["device=auto", "train.global_batch_size=16", *settings])
+    resolved = resolve(config, found, meta, ranks=ranks)
+    (choice,) = [each for each in resolved.choices if each.field == "train.cuda_graph"]
+    assert resolved.config.train.cuda_graph is choice.value is (not said)
+    off = apply(config, ["train.cuda_graph=false"])
+    assert resolve(off, found, meta, ranks=ranks).config.train.cuda_graph is False
+    if said:
+        assert said in choice.reason
+        with pytest.raises(ConfigError, match=f"train.cuda_graph=true, but .*{said}"):
+            resolve(apply(config, ["train.cuda_graph=true"]), found, meta, ranks=ranks)
 
 
 def test_checkpoints_are_written_beside_training_on_a_gpu_only(dataset: Path, facts: HardwareFacts) -> None:

@@ -245,7 +245,7 @@ def test_fp8_copies_are_made_behind_the_update_and_not_in_the_next_forward_pass(
     trainer: Make, nano: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, made, seen = trainer(apply(nano, ["precision.matmul=fp8"])), [], []
-    quantise, execute = ops.quantise_fp8_weight, run.executor.run
+    quantise, execute = ops.quantise_fp8_weight, run.executor.run_placed
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         made.append(1)
@@ -257,7 +257,7 @@ def test_fp8_copies_are_made_behind_the_update_and_not_in_the_next_forward_pass(
         return outcome
 
     monkeypatch.setattr(ops, "quantise_fp8_weight", counted)
-    monkeypatch.setattr(run.executor, "run", executed)
+    monkeypatch.setattr(run.executor, "run_placed", executed)
     for _ in range(3):
         run.step()
     first = seen[0]

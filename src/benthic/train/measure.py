@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from benthic.parallel.recorder import Pace, Recorder, everyones
 from benthic.train.profile import Tracer
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from benthic.sched.pipeline.spans import Span
     from benthic.sched.pipeline.table import Table
     from benthic.train.trainer import StepResult, Trainer
+
+RECORDED_BETWEEN: Final = 100
+"""Of so many console lines one comes with a comparison of ranks, where steps are CUDA graphs."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Measures:
 
     def _pace(self, step: int, every: int) -> Pace | None:
         """Ranks are compared when there are several; the first step, which compiles, says nothing."""
+        if self.trainer.recorded:  # such a step is launched kernel by kernel, to be measured
+            every *= RECORDED_BETWEEN
         due = every > 0 and step % every == 0 and step > 1
         return Pace.started(self.trainer.device) if due and self.trainer.mesh.world.size > 1 else None
 

@@ -9,6 +9,8 @@ far, and a step that brings more still is computed again, kernel by kernel, and 
 
 from __future__ import annotations
 
+import logging
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
@@ -23,7 +25,7 @@ from benthic.train.data.microbatch import sent
 from benthic.train.exchange import asks_for_rows, room_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from benthic.train.data.microbatch import Microbatch
     from benthic.train.executor import Executor, Outcome, Placed
     from benthic.train.losses import Weights
+
+logger = logging.getLogger("benthic.train")
 
 SPARE: Final = 16
 """There is room for a sixteenth more rows than the most that have come; spare ones are zeros."""
@@ -56,6 +60,10 @@ class Computation(Protocol):
         """The same for a step for which there was not enough room."""
         ...
 
+    def close(self) -> None:
+        """Let go of what outlives a step; NCCL does not end before graphs with its kernels do."""
+        ...
+
 
 @dataclass(frozen=True)
 class Direct:
@@ -71,6 +79,9 @@ class Direct:
 
     again = run
 
+    def close(self) -> None:
+        """Nothing does."""
+
     def placed(self, batch: Sequence[Placed], weights: Weights) -> Found:
         """`run` of what is on the device: nothing comes from the host or goes there."""
         room = room_of(self.executor.exchange)
@@ -82,6 +93,36 @@ class Direct:
         for bucket in self.buckets:
             bucket.settle()
         return Found(outcome, global_norm(self.buckets, self.mesh.world))
+
+
+class Graph(Protocol):
+    """A recorded computation and where it leaves what it finds."""
+
+    found: Found
+
+    def replay(self) -> None:
+        """Run it again, behind all that was launched."""
+        ...
+
+    def reset(self) -> None:
+        """It will not run again."""
+        ...
+
+
+class OnGpu:
+    """A CUDA graph, recorded from what this thread launches: others look after NCCL."""
+
+    def __init__(self, compute: Callable[[], Found]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.found = compute()
+        self._graph = graph
+        self.replay = graph.replay
+
+    def reset(self) -> None:
+        """Wait for the last run, and free what is the graph's."""
+        torch.cuda.synchronize()
+        self._graph.reset()
 
 
 @dataclass(frozen=True)
@@ -107,8 +148,7 @@ class Tape:
     factors: Tensor
     weights: Weights
     room: Room | None
-    graph: torch.cuda.CUDAGraph | None = None
-    found: Found | None = None
+    graph: Graph | None = None
 
     def fill(self, batch: Sequence[Placed], weights: Weights) -> None:
         """Lay another step's operands where the graph reads."""
@@ -123,16 +163,18 @@ class Recorded:
 
     The first step of a shape is launched kernel by kernel, and rows are counted; the second too, with the
     operands of a graph, so that all that is met for the first time is met outside of one; the third is
-    recorded. Steps that are measured slot by slot are launched kernel by kernel.
+    recorded. Steps that are measured slot by slot are launched kernel by kernel, and all are, which a warning
+    says, if the host waited for its device in the second: sizes that no kernel of ours takes may need it.
 
     Memory: that of a step, which belongs to its graph from then on.
     """
 
-    def __init__(self, direct: Direct) -> None:
-        self.direct = direct
+    def __init__(self, direct: Direct, record: Callable[[Callable[[], Found]], Graph] = OnGpu) -> None:
+        self.direct, self._to_graph = direct, record
         self._seen: Shape | None = None
         self._tape: Tape | None = None
         self._sequences = 0
+        self._refused = False
 
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
         """See `Computation`.
@@ -140,7 +182,7 @@ class Recorded:
         Raises:
             ConfigError: the step cannot be recorded; the error says why.
         """
-        if self.direct.executor.timed:
+        if self._refused or self.direct.executor.timed:
             return self.direct.run(batch, weights)
         shape = self._shape(batch, weights)
         if not shape.like(self._seen):
@@ -150,8 +192,7 @@ class Recorded:
         placed = [self.direct.executor.place(each.padded(shape.sequences)) for each in batch]
         if self._tape is None:
             self._tape = self._begin(shape, placed, weights)
-            with self._fixed(self._tape.room):
-                return self.direct.placed(self._tape.batch, self._tape.weights)
+            return self._rehearse(self._tape)
         self._tape.fill(placed, weights)
         if self._tape.graph is None:
             self._record(self._tape)
@@ -161,6 +202,10 @@ class Recorded:
         """See `Computation`; what is recorded had too little room."""
         self._forget()
         return self.direct.run(batch, weights)
+
+    def close(self) -> None:
+        """See `Computation`."""
+        self._forget()
 
     def _shape(self, batch: Sequence[Microbatch], weights: Weights) -> Shape:
         """Of this step on all ranks: their numbers of documents differ."""
@@ -187,36 +232,65 @@ class Recorded:
             room = Room(rows, torch.zeros((), dtype=torch.int64, device=executor.device))
         return Tape(shape, placed, factors, replace(weights, main=main, mtp=tuple(mtp)), room)
 
-    @contextmanager
-    def _fixed(self, room: Room | None) -> Iterator[None]:
-        exchange = self.direct.executor.exchange
+    def _computed(self, tape: Tape) -> Found:
+        """Kernel by kernel, with the operands of a graph."""
+        exchange, computed = self.direct.executor.exchange, self.direct.placed
         if not asks_for_rows(exchange):
-            yield
-            return
-        exchange.room = room
+            return computed(tape.batch, tape.weights)
+        exchange.room = tape.room
         try:
-            yield
+            return computed(tape.batch, tape.weights)
         finally:
             exchange.room = None
+
+    def _rehearse(self, tape: Tape) -> Found:
+        """The second step; afterwards every rank knows whether the host of any waited."""
+        with waits(self.direct.executor.device) as seen:
+            found = self._computed(tape)
+        reason = self.direct.executor.first(seen[0] if seen else None)
+        if reason is not None:
+            logger.warning("steps are launched kernel by kernel, for the host waits in them: %s", reason)
+            self._refused, self._tape = True, None
+        return found
 
     def _record(self, tape: Tape) -> None:
         """Copies of weights are made inside, as if all had just been updated."""
         for bucket in self.direct.buckets:
             bucket.changed()
         self.direct.executor.linear.recorded(begin=True)
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Of this thread alone: others look after NCCL.
-            with self._fixed(tape.room), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                tape.found = self.direct.placed(tape.batch, tape.weights)
+            tape.graph = self._to_graph(lambda: self._computed(tape))
         except Exception as error:
             message = f"a step could not be recorded as a CUDA graph: {error}. Set train.cuda_graph=false."
             raise ConfigError(message) from error
-        tape.graph = graph
 
     def _forget(self) -> None:
+        if self._tape is not None and self._tape.graph is not None:
+            self._tape.graph.reset()
+            self.direct.executor.linear.recorded(begin=False)
         self._seen = self._tape = None
-        self.direct.executor.linear.recorded(begin=False)
+
+
+@contextmanager
+def waits(device: torch.device) -> Iterator[list[str]]:
+    """Where the host waits for a GPU meanwhile, in torch's words; a graph may not have that."""
+    seen: list[str] = []
+    if device.type != "cuda":
+        yield seen
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield seen
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for each in caught:
+        if "synchronizing" in str(each.message):
+            seen.append(f"{each.filename}, line {each.lineno}")
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _factors(weights: Weights, device: torch.device) -> Tensor:
@@ -225,6 +299,7 @@ def _factors(weights: Weights, device: torch.device) -> Tensor:
 
 
 def _replayed(tape: Tape) -> Found:
-    assert tape.graph is not None and tape.found is not None, "nothing is recorded"  # noqa: S101, PT018
+    assert tape.graph is not None, "nothing is recorded"  # noqa: S101
     tape.graph.replay()
-    return Found(tape.found.outcome.kept(), tape.found.norm.clone())
+    found = tape.graph.found
+    return Found(found.outcome.kept(), found.norm.clone())

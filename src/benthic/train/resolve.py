@@ -9,6 +9,7 @@ from benthic.errors import ConfigError
 from benthic.parallel.exchange_choice import GPUS_OF_A_HOST, assumed_spots, choose_exchange, facts_among
 from benthic.parallel.setup import expanded, number
 from benthic.spec.parameters import parameters
+from benthic.train.recordable import unrecordable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,7 @@ def _cuda_graph(config: RunConfig, note: Callable[[Choice], None]) -> RunConfig:
     Raises:
         ConfigError: they are to be, but cannot.
     """
-    asked, refusal = config.train.cuda_graph, _unrecordable(config)
+    asked, refusal = config.train.cuda_graph, unrecordable(config)
     if asked is True and refusal:
         msg = f"train.cuda_graph=true, but {refusal}. Set it to auto or false."
         raise ConfigError(msg)
@@ -102,17 +103,6 @@ def _cuda_graph(config: RunConfig, note: Callable[[Choice], None]) -> RunConfig:
         return config
     note(Choice("train.cuda_graph", not refusal, refusal or "one launch a step, whatever the host does"))
     return replace(config, train=replace(config.train, cuda_graph=not refusal))
-
-
-def _unrecordable(config: RunConfig) -> str:
-    """Why the host must stay in a step; empty: it need not."""
-    if config.device != "cuda":
-        return f"device={config.device} has no CUDA graphs"
-    if config.exchange.kind == "all_to_all":
-        return "exchange.kind=all_to_all asks the device how many rows travel"
-    if config.layout.cp_degree > 1:
-        return f"layout.cp_degree={config.layout.cp_degree} cuts documents on the host"
-    return ""
 
 
 def _layout(config: RunConfig, ranks: int, note: Callable[[Choice], None]) -> RunConfig:

@@ -115,6 +115,7 @@ class Run:
             self._give_up()
             raise self.failures.explain(error, self.trainer.steps_done + 1) from error
         self.store.wait()
+        self.trainer.close()
         return finished
 
     def _give_up(self) -> None:

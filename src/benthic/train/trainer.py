@@ -178,6 +178,15 @@ class Trainer:
             self._balance(found.outcome.counts)
         return self._advance(step, sums, found.outcome.counts, lr)
 
+    @property
+    def recorded(self) -> bool:
+        """Whether steps run as CUDA graphs, unless they are measured."""
+        return isinstance(self._computation, Recorded)
+
+    def close(self) -> None:
+        """The last step is over; what belongs to steps is freed. Before the ranks' group ends."""
+        self._computation.close()
+
     def gradients(self) -> dict[str, Tensor]:
         """What this rank updates with, by parameter: its pieces of the summed gradients, float32 and flat."""
         return {piece.name: piece.gradient for bucket in self.buckets for piece in bucket.pieces()}

@@ -31,7 +31,7 @@ SLICE = dataclasses.replace(presets.get("moonlight-16b-a3b"), num_hidden_layers=
 
 
 def one(**changes) -> Candidate:
-    values = {"model": SLICE, "layout": Layout(), "train": Rows(), "rows": 8}
+    values = {"model": SLICE, "layout": Layout(), "train": Rows(cuda_graph=False), "rows": 8}
     return Candidate(**values | changes)
 
 
@@ -52,6 +52,16 @@ def test_a_slow_host_sets_the_time_of_a_step_and_a_fast_one_none_of_it():
     assert slow.timeline.makespan == pytest.approx(8 * (calls.forward + 2 * calls.input + 3 * calls.weight))
     assert waterfall(slow)["host"] == pytest.approx(slow.seconds - free.seconds, rel=1e-6)
     assert "host" not in waterfall(free)
+
+
+def test_no_host_sets_the_time_of_a_step_that_is_one_graph():
+    machine = with_host(operator_forward=1.0, operator_input=1.0, operator_weight=1.0, collective=1.0)
+    free = step(one(), with_host())
+    assert step(one(train=Rows()), machine).seconds == free.seconds
+    spread = one(train=Rows(), layout=Layout(dp_degree=2, ep_degree=2))
+    assert step(spread, machine).seconds < 1.0
+    assert step(spread, dataclasses.replace(machine, gpus_per_node=1)).seconds > 1.0
+    assert step(one(train=Rows(), layout=Layout(cp_degree=2)), machine).seconds > 1.0
 
 
 def test_a_division_by_tensor_ranks_leaves_the_host_its_launches():

@@ -25,11 +25,13 @@ class Rows:
     """Tokens of a row, rows of a microbatch.
 
     kept_pairs: share of a row's causal pairs that document masks leave; None: no masks.
+    cuda_graph: launch a step as one CUDA graph where that is possible, so that no host keeps a GPU waiting.
     """
 
     seq_len: int = 4096
     local_batch_size: int = 1
     kept_pairs: float | None = None
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         if self.kept_pairs is not None and not 0.0 < self.kept_pairs <= 1.0:
@@ -126,6 +128,12 @@ class Candidate:
             recompute=tuple(setup.recompute),
             offload=tuple(setup.offload),
         )
+
+    def recorded(self, gpus_per_node: int) -> bool:
+        """Whether a step runs as a CUDA graph: `train.resolve` says why not."""
+        layout = self.layout
+        near = layout.ep_degree <= gpus_per_node
+        return self.train.cuda_graph and near and layout.cp_degree == 1 and not self.offload
 
     @property
     def microbatches(self) -> int:

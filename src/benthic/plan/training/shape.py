@@ -16,7 +16,7 @@ class Shape:
 
     `idle`: share of experts without a row, whose weights nothing reads. `cut`: the host calls a mixture in
     phases, since slots overlap those of two microbatches. `fp8_swiglu`, `e5m6_attention`: what is kept of a
-    SwiGLU's input and of attention's output.
+    SwiGLU's input and of attention's output. `recorded`: a step is one CUDA graph.
     """
 
     model: ModelConfig
@@ -34,6 +34,7 @@ class Shape:
     cut: bool = False
     fp8_swiglu: bool = False
     e5m6_attention: bool = False
+    recorded: bool = False
 
     @property
     def tokens(self) -> float:

@@ -46,8 +46,10 @@ class Host(NamedTuple):
     weight: float = 0.0
 
     @classmethod
-    def of(cls, calls: Calls, machine: Machine) -> Host:
-        """The seconds of `calls`, by what the machine's profile knows of its host."""
+    def of(cls, calls: Calls, machine: Machine, shape: Shape) -> Host:
+        """The seconds of `calls`, by what the machine's profile knows of its host; none in a CUDA graph."""
+        if shape.recorded:
+            return cls()
         each = machine.overhead("host collective")
         return cls(
             machine.overhead("host operator forward") * calls.forward + each * calls.forward_collectives,
@@ -126,6 +128,7 @@ def shape_of(candidate: Candidate, machine: Machine) -> Shape:
         kept_pairs=candidate.train.kept_pairs,
         fp8_swiglu=candidate.precision.fp8_swiglu,
         e5m6_attention=candidate.precision.e5m6_attention,
+        recorded=candidate.recorded(machine.gpus_per_node),
         cut=layout.ep_degree > 1 and schedules.BUILDERS[layout.schedule].pairs,
     )
 
@@ -160,7 +163,9 @@ def stages(candidate: Candidate, machine: Machine, route: tuple[int, ...] = (0,)
     """
     shape = shape_of(candidate, machine)
     kinds = _kinds(candidate.model, parts_of(candidate.model, candidate.layout, len(route)), route)
-    return _worked(shape, kinds, machine, Host.of(launches.of_zero(candidate.layout.zero_stage), machine))
+    return _worked(
+        shape, kinds, machine, Host.of(launches.of_zero(candidate.layout.zero_stage), machine, shape)
+    )
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -196,7 +201,7 @@ def _stage(shape: Shape, kind: Kind, machine: Machine) -> Work:
     for name, count in ends.items():
         if count:
             found += _ends(shape, machine, name).times(count)
-    return found.launching(Host.of(launches.of_stage(kind.messages), machine))
+    return found.launching(Host.of(launches.of_stage(kind.messages), machine, shape))
 
 
 def _pieces(shape: Shape, kind: Kind) -> Iterator[tuple[Iterable[Step], int]]:
@@ -210,14 +215,14 @@ def _pieces(shape: Shape, kind: Kind) -> Iterator[tuple[Iterable[Step], int]]:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _block(shape: Shape, machine: Machine, *, moe: bool) -> Work:
-    host = Host.of(launches.of_block(shape, moe=moe), machine)
+    host = Host.of(launches.of_block(shape, moe=moe), machine, shape)
     return _work(block(shape, moe=moe), machine, host=host)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _ends(shape: Shape, machine: Machine, name: str) -> Work:
     steps = {"embedding": embedding, "head": head, "projection": projection}[name](shape)
-    return _work(steps, machine, host=Host.of(launches.of_end(name), machine))
+    return _work(steps, machine, host=Host.of(launches.of_end(name), machine, shape))
 
 
 def _priced(step: Step, machine: Machine) -> Priced:
