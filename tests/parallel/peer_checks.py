@@ -71,7 +71,8 @@ def check_same_bits(memory_for, rank, ranks, *, names, dtype, width, device, mos
     plain = AllToAllExchange(None, ranks * PER_RANK, fp8=size.fp8)
     if fixed:
         over = torch.zeros((), dtype=torch.int64, device=device)
-        fast.room = Room(ranks * size.max_tokens * min(TOP_K, PER_RANK) - 3 * (ranks > 1), over)
+        rows = ranks * size.max_tokens * min(TOP_K, PER_RANK) - 3 * (ranks > 1)
+        fast.room = Room([rows] * len(names), over)
     for name in names:
         batch = batches(name, ranks, dtype=dtype, width=width, most=most, device=device)[rank]
         same_bits(through_factors(fast, batch), through_factors(plain, batch), (rank, name, dtype, options))

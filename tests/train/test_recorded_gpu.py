@@ -39,7 +39,7 @@ LAYOUTS = {
 
 def steps(rank: int, folder: str, name: str, dtype: str, *, graph: bool) -> list[tuple[float, float]]:
     layout, data = LAYOUTS[name], Path(folder)
-    own = small_run(layers=4, steps=7, microbatches=8)
+    own = small_run(layers=4, steps=20, microbatches=8)
     sizes = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128}
     own = dataclasses.replace(
         own, device="cuda", layout=layout, model=dataclasses.replace(own.model, **sizes)

@@ -6,6 +6,7 @@ leave its results. `test_gpu.py` and `test_recorded_gpu.py` do the same with CUD
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,12 @@ from benthic.cli.settings import apply
 from benthic.errors import ConfigError, ShapeError
 from benthic.model.local import LocalExchange
 from benthic.parallel.exchange_routes import Room, arrivals
+from benthic.train import recording
 from benthic.train.curve import Curve, Piece
 from benthic.train.recording import Direct, Recorded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from benthic.train.config import RunConfig
     from benthic.train.recording import Found
@@ -164,19 +166,23 @@ class Counted(LocalExchange):
 
     def __init__(self, experts: int) -> None:
         super().__init__(experts)
-        state = {"room": None, "most_rows": 0, "surprises": [], "rooms": []}
+        state = {"room": None, "counted": [], "surprises": [], "rooms": []}
         for name, value in state.items():
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
+    def begin(self) -> None:
+        self.counted.clear()
+        if self.room is not None:
+            self.room.over.zero_()
+
     def finish_dispatch(self, flight):
         arrived = super().finish_dispatch(flight)
-        if self.room is None:
-            self.most_rows = max(self.most_rows, len(arrived.rows_RD))
-        else:
-            self.rooms.append(self.room.rows)
+        self.counted.append(len(arrived.rows_RD))
+        if self.room is not None:
+            self.rooms.append(self.room.rows[len(self.counted) - 1])
             if self.surprises and self.surprises.pop():
                 self.room.over.add_(1)
         return arrived
@@ -191,27 +197,58 @@ def test_a_step_with_too_little_room_is_computed_again(
     own.executor.exchange = exchange
     wanted = steps(plain, 9)
     found = steps(own, 4)
-    assert set(exchange.rooms) == {exchange.most_rows + exchange.most_rows // 16 + 1}
+    rows = 2 * 32 * nano.model.num_experts_per_tok
+    assert set(exchange.rooms) == {rows + rows // 16 + 1}
     assert exchange.room is None
     exchange.surprises = [True]
     found += steps(own, 1)  # noticed, and launched
     assert graphs[0].compute is _nothing
-    found += steps(own, 4)
+    exchange.rooms.clear()
+    found += steps(own, 4)  # recorded at once
+    assert set(exchange.rooms) == {rows + 2 * rows // 16 + 1}
     near(found, wanted, 1e-5)
-    assert len(graphs) == 2
+    assert [graph.runs for graph in graphs] == [3, 4]
+
+
+def test_steps_in_which_the_host_waits_are_not_recorded(
+    recorded: Callable[..., Trainer],
+    nano: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @contextlib.contextmanager
+    def seen(device: torch.device) -> Iterator[list[str]]:
+        yield ["somewhere.py, line 7"]
+
+    monkeypatch.setattr(recording, "waits", seen)
+    graphs: list[Again] = []
+    steps(recorded(nano, graphs), 5)
+    assert not graphs
+    (line,) = [each.getMessage() for each in caplog.records if each.name == "benthic.train"]
+    assert line.endswith("kernel by kernel: the host waits for its device in them: somewhere.py, line 7")
+
+
+def test_steps_for_whose_graph_there_is_no_memory_are_not_recorded(
+    recorded: Callable[..., Trainer], nano: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[Again] = []
+    own = recorded(nano, graphs)
+    monkeypatch.setattr(own._computation, "_no_memory", lambda: "140 GiB of 139 GiB")
+    steps(own, 5)
+    assert not graphs
 
 
 def test_rows_beyond_the_room_are_left_out_and_counted() -> None:
     expert_AK = torch.tensor([[0, 1], [1, 2], [0, 1], [5, 1]])
-    room = Room(4, torch.zeros((), dtype=torch.int64))
+    room = Room([4, 7], torch.zeros((), dtype=torch.int64))
     whole = arrivals(expert_AK, first=0, experts=3, rows=8)
     assert whole.ends_E.tolist() == [2, 6, 7]
-    less = whole.within(room)
+    less = whole.within(room.rows[0], room.over)
     assert less.ends_E.tolist() == [2, 4, 4]
     assert less.copy_R.tolist() == whole.copy_R[:4].tolist()
     assert torch.equal(less.row_AK, torch.where(whole.row_AK < 4, whole.row_AK, -1))
     assert room.over.item() == 1
-    whole.within(Room(7, room.over))
+    whole.within(room.rows[1], room.over)
     assert room.over.item() == 1
 
 

@@ -59,7 +59,7 @@ class NvlinkExchange:
 
     Attributes:
         room: for how many rows arriving tokens are laid out, instead of asking; None: as `size` says.
-        most_rows: the most that were counted in one dispatch.
+        counted: rows of each dispatch since `begin`, in the order in which they started; 0 if nobody asked.
 
     Raises:
         ConfigError: experts do not divide by ranks, a row is not a whole number of words, or the memory is
@@ -67,7 +67,6 @@ class NvlinkExchange:
     """
 
     room: Room | None = None
-    most_rows: int = 0
 
     def __init__(self, memory: PeerMemory, size: Size) -> None:
         self.size, self.rank, self.ranks = size, memory.rank, memory.ranks
@@ -75,6 +74,7 @@ class NvlinkExchange:
         self.wire = Wire(size.fp8)
         self.copies = size.copied(memory.ranks)
         self.stream = push_stream(memory.words.device)
+        self.counted: list[int] = []
         if memory.words.numel() < size.words(memory.ranks):
             msg = (
                 f"the exchange needs {size.words(memory.ranks)} words of peer memory, but "
@@ -88,6 +88,12 @@ class NvlinkExchange:
     def on(cls, group: ProcessGroup, size: Size, device: torch.device) -> NvlinkExchange:
         """The exchange of a group of GPUs of one host; a collective call that allocates the memory."""
         return cls(PeerMemory.symmetric(group, size.words(group.size()), device), size)
+
+    def begin(self) -> None:
+        """A step begins: its dispatches are numbered from 0."""
+        self.counted.clear()
+        if self.room is not None:
+            self.room.over.zero_()
 
     def start_dispatch(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> InFlight:
         """Write rows and weights into the memory of the ranks of each token's experts."""
@@ -128,15 +134,22 @@ class _Moving:
     """A transfer in a mailbox, which is None when it is over; `here` are its tokens if they were kept.
 
     `count` is how many rows arrive for the experts here, once the host has waited; whoever counted them has
-    awaited the mailbox.
+    awaited the mailbox. `number`: of a dispatch in its step.
     """
 
     def __init__(
-        self, box: Mailbox, pushed: Pushed, *, dweight: bool = False, count: Tensor | None = None
+        self,
+        box: Mailbox,
+        pushed: Pushed,
+        *,
+        dweight: bool = False,
+        count: Tensor | None = None,
+        number: int = 0,
     ) -> None:
         self.box: Mailbox | None = box
         self.dweight = dweight
         self.here: Here | None = None
+        self.number = number
         self._pushed = pushed
         self._count = count
 
@@ -197,14 +210,17 @@ class _NvlinkTrip(Trip[_Moving]):
         exchange = self._exchange
         box = exchange.out.take()
         rows_TW = exchange.wire.pack(x_TD).view(torch.int32)
-        asked = exchange.size.exact_rows and exchange.room is None and weight_TK is not None
-        count = self._uncounted(box) if asked else None
+        number, count = len(exchange.counted), None
+        if weight_TK is not None:
+            exchange.counted.append(0)
+            if exchange.size.exact_rows and exchange.room is None:
+                count = self._uncounted(box)
         if exchange.copies:
             side = None if weight_TK is None else self._choices(weight_TK)
             box.put(exchange.rank, None, side)  # first, since the other stream counts it
             pushed = self._copied(box, lambda _: (rows_TW, side), count)
             box.put(exchange.rank, rows_TW, None)
-            return _Moving(box, pushed, count=count)
+            return _Moving(box, pushed, count=count, number=number)
         inputs = (rows_TW, self._expert_TK, weight_TK)
         push = functools.partial(
             triton_exchange.push_tokens,
@@ -214,7 +230,7 @@ class _NvlinkTrip(Trip[_Moving]):
             max_tokens=exchange.size.max_tokens,
             per_rank=exchange.per_rank,
         )
-        return _Moving(box, self._pushed(box, push, inputs, count), count=count)
+        return _Moving(box, self._pushed(box, push, inputs, count), count=count, number=number)
 
     def receive(self, moving: _Moving) -> Here:
         """Wait; sort copies by local expert."""
@@ -329,7 +345,6 @@ class _NvlinkTrip(Trip[_Moving]):
         most = expert_AK.shape[0] * min(exchange.size.top_k, experts)
         found = arrivals(expert_AK, first=exchange.rank * experts, experts=experts, rows=most)
         if exchange.room is not None:
-            return found.within(exchange.room)
-        rows = moving.rows(most)
-        exchange.most_rows = max(exchange.most_rows, rows)
+            return found.within(exchange.room.rows[moving.number], exchange.room.over)
+        rows = exchange.counted[moving.number] = moving.rows(most)
         return found._replace(copy_R=found.copy_R[:rows])

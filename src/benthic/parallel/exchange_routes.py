@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from benthic.kernels import ops
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -44,11 +46,11 @@ class Room(NamedTuple):
     """How many rows may arrive where the host must not wait for their number, as in a recorded step.
 
     Attributes:
-        rows: of this rank's experts together, for one dispatch.
+        rows: of this rank's experts together, for each dispatch of a step in the order in which they start.
         over: int64 scalar, to which every dispatch that brought more adds 1: what was computed then is wrong.
     """
 
-    rows: int
+    rows: Sequence[int]
     over: Tensor
 
 
@@ -66,11 +68,11 @@ class Arrivals(NamedTuple):
     row_AK: Tensor
     copy_R: Tensor
 
-    def within(self, room: Room) -> Arrivals:
-        """The first `room.rows` rows; that there were more is noted, and copies beyond are left out."""
-        room.over.add_(self.ends_E[-1] > room.rows)
-        inside_AK = self.row_AK.masked_fill(self.row_AK >= room.rows, -1)
-        return Arrivals(self.ends_E.clamp(max=room.rows), inside_AK, self.copy_R[: room.rows])
+    def within(self, rows: int, over: Tensor) -> Arrivals:
+        """The first `rows` rows; that there were more is added to `over`, and copies beyond are left out."""
+        over.add_(self.ends_E[-1] > rows)
+        inside_AK = self.row_AK.masked_fill(self.row_AK >= rows, -1)
+        return Arrivals(self.ends_E.clamp(max=rows), inside_AK, self.copy_R[:rows])
 
 
 def choice(expert_TK: Tensor, *, per_rank: int, ranks: int) -> Choice:

@@ -61,7 +61,11 @@ class AsksForRows(Protocol):
     """An exchange whose host asks how many rows came, unless there is `room` for a fixed number."""
 
     room: Room | None
-    most_rows: int
+    counted: list[int]
+
+    def begin(self) -> None:
+        """A step begins."""
+        ...
 
 
 def asks_for_rows(exchange: Exchange) -> TypeGuard[AsksForRows]:

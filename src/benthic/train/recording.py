@@ -3,8 +3,8 @@
 What is recorded is everything between the batch and the update: forward and backward of all microbatches
 through the pipeline table, transfers and sums between ranks, the gradients' norm. What differs from step to
 step lies in memory that the graph reads: tokens, where documents begin, the weights of the losses. How many
-rows come to the experts of a rank is not known before: there is room for somewhat more than have come so
-far, and a step that brings more still is computed again, kernel by kernel, and recorded anew.
+rows each dispatch brings to the experts of a rank is not known before: there is room for somewhat more than
+it has brought, and a step that brings more still is computed again, kernel by kernel, and recorded anew.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from benthic.errors import ConfigError
 from benthic.parallel.buckets import global_norm
 from benthic.parallel.exchange_routes import Room
 from benthic.train.data.microbatch import sent
-from benthic.train.exchange import asks_for_rows, room_of
+from benthic.train.exchange import asks_for_rows
+from benthic.units import binary_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("benthic.train")
 
 SPARE: Final = 16
-"""There is room for a sixteenth more rows than the most that have come; spare ones are zeros."""
+"""There is room for a sixteenth more rows than have come, twice that after a surprise; spare ones are zeros."""
+RESERVE: Final = 2 << 30
+"""Bytes that must be left beside a recorded step: what its allocator cannot fill, and the graph itself."""
 
 
 class Found(NamedTuple):
@@ -84,9 +87,8 @@ class Direct:
 
     def placed(self, batch: Sequence[Placed], weights: Weights) -> Found:
         """`run` of what is on the device: nothing comes from the host or goes there."""
-        room = room_of(self.executor.exchange)
-        if room is not None:
-            room.over.zero_()
+        if asks_for_rows(self.executor.exchange):
+            self.executor.exchange.begin()
         for bucket in self.buckets:
             bucket.zero()
         outcome = self.executor.run_placed(batch, weights)
@@ -164,7 +166,8 @@ class Recorded:
     The first step of a shape is launched kernel by kernel, and rows are counted; the second too, with the
     operands of a graph, so that all that is met for the first time is met outside of one; the third is
     recorded. Steps that are measured slot by slot are launched kernel by kernel, and all are, which a warning
-    says, if the host waited for its device in the second: sizes that no kernel of ours takes may need it.
+    says, if there is no memory for a graph, or the host waited for its device in the second step: sizes that
+    no kernel of ours takes may need it.
 
     Memory: that of a step, which belongs to its graph from then on.
     """
@@ -174,7 +177,8 @@ class Recorded:
         self._seen: Shape | None = None
         self._tape: Tape | None = None
         self._sequences = 0
-        self._refused = False
+        self._spare, self._rows = 1, list[int]()
+        self._refused = self._known = False
 
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
         """See `Computation`.
@@ -187,12 +191,15 @@ class Recorded:
         shape = self._shape(batch, weights)
         if not shape.like(self._seen):
             self._forget()
-            self._seen = shape
+            self._seen, self._rows, self._known = shape, [], False
+            return self._counted(batch, weights)
+        if self._tape is None and self._refuses(self._no_memory()):
             return self.direct.run(batch, weights)
         placed = [self.direct.executor.place(each.padded(shape.sequences)) for each in batch]
         if self._tape is None:
             self._tape = self._begin(shape, placed, weights)
-            return self._rehearse(self._tape)
+            if not self._known:
+                return self._rehearse(self._tape)
         self._tape.fill(placed, weights)
         if self._tape.graph is None:
             self._record(self._tape)
@@ -200,8 +207,18 @@ class Recorded:
 
     def again(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
         """See `Computation`; what is recorded had too little room."""
+        shape = self._seen
         self._forget()
-        return self.direct.run(batch, weights)
+        self._seen, self._spare = shape, 2 * self._spare
+        return self._counted(batch, weights)
+
+    def _counted(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
+        """Kernel by kernel, and how many rows each dispatch brings, at most so far."""
+        found, exchange = self.direct.run(batch, weights), self.direct.executor.exchange
+        if asks_for_rows(exchange):
+            before = self._rows or [0] * len(exchange.counted)
+            self._rows = [max(pair) for pair in zip(before, exchange.counted, strict=True)]
+        return found
 
     def close(self) -> None:
         """See `Computation`."""
@@ -226,9 +243,9 @@ class Recorded:
         executor = self.direct.executor
         factors = _factors(weights, executor.device).clone()
         main, *mtp = factors.unbind()
-        room, exchange = None, executor.exchange
-        if asks_for_rows(exchange):
-            rows = exchange.most_rows + exchange.most_rows // SPARE + 1
+        room = None
+        if asks_for_rows(executor.exchange):
+            rows = [each + self._spare * each // SPARE + 1 for each in self._rows]
             room = Room(rows, torch.zeros((), dtype=torch.int64, device=executor.device))
         return Tape(shape, placed, factors, replace(weights, main=main, mtp=tuple(mtp)), room)
 
@@ -247,11 +264,31 @@ class Recorded:
         """The second step; afterwards every rank knows whether the host of any waited."""
         with waits(self.direct.executor.device) as seen:
             found = self._computed(tape)
-        reason = self.direct.executor.first(seen[0] if seen else None)
-        if reason is not None:
-            logger.warning("steps are launched kernel by kernel, for the host waits in them: %s", reason)
-            self._refused, self._tape = True, None
+        if not self._refuses(f"the host waits for its device in them: {seen[0]}" if seen else None):
+            self._known = True
         return found
+
+    def _refuses(self, reason: str | None) -> bool:
+        """Whether any rank has a reason to record no step; every rank must call it."""
+        reason = self.direct.executor.first(reason)
+        if reason is not None:
+            logger.warning("steps are launched kernel by kernel: %s", reason)
+            self._refused, self._tape = True, None
+        return self._refused
+
+    def _no_memory(self) -> str | None:
+        """Too little for the most that has been in use and a graph's spare rows, in words."""
+        device = self.direct.executor.device
+        if device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(device)
+        most, now = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        others = total - free - torch.cuda.memory_reserved(device)
+        spare = (most - now) * self._spare // SPARE if self._rows else 0
+        needed = most + spare + others + RESERVE
+        if needed <= total:
+            return None
+        return f"a CUDA graph of one needs {binary_bytes(needed)} of the device's {binary_bytes(total)}"
 
     def _record(self, tape: Tape) -> None:
         """Copies of weights are made inside, as if all had just been updated."""
@@ -287,7 +324,7 @@ def waits(device: torch.device) -> Iterator[list[str]]:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     for each in caught:
-        if "synchronizing" in str(each.message):
+        if "called a synchronizing CUDA operation" in str(each.message):
             seen.append(f"{each.filename}, line {each.lineno}")
         else:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
