@@ -16,9 +16,9 @@ from benthic.errors import AdmissionError
 from benthic.serve.api_errors import ApiError
 from benthic.serve.grammar import Grammars, matcher_for
 from benthic.serve.messages import SamplingParams
-from benthic.serve.protocol_requests import CompletionBody
+from benthic.serve.protocol_requests import ChatBody, CompletionBody
 from benthic.serve.sampler import Sampler
-from benthic.serve.service import Service
+from benthic.serve.service import Prompt, Service, ServiceSettings
 from benthic.serve.structured import FIELDS, after_thought, binds, grammar_of
 from benthic.serve.tokenizer import Tokenizer
 
@@ -60,20 +60,25 @@ def test_every_field_that_may_fix_the_form_is_known(field: str) -> None:
 def test_free_text_waits_for_no_thread() -> None:
     """A thread gets the interpreter only when the loop rests: behind all that a busy front has to write."""
     service = Service.__new__(Service)
-    asked: list[object] = []
+    service.settings = ServiceSettings(served_names=("m",), root="m", max_num_seqs=1, max_waiting=1)
+    threads: list[object] = []
 
-    async def in_thread(work: Callable[[], str | None]) -> str | None:
-        asked.append(work)
+    async def in_thread(work: Callable[[], Any]) -> Any:
+        threads.append(work)
         return work()
 
-    service.in_thread = in_thread  # type: ignore[method-assign, assignment]
-    free, bound = (
-        CompletionBody.model_validate({"prompt": "a", **each}) for each in ({}, {"guided_regex": "a"})
-    )
-    assert asyncio.run(service.grammar(free)) is None
-    assert not asked
-    assert asyncio.run(service.grammar(bound)) == grammar(guided_regex="a")
-    assert len(asked) == 1
+    service.in_thread = in_thread  # type: ignore[method-assign]
+    said = [{"role": "user", "content": "hi"}]
+
+    async def grammars(**fields: Any) -> list[str | None]:
+        chat = ChatBody.model_validate({"messages": said, **fields})
+        plan = await service.tool_plan(chat, Prompt(ids=(40,), text="hi"))
+        return [await service.grammar(CompletionBody.model_validate({"prompt": "a", **fields})), plan.grammar]
+
+    assert asyncio.run(grammars()) == [None, None]
+    assert not threads
+    assert asyncio.run(grammars(guided_regex="a")) == [grammar(guided_regex="a")] * 2
+    assert len(threads) == 2
 
 
 def test_the_same_schema_by_every_name_is_the_same_grammar() -> None:

@@ -158,8 +158,11 @@ class Service:
 
     async def tool_plan(self, body: ChatBody, prompt: Prompt) -> ToolPlan:
         """What binds a chat's answers and how they are read. Raises: ApiError 400."""
+        formats = self.settings.formats
+        if body.tool_choice in (None, "none", "auto") and not binds(body):
+            return plan_tools(body, formats, grammar=None, prompt_text=prompt.text)
         return await self.in_thread(
-            lambda: plan_tools(body, self.settings.formats, grammar=grammar_of(body), prompt_text=prompt.text)
+            lambda: plan_tools(body, formats, grammar=grammar_of(body), prompt_text=prompt.text)
         )
 
     def token_prompt(self, ids: Sequence[int], *, field: str = "prompt") -> Prompt:
