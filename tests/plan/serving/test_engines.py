@@ -41,7 +41,7 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     assert own.name == "benthic"
     assert [rows for rows, _ in own.mixed_curve] == [576.0, 2112.0], "512 and 2,048 tokens beside 64 decodes"
     assert own.graph_rows == 4096
-    assert own.front.write_s > own.front.token_s > 0.0
+    assert own.front.write_s > own.front.token_s >= 0.0
     assert own.front.way_s > own.front.hub_s > 0.0
     assert 0.0 < own.prompt_host_s < 5e-3
     file = tmp_path / "own.json"
