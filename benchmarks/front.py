@@ -4,13 +4,15 @@ The HTTP server is the real one and so is the pipe behind it; the engine has no 
 every request each step. Clients are one process that reads bytes and counts. A token's cost is the server's
 CPU time over the tokens; where it has less of it than the engine asks for, tokens that wait become one event,
 and the second column says how many events were sent for them. Requests for one token, one at a time and with
-prompts of token ids, say what a request costs. With several fronts the main process passes tokens on, and its
-cost is given beside theirs: on few cores all share those with clients and engine, so that costs say more than
-rates.
+prompts of token ids, say what a request costs; others, some time apart, how long after one its token is with
+the client of `benthic bench serve`, the engine's step taken off. With several fronts the main process passes
+tokens on, and its cost is given beside theirs: on few cores all share those with clients and engine, so that
+costs say more than rates.
 
     python benchmarks/front.py
     python benchmarks/front.py --fronts 1 2
     python benchmarks/front.py --streams --out front_requests.json    # requests alone
+    python benchmarks/front.py --ways --fronts 1 4 --out front_ways.json    # first tokens' ways alone
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import json
 import logging
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -34,7 +37,9 @@ import uvloop
 from provenance import write_result
 from random_checkpoint import make_folder, shape
 
+from benthic.bench.client import Target, connect
 from benthic.bench.served import free_port
+from benthic.bench.workload import Work
 from benthic.serve import http, launch, server
 from benthic.serve.messages import Delta, Generate, Ready, Stats
 from benthic.serve.service import ServiceSettings
@@ -43,6 +48,8 @@ from benthic.serve.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+PAUSE_S = 0.03
+"""Between requests whose first token is waited for: as far apart as those of a front at a moderate rate."""
 VOCAB = 320
 MODEL = "without-a-model"
 
@@ -103,16 +110,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--prompts", type=int, nargs="*", default=[16, 1024, 4096])
     parser.add_argument("--step-ms", type=float, default=15.0)
+    parser.add_argument("--ways", action="store_true", help="nothing but how long first tokens take")
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = make_folder(Path(folder) / "model", shape(small=True))
-        for fronts, streams in itertools.product(words.fronts, words.streams):
+        for fronts, streams in itertools.product(words.fronts, () if words.ways else words.streams):
             rows.append(measure(model, fronts, streams, words.tokens, words.step_ms / 1e3))
             print(rows[-1], flush=True)
-        for prompt_tokens in words.prompts:
+        for prompt_tokens in () if words.ways else words.prompts:
             rows.append(measure_requests(model, prompt_tokens))
+            print(rows[-1], flush=True)
+        for fronts, prompt_tokens in itertools.product(words.fronts, words.prompts):
+            rows.append(measure_way(model, fronts, prompt_tokens))
             print(rows[-1], flush=True)
     print(write_result("front", rows, out=words.out, tokens=words.tokens, step_ms=words.step_ms))
 
@@ -139,6 +150,31 @@ def measure_requests(model: Path, prompt_tokens: int, requests: int = 300) -> di
         used = uvloop.run(ask(port, pid))
     cost = round(used / requests * 1e6, 1)
     return {"fronts": 1, "prompt_tokens": prompt_tokens, "cpu_us_a_request": cost}
+
+
+def measure_way(model: Path, fronts: int, prompt_tokens: int, requests: int = 200) -> dict[str, Any]:
+    """How long a request and its first token are on their way, with nobody else there, `PAUSE_S` apart."""
+    step_seconds = 1e-3
+
+    async def ask(port: int, pid: int) -> float:
+        await until_up(port)
+        if fronts > 1:
+            await until_up_all(pid, fronts)
+        target = Target(
+            base_url=f"http://127.0.0.1:{port}", api="openai", model=MODEL, extra={"ignore_eos": True}
+        )
+        work = Work(prompt=tuple(40 + place % 200 for place in range(prompt_tokens)), output_tokens=1)
+        times = []
+        async with connect(target, time.perf_counter) as client:
+            for _ in range(20 + requests):
+                answer = await client.send(work)
+                times.append(answer.deliveries[0].at_s - answer.sent_s)
+                await asyncio.sleep(PAUSE_S)
+        return statistics.median(times[20:])
+
+    with started(model, step_seconds, fronts) as (port, pid):
+        way = round((uvloop.run(ask(port, pid)) - step_seconds) * 1e3, 3)
+    return {"fronts": fronts, "prompt_tokens": prompt_tokens, "ms_a_first_token": way}
 
 
 @contextlib.contextmanager

@@ -264,7 +264,11 @@ def specs(fleet: str, engine: Engine, machine: Machine, sequences: int) -> list[
         counted=True,
     )
     step = PricedStep(model, layout, machine, engine)
-    return [GroupSpec(role=role, batching=batching, step=step) for role in ROLES[fleet]]  # type: ignore[arg-type]
+    host_s = engine.prompt_host_s
+    return [
+        GroupSpec(role=role, batching=batching, step=step, prompt_host_s=host_s)  # type: ignore[arg-type]
+        for role in ROLES[fleet]
+    ]
 
 
 def link(machine: Machine) -> Link:

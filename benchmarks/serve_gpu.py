@@ -13,6 +13,7 @@ speed of an 8192^3 bfloat16 product.
 
     python benchmarks/serve_gpu.py             # about four minutes on an H100
     python benchmarks/serve_gpu.py --small     # the same on a CPU, tiny: a rehearsal
+    python benchmarks/serve_gpu.py --temperature 1    # drawn as for `benthic bench serve`, to fit an engine
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Sizes:
     steps: int = 48
     budget: int = 16384
     repeats: int = 3
+    temperature: float = 0.0
 
     @classmethod
     def small(cls, device: str) -> Sizes:
@@ -98,12 +100,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--parts", nargs="+", default=[*PARTS, "transformers"])
+    parser.add_argument("--temperature", type=float, default=0.0, help="1 draws as servers do unasked")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms %(message)s")
     device = arguments.device if torch.cuda.is_available() else "cpu"
     moonlight = presets.get("moonlight-16b-a3b")
     sizes = Sizes.small(device) if arguments.small else Sizes(moonlight, device)
+    sizes = replace(sizes, temperature=arguments.temperature)
     roofs = measure_roofs(sizes)
     rows: list[dict[str, Any]] = [{"what": "roofs", **roofs}]
     print(rows[-1], flush=True)
@@ -113,8 +117,9 @@ def main() -> None:
         if device == "cuda":
             torch.cuda.empty_cache()
         path = write_result(
-            "serve_gpu", rows, out=arguments.out, small=arguments.small, model=sizes.config.name
-        )
+            "serve_gpu", rows, out=arguments.out, small=arguments.small, model=sizes.config.name,
+            temperature=sizes.temperature,
+        )  # fmt: skip
     print(path)
 
 
@@ -188,9 +193,9 @@ def memory_of(engine: Engine) -> dict[str, Any]:
 
 
 def requests(sizes: Sizes, count: int, length: int, new: int, seed: int) -> list[Generate]:
-    """Greedy requests with random prompts of one length."""
+    """Requests with random prompts of one length, greedy or with seeds."""
     generator = torch.Generator().manual_seed(seed)
-    params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+    params = SamplingParams(temperature=sizes.temperature, seed=seed, max_tokens=new, ignore_eos=True)
     return [
         Generate(
             request_id=str(i),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,14 @@ from benthic.errors import AdmissionError
 from benthic.serve.api_errors import ApiError
 from benthic.serve.grammar import Grammars, matcher_for
 from benthic.serve.messages import SamplingParams
-from benthic.serve.protocol_requests import CompletionBody
+from benthic.serve.protocol_requests import ChatBody, CompletionBody
 from benthic.serve.sampler import Sampler
-from benthic.serve.structured import after_thought, grammar_of
+from benthic.serve.service import Prompt, Service, ServiceSettings
+from benthic.serve.structured import FIELDS, after_thought, binds, grammar_of
 from benthic.serve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 VOCAB, EOS = 320, 1
@@ -43,6 +45,40 @@ def grammar(**fields: Any) -> str | None:
 def test_free_text_has_no_grammar() -> None:
     assert grammar() is None
     assert grammar(response_format={"type": "text"}) is None
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_that_may_fix_the_form_is_known(field: str) -> None:
+    given = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+    given |= {"guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": 'start: "a"'}
+    body = CompletionBody.model_validate({"model": "m", "prompt": "a", field: given[field]})
+    assert binds(body)
+    assert grammar_of(body) is not None
+    assert set(given) == set(FIELDS)
+
+
+def test_free_text_waits_for_no_thread() -> None:
+    """A thread gets the interpreter only when the loop rests: behind all that a busy front has to write."""
+    service = Service.__new__(Service)
+    service.settings = ServiceSettings(served_names=("m",), root="m", max_num_seqs=1, max_waiting=1)
+    threads: list[object] = []
+
+    async def in_thread(work: Callable[[], Any]) -> Any:
+        threads.append(work)
+        return work()
+
+    service.in_thread = in_thread  # type: ignore[method-assign]
+    said = [{"role": "user", "content": "hi"}]
+
+    async def grammars(**fields: Any) -> list[str | None]:
+        chat = ChatBody.model_validate({"messages": said, **fields})
+        plan = await service.tool_plan(chat, Prompt(ids=(40,), text="hi"))
+        return [await service.grammar(CompletionBody.model_validate({"prompt": "a", **fields})), plan.grammar]
+
+    assert asyncio.run(grammars()) == [None, None]
+    assert not threads
+    assert asyncio.run(grammars(guided_regex="a")) == [grammar(guided_regex="a")] * 2
+    assert len(threads) == 2
 
 
 def test_the_same_schema_by_every_name_is_the_same_grammar() -> None:

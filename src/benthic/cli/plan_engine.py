@@ -42,7 +42,7 @@ def engine(  # noqa: PLR0913, PLR0917 (one option each)
     from benthic.plan.serving.engine_fit import fit_engine, left_out  # noqa: PLC0415 (see cli.plan)
     from benthic.plan.serving.engines import as_json as text  # noqa: PLC0415
     from benthic.plan.serving.layout import ServingLayout  # noqa: PLC0415
-    from benthic.plan.serving.measured import read_front, read_measured  # noqa: PLC0415
+    from benthic.plan.serving.measured import read_front, read_host, read_measured  # noqa: PLC0415
     from benthic.plan.serving.priced import PricedStep  # noqa: PLC0415
 
     dtype = dtype_of("weights", weights) or "bf16"
@@ -50,6 +50,7 @@ def engine(  # noqa: PLR0913, PLR0917 (one option each)
     step = PricedStep(config_of(model), layout, machine_of(hardware, 1, profile))
     steps = read_measured(measured, dtype, graph_rows=graph_rows)
     found, source = fit_engine(name, step, steps), f"{measured.name}, {len(steps)} steps in {dtype}"
+    found = replace(found, prompt_host_s=read_host(measured, dtype))
     if front:
         found = replace(found, front=read_front(front))
         source = "; ".join([source, *(each.name for each in front)])
@@ -66,14 +67,16 @@ def engine(  # noqa: PLR0913, PLR0917 (one option each)
     typer.echo(
         f"wrote {out}: {units.seconds(found.graph_layer_s)} a layer between kernels, kernels "
         f"{found.stretch:.3f} x their prices; with prompts {found.prompt_stretch:.3f} x, host "
-        f"{units.seconds(found.eager_layer_s)} a layer"
+        f"{units.seconds(found.eager_layer_s)} a layer, and {units.seconds(found.prompt_host_s)} of a step "
+        "that nothing hides"
     )
     if front:
         cost = found.front
         typer.echo(
             f"a front takes {units.seconds(cost.request_s)} for a request and "
             f"{units.seconds(1e3 * cost.prompt_token_s)} for 1,000 tokens of its prompt, "
-            f"{units.seconds(cost.write_s)} to write and {units.seconds(cost.token_s)} a token"
+            f"{units.seconds(cost.write_s)} to write and {units.seconds(cost.token_s)} a token; to an engine "
+            f"and back are {units.seconds(cost.way_s)}, {units.seconds(cost.hub_s)} more by the main process"
         )
 
 

@@ -36,7 +36,10 @@ async def read_prompts(service: Service, body: CompletionBody) -> list[Prompt]:
     else:
         several.extend(given)  # type: ignore[arg-type]
     special = body.add_special_tokens is not False
-    return list(await asyncio.gather(*(_read(service, each, add_special_tokens=special) for each in several)))
+    reading = [_read(service, each, add_special_tokens=special) for each in several]
+    if len(reading) == 1:  # not in a task of its own, which would wait its turn
+        return [await reading[0]]
+    return list(await asyncio.gather(*reading))
 
 
 async def _read(service: Service, given: str | list[int], *, add_special_tokens: bool) -> Prompt:

@@ -15,7 +15,7 @@ from benthic.serve import api_errors
 from benthic.serve.generation import Asked, Generation, Piece
 from benthic.serve.protocol_responses import PromptTokensDetails, Usage
 from benthic.serve.sampling_defaults import SamplingDefaults, check_ids
-from benthic.serve.structured import grammar_of
+from benthic.serve.structured import binds, grammar_of
 from benthic.serve.tools import AnswerFormats, ToolPlan, plan_tools
 
 if TYPE_CHECKING:
@@ -152,12 +152,17 @@ class Service:
 
     async def grammar(self, body: SamplingBody) -> str | None:
         """What the answer must follow; None for free text. Raises: ApiError 400."""
+        if not binds(body):
+            return None
         return await self.in_thread(lambda: grammar_of(body))
 
     async def tool_plan(self, body: ChatBody, prompt: Prompt) -> ToolPlan:
         """What binds a chat's answers and how they are read. Raises: ApiError 400."""
+        formats = self.settings.formats
+        if body.tool_choice in (None, "none", "auto") and not binds(body):
+            return plan_tools(body, formats, grammar=None, prompt_text=prompt.text)
         return await self.in_thread(
-            lambda: plan_tools(body, self.settings.formats, grammar=grammar_of(body), prompt_text=prompt.text)
+            lambda: plan_tools(body, formats, grammar=grammar_of(body), prompt_text=prompt.text)
         )
 
     def token_prompt(self, ids: Sequence[int], *, field: str = "prompt") -> Prompt:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from benthic.serve import api_errors
 
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from llguidance import GrammarFormat
 
     from benthic.serve.protocol_requests import SamplingBody
+
+FIELDS: Final = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+"""Those of a request that may fix the form of its answer."""
 
 ANY_OBJECT = {"type": "object"}
 
@@ -30,6 +40,11 @@ class Form:
     kind: GrammarFormat
     text: str
     compact: bool = False
+
+
+def binds(body: SamplingBody) -> bool:
+    """Whether some field fixes the form of the answer; costs next to nothing."""
+    return any(getattr(body, name) is not None for name in FIELDS)
 
 
 def grammar_of(body: SamplingBody) -> str | None:

@@ -51,6 +51,16 @@ def test_the_hosts_work_hides_behind_the_device_only_when_steps_are_planned_ahea
     assert ahead.end_s == pytest.approx(21 * 0.1 + 0.05)
 
 
+def test_the_hosts_part_of_a_prompt_shows_where_no_step_before_hides_it():
+    changes = {"max_num_batched_tokens": 8, "max_num_seqs": 8}
+    one = spec(step=Affine(fixed=0.1), prompt_host_s=0.03, changes=changes)
+    (alone,) = Cluster([one]).play([Ask(0.0, 8, 3)]).served
+    assert alone.ttft_s == pytest.approx(0.13)
+    assert alone.tpot_s == pytest.approx(0.1), "steps that only decode have none"
+    chained = Cluster([one]).play([Ask(0.0, 8, 1)] * 3).served
+    assert [each.ttft_s for each in chained] == pytest.approx([0.13, 0.23, 0.33])
+
+
 def test_late_planning_takes_a_request_along_that_comes_while_a_step_runs():
     asks = [Ask(0.0, 8, 60), Ask(2.04, 8, 5)]
     specs = [spec(step=Affine(fixed=0.1), host_s=0.01, late_s=late_s) for late_s in (None, 0.01)]
@@ -150,6 +160,17 @@ def test_a_request_is_handed_over_before_several_fronts_have_written_its_first_t
 
     assert end_s(1) == pytest.approx(0.03 + 0.5 + 0.1)
     assert end_s(2) == pytest.approx(0.03 + 0.1)
+
+
+@pytest.mark.parametrize("fronts", [1, 2])
+def test_a_hand_over_passes_the_main_process(fronts):
+    def tpot_s(hub_s: float) -> float:
+        specs = [spec("prefill", step=Affine(fixed=0.03)), spec(step=Affine(fixed=0.1))]
+        front = FrontCost(hub_s=hub_s)
+        (served,) = Cluster(specs, front=front, fronts=fronts).play([Ask(0.0, 8, 2)]).served
+        return served.tpot_s or 0.0
+
+    assert tpot_s(0.02) == pytest.approx(tpot_s(0.0) + 0.02)
 
 
 @pytest.mark.parametrize("prompt_tokens", [1024, 1030])

@@ -20,7 +20,7 @@ from benthic.plan.serving import engines
 from benthic.plan.serving.engine_fit import MeasuredStep, fit_engine, left_out, replace_engine
 from benthic.plan.serving.fronts import FREE, FrontCost
 from benthic.plan.serving.layout import ServingLayout
-from benthic.plan.serving.measured import read_measured
+from benthic.plan.serving.measured import read_host, read_measured
 from benthic.plan.serving.priced import TUNED, Engine, PricedStep
 from benthic.plan.serving.steps import StepLoad
 from benthic.spec import presets
@@ -41,7 +41,9 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     assert own.name == "benthic"
     assert [rows for rows, _ in own.mixed_curve] == [576.0, 2112.0], "512 and 2,048 tokens beside 64 decodes"
     assert own.graph_rows == 4096
-    assert own.front.write_s > own.front.token_s > 0.0
+    assert own.front.write_s > own.front.token_s >= 0.0
+    assert own.front.way_s > own.front.hub_s > 0.0
+    assert 0.0 < own.prompt_host_s < 5e-3
     file = tmp_path / "own.json"
     engine = Engine(
         name="own",
@@ -49,7 +51,8 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         graph_layer_s=5e-5,
         stretch=1.25,
         curve=((1.0, 1.1), (8.0, 0.9)),
-        front=FrontCost(write_s=1e-4),
+        prompt_host_s=1e-3,
+        front=FrontCost(write_s=1e-4, way_s=2e-3),
     )
     file.write_text(engines.as_json(engine, "a test"))
     assert engines.get(str(file)) == engine
@@ -67,8 +70,9 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         ({"prompt_layer_s": -1e-6}, "prompt_layer_s is -1e-06"),
         ({"graph_layer_s": -0.1}, "graph_layer_s is -0.1, but it must be a finite number of -0.001 or more"),
         ({"eager_layer_s": "1"}, "eager_layer_s is '1'"),
-        ({"more": 1}, "13 of the 13 fields .* missing or unknown: more"),
-        ({"front": {"write_s": 1e-4}}, "1 of the 4 fields of an engine's front; .*request_s"),
+        ({"prompt_host_s": -1e-3}, "prompt_host_s is -0.001"),
+        ({"more": 1}, "14 of the 14 fields .* missing or unknown: more"),
+        ({"front": {"write_s": 1e-4}}, "1 of the 6 fields of an engine's front; .*request_s"),
         ({"front": dict(vars(FREE), token_s=-1)}, "token_s is -1"),
         ({"curve": [[1, 1.0], [2]]}, r"curve has \[2\], but it is a list of pairs"),
         ({"curve": {}}, "curve has {}, but it is a list of pairs"),
@@ -77,7 +81,7 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
             {"prompt_curve": [[64, 1.0], [64, 1.1]]},
             r"prompt_curve has rows \[64.0, 64.0\], but they must rise",
         ),
-        ({"format": 1}, "an engine of format 1, but 6 is read"),
+        ({"format": 1}, "an engine of format 1, but 7 is read"),
     ],
 )
 def test_a_file_that_is_no_engine_says_which_number_is_wrong(change, message):
@@ -207,6 +211,12 @@ def test_a_prompt_measured_step_after_step_stands_for_the_one_that_was_alone(tmp
         *((128, 1, False), (512, 1, True), (512, 1, False))
     ]
     assert [each.seconds for each in steps] == [128 * 0.016 / 512, 0.015, 0.04]
+    assert read_host(file, "bf16") == pytest.approx(0.001), "what alone it waited for"
+    longer = [{**alone, "prompts": "1 x 4096"}, {**chained, "prompt": 4096}]
+    file.write_text(json.dumps({"rows": [*longer, alone, chained]}))
+    assert read_host(file, "bf16") == pytest.approx(0.001), "of the shortest"
+    file.write_text(json.dumps({"rows": [alone, {**chained, "batch": 64}]}))
+    assert read_host(file, "bf16") == 0.0, "nothing was measured both ways"
 
 
 def test_files_without_measured_steps_are_refused(tmp_path):

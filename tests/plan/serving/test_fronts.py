@@ -117,6 +117,17 @@ def test_more_fronts_bring_first_tokens_sooner():
     assert waits[0] > 2.5 * waits[-1]
 
 
+def test_the_way_to_an_engine_keeps_no_front_busy_and_is_longer_by_the_main_process():
+    cost = FrontCost(way_s=0.1, hub_s=0.05)
+    asks = [Ask(1.0, 1000, 11), Ask(1.001, 1000, 11)]
+    for fronts, way_s in ((1, 0.1), (2, 0.15)):
+        without, found = one(fronts, FREE, asks), one(fronts, cost, asks)
+        assert [ttft - way_s for ttft, _ in found] == pytest.approx([ttft for ttft, _ in without])
+        assert [tpot for _, tpot in found] == pytest.approx([tpot for _, tpot in without])
+    slow = FrontCost(way_s=0.1, hub_s=0.05, write_s=1.0).slower(3.0)
+    assert (slow.way_s, slow.hub_s, slow.write_s) == (0.1, 0.05, 3.0), "fewer fronts are no farther"
+
+
 def test_no_front_and_times_that_are_none_are_refused():
     with pytest.raises(ConfigError, match="1 instances and 0 fronts"):
         one(0, COST, [])
@@ -135,6 +146,17 @@ def test_costs_are_read_from_what_was_measured(tmp_path):
     assert cost.token_s == pytest.approx(20e-6)
     assert cost.prompt_token_s == pytest.approx(0.5e-6)
     assert cost.request_s == pytest.approx(900e-6 - 120e-6), "the one token that it was answered with"
+    assert cost.way_s == cost.hub_s == 0.0
+    own = {n: 0.9 + 0.5e-3 * n for n in (10, 1000)}  # ms
+    ways = [
+        {"fronts": fronts, "prompt_tokens": n, "ms_a_first_token": own[n] + way + (0.3 if n == 10 else -0.3)}
+        for fronts, way in ((1, 2.0), (4, 2.6))
+        for n in own
+    ]
+    path.write_text(json.dumps({"rows": [*writes, *asked, *many, *ways]}))
+    far = read_front([path])
+    assert (far.way_s, far.hub_s) == pytest.approx((2.0e-3, 0.6e-3))
+    assert far.write_s == cost.write_s, "rows of another kind"
     path.write_text(json.dumps({"rows": writes}))
     with pytest.raises(DataError, match="3 different events_a_token and 0 different prompt_tokens"):
         read_front([path])

@@ -284,6 +284,7 @@ def _groups(role: Role, option: Option, lanes: int, budget: int) -> list[GroupSp
             batching=batching,
             step=option.step if size == ranks else Echo(option.step, ranks // size),
             lanes=size,
+            prompt_host_s=question.engine.prompt_host_s,
             acceptance=Geometric(alpha=question.alpha, seed=question.seed) if drafts else None,
         )
         for size in sizes

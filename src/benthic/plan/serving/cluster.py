@@ -68,7 +68,7 @@ class Cluster:
         specs: the instances, each one group.
         policy: where requests go. A single lane has no router in front of it, as a single server has none.
         link: how blocks move.
-        front: what a process costs that answers HTTP.
+        front: what a process costs that answers HTTP; the way to an engine and back is all on the way in.
         fronts: how many there are; requests go to them in turn.
     """
 
@@ -146,7 +146,7 @@ class Cluster:
         keys = () if self._places is None else chain(ask.keys)
         journey = Journey(str(index), ask, keys, self._fronts[index % self.fronts])
         self._journeys[journey.request_id] = journey
-        taken = journey.front.take(self.now, ask.prompt_tokens)
+        taken = journey.front.take(self.now, ask.prompt_tokens) + self.front.way_of(self.fronts)
         if taken > self.now:
             self._at(taken, partial(self._place, journey))
         else:
@@ -288,7 +288,8 @@ class Cluster:
         """A stay on a lane is over: go on to the decode lane, or be done.
 
         Who hands over is the process before the engines. A single front is that process and writes what came
-        before; several have the main process behind them, which waits for none of their writes.
+        before; several have the main process behind them, which waits for none of their writes. From one
+        engine to the other is as far as from a front to an engine and back, through one more process.
         """
         journey = self._journeys[event.request_id]
         written = journey.front.free_at(self.now)
@@ -299,7 +300,7 @@ class Cluster:
             known(journey.decode).scheduler.pulls.early.drop(early_name(journey.request_id))
             journey.leased = lane.scheduler.leases.get(event.request_id) is not None
             handed_over = written if self.fronts == 1 else self.now
-            self._at(handed_over, partial(self._send_decode, journey))
+            self._at(handed_over + self.front.hub_s, partial(self._send_decode, journey))
             return
         self._release(journey)
         self._forget(journey)

@@ -19,16 +19,17 @@ from benthic.plan.serving.priced import TUNED, Curve, Engine
 
 SHIPPED: Final = ("benthic",)
 NAMES: Final = (TUNED.name, *SHIPPED)
-FORMAT: Final = 6
+FORMAT: Final = 7
 
 _SECONDS: Final = {"eager_layer_s": 0.0, "graph_layer_s": -1e-3, "prompt_layer_s": 0.0}
 """Seconds a layer and the least each may be: kernels of decode steps overlap."""
 _STRETCHES: Final = ("stretch", "prompt_stretch")
 _ROWS: Final = "graph_rows"
+_HOST: Final = "prompt_host_s"
 _CURVES: Final = ("curve", "prompt_curve", "mixed_curve")
 _FRONT: Final = "front"
 _FRONT_SECONDS: Final = frozenset(field.name for field in fields(FrontCost))
-_KEYS: Final = frozenset({"format", "name", "source", *_STRETCHES, *_SECONDS, _ROWS, *_CURVES, _FRONT})
+_KEYS: Final = frozenset({"format", "name", "source", *_STRETCHES, *_SECONDS, _ROWS, _HOST, *_CURVES, _FRONT})
 
 
 def get(word: str) -> Engine:
@@ -83,6 +84,7 @@ def parse(text: str, *, where: str) -> Engine:
     return Engine(
         name=str(record["name"]),
         graph_rows=rows,
+        prompt_host_s=_number(record, _HOST, where, least=0.0),
         curve=_points(record, "curve", where),
         prompt_curve=_points(record, "prompt_curve", where),
         mixed_curve=_points(record, "mixed_curve", where),

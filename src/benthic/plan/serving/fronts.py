@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FrontCost:
-    """Seconds of a front's core.
+    """Seconds of a front's core, and seconds on the way that keep none of its cores busy.
 
     Attributes:
         request_s: to take a request in.
         prompt_token_s: for each token of its prompt.
         write_s: to write to one client.
         token_s: for each token written.
+        way_s: from the client to an engine and back to the client, besides all that: connecting, pipes,
+            processes that wake up.
+        hub_s: the same of the main process where it stands between fronts and engines, both ways together.
 
     Raises:
         ConfigError: one is negative or not finite.
@@ -39,6 +42,8 @@ class FrontCost:
     prompt_token_s: float = 0.0
     write_s: float = 0.0
     token_s: float = 0.0
+    way_s: float = 0.0
+    hub_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -52,8 +57,13 @@ class FrontCost:
         return taken + output_tokens * (self.write_s + self.token_s)
 
     def slower(self, times: float) -> FrontCost:
-        """Everything takes so many times as long."""
-        return FrontCost(**{name: value * times for name, value in vars(self).items()})
+        """Everything that keeps a core busy takes so many times as long."""
+        ways = {"way_s": self.way_s, "hub_s": self.hub_s}
+        return FrontCost(**{name: value * times for name, value in vars(self).items()} | ways)
+
+    def way_of(self, fronts: int) -> float:
+        """Seconds on the way of a request and its first token with so many fronts."""
+        return self.way_s + (self.hub_s if fronts > 1 else 0.0)
 
 
 FREE = FrontCost()

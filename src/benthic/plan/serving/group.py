@@ -39,6 +39,7 @@ class GroupSpec:
         late_s: margin of late planning (`benthic.sched.tempo`); None plans at once.
         stages: pipeline stages, equally long: the next step starts when the first of them is free.
         host_s: what the host needs before a step can start; hidden while the device is behind.
+        prompt_host_s: what it needs besides, where a step has pieces of prompts.
         acceptance: of drafts; needed when `batching` speculates.
         make: gives the schedulers; a recording one lets a simulated run be replayed.
     """
@@ -51,6 +52,7 @@ class GroupSpec:
     late_s: float | None = None
     stages: int = 1
     host_s: float = 0.0
+    prompt_host_s: float = 0.0
     acceptance: Acceptance | None = None
     make: MakeScheduler = Scheduler
 
@@ -213,15 +215,18 @@ class Group:
         return pulled_s if self._tempo is None else max(pulled_s, self._tempo.due())
 
     def _launch(self, plans: tuple[StepPlan, ...], now: float) -> None:
-        took = self.spec.step([load_of(plan) if plan.num_tokens else NO_LOAD for plan in plans])
-        start = max(now + self.spec.host_s, self._device_free_s)
+        loads = [load_of(plan) if plan.num_tokens else NO_LOAD for plan in plans]
+        took = self.spec.step(loads)
+        prompts = any(load.prefill_tokens for load in loads)
+        host_s = self.spec.host_s + (self.spec.prompt_host_s if prompts else 0.0)
+        start = max(now + host_s, self._device_free_s)
         before = self.flights[-1].end_s if self.flights else 0.0
         self._device_free_s = start + took / self.spec.stages
         self.steps += 1
         self.busy_s += took / self.spec.stages
         self.flights.append(Flight(max(start + took, before), plans))
         if self._tempo is not None:
-            self._tempo.launched(plans[0], now, now + self.spec.host_s)
+            self._tempo.launched(plans[0], now, now + host_s)
 
     def _land(self, plans: Sequence[StepPlan], now: float) -> None:
         if self._tempo is not None:

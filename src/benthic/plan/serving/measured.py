@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from benthic.errors import DataError
@@ -42,12 +44,32 @@ def read_measured(path: Path, weights: WeightDtype, *, graph_rows: int = 0) -> l
     return list(_steps(kept, path, graph_rows))
 
 
+def read_host(path: Path, weights: WeightDtype) -> float:
+    """Seconds of the host that a step with prompts shows where no step before it hides them; 0 if unknown.
+
+    The shortest prompt that was measured both ways, alone and step after step, says it: of longer ones, a
+    device that rested in between is faster alone. Rows as for `read_measured`, and errors.
+    """
+    rows = [row for row in _rows(path, "measured steps", "serve_gpu.py") if row.get("weights") == weights]
+    chained = {row["prompt"]: row["step_ms"] / 1e3 for row in rows if row.get("batch") == 0}
+    alone = {
+        length: length / row["tokens_per_second"]
+        for length in chained
+        for row in rows
+        if row.get("prompts") == f"1 x {length}"
+    }
+    shortest = min(alone, default=None)
+    return 0.0 if shortest is None else max(0.0, alone[shortest] - chained[shortest])
+
+
 def read_front(paths: Sequence[Path]) -> FrontCost:
     """What one process that answers HTTP takes, of results of `benchmarks/front.py` put together.
 
     `{"fronts": 1, "events_a_token", "cpu_us_a_token"}` are tokens written, several at a time where the
     process was behind; `{"fronts": 1, "prompt_tokens", "cpu_us_a_request"}` requests for one token. Rows with
-    more fronts are passed over.
+    more fronts are passed over, but for `{"fronts", "prompt_tokens", "ms_a_first_token"}`: how long after a
+    request its first token was with the client, the engine's step taken off. What is the front's own of that
+    is no way; without such rows ways take no time.
 
     Raises:
         DataError: no such file, no JSON with rows, or fewer than two rows of either kind.
@@ -71,7 +93,22 @@ def read_front(paths: Sequence[Path]) -> FrontCost:
     token_s, write_s = non_negative_line(writes)
     request_s, prompt_token_s = non_negative_line(asked)
     answered = max(0.0, request_s - write_s - token_s)
-    return FrontCost(request_s=answered, prompt_token_s=prompt_token_s, write_s=write_s, token_s=token_s)
+    cost = FrontCost(request_s=answered, prompt_token_s=prompt_token_s, write_s=write_s, token_s=token_s)
+    return _with_ways(cost, [row for path in paths for row in _rows(path, "what a front takes", "front.py")])
+
+
+def _with_ways(cost: FrontCost, rows: Sequence[dict[str, Any]]) -> FrontCost:
+    """The same with what first tokens took besides, of one front and of several."""
+    ways: dict[bool, list[float]] = {False: [], True: []}
+    for row in rows:
+        if "ms_a_first_token" in row:
+            own_s = cost.seconds(row["prompt_tokens"], 1)
+            ways[row["fronts"] > 1].append(row["ms_a_first_token"] / 1e3 - own_s)
+    if not ways[False]:
+        return cost
+    way_s = max(0.0, median(ways[False]))
+    hub_s = max(0.0, median(ways[True]) - way_s) if ways[True] else 0.0
+    return replace(cost, way_s=way_s, hub_s=hub_s)
 
 
 def _rows(path: Path, what: str, script: str) -> list[dict[str, Any]]:

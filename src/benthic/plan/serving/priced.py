@@ -89,6 +89,7 @@ class Engine:
         curve, prompt_curve, mixed_curve: (rows, share) in rising order: how much longer than all this a step
             of so many rows is that only decodes, that has prompts alone, or that has both: other graphs.
             Between two of them by the logarithm of rows; outside as at the nearest.
+        prompt_host_s: host seconds of a step with prompts that no step before it hides.
         front: what its processes that answer HTTP take for requests and tokens.
     """
 
@@ -102,6 +103,7 @@ class Engine:
     prompt_curve: Curve = ()
     mixed_curve: Curve = ()
     graph_rows: int = 0
+    prompt_host_s: float = 0.0
     front: FrontCost = FREE
 
     def recorded_rows(self, tokens: int, decodes: int = 0) -> int:

@@ -101,7 +101,13 @@ def play_recording(  # noqa: PLR0913 (one argument per choice)
         counted=True,
     )
     step = PricedStep(model, layout, machine, engine)
-    spec = GroupSpec(batching=batching, step=step, lanes=dp_degree, late_s=late_s)
+    spec = GroupSpec(
+        batching=batching,
+        step=step,
+        lanes=dp_degree,
+        late_s=late_s,
+        prompt_host_s=engine.prompt_host_s,
+    )
     demand = check(recorded(at_speed(trace, speed), _BLOCK_SIZE))
     outcome = Cluster([spec], front=engine.front, fronts=fronts).play(demand)
     return {
