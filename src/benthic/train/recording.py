@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("benthic.train")
 
 SPARE: Final = 16
-"""There is room for a sixteenth more rows than have come, twice that after a surprise; spare ones are zeros."""
+"""There is room for a sixteenth more rows than have come, twice that after a surprise; the rest are zeros."""
 RESERVE: Final = 2 << 30
 """Bytes that must be left beside a recorded step: what its allocator cannot fill, and the graph itself."""
 
