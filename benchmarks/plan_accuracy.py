@@ -9,8 +9,8 @@ divided between them.
 
 Our own runs on H200, from `train_ranks.json`, `train_ranks_4_rows.json`, `train_full.json`,
 `train_full_fp8.json`, `train_full_fp8_4_rows.json` and `train_gpu.json`: nothing is fitted to them, but the
-form of the model was chosen with older runs of all of them in view. With one row a microbatch on two GPUs a
-step waits for its host, and hosts differ: there is a second file, of a quicker one.
+form of the model was chosen with older runs of all of them in view. Where steps are not CUDA graphs, one row
+a microbatch waits for its host, and hosts differ: there is a second file, of a quicker one.
 Experts that no row came to were counted in each run. Steps are medians of those in which nothing is met for
 the first time (`moonlight_slices.steady`). What the host takes for a call was read from a run of its own, of
 rows too short for a GPU (`profiles.py`), but where `train_ranks.py` measured it before its steps. No peak was
@@ -55,6 +55,12 @@ HOME: Final = 150e6
 QUICKER: Final = "_quicker_host"
 """Of the file whose runs wait for the host, that of an older program on a host that launched faster."""
 Line = dict[str, Any]
+
+RECORDED: Final = {
+    "train_ranks": ("ep2", "dualpipe", "dualpipev-ep2"),
+    "train_ranks_4_rows": ("ep2", "zero3", "dualpipe", "zb-h1", "dualpipev-ep2"),
+}
+"""Layouts whose steps were CUDA graphs, of files that do not say so."""
 
 
 def main() -> None:
@@ -148,12 +154,13 @@ def ranks() -> list[Line]:
         ("train_ranks_4_rows", 4, 32, ", 4 rows"),
     )
     for file, many, step_rows, words in files:
-        train = Rows(local_batch_size=many, kept_pairs=KEPT_PAIRS)
         for row in results(file):
+            graph = recorded(file, row)
+            train = Rows(local_batch_size=many, kept_pairs=KEPT_PAIRS, cuda_graph=graph)
             one = Candidate(
                 model=model, layout=layouts[row["layout"]], train=train, rows=step_rows, idle=idle(row, model)
             )
-            run = f"slice, {row['layout']}{words}"
+            run = f"slice, {row['layout']}{words}{', one graph' if graph else ''}"
             rows += both(run, one, steady(row["seconds"]), row["peak_bytes"], host(file, row))
     return rows
 
@@ -177,7 +184,11 @@ def whole() -> list[Line]:
         one = Candidate(
             model=moonlight(),
             layout=LAYOUTS["ep2"],
-            train=Rows(local_batch_size=int(settings["train.local_batch_size"]), kept_pairs=KEPT_PAIRS),
+            train=Rows(
+                local_batch_size=int(settings["train.local_batch_size"]),
+                kept_pairs=KEPT_PAIRS,
+                cuda_graph=recorded(file, row),
+            ),
             rows=int(settings["train.global_batch_size"]),
             recompute=tuple(settings.get("recompute", "attention,experts").split(",")),
             optimizer=Updates(
@@ -204,7 +215,7 @@ def one_gpu() -> list[Line]:
     for row in results("train_gpu"):
         if row["who"] in settings:
             count, numbers = settings[row["who"]]
-            train = Rows(local_batch_size=count)
+            train = Rows(local_batch_size=count, cuda_graph=recorded("train_gpu", row))
             one = Candidate(model=model, layout=Layout(), train=train, rows=4, precision=numbers)
             seconds = one.step_tokens / row["tokens_per_second"]
             run = f"6 layers, {row['who'].removeprefix('benthic ')}"
@@ -221,6 +232,12 @@ def both(run: str, one: Candidate, seconds: float, peak: float, calls: dict[str,
         line(run, "step, seconds", found.seconds, seconds),
         line(run, "peak, bytes", size, peak),
     ]
+
+
+def recorded(file: str, row: Line) -> bool:
+    """Whether a run's steps were CUDA graphs."""
+    found: bool = row.get("cuda_graph", row.get("layout") in RECORDED.get(file, ()))
+    return found
 
 
 def host(file: str, row: Line) -> dict[str, float]:

@@ -58,7 +58,8 @@ class Found:
 
     `retries`: how often no memory was left and the allocator gave back what it kept, which waits for the GPU.
     `loads`: of each mixture, the rows of the busiest expert over the mean, and experts without; both
-    are means of the steps that are timed. `host`: seconds of the host for a call, just before.
+    are means of the steps that are timed. `host`: seconds of the host for a call, just before, if it launches
+    kernels; `cuda_graph`: it does not.
     """
 
     losses: list[float]
@@ -68,6 +69,7 @@ class Found:
     spans: list[Span]
     loads: list[tuple[float, float]]
     host: dict[str, float]
+    cuda_graph: bool
 
 
 def main() -> None:
@@ -188,11 +190,12 @@ def train(
     if config.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
         retries = torch.cuda.memory_stats()["num_alloc_retries"] - before
+    graph = trainer.recorded
     trainer.close()
     del trainer
     free()
     loads = [load(torch.stack(of_steps).float()) for of_steps in zip(*counts[timed(steps)], strict=True)]
-    return Found(losses, seconds, peak, retries, measured, loads, host)
+    return Found(losses, seconds, peak, retries, measured, loads, host, graph)
 
 
 def free() -> None:
@@ -234,6 +237,7 @@ def row(name: str, config: RunConfig, ranks: int, found: Found, alone: Found) ->
         "allocation_retries": found.retries,
         "busiest_and_empty_experts": found.loads,
         "host": found.host,
+        "cuda_graph": found.cuda_graph,
     }
 
 

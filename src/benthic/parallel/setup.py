@@ -20,6 +20,10 @@ MUON_PARTS: Final = frozenset(
 )
 """Parts of the network whose matrices are Muon's, if that is the optimizer."""
 
+SPARE_ROWS: Final = 16
+"""Where the host does not ask how many rows came to the experts here, there is room for a sixteenth more than
+each dispatch has brought before, and for twice that after a surprise; spare rows are zeros."""
+
 
 class Rows(Protocol):
     """Sizes of a microbatch; `auto` must have been replaced."""

@@ -21,6 +21,7 @@ import torch.distributed as dist  # noqa: TID251 (ranks replay together or not a
 from benthic.errors import ConfigError
 from benthic.parallel.buckets import global_norm
 from benthic.parallel.exchange_routes import Room
+from benthic.parallel.setup import SPARE_ROWS
 from benthic.train.data.microbatch import sent
 from benthic.train.exchange import asks_for_rows
 from benthic.units import binary_bytes
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("benthic.train")
 
-SPARE: Final = 16
-"""There is room for a sixteenth more rows than have come, twice that after a surprise; the rest are zeros."""
 RESERVE: Final = 2 << 30
 """Bytes that must be left beside a recorded step: what its allocator cannot fill, and the graph itself."""
 
@@ -170,6 +169,9 @@ class Recorded:
     no kernel of ours takes may need it.
 
     Memory: that of a step, which belongs to its graph from then on.
+
+    Attributes:
+        refused: no step will be recorded.
     """
 
     def __init__(self, direct: Direct, record: Callable[[Callable[[], Found]], Graph] = OnGpu) -> None:
@@ -178,7 +180,7 @@ class Recorded:
         self._tape: Tape | None = None
         self._sequences = 0
         self._spare, self._rows = 1, list[int]()
-        self._refused = self._known = False
+        self.refused = self._known = False
 
     def run(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
         """See `Computation`.
@@ -186,7 +188,7 @@ class Recorded:
         Raises:
             ConfigError: the step cannot be recorded; the error says why.
         """
-        if self._refused or self.direct.executor.timed:
+        if self.refused or self.direct.executor.timed:
             return self.direct.run(batch, weights)
         shape = self._shape(batch, weights)
         if not shape.like(self._seen):
@@ -245,7 +247,7 @@ class Recorded:
         main, *mtp = factors.unbind()
         room = None
         if asks_for_rows(executor.exchange):
-            rows = [each + self._spare * each // SPARE + 1 for each in self._rows]
+            rows = [each + self._spare * each // SPARE_ROWS + 1 for each in self._rows]
             room = Room(rows, torch.zeros((), dtype=torch.int64, device=executor.device))
         return Tape(shape, placed, factors, replace(weights, main=main, mtp=tuple(mtp)), room)
 
@@ -273,8 +275,8 @@ class Recorded:
         reason = self.direct.executor.first(reason)
         if reason is not None:
             logger.warning("steps are launched kernel by kernel: %s", reason)
-            self._refused, self._tape = True, None
-        return self._refused
+            self.refused, self._tape = True, None
+        return self.refused
 
     def _no_memory(self) -> str | None:
         """Too little for the most that has been in use and a graph's spare rows, in words."""
@@ -284,7 +286,7 @@ class Recorded:
         free, total = torch.cuda.mem_get_info(device)
         most, now = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
         others = total - free - torch.cuda.memory_reserved(device)
-        spare = (most - now) * self._spare // SPARE if self._rows else 0
+        spare = (most - now) * self._spare // SPARE_ROWS if self._rows else 0
         needed = most + spare + others + RESERVE
         if needed <= total:
             return None

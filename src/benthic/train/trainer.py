@@ -180,8 +180,8 @@ class Trainer:
 
     @property
     def recorded(self) -> bool:
-        """Whether steps run as CUDA graphs, unless they are measured."""
-        return isinstance(self._computation, Recorded)
+        """Whether steps run as CUDA graphs, or will from the third on, unless they are measured."""
+        return isinstance(self._computation, Recorded) and not self._computation.refused
 
     def close(self) -> None:
         """The last step is over; what belongs to steps is freed. Before the ranks' group ends."""

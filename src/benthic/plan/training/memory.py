@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from benthic.parallel.activations import peak_bytes, stage_bytes
 from benthic.parallel.footprint import kept_bytes, replicas_of
 from benthic.parallel.parts import held_by, kind_of, parts_of, stages_of, unit_of
-from benthic.parallel.setup import MUON_PARTS
+from benthic.parallel.setup import MUON_PARTS, SPARE_ROWS
 from benthic.plan.training.candidate import Rows
 from benthic.plan.training.phases import GPUS_OF_A_HOST, numel, tokens_of
 from benthic.plan.training.space import OVERLAPPED
@@ -46,7 +46,8 @@ LIBRARIES: Final = 2 * 32 * 2**20
 """What torch lends cuBLAS and cuBLASLt on Hopper."""
 
 _RESERVE: Final = 0.05
-"""Of activations and working memory: experts that get more than their share, rounding and holes."""
+"""Of activations and working memory: experts that get more than their share, rounding and holes. Spare rows of
+a CUDA graph come on top, as if all of both were experts'."""
 _GIB_OF_A_GB: Final = 2**30 / 1e9  # vendors' "80 GB" of HBM are GiB
 _DRIVER: Final = 0.0044  # an 80 GB card shows 81,559 of 81,920 MiB
 _CONTEXT: Final = 0.95e9  # bytes of a CUDA context (0.55) and of NCCL's buffers (0.4)
@@ -95,8 +96,14 @@ def kept(candidate: Candidate, routes: Routes, pp: int, activations: float, most
     terms["activations"] = float(activations)
     terms["working"] = max(0.0, most - activations, _ending(candidate, here) - activations)
     terms["exchange"] = _mailboxes(candidate)
-    terms["reserve"] = LIBRARIES + _RESERVE * (activations + terms["working"])
+    share = _RESERVE + (1 / SPARE_ROWS if _counts_no_rows(candidate) else 0.0)
+    terms["reserve"] = LIBRARIES + share * (activations + terms["working"])
     return terms
+
+
+def _counts_no_rows(candidate: Candidate) -> bool:
+    """Whether experts have more rows than come: in a CUDA graph, whose host does not ask how many do."""
+    return candidate.layout.ep_degree > 1 and candidate.recorded(GPUS_OF_A_HOST)
 
 
 @functools.lru_cache(maxsize=1 << 14)
