@@ -135,7 +135,9 @@ def run_of(words: argparse.Namespace) -> RunConfig:
         log=LogConfig(tensorboard=False, pictures=False),
         device="cpu" if words.cpu else "cuda",
     )
-    return apply(config, ["optimizer.moment_dtype=bfloat16", "data.mask_documents=false"])
+    return apply(
+        config, ["optimizer.moment_dtype=bfloat16", "data.mask_documents=false", "train.cuda_graph=false"]
+    )
 
 
 def nothing(trainer: Trainer) -> None:

@@ -68,7 +68,7 @@ class Case:
         return Candidate(
             model=_MODELS[self.model],
             layout=self.layout,
-            train=Rows(seq_len=SEQ_LEN, local_batch_size=self.local),
+            train=Rows(seq_len=SEQ_LEN, local_batch_size=self.local, cuda_graph=False),  # traced as launched
             rows=self.rows,
             precision=self.precision,
             recompute=self.recompute,

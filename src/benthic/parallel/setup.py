@@ -38,6 +38,11 @@ class Rows(Protocol):
         """Rows of one microbatch."""
         ...
 
+    @property
+    def cuda_graph(self) -> bool | str:
+        """Whether a step is one graph, where nothing needs the host."""
+        ...
+
 
 class Precision(Protocol):
     """What the numbers are kept in, as `train.config.PrecisionConfig` says."""

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("benthic.train")
 
-RESERVE: Final = 2 << 30
-"""Bytes that must be left beside a recorded step: what its allocator cannot fill, and the graph itself."""
+RESERVE: Final = 3 << 30
+"""Bytes that must be left beside a recorded step: an evaluation, holes between tensors, the graph itself."""
 
 
 class Found(NamedTuple):

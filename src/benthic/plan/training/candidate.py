@@ -112,7 +112,11 @@ class Candidate:
         return cls(
             model=setup.model,
             layout=setup.layout,
-            train=Rows(seq_len=number(sizes.seq_len), local_batch_size=number(sizes.local_batch_size)),
+            train=Rows(
+                seq_len=number(sizes.seq_len),
+                local_batch_size=number(sizes.local_batch_size),
+                cuda_graph=bool(sizes.cuda_graph),
+            ),
             rows=rows,
             precision=Numbers(
                 weights=numbers.weights,

@@ -46,8 +46,8 @@ LIBRARIES: Final = 2 * 32 * 2**20
 """What torch lends cuBLAS and cuBLASLt on Hopper."""
 
 _RESERVE: Final = 0.05
-"""Of activations and working memory: experts that get more than their share, rounding and holes. Spare rows of
-a CUDA graph come on top, as if all of both were experts'."""
+"""Of activations and working memory: experts that get more than their share, rounding and holes. Spare rows
+of a CUDA graph come on top, as if all of both were experts'."""
 _GIB_OF_A_GB: Final = 2**30 / 1e9  # vendors' "80 GB" of HBM are GiB
 _DRIVER: Final = 0.0044  # an 80 GB card shows 81,559 of 81,920 MiB
 _CONTEXT: Final = 0.95e9  # bytes of a CUDA context (0.55) and of NCCL's buffers (0.4)
@@ -94,16 +94,13 @@ def kept(candidate: Candidate, routes: Routes, pp: int, activations: float, most
     still = replace(candidate, layout=bare, train=Rows(), rows=1, recompute=(), offload=())
     terms = dict(_static(still, routes, pp))
     terms["activations"] = float(activations)
-    terms["working"] = max(0.0, most - activations, _ending(candidate, here) - activations)
+    ending, graph = _ending(candidate, here), candidate.recorded(GPUS_OF_A_HOST)
+    apart = graph and candidate.optimizer.name == "muon"  # its update borrows nothing of a graph
+    terms["working"] = max(0.0, most - activations, ending - activations) + (ending if apart else 0.0)
     terms["exchange"] = _mailboxes(candidate)
-    share = _RESERVE + (1 / SPARE_ROWS if _counts_no_rows(candidate) else 0.0)
+    share = _RESERVE + (1 / SPARE_ROWS if graph and candidate.layout.ep_degree > 1 else 0.0)
     terms["reserve"] = LIBRARIES + share * (activations + terms["working"])
     return terms
-
-
-def _counts_no_rows(candidate: Candidate) -> bool:
-    """Whether experts have more rows than come: in a CUDA graph, whose host does not ask how many do."""
-    return candidate.layout.ep_degree > 1 and candidate.recorded(GPUS_OF_A_HOST)
 
 
 @functools.lru_cache(maxsize=1 << 14)
