@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from replayed import Again, nothing
 
 from benthic.cli.settings import apply
 from benthic.errors import ConfigError, ShapeError
@@ -27,30 +28,6 @@ if TYPE_CHECKING:
     from benthic.train.config import RunConfig
     from benthic.train.recording import Found
     from benthic.train.trainer import Trainer
-
-
-class Again:
-    """What is recorded, run again by calling it."""
-
-    def __init__(self, compute: Callable[[], Found]) -> None:
-        self.runs, self.compute, self.found = 0, compute, compute()
-
-    def replay(self) -> None:
-        new, old = self.compute(), self.found
-        pairs = [(old.norm, new.norm), (old.outcome.main, new.outcome.main)]
-        pairs += list(zip(old.outcome.mtp, new.outcome.mtp, strict=True))
-        pairs += [(old.outcome.balance, new.outcome.balance), (old.outcome.over, new.outcome.over)]
-        pairs += [(old.outcome.counts[layer], count) for layer, count in new.outcome.counts.items()]
-        for here, there in pairs:
-            here.copy_(there)
-        self.runs += 1
-
-    def reset(self) -> None:
-        self.compute = _nothing
-
-
-def _nothing() -> Found:
-    raise AssertionError
 
 
 @pytest.fixture
@@ -102,7 +79,7 @@ def test_recorded_steps_find_what_launched_ones_do(
     near(steps(own, 7), steps(trainer(config), 7), rel)
     assert [graph.runs for graph in graphs] == [5]
     own.close()
-    assert graphs[0].compute is _nothing
+    assert graphs[0].compute is nothing
 
 
 def test_recorded_steps_see_new_weights_where_copies_are_read(
@@ -121,7 +98,7 @@ def test_recorded_steps_see_new_weights_where_copies_are_read(
     assert all(not torch.equal(values[key], copy.tiles.values.float()) for key, copy in held.items())
 
 
-def test_scoring_between_recorded_steps_changes_nothing(
+def test_scoring_between_recorded_steps_changesnothing(
     recorded: Callable[..., Trainer], trainer: Callable[[RunConfig], Trainer], nano: RunConfig
 ) -> None:
     config = apply(nano, ["precision.weights=fp8", "precision.matmul=fp8", "train.lr=1e-5"])
@@ -202,7 +179,7 @@ def test_a_step_with_too_little_room_is_computed_again(
     assert exchange.room is None
     exchange.surprises = [True]
     found += steps(own, 1)  # noticed, and launched
-    assert graphs[0].compute is _nothing
+    assert graphs[0].compute is nothing
     exchange.rooms.clear()
     found += steps(own, 4)  # recorded at once
     assert set(exchange.rooms) == {rows + 2 * rows // 16 + 1}

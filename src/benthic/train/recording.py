@@ -205,7 +205,7 @@ class Recorded:
         self._tape.fill(placed, weights)
         if self._tape.graph is None:
             self._record(self._tape)
-        return _replayed(self._tape)
+        return self._replayed(self._tape)
 
     def again(self, batch: Sequence[Microbatch], weights: Weights) -> Found:
         """See `Computation`; what is recorded had too little room."""
@@ -303,6 +303,14 @@ class Recorded:
             message = f"a step could not be recorded as a CUDA graph: {error}. Set train.cuda_graph=false."
             raise ConfigError(message) from error
 
+    def _replayed(self, tape: Tape) -> Found:
+        assert tape.graph is not None, "nothing is recorded"  # noqa: S101
+        tape.graph.replay()
+        world, found = self.direct.mesh.world, tape.graph.found
+        if world.handle is not None:  # who watches how long collectives take sees none of a graph's, but this
+            dist.all_reduce(torch.zeros(1, device=self.direct.executor.device), group=world.handle)
+        return Found(found.outcome.kept(), found.norm.clone())
+
     def _forget(self) -> None:
         if self._tape is not None and self._tape.graph is not None:
             self._tape.graph.reset()
@@ -335,10 +343,3 @@ def waits(device: torch.device) -> Iterator[list[str]]:
 def _factors(weights: Weights, device: torch.device) -> Tensor:
     """The weights of the main loss and of every MTP depth."""
     return sent(torch.tensor([weights.main, *weights.mtp], dtype=torch.float32), device)
-
-
-def _replayed(tape: Tape) -> Found:
-    assert tape.graph is not None, "nothing is recorded"  # noqa: S101
-    tape.graph.replay()
-    found = tape.graph.found
-    return Found(found.outcome.kept(), found.norm.clone())
