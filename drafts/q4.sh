@@ -1,0 +1,12 @@
+# bash .gpu/q4.sh SHA: two H200: steps as CUDA graphs: layouts, all of Moonlight, six layers, tests; within 590 s
+. .gpu/env.sh $1 >/dev/null 2>&1; unset OMP_NUM_THREADS
+t0=$SECONDS; O=/tmp/o; rm -rf $O; mkdir -p $O; R="python3 -m torch.distributed.run --nproc-per-node 2"
+T() { echo "== T $((SECONDS-t0)) $*"; pkill -9 -f "train_ranks|test_recorded|train_gpu"; sleep 1; tar czf /tmp/o.$BASHPID.tgz -C /tmp o 2>/dev/null; mv /tmp/o.$BASHPID.tgz $OUT/o.tgz; }
+S() { grep -E "TFLOP" $1 | cut -c1-170; grep -vE "TFLOP|Warning|warn" $1 | grep -E "Error|launched kernel" | sort | uniq | tail -5 | cut -c1-250; }
+F="--set recompute=deepseek-v3 --set precision.weights=fp8 --set precision.matmul=fp8 --set precision.fp8_swiglu=true --set precision.e5m6_attention=true --set train.lr=1e-6"
+timeout -s INT -k 2 115 $R benchmarks/train_ranks.py --layouts zb-h1 ep2 dualpipe dualpipev-ep2 --set train.lr=1e-6 --out $O/train_ranks.json > $O/ranks_1.txt 2>&1; T ranks_1 $?; S $O/ranks_1.txt
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True timeout -s INT -k 2 120 $R benchmarks/train_ranks.py --full --steps 5 --layouts ep2 $F --set train.global_batch_size=96 --set train.local_batch_size=3 --out $O/train_full_fp8.json > $O/full_fp8.txt 2>&1; T full_fp8_3 $?; S $O/full_fp8.txt
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True timeout -s INT -k 2 85 $R benchmarks/train_ranks.py --full --steps 5 --layouts ep2 $F --set train.global_batch_size=96 --set train.local_batch_size=4 --out $O/train_full_fp8_4_rows.json > $O/full_fp8_4.txt 2>&1; T full_fp8_4 $?; S $O/full_fp8_4.txt
+timeout -s INT -k 2 85 $R benchmarks/train_ranks.py --full --steps 5 --layouts ep2 --set recompute=deepseek-v3 --set train.local_batch_size=4 --set train.global_batch_size=128 --set optimizer.store_param_remainders=true --set train.lr=1e-6 --out $O/train_full.json > $O/full.txt 2>&1; T full $?; S $O/full.txt
+timeout -s INT -k 2 80 $R benchmarks/train_ranks.py --layouts tp2 pp2 ep2 zero3 dualpipe zb-h1 dualpipev-ep2 --set train.local_batch_size=4 --set train.global_batch_size=32 --set train.lr=1e-6 --out $O/train_ranks_4_rows.json > $O/ranks_4.txt 2>&1; T ranks_4 $?; S $O/ranks_4.txt
+left=$((585-SECONDS+t0)); [ $left -gt 20 ] && { timeout -k 2 $left python3 -m pytest -v -p no:cacheprovider -o timeout=0 -o addopts= -W ignore --import-mode=importlib --no-header -rf --tb=short -x -m "gpu or multigpu" tests/train/test_recorded_gpu.py > $O/tests.txt 2>&1; T tests $?; grep -E "^FAILED|^ERROR|passed|failed|^E  |PASSED|FAILED" $O/tests.txt | tail -14 | cut -c1-200; }
