@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import spawn as launcher
 import torch
+import torch.distributed as dist  # noqa: TID251 (ranks meet)
+from layouts import trainer_of, with_layout
 from peer_checks import check_overlap_and_recomputation, check_same_bits, shared_file_memory, size_for
+from replayed import Again
 from routings import PER_RANK, ROUTINGS, batches
+from small_runs import small_run, write_documents
 from spawn import spawn
 
 from benthic.errors import BackendError, ConfigError, ShapeError
 from benthic.kernels import triton_exchange
 from benthic.parallel.exchange_memory import PeerMemory
 from benthic.parallel.exchange_nvlink import NvlinkExchange
+from benthic.parallel.exchange_size import Size
+from benthic.parallel.mesh import Mesh
+from benthic.spec.layout import Layout
+from benthic.train import recording
+from benthic.train.recording import Direct, Recorded
 
 
 def memory(folder, rank, ranks):
@@ -47,6 +57,45 @@ def every_routing(rank, ranks, folder):
             same(names=names[:1], width=20, copies=copies, exact_rows=True)
 
 
+def recorded_steps(rank, ranks, folder):
+    """A trainer's steps through mailboxes, recorded with hardly any spare rows, beside all-to-all's."""
+    layout, data = Layout(dp_degree=ranks, ep_degree=ranks), Path(folder) / "data"
+    config = with_layout(small_run(layers=2, steps=5, rows=1, microbatches=ranks), layout)
+    if rank == 0:
+        write_documents(data)
+    dist.barrier()
+
+    def steps(trainer):
+        return [(each.loss, each.grad_norm) for each in (trainer.step() for _ in range(5))]
+
+    wanted = steps(trainer_of(config, data, Mesh.of(layout, rank)))
+    own = trainer_of(config, data, Mesh.of(layout, rank))
+    model = config.model
+    size = Size(
+        n_routed_experts=model.n_routed_experts,
+        top_k=model.num_experts_per_tok,
+        hidden_size=model.hidden_size,
+        dtype=torch.float32,
+        max_tokens=32,
+        exact_rows=True,
+    )
+    exchange = NvlinkExchange(memory(folder, rank, ranks)(size.words(ranks)), size)
+    own.executor.exchange = exchange
+    graphs = []
+
+    def record(compute):
+        graphs.append(Again(compute))
+        return graphs[-1]
+
+    own._computation = Recorded(Direct(own.executor, own.buckets, own.mesh), record)
+    with mock.patch.object(recording, "SPARE_ROWS", 1 << 30):
+        found = steps(own)
+    assert exchange.room is None
+    assert len(graphs) > 1  # some dispatch brought more rows than there was room for
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
 class Late:
     """A push that runs as late as it may: what it reads must still be there, and unchanged."""
 
@@ -72,6 +121,11 @@ def _ranks_that_interpret(monkeypatch):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_both_exchanges_give_the_same_bits(ranks, tmp_path):
     spawn(every_routing, ranks, ranks, str(tmp_path), seconds=200)
+
+
+@pytest.mark.usefixtures("_ranks_that_interpret")
+def test_recorded_steps_lay_rows_out_without_asking(tmp_path):
+    spawn(recorded_steps, 2, 2, str(tmp_path), seconds=200)
 
 
 def alone(**options):
