@@ -274,7 +274,8 @@ class Recorded:
         """Whether any rank has a reason to record no step; every rank must call it."""
         reason = self.direct.executor.first(reason)
         if reason is not None:
-            logger.warning("steps are launched kernel by kernel: %s", reason)
+            if self.direct.mesh.rank == 0:
+                logger.warning("steps are launched kernel by kernel: %s", reason)
             self.refused, self._tape = True, None
         return self.refused
 
