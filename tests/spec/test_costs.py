@@ -158,3 +158,11 @@ def test_every_figure_says_its_rule_and_source():
     ]
     figures += [row.figure for row in kv.table(V3)] + [r.total(1) for r in memory.RECIPES]
     assert all(f.rule and f.source for f in figures)
+
+
+def test_masked_pairs_are_no_work():
+    whole, none = flops.training(V3, 4096), flops.training(V3, 4096, kept_pairs=1e-9)
+    half = flops.training(V3, 4096, kept_pairs=0.5)
+    assert half.value == pytest.approx((whole.value + none.value) / 2)
+    assert half.rule.endswith("s/2 x 0.5")
+    assert "x" not in whole.rule.rpartition("s")[2]

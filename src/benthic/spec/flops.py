@@ -24,22 +24,26 @@ AttentionForm = Literal["expanded", "absorbed"]
 _INSIGHTS = "Insights into DeepSeek-V3 (ISCA 2025), tables 2 and 4"
 
 
-def training(config: ModelConfig, seq_len: int, *, causal: bool = True, mtp: bool = False) -> Figure:
+def training(
+    config: ModelConfig, seq_len: int, *, causal: bool = True, mtp: bool = False, kept_pairs: float = 1.0
+) -> Figure:
     """FLOPs of one token's forward and backward pass in sequences of `seq_len` tokens; no recomputation.
 
     6 * activated parameters (without embedding, with head) + 3 * 2 * L * H * (n + r + v) * seq_len, the
     second term halved if `causal`. DeepSeek-V3 at 4096: 250.46 GFLOP causal (published: 250), 281.16 not.
     `mtp` adds the MTP modules, each with its own pass through the head; published figures leave them out.
+    `kept_pairs` is the share of pairs that document masks leave.
     """
     _check_length("seq_len", seq_len)
     layers, weights = config.num_hidden_layers, totals.active(config, "head")
     if mtp:
         layers += config.num_nextn_predict_layers
         weights += _mtp_active(config)
-    pairs = seq_len / 2 if causal else seq_len
+    pairs = kept_pairs * (seq_len / 2 if causal else seq_len)
     value = 6 * weights + 3 * layers * pair_flops(config, "expanded") * pairs
     rule = f"6 x activated{' + MTP' if mtp else ''} + 3 x 2LH(n+r+v) s"
-    return Figure(value, "FLOP/token", f"{rule}/2" if causal else rule, _INSIGHTS)
+    rule += "/2" if causal else ""
+    return Figure(value, "FLOP/token", rule if kept_pairs == 1.0 else f"{rule} x {kept_pairs:g}", _INSIGHTS)
 
 
 def prefill(config: ModelConfig, prompt_len: int) -> Figure:

@@ -191,7 +191,8 @@ class Candidate:
             "recompute": self.recompute,
             "offload": self.offload,
         }
-        return fields
+        # text is sampled where one rank has the whole network
+        return fields | ({"log.sample_tokens": 0} if self.layout.ranks > 1 else {})
 
     def words(self) -> str:
         """Short: `PP16 dualpipe x DP128 x EP64, ZeRO-1, 1 row a microbatch, fp8, recompute deepseek-v3`."""

@@ -59,9 +59,9 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Causal training FLOPs without recomputation and MTP, over the BF16 peak."""
-        question = self.question
-        each = flops.training(question.model, question.seq_len).value
+        """Causal training FLOPs without recomputation, MTP and masked pairs, over the BF16 peak."""
+        question, kept = self.question, self.best.candidate.train.kept_pairs
+        each = flops.training(question.model, question.seq_len, kept_pairs=kept or 1.0).value
         peak = question.machine.hardware.bf16_flops * question.gpus
         return each * self.best.step.tokens_per_second / peak
 
