@@ -87,7 +87,7 @@ def recorded_steps(rank, ranks, folder):
         graphs.append(Again(compute))
         return graphs[-1]
 
-    own._computation = Recorded(Direct(own.executor, own.buckets, own.mesh), record)
+    own._computation = Recorded(Direct(own.executor, own.buckets, own.mesh), record=record)
     with mock.patch.object(recording, "SPARE_ROWS", 1 << 30):
         found = steps(own)
     assert exchange.room is None

@@ -26,7 +26,7 @@ def steps(rank: int, data: Path, layout: Layout, *, recorded: bool) -> list[tupl
     trainer = trainer_of(with_layout(small_run(steps=8), layout), data, Mesh.of(layout, rank))
     if recorded:
         direct = Direct(trainer.executor, trainer.buckets, trainer.mesh)
-        trainer._computation = Recorded(direct, Again)
+        trainer._computation = Recorded(direct, record=Again)
     found = [(each.loss, each.grad_norm) for each in (trainer.step() for _ in range(8))]
     if recorded:
         assert trainer._computation._tape.graph.runs >= 3  # documents grew more, and it was recorded anew

@@ -148,3 +148,13 @@ def test_matrices_inside_one_shard_stay_there_and_the_others_even_out_the_work()
         (3, 2, 0, 6),
     ]
     assert owners(found, held, 3) == [0, 0, 1, 2]
+
+
+def test_what_an_update_allocates_is_known(trainer: Callable[[RunConfig], Trainer], nano: RunConfig) -> None:
+    ours, params = trainer(apply(nano, MUON)), {p.name: p for p in parameters(nano.model)}
+    sizes = [
+        sum(p.kept.numel() for p in bucket.pieces() if params[p.name].part not in ADAMW_PARTS)
+        for bucket in ours.buckets
+    ]
+    assert ours.optimizer.update_bytes == 20 * max(sizes) > 0
+    assert trainer(nano).optimizer.update_bytes == 0

@@ -41,7 +41,7 @@ def recorded(trainer: Callable[[RunConfig], Trainer]) -> Callable[..., Trainer]:
             graphs.append(Again(compute))
             return graphs[-1]
 
-        found._computation = Recorded(Direct(found.executor, found.buckets, found.mesh), record)
+        found._computation = Recorded(Direct(found.executor, found.buckets, found.mesh), record=record)
         return found
 
     return make

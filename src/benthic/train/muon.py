@@ -100,6 +100,15 @@ class Muon:
     def steps(self, count: int) -> None:
         self._rest.steps = count
 
+    @property
+    def update_bytes(self) -> int:
+        """The most that an update allocates: one bucket's matrices as moves, as matrices, and back."""
+        sizes = (
+            sum(piece.kept.numel() for piece in part.pieces) * (24 if part.bucket.group.size > 1 else 20)
+            for part in self._parts
+        )
+        return max(sizes, default=0)
+
     @torch.no_grad()
     def step(self, *, lr: float, scale: float = 1.0) -> None:
         """One update with `scale` times the gradients (the clipping factor)."""

@@ -43,6 +43,11 @@ class AdamW:
             parts = zip(run, flat.first.split(sizes), flat.second.split(sizes), strict=True)
             self._moments |= {piece.name: {"first": f, "second": s} for piece, f, s in parts}
 
+    @property
+    def update_bytes(self) -> int:
+        """What an update allocates on a GPU: it is one kernel a piece."""
+        return 0
+
     @torch.no_grad()
     def step(self, *, lr: float, scale: float = 1.0) -> None:
         """One update with `scale` times the gradients (the clipping factor)."""

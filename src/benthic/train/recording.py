@@ -170,12 +170,19 @@ class Recorded:
 
     Memory: that of a step, which belongs to its graph from then on.
 
+    Args:
+        direct: what is recorded.
+        beside: bytes that an update allocates, which a graph's memory cannot be lent to.
+        record: makes a graph of a call.
+
     Attributes:
         refused: no step will be recorded.
     """
 
-    def __init__(self, direct: Direct, record: Callable[[Callable[[], Found]], Graph] = OnGpu) -> None:
-        self.direct, self._to_graph = direct, record
+    def __init__(
+        self, direct: Direct, beside: int = 0, record: Callable[[Callable[[], Found]], Graph] = OnGpu
+    ) -> None:
+        self.direct, self._beside, self._to_graph = direct, beside, record
         self._seen: Shape | None = None
         self._tape: Tape | None = None
         self._sequences = 0
@@ -288,7 +295,7 @@ class Recorded:
         most, now = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
         others = total - free - torch.cuda.memory_reserved(device)
         spare = (most - now) * self._spare // SPARE_ROWS if self._rows else 0
-        needed = most + spare + others + RESERVE
+        needed = most + spare + self._beside + others + RESERVE
         if needed <= total:
             return None
         return f"a CUDA graph of one needs {binary_bytes(needed)} of the device's {binary_bytes(total)}"

@@ -126,9 +126,10 @@ class Trainer:
         self.buckets = tuple(self.stages.all_buckets)
         for bucket in self.buckets:
             bucket.collect(sink)
-        direct = Direct(self.executor, self.buckets, self.mesh)
-        self._computation: Computation = Recorded(direct) if loop.cuda_graph is True else direct
         self.optimizer = optimizer_of(config, self.buckets)
+        direct = Direct(self.executor, self.buckets, self.mesh)
+        beside = self.optimizer.update_bytes
+        self._computation: Computation = Recorded(direct, beside) if loop.cuda_graph is True else direct
         self._biases = router_biases(self.stages.models.values())
         self._data = fingerprint(shards)
         self.steps_done, self.tokens, self.position = 0, 0, 0
