@@ -5,9 +5,8 @@
 
 A tile of 192 x 128 asks the second-level cache for a fifth less than one of 128 x 128. Each group has 64 of
 its rows and all columns in one product, so that the left operand is read once; while a group promotes, the
-two others multiply. Scales come by TMA with the operands, to places of their own: those of operands come free
-when they were multiplied, and not when the product was promoted. A tile leaves through shared memory, written
-by TMA or added by the second-level cache, while the next one is multiplied (`gluon_sums`).
+two others multiply. Scales come by TMA with the operands. A tile leaves through shared memory, written by TMA
+or added by the second-level cache, while the next one is multiplied (`gluon_sums`).
 """
 
 from __future__ import annotations
@@ -48,9 +47,7 @@ from benthic.kernels.relaunch import remembered
 from benthic.kernels.triton_tiles import multiprocessors
 
 STAGES = gl.constexpr(4)
-"""Chunks of both operands, 40 KiB each."""
-SCALES = gl.constexpr(6)
-"""Chunks of their scales, 1.25 KiB each."""
+"""Chunks of both operands and their scales, 41 KiB each."""
 SLOTS = gl.constexpr(2)
 """Parts of a group's sums, of four, that stand in shared memory until TMA has written or added them."""
 FETCHED_ROWS = 1024
@@ -72,7 +69,7 @@ def _produce(
 ):  # fmt: skip
     """Load chunk after chunk of this program's tiles as places in the ring come free."""
     dy_ring, x_ring, dy_scales, x_scales = rings
-    full, empty, read = bars
+    full, empty = bars
     of_rows: gl.constexpr = GROUPS * (dy.block_type.nbytes + dy_scale.block_type.nbytes)
     of_columns: gl.constexpr = x.block_type.nbytes + x_scale.block_type.nbytes
     place = (0, 0, 0, end_of(ends_ptr, 0, 1, padded))
@@ -81,18 +78,15 @@ def _produce(
         expert, row, column = _corner(tile, o_dim, o_tiles, i_tiles)
         place, chunks = chunks_of(expert, place, ends_ptr)
         for chunk in range(place[1], place[1] + chunks):
-            stage, place_of_scales, bar = number % STAGES, number % SCALES, full.index(number % STAGES)
+            stage, bar = number % STAGES, full.index(number % STAGES)
             mbarrier.wait(empty.index(stage), (number // STAGES) & 1 ^ 1)
-            mbarrier.wait(read.index(place_of_scales), (number // SCALES) & 1 ^ 1)
-            fence_async_shared()  # scales were read by threads, which TMA does not wait for
             mbarrier.expect(bar, of_rows + of_columns)
             for part in gl.static_range(GROUPS):
-                first = row + part * PART
-                load(dy, [first, chunk * CHUNK], bar, dy_ring.index(GROUPS * stage + part))
-                to = dy_scales.index(GROUPS * place_of_scales + part)
-                load(dy_scale, [chunk * o_dim + first], bar, to)
+                at, first = GROUPS * stage + part, row + part * PART
+                load(dy, [first, chunk * CHUNK], bar, dy_ring.index(at))
+                load(dy_scale, [chunk * o_dim + first], bar, dy_scales.index(at))
             load(x, [column, chunk * CHUNK], bar, x_ring.index(stage))
-            load(x_scale, [chunk * i_dim + column], bar, x_scales.index(place_of_scales))
+            load(x_scale, [chunk * i_dim + column], bar, x_scales.index(stage))
             number += 1
 
 
@@ -107,7 +101,7 @@ def _multiply(
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
     BY_COLUMN: gl.constexpr = gl.SliceLayout(0, SUMS)
     dy_ring, x_ring, dy_scales, x_scales = rings
-    full, empty, read = bars
+    full, empty = bars
     zero = gl.zeros([PART, TALL_COLUMNS], gl.float32, layout=SUMS)
     place = (0, 0, 0, end_of(ends_ptr, 0, 1, padded))
     number = 0
@@ -119,16 +113,16 @@ def _multiply(
             fetch(out_ptr, expert, chunks > 0, row, column, o_dim, i_dim, PART, TALL_COLUMNS)
         sums = zero
         for _chunk in range(chunks):
-            stage, place_of_scales = number % STAGES, number % SCALES
+            stage = number % STAGES
             mbarrier.wait(full.index(stage), (number // STAGES) & 1)
             dy_tile, x_tile = dy_ring.index(GROUPS * stage + group), x_ring.index(stage)
             part = warpgroup_mma(dy_tile, x_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-            by_row = dy_scales.index(GROUPS * place_of_scales + group).load(BY_ROW)
+            by_row = dy_scales.index(GROUPS * stage + group).load(BY_ROW)
             part = warpgroup_mma_wait(0, deps=[part])
-            mbarrier.arrive(empty.index(stage), count=1)  # before columns' scales are asked for, which waits
-            by_column = x_scales.index(place_of_scales).load(BY_COLUMN)
+            by_column = x_scales.index(stage).load(BY_COLUMN)
             sums += part * by_row[:, None] * by_column[None, :]
-            mbarrier.arrive(read.index(place_of_scales), count=1)
+            fence_async_shared()  # scales were loaded by threads, which TMA does not wait for
+            mbarrier.arrive(empty.index(stage), count=1)
             number += 1
         if (chunks > 0) | (not ADD):
             squares = leave(sums, slots, group, out, expert, row, column, SLOTS, ADD, False, SQUARES)
@@ -151,11 +145,11 @@ def _column_tiles(
     """
     dy_ring = gl.allocate_shared_memory(dy.dtype, [GROUPS * STAGES, PART, CHUNK], dy.layout)
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, TALL_COLUMNS, CHUNK], x.layout)
-    dy_scales = gl.allocate_shared_memory(gl.float32, [GROUPS * SCALES, PART], dy_scale.layout)
-    x_scales = gl.allocate_shared_memory(gl.float32, [SCALES, TALL_COLUMNS], x_scale.layout)
+    dy_scales = gl.allocate_shared_memory(gl.float32, [GROUPS * STAGES, PART], dy_scale.layout)
+    x_scales = gl.allocate_shared_memory(gl.float32, [STAGES, TALL_COLUMNS], x_scale.layout)
     rings = (dy_ring, x_ring, dy_scales, x_scales)
     slots = new_slots(out, GROUPS * SLOTS)
-    bars = (new_bars(STAGES, 1), new_bars(STAGES, GROUPS), new_bars(SCALES, GROUPS))
+    bars = (new_bars(STAGES, 1), new_bars(STAGES, GROUPS))
     fence_async_shared()
     gl.warp_specialize([
         (_multiply, (
