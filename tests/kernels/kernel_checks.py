@@ -844,9 +844,11 @@ HEADS_OF_WORDS = [(300, 24), (1, 8)] + ([(163840, 512), (32777, 64)] if ON_GPU e
 
 @pytest.mark.parametrize("wide_sum", [False, True])
 @pytest.mark.parametrize("words", HEADS_OF_WORDS, ids=str)
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("impl", ["triton", "chunked"])
-def test_cross_entropy_sum_makes_the_gradients_of_its_definition(dtype, words, wide_sum, impl):
+def test_cross_entropy_sum_makes_the_gradients_of_its_definition(dtype, words, wide_sum, impl, on_device):
     vocabulary, width = words
+    factor = torch.tensor(1 / 80, device=DEVICE) if on_device else 1 / 80
     target = torch.randint(vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     target[::7] = -100
     results = []
@@ -860,7 +862,7 @@ def test_cross_entropy_sum_makes_the_gradients_of_its_definition(dtype, words, w
             hidden,
             weight,
             target,
-            factor=1 / 64,
+            factor=factor,
             chunk=40,
             into_VD=into if wide_sum else None,
             impl=name,
