@@ -117,7 +117,8 @@ def apart(name: str, data: Path, words: argparse.Namespace) -> dict[str, Any]:
 
 def contestant(name: str, words: argparse.Namespace) -> dict[str, Any]:
     """Train, and say how fast."""
-    step = ours(OURS[name], words) if name in OURS else theirs(name.split()[1], words)
+    trainer = ours(OURS[name], words) if name in OURS else None
+    step = theirs(name.split()[1], words) if trainer is None else stepping(trainer)
     cuda = not words.small
     losses, seconds, counts = [], [], []
     for _ in range(words.steps):
@@ -136,6 +137,7 @@ def contestant(name: str, words: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": rate,
         "flops_per_second": done,
         "mfu": None if peak is None else done / peak,
+        "cuda_graph": trainer is not None and trainer.recorded,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
         "busiest_and_empty_experts": [
             load(torch.stack(rows).float()) for rows in zip(*counts[TIMED:], strict=True)
@@ -143,8 +145,8 @@ def contestant(name: str, words: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def ours(settings: tuple[str, ...], words: argparse.Namespace) -> Step:
-    """One step of our trainer."""
+def ours(settings: tuple[str, ...], words: argparse.Namespace) -> Trainer:
+    """Our trainer of those rows."""
     loop = LoopConfig(
         steps=words.steps,
         seq_len=seq_len(words),
@@ -162,7 +164,11 @@ def ours(settings: tuple[str, ...], words: argparse.Namespace) -> Step:
     meta = read_meta(words.data)
     config = apply(config, ["optimizer.moment_dtype=bfloat16", "data.mask_documents=false", *settings])
     resolved = resolve(config, detect(config.device), meta).config
-    trainer = Trainer(resolved, TokenShards(words.data, meta, "train"))
+    return Trainer(resolved, TokenShards(words.data, meta, "train"))
+
+
+def stepping(trainer: Trainer) -> Step:
+    """Its step, as the loop here takes it."""
 
     def step() -> tuple[float, list[Tensor]]:
         result = trainer.step()

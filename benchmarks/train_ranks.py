@@ -155,27 +155,27 @@ def model_of(words: argparse.Namespace) -> ModelConfig:
     return moonlight() if words.full else moonlight_slice()
 
 
-def trainer_of(config: RunConfig, layout: Layout, data: Path, mesh: Mesh) -> Trainer:
-    """Of one rank of a layout."""
-    meta = read_meta(data)
+def resolved(config: RunConfig, layout: Layout, data: Path) -> RunConfig:
+    """On a layout, whose ranks all call this."""
     config = dataclasses.replace(config, layout=layout)
     spots = spots_of(None, torch.device(config.device)) if layout.ranks > 1 else None
-    resolved = resolve(config, detect(config.device), meta, ranks=layout.ranks, spots=spots).config
-    return Trainer(resolved, TokenShards(data, meta, "train"), mesh)
+    return resolve(config, detect(config.device), read_meta(data), ranks=layout.ranks, spots=spots).config
+
+
+def trainer_of(config: RunConfig, layout: Layout, data: Path, mesh: Mesh) -> Trainer:
+    """Of one rank of a layout."""
+    shards = TokenShards(data, read_meta(data), "train")
+    return Trainer(resolved(config, layout, data), shards, mesh)
 
 
 def train(
     config: RunConfig, layout: Layout, data: Path, mesh: Mesh, steps: int, *, spans: bool = False
 ) -> Found:
     """Some steps on one layout; what its host takes for a call is measured before, if it launches kernels."""
+    launched = spans or not resolved(config, layout, data).train.cuda_graph
+    host = calibration_host.overheads(config.device) if launched and config.device == "cuda" else {}
+    free()
     trainer = trainer_of(config, layout, data, mesh)
-    host = {}
-    if config.device == "cuda" and not trainer.recorded:
-        del trainer
-        free()
-        host = calibration_host.overheads(config.device)
-        free()
-        trainer = trainer_of(config, layout, data, mesh)
     trainer.executor.pipeline.stopwatch = Stopwatch(trainer.device) if spans else None
     losses, seconds, counts = [], [], []
     before = torch.cuda.memory_stats().get("num_alloc_retries", 0) if config.device == "cuda" else 0
@@ -190,7 +190,7 @@ def train(
     if config.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
         retries = torch.cuda.memory_stats()["num_alloc_retries"] - before
-    graph = trainer.recorded
+    graph = trainer.recorded and not spans
     trainer.close()
     del trainer
     free()

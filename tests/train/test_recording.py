@@ -98,7 +98,7 @@ def test_recorded_steps_see_new_weights_where_copies_are_read(
     assert all(not torch.equal(values[key], copy.tiles.values.float()) for key, copy in held.items())
 
 
-def test_scoring_between_recorded_steps_changesnothing(
+def test_scoring_between_recorded_steps_changes_nothing(
     recorded: Callable[..., Trainer], trainer: Callable[[RunConfig], Trainer], nano: RunConfig
 ) -> None:
     config = apply(nano, ["precision.weights=fp8", "precision.matmul=fp8", "train.lr=1e-5"])

@@ -66,7 +66,7 @@ def test_resolved_config_has_no_auto_left_and_every_choice_has_a_reason(
         (
             ("layout.dp_degree=2", "layout.ep_degree=2", "exchange.kind=all_to_all"),
             2,
-            "asks the device how many",
+            "all_to_all, asks the device how many",
         ),
         (("layout.cp_degree=2",), 2, "cp_degree=2 cuts documents"),
         (("offload=attention",), 1, "offload=attention brings activations"),

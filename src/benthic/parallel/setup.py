@@ -131,6 +131,20 @@ def expanded(recompute: Sequence[str]) -> frozenset[str]:
     return frozenset(part for name in recompute for part in PRESETS.get(name, (name,)))
 
 
+def unrecordable(setup: Setup, *, counted: bool) -> str:
+    """Why the host must stay in a step, so that none can be a CUDA graph; empty: it need not.
+
+    `counted`: the exchange asks the device how many rows travel between ranks.
+    """
+    if counted:
+        return "an exchange over hosts, or all_to_all, asks the device how many rows travel"
+    if setup.layout.cp_degree > 1:
+        return f"layout.cp_degree={setup.layout.cp_degree} cuts documents on the host"
+    if setup.offload:
+        return f"offload={', '.join(setup.offload)} brings activations to the host"
+    return ""
+
+
 def number(value: int | str) -> int:
     """A field that `train.resolve` has made a number.
 

@@ -16,7 +16,7 @@ from benthic.serve.generation import Asked, Generation, Piece
 from benthic.serve.protocol_responses import PromptTokensDetails, Usage
 from benthic.serve.sampling_defaults import SamplingDefaults, check_ids
 from benthic.serve.structured import binds, grammar_of
-from benthic.serve.tools import AnswerFormats, ToolPlan, plan_tools
+from benthic.serve.tools import AnswerFormats, ToolPlan, forces, plan_tools
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -159,7 +159,7 @@ class Service:
     async def tool_plan(self, body: ChatBody, prompt: Prompt) -> ToolPlan:
         """What binds a chat's answers and how they are read. Raises: ApiError 400."""
         formats = self.settings.formats
-        if body.tool_choice in (None, "none", "auto") and not binds(body):
+        if not (forces(body) or binds(body)):
             return plan_tools(body, formats, grammar=None, prompt_text=prompt.text)
         return await self.in_thread(
             lambda: plan_tools(body, formats, grammar=grammar_of(body), prompt_text=prompt.text)

@@ -108,6 +108,11 @@ def shown_tools(body: TemplateBody, formats: AnswerFormats) -> list[dict[str, An
     return [tool.as_template_input() for tool in body.tools]
 
 
+def forces(body: ChatBody) -> bool:
+    """Whether the answer must be a call."""
+    return body.tool_choice not in (None, "none", "auto")
+
+
 def plan_tools(
     body: ChatBody, formats: AnswerFormats, *, grammar: str | None, prompt_text: str | None
 ) -> ToolPlan:
@@ -127,7 +132,7 @@ def plan_tools(
         return ToolPlan(manner=manner, name=name, grammar=bind, rules=rules)
 
     choice = body.tool_choice
-    if choice in (None, "none", "auto"):
+    if not forces(body):
         return bound("free", None, grammar)
     if grammar is not None:
         msg = "tool_choice forces a call, but the answer's form is given too. Leave one of them out."

@@ -19,7 +19,7 @@ from benthic.parallel.pipeline import TableExecutor
 from benthic.parallel.tokens import TokenShare
 from benthic.train.data.microbatch import sent
 from benthic.train.evaluate import Scores
-from benthic.train.exchange import overlaps, room_of
+from benthic.train.exchange import asks_for_rows, overlaps, room_of
 from benthic.train.losses import Objective, Tally, total
 from benthic.train.scoring import Scored, rounds
 from benthic.train.stage import ModelStage, Task
@@ -187,6 +187,8 @@ class Executor:
         return float(total_)
 
     def _take(self, tasks: Sequence[Task]) -> None:
+        if asks_for_rows(self.exchange):
+            self.exchange.begin()
         for stage in self._stages.values():
             stage.tasks = tasks
 

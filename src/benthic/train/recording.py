@@ -86,8 +86,6 @@ class Direct:
 
     def placed(self, batch: Sequence[Placed], weights: Weights) -> Found:
         """`run` of what is on the device: nothing comes from the host or goes there."""
-        if asks_for_rows(self.executor.exchange):
-            self.executor.exchange.begin()
         for bucket in self.buckets:
             bucket.zero()
         outcome = self.executor.run_placed(batch, weights)

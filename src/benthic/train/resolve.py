@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from benthic.errors import ConfigError
 from benthic.parallel.exchange_choice import GPUS_OF_A_HOST, assumed_spots, choose_exchange, facts_among
-from benthic.parallel.setup import expanded, number
+from benthic.parallel.setup import expanded, number, unrecordable
 from benthic.spec.parameters import parameters
-from benthic.train.recordable import unrecordable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +94,9 @@ def _cuda_graph(config: RunConfig, note: Callable[[Choice], None]) -> RunConfig:
     Raises:
         ConfigError: they are to be, but cannot.
     """
-    asked, refusal = config.train.cuda_graph, unrecordable(config)
+    asked, refusal = config.train.cuda_graph, f"device={config.device} has no CUDA graphs"
+    if config.device == "cuda":
+        refusal = unrecordable(config, counted=config.exchange.kind == "all_to_all")
     if asked is True and refusal:
         msg = f"train.cuda_graph=true, but {refusal}. Set it to auto or false."
         raise ConfigError(msg)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from benthic.errors import ConfigError, ScheduleError, UnknownFieldError
-from benthic.parallel.setup import number
+from benthic.parallel.setup import number, unrecordable
 from benthic.sched.pipeline import schedules
 
 if TYPE_CHECKING:
@@ -134,10 +134,8 @@ class Candidate:
         )
 
     def recorded(self, gpus_per_node: int) -> bool:
-        """Whether a step runs as a CUDA graph: `train.resolve` says why not."""
-        layout = self.layout
-        near = layout.ep_degree <= gpus_per_node
-        return self.train.cuda_graph and near and layout.cp_degree == 1 and not self.offload
+        """Whether a step runs as a CUDA graph."""
+        return self.train.cuda_graph and not unrecordable(self, counted=self.layout.ep_degree > gpus_per_node)
 
     @property
     def microbatches(self) -> int:
